@@ -22,7 +22,7 @@ from modules.parser import Parser
 
 FOLDER = ROOT / "quickstart"
 STEPS = 300
-# a form and a colour that the model has no word for: see pocket/concepts.py
+# a form and a color that the model has no word for: see pocket/concepts.py
 BLORP = "blorp"
 ZINDLE = "zindle"
 PROMPTS = {

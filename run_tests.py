@@ -104,7 +104,7 @@ def _list_checks(
     """
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
-        # neighbours mostly share what their file sets up
+        # neighbors mostly share what their file sets up
         workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
     checks = []
     if not typed:

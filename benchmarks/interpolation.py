@@ -138,9 +138,7 @@ def _compare(frames: list[Any], made: list[Any]) -> None:
     known, truth = frames[::2], frames[1::2]
     ways = {
         "made": [image.pixels.astype(float) for image in made[1::2]],
-        "mean of both neighbours": [
-            (a.astype(float) + b) / 2 for a, b in zip(known, known[1:], strict=False)
-        ],
+        "mean of both neighbors": [(a.astype(float) + b) / 2 for a, b in zip(known, known[1:], strict=False)],
     }
     for name, results in ways.items():
         error = float(np.mean([np.mean((a - b) ** 2) for a, b in zip(results, truth, strict=True)]))

@@ -118,7 +118,7 @@ def _large_clip(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float
     device = select_device(args.device)
     latents = torch.randn(LATENT.shape(*args.size), device=device)
     found = {}
-    kinds = {"as colours": None} | ({} if args.preview_vae is None else {"by TAEHV": args.preview_vae})
+    kinds = {"as colors": None} | ({} if args.preview_vae is None else {"by TAEHV": args.preview_vae})
     for name, path in kinds.items():
         previews = make_previews(
             PreviewOptions(preview_latent_every=1, preview_vae=path), LATENT, folder, device, lambda _: True

@@ -262,7 +262,7 @@ def report(trial: Trial, seeds: Sequence[int]) -> None:
     for way in WAYS:
         names = [f"{_slug(way)}_{seed}" for seed in seeds]
         rows[way.name] = [trial.figures(name) for name in names if trial.is_measured(name)]
-    print("| trained | seeds | colour learned | and shape, direction | distance of others | others right |")
+    print("| trained | seeds | color learned | and shape, direction | distance of others | others right |")
     print("|---|---|---|---|---|---|")
     for name, figures in rows.items():
         if not figures:

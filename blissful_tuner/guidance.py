@@ -391,15 +391,15 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 def _parse_steps(text: str, steps: int) -> range:
     """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError with the reason."""
-    not_full = "{!r} is not a whole number"
+    not_integer = "{!r} is not a whole number"
     first_text, dash, last_text = text.strip().partition("-")
     if first_text.startswith("e~"):
-        every = read_or_explain(int, text.strip()[2:], not_full)
+        every = read_or_explain(int, text.strip()[2:], not_integer)
         if every < 1:
             raise ValueError("the interval after ~ must be at least 1")
         return range(every, steps + 1, every)
-    first = read_or_explain(int, first_text, not_full)
-    last = read_or_explain(int, last_text, not_full) if dash else first
+    first = read_or_explain(int, first_text, not_integer)
+    last = read_or_explain(int, last_text, not_integer) if dash else first
     if first > last:
         raise ValueError(f"it runs backwards, from {first} to {last}")
     if first < 1 or last > steps:

@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 MAX_NAG = 100  # of some hundreds the products overflow in float16
 
 
-NAG = "normalised attention guidance (NAG)"
+NAG = "normalized attention guidance (NAG)"
 
 
 class NagOptions(Options, title=NAG):
-    """Options of normalised attention guidance, which steers attention away from --nag_prompt."""
+    """Options of normalized attention guidance, which steers attention away from --nag_prompt."""
 
     nag_scale: float | None = option(
         "steer attention away from --nag_prompt, with or without --guidance_scale; 4 to 11 are usual, 1 "
@@ -235,9 +235,9 @@ class PreviewOptions(Options, title="previews"):
         least=1,
         hint="leave it out for no previews",
     )
-    preview_vae: Path | None = option(  # None: a linear map from latents to colours
+    preview_vae: Path | None = option(  # None: a linear map from latents to colors
         "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and FramePack) for previews that are "
-        "sharp and have all frames; default: blurred colours, at no cost",
+        "sharp and have all frames; default: blurred colors, at no cost",
         needs="preview_latent_every",
         place="there",
         hint="a TAEHV file, or leave it out for previews without one",

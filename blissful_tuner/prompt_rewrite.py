@@ -31,13 +31,13 @@ COMMON = (
 )
 INSTRUCTIONS: Mapping[str, str] = {
     "normal": COMMON
-    + " Keep every detail: each thing and being, their number, colour, place and order, what they do, the "
+    + " Keep every detail: each thing and being, their number, color, place and order, what they do, the "
     "style, and all technical words about camera, lens and light. Where style, light or mood are not said, "
     "you may add what suits the scene, in a few words. Change nothing else.",
     "master": COMMON
     + " Aim at a beautiful shot. Describe the main subject first and what it does from beginning to end, "
     "then the surroundings, then the style. Say how the picture is composed, where the light comes from and "
-    "what it does to surfaces and colours, how near the camera is and how it moves. Small details of the "
+    "what it does to surfaces and colors, how near the camera is and how it moves. Small details of the "
     "request may give way to a clearer picture; its subject and its action may not.",
 }
 
@@ -85,7 +85,7 @@ class PromptRewriter:
             config._attn_implementation = ATTENTION
             if getattr(config, "quantization_config", None) is not None:
                 raise self._unusable(
-                    "its weights are quantised, for which transformers may fetch code. Give the model in "
+                    "its weights are quantized, for which transformers may fetch code. Give the model in "
                     "16 or 32 bits."
                 )
             model: Any = AutoModelForCausalLM.from_pretrained(

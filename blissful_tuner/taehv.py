@@ -1,6 +1,6 @@
 """TAEHV, a tiny decoder of video latents, for previews: a few convolutions with a memory of one frame.
 
-Source: madebyollin/taehv (MIT licence), the networks `taehv`, `taew2_1` and their like. The files hold an
+Source: madebyollin/taehv (MIT license), the networks `taehv`, `taew2_1` and their like. The files hold an
 encoder too, which is not used.
 """
 
@@ -24,15 +24,15 @@ from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
-# Show latents without a decoder: a linear map from their channels to colours, enlarged to the video's size.
+# Show latents without a decoder: a linear map from their channels to colors, enlarged to the video's size.
 #
 # The maps are data of each family, `LatentSpec.preview_factors` and `preview_bias`. Source: least squares
 # fits of latents to downscaled pixels, which all known tools use.
-MIN_RANGE = 1e-6  # of colours: a clip of one colour stays dark instead of becoming noise
+MIN_RANGE = 1e-6  # of colors: a clip of one color stays dark instead of becoming noise
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Map latents (C F h w in model space) to colours 3 F h w, float32 on their device, not clamped.
+    """Map latents (C F h w in model space) to colors 3 F h w, float32 on their device, not clamped.
 
     Does not wait for the device. Computed in float32 even under autocast.
     """
@@ -48,7 +48,7 @@ def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
     Values that are NaN or infinite become dark.
 
     Args:
-        colours: Colors, 3 F h w.
+        colors: Colors, 3 F h w.
         rows: Number of times that each row is repeated.
         columns: Number of times that each column is repeated.
     """
@@ -62,7 +62,7 @@ def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
 
 
 def to_frames(colours: Tensor) -> Tensor:
-    """Return F H W 3 as uint8 of colours F 3 H W, clamped to 0..1. Stays on its device."""
+    """Return F H W 3 as uint8 of colors F 3 H W, clamped to 0..1. Stays on its device."""
     return (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -26,7 +26,7 @@ def describe_login() -> str:
     if is_there:
         return say("A token is there: the file %(path)s.", path=path)
     return say(
-        "No token. Models whose licence is accepted on their page need one: make it at "
+        "No token. Models whose license is accepted on their page need one: make it at "
         "%(tokens)s and type hf auth login in a terminal.",
         tokens=TOKENS,
     )

@@ -35,7 +35,7 @@ FINDERS = {
     WORDS: say("what I name below"),
     BACKGROUND: say("what stands before the background"),
     FACES: say("faces"),
-    COLOR: say("a colour"),
+    COLOR: say("a color"),
     WATERMARK: say("all but watermarks and texts"),
 }
 NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND_FILE, FACES: FACE_FILE}
@@ -219,7 +219,7 @@ class MaskMakingPages:
             raise OptionError(say("Type what to find, such as: the person."))
         if finder == COLOR and not IS_COLOR.fullmatch(fields.get("colour", "").strip()):
             raise OptionError(
-                say("Type the colour to find in six hexadecimal digits, such as 00ff00 for green.")
+                say("Type the color to find in six hexadecimal digits, such as 00ff00 for green.")
             )
         network = self.name_network(finder)
         if not tries and network and not fields.get("model", "").strip() and not Path(network).exists():

@@ -164,7 +164,7 @@ class ModelPages:
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
         """Start the download of a task. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
-            raise OptionError(say("Read the licences of its parts, and tick that you accept them."))
+            raise OptionError(say("Read the licenses of its parts, and tick that you accept them."))
         if _is_full(files):
             raise OptionError(say("All of its parts are on disk."))
         models = self.site.models

@@ -46,7 +46,7 @@ class ModelRow:
 
     @property
     def licences(self) -> list[str]:
-        """Return the names of the licences of its parts, each once."""
+        """Return the names of the licenses of its parts, each once."""
         return [licence.name for licence in list_licenses(self.model.components)]
 
     @property

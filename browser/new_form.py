@@ -268,7 +268,7 @@ def list_field_errors(form: NewForm) -> dict[str, str]:
 
 def read_steps(text: str) -> int:
     """Return the number of steps in a field. Raises OptionError if it is not a valid number."""
-    steps = parse_full(text, MAX_STEPS)
+    steps = parse_integer(text, MAX_STEPS)
     if steps is None:
         raise OptionError(
             say(
@@ -287,7 +287,7 @@ def without_groups(text: str) -> str:
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
-def parse_full(text: str, most: int) -> int | None:
+def parse_integer(text: str, most: int) -> int | None:
     """Return the whole number above 0 in a text; None for any other text, or if it is larger than `most`."""
     text = without_groups(text)
     digits = text.lstrip("0")

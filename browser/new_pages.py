@@ -955,7 +955,7 @@ class NewPages:
         if files is None:
             raise OptionError(say("Nothing of its model is to be loaded (any more). Load this page again."))
         if not has_accepted:
-            raise OptionError(say("Read the licences of the model next to the button, and accept them."))
+            raise OptionError(say("Read the licenses of the model next to the button, and accept them."))
         name = name_download(self.site.models, described.family, described.task)
         self.site.background_jobs.start(name, self.make_load_words(described, files), Path.cwd())
 
@@ -966,7 +966,7 @@ class NewPages:
         words = self.make_run_words(read_described(folder))
         if "--download" in words and not has_accepted:
             raise OptionError(
-                say("Its model is to be loaded: read the licences next to Start, and accept them.")
+                say("Its model is to be loaded: read the licenses next to Start, and accept them.")
             )
         self.site.tracked_runs.start(folder, words)
 

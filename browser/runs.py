@@ -46,7 +46,7 @@ ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for
 SAME_SECONDS = 2.0  # the clock that dates a start may have been set since
 CONFIG = ".toml"  # of datasets
 DEEPEST = 12  # folders below a given one
-FULL = 32 << 10  # bytes of a history that is read whole
+FULL_READ_BYTES = 32 << 10  # bytes of a history that is read whole
 TAIL = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
 NEAR_END = 512 << 10  # how far from its end the last samples are looked for
 LAST = 8 << 10  # bytes of its end that tell the step and its seconds
@@ -252,7 +252,7 @@ def read_page_status(history: Path) -> PageStatus | None:
 def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size <= FULL:  # since `status` it may have been emptied
+        if os.fstat(file.fileno()).st_size <= FULL_READ_BYTES:  # since `status` it may have been emptied
             return _summarize(path, status, file.read())
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _summarize(path, status, content)
@@ -306,7 +306,7 @@ def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
     """Return losses from all over a history, fewer than two times SPOTS."""
     size = len(content)
-    if size <= FULL:
+    if size <= FULL_READ_BYTES:
         losses = [float(loss) for _, loss in LOSS.findall(content)]
     else:
         losses = []

@@ -24,7 +24,7 @@ from browser.draft_changes import (
     save_change,
 )
 from browser.folders import is_written
-from browser.new_form import MAX_STEPS, find_model, parse_full
+from browser.new_form import MAX_STEPS, find_model, parse_integer
 from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
@@ -59,7 +59,7 @@ FIELDS = {
     "source": ("control_image_path", "ci"),
 }
 DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-FULL = tuple(DEFAULT)  # fields of whole numbers above 0
+INTEGER_FIELDS = tuple(DEFAULT)  # fields of whole numbers above 0
 MAX_NUMBER = 1_000_000
 SCALES = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -217,7 +217,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
     if edit.changes and not edit.prompt and edit.row.line is None:
         raise OptionError(say("%(title)s: write its prompt.", title=title))
     for name, text in edit.changes.items():
-        if name in FULL and text and parse_full(text, MAX_NUMBER) is None:
+        if name in INTEGER_FIELDS and text and parse_integer(text, MAX_NUMBER) is None:
             raise OptionError(
                 say(
                     "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
@@ -250,7 +250,7 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     changes: dict[str, Any] = {}
     every = fields.get("every", "").strip()
     if every != str(keys.get(EVERY, "")):
-        number = parse_full(every, MAX_STEPS)
+        number = parse_integer(every, MAX_STEPS)
         if every and number is None:
             raise OptionError(
                 say(

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.new_form import parse_full
+from browser.new_form import parse_integer
 from browser.printed_lines import translate_memory
 from browser.responses import (
     Form,
@@ -159,7 +159,7 @@ def _is_same(word: str, typed: str) -> bool:
 
 def read_days(form: Form) -> int:
     """Return for how many days a link is valid. Raises UserError if the field has no such number."""
-    days = parse_full("".join(form.get("days", ())).strip(), MAX_DAYS)
+    days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
         raise UserError(say("A link holds 1 to %(most)s days", most=MAX_DAYS))
     return days

@@ -68,8 +68,8 @@ class ToolForm:
             if not text or text == self.usual(field):
                 continue
             if field.kind == NUMBER:
-                is_full = isinstance(find_default(self.record, field.name), int)
-                _check_number(field, text, info_of(self.record)[field.name], is_full)
+                is_integer = isinstance(find_default(self.record, field.name), int)
+                _check_number(field, text, info_of(self.record)[field.name], is_integer)
             if field.choices is not None and text not in field.choices:
                 raise OptionError(
                     say(
@@ -106,12 +106,12 @@ def give_value(option: str, text: str) -> list[str]:
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_full: bool) -> None:
+def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_integer: bool) -> None:
     """Raise OptionError if a text is not a number that an option with these limits accepts."""
     least = facts.get("least", facts.get("above", -math.inf))
     most = facts.get("most", facts.get("below", math.inf))
     try:
-        is_right = least <= (int(text) if is_full else float(text)) <= most
+        is_right = least <= (int(text) if is_integer else float(text)) <= most
     except ValueError:
         is_right = False
     if is_right:
@@ -122,7 +122,7 @@ def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_full
         "least": f"{least:g}",
         "most": f"{most:g}",
     }
-    if is_full:
+    if is_integer:
         raise OptionError(
             say("%(label)s %(text)s: give a whole number from %(least)s to %(most)s.", **values)
         )

@@ -1,4 +1,4 @@
-"""Open, recognise, load and write files of weights.
+"""Open, recognize, load and write files of weights.
 
 changing: plan another file, or several with an index
 containers: read safetensors and torch files without running code
@@ -8,14 +8,14 @@ encoders: find encoders in Hugging Face's layout
 file_hashes: hashes of a model's file, and where they are kept
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
-first_bytes: recognise files that are no models by how they begin
+first_bytes: recognize files that are no models by how they begin
 gguf_files: read GGUF files, with bounded memory
-kinds: recognise model files by the names of tensors
-marks: recognise packed weights by what a file says
+kinds: recognize model files by the names of tensors
+marks: recognize packed weights by what a file says
 model_files: check model files and folders given by options
 model_folders: what a folder of transformers says, held against its weights
 opening: open model files in any container
-quantising: write layers in 8 bits, or 16 again
+quantizing: write layers in 8 bits, or 16 again
 shard_options: names and sizes of a model's parts
 shards: cut a model into files with an index
 stored/: linear layers with weights in 8 or 4 bits

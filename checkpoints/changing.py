@@ -109,7 +109,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
     Raises:
         OptionError: If a selection or a prefix fits no name, or two tensors would have one name;
-            CheckpointError as `reject_packed`, or if the file's quantisation is unknown and a dtype is to be
+            CheckpointError as `reject_packed`, or if the file's quantization is unknown and a dtype is to be
             changed.
     """
     reject_packed(checkpoint)
@@ -266,7 +266,7 @@ def _make_metadata(
                 del metadata[HEADER]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+                f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
             ) from error
     return {"format": "pt", **metadata}, notes  # transformers loads no file without a format
 

@@ -36,7 +36,7 @@ from modules.text_files import read_tensor_header, require_regular_file
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-# marks of quantised layers: ComfyUI's, also in the metadata, and bitsandbytes'
+# marks of quantized layers: ComfyUI's, also in the metadata, and bitsandbytes'
 MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
 
 # keys under which trainers store the tensors
@@ -159,7 +159,7 @@ class SafetensorsFile(HeaderFile):
     def _find_dtype(self, name: str, kind: str) -> torch.dtype:
         if kind in OTHER_DTYPES:
             raise CheckpointError(
-                f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
+                f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
                 "Give the bf16, fp16 or fp8 file of the model.",
                 self.path,
             )
@@ -333,7 +333,7 @@ _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a 
 
 
 def _check_plain(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor in these containers is sparse, nested, quantised or without data."""
+    """Raise CheckpointError if a tensor in these containers is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a harmful file may put a container in itself
     while waiting:
@@ -355,7 +355,7 @@ def _name_special_kind(tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
     if tensor.is_quantized:
-        return f"a quantised tensor ({dtype_name(tensor.dtype)})"
+        return f"a quantized tensor ({dtype_name(tensor.dtype)})"
     if tensor.device.type != "cpu":
         return f"a tensor without data ({tensor.device.type})"
     return None

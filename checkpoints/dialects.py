@@ -63,7 +63,7 @@ def load_planned(
     `build` makes the network from the plan's dimensions; it is called on the meta device. `dtype` and `what`
     are as for `load_module`; a single dtype is used for all tensors. `form` is the module of
     `checkpoints.stored` in whose form linear layers are kept; None means the file's form, except that fp8 is
-    dequantised. `host` is as for `load_module`. `blocks` takes each block when it is loaded. Raises
+    dequantized. `host` is as for `load_module`. `blocks` takes each block when it is loaded. Raises
     CheckpointError as `load_module`, and if the file has another form.
     """
     with on_meta_device():
@@ -252,7 +252,7 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
     `give` is the files of the right kind.
 
     Raises:
-        CheckpointError: For a quantised file, whose tensors may have other names.
+        CheckpointError: For a quantized file, whose tensors may have other names.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)

@@ -95,7 +95,7 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
-    """Description of a family's transformer files: how to recognise and read them."""
+    """Description of a family's transformer files: how to recognize and read them."""
 
     read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"

@@ -1,4 +1,4 @@
-"""Recognise files that are no models by their first bytes, for messages."""
+"""Recognize files that are no models by their first bytes, for messages."""
 
 import re
 

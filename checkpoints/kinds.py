@@ -1,4 +1,4 @@
-"""Recognise a model file by the names of its tensors, for messages about a file of another kind."""
+"""Recognize a model file by the names of its tensors, for messages about a file of another kind."""
 
 import re
 from collections.abc import Iterable
@@ -157,7 +157,7 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
     """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
 
-    `marks` is the kinds to recognise, None means all; the first that fits counts.
+    `marks` is the kinds to recognize, None means all; the first that fits counts.
     """
     bare = set()
     for name in names:

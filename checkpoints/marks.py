@@ -1,4 +1,4 @@
-"""Recognise packed weights by what a file says of its layers: ComfyUI's marks, bitsandbytes' states.
+"""Recognize packed weights by what a file says of its layers: ComfyUI's marks, bitsandbytes' states.
 
 A weight's `TensorInfo` then has the shape of the value, and a `Packing`. Sources: ComfyUI's `quant_ops.py`,
 comfy-kitchen's layouts, bitsandbytes' `QuantState`.
@@ -105,7 +105,7 @@ def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 def _require_table(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"its record of quantisation has {str(value)[:60]!r} in place of a table")
+        raise ValueError(f"its record of quantization has {str(value)[:60]!r} in place of a table")
     return value
 
 
@@ -356,7 +356,7 @@ LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
 
 
 def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
-    """Recognise a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
+    """Recognize a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
     state = layer.settings
     block = layer.number("blocksize", 64)
     rows, columns = state["shape"]
@@ -394,8 +394,8 @@ def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
-    are_full = type(rows) is int and type(columns) is int
-    is_shape = are_full and rows > 0 and columns > 0
+    are_integers = type(rows) is int and type(columns) is int
+    is_shape = are_integers and rows > 0 and columns > 0
     if not is_shape or columns % block or block % 2:
         raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
     info = layer.weight

@@ -346,7 +346,7 @@ _FOREIGN = {
 
 
 def reject_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, naming the form, for quantised weights that are not read.
+    """Raise CheckpointError, naming the form, for quantized weights that are not read.
 
     Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
     read.
@@ -357,7 +357,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
     how = _find_form(checkpoint.tensors)
     if how:
         raise CheckpointError(
-            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
+            f"{checkpoint.path} is quantized in a way that is not supported ({how}). Give the bf16, fp16 or "
             "fp8 file of the model, or one that ComfyUI, bitsandbytes or GGUF mark.",
             checkpoint.path,
         )
@@ -384,7 +384,7 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return the form of quantised weights without marks, and a tensor that shows it."""
+    """Return the form of quantized weights without marks, and a tensor that shows it."""
     unmarked = _without_marked(tensors)
     for ending, form in _FOREIGN.items():
         for name in unmarked:
@@ -400,7 +400,7 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     for name, info in unmarked.items():
         if _is_packed_weight(name, tensors):
             kind = dtype_name(info.dtype)
-            return f"quantised, form unknown: it has {name} in {kind} in place of a weight"
+            return f"quantized, form unknown: it has {name} in {kind} in place of a weight"
     return None
 
 
@@ -438,7 +438,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     The scales are left out.
 
     Raises:
-        CheckpointError: If the file's quantisation is not supported.
+        CheckpointError: If the file's quantization is not supported.
     """
     reject_quantized(checkpoint)
     scales = find_scales(checkpoint.tensors)

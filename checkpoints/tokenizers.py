@@ -1,6 +1,6 @@
 """Find the tokenizer of a text encoder (given, in or next to its folder, on the hub) and read it.
 
-Also check by how much its normaliser may lengthen a text: a small file could turn a prompt into terabytes.
+Also check by how much its normalizer may lengthen a text: a small file could turn a prompt into terabytes.
 """
 
 import base64
@@ -213,7 +213,7 @@ _PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
 def check_sentencepiece(model: bytes) -> None:
     """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
 
-    Its normaliser may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
+    Its normalizer may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
     sentencepiece_model.proto, ModelProto and NormalizerSpec.
     """
     for specification in _read_entries(model, 3):
@@ -238,7 +238,7 @@ def piece_surfaces(encoded: bytes) -> list[str]:
 def _check(growth: float) -> None:
     if growth > MAX_TOKENIZER_GROWTH:
         raise ValueError(
-            f"its normaliser makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
+            f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
         )
 
 

@@ -286,7 +286,7 @@ class MediaBatch:
 class MomentsBatch:
     """Posteriors of a VAE that were computed before, instead of frames. All items are of one size."""
 
-    # B 2C F H W, before any normalisation: means, then logarithms of variances, on the channel axis
+    # B 2C F H W, before any normalization: means, then logarithms of variances, on the channel axis
     moments: Tensor
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     image: Tensor | None = None  # B 2C 1 H W: of each clip's first frame alone
@@ -358,7 +358,7 @@ class LatentSpec:
     frame_step: int  # frames are frame_step * n + 1; with `clip` as `lengths` says
     scale: float = 1.0
     shift: float = 0.0
-    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
+    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to color
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
     in_sections: bool = False

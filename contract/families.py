@@ -53,7 +53,7 @@ class FamilyEntry:
     further_models: tuple[str, ...] = ()
     own_latents: tuple[str, ...] = ()  # of these, the ones with latents of their own
     same_latents: str = ""  # the family whose autoencoder it has too
-    notice: str = ""  # what its scripts say before anything else: terms of the licence that exclude many
+    notice: str = ""  # what its scripts say before anything else: terms of the license that exclude many
     captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
 
     def say_notice(self) -> None:
@@ -273,7 +273,7 @@ def identify(path: Path, family: str | None = None) -> str | None:
             open_file(path).close()
         except CheckpointError:
             return None
-    # Wan's, the last, recognises files of no family too
+    # Wan's, the last, recognizes files of no family too
     for name in reversed(list(FAMILIES)):
         entry = FAMILIES[name]
         if not entry.own_files:

@@ -183,13 +183,13 @@ class NpzFormat:
 
 @dataclass(frozen=True)
 class ModelRelease:
-    """A released model: its repositories on the hub and the licence of its weights."""
+    """A released model: its repositories on the hub and the license of its weights."""
 
     repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
     licence: str
     license_key: str  # the hub's identifier of it, "other" for those that have none
     license_url: str
-    # False: other checkpoints of the kind, with licences of their own, are trained more often
+    # False: other checkpoints of the kind, with licenses of their own, are trained more often
     covers_all: bool = True
 
 
@@ -390,7 +390,7 @@ class ReferenceRules:
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
-    # text encoders see each of an item as it is encoded to latents, in its size, crop and colours
+    # text encoders see each of an item as it is encoded to latents, in its size, crop and colors
     as_encoded: bool = False
     edits: bool = False  # the model was trained to have one: a request without any is warned of
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`

@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Away:
-    """The text to steer away from in normalised attention guidance, to which a pass attends as well."""
+    """The text to steer away from in normalized attention guidance, to which a pass attends as well."""
 
     text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: "Steer"

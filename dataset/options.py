@@ -222,7 +222,7 @@ class DebugOptions(Options, title="looking at the dataset"):
     """How to show the model's inputs, instead of caching them."""
 
     debug_mode: str | None = option(
-        "show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "
+        "show what the model will see and cache nothing: in a window (or PNG files), as colored text, "
         "or as mp4 files",
         choices=("image", "console", "video"),
         often=True,

@@ -1,4 +1,4 @@
-"""Recognise the data files of other trainers, and say what to write in their place. Standard library only."""
+"""Recognize the data files of other trainers, and say what to write in their place. Standard library only."""
 
 from collections.abc import Mapping
 from typing import Any

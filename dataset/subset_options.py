@@ -145,7 +145,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         often=True,
     )
     reg_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of regularisation pictures", place="folder", needs="train_data_dir"
+        "folder with folders REPEATS_CLASS of regularization pictures", place="folder", needs="train_data_dir"
     )
     in_json: Path | None = option(
         "JSON file with caption and tags of each picture", place="file", needs="train_data_dir"
@@ -203,7 +203,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     alpha_mask: bool = option("transparent parts are not learned")
     masked_loss: bool = option("the control picture says which parts are learned")
     prior_loss_weight: float = option(
-        "factor on the loss of regularisation pictures", default=1.0, least=0, hint="1 is usual"
+        "factor on the loss of regularization pictures", default=1.0, least=0, hint="1 is usual"
     )
     debug_dataset: bool = option(
         "show each picture and caption as it may be trained, in windows or else as files; train nothing"

@@ -216,7 +216,7 @@ class DatasetTable:
     buckets: BucketRule | None = None  # None: buckets of video trainers
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    is_reg: bool = False  # regularisation images: as many are trained as others of the group
+    is_reg: bool = False  # regularization images: as many are trained as others of the group
     image_folder: Path | None = None  # that the names of pictures in a list are relative to
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None

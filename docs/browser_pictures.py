@@ -94,7 +94,7 @@ CAPTIONS = (  # and frames, of the clips of the dataset
     ("a yellow blorp moving down, in the evening", 17),
     ("two blorps at night", 9),
 )
-# shapes of a clip as the pocket model knows them: colour, form and direction of each, and the ground
+# shapes of a clip as the pocket model knows them: color, form and direction of each, and the ground
 SCENES = (
     ((("red", "diamond", "right"),), "navy"),
     ((("yellow", "diamond", "down"),), "brown"),

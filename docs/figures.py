@@ -37,7 +37,7 @@ MODES = (
 )
 RESOLUTION = (960, 544)
 SOURCES = ((1920, 1080), (1080, 1920), (1024, 1024), (3000, 1000))
-LEARNED = (("circle", (20.0, 24.0), 26.0), ("square", (45.0, 42.0), 20.0))  # form, centre, width
+LEARNED = (("circle", (20.0, 24.0), 26.0), ("square", (45.0, 42.0), 20.0))  # form, center, width
 ASKED = (("triangle", (22.0, 40.0), 28.0), ("ring", (45.0, 20.0), 24.0))
 SHIFTS = (1.0, 3.0, 5.0, 7.0, 14.5)
 
@@ -130,7 +130,7 @@ def draw_control() -> Figure:
     first, second = _paint(ASKED, ("green", "white"), "grey"), _paint(ASKED, ("yellow", "blue"), "brown")
     panels = (
         (draw_edges(first, *EDGE_THRESHOLDS), "control picture", "says where"),
-        (first, "picture", "prompt: a green triangle\nand a white ring on grey"),
+        (first, "picture", "prompt: a green triangle\nand a white ring on gray"),
         (second, "picture", "prompt: a yellow triangle\nand a blue ring on brown"),
     )
     for axes, panel in zip(generation.subplots(1, 3), panels, strict=True):

@@ -16,7 +16,7 @@ STEPS = ("latents", "texts", "train", "generate")
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence of weights. `key` is its identifier on the hub, "other" for those that have none."""
+    """A license of weights. `key` is its identifier on the hub, "other" for those that have none."""
 
     name: str
     key: str

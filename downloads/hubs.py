@@ -98,7 +98,7 @@ def explain_status(status: int, file: str, page: str, has_token: bool) -> Downlo
         if has_token:
             hint = "The token that is stored on this machine or in HF_TOKEN may lack the rights."
         return DownloadError(
-            f"{page}: access to {file} is refused ({status}). Accept the licence on that page with your "
+            f"{page}: access to {file} is refused ({status}). Accept the license on that page with your "
             f"account.\n  {hint}"
         )
     if status == 404:

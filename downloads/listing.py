@@ -56,7 +56,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
-    """Return lines about the files of a task: option, path, size, repository, licence."""
+    """Return lines about the files of a task: option, path, size, repository, license."""
     rows = [
         (
             component.option or "",
@@ -76,7 +76,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def excludes_many(model_set: ModelSet) -> bool:
-    """Return whether a licence has to be said before anything else."""
+    """Return whether a license has to be said before anything else."""
     return any(component.licence.comes_first for component in model_set.components)
 
 

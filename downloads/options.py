@@ -22,7 +22,7 @@ class DownloadOptions(Options):
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
     to: Path = option("folder for the models", default=Path("models"), place="new folder")
     list_only: bool = option(
-        "only show the files with sizes and licences; of all families, or of --family and --task", name="list"
+        "only show the files with sizes and licenses; of all families, or of --family and --task", name="list"
     )
     source: str = option(
         "site to download from; what modelscope does not have comes from huggingface. HF_ENDPOINT names a "

@@ -11,7 +11,7 @@ language_encoder: language models for the shared loops; chat templates
 language_models: files of Llama, Qwen, Mistral, and their networks
 language_states: running language models, and the states of layers
 picture_prompts: pictures in prompts, through a vision tower
-pictures: cache entries of single pictures, colours of latents
+pictures: cache entries of single pictures, colors of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files
 text_encoder: tokenizers, rows of tokens, weights, counting, loading

@@ -3,7 +3,7 @@
 A picture is a clip of one frame. Latents are those of the model and of cache files: shifted and scaled.
 Pictures of a batch are computed one after the other, so that memory does not grow with their number and no
 result depends on the rest of the batch. Tiles bound the memory of large pictures and change the result a
-little: neighbours share a quarter, as in diffusers.
+little: neighbors share a quarter, as in diffusers.
 
 Our modules have the names of the released ae.safetensors. diffusers' AutoencoderKL has its own.
 """

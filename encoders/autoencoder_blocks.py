@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-class ImageAttention(nn.Module):
+class SpatialAttention(nn.Module):
     """One-head attention of each pixel to all pixels, added to the input."""
 
     def __init__(self, width: int, groups: int) -> None:
@@ -70,7 +70,7 @@ class Middle(nn.Module):
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(width, width, groups)
-        self.attn_1 = ImageAttention(width, groups)
+        self.attn_1 = SpatialAttention(width, groups)
         self.block_2 = ResidualBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,5 +173,5 @@ class AutoencoderDecoder(nn.Module):
 
 
 def norm_and_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """Normalise and apply SiLU, with one temporary tensor."""
+    """Normalize and apply SiLU, with one temporary tensor."""
     return functional.silu(norm(x), inplace=True)

@@ -1,4 +1,4 @@
-"""Checkpoint files of CLIP's text and image towers: recognise them, read dimensions.
+"""Checkpoint files of CLIP's text and image towers: recognize them, read dimensions.
 
 The text tower is published under several prefixes, alone or next to the image tower. So its prefix is
 whatever precedes the name of the token embeddings, and tensors of other networks are left out by name. Our

@@ -296,7 +296,7 @@ class ClipVision(nn.Module):
         return self(self.prepare(images).to(weight.device, weight.dtype))
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as the tower sees them, B 3 S S float32: resized, cut to the middle, normalised.
+        """Return images as the tower sees them, B 3 S S float32: resized, cut to the middle, normalized.
 
         Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
         """

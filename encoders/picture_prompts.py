@@ -196,7 +196,7 @@ def read_images(
     use: ImageUse,
     colours: Mapping[str, Sequence[float]] | None = None,
 ) -> ReadImages:
-    """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
+    """Cut pictures into patches: sides become multiples of a token's, colors are normalized.
 
     `pictures` are each H W 3 uint8 RGB. `colours` are mean and deviation, in place of the tower's own
     (`VisionTower.colours`).

@@ -1,4 +1,4 @@
-"""What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
+"""What families of picture models share besides `encoders/files.py`, and colors of latents for previews."""
 
 import logging
 from abc import abstractmethod
@@ -52,7 +52,7 @@ from modules.media.pixels import byte_clips, to_pixels
 logger = logging.getLogger(__name__)
 
 GUIDANCE = "guidance"  # the guidance that is built in, in conditions
-# Least squares fit of latents in model space to colours (R, G, B), which all known tools use
+# Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.0346, 0.0244, 0.0681),
     (0.0034, 0.0210, 0.0687),
@@ -143,7 +143,7 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
-    """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the centre.
+    """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the center.
 
     `area` None keeps the picture's size. Its sides become multiples of `step`. Source: the released code of
     FLUX.2.

@@ -14,7 +14,7 @@ ByT5's tokens are the bytes of a text: it encodes the letters that a picture sho
     ids, mask = byte_rows(texts, 128)
     states = network.encode_padded(ids, mask)  # B L C, on the device
 
-The encoder of Glyph-ByT5 has more tokens than bytes (colours and fonts). HunyuanImage-2.1 never uses these.
+The encoder of Glyph-ByT5 has more tokens than bytes (colors and fonts). HunyuanImage-2.1 never uses these.
 Source: Xue et al. 2022, arXiv 2105.13626.
 """
 

@@ -100,7 +100,7 @@ def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
     head.copy_(before.narrow(axis, before.shape[axis] - length, length).lerp(head, ramp))
 
 
-OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
+OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbor
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _make_ramp(length: int) -> Tensor:
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Cover `size` with equal tiles of at most `largest`; neighbours share about a quarter of `largest`.
+    """Cover `size` with equal tiles of at most `largest`; neighbors share about a quarter of `largest`.
 
     They share at least one latent pixel if a tile has two or more.
     """

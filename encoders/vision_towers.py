@@ -38,7 +38,7 @@ class VisionTower:
     merger: tuple[str, str]  # the two of the layers that make tokens of patches
     # further settings; None: the tensors or the config.json are those of another tower
     read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
-    # mean and deviation of the colours, as transformers' image processor calls them; {}: CLIP's
+    # mean and deviation of the colors, as transformers' image processor calls them; {}: CLIP's
     colours: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 

@@ -98,7 +98,7 @@ class DitLoader:
         if patch is not None:
             patch.check()
         if merged is not None and merged.unmerged:
-            from networks.unmerged import add_unmerged  # only with LoRAs of quantised layers
+            from networks.unmerged import add_unmerged  # only with LoRAs of quantized layers
 
             add_unmerged(dit, merged.unmerged, self.device, dtype_of(dit))
         if masked:
@@ -358,7 +358,7 @@ def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
             infos = checkpoint.tensors.values()
             is_rounded = any(info.packing is not None or info.dtype in FP8_DTYPES for info in infos)
         if is_rounded:
-            raise OptionError(f"{path} is quantised already, and rounding it again would only lose more.")
+            raise OptionError(f"{path} is quantized already, and rounding it again would only lose more.")
 
 
 def _check_fp16_sums(device: torch.device) -> None:

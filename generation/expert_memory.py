@@ -185,7 +185,7 @@ def load_with_loras(
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
     """Load the first expert for a plan, on the meta device; return it and `LoraPatch.unmerged` of its LoRAs.
 
-    LoRAs are read only if layers are quantised, or if one is a T-LoRA; otherwise they are merged, which takes
+    LoRAs are read only if layers are quantized, or if one is a T-LoRA; otherwise they are merged, which takes
     no memory.
     """
     dit = family.load_dit(placement)

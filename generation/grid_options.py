@@ -44,7 +44,7 @@ class SheetOptions(Options, title="comparison sheet"):
     """Content of a comparison sheet. None: no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
-        "make one labelled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
+        "make one labeled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
         "guidance_scale=3,5. The first goes across, the second down. Values with commas: separate them with "
         "| instead",
         metavar="AXIS=V1,V2",

@@ -281,7 +281,7 @@ def _place_loras(
     prepared: Prepared,
     ledger: dry.Ledger,
 ) -> None:
-    """Put LoRAs of quantised layers and those of the request's stages on the device, next to the weights."""
+    """Put LoRAs of quantized layers and those of the request's stages on the device, next to the weights."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
             add_unmerged(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))

@@ -177,7 +177,7 @@ class GenerationOptions(Options, title="run"):
     lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA", defaults={"lora_multiplier": 1.0})
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lora_rounding: str = lora_rounding_option(title="LoRA")
-    lycoris = not_needed("LoHa and LoKr files are recognised automatically")
+    lycoris = not_needed("LoHa and LoKr files are recognized automatically")
     save_merged_model: Path | None = option(
         "write the model with the LoRAs merged in, then stop",
         place="safetensors",

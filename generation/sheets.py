@@ -1,6 +1,6 @@
 """Show clips side by side, in rows and columns; comparison sheets of one prompt.
 
-A sheet has all values of one or two options, as one labelled picture or video. Each cell equals the result
+A sheet has all values of one or two options, as one labeled picture or video. Each cell equals the result
 of a single run with its values, to the bit, and is saved like it; the sheet is drawn from the saved files.
 All cells of all sheets are one batch: texts and models are loaded once.
 """
@@ -287,7 +287,7 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
 def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> Path:
     """Draw the sheet of finished cells: a PNG if all are pictures, else a video. Returns its path.
 
-    Rows and columns are labelled with the values of the axes; the prompt is the title, unless it is an axis.
+    Rows and columns are labeled with the values of the axes; the prompt is the title, unless it is an axis.
     """
     output = run.options.output
     first_place = next(iter(paths))

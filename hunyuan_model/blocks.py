@@ -191,7 +191,7 @@ class DoubleStreamBlock(nn.Module):
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream's tokens B L C; the first two normalised."""
+        """Return query, key and value of a stream's tokens B L C; the first two normalized."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:

@@ -156,7 +156,7 @@ class LtxModel(nn.Module):
         fps: Fps = DEFAULT_FPS,
         audio: Tensor | None = None,
         audio_timesteps: Tensor | None = None,
-        sound_text: Tensor | None = None,
+        audio_text: Tensor | None = None,
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: LtxReferences = NO_REFERENCES,
@@ -171,10 +171,10 @@ class LtxModel(nn.Module):
             audio: Latents of the audio, B Z M K with K bins each; None for video alone: then no weight of the
                 audio stream is used.
             audio_timesteps: B, 0 for audio that is given; None: those of the video.
-            sound_text: States for the audio stream, B T text_dim.
+            audio_text: States for the audio stream, B T text_dim.
             has_sound: B, whether a sample has audio; without, its audio has no influence on its video. None:
                 all have it.
-            overrides: Changes to this call; their second text has arguments named text and sound_text. Their
+            overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
             references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
 
@@ -191,7 +191,7 @@ class LtxModel(nn.Module):
         hidden = self.embed(
             latents,
             timesteps={VIDEO: timesteps, SOUND: audio_timesteps},
-            texts={VIDEO: text, SOUND: sound_text},
+            texts={VIDEO: text, SOUND: audio_text},
             fps=fps,
             has_sound=has_sound,
             overrides=overrides,
@@ -218,7 +218,7 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first = next(iter(latents.values()))
         dtype = activation_dtype(first.device, self.compute_dtype)
-        prompts = overrides.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
+        prompts = overrides.texts(len(first), text=texts[VIDEO], audio_text=texts[SOUND])
         sees_other = len(latents) == 2 and not overrides.isolated
         parts = {}
         streams = {}
@@ -231,7 +231,7 @@ class LtxModel(nn.Module):
                 given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
-            text_name = "text" if is_video else "sound_text"
+            text_name = "text" if is_video else "audio_text"
             stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
             parts[names] = self._project(inputs, dtype)
             stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)

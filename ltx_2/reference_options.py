@@ -82,7 +82,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         facts=OF_REQUEST,
     )
     conditioning_attention_mask: tuple[str, ...] | None = option(
-        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a grey picture or clip "
+        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a gray picture or clip "
         "by place, whose white is all of STRENGTH",
         flags=("--conditioning-attention-mask",),
         nargs="+",

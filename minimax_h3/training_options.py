@@ -155,7 +155,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         facts=HABIT,
     )
     h3_teacher_loss_dc_weight: float = option(
-        "--teacher_colour_weight; 0 to 0.3 leave the colours of the teacher out",
+        "--teacher_colour_weight; 0 to 0.3 leave the colors of the teacher out",
         default=1.0,
         least=0,
         most=100,

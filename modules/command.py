@@ -44,7 +44,7 @@ LAUNCH = "accelerate launch --multi_gpu --num_processes N"
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Send log lines to standard error, in UTF-8 if the stream can; coloured on a terminal.
+    """Send log lines to standard error, in UTF-8 if the stream can; colored on a terminal.
 
     Calling it again changes nothing. Closed streams are opened on the null device: otherwise the next files
     to be opened would get their descriptors, and the messages.
@@ -73,7 +73,7 @@ def draws_boxes(stream: Any) -> bool:
 
 
 def wants_color(stream: Any) -> bool:
-    """Return whether to write ANSI colours: to a terminal that knows them, if NO_COLOR is not set."""
+    """Return whether to write ANSI colors: to a terminal that knows them, if NO_COLOR is not set."""
     if os.environ.get("NO_COLOR") or not draws_boxes(stream):
         return False
     if os.name != "nt":

@@ -61,7 +61,7 @@ def draw_box(
 ) -> str:
     """Return the box for a terminal, with lines below it.
 
-    With `colour`, use ANSI colours. With `unicode`, draw with line characters instead of ASCII. `columns` is
+    With `colour`, use ANSI colors. With `unicode`, draw with line characters instead of ASCII. `columns` is
     that of the terminal, asked from the system if None.
     """
     from rich import box  # slow, and only for a terminal

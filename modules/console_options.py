@@ -19,7 +19,7 @@ class ConsoleOptions(Options, title="log lines"):
     console_log_file: Path | None = option(
         "write them to this file instead of the console", place="new file", facts=APPENDS
     )
-    console_log_simple: bool = option("plain lines: no colours, no boxes")
+    console_log_simple: bool = option("plain lines: no colors, no boxes")
 
     def apply(self) -> None:
         """Change the handlers of the root logger.

@@ -11,7 +11,7 @@ from modules.limits import MAX_ANSWER_CHARACTERS
 # halves of characters
 _CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# what a terminal takes as one command: colours and places; titles and links, with their text
+# what a terminal takes as one command: colors and places; titles and links, with their text
 _SEQUENCES = re.compile(
     "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
     "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x9c|\x1b\\\\)"

@@ -58,7 +58,7 @@ def select_device(name: str | None) -> torch.device:
     """Return the device of that name; without a name CUDA, else MPS, else the CPU.
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
-    synchronising act on the current GPU, and would otherwise also use memory of the first one.
+    synchronizing act on the current GPU, and would otherwise also use memory of the first one.
 
     Raises:
         OptionError: If the device does not exist.
@@ -142,7 +142,7 @@ def pin(tensor: Tensor) -> Tensor:
 
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialised page-locked memory, or other host memory if the driver refuses."""
+    """Return uninitialized page-locked memory, or other host memory if the driver refuses."""
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:

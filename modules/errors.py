@@ -80,7 +80,7 @@ def catch_panics() -> Iterator[None]:
         raise ValueError(f"its library fails: {error}") from error
 
 
-# where the classes of compilers' errors are; torch need not be loaded to recognise them
+# where the classes of compilers' errors are; torch need not be loaded to recognize them
 _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 

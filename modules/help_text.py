@@ -25,7 +25,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
-        if hasattr(self, "_set_color"):  # Python 3.14 would colour, and measure columns with its codes
+        if hasattr(self, "_set_color"):  # Python 3.14 would color, and measure columns with its codes
             self._set_color(False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

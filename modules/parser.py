@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
     """Parser of a script's options.
 
     A mistake gives one message, with the option or value that was probably meant, and exit code 2. Help shows
-    defaults, and colours on a terminal.
+    defaults, and colors on a terminal.
     """
 
     # option -> the flag that messages show for it if none is typed, for scripts with names of their own
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
-        """Print all options, by group, or one screen of them; in colour on a terminal."""
+        """Print all options, by group, or one screen of them; in color on a terminal."""
         file = file or sys.stdout
         text = self.format_short_help() if is_short else self.format_help()
         if wants_color(file):

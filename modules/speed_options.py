@@ -325,7 +325,7 @@ class GenerationFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Return the quantisation of the weights; None if there is none. --fp8_scaled replaces --fp8."""
+        """Return the quantization of the weights; None if there is none. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
             return Quantization("rows", form="int8", asked_by="--convrot_int8")
         if self.nf4_base:

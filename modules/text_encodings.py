@@ -132,7 +132,7 @@ def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
     """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)
-    # without a mark only ASCII is recognised, half of whose bytes are 0
+    # without a mark only ASCII is recognized, half of whose bytes are 0
     name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
     text = _decode(content, name)
     if text is None or "\0" in text or _measure_characters(text) < CHARACTERS:

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.dialects import cut_parts, join_parts
 from checkpoints.dits import bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from checkpoints.quantising import in_values
+from checkpoints.quantizing import in_values
 from contract.loading import TensorSource
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError

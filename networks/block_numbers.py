@@ -148,16 +148,16 @@ def _draw_curve(curve: str, count: int) -> list[float]:
     return places if curve.endswith("linear") else [math.sin(math.pi * place / 2) for place in places]
 
 
-def _read_numbers(name: str, texts: Sequence[str], is_full: bool = False) -> tuple[float, ...]:
+def _read_numbers(name: str, texts: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
     """Return numbers of at least 0. Raises OptionError."""
     numbers = []
     for text in texts:
         try:
-            number = int(text) if is_full else float(text)
+            number = int(text) if is_integer else float(text)
         except ValueError:
             number = -1
         if not 0 <= number < math.inf:
-            kind = "whole numbers" if is_full else "numbers"
+            kind = "whole numbers" if is_integer else "numbers"
             curves = f", or one of {', '.join(_CURVES)}" if name in RATES else ""
             raise OptionError(
                 f"--network_args {name}: {text.strip()!r} is no number of at least 0. Write {kind} with "

@@ -17,7 +17,7 @@ from checkpoints.dits import bare_names
 from checkpoints.finite import check_finite
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint
-from checkpoints.quantising import in_values
+from checkpoints.quantizing import in_values
 from checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
 from modules.devices import select_device
@@ -34,7 +34,7 @@ from networks.text_loras import TensorPiece, is_full, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
-OVERSAMPLING, POWERS = 16, 4  # of the randomised decomposition
+OVERSAMPLING, POWERS = 16, 4  # of the randomized decomposition
 EXACT_BELOW = 512  # up to this side, matrices are decomposed in full
 # of the U-Net: matrices and 1x1 convolutions of its attention blocks, as sd-scripts trains them
 _ATTENTION = re.compile(
@@ -214,7 +214,7 @@ def _extract_blocks(
 
 
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
-    """Return two models with their weights as values; warn if one is quantised."""
+    """Return two models with their weights as values; warn if one is quantized."""
     values = Pair(in_values(original), in_values(tuned))
     quantized = []
     if values.original is not original:
@@ -223,7 +223,7 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
         quantized.append(tuned.path.name)
     if quantized:
         logger.warning(
-            "%s: quantised. What rounding has changed is a difference of the models too, and will be in the "
+            "%s: quantized. What rounding has changed is a difference of the models too, and will be in the "
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantized),
         )
@@ -417,7 +417,7 @@ def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
 
-    The singular vectors come from a randomised decomposition (Halko et al. 2011, arXiv 0909.4061), from
+    The singular vectors come from a randomized decomposition (Halko et al. 2011, arXiv 0909.4061), from
     random numbers that depend on the name alone. Small matrices are decomposed in full.
     """
     rank = min(rank, *change.shape)

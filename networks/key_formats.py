@@ -1,4 +1,4 @@
-"""Bring the tensors of a LoRA file in any dialect under our names, and recognise the family.
+"""Bring the tensors of a LoRA file in any dialect under our names, and recognize the family.
 
 `tensor_names.py` has the dialects, `rewriting.py` factors of other forms.
 """
@@ -265,7 +265,7 @@ def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> t
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    Parts are recognised by the names of further networks in pipelines of diffusers. An alpha for all modules
+    Parts are recognized by the names of further networks in pipelines of diffusers. An alpha for all modules
     goes into each part.
     """
     names = list(names)

@@ -189,7 +189,7 @@ def read_lora(
     """
     with open_checkpoint(path) as checkpoint:
         kind = key_formats.other_kind(checkpoint.tensors)
-        # whole models are recognised by names, before gigabytes are read
+        # whole models are recognized by names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
             raise _no_lora(path, checkpoint.tensors)

@@ -291,7 +291,7 @@ class LoraLayer(nn.Module):
 def _factors(
     original: nn.Linear | nn.Conv2d, rank: int, heights: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
-    """Return uninitialised down and up modules, float32 on the CPU."""
+    """Return uninitialized down and up modules, float32 on the CPU."""
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))
@@ -310,7 +310,7 @@ def _factors(
 
 
 def _make_empty(layer: Layer) -> Layer:
-    """Move a layer from the meta device to the CPU, uninitialised; works in a dry run too."""
+    """Move a layer from the meta device to the CPU, uninitialized; works in a dry run too."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 

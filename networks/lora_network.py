@@ -1,4 +1,4 @@
-"""The network that a training optimises: layers of a kind in a DiT, and in text encoders too."""
+"""The network that a training optimizes: layers of a kind in a DiT, and in text encoders too."""
 
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.finite import check_finite
 from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from checkpoints.quantising import in_values
+from checkpoints.quantizing import in_values
 from checkpoints.writing import save_tensors, stream_tensors
 from contract.loading import TensorInfo
 from contract.rules import expert_of_file
@@ -294,7 +294,7 @@ def merge_into_file(
             ("result", str(output)),
         ]
         if quantized:
-            change = f"{len(quantized)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
+            change = f"{len(quantized)} quantized weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
         free = as_size(free_bytes(real_path(output).parent))
         rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
@@ -343,7 +343,7 @@ def _written_tensors(
 
     Args:
         checkpoint: The opened checkpoint.
-        quantised: Names of weights that are quantized in the model's file.
+        quantized: Names of weights that are quantized in the model's file.
         dtype: Dtype of the result's weights.
     """
     written: dict[str, TensorInfo] = {}

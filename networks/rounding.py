@@ -1,6 +1,6 @@
 """Round weights in 16 bits after LoRAs are merged into them, so that LoRAs of small effect keep it.
 
-A change below half the distance of two neighbouring numbers is lost where sums are rounded to the nearest: in
+A change below half the distance of two neighboring numbers is lost where sums are rounded to the nearest: in
 bfloat16, changes of 0.03 % keep 18 % of their effect. Rounded up or down at random, as likely as the sum is
 near to either, they keep all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
 """

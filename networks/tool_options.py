@@ -135,7 +135,7 @@ class FluxMergeOptions(Options):
     mem_eff_load_save = not_needed(BY_TENSOR)
     loading_device = not_needed("tensors are read one by one.", default="cpu")
     shuffle = NO_SHUFFLE
-    diffusers = not_needed("names of diffusers are recognised automatically.")
+    diffusers = not_needed("names of diffusers are recognized automatically.")
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -21,7 +21,7 @@ from networks.rank_masks import rule_of
 def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put changes of quantised weights round their layers, switched on.
+    """Put changes of quantized weights round their layers, switched on.
 
     Call before networks and compilation.
 

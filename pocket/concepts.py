@@ -43,7 +43,7 @@ validation = true
 
 @dataclass(frozen=True)
 class Concept:
-    """A made-up word and the form or the colour that it stands for."""
+    """A made-up word and the form or the color that it stands for."""
 
     word: str
     form: str | None = None
@@ -51,7 +51,7 @@ class Concept:
     colour: str = ""  # the detectors' name for `rgb`
 
     def caption(self, thing: drawing.Thing) -> str:
-        """Return the plain wording, with the word in place of the shape or of the colour."""
+        """Return the plain wording, with the word in place of the shape or of the color."""
         color = thing.colour if self.rgb is None else self.word
         shape = thing.shape if self.form is None else self.word
         return f"a {color} {shape} moving {thing.direction}"

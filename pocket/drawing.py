@@ -43,7 +43,7 @@ FORMS = (*SHAPES, "diamond", "ring", "cross", "star", "bar")  # all that can be 
 
 @dataclass(frozen=True)
 class Thing:
-    """One moving shape. Positions are those of its centre, in pixels from the upper left corner."""
+    """One moving shape. Positions are those of its center, in pixels from the upper left corner."""
 
     colour: str
     shape: str
@@ -180,7 +180,7 @@ def outline(form: str) -> Sequence[NDArray[np.float64]]:
 
 
 def near(random: np.random.Generator, rgb: Colour, spread: int) -> Colour:
-    """Return a colour close to `rgb`: each value differs by at most `spread`."""
+    """Return a color close to `rgb`: each value differs by at most `spread`."""
     red, green, blue = np.clip(np.array(rgb) + random.integers(-spread, spread + 1, 3), 0, 255).tolist()
     return red, green, blue
 

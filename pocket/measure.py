@@ -37,7 +37,7 @@ IN_FLOAT32 = ("--dit_dtype", "float32")
 
 @dataclass(frozen=True)
 class Asked:
-    """Colour, shape and direction that a prompt asks for, as the detectors name them, and made-up words."""
+    """Color, shape and direction that a prompt asks for, as the detectors name them, and made-up words."""
 
     colour: str
     shape: str

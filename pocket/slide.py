@@ -2,7 +2,7 @@
 
 python -m pocket.slide FOLDER       red at strength 1, blue at -1; prints what clips at -1, 0 and 1 show
 
-The scripts of training and generation run as users type them. The prompts name no colour. Each is made with
+The scripts of training and generation run as users type them. The prompts name no color. Each is made with
 one noise at three strengths; the detectors of the tests say what a clip shows.
 """
 
@@ -38,7 +38,7 @@ PROMPTS = (
 )
 FIRST_SEED = 600
 STRENGTHS = (-1, 0, 1)
-PATCH = 2  # pixels around the middle of the thing whose colour is measured
+PATCH = 2  # pixels around the middle of the thing whose color is measured
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Seen:
     redness: float  # red minus blue in the middle of the thing, -1..1, mean over frames; NaN: there is none
     shape: str | None
     direction: str | None
-    ground: tuple[float, ...]  # median colour, 0..1
+    ground: tuple[float, ...]  # median color, 0..1
 
 
 @dataclass(frozen=True)

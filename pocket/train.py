@@ -53,7 +53,7 @@ BATCH = 32
 # Where each block's attention looks at the start of training: offset in tokens along frames, rows, columns
 LOOKS = ((-1, 0, 0), (1, 0, 0), (0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0))
 LOOK_STRENGTH = 1.8  # of these biases; queries and keys are about 1
-SHARPEST = 0.1  # radians per token: slower turns say little about the distance of neighbours
+SHARPEST = 0.1  # radians per token: slower turns say little about the distance of neighbors
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def dit_options(settings: Settings, dataset: Path, start: Path, vae: Path, t5: P
 def write_random_dit(path: Path, seed: int) -> None:
     """Write a transformer that predicts 0: Xavier weights, a zero last layer.
 
-    Each block attends to one neighbour. Positions enter only through the rotary turns; biases of query and
+    Each block attends to one neighbor. Positions enter only through the rotary turns; biases of query and
     key that agree up to the turn of one step make a block look there from the beginning, which it otherwise
     takes long to learn: about a quarter fewer steps to the same loss.
     """

@@ -1,6 +1,6 @@
 """Train the pocket text encoder, in its own short loop. Called by pocket/train.py.
 
-A tiny umT5 learns to predict, at every token, what the clip shows: colour, shape, direction, speed and size
+A tiny umT5 learns to predict, at every token, what the clip shows: color, shape, direction, speed and size
 of the thing that the token belongs to, the ground, and the token itself, so that an unknown word leaves a
 trace too.
 """

@@ -171,7 +171,7 @@ class ClipSource:
 
 
 def any_scene(random: np.random.Generator) -> drawing.Scene:
-    """Draw a scene, half of the time with any colours and forms, beyond those of the captions.
+    """Draw a scene, half of the time with any colors and forms, beyond those of the captions.
 
     So the VAE can show what a LoRA is to teach.
     """

@@ -17,7 +17,7 @@ from wan.vae_blocks import Downsample, RmsNorm, Upsample, WanCausalConv, WanFram
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:
-    """Return the posterior's means before normalisation, B Z f h w, of pixels B 3 F H W in -1..1."""
+    """Return the posterior's means before normalization, B Z f h w, of pixels B 3 F H W in -1..1."""
     encoder = vae.encoder
     x = _through([*encoder.downsamples, *encoder.middle], _causal(encoder.conv1, pixels))
     return vae.conv1(_causal(encoder.head["2"], x, encoder.head["0"])).chunk(2, dim=1)[0].float()
@@ -34,7 +34,7 @@ def decode(vae: WanVae, means: Tensor) -> Tensor:
 def fold_statistics(vae: WanVae, mean: Tensor, std: Tensor) -> None:
     """Scale the VAE so that means with these statistics (Z each) have those of Wan's constants.
 
-    Normalised latents then have mean 0 and deviation 1. The affine map goes into the last convolution of the
+    Normalized latents then have mean 0 and deviation 1. The affine map goes into the last convolution of the
     encoder and, inverted, into the first of the decoder.
     """
     scale = torch.tensor(WAN_2_1.std) / std

@@ -80,7 +80,7 @@ class UpscalerOptions(Options, title="upscaling"):
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
     )
-    mode: str = option(  # only the output's name; the network is recognised from the file
+    mode: str = option(  # only the output's name; the network is recognized from the file
         "the kind of network", default="swinir", choices=("swinir", "esrgan")
     )
     scale: float = option("size of the result: width and height times this", default=2, above=0)
@@ -131,8 +131,8 @@ class InterpolationOptions(Options, title="interpolation"):
     )
     scene_threshold: float = option(
         "from this distance of two pictures on, 0 to 1, a new scene begins: the picture before it is "
-        "repeated instead of mixed with it. The distance is sqrt(structure * colours): 1 minus the best "
-        "correlation of small grey copies moved against each other, and the part of colours that changes. "
+        "repeated instead of mixed with it. The distance is sqrt(structure * colors): 1 minus the best "
+        "correlation of small gray copies moved against each other, and the part of colors that changes. "
         "Lower finds more cuts; 0 turns it off",
         default=0.25,
         least=0,
@@ -282,7 +282,7 @@ class FacefixOptions(Options, title="faces"):
     upscale: float = option(
         "size of the result: width and height times this", default=1, above=0, most=16, flags=("-s",)
     )
-    only_center: bool = option("restore only the face nearest the centre")
+    only_center: bool = option("restore only the face nearest the center")
     detection_model: str = option(
         f"what finds faces: {', '.join(RETINAFACES)} or {YUNET} (a file next to --model), or a file",
         default=next(iter(RETINAFACES)),

@@ -2,7 +2,7 @@
 
 fitting: sizes of models, and whether they fit a card
 media: looks at the folder
-control_pairs: recognises pairs that a ControlNet would learn
+control_pairs: recognizes pairs that a ControlNet would learn
 listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
 choosing: spellings of models, the question asked, facts of families

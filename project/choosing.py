@@ -57,7 +57,7 @@ class ModelInfo:
     learns_clips: bool  # False: it learns pictures alone
     min_seconds: float  # of a clip; nothing is learned of shorter ones
     learns_audios: bool  # it also learns sounds without clips
-    regularises: bool  # it also learns regularisation pictures, of the class
+    regularises: bool  # it also learns regularization pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
     learns_layers: bool  # it learns pictures with their layers
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does

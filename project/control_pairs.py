@@ -1,4 +1,4 @@
-"""Recognise pairs of pictures and control pictures, which ControlNets learn from and LoRAs do not."""
+"""Recognize pairs of pictures and control pictures, which ControlNets learn from and LoRAs do not."""
 
 import contextlib
 import re

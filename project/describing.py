@@ -365,7 +365,7 @@ def describe_samples(choice: Choice) -> str:
         return _describe_layer_samples(choice, released_values)
     captions = [item.caption for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
-    # without those of regularisation pictures, which name the class alone
+    # without those of regularization pictures, which name the class alone
     names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:

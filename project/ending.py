@@ -9,7 +9,7 @@ from modules.text_files import real_path
 from project.options import ON_END
 from training.reports.drawing import wait_for_page
 from training.reports.history import Story, history_path, read_history, read_session
-from training.run_end import RunInfo, start_command
+from training.run_end import EndedRun, start_command
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ class EndCommand:
     def __init__(self, words: Sequence[str]) -> None:
         """words: of the command; none: nothing is started."""
         self._words = words
-        self._info: Callable[[], RunInfo] | None = None
+        self._info: Callable[[], EndedRun] | None = None
 
-    def describe(self, facts: Callable[[], RunInfo]) -> None:
+    def describe(self, facts: Callable[[], EndedRun]) -> None:
         """Have the command started in the end, as the run begins.
 
         `facts` are those of the run at that time.
@@ -42,7 +42,7 @@ class EndCommand:
             start_command(ON_END, self._words, self._info(), error, has_begun=True)
 
 
-def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunInfo:
+def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
     """Return the known facts of a run, from the files that its training has written.
 
     `output` and `name` are those of the training. `steps` is the total; None if it is not known. `began` is
@@ -58,7 +58,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> Ru
         error = text if kind == "bad" else ""
     if steps is None and story.start is not None:
         steps = story.start.total_steps
-    return RunInfo(
+    return EndedRun(
         folder=real_path(output),
         name=name,
         step=max(story.loss, default=0),

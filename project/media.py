@@ -90,7 +90,7 @@ class FolderContent:
     bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable: list[Path] = field(default_factory=list)  # clips and pictures
     first_frames: dict[Path, Path] = field(default_factory=dict)  # picture -> clip
-    regularising: list[Path] = field(default_factory=list)  # folders of regularisation pictures to train on
+    regularising: list[Path] = field(default_factory=list)  # folders of regularization pictures to train on
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
@@ -188,7 +188,7 @@ def _collect_media(
 
 
 def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
-    """Return the folders in a folder that are not learned, not for regularisation and not of references."""
+    """Return the folders in a folder that are not learned, not for regularization and not of references."""
     sorted_folders = {*places.learned, *places.regularising}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -247,9 +247,9 @@ def _describe_numbered(media: Sequence[Media]) -> list[str]:
 
 
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
-    """Return the folders with media to learn, with what they are made from, and for regularisation.
+    """Return the folders with media to learn, with what they are made from, and for regularization.
 
-    Adds the names of the learned and regularising ones, and lines about those that are left out.
+    Adds the names of the learned and regularizing ones, and lines about those that are left out.
     """
     candidates = [folder]
     places = SortedFolders(learned=[], sources=[], regularising={})
@@ -283,7 +283,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularisation pictures that lie next to a folder of folders with kohya's names."""
+    """Return folders of regularization pictures that lie next to a folder of folders with kohya's names."""
     if not content.names or _name_of(folder) is not None:
         return {}
     outer: dict[Path, str] = {}
@@ -291,7 +291,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
     for place in _folders(real_folder.parent):
         if place == real_folder or not REGULARIZATION.fullmatch(place.name):
             continue
-        reason = f"{place.name} is the name of a folder of regularisation pictures"
+        reason = f"{place.name} is the name of a folder of regularization pictures"
         for inner in _folders(place):
             name = _name_of(inner)
             if name is not None:
@@ -303,7 +303,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 def _describe_regularising(
     place: Path, reason: str, content: FolderContent, facts: "ModelInfo", kind: RunKind
 ) -> list[str]:
-    """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
+    """Return a line about a folder of regularization pictures, and note the folder if the model takes it.
 
     `reason` says why it is one. `kind` is what is trained.
     """
@@ -322,11 +322,11 @@ def _describe_regularising(
     bare = [path for path in images if not caption_path(path, content.captions).exists()]
     if bare and named is None:
         return [
-            f"{place}: left out: {name_some(bare)}: regularisation pictures without a caption, in a folder "
+            f"{place}: left out: {name_some(bare)}: regularization pictures without a caption, in a folder "
             "whose name has no class. Call it 1_man, with the word for the class, or give captions"
         ]
     content.regularising.append(place)
-    count = count_of(len(images), "regularisation picture")
+    count = count_of(len(images), "regularization picture")
     caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
     return [f"{place}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
@@ -348,12 +348,12 @@ def _name_of(folder: Path) -> FolderName | None:
 
 
 def _why_regularization(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return the reason to take a folder's pictures for regularisation; None if there is none."""
+    """Return the reason to take a folder's pictures for regularization; None if there is none."""
     if place == folder:
         return None
     for path in (place, place.parent):
         if path != folder and REGULARIZATION.fullmatch(path.name):
-            return f"{path.name} is the name of a folder of regularisation pictures"
+            return f"{path.name} is the name of a folder of regularization pictures"
     name = names.get(place)
     if name is None:
         return None

@@ -43,7 +43,7 @@ class RunOptions(Options):
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE, OF_NEW)
 
     folder: Path = option("folder that `new` described", positional=True)
-    download: bool = option("download the model, after its licences")
+    download: bool = option("download the model, after its licenses")
     models: Path = option("folder that --download may fill", default=MODELS, place="new folder")
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"

@@ -1,6 +1,6 @@
 """Put features around a loaded transformer, in the one order that training and generation share.
 
-Before it: weights are quantised and LoRAs merged while loading, and a LoRA that is trained is attached.
+Before it: weights are quantized and LoRAs merged while loading, and a LoRA that is trained is attached.
 """
 
 from dataclasses import dataclass

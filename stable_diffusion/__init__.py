@@ -7,7 +7,7 @@ beside_unet: what stands next to a U-Net and sees its calls
 checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
-control_net_files: files of ControlNets: recognise, translate, load
+control_net_files: files of ControlNets: recognize, translate, load
 control_net_learning: a ControlNet in training: a copy of the U-Net's half
 control_net_options: options of training a ControlNet
 diffusers_parts: classes of diffusers, imported when they are called for

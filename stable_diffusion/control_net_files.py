@@ -1,4 +1,4 @@
-"""Files of ControlNets: recognise them, translate names, read dimensions, load.
+"""Files of ControlNets: recognize them, translate names, read dimensions, load.
 
 Single files have diffusers' names or the released (LDM) ones, with or without `control_model.` in front. A
 file of differences holds weights minus those of the U-Net that the network was trained with.
@@ -150,7 +150,7 @@ def _read_control_net(
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
-    """Read the settings that tensors do not show: the order of colours, and whether residuals are averaged.
+    """Read the settings that tensors do not show: the order of colors, and whether residuals are averaged.
 
     A diffusers folder states both. For single files, residuals are averaged if the name contains "shuffle",
     as for the released model.

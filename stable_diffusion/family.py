@@ -91,7 +91,7 @@ LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
-# least squares fits of latents in model space to colours (R, G, B), which all known tools use
+# least squares fits of latents in model space to colors (R, G, B), which all known tools use
 _COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
     (0.3250, 0.4974, 0.2350),

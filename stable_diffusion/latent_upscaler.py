@@ -27,7 +27,7 @@ LATENT_SCALE = 0.18215  # of Stable Diffusion 1.x and 2.x: a latent is the autoe
 
 
 class LatentRefinerBlock(nn.Module):
-    """Two normalised convolutions next to a shortcut."""
+    """Two normalized convolutions next to a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

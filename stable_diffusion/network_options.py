@@ -29,7 +29,7 @@ class ControlUse:
     """Settings for one ControlNet or ControlNet-LLLite."""
 
     path: Path
-    # edges of the guide image are drawn: where the grey image changes by more than the second number, or by
+    # edges of the guide image are drawn: where the gray image changes by more than the second number, or by
     # more than the first next to such an edge; None: it is taken unchanged
     canny: tuple[int, int] | None
     multiplier: float
@@ -252,7 +252,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         needs=("network_merge", "network_merge_n_models", "network_pre_calc")
     )
     network_regional_mask_max_color_codes: int | None = option(
-        "the mask of regions (--mask_path, prompts with AND) has this many regions, each of one colour: red "
+        "the mask of regions (--mask_path, prompts with AND) has this many regions, each of one color: red "
         "1, green 2, yellow 3, blue 4, magenta 5, cyan 6, white 7; usually red, green and blue are a region "
         "each, and their values weights",
         least=1,
@@ -271,7 +271,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
                 raise OptionError(
                     f"--network_module {name}: modules of others are not supported in gen_img.py. Leave "
                     f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
-                    "recognised by their tensors"
+                    "recognized by their tensors"
                 )
         files = len(self.files)
         modules = len(self.network_module or ())

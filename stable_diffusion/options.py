@@ -218,7 +218,7 @@ class GenImgOptions(Options, title="run"):
             )
         if self.networks.network_regional_mask_max_color_codes is not None and not self.prompts.mask_path:
             raise OptionError(
-                "--network_regional_mask_max_color_codes needs --mask_path, whose colours it explains"
+                "--network_regional_mask_max_color_codes needs --mask_path, whose colors it explains"
             )
         check_control(
             self.control,

@@ -31,7 +31,7 @@ _DARK = 1e-4  # below it, no part has a pixel: they share it
 def read_regions(path: Path, parts: int, width: int, height: int, color_codes: int | None = None) -> Tensor:
     """Return the region of each part of a prompt: P height width, float32, 0..1.
 
-    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a colour, and
+    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a color, and
     those whose region is empty, act everywhere.
 
     Args:
@@ -46,7 +46,7 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
         MediaError: If the image cannot be read.
     """
     pixels = Image.fromarray(read_image(path))
-    # colours must not blend into other codes
+    # colors must not blend into other codes
     method = Image.Resampling.BILINEAR if color_codes is None else Image.Resampling.NEAREST
     if pixels.size != (width, height):
         pixels = pixels.resize((width, height), method)

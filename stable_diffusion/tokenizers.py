@@ -197,7 +197,7 @@ _Event = str | _Bracket | None  # a text, a bracket, or BREAK
 def parse_weights(text: str) -> tuple[Part, ...]:
     """Return the parts of a prompt, without marks and without empty parts.
 
-    Neighbours of equal weight are one part, so that a text without marks is one part: itself. Takes time in
+    Neighbors of equal weight are one part, so that a text without marks is one part: itself. Takes time in
     proportion to the length. Raises nothing.
     """
     parts: list[Part] = []

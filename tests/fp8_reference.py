@@ -7,7 +7,7 @@ from checkpoints.stored.fp8 import is_fp8
 
 
 def quantized_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the quantised layers of a network by name."""
+    """Return the quantized layers of a network by name."""
     return {
         name: layer
         for name, layer in module.named_modules()

@@ -43,7 +43,7 @@ class Track:
 def write_media(
     path: Path, *tracks: Track, frames: int = 50, fps: float = 25, first: Fraction = Fraction(0)
 ) -> Path:
-    """Write a video whose frames are grey 4, 8, 12, ..., with tracks; of no frames: a sound file.
+    """Write a video whose frames are gray 4, 8, 12, ..., with tracks; of no frames: a sound file.
 
     first: second of the first picture.
     """

@@ -287,7 +287,7 @@ def test_loras_are_merged_into_and_extracted_from_values(
             tensor = tensor.to(torch.bfloat16)
         assert torch.equal(found[name], tensor), name
     assert any(not torch.equal(expected[name], plain[name]) for name in coarse)
-    assert "quantised weights become bfloat16" in caplog.text
+    assert "quantized weights become bfloat16" in caplog.text
 
     if form not in {"mxfp8", "Q4_K"}:
         return  # a tool that reads as the other does
@@ -298,7 +298,7 @@ def test_loras_are_merged_into_and_extracted_from_values(
     ours, theirs = (load_file(tmp_path / f"of {file.stem}.safetensors") for file in (packed, dit))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert sum(line.startswith(f"{packed.name}: quantised. What rounding") for line in caplog.messages) == 1
+    assert sum(line.startswith(f"{packed.name}: quantized. What rounding") for line in caplog.messages) == 1
 
 
 def _many(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -392,4 +392,4 @@ def test_a_whole_transformer_is_not_trained_on_small_weights(
 
     found = run_here(*words, "--output_name", "x", "--max_train_steps", "1", folder=project.folder)
 
-    assert_one_message(*found, "dit.safetensors is quantised", "--form bf16")
+    assert_one_message(*found, "dit.safetensors is quantized", "--form bf16")

@@ -1,4 +1,4 @@
-"""Store a transformer or text encoder in 8 bits once, or a quantised one in 16 bits again.
+"""Store a transformer or text encoder in 8 bits once, or a quantized one in 16 bits again.
 
 All options: python tools/quantise.py --help
 """
@@ -11,7 +11,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from checkpoints.quantising import QuantizeOptions, quantize_file
+from checkpoints.quantizing import QuantizeOptions, quantize_file
 from contract.families import plain_script
 
 main = plain_script(__doc__, quantize_file, QuantizeOptions)

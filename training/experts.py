@@ -329,12 +329,12 @@ def dress(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
-    """Return the quantisation, with the products to use on the device.
+    """Return the quantization, with the products to use on the device.
 
     Loads nothing.
 
     Raises:
-        OptionError: If the quantisation, the attention or the precision is not available.
+        OptionError: If the quantization, the attention or the precision is not available.
     """
     stored = options.speed.fp8.quantization
     quantization = None if stored is None else prepare(stored, device)

@@ -145,7 +145,7 @@ class _ImageCounts:
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     of_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # by whether they are regularisation pictures
+    totals = {False: 0, True: 0}  # by whether they are regularization pictures
     differences: list[float] = []  # of width / height, between bucket and picture
     for item in items:
         table = item.table

@@ -343,7 +343,7 @@ class DeepspeedOptions(Options, title="DeepSpeed"):
 
 
 class NotNeeded(Options, title="not needed"):
-    """Options for behaviour that is always on here."""
+    """Options for behavior that is always on here."""
 
     lowram = not_needed("weights are read in pieces, straight to the device.")
     highvram = not_needed("no cache of the device is emptied between steps.")

@@ -355,7 +355,7 @@ class Loading:
         if patch is not None:
             patch.check()
             if patch.unmerged:
-                from networks.unmerged import add_unmerged  # only beside quantised weights
+                from networks.unmerged import add_unmerged  # only beside quantized weights
 
                 add_unmerged(dit, patch.unmerged, device, compute_dtype)
         if masked:

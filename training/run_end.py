@@ -22,7 +22,7 @@ OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class RunInfo:
+class EndedRun:
     """Hold what the command can read about the run."""
 
     folder: Path  # --output_dir
@@ -37,7 +37,7 @@ class RunInfo:
 def start_command(
     option: str,
     words: Sequence[str],
-    facts: RunInfo,
+    facts: EndedRun,
     error: BaseException | None,
     *,
     has_begun: bool,
@@ -75,7 +75,7 @@ def exit_code_of(error: BaseException | None) -> int:
     return 1
 
 
-def _list_variables(facts: RunInfo, code: int, error: BaseException | None) -> dict[str, str]:
+def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> dict[str, str]:
     """Return the variables that say how a run has ended.
 
     Args:

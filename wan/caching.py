@@ -79,7 +79,7 @@ def _encode_images(
 
 # why caches with an image's conditions cannot be made of moments
 NO_MOMENTS = (
-    "Wan's image-to-video caches hold the first frame followed by grey frames, encoded together, and "
+    "Wan's image-to-video caches hold the first frame followed by gray frames, encoded together, and "
     "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "
     "and --flf2v"
 )

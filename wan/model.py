@@ -30,7 +30,7 @@ REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` take
 
 
 class SelfAttention(nn.Module):
-    """Attention among the video tokens; q and k are normalised over all heads and rotated by position."""
+    """Attention among the video tokens; q and k are normalized over all heads and rotated by position."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()

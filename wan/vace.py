@@ -81,7 +81,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
         if path is not None:
             raise OptionError(
                 f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
-                "a clip that has it, grey elsewhere, and --src_mask one that is black there and white "
+                "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
                 "elsewhere; to show what something looks like, give the picture to --src_ref_images"
             )
     references = divide(request.control_images)

@@ -108,7 +108,7 @@ def form_of(quantization: Quantization) -> StoredForm:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
+    """Return the quantization with the product that the device supports, by `prepare` in the form's file.
 
     Raises:
         OptionError: If the device or the libraries lack it.
@@ -118,7 +118,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization | None) -> Quantization | None:
-    """Return the quantisation to use in a dry run, by the form's own `rehearsed`; None for None."""
+    """Return the quantization to use in a dry run, by the form's own `rehearsed`; None for None."""
     if quantization is None:
         return None
     result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)

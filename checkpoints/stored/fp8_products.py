@@ -1,13 +1,13 @@
 """fp8 products for linear layers with a frozen fp8 weight: the output and the gradient of the input.
 
 `y = x W^T + b` with W stored in e4m3, one scale for the tensor or one per output row. The other factor is
-quantised on the fly to e4m3 with one scale per row (token), its largest magnitude over 448, so that an
+quantized on the fly to e4m3 with one scale per row (token), its largest magnitude over 448, so that an
 outlier in one token costs no precision in another.
 
     output           y  = (x / a) W^T, its columns times the weight's scales s,
                      its rows times a = amax(x) / 448
     input gradient   dx = ((dy s) / g) W, its rows times g. The contraction runs over the output
-                     features, so their scales are folded into dy before it is quantised
+                     features, so their scales are folded into dy before it is quantized
 
 The backward pass needs only the weight and its scales: no activation is kept for a frozen base.
 Rounding to e4m3 is unbiased, with an error of at most 2^-4 of a value (2.7 % root mean square); the fp8
@@ -37,7 +37,7 @@ MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
 # cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
 # to 256 tokens: pytorch/ao#4582)
 FEW_TOKENS = 256
-PIECE = 1 << 26  # values quantised at a time in uncompiled code: 256 MiB of float32
+PIECE = 1 << 26  # values quantized at a time in uncompiled code: 256 MiB of float32
 # Hopper sums fp8 products in 14 bits, unless partial sums are moved to float32 regularly, which is slower.
 # As in torchao's defaults, the forward pass uses the fast sums and the gradient the exact ones.
 FAST_SUMS, EXACT_SUMS = True, False
@@ -247,7 +247,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def quantize_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
-    """Quantise x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
+    """Quantize x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
 
     `x` is M K. `fold` is 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros;
     a NaN or infinite value makes the scale NaN or infinite, and so the row of any product NaN. `piece` is how

@@ -149,7 +149,7 @@ KINDS = {  # by the number in files
 
 @cache  # equal kinds are one object
 def kind_of_package(number: int) -> Kind | None:
-    """Return the quantisation of this number that only the package `gguf` reads; None if there is none.
+    """Return the quantization of this number that only the package `gguf` reads; None if there is none.
 
     Raises:
         ImportError: If the package is missing.

@@ -128,7 +128,7 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 
 
 def rehearsed(quantization: Quantization) -> Quantization:
-    """Return the quantisation to use in a dry run.
+    """Return the quantization to use in a dry run.
 
     If bitsandbytes is installed, its kernel allocates the value alone, and so does the dry run. Torch's
     formulas, used without it, need several float32 copies of a weight.

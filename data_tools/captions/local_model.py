@@ -311,7 +311,7 @@ def _reject_quantized(folder: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise _unusable(
             folder,
-            "its weights are quantised, for which transformers may fetch code. Give the model in 16 or 32 "
+            "its weights are quantized, for which transformers may fetch code. Give the model in 16 or 32 "
             "bits, or let a server run it: --api_base.",
         )
 

@@ -49,7 +49,7 @@ KNOWN: Mapping[str, tuple[str, Mapping[str, str], str]] = {
 }
 COGVIDEOX = "AutoencoderKLCogVideoX"
 
-# pixels B 3 F H W in -1..1 -> moments B 2C f h w: means, then logarithms of variances, before normalisation
+# pixels B 3 F H W in -1..1 -> moments B 2C f h w: means, then logarithms of variances, before normalization
 EncodeMoments = Callable[[Tensor], Tensor]
 
 

@@ -66,7 +66,7 @@ class ShapeOptions(Options, title="frames and sizes"):
         "share of clips to mirror, left to right, from 0 to 1; default: none", least=0, most=1
     )
     video_reshape_mode: str | None = option(
-        "resize until a clip covers its size, and cut out the centre or a random part (none: as "
+        "resize until a clip covers its size, and cut out the center or a random part (none: as "
         "random); default: resize without cutting, which changes the proportions",
         choices=("center", "random", "none"),
     )
@@ -81,7 +81,7 @@ class ShapeOptions(Options, title="frames and sizes"):
         for name in ("height_buckets", "width_buckets"):
             for side in getattr(self, name):
                 if side % 2:
-                    raise OptionError(f"--{name} {side}: give even numbers; the videos have colours by twos")
+                    raise OptionError(f"--{name} {side}: give even numbers; the videos have colors by twos")
 
 
 class EncodingOptions(Options, title="encoding"):

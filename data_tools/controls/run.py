@@ -43,7 +43,7 @@ class ControlImageOptions(Options, title="what to make"):
         "depth estimation, such as Depth Anything V2 or DPT. Code that comes with it is never run",
         place="folder",
         hint="the folder of such a model; python tools/download.py --family tools --task "
-        "depth_anything_v2_small --to models downloads one, after its size and licence",
+        "depth_anything_v2_small --to models downloads one, after its size and license",
     )
     output: Path | None = option(
         f"folder for the control pictures; default: {FOLDER_NAME}, in the folder of pictures",

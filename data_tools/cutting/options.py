@@ -105,7 +105,7 @@ class ClipFormat(CodecOptions, title="video format"):
         default=12,
         least=0,
         most=51,
-        hint="0 is lossless except for the conversion of colours",
+        hint="0 is lossless except for the conversion of colors",
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
     no_audio: bool = option("write no sound; without this option the main sound of a source is cut with it")

@@ -17,7 +17,7 @@ from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbn
 # scene
 SceneChange = tuple[int, int]
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
-PLAIN_SECONDS = 0.1  # pictures of one colour for that long are the end of a scene
+PLAIN_SECONDS = 0.1  # pictures of one color for that long are the end of a scene
 # from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # place in a dissolve, equal to the share of the second scene; and the most variance that may remain there,
@@ -91,12 +91,12 @@ class _Jump(NamedTuple):
 
 
 class OwnDetector:
-    """Find hard cuts, dissolves, and pictures of one colour between scenes.
+    """Find hard cuts, dissolves, and pictures of one color between scenes.
 
-    Hard cuts: neighbours whose `scene_distance` reaches the threshold, unless the earlier scene comes back
+    Hard cuts: neighbors whose `scene_distance` reaches the threshold, unless the earlier scene comes back
     within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
     see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
-    structure or the same colours.
+    structure or the same colors.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -159,9 +159,9 @@ class OwnDetector:
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
-        """Track runs of pictures of one colour. Returns whether this picture is one."""
+        """Track runs of pictures of one color. Returns whether this picture is one."""
         pixels = now.grey[~now.is_white]
-        # of one colour besides white: `scene_distance` cannot judge it
+        # of one color besides white: `scene_distance` cannot judge it
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
             if self._plain_since is None:
                 self._plain_since = number
@@ -206,7 +206,7 @@ class _Dissolves:
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
         """Look at picture `number`.
 
-        `is_break` says that it follows a cut, or has one colour.
+        `is_break` says that it follows a cut, or has one color.
         """
         self._images.append(now)
         self._variances.append(float(now.grey.var()))

@@ -51,7 +51,7 @@ class FinderOptions(Options, title="what to find"):
         excludes="colour",
     )
     colour: str | None = option(
-        "find a colour, such as 00ff00, green: red, green and blue in two hexadecimal digits each",
+        "find a color, such as 00ff00, green: red, green and blue in two hexadecimal digits each",
         metavar="RRGGBB",
     )
     model: Path = option(
@@ -108,7 +108,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
         "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", least=0, below=1
     )
     smooth_pixels: int | None = option(
-        "average each value with those of so many neighbours on each side, counted on the network's own "
+        "average each value with those of so many neighbors on each side, counted on the network's own "
         f"grid, before the threshold; default: {NETWORK_SMOOTH}, of --faces and --colour 0",
         least=0,
         most=1000,

@@ -189,7 +189,7 @@ def read_frame(mask: Path, number: int) -> Gray:
 
 
 def as_gray(pixels: NDArray[np.uint8]) -> Gray:
-    """Return a picture, H W 3 or H W, in grey, H W, as the dataset does with masks."""
+    """Return a picture, H W 3 or H W, in gray, H W, as the dataset does with masks."""
     if pixels.ndim == 2:
         return pixels
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)

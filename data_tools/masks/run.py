@@ -156,7 +156,7 @@ def _kind_of_model(finder: FinderOptions) -> str:
         CheckpointError: For a model that cannot.
     """
     if finder.prompts:
-        from data_tools.masks.words import read_kind  # imports torch, which a colour does not need
+        from data_tools.masks.words import read_kind  # imports torch, which a color does not need
 
         return read_kind(finder.model)
     return next(name for name in ("background", "faces", "colour") if getattr(finder, name) is not None)
@@ -197,7 +197,7 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
     if finder.faces is not None:
         return f"faces by {real_path(finder.faces).name}, score {finder.least_score:g}"
     if finder.colour is not None:
-        return f"colour {finder.colour.removeprefix('#').lower()}, distance {finder.colour_distance:g}"
+        return f"color {finder.colour.removeprefix('#').lower()}, distance {finder.colour_distance:g}"
     score = f", score {finder.least_score:g}" if kind == "sam3" else ""
     return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
 
@@ -277,7 +277,7 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 def _load_finder(options: FinderOptions) -> Finder:
     """Load what finds. Raises CheckpointError."""
     if options.prompts:
-        from data_tools.masks.words import load_word_finder  # imports torch, which a colour does not need
+        from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 
         return load_word_finder(options.model, options.prompts, options.least_score, options.device)
     from data_tools.masks import seen  # likewise

@@ -1,4 +1,4 @@
-"""Find the foreground, faces or a colour in a picture."""
+"""Find the foreground, faces or a color in a picture."""
 # Letters: h w the network's grid, H W the picture, S side of the network's input
 
 import math
@@ -156,19 +156,19 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """A colour, of 0..1, and how far others may lie from it."""
+    """A color, of 0..1, and how far others may lie from it."""
 
     colour: tuple[float, float, float]
     distance: float
 
     def find(self, frame: Frame) -> Values:
-        """Return where a picture, H W 3, has the colour: H W, 1 there."""
+        """Return where a picture, H W 3, has the color: H W, 1 there."""
         difference = frame.astype(np.float32) / 255 - np.array(self.colour, np.float32)
         return (np.sqrt((difference**2).sum(axis=2)) <= self.distance).astype(np.float32)
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a colour. `text` is six hexadecimal digits, which the options have checked."""
+    """Return the finder of a color. `text` is six hexadecimal digits, which the options have checked."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

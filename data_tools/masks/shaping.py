@@ -85,7 +85,7 @@ def to_gray(mask: Values) -> Gray:
 
 
 def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
-    """Yield for each frame of a clip the median of its values and those of its neighbours.
+    """Yield for each frame of a clip the median of its values and those of its neighbors.
 
     v'[t] = median(v[t - frames], ..., v[t + frames]) at each place, where the first and the last frame stand
     for those beyond the ends.

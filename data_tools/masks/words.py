@@ -94,7 +94,7 @@ def read_kind(folder: Path) -> str:
         words = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to", str(to)]
         raise CheckpointError(
             f"--model {folder}: there is no config.json in this folder. {as_typed(words)} downloads CLIPSeg, "
-            "after its size and licence",
+            "after its size and license",
             folder,
         )
     try:

@@ -67,7 +67,7 @@ NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_OBJECTS = "faults in captions as JSON objects"
-RECOGNIZED = "Files recognised:"
+RECOGNIZED = "Files recognized:"
 UNREADABLE = "cannot be read"
 
 
@@ -137,7 +137,7 @@ Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its ide
 
 @dataclass(frozen=True)
 class _Identified:
-    """Encoders whose caches are compared, with lines about the recognised files."""
+    """Encoders whose caches are compared, with lines about the recognized files."""
 
     media: Mapping[str, str]  # identity of the media encoders; empty if not needed
     texts: Encoders
@@ -460,7 +460,7 @@ def check_training(
     """Report the caches that a training run would see; every cache file is read and verified.
 
     `accumulation` and `processes` are their product is the number of batches per optimizer step. `files` are
-    the lines about the checkpoints that the caller recognised. `text_keys` are the keys of a complete text
+    the lines about the checkpoints that the caller recognized. `text_keys` are the keys of a complete text
     cache. `audio` is the spec of a family that learns sound.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)

@@ -59,7 +59,7 @@ class TableFindings:
     faults: list[Fault] = field(default_factory=list)  # must be corrected
     remarks: list[Fault] = field(default_factory=list)  # left out or cut off: worth knowing
     caches: list[str] = field(default_factory=list)  # lines about its cache files
-    times: float = 1.0  # factor of its repeats: regularisation images balance the others
+    times: float = 1.0  # factor of its repeats: regularization images balance the others
     looks: list[Look] = field(default_factory=list)  # of its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
@@ -216,7 +216,7 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` for the regularisation images of each dataset.
+    """Set `times` for the regularization images of each dataset.
 
     Args:
         tables: All of a configuration.
@@ -235,7 +235,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
 def count_batches(tables: Iterable[TableFindings]) -> int:
     """Return the batches of an epoch, without those of validation. Subsets of a dataset share them.
 
-    With regularisation images it may differ by a few: they are assumed to be spread evenly over sizes.
+    With regularization images it may differ by a few: they are assumed to be spread evenly over sizes.
     """
     counts: dict[tuple[int, ...], float] = {}
     sizes: dict[tuple[int, ...], int] = {}

@@ -47,7 +47,7 @@ GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
 SHADE = 0.3  # brightness of the part that is cut off
 SMALL = 150  # longer side in a group of copies
-COLOR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colours
+COLOR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colors
 DIGITS = 4  # of measures
 
 
@@ -71,7 +71,7 @@ class Measures:
     is_black: bool  # all frames are black
     is_static: bool  # a clip in which nothing moves, and which is not black
     is_blurred: bool  # most frames are blurred
-    is_flat: bool  # all frames have one colour, so that their hash says nothing
+    is_flat: bool  # all frames have one color, so that their hash says nothing
     hashes: tuple[int, ...]  # one for a picture, four for a clip
     colours: bytes  # the same frames as 4 x 4 RGB, one after the other
 
@@ -200,7 +200,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 def _add_audio(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
     """Add the sound of the used frames of a clip, with a drawing of it."""
     audio = _listen(source)
-    facts["sound"] = audio
+    facts["audio"] = audio
     if audio is not None and audio.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
             facts["wave"] = draw_audio(source, fps, facts["used"])

@@ -288,8 +288,8 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     high = float(numbers.max())
     default = float(np.quantile(numbers, 0.98))
     end = high if high <= 2 * default - low else default
-    are_full = bool((numbers == np.floor(numbers)).all())
-    width = _select_bin_width((end - low) / MAX_BINS, are_full)
+    are_integers = bool((numbers == np.floor(numbers)).all())
+    width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     edges = _place_edges(width, low, end, high)
     # a little is added, so that rounding moves no value into an earlier bin
     raised = np.minimum(numbers + 1e-9 * width, edges[-1])
@@ -311,14 +311,14 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
     return edges
 
 
-def _select_bin_width(least: float, are_full: bool) -> float:
+def _select_bin_width(least: float, are_integers: bool) -> float:
     """Return 1, 2 or 5 times a power of ten, at least `least`; for whole numbers at least 1."""
     if least <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(least))
     factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     width = factor * power
-    return max(1.0, width) if are_full else width
+    return max(1.0, width) if are_integers else width
 
 
 def _plain(value: float) -> float | int:

@@ -263,11 +263,11 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
 # --- copies
 # ------------------------------------------------------------------------------------------------------------
 
-# Hashes compare shapes; colours tell more for pictures with few shapes. Copies differ in brightness,
+# Hashes compare shapes; colors tell more for pictures with few shapes. Copies differ in brightness,
 # contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
 SAME_COLORS, MAX_SHIFT, MIN_GAIN = 0.06, 0.25, 0.6
-SAME_FLAT = 0.02  # of one colour, all counts
+SAME_FLAT = 0.02  # of one color, all counts
 MIN_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
 BITS = 64  # that a hash takes
 PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
@@ -277,7 +277,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Colors:
-    """Colours of N files: to compare those whose hashes match."""
+    """Colors of N files: to compare those whose hashes match."""
 
     pictures: NDArray[np.uint8]  # N K C: small pictures of K frames
     is_flat: NDArray[np.bool_]  # N
@@ -287,7 +287,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     """Return groups of two or more indices of `measures` that are near duplicates, in order.
 
     All have hashes of equally many frames. Two match if the hashes differ in at most NEAR bits on average and
-    the colours fit; groups join chains of matches. Black ones are left out: they look the same without being
+    the colors fit; groups join chains of matches. Black ones are left out: they look the same without being
     copies.
     """
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
@@ -349,7 +349,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colors(colours: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
-    """Return whether the colours of each of `near` equal those of `index` up to brightness and contrast."""
+    """Return whether the colors of each of `near` equal those of `index` up to brightness and contrast."""
     first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT

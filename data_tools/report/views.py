@@ -1,4 +1,4 @@
-"""Show the frames that the model will see, as pictures, clips or coloured text, without encoding them."""
+"""Show the frames that the model will see, as pictures, clips or colored text, without encoding them."""
 
 import contextlib
 import logging
@@ -166,7 +166,7 @@ def _numbers(source: MediaSource) -> random.Random:
 
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
-    """Join an item's frames (F H W 3) with its control media and mask to the right; transparency is grey."""
+    """Join an item's frames (F H W 3) with its control media and mask to the right; transparency is gray."""
     parts = []
     height = item.frames.shape[1]
     for frames in (item.frames, *item.control):
@@ -187,7 +187,7 @@ def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
 
 
 def colored_text(picture: Frame, columns: int, background: str | None) -> str:
-    """Return a picture as lines for a terminal with 24-bit colours.
+    """Return a picture as lines for a terminal with 24-bit colors.
 
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.
@@ -211,7 +211,7 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
-    """Return a pixel as a character of SHADES in its colour.
+    """Return a pixel as a character of SHADES in its color.
 
     `back` is the terminal code of the background.
     """

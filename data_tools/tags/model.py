@@ -41,7 +41,7 @@ class Tagger:
     labels: tuple[Label, ...]
     side: int  # S
     is_channels_first: bool
-    is_of_logits: bool  # its colours are -1..1 and its outputs logits, else 0..255 and probabilities
+    is_of_logits: bool  # its colors are -1..1 and its outputs logits, else 0..255 and probabilities
     fixed_batch: int | None  # number of pictures that it takes, if it takes no other
     batch_size: int
     joins_by_mean: bool
@@ -159,7 +159,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
         to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
         raise CheckpointError(
             f"--model_dir {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
-            "after its size and licence",
+            "after its size and license",
             folder,
         )
     labels = read_labels(folder)

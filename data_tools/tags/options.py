@@ -33,7 +33,7 @@ class TaggerOptions(Options, title="the tagger"):
     )
     onnx = not_needed("the tagger is always run by onnxruntime")
     repo_id = unsupported(
-        "tools/download.py --family tools --task wd_tagger downloads a tagger, with its size and licence "
+        "tools/download.py --family tools --task wd_tagger downloads a tagger, with its size and license "
         "first; any other one is a folder for --model_dir",
         nargs="?",
     )

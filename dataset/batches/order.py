@@ -33,7 +33,7 @@ class BatchOrder:
     """Order of batches of every epoch, a function of the items' names and the seed only.
 
     Each epoch is shuffled again: first the items within each bucket, then the batches. A bucket is a table,
-    or a group of tables, and a size; its items occur `num_repeats` times, regularisation images as often as
+    or a group of tables, and a size; its items occur `num_repeats` times, regularization images as often as
     `repeat_regularization` says; the last batch of a bucket may be smaller.
     """
 
@@ -58,7 +58,7 @@ class BatchOrder:
         unused = len(self._items) - len(used)
         if unused:
             logger.warning(
-                "%d regularisation images are not used because fewer other pictures are trained in an "
+                "%d regularization images are not used because fewer other pictures are trained in an "
                 "epoch. More num_repeats of those would use more.",
                 unused,
             )
@@ -113,7 +113,7 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
-    """Return the repeats in an epoch of each regularisation image, which sum to at least `learned`.
+    """Return the repeats in an epoch of each regularization image, which sum to at least `learned`.
 
     `repeats` are those of the images' tables, in order. Images are taken with their repeats until there are
     enough; the rest is left out. If all together are too few, they are repeated from the first on, one at a
@@ -261,7 +261,7 @@ def _digest(stem: str) -> bytes:
 
 
 def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
-    """Split the subsets of the image guides, each by itself; regularisation images are all trained on.
+    """Split the subsets of the image guides, each by itself; regularization images are all trained on.
 
     The sorted names of a subset are shuffled by the seed; those after the first ceil(n (1 - fraction)) are
     validated on, once each, unchanged and with whole captions.

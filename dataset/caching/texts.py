@@ -227,7 +227,7 @@ class TextWork:
     ) -> None:
         """Encode every incomplete batch, and write the missing outputs.
 
-        Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
+        Batches stay whole, because the last bits of an embedding depend on its neighbors: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
         with write_behind() as write:

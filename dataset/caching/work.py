@@ -219,7 +219,7 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         sources = [plan.source for plan in to_do]
         recipe = self._recipe
-        errors: list[Fault] = []  # of sources whose rate, order or colours may be wrong
+        errors: list[Fault] = []  # of sources whose rate, order or colors may be wrong
         # source_fps decides, as a file's header may be wrong
         if any(table.declared_fps is not None for table in self._config.datasets):
             errors += find_wrong_rates(sources)

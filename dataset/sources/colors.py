@@ -16,14 +16,14 @@ REORDERED = (
     "numbers count"
 )
 LOOKED_AT = 10_000  # pictures and clips of a dataset
-CONVERTED = "have a colour profile, or colours other than sRGB, and are converted to sRGB"
+CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
 TORN = "are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first"
 
 
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
-    """Return whether a source, and whether its control media, keep the colours of transparent pixels.
+    """Return whether a source, and whether its control media, keep the colors of transparent pixels.
 
     `keeps_alpha` is that of the family's LatentSpec.
     """
@@ -96,24 +96,24 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 
 
 def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
-    """Name the part of a file's colours that an earlier version ignored; None if there is none.
+    """Name the part of a file's colors that an earlier version ignored; None if there is none.
 
-    `keeps_transparent` says that the colours of transparent pixels are used. `had_profiles` says that the
+    `keeps_transparent` says that the colors of transparent pixels are used. `had_profiles` says that the
     earlier version read profiles.
     """
     if colours.is_transparent and not keeps_transparent and not had_profiles:
         return "its transparency"
     if colours.by_codes:
-        return "the colours that it names (such as Display P3)"
+        return "the colors that it names (such as Display P3)"
     if colours.is_converted and not had_profiles:
-        return "its colour profile"
+        return "its color profile"
     if not colours.is_square:
         return "the shape of its pixels, which are not square"
     return None
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Return one remark for each file whose pixel values alone do not tell its colours.
+    """Return one remark for each file whose pixel values alone do not tell its colors.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
@@ -143,14 +143,14 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _describe(colours: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return remarks on the colours of a file: its kind, and a text behind the path."""
+    """Return remarks on the colors of a file: its kind, and a text behind the path."""
     remarks = {}
     if colours.is_transparent and not keeps_transparency:
         remarks["are transparent and filled with white"] = ""
     if colours.is_converted:
         remarks[CONVERTED] = ""
     if colours.fault is not None:
-        remarks["have a colour profile that is not used"] = f": {colours.fault}"
+        remarks["have a color profile that is not used"] = f": {colours.fault}"
     if colours.hdr is not None:
         remarks[PALE] = f": {colours.hdr}"
     if colours.is_interlaced:

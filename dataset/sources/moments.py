@@ -1,7 +1,7 @@
 """Moments of clips that were computed before, and which VAE they are of.
 
 A file of moments, as CogVideoX's tools write them, is one tensor 2C F H/8 W/8: C means, then C logarithms of
-variances, before any normalisation.
+variances, before any normalization.
 """
 
 import json

@@ -41,7 +41,7 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return remarks about the rates, lengths, order, references and colours of sources.
+    """Return remarks about the rates, lengths, order, references and colors of sources.
 
     `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
     """

@@ -138,7 +138,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths)
 
 
 def _take_output(result: Any) -> Tensor:
-    """Return the attention output alone: early builds return the softmax's normaliser too."""
+    """Return the attention output alone: early builds return the softmax's normalizer too."""
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -1,6 +1,6 @@
 """Rotation by position of models that pair the channels of a head's two halves (GPT-NeoX).
 
-`modules.layers.rope.rotate` pairs neighbours, and makes the tables of both.
+`modules.layers.rope.rotate` pairs neighbors, and makes the tables of both.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Vary pictures each time they are trained: colours, place of the crop, mirroring.
+"""Vary pictures each time they are trained: colors, place of the crop, mirroring.
 
 Pictures are H W C uint8 RGB. All draws come from the generator that is passed in.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from modules.media.buckets import Fit, Size, how_to_resize
 from modules.media.reading import Frame
 
-COLOR_RATE = 1 / 3  # of pictures whose colours change, as image trainers do it
-MAX_HUE = 8  # of 180 steps of a colour wheel, either way
+COLOR_RATE = 1 / 3  # of pictures whose colors change, as image trainers do it
+MAX_HUE = 8  # of 180 steps of a color wheel, either way
 GAMMAS = (0.95, 1.05)
 
 _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")

@@ -63,7 +63,7 @@ def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
 
 
 def fit_cover(size: Size, bucket: Size) -> Fit:
-    """Return the fit that scales `size` until it just covers `bucket`, and crops the centre."""
+    """Return the fit that scales `size` until it just covers `bucket`, and crops the center."""
     if size == bucket:
         return Fit(size, (0, 0), bucket, "none")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -73,7 +73,7 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its centre.
+    """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its center.
 
     `area` None keeps the size. Sides become multiples of `step`.
     """

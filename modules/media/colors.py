@@ -1,10 +1,10 @@
-"""Turn an opened picture into the colours that a viewer shows: sRGB, and white behind what is transparent.
+"""Turn an opened picture into the colors that a viewer shows: sRGB, and white behind what is transparent.
 
 A picture is turned band by band: beside its pixels as Pillow decodes them, and those that are returned, only
 some MiB are held.
 
-Browsers are the model: a colour profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
-colour space is ignored.
+Browsers are the model: a color profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
+color space is ignored.
 """
 
 import functools
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W C
 
-# what caches note of how pixels were read. 0: without transparency and colour profiles; 1, or true: with
-# these, without colours that clips and AVIFs name by codes, and with pixels of clips that are not square;
+# what caches note of how pixels were read. 0: without transparency and color profiles; 1, or true: with
+# these, without colors that clips and AVIFs name by codes, and with pixels of clips that are not square;
 # 2: with all of these, without the mirroring of clips, and with frames of folders in the order of texts
 AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
-# Pillow's modes that count as grey when a profile is chosen. Browsers let profiles of RGB count for grey
+# Pillow's modes that count as gray when a profile is chosen. Browsers let profiles of RGB count for gray
 # pictures too
 _GRAY = frozenset({"1", "L", "LA", "La"})
 _LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
@@ -51,7 +51,7 @@ _UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
 # in Pillow's names; photos with a map of their brightness (MPO) have several pictures, and do not move
 _ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
-_BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colours
+_BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colors
 _BAND_PIXELS = 1 << 18  # that are turned at a time
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """Facts that a picture or a clip states about its colours."""
+    """Facts that a picture or a clip states about its colors."""
 
     is_transparent: bool  # somewhere
     is_converted: bool  # its numbers are not those of sRGB
@@ -90,7 +90,7 @@ def _note_info(file: Image.Image) -> None:
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
-    if key is not None:  # Pillow leaves the transparent colour of a PNG as stored, and spreads pixels
+    if key is not None:  # Pillow leaves the transparent color of a PNG as stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
         file.info["transparency"] = key * spread if spread > 1 else key
         if raw == "RGB;16B":  # of pixels the higher bytes are read
@@ -165,7 +165,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def look_at(path: Path, file: Image.Image) -> Colors:
-    """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
+    """Return the facts about an opened picture's colors. Pixels are read only if it may be transparent."""
     _note_info(file)
     profile = _find_profile(path, file)
     transform, error = (None, None) if profile is None else _transform(profile)
@@ -221,8 +221,8 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colours of a picture as sRGB, H W 3, also below transparent pixels."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
+    """Return the colors of a picture as sRGB, H W 3, also below transparent pixels."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bit gray instead of scaling it
         info = image.info
         gray = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~gray if _INVERTED in info else gray)
@@ -239,14 +239,14 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode in {"La", "RGBa"}:  # colours that are multiplied by their alpha
+    if image.mode in {"La", "RGBa"}:  # colors that are multiplied by their alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.mode == "P" and "transparency" in image.info:  # else Pillow warns
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
 
 
-# Colour profiles
+# Color profiles
 
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
@@ -281,20 +281,20 @@ def _select_mode(mode: str, profile: bytes) -> str:
 def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
     """Return a profile's transform to sRGB, and the reason why the profile cannot be used.
 
-    Either may be None: the transform if colours are in sRGB already, the reason if the profile is usable. A
+    Either may be None: the transform if colors are in sRGB already, the reason if the profile is usable. A
     reason is logged once for each profile.
     """
     space = profile.data[16:20].decode("latin-1").strip()
     mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):
-        fault = f"its colour profile is for {space or 'nothing'}, its pixels are {mode}"
+        fault = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
         try:
             opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
             transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
             return (None if _changes_nothing(transform, mode) else transform), None
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-            fault = f"its colour profile cannot be used ({error})"
+            fault = f"its color profile cannot be used ({error})"
     logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, fault)
     return None, fault
 

@@ -28,7 +28,7 @@ BLACK_PIXEL = 0.10  # of the range, and the share of such pixels: FFmpeg's black
 BLACK_SHARE = 0.98
 BLACK_SIDE = 128
 
-# Of the range. A keyframe of a compressed still differs from its neighbours by up to 0.006 in a cell.
+# Of the range. A keyframe of a compressed still differs from its neighbors by up to 0.006 in a cell.
 STATIC_CHANGE = 0.012
 CELLS = 32  # of the shorter side: a mouth that talks fills several in a portrait
 
@@ -39,7 +39,7 @@ SHARP_SHARE = 0.25  # of the tiles: a portrait before a soft background is sharp
 # twenty photographs in focus have 0.0065 to 0.2; Gaussian blur of 0.6 % of their width leaves less in most
 BLURRED = 0.002
 
-FLAT = 0.008  # standard deviation of grey values below which there is no structure: two of 255 steps
+FLAT = 0.008  # standard deviation of gray values below which there is no structure: two of 255 steps
 HASH_SIDE, HASH_BLOCK = 32, 8
 NEAR = 6  # bits that differ between copies, at most; pictures that have nothing in common differ in about 31
 CLIP_FRAMES = 4  # frames whose hashes make up a clip's
@@ -56,9 +56,9 @@ def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_
 
 
 def motion(frames: Sequence[Frame]) -> float:
-    """Return the mean absolute change of luma between neighbours, in place: 0..1, and 0 for a single frame.
+    """Return the mean absolute change of luma between neighbors, in place: 0..1, and 0 for a single frame.
 
-    0.01 is a calm picture, 0.1 a wild one, if neighbours are some tenths of a second apart.
+    0.01 is a calm picture, 0.1 a wild one, if neighbors are some tenths of a second apart.
     """
     cells = [_average_cells(frame) for frame in frames]
     changes = [np.abs(after - before).mean() for before, after in zip(cells, cells[1:], strict=False)]
@@ -103,7 +103,7 @@ def sharpness(frame: Frame) -> float:
 
 
 def is_flat(frame: Frame) -> bool:
-    """Return whether a frame has one colour, or nearly so: it can be neither sharp nor blurred."""
+    """Return whether a frame has one color, or nearly so: it can be neither sharp nor blurred."""
     return bool(_reduce_to_gray(frame, BLACK_SIDE).std() < FLAT)
 
 
@@ -162,15 +162,15 @@ def _reduce(frame: Frame, factor: float) -> Gray:
     return np.asarray(small.astype(np.float32) @ LUMA / np.float32(255), np.float32)
 
 
-# Tell whether a new scene begins between two neighbouring pictures.
+# Tell whether a new scene begins between two neighboring pictures.
 #
-# A cut changes both the structure and the colours at once. Motion moves things and keeps the colours; a flash
+# A cut changes both the structure and the colors at once. Motion moves things and keeps the colors; a flash
 # or a fade changes the brightness and leaves everything in its place. So both distances have to be large.
 LONG_SIDE = 32  # of a thumbnail
 MAX_SHIFT = 6  # cells that all may have moved together, in x and y
-BINS = 16  # of the histogram of each colour
+BINS = 16  # of the histogram of each color
 SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count less
-FLAT_SCENE = 0.005  # deviation of the grey values below which there is no structure to compare
+FLAT_SCENE = 0.005  # deviation of the gray values below which there is no structure to compare
 WHITE = 245  # of 255
 
 
@@ -179,7 +179,7 @@ class Thumbnail:
     """Reduced picture for comparisons."""
 
     grey: NDArray[np.float32]  # h w, 0..1
-    is_white: NDArray[np.bool_]  # h w: a colour is at its upper end
+    is_white: NDArray[np.bool_]  # h w: a color is at its upper end
     histogram: NDArray[np.float32]  # 3 BINS, each of a sum of 1
 
 
@@ -189,7 +189,7 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     factor = min(1.0, LONG_SIDE / max(height, width))
     columns = max(1, round(width * factor))
     rows = max(1, round(height * factor))
-    # twice as fine for the colours, so that the histogram has enough samples
+    # twice as fine for the colors, so that the histogram has enough samples
     fine = cv2.resize(in_eight_bits(pixels), (4 * columns, 4 * rows), interpolation=cv2.INTER_AREA)
     small = cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA)
     shares = []
@@ -202,13 +202,13 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
 
 
 def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
-    """Return the evidence for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
+    """Return the evidence for a cut, from 0 to 1: sqrt(structure * colors) * min(1, change / 0.05).
 
-    structure: 1 minus the best correlation of the grey thumbnails over all shifts of up to 6 cells of 32,
+    structure: 1 minus the best correlation of the gray thumbnails over all shifts of up to 6 cells of 32,
     from 0 to 1. Cells that are white in either do not count: a flash hides them. If less than a quarter is
-    left, or the rest has a single grey in either, the structure counts 0. colours: half the absolute
+    left, or the rest has a single gray in either, the structure counts 0. colors: half the absolute
     difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
-    grey values. `least` is a distance below that may be given as 0, which takes less time.
+    gray values. `least` is a distance below that may be given as 0, which takes less time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
@@ -232,7 +232,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
     """Return the correlation of the first, shifted, with the second, over the cells where both are not white.
 
-    None: too little is left, or the rest has a single grey in either.
+    None: too little is left, or the rest has a single gray in either.
     """
     height, width = first.grey.shape
     first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))

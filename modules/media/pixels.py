@@ -92,7 +92,7 @@ def image_pixels(
 ) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
-    With `keep_aspect`, scale to cover and crop the centre, as for training; else stretch, as Wan's released
+    With `keep_aspect`, scale to cover and crop the center, as for training; else stretch, as Wan's released
     code does after choosing a size with the image's own aspect ratio. For `shrink` see `resize_cover`. `crf`
     is the quality of H.264 that the image passes through at its own size; 0 means none. `on_white` False
     keeps the colors below transparent parts.

@@ -1,7 +1,7 @@
 """Read images and videos from disk as uint8 frames; no other file reads them.
 
 A frame is `H W C` uint8 RGB (C = 4 with alpha); sizes are (width, height). A "video" may also be a folder of
-images, which are its frames in the order of the numbers in their names. Colours are converted according to
+images, which are its frames in the order of the numbers in their names. Colors are converted according to
 the file's own metadata. Every failure is a MediaError with the file and the reason.
 """
 
@@ -64,7 +64,7 @@ OPENCV_METHODS = {
 }
 
 PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
-ONE_COLOR = 2  # of 255, by which one colour may differ: programs round what is transparent
+ONE_COLOR = 2  # of 255, by which one color may differ: programs round what is transparent
 TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of a picture as it is stored
 
 
@@ -121,7 +121,7 @@ def add_alpha(frame: Frame) -> Frame:
 
 
 def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
-    """Split a frame into its colours, H W 3, and its fourth channel, H W, or None."""
+    """Split a frame into its colors, H W 3, and its fourth channel, H W, or None."""
     alpha = frame[..., 3] if frame.shape[2] == 4 else None
     return np.ascontiguousarray(frame[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
@@ -137,7 +137,7 @@ def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return the facts about the colours of an image, a clip (by its first frame) or a folder of images.
+    """Return the facts about the colors of an image, a clip (by its first frame) or a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are laid on white.
 
@@ -234,7 +234,7 @@ def image_size(path: Path) -> Size:
 def resize_cover(
     frame: Frame, bucket: Size, shrink: str = "area", place: tuple[float, float] | None = None
 ) -> Frame:
-    """Resize a frame until it covers `bucket`, and crop the centre.
+    """Resize a frame until it covers `bucket`, and crop the center.
 
     Lanczos when enlarging, else area average, as the cache format requires. `shrink` is "lanczos" for that,
     too. `place` are where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely
@@ -479,7 +479,7 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
-    """Return two neighbouring images of a folder that swap places if names are compared as plain text.
+    """Return two neighboring images of a folder that swap places if names are compared as plain text.
 
     None if both orders are the same.
 

@@ -237,7 +237,7 @@ def write_video(
     `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
     crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
     with the first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row
-    or column of an odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is
+    or column of an odd size is cropped. Colors are BT.709 and tagged so. No time and no random id is
     written.
 
     Raises:

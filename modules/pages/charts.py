@@ -17,7 +17,7 @@ ROOM = 0.05  # share of the values' range that stays free on each side
 MAX_TICKS = 6  # of an axis
 COLOURS = [*(f"var(--ink-{number})" for number in range(1, 7)), "var(--ink)", "var(--faint)"]
 RULE, AXIS = "var(--rule)", "var(--faint)"
-LOOK = SHEET.partition("@media print")[0]  # its colours, light and dark
+LOOK = SHEET.partition("@media print")[0]  # its colors, light and dark
 START = (
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
     ' font-family="system-ui, sans-serif" font-size="14" text-anchor="middle" fill="var(--ink)">'

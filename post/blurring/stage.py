@@ -68,7 +68,7 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     """Return an area of a picture, blurred or black. core: the area without its soft edge."""
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
-    # the size asked for, but at least half of the box: this leaves a few spots of colour at any
+    # the size asked for, but at least half of the box: this leaves a few spots of color at any
     # resolution; more than the whole box would only mix its surroundings in
     longer = max(core.right - core.left, core.bottom - core.top)
     strength = options.strength | 1
@@ -169,7 +169,7 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with all found things covered, also those found only in neighbouring pictures.
+        """Yield the pictures with all found things covered, also those found only in neighboring pictures.
 
         `hold` or `lookback` pictures, whichever are more, wait in memory.
 

@@ -121,7 +121,7 @@ MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
     """Return the faces that can be restored: they have landmarks, and their eyes are far enough apart.
 
-    size: width and height of the picture. only_center: of these, the one whose box is nearest the centre.
+    size: width and height of the picture. only_center: of these, the one whose box is nearest the center.
     """
     large = [face for face in faces if eye_distance(face.landmarks) >= MIN_EYE_DISTANCE]
     if not only_center:

@@ -71,7 +71,7 @@ def _make_conv(width_in: int, width: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions with a residual connection."""
+    """Two normalized convolutions with a residual connection."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()

@@ -104,7 +104,7 @@ class StyleConv(nn.Module):
 
 
 class ToRgb(nn.Module):
-    """Colours from features, added to those of half the size."""
+    """Colors from features, added to those of half the size."""
 
     def __init__(self, width: int, style: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class StyleDecoder(nn.Module):
         x = self.style_conv1(x, style[0], noise[0])
         image = self.to_rgb1(x, style[1])
         for level, (scale, shift) in enumerate(steering):
-            first = 2 * level + 1  # styles of colours are used twice: here, and by the layer after them
+            first = 2 * level + 1  # styles of colors are used twice: here, and by the layer after them
             x = self.style_convs[2 * level](x, style[first], noise[first])
             free, steered = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
             x = torch.cat([free, steered * scale + shift], dim=1)

@@ -156,7 +156,7 @@ Network = TypeVar("Network", bound=nn.Module)
 LICENSES = {
     GFPGAN: "GFPGAN is under Apache-2.0, but has parts of StyleGAN2 (NVIDIA) and DFDNet (CC BY-NC-SA) that "
     "are for non-commercial use only",
-    "codeformer": "CodeFormer is under the S-Lab licence 1.0: for non-commercial use only",
+    "codeformer": "CodeFormer is under the S-Lab license 1.0: for non-commercial use only",
 }
 PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial use only"
 

@@ -73,7 +73,7 @@ class Pyramid(nn.Module):
 
 
 class Context(nn.Module):
-    """Concatenate features of 3x3, 5x5 and 7x7 neighbourhoods, the larger ones by several convolutions."""
+    """Concatenate features of 3x3, 5x5 and 7x7 neighborhoods, the larger ones by several convolutions."""
 
     def __init__(self, width: int, slope: float) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class RetinaFace(nn.Module):
 
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
-    """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its sides."""
+    """Return the anchors of a picture, N 4: center x, center y, width, height as parts of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
         rows = torch.arange(-(-height // step), dtype=torch.float64)

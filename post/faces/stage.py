@@ -147,7 +147,7 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix from places in the picture to those in the enlarged one; pixels have centres."""
+    """Return the matrix from places in the picture to those in the enlarged one; pixels have centers."""
     across = canvas.shape[1] / pixels.shape[1]
     down = canvas.shape[0] / pixels.shape[0]
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SIDE = 640  # side of the square picture, if the file does not fix it
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
 OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
-PADDING = 114  # grey around pictures that are not square
+PADDING = 114  # gray around pictures that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
@@ -187,7 +187,7 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
 
 
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """Fit a picture (H W 3) into a grey square.
+    """Fit a picture (H W 3) into a gray square.
 
     Returns the square, the scale of the picture, and its left and top in the square.
     """
@@ -237,7 +237,7 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
     )
 
 
-# YuNet: a small detector of faces, free to use (MIT licence).
+# YuNet: a small detector of faces, free to use (MIT license).
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
 MAX_OVERLAP_YUNET = 0.3
 MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression

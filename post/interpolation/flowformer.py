@@ -1,6 +1,6 @@
 """FlowFormer: optical flow from cost maps, each encoded into a few tokens that a decoder attends to.
 
-Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are named as in its released files.
+Source: Huang et al. 2022, arXiv 2203.16194 (Apache license). Attributes are named as in its released files.
 """
 
 from collections.abc import Callable, Iterable

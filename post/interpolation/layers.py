@@ -192,7 +192,7 @@ def resize(image: Tensor, factor: float) -> Tensor:
 #
 # The usual way keeps the products of all pairs of places, which takes memory with the fourth power of the
 # side. Averaging and sampling are linear, so that the same numbers come from averaging the second picture's
-# features and multiplying only those around each place; all offsets share the same four neighbours. Source
+# features and multiplying only those around each place; all offsets share the same four neighbors. Source
 # of the lookup: Teed and Deng 2020, arXiv 2003.12039.
 # Letters: C channels, h w height and width of the features, P places (h times w), N places of a chunk
 
@@ -261,7 +261,7 @@ class Correlation:
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
-        """Return the products around centres, P 81. centres: P 2, at this scale."""
+        """Return the products around centers, P 81. centers: P 2, at this scale."""
         corner = centers.floor()
         share = centers - corner
         start = corner.long() - RADIUS

@@ -59,7 +59,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
 
 
 class HypoNet(nn.Module):
-    """Map (features, t, y, x) of a place to its normalised flow; sine layers with weights of norm 1."""
+    """Map (features, t, y, x) of a place to its normalized flow; sine layers with weights of norm 1."""
 
     def __init__(self, inputs: int, config: MotionConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def places(self, like: Tensor, time: float) -> Tensor:
-        """Return 1 3 H W: the time, and y and x of the centre, of each pixel of `like`."""
+        """Return 1 3 H W: the time, and y and x of the center, of each pixel of `like`."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -81,7 +81,7 @@ class HypoNet(nn.Module):
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """features: 1 C H W. Returns the normalised flow, 1 2 H W, about 0..1."""
+        """features: 1 C H W. Returns the normalized flow, 1 2 H W, about 0..1."""
         values = torch.cat([features, places], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
@@ -162,7 +162,7 @@ class Motion:
     forth: Tensor
     back: Tensor
     scale: Tensor  # the largest movement in pixels
-    first: Tensor  # features of the normalised flows
+    first: Tensor  # features of the normalized flows
     second: Tensor
     first_weight: Tensor
     second_weight: Tensor
@@ -176,7 +176,7 @@ def _blur(values: Tensor) -> Tensor:
 
 
 def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise both flows by the largest movement.
+    """Normalize both flows by the largest movement.
 
     Returns 1 2 2 H W (x and y, then forth and minus back), 0..1, 0.5 for no motion; and the scale in pixels.
     """

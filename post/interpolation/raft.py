@@ -1,6 +1,6 @@
 """RAFT, optical flow by repeated refinement of one estimate.
 
-Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 licence). Attributes are named as in raft-things.pth.
+Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 license). Attributes are named as in raft-things.pth.
 """
 
 from collections.abc import Callable

@@ -137,7 +137,7 @@ def _leaky(x: Tensor) -> Tensor:
 
 # Letters: C channels, H W height and width of the pictures, K blends
 
-PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colours
+PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colors
 FLOWS, IMAGES = 4, 12  # channels: flows to both pictures; both pictures unchanged, and warped
 
 
@@ -185,7 +185,7 @@ class Blend:
 
     flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
     mask: Tensor  # 1 K H W, 0..1: the share of the first picture
-    colours: Tensor  # 1 3K H W, colours to add
+    colours: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":
         """Return the blend for pictures that are larger by a factor."""

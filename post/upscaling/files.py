@@ -178,7 +178,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
     if channels != COLOURS:
-        raise shape.error(f"it is for pictures of {channels} channels, such as grey ones")
+        raise shape.error(f"it is for pictures of {channels} channels, such as gray ones")
     layers = range(count(sources, r"layers\.\d+"))
     heads = tuple(
         shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)[1]

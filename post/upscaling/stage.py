@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 SIZES = (32, 64)  # side of the test pictures
-OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colours, and their copies while resizing
+OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and their copies while resizing
 
 
 @lru_cache(maxsize=16)

@@ -85,7 +85,7 @@ _OF_CONCEPTS = {
     "name": rules.NAMES,
     "seed": left("the run's seed decides what is drawn"),
     "enabled": left("each folder of dataset.toml is used"),
-    "type": left("a folder reg has regularisation pictures; validation_split holds files back"),
+    "type": left("a folder reg has regularization pictures; validation_split holds files back"),
     "validation_concept": rules.VALIDATION,
     "include_subdirectories": left("`new` says which folders it takes"),
     "image_variations": left("each file is encoded once"),

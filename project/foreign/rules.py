@@ -84,7 +84,7 @@ START = left("give a LoRA to start from as network_weights below [training]")
 BUCKETS = left("files always keep their shape")
 CAPTIONS = left("`new` finds the captions itself")
 REGULARISING = left(
-    "a folder of regularisation pictures is known by its name: call it reg, in the folder that is described"
+    "a folder of regularization pictures is known by its name: call it reg, in the folder that is described"
 )
 CONTROLS = left("control pictures are looked for in a folder control or conditioning of the one described")
 

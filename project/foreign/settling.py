@@ -34,7 +34,7 @@ class Forms(NamedTuple):
     step: int  # of which sides are multiples
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
-    regularizes: bool = False  # the folder has regularisation pictures
+    regularizes: bool = False  # the folder has regularization pictures
 
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:

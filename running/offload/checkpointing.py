@@ -250,7 +250,7 @@ def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named:
 # Letters: B batch, L tokens, C width
 
 
-# enough to keep a GPU busy, and to make up for reading (and dequantising) the weights for every piece
+# enough to keep a GPU busy, and to make up for reading (and dequantizing) the weights for every piece
 TOKENS = 4096
 # attribute of a layer: if it is true, the layer's block is not computed in pieces
 FULL = "sees_whole_input"

@@ -1,6 +1,6 @@
 """Lay out the processes of a run, and exchange the tokens of a clip among them (--context_parallel).
 
-Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbours share the tokens, as
+Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbors share the tokens, as
 they exchange most. Groups of them share the passes of a step (--cfg_parallel), and groups of those have
 micro-batches of their own. A transformer that is split (--shard_base) has its parts in all processes.
 

@@ -65,7 +65,7 @@ class HostTensors:
 
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
-    """Allocate uninitialised memory for these tensors.
+    """Allocate uninitialized memory for these tensors.
 
     None: the memory is this process' own.
 

@@ -27,7 +27,7 @@ class SharedPasses:
             device: Device of this process.
         """
         self.processes = grid.passes
-        self._rank = grid.rank // grid.context % grid.passes  # neighbours share the tokens of a clip
+        self._rank = grid.rank // grid.context % grid.passes  # neighbors share the tokens of a clip
         self._group = device_mesh(grid, device)["passes"].get_group()
         self._in_lockstep = in_lockstep
 

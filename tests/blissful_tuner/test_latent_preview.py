@@ -1,4 +1,4 @@
-"""TAEHV and latents as colours. Latent previews: what is shown, when, and that nothing depends on them."""
+"""TAEHV and latents as colors. Latent previews: what is shown, when, and that nothing depends on them."""
 
 import logging
 import threading

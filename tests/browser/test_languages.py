@@ -318,7 +318,7 @@ PAGES = (
         "{run}deeds",
     ),
 )
-# what no language changes: names of models and licences, of files, folders and options, people's own words
+# what no language changes: names of models and licenses, of files, folders and options, people's own words
 MODEL_NAMES = {
     *(name for one in model_sets() for name in (one.title, one.family_title, one.task)),
     *(file.licence.name for one in model_sets() for part in one.components for file in part.files),

@@ -464,7 +464,7 @@ def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
     for what, fields, message in (
         ("write", {}, "Type what to find"),
         ("write", {"what": "a cat"}, "load the model first"),
-        ("write", {"finder": "colour"}, "Type the colour to find"),
+        ("write", {"finder": "colour"}, "Type the color to find"),
         ("write", {"finder": "colour", "colour": "green"}, "in six hexadecimal digits"),
         (
             "write",

@@ -1,4 +1,4 @@
-"""The page Models: what is on disk, what uses it, loading after accepting licences, removing into the bin."""
+"""The page Models: what is on disk, what uses it, loading after accepting licenses, removing into the bin."""
 
 import contextlib
 import re
@@ -225,7 +225,7 @@ def test_the_login_is_told_without_its_text(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     with serve(tmp_path) as served:
-        assert "No token. Models whose licence" in served.ask("/models").text
+        assert "No token. Models whose license" in served.ask("/models").text
         (tmp_path / "token").write_text("hf_secretsecretsecret", encoding="utf-8")
         text = served.ask("/models").text
     assert "A token is there: the file" in text
@@ -281,7 +281,7 @@ def test_a_person_loads_and_removes_by_labels(
         page.get_by_role("button", name="Load").click()
         wait_until(page, "document.getElementById('said')?.textContent.includes('accept them')")
         assert page.evaluate("document.activeElement.textContent") == "Load"
-        page.get_by_label("I have read the licences and accept them").check()
+        page.get_by_label("I have read the licenses and accept them").check()
         page.get_by_role("button", name="Load").click()
         page.wait_for_selector("#loading .died")
         assert "cannot be reached" in page.locator("#loading").inner_text()
@@ -337,7 +337,7 @@ def test_load_downloads_what_is_missing_and_notes_its_progress(
             monkeypatch.setenv(name, value)
         chosen = {"family": "z_image", "task": "turbo"}
         with serve(tmp_path) as served, open_page(f"{served.url}/models?{urlencode(chosen)}") as page:
-            page.get_by_label("I have read the licences and accept them").check()
+            page.get_by_label("I have read the licenses and accept them").check()
             page.get_by_role("button", name="Load").click()
             page.wait_for_selector("#loading .finished", timeout=120_000)
             assert "loaded · Z-Image Turbo" in page.locator("#loading").inner_text()

@@ -50,7 +50,7 @@ def test_a_training_whose_model_could_not_be_loaded_goes_on_with_continue(
             describe(served, root / "set", **fields, file_dit="", file_vae="", file_t5="")
             (root / "set/prompts.txt").write_text(PROMPT, encoding="utf-8")
             refused = post(served, "start", folder=str(root / "set"))
-            assert "read the licences next to Start, and accept them" in text_of(refused, "refused")
+            assert "read the licenses next to Start, and accept them" in text_of(refused, "refused")
             assert post(served, "start", folder=str(root / "set"), accept="yes").status == 200
             with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
                 page.get_by_role("link", name="its page").click()

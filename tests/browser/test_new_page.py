@@ -516,7 +516,7 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     wait_for(served, folder, '">prepared<')
     text = served.ask(f"/new?folder={quote(str(folder))}").text
     assert re.search(r">Download the model \([\d.]+ GB\)</button>", text)
-    assert "are loaded first, under these licences" in text
+    assert "are loaded first, under these licenses" in text
     assert 'href="https://github.com/krea-ai' in text
     assert "There is no login on this machine" in text or "There is a login" in text
 
@@ -687,7 +687,7 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
 
 
 def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) -> None:
-    """As `new` takes them: regularisation pictures belong to it. A described folder is a choice too."""
+    """As `new` takes them: regularization pictures belong to it. A described folder is a choice too."""
     for place in ("mine/img/10_ohwx man", "mine/reg/1_man", "flat/2_ohwx dog"):
         write_images(root / place, 2)
     write_images(root / "plain" / "day", 1)

@@ -180,7 +180,7 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
     )
     page = served.ask(f"/new?folder={quote(str(root / 'loaded'))}").text
     assert re.search(r">Download the model \([\d.]+ GB\)</button>", page)
-    assert "I accept this licence" in page
+    assert "I accept this license" in page
     started: list[list[str]] = []
     monkeypatch.setattr(
         "browser.background_jobs.BackgroundJobs.start", lambda _, name, words, folder: started.append(words)

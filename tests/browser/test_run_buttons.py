@@ -560,14 +560,14 @@ def test_a_run_is_watched_from_its_draft_to_its_lora(
     folder.mkdir()
     for number in range(12):
         Image.new("RGB", (64, 64), (20 * number, 90, 90)).save(folder / f"p{number}.png")
-        (folder / f"p{number}.txt").write_text("a colour\n", encoding="utf-8")
+        (folder / f"p{number}.txt").write_text("a color\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     words = ["new", str(folder), "--family", "wan", "--task", "t2v-1.3B", "--trigger_word", "ohwx"]
     words += ["--output_name", "own", "--max_train_steps", "4", "--memory", "0"]
     for option in ("dit", "vae", "t5"):
         words += ["--model_file", f"{option}={POCKET / option}.safetensors"]
     run_python(str(ROOT / "reelsmith.py"), *words)
-    (folder / "prompts.txt").write_text("a colour --s 2 --w 32 --h 32 --f 1\n" * 2, encoding="utf-8")
+    (folder / "prompts.txt").write_text("a color --s 2 --w 32 --h 32 --f 1\n" * 2, encoding="utf-8")
     seen: list[str] = []
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").click()

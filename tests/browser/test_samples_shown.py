@@ -20,7 +20,7 @@ TITLES = f"{SHOWN}.map(one => one.firstChild.data.trim())"
 
 
 def write_samples(folder: Path) -> None:
-    """A run that has stopped, with a picture and a clip at each of six steps, each of its own grey."""
+    """A run that has stopped, with a picture and a clip at each of six steps, each of its own gray."""
     history = History(history_path(folder, "x"), 1)
     (folder / "sample").mkdir(parents=True)
     told = {"model": "wan", "total_steps": 600, "changed": [], "unchanged": [], "listens": True}

@@ -45,7 +45,7 @@ def save_images(folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(4):
         write_png(folder / f"Bild ö {number}.png", np.full((64, 64, 3), 60 * number, np.uint8))
-        (folder / f"Bild ö {number}.txt").write_text("a colour\n", encoding="utf-8")
+        (folder / f"Bild ö {number}.txt").write_text("a color\n", encoding="utf-8")
 
 
 def fill_root(root: Path) -> None:

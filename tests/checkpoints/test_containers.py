@@ -161,7 +161,7 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
         ([], "header cannot be read"),
         (
             {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]},
-            "is quantised: a is of type F4, which is not supported",
+            "is quantized: a is of type F4, which is not supported",
         ),
     ],
 )

@@ -195,7 +195,7 @@ import re, sys, threading
 from dataclasses import replace
 from pathlib import Path
 import torch
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from contract.loading import Placement
 from tests.tiny.wan import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -216,9 +216,9 @@ def load(path, placement):
     sampler.join()
     return dit, max(peak, anonymous()) - before
 
-placement = Placement(torch.device("cpu"), quantisation=Quantisation(sys.argv[1]))
+placement = Placement(torch.device("cpu"), quantisation=Quantization(sys.argv[1]))
 if sys.argv[1] == "patched":
-    rows = Quantisation("rows")
+    rows = Quantization("rows")
     placement = replace(placement, quantisation=rows, patch=lambda name, weight, _: weight.clone())
 load(write_dit(Path("warm"), tiny_state("t2v", dtype=torch.bfloat16)), placement)
 dit, peak = load(Path("wan.safetensors"), placement)

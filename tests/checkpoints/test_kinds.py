@@ -1,4 +1,4 @@
-"""Models that no script runs are recognised by the tensors of diffusers' networks, and refused by name."""
+"""Models that no script runs are recognized by the tensors of diffusers' networks, and refused by name."""
 
 import time
 from pathlib import Path

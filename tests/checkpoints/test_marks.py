@@ -274,7 +274,7 @@ def test_weights_of_an_unknown_quantiser_are_called_so(tmp_path: Path, name: str
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError) as error:
         plain_sources(checkpoint)
 
-    assert f"quantised, form unknown: it has m.0.{name} in" in str(error.value)
+    assert f"quantized, form unknown: it has m.0.{name} in" in str(error.value)
     assert "opy it again" not in str(error.value)
 
 

@@ -208,7 +208,7 @@ def test_a_normaliser_of_a_real_tokenizer_is_taken(normaliser: dict[str, Any] | 
 def test_a_normaliser_that_lengthens_without_measure_is_refused(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "tokenizer.json", HARMFUL[name])
 
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json .*normaliser makes \d+ characters of one"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json .*normalizer makes \d+ characters of one"):
         FILES.read(path)
 
 

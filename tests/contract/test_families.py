@@ -71,4 +71,4 @@ def test_a_family_is_named_in_at_most_four_shared_files() -> None:
     assert all("contract/families.py" in files for files in named.values())
     assert {name: files for name, files in named.items() if len(files) > 4 and name not in OLD} == {}
     # it has no tools of its own; GGUF files are called by names of other programs
-    assert named["lumina"] == {"contract/families.py", "checkpoints/quantising.py"}
+    assert named["lumina"] == {"contract/families.py", "checkpoints/quantizing.py"}

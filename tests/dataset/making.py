@@ -14,7 +14,7 @@ from dataset.subset_options import DATASET, SUBSET_KEYS, SubsetOptions
 from modules.media.writing import write_video
 from modules.script_options import parse_options
 
-GRAY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
+GRAY_STEP = 4  # frame i of a clip made here is gray 4 * i + 4
 
 
 def make_table(folder: Path, source: str = "video_directory", **changes: Any) -> DatasetTable:

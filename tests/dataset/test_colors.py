@@ -1,4 +1,4 @@
-"""Transparency and colour profiles in datasets: what is learned, remarks, and caches of earlier versions."""
+"""Transparency and color profiles in datasets: what is learned, remarks, and caches of earlier versions."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from tests.dataset.toy_family import LATENT, ToyFamily, options
 from tests.modules.media.test_colors import XYZ_OF_P3, converted, encode_clip, matrix_profile, srgb_curve
 
 BLUE, CLEAR = (10, 20, 200, 255), (10, 20, 200, 51)
-WHITE = [206, 208, 244]  # a fifth of the colour over white
+WHITE = [206, 208, 244]  # a fifth of the color over white
 
 
 def pictures(folder: Path, **keys: Any) -> DatasetConfig:
@@ -59,7 +59,7 @@ def cached(config: DatasetConfig, masks_latents: bool = False) -> dict[str, list
 
 
 def age(folder: Path, as_shown: int = False) -> None:
-    """Make caches look like those of versions that did not look at colours, or (True) not at codes."""
+    """Make caches look like those of versions that did not look at colors, or (True) not at codes."""
     for path in (folder / "cache").glob("*.safetensors"):
         entry = read_entry(path)
         if path.stem.endswith("_te"):
@@ -143,7 +143,7 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
     assert "size was [64, 32], is now [32, 32]" in caplog.text
     said = [str(shown_otherwise(source, False, 1)).partition(" (")[0] for source in find_sources(table)]
     shape = "dv.mp4 was read without the shape of its pixels, which are not square, now with it"
-    assert said == [shape, "None", "wide.mkv was read without the colours that it names"]
+    assert said == [shape, "None", "wide.mkv was read without the colors that it names"]
     assert [one.name for one in (tmp_path / "cache").glob("dv_*")] == [path.name]
     assert cached(config) == {}
 
@@ -179,7 +179,7 @@ def test_check_and_caching_count_transparent_pictures_and_profiles(
     for text in ("\n".join(lines), caplog.text):
         assert "1 is transparent and filled with white:\n" in text
         assert "clear.png" in text
-        assert "1 has a colour profile, or colours other than sRGB" in text
+        assert "1 has a color profile, or colors other than sRGB" in text
         assert "opaque.png" not in text
 
 

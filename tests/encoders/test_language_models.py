@@ -333,7 +333,7 @@ def test_a_quantised_file_is_called_so(
     tensors.pop(f"{layer}{part}", None)
     tensors |= {f"{layer}{name}": tensor for name, tensor in packed.items()}
     save(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match=f"is quantised in a way that is not supported.*{form}"):
+    with pytest.raises(CheckpointError, match=f"is quantized in a way that is not supported.*{form}"):
         load_language_model(tmp_path / "model.safetensors", LLAMA, CPU, torch.float32)
 
 

@@ -43,7 +43,7 @@ PLACES = {
 
 
 def assert_harmless(said: str) -> None:
-    """Nothing of it moves, colours or floods a terminal."""
+    """Nothing of it moves, colors or floods a terminal."""
     codes = [code for code in said if ord(code) < 32 and code != "\n" or code in "\u2028\u2029\u202e\x7f"]
     assert not codes, codes[:5]
     assert len(said) < 9000, f"{len(said)} characters"

@@ -57,7 +57,7 @@ def test_large_pictures_are_cut_into_tiles_and_statistics_stay_in_float32(tmp_pa
     latents = tiled.encode(pixels)
     made = tiled.decode(latents)
 
-    # neighbours are blended in the last quarter of a tile
+    # neighbors are blended in the last quarter of a tile
     assert_equal(latents[..., :3, :3], full.encode(pixels[..., :64, :64])[..., :3, :3], "latents", NEAR)
     assert_equal(made[..., :48, :48], full.decode(latents[..., :4, :4])[..., :48, :48], "pixels", NEAR)
     half = load_vae(path, CPU, torch.bfloat16)

@@ -31,7 +31,7 @@ class RememberingVae(RepeatingVae):
 
 
 class PaintingDit(nn.Module):
-    """In one Euler step a section becomes something of its own, in part beyond the colours there are."""
+    """In one Euler step a section becomes something of its own, in part beyond the colors there are."""
 
     def __init__(self) -> None:
         super().__init__()

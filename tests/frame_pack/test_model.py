@@ -212,7 +212,7 @@ def test_caches_whose_frames_and_places_differ_are_refused(
 def test_samples_of_another_kind_than_the_caches_are_warned_of(
     family: FramePack, settings: dict[str, Any], neighbour: int, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """neighbour: the place of the frame next in time; that of the target is 1."""
+    """neighbor: the place of the frame next in time; that of the target is 1."""
     batches._note_other_order.cache_clear()
     batches._note_clips.cache_clear()
 

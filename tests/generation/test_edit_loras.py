@@ -1,4 +1,4 @@
-"""A LoRA of edits is recognised by its metadata, so that one without a picture is remarked on."""
+"""A LoRA of edits is recognized by its metadata, so that one without a picture is remarked on."""
 
 import json
 from pathlib import Path

@@ -28,7 +28,7 @@ from tests.preparing import prepare
 
 
 def clip(frames: int = 5) -> Iterator[Tensor]:
-    """One chunk of one frame, then the rest; frame i has the grey value i / 10."""
+    """One chunk of one frame, then the rest; frame i has the gray value i / 10."""
     pixels = torch.stack([torch.full((1, 3, 16, 32), index / 10) for index in range(frames)], dim=2)
     yield pixels[:, :, :1]
     if frames > 1:
@@ -173,7 +173,7 @@ def test_every_codec_and_container_keeps_frames_and_metadata(
     gray = np.stack(list(video_frames(path))).astype(int)
     assert gray.shape == (5, 64, 96, 3)
     assert abs(gray.mean((1, 2, 3)) - [0, 64, 128, 191, 255]).max() < 3
-    assert np.ptp(gray, axis=3).max() <= 3  # no colour
+    assert np.ptp(gray, axis=3).max() <= 3  # no color
     for found in (read_tags(path), tags_by_av(path)):
         assert {key: found[key] for key in METADATA} == AS_ONE_LINE
 

@@ -63,7 +63,7 @@ def taehv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_taehv(tmp_path_factory.mktemp("taehv") / "taehv.safetensors")
 
 
-SHAPES = {  # frames and rate of the preview by colours, frames and rate by TAEHV
+SHAPES = {  # frames and rate of the preview by colors, frames and rate by TAEHV
     "wan": (2, 4.0, 5, 16.0),
     "framepack": (18, 7.5, 69, 30.0),
 }
@@ -145,7 +145,7 @@ def test_a_wrong_file_is_an_error_before_anything_loads(tmp_path: Path) -> None:
     other = write_taehv(tmp_path / "taehv.pth")
     with pytest.raises(CheckpointError, match=r"decodes 16 channels .*\n?.* 2 channels"):
         generate(family, options(tmp_path, *words, other))
-    with pytest.raises(OptionError, match="no map from this model's latents to colours"):
+    with pytest.raises(OptionError, match="no map from this model's latents to colors"):
         generate(ToyFamily(diary=family.diary), options(tmp_path, *words[:-1]))
     assert family.diary == []
 

@@ -13,7 +13,7 @@ from tests.generation.guided import SAY, STEPS, Script, is_finite, write_scripts
 from tests.tiny.project import moving_square
 
 # the networks are random and small: what is given to them twice as large has to show
-GUIDED = ("--guidance_scale", 4, "--negative_prompt", "dull and grey")
+GUIDED = ("--guidance_scale", 4, "--negative_prompt", "dull and gray")
 ONE = ("--seed", 1, "--infer_steps", 2)
 SYSTEM = VIDEO_TEMPLATE.system
 KINDS_OF_TEXT = pytest.mark.parametrize("kind", ["wan", "hunyuan"])
@@ -48,7 +48,7 @@ def test_weights_of_one_and_switches_alone_change_no_bit(
 ) -> None:
     make = scripts[kind].one
     plain = make(tmp_path / "plain", *ONE, "--prompt", "a red car", *GUIDED)
-    neutral = ("--prompt", "a (red:1.0) car", "--guidance_scale", 4, "--negative_prompt", "dull (and:1) grey")
+    neutral = ("--prompt", "a (red:1.0) car", "--guidance_scale", 4, "--negative_prompt", "dull (and:1) gray")
     assert torch.equal(make(tmp_path / "weighed", *ONE, *neutral, "--prompt_weighting"), plain)
     switches = ("--prompt_wildcards", cards, "--prompt_alternatives")
     assert torch.equal(make(tmp_path / "drawn", *ONE, "--prompt", "a red car", *GUIDED, *switches), plain)
@@ -163,7 +163,7 @@ def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Scrip
         ("hunyuan", [], ["--apply_final_norm"]),
         ("hunyuan", ["--te_multiplier", "1", "1"], ["--te_multiplier", "2", "1"]),
         ("hunyuan", [], ["--te_multiplier", "1", "2"]),
-        ("hunyuan", ["--custom_system_prompt", SYSTEM], ["--custom_system_prompt", "Name the colours."]),
+        ("hunyuan", ["--custom_system_prompt", SYSTEM], ["--custom_system_prompt", "Name the colors."]),
         ("framepack", ["--hidden_state_skip_layer", "2"], ["--hidden_state_skip_layer", "1"]),
         ("framepack", [], ["--te_multiplier", "1", "2"]),
     ],

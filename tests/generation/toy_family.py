@@ -33,7 +33,7 @@ from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Piece, Secti
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.errors import CheckpointError, MediaError, OptionError
 
-TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy license", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)
 WINDOW = 3
 

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def dit_config(version: str, **changes: Any) -> LtxConfig:
     """Dimensions of the transformer of the tiny release."""
     video, audio = SIZES[version]
-    sizes = {"video": video, "sound": audio, "num_heads": 2, "cross_dim": audio.dim}
+    sizes = {"video": video, "audio": audio, "num_heads": 2, "cross_dim": audio.dim}
     return replace(tiny_dit.DIT_CONFIGS[version], **sizes, **changes)
 
 

@@ -74,8 +74,8 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
                 time = 1000 * sigma.view(1)
                 inputs = {
                     **{"noisy": torch.zeros(1, 16, 1, 1, 1), "text": torch.zeros(1, 1, 24), "fps": 25},
-                    **{"timesteps": time, "audio_timesteps": time, "sound_text": text[None]},
-                    "sound": ((1 - sigma) * audio + sigma * drawn)[None],
+                    **{"timesteps": time, "audio_timesteps": time, "audio_text": text[None]},
+                    "audio": ((1 - sigma) * audio + sigma * drawn)[None],
                 }
                 _, made = in_diffusers(dit, inputs, isolate_modalities=True)
                 ((made[0] - (drawn - audio)).square().mean() / 2).backward()

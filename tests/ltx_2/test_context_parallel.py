@@ -28,7 +28,7 @@ def toward_middle(first: Tensor, second: Tensor) -> Tensor:
 def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
     given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
-    away = Away({"text": given["text"].flip(-1), "sound_text": given["sound_text"].flip(-1)}, toward_middle)
+    away = Away({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
     cases: dict[str, Overrides] = {
         "both": Overrides(given_frames=1),
         "away": Overrides(away=away),

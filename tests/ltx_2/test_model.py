@@ -12,13 +12,13 @@ from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_in_diffusers, dit_inputs, dit_
 from tests.parity.running import assert_as_exact, assert_equal
 
 FRAMES, ROWS, COLUMNS = 3, 4, 5
-TENSORS = {"noisy", "text", "sound", "sound_text"}  # that a network computes in its dtype
+TENSORS = {"noisy", "text", "audio", "audio_text"}  # that a network computes in its dtype
 each_version = pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
 
 
 def in_diffusers(dit: Any, given: dict[str, Any], sample: int = 0, **changed: Any) -> tuple[Tensor, Tensor]:
     """The velocities that diffusers' network makes of the inputs of ours, as ours are shaped."""
-    noisy, audio = given["noisy"], given["sound"]
+    noisy, audio = given["noisy"], given["audio"]
     times = {"timestep": given["timesteps"], "sigma": given["timesteps"]}
     times |= {"audio_timestep": given["audio_timesteps"], "audio_sigma": given["audio_timesteps"]}
     made = dit(
@@ -26,7 +26,7 @@ def in_diffusers(dit: Any, given: dict[str, Any], sample: int = 0, **changed: An
             "hidden_states": noisy.flatten(2).transpose(1, 2),
             "audio_hidden_states": audio.transpose(1, 2).flatten(2),
             "encoder_hidden_states": given["text"],
-            "audio_encoder_hidden_states": given["sound_text"],
+            "audio_encoder_hidden_states": given["audio_text"],
             **times,
             **dict(zip(("num_frames", "height", "width"), noisy.shape[2:], strict=True)),
             "audio_num_frames": audio.shape[2],
@@ -86,7 +86,7 @@ def test_other_sizes_and_dtypes_give_the_velocities_of_diffusers(
         replace(one, dim=dim, ffn_dim=4 * dim, text_dim=one.text_dim if default.projects_text else dim)
         for one, dim in ((default.video, 42), (default.audio, 30))
     )
-    sizes: dict[str, Any] = {"video": video, "sound": audio, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
+    sizes: dict[str, Any] = {"video": video, "audio": audio, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
     config = replace(default, **sizes)
     given = dit_inputs(version, size, 3, fps, moments, config)
     theirs = dit_in_diffusers(version, dit_state(version, **sizes), config=config)
@@ -119,7 +119,7 @@ def test_streams_apart_and_self_attention_by_its_values_equal_those_of_diffusers
     )
     assert torch.equal(alone[0], isolated[0])
     assert alone[1] is None
-    of_audio = model(None, given["timesteps"], None, **{k: given[k] for k in given if k.startswith("sound")})
+    of_audio = model(None, given["timesteps"], None, **{k: given[k] for k in given if k.startswith("audio")})
     assert torch.equal(of_audio[1], isolated[1])
 
 
@@ -157,7 +157,7 @@ def test_each_stream_is_modulated_by_its_own_time_and_gated_by_the_others() -> N
 @each_version
 def test_a_sample_without_sound_is_as_in_a_network_without_it(version: str) -> None:
     given = dit_inputs(version)
-    given["sound"].requires_grad_()
+    given["audio"].requires_grad_()
     model, alone = tiny_dit(version), tiny_dit(version, audio=None)
 
     video, _ = model(**given, has_sound=torch.tensor([True, False]))
@@ -165,7 +165,7 @@ def test_a_sample_without_sound_is_as_in_a_network_without_it(version: str) -> N
     silent = alone(**{name: given[name] for name in ("noisy", "timesteps", "text", "fps")})[0]
     assert torch.equal(video[1], silent[1])
     assert not torch.allclose(video[0], silent[0], rtol=1e-2)
-    (gradient,) = torch.autograd.grad(video.sum(), given["sound"])
+    (gradient,) = torch.autograd.grad(video.sum(), given["audio"])
     assert gradient[0].any()
     assert not gradient[1].any()
 
@@ -191,9 +191,9 @@ def test_samples_may_differ_in_frames_a_second() -> None:
     ("changed", "words"),
     [
         ({"noisy": torch.zeros(2, 7, 3, 4, 5)}, "7 numbers in a token of video, the model takes 8"),
-        ({"sound": torch.zeros(2, 2, 7, 15)}, "30 numbers in a token of sound, the model takes 32"),
-        ({"sound_text": None}, "the text for the sound is missing"),
-        ({"noisy": None, "sound": None}, "neither latents of a video nor of sound"),
+        ({"audio": torch.zeros(2, 2, 7, 15)}, "30 numbers in a token of sound, the model takes 32"),
+        ({"audio_text": None}, "the text for the sound is missing"),
+        ({"noisy": None, "audio": None}, "neither latents of a video nor of sound"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(changed: dict[str, Any], words: str) -> None:

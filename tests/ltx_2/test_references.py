@@ -64,7 +64,7 @@ def write_reference(folder: Path, number: int, factor: int, frames: int = 9) -> 
 
 
 def write_mask(folder: Path, factor: int, frames: int) -> Tensor:
-    """A folder of grey frames, black in their first column of tokens; return them, 1 1 F H W."""
+    """A folder of gray frames, black in their first column of tokens; return them, 1 1 F H W."""
     folder.mkdir()
     shape = frames, HEIGHT // factor, WIDTH // factor
     gray = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
@@ -95,7 +95,7 @@ def asked_there(
 ) -> tuple[Tensor, Tensor]:
     """The latents that diffusers' pipeline makes from the same noise, which it would draw token by token.
 
-    Returns them normalised, and as its VAE decodes them.
+    Returns them normalized, and as its VAE decodes them.
 
     What it takes for clean of a reference goes by the noise level of the clip; here, as in the official code,
     by that of the reference. seen: strength and mask of what both see of each other; what attention adds is
@@ -173,14 +173,14 @@ CASES: dict[str, Any] = {
     "less of two": (1, [9, 1], False, 0.25),
     "seen less": (2, [9, 1], False, 1.0, 0.5, 0),
     "a mask": (2, [9], False, 1.0, 0.75, 9),
-    "a grey picture": (1, [9], False, 0.5, 1.0, 1),
+    "a gray picture": (1, [9], False, 0.5, 1.0, 1),
 }
 OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's first frame alone
 
 
 @pytest.mark.slow_cases(
     "a clip-2.3",
-    "a grey picture-2.3",
+    "a gray picture-2.3",
     "a picture-2.3",
     "half the size-2.3",
     "half the size-2.5",
@@ -375,7 +375,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyRelease
         for number, name in enumerate("ab"):
             write_media(folder / place / f"{name}.mp4", frames=10 + number + 8 * (place == "references"))
     for name in "ab":
-        (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
+        (folder / "clips" / f"{name}.txt").write_text(f"a gray wall {name}", encoding="utf-8")
     # both as in tables of the known fork
     more = f'reference_directory = "{(folder / "references").as_posix()}"\ntarget_fps = 25'
     write_dataset(folder, size=64, frames="9", batch_size=2, more=more)

@@ -75,7 +75,7 @@ def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, audio
     for number, name in enumerate("abc"):
         tracks = [Track((0.04 + 0.1 * number,), loud=0.9)] if name in audios else []
         write_media(folder / "clips" / f"{name}.mp4", *tracks, frames=10 + number)
-        (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
+        (folder / "clips" / f"{name}.txt").write_text(f"a gray wall {name}", encoding="utf-8")
     write_dataset(folder, size=64, frames="9", batch_size=batch_size)
     succeed_here("ltx2_cache_latents.py", *project.words, folder=folder)
     texts = ["ltx2_cache_text_encoder_outputs.py", *project.text_words, *project.release.texts]
@@ -92,7 +92,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class Heard(Item):
     """An item with the text of its sound, frames a second, and its sound if it has some."""
 
-    sound_text: Tensor = torch.zeros(0)
+    audio_text: Tensor = torch.zeros(0)
     fps: float = 0
     audio: Tensor | None = None
 
@@ -114,7 +114,7 @@ def read_items(folder: Path) -> list[Heard]:
             Heard(
                 tensor(path, "latents_"),
                 tensor(text, "video_prompt_embeds"),
-                sound_text=tensor(text, "audio_prompt_embeds"),
+                audio_text=tensor(text, "audio_prompt_embeds"),
                 fps=fps,
                 audio=tensor(heard, "audio_latents") if heard.exists() else None,
             )
@@ -142,8 +142,8 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
         times = time.repeat(item.latents[0].numel()).view(1, len(item.latents[0]), -1)  # of each token
         times[:, :given] = 0
         inputs = {
-            **{"noisy": mixed[0][None], "sound": mixed[1][None], "timesteps": time, "audio_timesteps": time},
-            **{"text": item.text[None], "sound_text": item.sound_text[None], "fps": item.fps},
+            **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
+            **{"text": item.text[None], "audio_text": item.audio_text[None], "fps": item.fps},
         }
         gate = dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_, time=time: (time,))
         made = in_diffusers(dit, inputs, timestep=times.flatten(1), isolate_modalities=item.audio is None)

@@ -53,7 +53,7 @@ def joined(chunks: Iterator[Tensor]) -> Tensor:
 
 
 def their_means(vae: AutoencoderKLLTX2Video, pixels: Tensor) -> Tensor:
-    """Normalised as diffusers' pipelines do."""
+    """Normalized as diffusers' pipelines do."""
     with torch.no_grad():
         mean = vae.encode(pixels).latent_dist.mode()
     return (mean - vae.latents_mean.view(1, -1, 1, 1, 1)) / vae.latents_std.view(1, -1, 1, 1, 1)

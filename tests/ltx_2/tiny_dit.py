@@ -136,9 +136,9 @@ def dit_inputs(
         "timesteps": times,
         "text": torch.randn(batch, text, config.video.text_dim, generator=generator),
         "fps": fps,
-        "sound": torch.randn(batch, config.audio.channels // 16, moments, 16, generator=generator),
+        "audio": torch.randn(batch, config.audio.channels // 16, moments, 16, generator=generator),
         "audio_timesteps": times,
-        "sound_text": torch.randn(batch, text, config.audio.text_dim, generator=generator),
+        "audio_text": torch.randn(batch, text, config.audio.text_dim, generator=generator),
     }
 
 

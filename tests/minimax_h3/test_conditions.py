@@ -55,7 +55,7 @@ def test_conditions_are_encoded_as_by_diffusers(tmp_path: Path, frames: int) -> 
 
 
 def test_latents_are_rounded_to_float16(tmp_path: Path) -> None:
-    """Before they are normalised."""
+    """Before they are normalized."""
     vae = single_file(tmp_path, tile=256)
     raw = vae.denormalize(encode_condition(vae, pixels(1)))
     rounded = raw.to(torch.float16).float()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import convert_lora
 from checkpoints.opening import open_checkpoint
-from checkpoints.quantising import in_values
+from checkpoints.quantizing import in_values
 from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit

@@ -71,7 +71,7 @@ def test_step_caches_skip_passes(tmp_path: Path, files: TinyH3, name: str) -> No
     ("words", "part"),
     [
         (["--cfg_parallel"], "one pass for each step"),
-        (["--preview_latent_every", "1"], "no map from this model's latents to colours"),
+        (["--preview_latent_every", "1"], "no map from this model's latents to colors"),
         (["--context_parallel", "2"], "accelerate launch"),
     ],
 )

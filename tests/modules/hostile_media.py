@@ -135,7 +135,7 @@ class Source:
 
 
 def write_source(path: Path, source: Source) -> Path:
-    """Write a video with grey pictures, each brighter than the one before."""
+    """Write a video with gray pictures, each brighter than the one before."""
     options = dict(source.options) | {"output_ts_offset": source.offset}
     with av.open(str(path), "w", format=source.muxer, options=options) as target:
         video = target.add_stream("libx264", rate=source.rate, options={"preset": "ultrafast", **X264})

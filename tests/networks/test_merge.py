@@ -48,7 +48,7 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
 
 
 def test_several_loras_are_summed_before_rounding() -> None:
-    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
+    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbors are 2 apart
     one = {
         "lora_unet_a.lora_down.weight": torch.full((1, 4), 0.6),
         "lora_unet_a.lora_up.weight": torch.ones(4, 1),
@@ -60,7 +60,7 @@ def test_several_loras_are_summed_before_rounding() -> None:
 
 
 def test_a_merged_weight_is_rounded_once() -> None:
-    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
+    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbors are 2 apart
     change = {"lora_unet_a.diff": torch.full((4, 4), 1.003)}  # 1.0 in bf16: 257 would become 256
 
     changed = LoraPatch([LoraUse(lora_file(change))])("a.weight", weight)

@@ -135,7 +135,7 @@ def make_here(files: Files, pictures: Sequence[AskedImage], *arguments: object) 
 
 
 def assert_close(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], by: int = 1) -> None:
-    """Pictures differ by at most one of 255 anywhere, and are not all grey."""
+    """Pictures differ by at most one of 255 anywhere, and are not all gray."""
     assert ours.shape == theirs.shape
     assert theirs.std() > 5
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= by
@@ -147,7 +147,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def write_image(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
-    """Write a picture of soft colours."""
+    """Write a picture of soft colors."""
     values = np.random.default_rng(seed).integers(0, 256, (5, 6, 3)).astype(np.uint8)
     Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
     return path

@@ -207,7 +207,7 @@ def expected_image(
 
 
 def in_bucket(path: Path) -> framepack.Picture:
-    """An image file at 48 x 32, its colours and its transparency apart."""
+    """An image file at 48 x 32, its colors and its transparency apart."""
     pixels = numpy.asarray(Image.open(path))
     alpha = numpy.ascontiguousarray(pixels[..., 3]) if pixels.shape[2] == 4 else None
     return framepack.Picture(

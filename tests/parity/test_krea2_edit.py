@@ -46,7 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def image_latents(files: TinyModel, pictures: Sequence[Path]) -> list[Tensor]:
-    """Normalised means, each 1 16 1 h w."""
+    """Normalized means, each 1 16 1 h w."""
     vae = qwen_image_vae(files.vae)
     means, stds = (
         torch.tensor(getattr(vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std")

@@ -1,7 +1,7 @@
 """Pictures of the command lines equal those of diffusers' pipelines, which read the same prompts with their
 own tokenizers and encoders.
 
-Of Lumina, diffusers ends guidance after a share of the steps instead of a share of data; its normalisation
+Of Lumina, diffusers ends guidance after a share of the steps instead of a share of data; its normalization
 makes every row of a prediction as long as without guidance, where the release limits the length of the whole
 (recorded vectors have that: tests/lumina). So here guidance is limited in neither way, or ends at a step that
 both rules name.
@@ -372,7 +372,7 @@ CASES: dict[str, tuple[Model, Sequence[object], dict[str, Any], Sequence[tuple[i
         {**guided("guidance_scale", 3.0), "sigmas": TUNER},
         (),
     ),
-    "z_image, normalised and truncated": (
+    "z_image, normalized and truncated": (
         Z_IMAGE,
         (*EVEN, *THREE, *AVOID, "--renorm_cfg", 1.1, "--cfg_trunc_ratio", 0.3),
         {**guided("guidance_scale", 3.0), "cfg_normalization": 1.1, "cfg_truncation": 0.3},
@@ -441,7 +441,7 @@ SLOW = {  # each release and kind of reference has another case, and each way of
     *("flux dev, guided", "kontext at a trained size", "kontext, guided", "kontext, text alone"),
     *("flux_2 dev", "flux_2 dev, two references", "flux_2 klein-base-4b", "flux_2 klein-9b"),
     *("hunyuan_image, projected", "hunyuan_image, unguided", "krea2 turbo, a long prompt"),
-    *("qwen_image, plain shift", "z_image, normalised and truncated"),
+    *("qwen_image, plain shift", "z_image, normalized and truncated"),
 }
 
 

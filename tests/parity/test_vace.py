@@ -248,7 +248,7 @@ def test_without_control_it_is_text_to_video_to_the_bit(tmp_path: Path, scene: S
 
 
 def test_a_lora_of_text_to_video_acts_beside_the_hints(tmp_path: Path, scene: Scene) -> None:
-    """Nothing is given: the control is grey, all of it to be made new."""
+    """Nothing is given: the control is gray, all of it to be made new."""
     lora = lora_state(["blocks.0.self_attn.q", "blocks.3.ffn.0"], load_file(scene.models / "dit.safetensors"))
     save_file(lora, tmp_path / "lora.safetensors")
 

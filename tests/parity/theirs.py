@@ -72,7 +72,7 @@ class Theirs:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """1 3 F H W in -1..1 -> normalised means of the posterior, 1 16 f h w."""
+        """1 3 F H W in -1..1 -> normalized means of the posterior, 1 16 f h w."""
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
         return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
 

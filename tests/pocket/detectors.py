@@ -1,7 +1,7 @@
-"""What a clip shows, read off its pixels with OpenCV: shape, colour and direction of the one thing in it. No
+"""What a clip shows, read off its pixels with OpenCV: shape, color and direction of the one thing in it. No
 learned parts.
 
-The ground is the median colour; what stands out from it in a frame is cut out, laid over each form and
+The ground is the median color; what stands out from it in a frame is cut out, laid over each form and
 compared.
 """
 
@@ -21,7 +21,7 @@ Mask = NDArray[np.uint8]
 
 PALETTE = {**COLOURS, "orange": (240, 130, 30), "cyan": (40, 200, 210), "magenta": (210, 60, 200)}
 FINE = 4  # frames are enlarged so many times: edges between pixels
-CONTRAST = 30.0  # of 255: how far a thing's colour at least is from the ground's
+CONTRAST = 30.0  # of 255: how far a thing's color at least is from the ground's
 SMALLEST, LARGEST = 50, 1100  # pixels of a thing
 BLURS = (0.8, 1.5)  # pixels: how soft edges may be
 LIKENESS = 0.8  # overlap with a form over the area of both
@@ -55,7 +55,7 @@ class Verdict:
 
     @property
     def keeps_color(self) -> bool:
-        """Whether every frame shows the same colour."""
+        """Whether every frame shows the same color."""
         return len(set(self.colours)) == 1
 
 
@@ -147,7 +147,7 @@ def fitted(mask: Mask) -> NDArray[np.bool_]:
 
 
 def color_of(frame: Image, mask: Mask) -> str:
-    """The name of the colour in the middle of the thing; its edges are mixed with the ground."""
+    """The name of the color in the middle of the thing; its edges are mixed with the ground."""
     inner = cv2.erode(mask, np.ones((2 * FINE + 1, 2 * FINE + 1), np.uint8))
     small = cv2.resize(inner if inner.any() else mask, frame.shape[1::-1], interpolation=cv2.INTER_AREA) > 0
     middle = np.median(frame[small], axis=0)
@@ -158,7 +158,7 @@ def color_of(frame: Image, mask: Mask) -> str:
 
 
 def direction_of(sightings: Sequence[tuple[int, Sighting]]) -> str | None:
-    """Where a straight line through the centres leads; None where it stands still or goes slantwise."""
+    """Where a straight line through the centers leads; None where it stands still or goes slantwise."""
     times = np.array([index for index, _ in sightings], dtype=float)
     slopes = [float(np.polyfit(times, [seen.center[axis] for _, seen in sightings], 1)[0]) for axis in (0, 1)]
     travel = np.array(slopes) * np.ptp(times)

@@ -27,7 +27,7 @@ STEPS = (
 
 
 def colors_of(folder: Path, *options: object) -> list[str | None]:
-    """What clips of eight prompts without a colour show."""
+    """What clips of eight prompts without a color show."""
     folder.mkdir()
     write_text(folder / "prompts.txt", "".join(f"a circle moving left --d {seed}\n" for seed in range(1, 9)))
     files = ["--from_file", str(folder / "prompts.txt"), "--save_path", str(folder)]

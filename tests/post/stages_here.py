@@ -61,7 +61,7 @@ class Larger:
 
 @dataclass
 class Smoother:
-    """Puts the mean of two neighbours between them."""
+    """Puts the mean of two neighbors between them."""
 
     name: str = "smoother"
 

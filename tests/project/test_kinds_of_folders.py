@@ -330,7 +330,7 @@ def test_folders_of_kohya_are_repeated_and_named(tmp_path: Path) -> None:
     assert (dog.directory, dog.num_repeats, dog.class_tokens) == (Path("img/2_ohwx dog"), 2, None)
     assert captions_of(tmp_path)["p0.jpg"] in {"ohwx man", "ohwx, a square, painted 0"}
     assert "by its name, each file is trained 10 times an epoch" in said
-    assert f"{tmp_path / 'reg' / '1_man'}: left out, as reg is the name of a folder of regularisation" in said
+    assert f"{tmp_path / 'reg' / '1_man'}: left out, as reg is the name of a folder of regularization" in said
 
 
 def write_reg(folder: Path) -> None:
@@ -363,7 +363,7 @@ def test_stable_diffusion_learns_the_class_of_kohyas_folders(
     assert of_class.cache_directory is not None
     assert not of_class.cache_directory.is_absolute()
     assert of_class.cache_directory.parts[0] == "cache"  # `run` writes nothing elsewhere
-    assert "3 regularisation pictures (is_reg), `man` for those without a caption" in said
+    assert "3 regularization pictures (is_reg), `man` for those without a caption" in said
 
 
 def read_prompts(folder: Path) -> list[str]:
@@ -418,7 +418,7 @@ def test_regularisation_pictures_without_a_class_are_left_out(tmp_path: Path) ->
     said = new(tmp_path, model="stable_diffusion xl")
 
     assert "is_reg" not in (tmp_path / "dataset.toml").read_text(encoding="utf-8")
-    assert f"{tmp_path / 'reg'}: left out: r0.jpg, r1.jpg, r2.jpg: regularisation pictures without" in said
+    assert f"{tmp_path / 'reg'}: left out: r0.jpg, r1.jpg, r2.jpg: regularization pictures without" in said
     assert "Call it 1_man" in said
 
 

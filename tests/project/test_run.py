@@ -477,7 +477,7 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
 
     assert told == (0, "")
     assert code == 1  # nothing is cached
-    # models that are recognised by their file miss it
+    # models that are recognized by their file miss it
     known = "are animated", "no such file", " downloads it.", "it gives no rights"
     assert not [line for line in said.splitlines() if not any(words in line for words in known)]
     tables = load_dataset_config(copied / "dataset.toml").datasets

@@ -49,7 +49,7 @@ def hash_of(picture: Image.Image) -> list[int]:
 
 
 def latents_of(picture: Image.Image) -> Tensor:
-    """Diffusers' normalised means of a picture, Z 1 h w."""
+    """Diffusers' normalized means of a picture, Z 1 h w."""
     pixels = torch.from_numpy(np.array(picture.convert("RGBA"))).movedim(-1, 0)[None, :, None]
     with torch.no_grad():
         means = their_vae(vae_config()).encode(pixels / 127.5 - 1).latent_dist.mode()

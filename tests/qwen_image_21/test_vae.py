@@ -78,7 +78,7 @@ def test_tiles_equal_those_of_diffusers_and_are_equal_to_a_whole_picture_inside(
     mean, deviation = statistics(config)
     assert_equal(latents, (means - mean) / deviation, "latents in tiles", NEAR)
     assert_equal(image, theirs.decode(means).sample, "pixels in tiles", NEAR)
-    # neighbours are blended in the last quarter of a tile
+    # neighbors are blended in the last quarter of a tile
     first = full.encode(pixels[..., :64, :64])
     assert_equal(latents[..., :3, :3], first[..., :3, :3], "inside the first tile", NEAR)
     assert (latents - full.encode(pixels)).abs().max() > 100 * NEAR, "the whole picture is computed"

@@ -100,7 +100,7 @@ def options(*arguments: object) -> GenImgOptions:
 
 @dataclass
 class PlainMaker:
-    """Makes pictures of one colour, which the seed decides.
+    """Makes pictures of one color, which the seed decides.
 
     batches, starts: what it was asked for.
     """

@@ -97,10 +97,10 @@ def upscaled(name: str, args: str | None = None) -> SecondStart:
 IMAGES = """
 from PIL import Image
 class Own:
-    def __init__(self, colour): self.colour = colour
+    def __init__(self, color): self.color = color
     def upscale(self, vae, imgs, latents, dtype, width, height, batch_size, vae_batch_size):
         assert latents is None and (width, height, batch_size, vae_batch_size) == (96, 64, 2, 2)
-        return [Image.new("RGB", (200, 200), self.colour) for image in imgs]
+        return [Image.new("RGB", (200, 200), self.color) for image in imgs]
 def create_upscaler(**args): return Own(**args)
 """
 LATENTS = """
@@ -128,7 +128,7 @@ def test_modules_of_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     [
         ("", "no create_upscaler"),
         ("1 / 0", "ZeroDivisionError"),
-        ("def create_upscaler(colour): return 1", "missing 1 required positional argument: 'colour'"),
+        ("def create_upscaler(color): return 1", "missing 1 required positional argument: 'color'"),
         ("def create_upscaler(): return 1", "has no upscale"),
         (LATENTS.replace("width // 8", "width"), "returned latents of 2 x 4 x 8 x 96"),
         (LATENTS.replace("latents.new_ones", "latents.missing"), "failed: AttributeError"),
@@ -295,7 +295,7 @@ def test_a_depth_that_the_model_lacks_is_refused(unet: Any) -> None:
 
 
 class HalfVae(nn.Module):
-    """Encode pixels as their mean colour, in squares of 8."""
+    """Encode pixels as their mean color, in squares of 8."""
 
     def __init__(self, scale: float = 0.18215) -> None:
         super().__init__()

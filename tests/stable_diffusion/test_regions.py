@@ -65,7 +65,7 @@ def a_image(mask: Path | None, parts: int) -> AskedImage:
 
 
 def save_mask(path: Path, *boxes: tuple[int, int, int, int, tuple[int, int, int]]) -> Path:
-    """left, top, right, bottom in eighths of the picture, and the colour."""
+    """left, top, right, bottom in eighths of the picture, and the color."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for left, top, right, bottom, color in boxes:
         rows = slice(top * HEIGHT // 8, bottom * HEIGHT // 8)

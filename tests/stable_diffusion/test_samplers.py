@@ -152,7 +152,7 @@ GROWING = 8
 
 
 def output_of(sample: Tensor) -> Tensor:
-    """What stands for the U-Net: it depends on the neighbours too."""
+    """What stands for the U-Net: it depends on the neighbors too."""
     return torch.tanh(sample + 0.3 * sample.roll(1, -1))
 
 
@@ -231,7 +231,7 @@ def unsharped(latents: Tensor, unsharp: Unsharp | None) -> Tensor:
 
 
 def blur(latents: Tensor, ksize: int, sigma: float) -> Tensor:
-    """A Gaussian of ksize by ksize places, one neighbour after the other; edges are mirrored."""
+    """A Gaussian of ksize by ksize places, one neighbor after the other; edges are mirrored."""
     edge, (height, width) = ksize // 2, latents.shape[-2:]
     mirrored = np.pad(latents.numpy(), ((0, 0), (0, 0), (edge, edge), (edge, edge)), mode="reflect")
     total, weights = torch.zeros_like(latents), 0.0

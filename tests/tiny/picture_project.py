@@ -306,7 +306,7 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 
 def lay_out_images(folder: Path) -> None:
-    """Pictures with captions, others to regularise with, masks, and the same in the forms of the guides."""
+    """Pictures with captions, others to regularize with, masks, and the same in the forms of the guides."""
     for name in ("pictures", "regularisation", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
         (folder / name).mkdir(parents=True)
     for index in range(2):

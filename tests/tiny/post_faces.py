@@ -13,7 +13,7 @@ from tests.tiny.dit_files import write_tensors
 MOBILE = RetinaFaceConfig(MobileNetConfig(((4, 4, 6, 6, 8, 8), (8,) * 6, (8, 8))), 8)
 RESNET = RetinaFaceConfig(ResNetConfig(4, (1, 2, 1, 1), (2, 2, 4, 4), (8, 8, 12, 12)), 16)
 EVEN_RED = 150.0  # R - (G + B) / 2 at which the score is one half; at 200 it is 0.97, at 100 it is 0.03
-# eyes, nose, corners of the mouth, as parts of a face's size from its centre
+# eyes, nose, corners of the mouth, as parts of a face's size from its center
 POINTS = ((-0.2, -0.15), (0.2, -0.15), (0.0, 0.05), (-0.15, 0.25), (0.15, 0.25))
 
 
@@ -53,7 +53,7 @@ def red_retinaface(face: float = 16.0) -> dict[str, Tensor]:
         weights[f"ClassHead.{scale}.conv1x1.bias"][3] = -50.0
         weights[f"ClassHead.{scale}.conv1x1.bias"][1] += -50.0 if scale else 0.0
     anchor = SIZES[0][0]
-    # a dot is seen where a pixel at a multiple of 8 is red; the anchor's centre is 4 pixels further
+    # a dot is seen where a pixel at a multiple of 8 is red; the anchor's center is 4 pixels further
     weights["BboxHead.0.conv1x1.bias"][:4] = torch.tensor(
         [-3.5 / (0.1 * anchor)] * 2 + [math.log(face / anchor) / 0.2] * 2
     )

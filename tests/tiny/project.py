@@ -50,7 +50,7 @@ frame_extraction = "head"
 
 
 def moving_square(frames: int, width: int, height: int, seed: int) -> list[numpy.ndarray]:
-    """A coloured square that moves over a plain ground: F of H W 3 uint8."""
+    """A colored square that moves over a plain ground: F of H W 3 uint8."""
     random = numpy.random.default_rng(seed)
     ground, color = random.integers(0, 256, (2, 3))
     step = random.integers(1, 4)

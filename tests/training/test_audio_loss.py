@@ -139,7 +139,7 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
 
 
 def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
-    """A base model that is off by a constant: its colour counts as the weight says, its sound in full."""
+    """A base model that is off by a constant: its color counts as the weight says, its sound in full."""
 
     class Shifted(Hearing):
         is_base = False

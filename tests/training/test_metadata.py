@@ -83,7 +83,7 @@ def metadata(
     name: str = "wan",
     **family: str,
 ) -> dict[str, str]:
-    """What a file says. licence: the model's. folder: of the pictures. family: what the model says."""
+    """What a file says. license: the model's. folder: of the pictures. family: what the model says."""
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
     parser = training_parser(None, FullDitOptions) if full_dit else training_parser(None)
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))

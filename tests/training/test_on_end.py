@@ -23,7 +23,7 @@ from training.features.composing import act_at_end, end_of_run
 from training.features.on_end import EndOptions
 from training.options import read_arguments
 from training.run import train_network
-from training.run_end import RunInfo, start_command
+from training.run_end import EndedRun, start_command
 
 # appends what it was started with to a file
 SCRIPT = """
@@ -122,7 +122,7 @@ def test_wrong_options_start_nothing_and_missing_caches_do(tmp_path: Path) -> No
 def test_a_command_that_fails_or_does_not_end_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    info = RunInfo(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
+    info = EndedRun(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
     for code in ("raise SystemExit(3)", "import time; time.sleep(20)"):
         words = [sys.executable, "-c", code]
         patience = 0.5 if "time" in code else 60

@@ -202,7 +202,7 @@ def test_pairs_have_all_numbers_of_their_samples_twice() -> None:
 
 
 def test_the_colour_of_a_clip_is_the_mean_of_all_its_frames() -> None:
-    """Each frame has its own means; only the part that all frames share is weighed by the colour's weight."""
+    """Each frame has its own means; only the part that all frames share is weighed by the color's weight."""
     target = torch.zeros(1, 2, 2, 1, 1)
     target[:] = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1, 1)
     both = torch.tensor([3.0, -1.0]).view(1, 1, 2, 1, 1)  # of two frames: 1 on average

@@ -100,7 +100,7 @@ def test_hostile_text_stays_text() -> None:
     assert values["widget"][0]["text"].startswith("x --- license: mit")
     body = card.split("---\n", 2)[2]
     headings = [line for line in body.splitlines() if line.startswith("#")]
-    assert headings[1:] == ["## Use", "## Training", "## Licence"]
+    assert headings[1:] == ["## Use", "## Training", "## License"]
     text = "\n".join(line for line in body.splitlines() if not line.startswith("    "))
     assert "<script" not in text
     assert "](" not in text.replace("[Wan-AI/Wan2.1-T2V-1.3B](https://huggingface.co/", "")
@@ -220,7 +220,7 @@ def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
     values = front_matter(api.uploaded["README.md"].decode())
     assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-licence")
     assert values["widget"] == [{"text": "a cat"}]
-    assert metadata_of(tmp_path / "output" / "x.safetensors")["modelspec.license"] == "Toy licence"
+    assert metadata_of(tmp_path / "output" / "x.safetensors")["modelspec.license"] == "Toy license"
 
 
 @pytest.mark.parametrize("background", [[], ["--async_upload"]])

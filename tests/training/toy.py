@@ -48,7 +48,7 @@ from training.options import (
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
-TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
+TOY_RELEASE = ModelRelease(("owner/toy",), "Toy license", "other", "https://example.org/licence")
 TWO_EXPERTS = (Expert(LOW_NOISE, 0.0, 600.0), Expert(HIGH_NOISE, 600.0))
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, scale=0.5)
 WIDTH = 8

@@ -42,7 +42,7 @@ def count_tokens(shape: Sequence[int]) -> int:
 
 
 class MeanVae(nn.Module):
-    """A latent is the mean colour of 8 x 8 pixels, 0..1."""
+    """A latent is the mean color of 8 x 8 pixels, 0..1."""
 
     device = torch.device("cpu")
 

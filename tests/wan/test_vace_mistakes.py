@@ -84,7 +84,7 @@ GENERATION = {
         [*FULL, "--image_path", "white.png"],
         "--image_path white.png: VACE has no such input",
     ),
-    "a last image": ([*FULL, "--end_image_path", "white.png"], "--src_video a clip that has it, grey"),
+    "a last image": ([*FULL, "--end_image_path", "white.png"], "--src_video a clip that has it, gray"),
     "a clip that is too short": (
         [*FULL, "--src_video", "short.mp4"],
         "--src_video short.mp4: it has 1 frame",

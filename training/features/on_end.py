@@ -36,12 +36,12 @@ def start_at_end(end: "RunEnd") -> None:
     """Start the command, with what is known of the run."""
     from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
     from training.reports.history import history_path
-    from training.run_end import RunInfo, start_command
+    from training.run_end import EndedRun, start_command
 
     options, progress = end.run.options, end.progress
     folder, name = options.saving.place
     step = 0 if progress is None else progress.step
-    info = RunInfo(
+    info = EndedRun(
         folder=folder,
         name=name,
         step=step,

@@ -98,7 +98,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         facts=HABIT,
     )
     teacher_colour_weight: float = option(
-        "weight of the mean difference of each latent channel, mostly brightness and colour, with "
+        "weight of the mean difference of each latent channel, mostly brightness and color, with "
         "--teacher_split",
         default=1.0,
         least=0,

@@ -1,7 +1,7 @@
 """Upload to and download from the Hugging Face hub; write the model card, README.md with YAML front matter.
 
 A failed upload is logged and never ends a run. A card ends with a comment that holds its own SHA-256, so that
-an edited card is recognised and kept.
+an edited card is recognized and kept.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def write_card(
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
-    lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.license_url}"]
+    lines += ["", "## License", "", f"{_escape(licence)}. License of the base model: {release.license_url}"]
     front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"

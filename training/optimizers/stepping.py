@@ -182,7 +182,7 @@ def _is_moment(value: object) -> TypeGuard[Tensor]:
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
-    """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
+    """Round float32 values at random to one of their two bf16 neighbors, so that the mean is the value.
 
     The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
     cut off. NaN stays NaN.

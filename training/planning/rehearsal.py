@@ -43,7 +43,7 @@ REHEARSABLE = {"torch", "transformers", "prodigyopt", "lion_pytorch", "schedulef
 EDGE = 512  # most rows and columns of a copy of a weight; 8-bit states begin at 4096 elements
 # Bytes of states for each element of a weight, for classes that do not run on a CPU. 8-bit states: one
 # byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
-# block-wise quantisation. paged states lie in host memory
+# block-wise quantization. paged states lie in host memory
 STATE_BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
 GUESS = 8.0  # two float32 moments
 

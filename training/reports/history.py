@@ -274,7 +274,7 @@ class MeasuredFile:
 def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
-    Neighbours have equal losses, as each has the nearest one: then it is the file that was saved nearest to
+    Neighbors have equal losses, as each has the nearest one: then it is the file that was saved nearest to
     the measurement, the later of two, and of one step the file with the shortest name.
     """
     return min(

@@ -150,7 +150,7 @@ class MetadataOptions(Options, title="metadata of saved files"):
     title: str | None = option("title; --output_name when not given", name="metadata_title")
     author: str | None = option("who made the model", name="metadata_author")
     description: str | None = option("what the model is for, in a sentence", name="metadata_description")
-    license: str | None = option("licence of the model, for example apache-2.0", name="metadata_license")
+    license: str | None = option("license of the model, for example apache-2.0", name="metadata_license")
     tags: str | None = option("words, separated by commas", name="metadata_tags")
     resolution: str | None = option(
         "resolution, such as 832,480, or 1024 for a square; default: of the model", name="metadata_reso"

@@ -167,7 +167,7 @@ def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
-            f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
+            f"--model {folder}: its weights are quantized, for which transformers may fetch code. Give the "
             "model in 16 or 32 bits."
         )
     text = config.get("text_config")

@@ -88,7 +88,7 @@ class TrainingVectors:
 def list_training_media(config: DatasetConfig) -> list[Medium]:
     """Return the pictures and clips of the tables that are trained.
 
-    Regularisation pictures are not listed.
+    Regularization pictures are not listed.
 
     Raises:
         DatasetError: If a folder or list of a table is missing.
@@ -113,7 +113,7 @@ def _open_source(source: MediaSource) -> Iterator[Path]:
 def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
     """Return whether a frame of a sample is nearly the same as a frame of a training picture or clip.
 
-    The rule is that of the dataset's page: the same shapes and colours, in any size and brightness.
+    The rule is that of the dataset's page: the same shapes and colors, in any size and brightness.
     """
     frames = [[frame] for frame in (*sample, *picture)]
     measures = [measure_frames(frame, is_clip=False) for frame in frames]

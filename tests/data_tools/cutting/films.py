@@ -18,7 +18,7 @@ Light = NDArray[np.float32]  # H W 3, 0..1
 
 
 def landscape(seed: int) -> Light:
-    """Soft random shapes in the colours of a random palette, twice as wide as a frame."""
+    """Soft random shapes in the colors of a random palette, twice as wide as a frame."""
     random = np.random.default_rng(seed)
     width = 2 * WIDTH
     shade = np.zeros((HEIGHT, width), np.float32)
@@ -38,7 +38,7 @@ def scene(seed: int, frames: int, speed: float = 1.0) -> list[Light]:
 
 
 def plain(value: float, frames: int) -> list[Light]:
-    """Pictures of one grey."""
+    """Pictures of one gray."""
     return [np.full((HEIGHT, WIDTH, 3), value, np.float32)] * frames
 
 

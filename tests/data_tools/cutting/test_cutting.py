@@ -75,7 +75,7 @@ def test_clips_hold_the_frames_of_their_scenes_at_the_rate_of_the_source(tmp_pat
         assert [frame.start for frame in shown] == [number / rate for number in range(end - first)]
         assert source_info(clip).rate == rate
         for ours, theirs in zip(shown, original[first:end], strict=True):
-            # without loss except for the conversion of colours
+            # without loss except for the conversion of colors
             assert np.abs(ours.pixels.astype(int) - theirs.pixels).mean() < 1.5
 
 

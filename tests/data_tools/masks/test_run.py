@@ -181,7 +181,7 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
     remove_mask(gone)
     caplog.clear()
 
-    make(pictures, "--colour", "#FA1414", "--expand_pixels", 1)  # the same colour
+    make(pictures, "--colour", "#FA1414", "--expand_pixels", 1)  # the same color
     assert "made with other options" not in caplog.text
     make(pictures, *COLOR, "--expand_pixels", 2)
     assert "1 mask kept, made with other options. --overwrite makes them again: dog.webp" in caplog.text

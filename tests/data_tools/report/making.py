@@ -35,7 +35,7 @@ def save_clip(
 
 
 def save_still_clip(path: Path, colour: int | Any, frames: int, caption: str | None = "a dog") -> Path:
-    """A clip that shows a grey, or a picture, all the time."""
+    """A clip that shows a gray, or a picture, all the time."""
     frame = np.full((72, 96, 3), colour, np.uint8)
     write_video(path, (frame for _ in range(frames)), 16, crf=10, preset="ultrafast")
     return write_caption(path, caption)

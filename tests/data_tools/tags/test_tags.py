@@ -31,7 +31,7 @@ from tests.faults.messages import run_here
 
 pytest.importorskip("onnxruntime")
 
-# probability of a tag for a picture of one colour: red by R, 1girl by G, blue_eyes by B
+# probability of a tag for a picture of one color: red by R, 1girl by G, blue_eyes by B
 BY_COLOR = first_pixel_weights(
     red=(0, 0, 1 / 255), **{"1girl": (0, 1 / 255, 0), "blue_eyes": (1 / 255, 0, 0)}
 )
@@ -51,7 +51,7 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of one colour, RGB, in a folder with blanks."""
+    """Pictures of one color, RGB, in a folder with blanks."""
     images = tmp_path / "a b ü"
     images.mkdir()
     colors = {"red": (255, 0, 0), "pale": (200, 100, 0), "cyan": (0, 255, 255)}
@@ -178,7 +178,7 @@ def test_the_command_of_a_download_is_said_once(folder: Path, tmp_path: Path) ->
     code, said = run_here("tools/tag.py", folder, "--model_dir", "models/wd_tagger", folder=tmp_path)
     assert code != 0
     assert said.count("--task wd_tagger") == 1
-    assert "after its size and licence" in said
+    assert "after its size and license" in said
 
 
 FACES = "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||"

@@ -1,4 +1,4 @@
-"""Pictures of a family whose pixels have alpha: it is resized, cropped and mirrored with the colours."""
+"""Pictures of a family whose pixels have alpha: it is resized, cropped and mirrored with the colors."""
 
 import random
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_picture_keeps_its_alpha_at_its_own_size_and_gets_one_if_it_has_none(t
 
 
 def test_an_enlarged_picture_is_that_of_pillow(tmp_path: Path) -> None:
-    """Pillow weighs colours by their alpha: what is transparent does not bleed into what is not."""
+    """Pillow weighs colors by their alpha: what is transparent does not bleed into what is not."""
     clear = write_random(tmp_path / "clear.png", 16, 16)
 
     decoded = decode(image_table(tmp_path))

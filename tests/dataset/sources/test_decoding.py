@@ -171,7 +171,7 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
 
 @pytest.mark.parametrize("side", [64, 16])
 def test_transparency_of_an_image_is_kept_beside_its_colours(tmp_path: Path, side: int) -> None:
-    """Made smaller or larger: colours are those of the image without its alpha."""
+    """Made smaller or larger: colors are those of the image without its alpha."""
     image = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
     Image.fromarray(image).save(tmp_path / "clear.png")
     Image.fromarray(image[..., :3]).save(tmp_path / "opaque.png")

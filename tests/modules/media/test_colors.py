@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them: transparency on white, colour profiles, what PNGs say, masks, clips."""
+"""Pictures as a viewer shows them: transparency on white, color profiles, what PNGs say, masks, clips."""
 
 import logging
 import struct
@@ -40,7 +40,7 @@ P3_PLACES = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
 
 
 def png(path: Path, bits: int, kind: int, rows: bytes, side: int = 16, **chunks: bytes) -> Path:
-    """Write a PNG of `side` rows; kind: its colour type. chunks: in front of the pixels."""
+    """Write a PNG of `side` rows; kind: its color type. chunks: in front of the pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -121,7 +121,7 @@ def transparent(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         shades = b"".join(bytes([value] * 3) for value in levels)
         path = png(path, 8, 3, (gray // 17).tobytes(), PLTE=shades, tRNS=levels)
         return path, on_white(grays, gray)
-    if kind == "one colour of a palette":
+    if kind == "one color of a palette":
         shades = b"".join(bytes([value] * 3) for value in range(0, 256, 17))
         return png(path, 4, 3, packed(gray // 17, 4), PLTE=shades, tRNS=b"\xff\xff\xff\x00"), keyed
     if kind == "RGB with a key":
@@ -134,7 +134,7 @@ def transparent(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         right = COLOURS.copy()
         right[3, 3] = 255
         return png(path, 16, 2, wide[..., :3].tobytes(), tRNS=key), right
-    if kind == "16 bit grey with a key":
+    if kind == "16 bit gray with a key":
         return png(path, 16, 0, wide[..., 0].tobytes(), tRNS=b"\x33\x07"), keyed
     if kind in {"4 bit", "2 bit", "1 bit"}:
         bits = int(kind[0])
@@ -144,7 +144,7 @@ def transparent(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         return png(path, bits, 0, packed(values, bits), tRNS=b"\0\1"), right
     if kind == "16 bit RGBA":
         return png(path, 16, 6, wide.tobytes()), on_white(COLOURS, ALPHA)
-    if kind == "16 bit grey with alpha":
+    if kind == "16 bit gray with alpha":
         return png(path, 16, 4, wide[..., [0, 3]].tobytes()), on_white(grays, ALPHA)
     if kind == "LA":
         Image.fromarray(both[..., [0, 3]]).save(path)
@@ -162,8 +162,8 @@ def packed(values: np.ndarray, bits: int) -> bytes:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(".png", ".webp", ".tif", "LA", "palette", "one colour of a palette", "RGB with a key"),
-        *("16 bit RGBA", "16 bit grey with alpha", "16 bit RGB with a key", "16 bit grey with a key"),
+        *(".png", ".webp", ".tif", "LA", "palette", "one color of a palette", "RGB with a key"),
+        *("16 bit RGBA", "16 bit gray with alpha", "16 bit RGB with a key", "16 bit gray with a key"),
         *("4 bit", "2 bit", "1 bit"),
     ],
 )
@@ -213,7 +213,7 @@ def test_profiles_of_palettes_of_transparent_grey_and_of_cmyk_pictures_count(tmp
     Image.fromarray(COLOURS[..., 0]).save(
         tmp_path / "g.png", icc_profile=matrix_profile(XYZ_OF_P3, gamma_curve(1))
     )
-    nearly(read_image(tmp_path / "g.png")[..., 1], right, 1.5)  # one of RGB for a grey picture
+    nearly(read_image(tmp_path / "g.png")[..., 1], right, 1.5)  # one of RGB for a gray picture
 
     # a table of two places an ink: the first ink alone is L 80 a 0 b 40, all else black
     inks = np.zeros((16, 3), np.uint8)
@@ -254,7 +254,7 @@ def test_what_browsers_do_not_convert_keeps_its_numbers(
     if kind in ("broken", "of another kind"):
         assert len(told) == 1  # of both files
         assert str(colors.fault) in told[0]
-        assert "colour profile" in told[0]
+        assert "color profile" in told[0]
     else:
         assert (told, colors.fault) == ([], None)
 

@@ -30,7 +30,7 @@ from tests.golden_cases import read_case
 
 
 def gradients(count: int, width: int = 64, height: int = 48) -> Iterator[np.ndarray]:
-    """Smooth coloured frames, each a little brighter than the one before."""
+    """Smooth colored frames, each a little brighter than the one before."""
     x, y = np.meshgrid(np.linspace(0, 150, width), np.linspace(0, 120, height))
     for index in range(count):
         yield np.stack([x + index, y + 2 * index, 200 - x], axis=-1).clip(0, 255).astype(np.uint8)
@@ -208,7 +208,7 @@ GRAYS = (0, 40, 80, 120, 160, 200)
 
 
 def make_animation(path: Path, milliseconds: Sequence[int], clear: bool = False) -> Path:
-    """Frame i is grey GREYS[i]; clear: a part of its right half is transparent."""
+    """Frame i is gray GRAYS[i]; clear: a part of its right half is transparent."""
     frames = []
     for gray, _ in zip(GRAYS, milliseconds, strict=False):
         frame = Image.new("RGBA", (32, 32), (gray, gray, gray, 255))
@@ -221,7 +221,7 @@ def make_animation(path: Path, milliseconds: Sequence[int], clear: bool = False)
 
 
 def make_video(path: Path, times: Sequence[int], codec: str = "ffv1", grays: Sequence[int] = GRAYS) -> Path:
-    """Frame i is grey greys[i] and begins at times[i] milliseconds; transparent in its right half."""
+    """Frame i is gray grays[i] and begins at times[i] milliseconds; transparent in its right half."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height = 32, 32

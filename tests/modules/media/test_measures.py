@@ -157,7 +157,7 @@ HEIGHT, WIDTH = 180, 320
 
 
 def scene(seed: int, width: int = 3 * WIDTH) -> NDArray[np.float32]:
-    """A wide landscape of soft random shapes in the colours of a random palette, 0..1."""
+    """A wide landscape of soft random shapes in the colors of a random palette, 0..1."""
     random = np.random.default_rng(seed)
     layers = []
     for cells in (3, 6, 12, 40):

@@ -66,7 +66,7 @@ def test_every_container_that_people_have_is_read(
     read = np.stack(list(video_frames(tmp_path / name)))
 
     assert read.shape == (5, 48, 64, 3)
-    assert np.abs(read.astype(float) - BRIGHT).mean() < 25  # GIF has few colours
+    assert np.abs(read.astype(float) - BRIGHT).mean() < 25  # GIF has few colors
     assert (video_info(tmp_path / name).width, video_info(tmp_path / name).height) == (64, 48)
 
 

@@ -1,4 +1,4 @@
-"""Videos written at the times of their pictures: rates, colours, depth, memory; whole files or none."""
+"""Videos written at the times of their pictures: rates, colors, depth, memory; whole files or none."""
 
 import os
 import weakref

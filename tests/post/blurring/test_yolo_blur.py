@@ -36,7 +36,7 @@ SEEN = 75  # at most so red is what is left of a dot under the blur
 
 
 def frame(*dots: tuple[int, int, int]) -> np.ndarray:
-    """Fine grey lines, and dots of 8 x 8 pixels around x, y in that red."""
+    """Fine gray lines, and dots of 8 x 8 pixels around x, y in that red."""
     pixels = np.full((HEIGHT, WIDTH, 3), 70, np.uint8)
     pixels[::2] = 50
     for x, y, red in dots:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def dotted(height: int, width: int, *centers: tuple[int, int], red: int = 255) -> np.ndarray:
-    """A grey picture with red dots of 8 x 8 pixels around x, y."""
+    """A gray picture with red dots of 8 x 8 pixels around x, y."""
     pixels = np.full((height, width, 3), 60, np.uint8)
     for x, y in centers:
         pixels[y - 4 : y + 4, x - 4 : x + 4] = (red, 0, 0)

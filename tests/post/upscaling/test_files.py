@@ -163,7 +163,7 @@ def test_compact_networks_are_read_from_the_shapes(tmp_path: Path, depth: int, f
         x = torch.where(x > 0, x, x * weights[f"body.{layer + 1}.weight"].view(1, -1, 1, 1))
     last = f"body.{2 * depth + 2}"
     x = conv2d(x, weights[f"{last}.weight"], weights[f"{last}.bias"], padding=1)
-    # channel (colour, down, across) -> place (down, across) of each pixel
+    # channel (color, down, across) -> place (down, across) of each pixel
     shuffled = x.view(1, 3, factor, factor, 5, 6).permute(0, 1, 4, 2, 5, 3).reshape(made.shape)
     near = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     torch.testing.assert_close(made, shuffled + near, **NEAR)
@@ -181,7 +181,7 @@ def test_heads_may_be_filled_up_to_a_width_that_kernels_take() -> None:
 def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) -> None:
     """A change at the right edge reaches the left one through windows only, not around the picture."""
     weights = swinir_weights(replace(SWINIR, upsampler="none", ups=(), features=0, convolutions=1))
-    # convolutions that see no neighbours
+    # convolutions that see no neighbors
     weights = {name: each * _center(each) if each.dim() == 4 else each for name, each in weights.items()}
     path = write(tmp_path / "x.pth", weights)
     images = torch.rand(1, 3, 24, 24)
@@ -220,7 +220,7 @@ TABLE = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
         (compact_weights(), "body.6.weight", (36, 8, 3, 3), "body.6.weight has 36 rows"),
         (compact_weights(), "body.3.weight", (9,), "body.3.weight: the file has 9"),
         (compact_weights(), "body.9.bias", (9,), "it has 8 layers"),
-        (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures of 1 channels, such as grey"),
+        (swinir_weights(), "conv_first.weight", (12, 1, 3, 3), "for pictures of 1 channels, such as gray"),
         (swinir_weights(), "conv_first.weight", (13, 3, 3, 3), "do not go together"),
         (swinir_weights(), "norm.weight", None, "missing: norm.weight"),
         (swinir_weights(), TABLE, (48, 3), "48 distances do not go together"),

@@ -30,7 +30,7 @@ NAME = "my_lora"
 
 
 def draw(what: str, size: int = 96, shift: int = 0) -> Frame:
-    """A shape on grey, H W 3. shift: pixels to the right."""
+    """A shape on gray, H W 3. shift: pixels to the right."""
     image = Image.new("RGB", (size, size), (128, 128, 128))
     box = (size // 5 + shift, size // 5, size - size // 5 + shift, size - size // 5)
     if what == CIRCLE:

@@ -1,4 +1,4 @@
-"""Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantised one in 16 bits.
+"""Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantized one in 16 bits.
 
 The tensors keep the names of the file. The layers are, in a transformer, those that its family keeps in fp8;
 in a text encoder, the linear layers of its blocks. Sources: as in `marks` and `gguf_files`.
@@ -78,7 +78,7 @@ class QuantizeOptions(Options):
 
     model: Path = option(
         "transformer or text encoder in 16 or 32 bits: a file, one of its shards, an index, or a folder; for "
-        "--form bf16 a quantised one",
+        "--form bf16 a quantized one",
         place="there",
         required=True,
         by_place=True,
@@ -110,7 +110,7 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class Recognized:
-    """The kind of a file, the layers that can be quantised, and the shapes of weights that may be padded."""
+    """The kind of a file, the layers that can be quantized, and the shapes of weights that may be padded."""
 
     what: str
     family: str | None  # None: a text encoder
@@ -132,10 +132,10 @@ class Recognized:
 
 
 def quantize_file(options: QuantizeOptions) -> None:
-    """Write the quantised or 16-bit file.
+    """Write the quantized or 16-bit file.
 
     Raises:
-        CheckpointError: If the model is unknown, or is quantised already (for bf16: is not).
+        CheckpointError: If the model is unknown, or is quantized already (for bf16: is not).
         OptionError: If the file would replace one that is read.
         OutputError: If it cannot be written.
     """
@@ -152,7 +152,7 @@ def quantize_file(options: QuantizeOptions) -> None:
             if narrow:
                 form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
                 raise CheckpointError(
-                    f"{options.model} is quantised already ({narrow[0]}: {form}); rounding it again would "
+                    f"{options.model} is quantized already ({narrow[0]}: {form}); rounding it again would "
                     "only lose more. Give the file in 16 bits.",
                     options.model,
                 )
@@ -183,7 +183,7 @@ def _is_narrow(info: TensorInfo) -> bool:
 
 
 def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
-    """Recognise the network of a file.
+    """Recognize the network of a file.
 
     `form` is the value of --form, on which the set of layers depends.
 
@@ -200,7 +200,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
             return Recognized("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
-    # as in `families.identify`: Wan's, the last, recognises files of no family too
+    # as in `families.identify`: Wan's, the last, recognizes files of no family too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
@@ -212,7 +212,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
     if is_lora(names):
         raise CheckpointError(
             f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
-            "trained for; merge_lora.py adds a LoRA to it before it is quantised.",
+            "trained for; merge_lora.py adds a LoRA to it before it is quantized.",
             checkpoint.path,
         )
     raise CheckpointError(
@@ -225,7 +225,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognized:
-    """Find the layers of a family's transformer that a form quantises.
+    """Find the layers of a family's transformer that a form quantizes.
 
     `bare` is the file without prefixes.
     """
@@ -291,7 +291,7 @@ def _write_marked(
     def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
         if name in tensors:
             raise CheckpointError(
-                f"{checkpoint.path} has a tensor {name}, which belongs to a quantised layer."
+                f"{checkpoint.path} has a tensor {name}, which belongs to a quantized layer."
             )
         tensors[name] = info
         makers[name] = make
@@ -364,7 +364,7 @@ def _write_gguf(
     block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
     layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
     if len(layers) < len(model.layers):
-        text = "%d layers are not quantised: their rows are not whole blocks of Q8_0"
+        text = "%d layers are not quantized: their rows are not whole blocks of Q8_0"
         logger.info(text, len(model.layers) - len(layers))
     with atomic_path(options.output) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
@@ -425,10 +425,10 @@ def _widen(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write quantised weights in bfloat16, the rest unchanged."""
+    """Write quantized weights in bfloat16, the rest unchanged."""
     values = in_values(checkpoint, device)
     if values is checkpoint:
-        text = f"{options.model} has no quantised weights. Give a file that has, or another --form."
+        text = f"{options.model} has no quantized weights. Give a file that has, or another --form."
         raise CheckpointError(text, options.model)
     narrow = {name: info for name, info in values.tensors.items() if info is not checkpoint.tensors[name]}
     as_bf16 = {name: replace(info, dtype=torch.bfloat16) for name, info in narrow.items()}
@@ -464,7 +464,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
     number = len(values.tensors.keys() - values.plain)
-    logger.info("%s: %d quantised weights are read by their values", checkpoint.path, number)
+    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, number)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
@@ -522,7 +522,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that is not quantised the bytes may be in `scratch`."""
+        """Return a tensor; of one that is not quantized the bytes may be in `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

@@ -153,8 +153,8 @@ def test_what_it_cannot_do_is_refused_by_name(project: TinyProject, tmp_path: Pa
 
     small, dit = tmp_path / "small.safetensors", model / "dit.safetensors"
     succeed_here(TOOL, dit, "--form", "int8", "--output", small, folder=tmp_path)
-    refused(small, "--form", "fp8", "--output", "x.safetensors", holds=("is quantised already", "16 bits"))
-    refused(dit, "--form", "bf16", "--output", "x.safetensors", holds=("has no quantised weights",))
+    refused(small, "--form", "fp8", "--output", "x.safetensors", holds=("is quantized already", "16 bits"))
+    refused(dit, "--form", "bf16", "--output", "x.safetensors", holds=("has no quantized weights",))
     refused(dit, "--form", "int8", "--output", dit, holds=("one of the files to read",))
     refused(dit, "--form", "q8_0", "--output", "x.safetensors", holds=("ends in .gguf",))
     refused(
