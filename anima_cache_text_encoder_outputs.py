@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset for Anima: with Qwen3 (0.6B), and T5's tokenizer, for training.
-
-All options: python anima_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset for Anima: with Qwen3 (0.6B), and T5's tokenizer, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

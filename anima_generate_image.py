@@ -1,4 +1,4 @@
-"""Generate images with Anima. All options: python anima_generate_image.py --help"""
+"""Generate images with Anima."""
 
 import modules.interpreter  # noqa: F401
 from anima.options import FLOW_SHIFT, GUIDANCE_SCALE, STEPS

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Anima. All options: python anima_train.py --help"""
+"""Fine-tune the whole transformer of Anima."""
 
 import modules.interpreter  # noqa: F401
 from anima.options import TRAINER

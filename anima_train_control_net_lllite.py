@@ -1,4 +1,4 @@
-"""Train a ControlNet-LLLite for Anima. All options: python anima_train_control_net_lllite.py --help"""
+"""Train a ControlNet-LLLite for Anima."""
 
 import modules.interpreter  # noqa: F401
 from anima.options import TRAINER

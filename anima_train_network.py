@@ -1,4 +1,4 @@
-"""Train a LoRA for Anima. All options: python anima_train_network.py --help"""
+"""Train a LoRA for Anima."""
 
 import modules.interpreter  # noqa: F401
 from anima.options import TRAINER

@@ -1,7 +1,4 @@
-"""Encode the images and clips of a dataset with the VAE of HunyuanVideo or SkyReels V1, for training.
-
-All options: python cache_latents.py --help
-"""
+"""Encode the images and clips of a dataset with the VAE of HunyuanVideo or SkyReels V1, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

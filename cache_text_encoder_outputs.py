@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with the text encoders of HunyuanVideo or SkyReels V1, for training.
-
-All options: python cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with the text encoders of HunyuanVideo or SkyReels V1, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Convert a LoRA file between dialects. All options: python convert_lora.py --help"""
+"""Convert a LoRA file between dialects."""
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script

@@ -1,7 +1,4 @@
-"""Make and edit pictures with Fibo 2.0, dev and edit-turbo.
-
-All options: python fibo_2_generate_image.py --help
-"""
+"""Make and edit pictures with Fibo 2.0, dev and edit-turbo."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

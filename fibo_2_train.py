@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Fibo 2.0. All options: python fibo_2_train.py --help"""
+"""Fine-tune the whole transformer of Fibo 2.0."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

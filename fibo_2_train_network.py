@@ -1,4 +1,4 @@
-"""Train a LoRA for Fibo 2.0. All options: python fibo_2_train_network.py --help"""
+"""Train a LoRA for Fibo 2.0."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

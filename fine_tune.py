@@ -1,4 +1,4 @@
-"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x. All options: python fine_tune.py --help"""
+"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x."""
 
 from dataclasses import replace
 

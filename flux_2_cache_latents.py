@@ -1,7 +1,4 @@
-"""Encode the pictures and references of a dataset with FLUX.2's autoencoder, for training.
-
-All options: python flux_2_cache_latents.py --help
-"""
+"""Encode the pictures and references of a dataset with FLUX.2's autoencoder, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of FLUX.2 dev or klein. All options: python flux_2_train.py --help"""
+"""Fine-tune the whole transformer of FLUX.2 dev or klein."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

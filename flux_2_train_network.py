@@ -1,4 +1,4 @@
-"""Train a LoRA for FLUX.2 dev or klein. All options: python flux_2_train_network.py --help"""
+"""Train a LoRA for FLUX.2 dev or klein."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

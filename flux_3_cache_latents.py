@@ -1,7 +1,4 @@
-"""Encode the pictures and references of a dataset with FLUX 3's autoencoder, that of FLUX.2, for training.
-
-All options: python flux_3_cache_latents.py --help
-"""
+"""Encode the pictures and references of a dataset with FLUX 3's autoencoder, that of FLUX.2, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

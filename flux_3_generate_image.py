@@ -1,7 +1,4 @@
-"""Make and edit pictures with FLUX 3 Image Klein, base and distilled.
-
-All options: python flux_3_generate_image.py --help
-"""
+"""Make and edit pictures with FLUX 3 Image Klein, base and distilled."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

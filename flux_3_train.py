@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of FLUX 3 Image Klein. All options: python flux_3_train.py --help"""
+"""Fine-tune the whole transformer of FLUX 3 Image Klein."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

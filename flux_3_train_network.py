@@ -1,4 +1,4 @@
-"""Train a LoRA for FLUX 3 Image Klein. All options: python flux_3_train_network.py --help"""
+"""Train a LoRA for FLUX 3 Image Klein."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

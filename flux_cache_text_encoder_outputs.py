@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with the text encoders of FLUX.1 or Chroma, for training.
-
-All options: python flux_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with the text encoders of FLUX.1 or Chroma, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

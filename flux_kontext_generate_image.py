@@ -1,4 +1,4 @@
-"""Edit pictures with FLUX.1 Kontext. All options: python flux_kontext_generate_image.py --help"""
+"""Edit pictures with FLUX.1 Kontext."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of FLUX.1 Kontext. All options: python flux_kontext_train.py --help"""
+"""Fine-tune the whole transformer of FLUX.1 Kontext."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Train a LoRA for FLUX.1 Kontext. All options: python flux_kontext_train_network.py --help"""
+"""Train a LoRA for FLUX.1 Kontext."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,6 +1,6 @@
 """Generate images with FLUX.1 and Chroma by the command line of the image guides.
 
-All options: python flux_minimal_inference.py --help. flux_generate_image.py has more.
+flux_generate_image.py has more.
 """
 
 from collections.abc import Sequence

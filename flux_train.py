@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of FLUX.1 or Chroma. All options: python flux_train.py --help"""
+"""Fine-tune the whole transformer of FLUX.1 or Chroma."""
 
 import modules.interpreter  # noqa: F401
 from flux.options import TRAINER, join_swapped

@@ -1,4 +1,4 @@
-"""Train a ControlNet for FLUX.1. All options: python flux_train_control_net.py --help"""
+"""Train a ControlNet for FLUX.1."""
 
 import modules.interpreter  # noqa: F401
 from flux.options import CONTROL_NET_REJECTED, TRAINER, join_swapped

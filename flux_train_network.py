@@ -1,4 +1,4 @@
-"""Train a LoRA for FLUX.1 and Chroma. All options: python flux_train_network.py --help"""
+"""Train a LoRA for FLUX.1 and Chroma."""
 
 import modules.interpreter  # noqa: F401
 from flux.options import TRAINER

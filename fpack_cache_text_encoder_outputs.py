@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with FramePack's text encoders, for training.
-
-All options: python fpack_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with FramePack's text encoders, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,7 +1,4 @@
-"""Generate videos and images with FramePack and FramePack-F1.
-
-All options: python fpack_generate_video.py --help
-"""
+"""Generate videos and images with FramePack and FramePack-F1."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of FramePack and FramePack-F1. All options: python fpack_train.py --help"""
+"""Fine-tune the whole transformer of FramePack and FramePack-F1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Train a LoRA for FramePack and FramePack-F1. All options: python fpack_train_network.py --help"""
+"""Train a LoRA for FramePack and FramePack-F1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

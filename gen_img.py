@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion 1.x, 2.x and XL. All options: python gen_img.py --help"""
+"""Generate pictures with Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with the text encoders of HunyuanImage-2.1, for training.
-
-All options: python hunyuan_image_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with the text encoders of HunyuanImage-2.1, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

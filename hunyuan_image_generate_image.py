@@ -1,4 +1,4 @@
-"""Generate images with HunyuanImage-2.1. All options: python hunyuan_image_generate_image.py --help"""
+"""Generate images with HunyuanImage-2.1."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

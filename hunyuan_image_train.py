@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of HunyuanImage-2.1. All options: python hunyuan_image_train.py --help"""
+"""Fine-tune the whole transformer of HunyuanImage-2.1."""
 
 import modules.interpreter  # noqa: F401
 from hunyuan_image.options import TRAINER, name_attention

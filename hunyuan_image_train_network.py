@@ -1,4 +1,4 @@
-"""Train a LoRA for HunyuanImage-2.1. All options: python hunyuan_image_train_network.py --help"""
+"""Train a LoRA for HunyuanImage-2.1."""
 
 import modules.interpreter  # noqa: F401
 from hunyuan_image.options import TRAINER

@@ -1,7 +1,4 @@
-"""Generate videos and images with HunyuanVideo and SkyReels V1.
-
-All options: python hv_generate_video.py --help
-"""
+"""Generate videos and images with HunyuanVideo and SkyReels V1."""
 
 import logging
 from dataclasses import replace

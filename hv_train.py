@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of HunyuanVideo and SkyReels V1. All options: python hv_train.py --help"""
+"""Fine-tune the whole transformer of HunyuanVideo and SkyReels V1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Train a LoRA for HunyuanVideo and SkyReels V1. All options: python hv_train_network.py --help"""
+"""Train a LoRA for HunyuanVideo and SkyReels V1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

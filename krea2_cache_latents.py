@@ -1,7 +1,4 @@
-"""Encode the pictures of a dataset with Krea 2's VAE, that of Qwen-Image, for training.
-
-All options: python krea2_cache_latents.py --help
-"""
+"""Encode the pictures of a dataset with Krea 2's VAE, that of Qwen-Image, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Generate or edit images with Krea 2, raw and Turbo. All options: python krea2_generate_image.py --help"""
+"""Generate or edit images with Krea 2, raw and Turbo."""
 
 import argparse
 

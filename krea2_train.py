@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Krea 2. All options: python krea2_train.py --help"""
+"""Fine-tune the whole transformer of Krea 2."""
 
 import modules.interpreter  # noqa: F401
 from training.options import TrainerChanges

@@ -1,4 +1,4 @@
-"""Train a LoRA for Krea 2. All options: python krea2_train_network.py --help"""
+"""Train a LoRA for Krea 2."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,7 +1,4 @@
-"""Encode the clips of a dataset with LTX-2's VAEs, pictures and sound, for training.
-
-All options: python ltx2_cache_latents.py --help
-"""
+"""Encode the clips of a dataset with LTX-2's VAEs, pictures and sound, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with Gemma 3 and LTX-2's connectors, for training.
-
-All options: python ltx2_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with Gemma 3 and LTX-2's connectors, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

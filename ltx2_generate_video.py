@@ -1,7 +1,4 @@
-"""Generate videos with LTX-2 and LTX-2.3, with or without sound.
-
-All options: python ltx2_generate_video.py --help
-"""
+"""Generate videos with LTX-2 and LTX-2.3, with or without sound."""
 
 from dataclasses import replace
 from pathlib import Path

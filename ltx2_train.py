@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of LTX-2 and LTX-2.3. All options: python ltx2_train.py --help"""
+"""Fine-tune the whole transformer of LTX-2 and LTX-2.3."""
 
 import functools
 

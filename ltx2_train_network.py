@@ -1,7 +1,4 @@
-"""Train a LoRA for LTX-2 and LTX-2.3, with or without sound.
-
-All options: python ltx2_train_network.py --help
-"""
+"""Train a LoRA for LTX-2 and LTX-2.3, with or without sound."""
 
 import functools
 

@@ -1,7 +1,4 @@
-"""Encode the pictures of a dataset with the autoencoder of Lumina-Image-2.0 (FLUX's), for training.
-
-All options: python lumina_cache_latents.py --help
-"""
+"""Encode the pictures of a dataset with the autoencoder of Lumina-Image-2.0 (FLUX's), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

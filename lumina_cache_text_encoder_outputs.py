@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with the text encoder of Lumina-Image-2.0 (Gemma 2), for training.
-
-All options: python lumina_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with the text encoder of Lumina-Image-2.0 (Gemma 2), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

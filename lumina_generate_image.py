@@ -1,4 +1,4 @@
-"""Generate images with Lumina-Image-2.0. All options: python lumina_generate_image.py --help"""
+"""Generate images with Lumina-Image-2.0."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

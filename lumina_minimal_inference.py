@@ -1,6 +1,6 @@
 """Generate images with Lumina-Image-2.0 by the command line of the image guides.
 
-All options: python lumina_minimal_inference.py --help. lumina_generate_image.py has more.
+lumina_generate_image.py has more.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Lumina-Image-2.0. All options: python lumina_train.py --help"""
+"""Fine-tune the whole transformer of Lumina-Image-2.0."""
 
 import modules.interpreter  # noqa: F401
 from lumina.options import TRAINER

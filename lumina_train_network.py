@@ -1,4 +1,4 @@
-"""Train a LoRA for Lumina-Image-2.0. All options: python lumina_train_network.py --help"""
+"""Train a LoRA for Lumina-Image-2.0."""
 
 import modules.interpreter  # noqa: F401
 from lumina.options import TRAINER

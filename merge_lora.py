@@ -1,4 +1,4 @@
-"""Merge LoRAs into a model file, one tensor at a time. All options: python merge_lora.py --help"""
+"""Merge LoRAs into a model file, one tensor at a time."""
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script

@@ -1,7 +1,4 @@
-"""Encode clips with their sound, or pictures, for training MiniMax-H3.
-
-All options: python minimax_h3_cache_latents.py --help
-"""
+"""Encode clips with their sound, or pictures, for training MiniMax-H3."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with MiniMax-H3's text encoder (Qwen3-VL), for training.
-
-All options: python minimax_h3_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with MiniMax-H3's text encoder (Qwen3-VL), for training."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,4 @@
-"""Generate videos with sound, or single pictures, with MiniMax-H3.
-
-All options: python minimax_h3_generate_video.py --help
-"""
+"""Generate videos with sound, or single pictures, with MiniMax-H3."""
 
 import modules.interpreter  # noqa: F401
 from generation.prompt_lines import (

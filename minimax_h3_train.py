@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of MiniMax-H3. All options: python minimax_h3_train.py --help"""
+"""Fine-tune the whole transformer of MiniMax-H3."""
 
 import modules.interpreter  # noqa: F401
 from minimax_h3.training_options import TEACHER_OPTIONS, UNIFORM, trainer_changes

@@ -1,4 +1,4 @@
-"""Train a LoRA for MiniMax-H3, video with sound. All options: python minimax_h3_train_network.py --help"""
+"""Train a LoRA for MiniMax-H3, video with sound."""
 
 import modules.interpreter  # noqa: F401
 from minimax_h3.training_options import UNIFORM, trainer_changes

@@ -1,7 +1,4 @@
-"""Encode the pictures and references of a dataset with MOSS-Image's autoencoder, FLUX.2's, for training.
-
-All options: python moss_image_cache_latents.py --help
-"""
+"""Encode the pictures and references of a dataset with MOSS-Image's autoencoder, FLUX.2's, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with MOSS-Image's text encoder (Qwen3.5), for training.
-
-All options: python moss_image_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with MOSS-Image's text encoder (Qwen3.5), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

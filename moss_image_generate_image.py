@@ -1,7 +1,4 @@
-"""Make and edit pictures with MOSS-Image, Base and SFT.
-
-All options: python moss_image_generate_image.py --help
-"""
+"""Make and edit pictures with MOSS-Image, Base and SFT."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of MOSS-Image. All options: python moss_image_train.py --help"""
+"""Fine-tune the whole transformer of MOSS-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.noise_options import CUT_LOGIT, SAMPLERS

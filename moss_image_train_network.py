@@ -1,4 +1,4 @@
-"""Train a LoRA for MOSS-Image. All options: python moss_image_train_network.py --help"""
+"""Train a LoRA for MOSS-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.noise_options import CUT_LOGIT, SAMPLERS

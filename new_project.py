@@ -1,7 +1,4 @@
-"""Describe a folder of clips or pictures for training: write dataset.toml, prompts.txt and run.toml into it.
-
-All options: python new_project.py --help
-"""
+"""Describe a folder of clips or images for training: write dataset.toml, prompts.txt and run.toml into it."""
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script

@@ -1,4 +1,4 @@
-"""Extract a LoRA from a fine-tuned Qwen-Image transformer. All options: python qwen_extract_lora.py --help"""
+"""Extract a LoRA from a fine-tuned Qwen-Image transformer."""
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script

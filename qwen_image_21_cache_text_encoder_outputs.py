@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with Qwen-Image-2.1's text encoder (Qwen3-VL), for training.
-
-All options: python qwen_image_21_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with Qwen-Image-2.1's text encoder (Qwen3-VL), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

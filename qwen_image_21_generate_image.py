@@ -1,7 +1,4 @@
-"""Generate or edit images with Qwen-Image-2.1, base and Turbo.
-
-All options: python qwen_image_21_generate_image.py --help
-"""
+"""Generate or edit images with Qwen-Image-2.1, base and Turbo."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Qwen-Image-2.1. All options: python qwen_image_21_train.py --help"""
+"""Fine-tune the whole transformer of Qwen-Image-2.1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

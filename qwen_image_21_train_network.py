@@ -1,4 +1,4 @@
-"""Train a LoRA for Qwen-Image-2.1. All options: python qwen_image_21_train_network.py --help"""
+"""Train a LoRA for Qwen-Image-2.1."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

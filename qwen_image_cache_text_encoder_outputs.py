@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with Qwen-Image's text encoder (Qwen2.5-VL), for training.
-
-All options: python qwen_image_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with Qwen-Image's text encoder (Qwen2.5-VL), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

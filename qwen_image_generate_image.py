@@ -1,4 +1,4 @@
-"""Generate or edit images with Qwen-Image. All options: python qwen_image_generate_image.py --help"""
+"""Generate or edit images with Qwen-Image."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Qwen-Image. All options: python qwen_image_train.py --help"""
+"""Fine-tune the whole transformer of Qwen-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Train a LoRA for Qwen-Image. All options: python qwen_image_train_network.py --help"""
+"""Train a LoRA for Qwen-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

@@ -1,4 +1,4 @@
-"""Run any command of Reelsmith; without arguments, list them: python reelsmith.py"""
+"""Run any command of Reelsmith, or list them without arguments."""
 
 from pathlib import Path
 

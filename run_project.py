@@ -1,7 +1,4 @@
-"""Train on a folder that `new` has described: check, cache and train with its run.toml.
-
-All options: python run_project.py --help
-"""
+"""Train on a folder that `new` has described: check, cache and train with its run.toml."""
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script

@@ -1,6 +1,6 @@
 """Generate videos with HunyuanVideo by the command line of its release.
 
-All options: python sample_video.py --help. hv_generate_video.py has more.
+hv_generate_video.py has more.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with the text encoders of Stable Diffusion 1.x and 2.x, for training.
-
-All options: python sd_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with the text encoders of Stable Diffusion 1.x and 2.x, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Generate images with Stable Diffusion 1.x and 2.x. All options: python sd_generate_image.py --help"""
+"""Generate images with Stable Diffusion 1.x and 2.x."""
 
 import modules.interpreter  # noqa: F401
 from generation.scripts import generation_script

@@ -1,4 +1,4 @@
-"""Generate images with Stable Diffusion XL. All options: python sdxl_generate_image.py --help"""
+"""Generate images with Stable Diffusion XL."""
 
 import modules.interpreter  # noqa: F401
 from generation.scripts import generation_script

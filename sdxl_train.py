@@ -1,4 +1,4 @@
-"""Fine-tune a whole checkpoint of Stable Diffusion XL. All options: python sdxl_train.py --help"""
+"""Fine-tune a whole checkpoint of Stable Diffusion XL."""
 
 from dataclasses import replace
 

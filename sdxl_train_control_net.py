@@ -1,4 +1,4 @@
-"""Train a ControlNet for Stable Diffusion XL. All options: python sdxl_train_control_net.py --help"""
+"""Train a ControlNet for Stable Diffusion XL."""
 
 import modules.interpreter  # noqa: F401
 from stable_diffusion.control_net_options import REJECTED

@@ -1,7 +1,4 @@
-"""Train a ControlNet-LLLite for Stable Diffusion XL.
-
-All options: python sdxl_train_control_net_lllite.py --help
-"""
+"""Train a ControlNet-LLLite for Stable Diffusion XL."""
 
 import modules.interpreter  # noqa: F401
 from stable_diffusion.training_options import SHOWN_AS

@@ -1,4 +1,4 @@
-"""Train a LoRA for Stable Diffusion XL. All options: python sdxl_train_network.py --help"""
+"""Train a LoRA for Stable Diffusion XL."""
 
 from dataclasses import replace
 

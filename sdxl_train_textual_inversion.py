@@ -1,7 +1,4 @@
-"""Train a new word (textual inversion) for Stable Diffusion XL.
-
-All options: python sdxl_train_textual_inversion.py --help
-"""
+"""Train a new word (textual inversion) for Stable Diffusion XL."""
 
 import modules.interpreter  # noqa: F401
 from stable_diffusion.training_options import SHOWN_AS

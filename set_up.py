@@ -1,5 +1,6 @@
-"""Set up this folder for the card that is found, once, and open the page. Reelsmith.command and Reelsmith.bat
-start this file with any Python; it needs no packages.
+"""Set up this folder for the card that is found, once, and open the page.
+
+Reelsmith.command and Reelsmith.bat start this file with any Python; it needs no packages.
 
     python set_up.py                    set up what is missing, then open the page
     python set_up.py --build cpu        with another build of torch than the one for the card

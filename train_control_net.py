@@ -1,4 +1,4 @@
-"""Train a ControlNet for Stable Diffusion 1.x or 2.x. All options: python train_control_net.py --help"""
+"""Train a ControlNet for Stable Diffusion 1.x or 2.x."""
 
 import modules.interpreter  # noqa: F401
 from stable_diffusion.control_net_options import REJECTED

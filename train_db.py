@@ -1,7 +1,4 @@
-"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x, also with class pictures (DreamBooth).
-
-All options: python train_db.py --help
-"""
+"""Fine-tune a whole checkpoint of Stable Diffusion 1.x or 2.x, also with class pictures (DreamBooth)."""
 
 from dataclasses import replace
 

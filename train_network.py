@@ -1,4 +1,4 @@
-"""Train a LoRA for Stable Diffusion 1.x and 2.x. All options: python train_network.py --help"""
+"""Train a LoRA for Stable Diffusion 1.x and 2.x."""
 
 from dataclasses import replace
 

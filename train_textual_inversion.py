@@ -1,7 +1,4 @@
-"""Train a new word (textual inversion) for Stable Diffusion 1.x or 2.x.
-
-All options: python train_textual_inversion.py --help
-"""
+"""Train a new word (textual inversion) for Stable Diffusion 1.x or 2.x."""
 
 import modules.interpreter  # noqa: F401
 from stable_diffusion.training_options import SHOWN_AS

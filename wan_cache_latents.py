@@ -1,7 +1,4 @@
-"""Encode the images and clips of a dataset with Wan2.1's VAE, for training.
-
-All options: python wan_cache_latents.py --help
-"""
+"""Encode the images and clips of a dataset with Wan2.1's VAE, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with Wan2.1's text encoder, for training.
-
-All options: python wan_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with Wan2.1's text encoder, for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Generate videos and images with Wan2.1 and Wan2.2. All options: python wan_generate_video.py --help"""
+"""Generate videos and images with Wan2.1 and Wan2.2."""
 
 import modules.interpreter  # noqa: F401
 from generation.prompt_lines import (

@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Wan2.1. All options: python wan_train.py --help"""
+"""Fine-tune the whole transformer of Wan2.1."""
 
 import modules.interpreter  # noqa: F401
 from modules.errors import OptionError

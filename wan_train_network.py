@@ -1,4 +1,4 @@
-"""Train a LoRA for Wan2.1 and Wan2.2. All options: python wan_train_network.py --help"""
+"""Train a LoRA for Wan2.1 and Wan2.2."""
 
 import modules.interpreter  # noqa: F401
 from training.learning_options import ExpertTrainingOptions

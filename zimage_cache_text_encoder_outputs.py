@@ -1,7 +1,4 @@
-"""Encode the captions of a dataset with Z-Image's text encoder (Qwen3), for training.
-
-All options: python zimage_cache_text_encoder_outputs.py --help
-"""
+"""Encode the captions of a dataset with Z-Image's text encoder (Qwen3), for training."""
 
 import modules.interpreter  # noqa: F401
 from dataset.scripts import caching_script

@@ -1,4 +1,4 @@
-"""Generate images with Z-Image. All options: python zimage_generate_image.py --help"""
+"""Generate images with Z-Image."""
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults

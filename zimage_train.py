@@ -1,4 +1,4 @@
-"""Fine-tune the whole transformer of Z-Image. All options: python zimage_train.py --help"""
+"""Fine-tune the whole transformer of Z-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

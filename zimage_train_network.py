@@ -1,4 +1,4 @@
-"""Train a LoRA for Z-Image. All options: python zimage_train_network.py --help"""
+"""Train a LoRA for Z-Image."""
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script

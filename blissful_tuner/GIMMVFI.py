@@ -1,7 +1,4 @@
-"""Make pictures between the pictures of a video with GIMM-VFI: smoother motion.
-
-All options: python blissful_tuner/GIMMVFI.py --help
-"""
+"""Make pictures between the pictures of a video with GIMM-VFI: smoother motion."""
 
 import sys
 from pathlib import Path

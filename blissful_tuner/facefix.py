@@ -1,7 +1,4 @@
-"""Restore the faces in videos and pictures with GFPGAN or CodeFormer.
-
-All options: python blissful_tuner/facefix.py --help
-"""
+"""Restore the faces in videos and pictures with GFPGAN or CodeFormer."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Show what videos, pictures, latents and LoRAs say about how they were made.
-
-All options: python blissful_tuner/metaview.py --help
-"""
+"""Show what videos, pictures, latents and LoRAs say about how they were made."""
 
 import json
 import sys

@@ -1,7 +1,4 @@
-"""Look into model files of any size, and rewrite them: other dtype, names, one file or several.
-
-All options: python blissful_tuner/model_utility.py --help
-"""
+"""Look into model files of any size, and rewrite them: other dtype, names, one file or several."""
 
 import sys
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
         return torch.einsum("cfhw,cr->rfhw", latents.float(), factors) + bias.view(3, 1, 1, 1)
 
 
-def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
+def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
     """Yield frames H W 3 in 0..255: colors stretched to the full range over the clip, enlarged bicubically.
 
     Values that are NaN or infinite become dark.
@@ -52,18 +52,18 @@ def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
         rows: Number of times that each row is repeated.
         columns: Number of times that each column is repeated.
     """
-    colours = colours.nan_to_num(0.0, 0.0, 0.0)
-    lowest, highest = colours.amin(), colours.amax()
-    colours = (colours - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
-    for frame in colours.permute(1, 2, 3, 0).contiguous().numpy():
+    colors = colors.nan_to_num(0.0, 0.0, 0.0)
+    lowest, highest = colors.amin(), colors.amax()
+    colors = (colors - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
+    for frame in colors.permute(1, 2, 3, 0).contiguous().numpy():
         # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
         larger = cv2.resize(frame, None, fx=columns, fy=rows, interpolation=cv2.INTER_CUBIC)
         yield np.rint(larger.clip(0, 255)).astype(np.uint8)
 
 
-def to_frames(colours: Tensor) -> Tensor:
+def to_frames(colors: Tensor) -> Tensor:
     """Return F H W 3 as uint8 of colors F 3 H W, clamped to 0..1. Stays on its device."""
-    return (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (colors.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 # Letters: F frames, C channels, h w height and width of the latents or of features

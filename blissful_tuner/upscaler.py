@@ -1,7 +1,4 @@
-"""Enlarge videos and pictures with SwinIR or a network of the ESRGAN family.
-
-All options: python blissful_tuner/upscaler.py --help
-"""
+"""Enlarge videos and pictures with SwinIR or a network of the ESRGAN family."""
 
 import sys
 from pathlib import Path

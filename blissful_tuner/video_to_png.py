@@ -1,7 +1,4 @@
-"""Write the frames of a video as PNG files, 000000.png and so on.
-
-All options: python blissful_tuner/video_to_png.py --help
-"""
+"""Write the frames of a video as PNG files, 000000.png and so on."""
 
 import sys
 from collections.abc import Sequence

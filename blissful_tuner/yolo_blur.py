@@ -1,7 +1,4 @@
-"""Blur faces, or whatever a detector finds, in videos and pictures, and keep them blurred.
-
-All options: python blissful_tuner/yolo_blur.py --help
-"""
+"""Blur faces, or whatever a detector finds, in videos and pictures, and keep them blurred."""
 
 import sys
 from pathlib import Path

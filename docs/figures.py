@@ -139,11 +139,11 @@ def draw_control() -> Figure:
 
 
 def _paint(
-    forms: Sequence[tuple[str, tuple[float, float], float]], colours: Sequence[str], ground: str
+    forms: Sequence[tuple[str, tuple[float, float], float]], colors: Sequence[str], ground: str
 ) -> Frame:
     """Return a picture of forms on a ground: H W 3."""
     pixels = np.full((SIZE * FINE, SIZE * FINE, 3), GROUNDS[ground], np.uint8)
-    for (form, center, width), color in zip(forms, colours, strict=True):
+    for (form, center, width), color in zip(forms, colors, strict=True):
         paint(pixels, form, center, width, COLOURS[color])
     return pixels
 

@@ -42,7 +42,7 @@ class AutoencoderKind:
     option: str = "--ae"
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
     channels: int = 16  # of the latents
-    is_quantised: bool = False  # whether a quant_conv follows the encoder, and another leads the decoder
+    is_quantized: bool = False  # whether a quant_conv follows the encoder, and another leads the decoder
     classes: tuple[str, ...] = ("AutoencoderKL",)  # in a config.json next to the file
 
 
@@ -105,7 +105,7 @@ def read_autoencoder(
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
         decoder_widths=() if decoder_widths == widths else decoder_widths,
     )
-    unused = ("bn.*",) if kind.is_quantised else ()
+    unused = ("bn.*",) if kind.is_quantized else ()
     return dialects.LoadPlan(config, checkpoint, sources, unused)
 
 
@@ -118,12 +118,12 @@ def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_
         )
 
 
-def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantised: bool) -> None:
+def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantized: bool) -> None:
     """Raise CheckpointError if a file's latents or its quant_conv belong to another kind of autoencoder."""
-    if (channels, is_quantised) == (kind.channels, kind.is_quantised):
+    if (channels, is_quantized) == (kind.channels, kind.is_quantized):
         return
-    quant_conv = " and a quant_conv" if is_quantised else ""
-    expected = "one" if kind.is_quantised else "none"
+    quant_conv = " and a quant_conv" if is_quantized else ""
+    expected = "one" if kind.is_quantized else "none"
     raise CheckpointError(
         f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, {kind.what} has "
         f"{kind.channels} and {expected}. Give {kind.release}.",

@@ -172,7 +172,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
             tower.rotary_pos_emb = angles(their_config)
         except TypeError:  # transformers 4
             tower.rotary_pos_emb = angles(their_config.hidden_size // their_config.num_heads // 2)
-    tower.colours = kind.colours
+    tower.colors = kind.colors
     built: nn.Module = tower
     return built
 
@@ -194,7 +194,7 @@ def read_images(
     tower: nn.Module,
     pictures: Sequence[Tensor],
     use: ImageUse,
-    colours: Mapping[str, Sequence[float]] | None = None,
+    colors: Mapping[str, Sequence[float]] | None = None,
 ) -> ReadImages:
     """Cut pictures into patches: sides become multiples of a token's, colors are normalized.
 
@@ -219,14 +219,14 @@ def read_images(
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
-    of_tower: Any = tower.colours
+    of_tower: Any = tower.colors
     cut = processor_class(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
         max_pixels=use.most,
-        **{**of_tower, **(colours or {})},
+        **{**of_tower, **(colors or {})},
     )
     inputs = cut(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]

@@ -39,7 +39,7 @@ class VisionTower:
     # further settings; None: the tensors or the config.json are those of another tower
     read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
     # mean and deviation of the colors, as transformers' image processor calls them; {}: CLIP's
-    colours: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    colors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def _are_sizes(*values: Any) -> bool:
@@ -105,7 +105,7 @@ QWEN3_TOWER = VisionTower(
     feed="blocks.0.mlp.linear_fc1.weight",
     merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
     read=_read_deep,
-    colours={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    colors={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
 )
 QWEN35_TOWER = VisionTower(
     name="Qwen3.5",
@@ -115,5 +115,5 @@ QWEN35_TOWER = VisionTower(
     feed="blocks.0.mlp.linear_fc1.weight",
     merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
     read=_read_plain,
-    colours=QWEN3_TOWER.colours,
+    colors=QWEN3_TOWER.colors,
 )

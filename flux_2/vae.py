@@ -28,7 +28,7 @@ KIND = AutoencoderKind(
     option="--vae",
     release="flux2-vae.safetensors of Comfy-Org, or the folder vae of FLUX.2's diffusers release",
     channels=32,
-    is_quantised=True,
+    is_quantized=True,
     classes=("AutoencoderKLFlux2",),
 )
 EPS = 1e-4  # added to the variances of the statistics, as released

@@ -34,7 +34,7 @@ class Limits:
 
     fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
-    colours: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
+    colors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
     tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited
 
 
@@ -99,7 +99,7 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     for name, numbers in colors.items():
         if not _are_colors(numbers, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {numbers!r}')
-    return replace(released, fewest=fewest, most=most, colours=colors, tokens_of_frame=tokens)
+    return replace(released, fewest=fewest, most=most, colors=colors, tokens_of_frame=tokens)
 
 
 def _are_colors(numbers: Any, above: float) -> bool:
@@ -114,7 +114,7 @@ def _make_error(file: Path, why: str) -> CheckpointError:
 def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
     """Cut an image, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
     use = replace(use, fewest=limits.fewest, most=limits.most)
-    return read_images(tower, [picture], use, limits.colours)
+    return read_images(tower, [picture], use, limits.colors)
 
 
 def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
@@ -132,7 +132,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    colors = {**_read_tower_colors(tower), **limits.colours}
+    colors = {**_read_tower_colors(tower), **limits.colors}
     by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOURS]
     mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
     normalized = (pixels.float() - mean * 255) / (std * 255)
@@ -153,7 +153,7 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
 
 
 def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:
-    colors: Any = tower.colours
+    colors: Any = tower.colors
     return colors
 
 

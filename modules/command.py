@@ -399,7 +399,7 @@ class _LineFormatter(logging.Formatter):
     A record with `draw` (modules/console.py) is drawn as a box on a terminal.
     """
 
-    _colours = {
+    _colors = {
         logging.WARNING: "\033[33m",
         logging.ERROR: "\033[31m",
         logging.CRITICAL: "\033[31m",
@@ -418,5 +418,5 @@ class _LineFormatter(logging.Formatter):
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         line = fold(line, columns_of(sys.stderr) if self._boxes else None)
-        start = self._colours.get(record.levelno) if self._color else None
+        start = self._colors.get(record.levelno) if self._color else None
         return f"{start}{line}\033[0m" if start else line

@@ -1,7 +1,4 @@
-"""Convert a LoRA of FLUX.1 or Chroma between sd-scripts' and ai-toolkit's (diffusers') names.
-
-All options: python networks/convert_flux_lora.py --help
-"""
+"""Convert a LoRA of FLUX.1 or Chroma between sd-scripts' and ai-toolkit's (diffusers') names."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Convert a LoRA of Z-Image to ComfyUI's names, or back.
-
-All options: python networks/convert_z_image_lora_to_comfy.py --help
-"""
+"""Convert a LoRA of Z-Image to ComfyUI's names, or back."""
 
 import sys
 from pathlib import Path

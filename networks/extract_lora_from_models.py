@@ -1,7 +1,4 @@
-"""Extract a LoRA from a fine-tuned transformer, or a checkpoint of Stable Diffusion 1.x, 2.x or XL.
-
-All options: python networks/extract_lora_from_models.py --help
-"""
+"""Extract a LoRA from a fine-tuned transformer, or a checkpoint of Stable Diffusion 1.x, 2.x or XL."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Extract a LoRA from a fine-tuned FLUX.1, FLUX.2 or Chroma model.
-
-All options: python networks/flux_extract_lora.py --help
-"""
+"""Extract a LoRA from a fine-tuned FLUX.1, FLUX.2 or Chroma model."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Merge LoRAs of FLUX.1 or Chroma into a model and its text encoders, or into one LoRA.
-
-All options: python networks/flux_merge_lora.py --help
-"""
+"""Merge LoRAs of FLUX.1 or Chroma into a model and its text encoders, or into one LoRA."""
 
 import sys
 from pathlib import Path

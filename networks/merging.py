@@ -337,7 +337,7 @@ def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[Lora
 
 
 def _written_tensors(
-    checkpoint: Checkpoint, quantised: Collection[str], dtype: torch.dtype | None
+    checkpoint: Checkpoint, quantized: Collection[str], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
     """Return the tensors of a merged model.
 
@@ -349,7 +349,7 @@ def _written_tensors(
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if info.dtype in _WIDE:  # whole numbers stay as they are
-            default_dtype = torch.bfloat16 if name in quantised else info.dtype
+            default_dtype = torch.bfloat16 if name in quantized else info.dtype
             info = replace(info, dtype=dtype or default_dtype)
         written[name] = info
     return written

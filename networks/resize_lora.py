@@ -1,7 +1,4 @@
-"""Make a LoRA smaller: keep the strongest directions of the change of each module.
-
-All options: python networks/resize_lora.py --help
-"""
+"""Make a LoRA smaller: keep the strongest directions of the change of each module."""
 
 import sys
 from pathlib import Path

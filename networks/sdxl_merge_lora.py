@@ -1,7 +1,4 @@
-"""Merge LoRAs of Stable Diffusion 1.x, 2.x or XL into a checkpoint, or into one LoRA.
-
-All options: python networks/sdxl_merge_lora.py --help
-"""
+"""Merge LoRAs of Stable Diffusion 1.x, 2.x or XL into a checkpoint, or into one LoRA."""
 
 import sys
 from pathlib import Path

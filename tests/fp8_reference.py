@@ -11,11 +11,11 @@ def quantized_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and is_quantised(layer)
+        if isinstance(layer, nn.Linear) and is_quantized(layer)
     }
 
 
-def is_quantised(layer: nn.Linear) -> bool:
+def is_quantized(layer: nn.Linear) -> bool:
     """Return whether the layer has an 8-bit weight."""
     return is_fp8(layer.weight.dtype)
 

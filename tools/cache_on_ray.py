@@ -1,7 +1,4 @@
-"""Cache a dataset on a Ray cluster: any caching command, its work shared by actors on all machines.
-
-All options: python tools/cache_on_ray.py --help
-"""
+"""Cache a dataset on a Ray cluster: any caching command, its work shared by actors on all machines."""
 
 import sys
 from collections.abc import Sequence

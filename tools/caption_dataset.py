@@ -3,7 +3,6 @@
 Every image or clip of the dataset that has no caption gets one: a text file next to it, or in a JSONL list
 the "caption" of its line, where all else stays (the list as it was becomes .bak). What a person wrote is
 kept: the hidden file .captions_made.jsonl next to the captions says which of them this program wrote.
-All options: python tools/caption_dataset.py --help
 """
 
 import sys

@@ -2,7 +2,6 @@
 
 A training with control pictures (docs/control.md) learns from such pairs. Control pictures that exist are
 kept, so a run that was stopped continues if it is started again.
-All options: python tools/control_pictures.py --help
 """
 
 import sys

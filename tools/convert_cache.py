@@ -1,7 +1,4 @@
-"""Convert the caches of a dataset between single files and shards, byte for byte.
-
-All options: python tools/convert_cache.py --help
-"""
+"""Convert the caches of a dataset between single files and shards, byte for byte."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Write a page about a dataset: what a training will see of it, and what is wrong with it.
-
-All options: python tools/dataset_report.py --help
-"""
+"""Write a page about a dataset: what a training will see of it, and what is wrong with it."""
 
 import sys
 from pathlib import Path

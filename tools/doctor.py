@@ -1,6 +1,6 @@
 """List what this environment has for training and generation, what is missing, and what that costs.
 
-All options: python tools/doctor.py --help. Exits with 1 if something must be installed first.
+Exits with 1 if something must be installed first.
 """
 
 import sys

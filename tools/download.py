@@ -1,4 +1,4 @@
-"""Download the models that a task needs. All options: python tools/download.py --help"""
+"""Download the models that a task needs."""
 
 import sys
 from collections.abc import Sequence

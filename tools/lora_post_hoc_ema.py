@@ -1,7 +1,4 @@
-"""Average the saved LoRA files of a run (post-hoc EMA).
-
-All options: python tools/lora_post_hoc_ema.py --help
-"""
+"""Average the saved LoRA files of a run (post-hoc EMA)."""
 
 import sys
 from pathlib import Path

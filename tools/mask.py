@@ -2,7 +2,6 @@
 
 A network finds what you name, such as "the person"; white parts of its masks are learned. Masks that exist
 are kept, so a run that was stopped continues if it is started again.
-All options: python tools/mask.py --help
 """
 
 import sys

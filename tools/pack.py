@@ -1,6 +1,6 @@
 """Make one file of a folder that `new` described, for another machine: media, captions, caches, settings.
 
-Paths of this machine, keys and tokens are left out. All options: python tools/pack.py --help
+Paths of this machine, keys and tokens are left out.
 """
 
 import sys

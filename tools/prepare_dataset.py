@@ -1,7 +1,4 @@
-"""Prepare clips and captions in CogVideoX form: the folders that load_tensors of a dataset reads.
-
-All options: python tools/prepare_dataset.py --help
-"""
+"""Prepare clips and captions in CogVideoX form: the folders that load_tensors of a dataset reads."""
 
 import sys
 from pathlib import Path

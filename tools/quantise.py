@@ -1,7 +1,4 @@
-"""Store a transformer or text encoder in 8 bits once, or a quantized one in 16 bits again.
-
-All options: python tools/quantise.py --help
-"""
+"""Store a transformer or text encoder in 8 bits once, or a quantized one in 16 bits again."""
 
 import sys
 from pathlib import Path

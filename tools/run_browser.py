@@ -1,7 +1,4 @@
-"""Open the page in a web browser: describe, train, generate, models, datasets, a queue.
-
-All options: python tools/run_browser.py --help
-"""
+"""Open the page in a web browser: describe, train, generate, models, datasets, a queue."""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 Writes OUTPUT_NAME-scores.json next to the history of the run, which the page of the run shows, and names the
 best file with the reason. May be stopped and started again.
-All options: python tools/score.py --help
 """
 
 import sys

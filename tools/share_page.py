@@ -1,7 +1,4 @@
-"""Copy a page that others may see: without folders, commands and links to your files.
-
-All options: python tools/share_page.py --help
-"""
+"""Copy a page that others may see: without folders, commands and links to your files."""
 
 import sys
 from pathlib import Path

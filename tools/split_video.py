@@ -1,4 +1,4 @@
-"""Cut footage into clips for a dataset, at its scenes. All options: python tools/split_video.py --help"""
+"""Cut footage into clips for a dataset, at its scenes."""
 
 import sys
 from pathlib import Path

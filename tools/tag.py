@@ -2,7 +2,6 @@
 
 Every picture or clip without a caption gets one. What a person wrote is kept: the hidden file
 .captions_made.jsonl next to the captions says which of them this program wrote.
-All options: python tools/tag.py --help
 """
 
 import sys

@@ -1,7 +1,4 @@
-"""Make the folder of a file that `pack` wrote, and print the command that trains it.
-
-All options: python tools/unpack.py --help
-"""
+"""Make the folder of a file that `pack` wrote, and print the command that trains it."""
 
 import sys
 from pathlib import Path

@@ -42,7 +42,9 @@ class MakeNetwork(Protocol):
         in_dit: bool,
         resumed: Mapping[str, Tensor] | None = None,
         with_values: bool = True,
-    ) -> TrainableNetwork: ...
+    ) -> TrainableNetwork:
+        """Return the network, whose modules are joined to those of the model."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def file_metadata(
         step: Number of the optimizer step.
         epoch: The current or just finished epoch, from 1.
         now: Time of saving.
-        license: License of the model, used without --metadata_license.
+        licence: License of the model, used without --metadata_license.
         tables: Tables of the dataset, whose timesteps may differ from those of the options.
         ending: Suffix of the architecture's name for a network.
     """

@@ -178,14 +178,14 @@ def _read_layers(
     return tuple(layers)
 
 
-def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
+def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
     """Raise CheckpointError if a VAE is of neither generation. `colours` are the first layer's inputs."""
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
     has_alpha = config.colors == 4 and config.patch == 1  # of Qwen-Image-Layered
-    if colours != 3 * config.patch**2 and not has_alpha:
-        raise _make_vae_error(path, f"takes {colours} channels")
+    if colors != 3 * config.patch**2 and not has_alpha:
+        raise _make_vae_error(path, f"takes {colors} channels")
     frame_stride, side_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
         frames = 1

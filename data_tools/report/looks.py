@@ -73,7 +73,7 @@ class Measures:
     is_blurred: bool  # most frames are blurred
     is_flat: bool  # all frames have one color, so that their hash says nothing
     hashes: tuple[int, ...]  # one for a picture, four for a clip
-    colours: bytes  # the same frames as 4 x 4 RGB, one after the other
+    colors: bytes  # the same frames as 4 x 4 RGB, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +387,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         is_blurred=2 * num_blurred > len(frames),
         is_flat=all(flat),
         hashes=clip_hash(frames),
-        colours=b"".join(small_colors),
+        colors=b"".join(small_colors),
     )
 
 

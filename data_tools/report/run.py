@@ -293,7 +293,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
     for index, measured in enumerate(measures):
         if not measured.is_black:
-            key = (measured.hashes, measured.colours, measured.is_flat)
+            key = (measured.hashes, measured.colors, measured.is_flat)
             by_key.setdefault(key, []).append(index)
     exact_copies = list(by_key.values())
     if not exact_copies:
@@ -333,7 +333,7 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
     num_frames = len(measures[0].hashes)
-    images = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
+    images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
     return _Colors(images.reshape(len(measures), num_frames, -1), is_flat)
 
@@ -348,12 +348,12 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
     return bits.astype(np.float32) * 2 - 1
 
 
-def _have_same_colors(colours: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
+def _have_same_colors(colors: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
     """Return whether the colors of each of `near` equal those of `index` up to brightness and contrast."""
-    first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
-    second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
+    first = colors.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
+    second = colors.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-    is_flat = colours.is_flat
+    is_flat = colors.is_flat
     one_is_flat = is_flat[index] | is_flat[near]
     both_are_flat = is_flat[index] & is_flat[near]
     return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))

@@ -95,19 +95,19 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
     return None
 
 
-def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
+def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
     """Name the part of a file's colors that an earlier version ignored; None if there is none.
 
     `keeps_transparent` says that the colors of transparent pixels are used. `had_profiles` says that the
     earlier version read profiles.
     """
-    if colours.is_transparent and not keeps_transparent and not had_profiles:
+    if colors.is_transparent and not keeps_transparent and not had_profiles:
         return "its transparency"
-    if colours.by_codes:
+    if colors.by_codes:
         return "the colors that it names (such as Display P3)"
-    if colours.is_converted and not had_profiles:
+    if colors.is_converted and not had_profiles:
         return "its color profile"
-    if not colours.is_square:
+    if not colors.is_square:
         return "the shape of its pixels, which are not square"
     return None
 
@@ -142,18 +142,18 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
     return list(remarks.values())
 
 
-def _describe(colours: Colors, keeps_transparency: bool) -> dict[str, str]:
+def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
     """Return remarks on the colors of a file: its kind, and a text behind the path."""
     remarks = {}
-    if colours.is_transparent and not keeps_transparency:
+    if colors.is_transparent and not keeps_transparency:
         remarks["are transparent and filled with white"] = ""
-    if colours.is_converted:
+    if colors.is_converted:
         remarks[CONVERTED] = ""
-    if colours.fault is not None:
-        remarks["have a color profile that is not used"] = f": {colours.fault}"
-    if colours.hdr is not None:
-        remarks[PALE] = f": {colours.hdr}"
-    if colours.is_interlaced:
+    if colors.fault is not None:
+        remarks["have a color profile that is not used"] = f": {colors.fault}"
+    if colors.hdr is not None:
+        remarks[PALE] = f": {colors.hdr}"
+    if colors.is_interlaced:
         remarks[TORN] = ""
     return remarks
 

@@ -126,14 +126,14 @@ def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
     return np.ascontiguousarray(frame[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
-def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
+def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
     """Join what `split_alpha` returned, H W 4; alpha of another size is resized. Without alpha: `colours`."""
     if alpha is None:
-        return colours
-    height, width = colours.shape[:2]
+        return colors
+    height, width = colors.shape[:2]
     if alpha.shape != (height, width):
         alpha = resize_frame(alpha, (width, height), "lanczos")
-    return np.dstack([colours, alpha])
+    return np.dstack([colors, alpha])
 
 
 def media_colors(path: Path) -> Colors:

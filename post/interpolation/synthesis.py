@@ -185,14 +185,14 @@ class Blend:
 
     flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
     mask: Tensor  # 1 K H W, 0..1: the share of the first picture
-    colours: Tensor  # 1 3K H W, colors to add
+    colors: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":
         """Return the blend for pictures that are larger by a factor."""
         if factor == 1:
             return self
         return Blend(
-            resize(self.flow, factor) * factor, resize(self.mask, factor), resize(self.colours, factor)
+            resize(self.flow, factor) * factor, resize(self.mask, factor), resize(self.colors, factor)
         )
 
 
@@ -293,7 +293,7 @@ class Synthesis(nn.Module):
         """Return the picture, 1 3 H W, 0..1. images: 2 3 H W, -1..1."""
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
-        colors = blend.colours[0].unflatten(0, (blends, 3))
+        colors = blend.colors[0].unflatten(0, (blends, 3))
         pictures = []
         for number in range(blends):
             first, second = warp(images, flows[:, number])

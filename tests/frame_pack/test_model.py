@@ -210,13 +210,13 @@ def test_caches_whose_frames_and_places_differ_are_refused(
     ],
 )
 def test_samples_of_another_kind_than_the_caches_are_warned_of(
-    family: FramePack, settings: dict[str, Any], neighbour: int, said: str, caplog: pytest.LogCaptureFixture
+    family: FramePack, settings: dict[str, Any], neighbor: int, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """neighbor: the place of the frame next in time; that of the target is 1."""
     batches._note_other_order.cache_clear()
     batches._note_clips.cache_clear()
 
-    predicted(replace(family, **settings), batch(clean_latent_indices=torch.full((2, 2), neighbour)))
+    predicted(replace(family, **settings), batch(clean_latent_indices=torch.full((2, 2), neighbor)))
 
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)

@@ -150,7 +150,7 @@ def f1_sections(latents: Tensor, window: int) -> dict[int, Section]:
 class Picture:
     """An image or a control image in its bucket."""
 
-    colours: numpy.ndarray  # H W 3
+    colors: numpy.ndarray  # H W 3
     alpha: numpy.ndarray | None = None  # H W
 
     def hidden(self, latents: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def one_frame_section(
 
     def encoded() -> Iterator[Tensor]:
         for image in (target, *controls):
-            yield image.hidden(encoders.latents([image.colours], generator))
+            yield image.hidden(encoders.latents([image.colors], generator))
 
     latents, *clean = encoded()
     if post_index is not None:
@@ -187,7 +187,7 @@ def one_frame_section(
         "latents_clean": torch.cat(clean, dim=1),
         "clean_latent_indices": torch.tensor([*places, *([] if post_index is None else [post_index])]),
         **{name: torch.tensor(list(numbers)) for name, numbers in coarse.items()},
-        "image_embeddings": encoders.features(controls[0].colours),
+        "image_embeddings": encoders.features(controls[0].colors),
     }
 
 

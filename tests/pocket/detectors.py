@@ -46,17 +46,17 @@ class Verdict:
     shape: str | None
     colour: str | None
     direction: str | None
-    colours: tuple[str, ...] = ()  # of every frame in which the thing was found
+    colors: tuple[str, ...] = ()  # of every frame in which the thing was found
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing there."""
-        return not self.colours
+        return not self.colors
 
     @property
     def keeps_color(self) -> bool:
         """Whether every frame shows the same color."""
-        return len(set(self.colours)) == 1
+        return len(set(self.colors)) == 1
 
 
 NOTHING = Verdict(None, None, None)

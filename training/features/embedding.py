@@ -33,9 +33,13 @@ FLAGS = WordFlags(
 class LearnsWords(Protocol):
     """A family whose text encoders can learn the vectors of a new word next to a network."""
 
-    def with_word_in_texts(self, word: WordToLearn) -> "Family": ...  # they have rows for it
+    def with_word_in_texts(self, word: WordToLearn) -> "Family":
+        """Return the family with rows for the word in its text encoders."""
+        ...
 
-    def word_network(self, word: WordToLearn) -> "MadeNetwork": ...  # of the vectors
+    def word_network(self, word: WordToLearn) -> "MadeNetwork":
+        """Return the network that holds the vectors."""
+        ...
 
 
 def _learns_words(family: "Described") -> TypeGuard[LearnsWords]:

@@ -22,7 +22,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def quantised(layer: nn.Linear, quantization: Quantization) -> nn.Linear:
+def quantized(layer: nn.Linear, quantization: Quantization) -> nn.Linear:
     """A copy of the layer with its weight in 8 bits."""
     layer = copy.deepcopy(layer).requires_grad_(False)
     attach(layer, Fp8(quantization).quantise(layer.weight))
@@ -124,7 +124,7 @@ def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[
 def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(
     quantization: Quantization, dtype: torch.dtype, close: float
 ) -> None:
-    layer = quantised(nn.Linear(24, 16).to(dtype), quantization)
+    layer = quantized(nn.Linear(24, 16).to(dtype), quantization)
     plain = multiplied_out(layer, dtype)
     x, other = (drawn(2, 5, 24, dtype=dtype).requires_grad_() for _ in range(2))
 
@@ -138,7 +138,7 @@ def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(
 
 
 def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
-    layer = quantised(nn.Linear(64, 48).bfloat16(), ROWS)
+    layer = quantized(nn.Linear(64, 48).bfloat16(), ROWS)
     saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
 def test_layers_compute_in_autocasts_dtype_and_float32_layers_outside_it(
     autocast: bool, is_wide: bool
 ) -> None:
-    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantization("rows", float32_linear=is_wide))
+    layer = quantized(nn.Linear(24, 16).bfloat16(), Quantization("rows", float32_linear=is_wide))
     dtype, x = torch.float32 if is_wide else torch.bfloat16, drawn(3, 24, dtype=torch.bfloat16)
     given = x.float() if autocast and not is_wide else x
 

@@ -253,9 +253,9 @@ def test_bins(values: list[float], expected: list[tuple[float, float, int]]) -> 
 GREY = bytes([100] * 48)
 
 
-def measures(hashes: tuple[int, ...], colours: bytes = GREY, **changes: bool) -> Measures:
+def measures(hashes: tuple[int, ...], colors: bytes = GREY, **changes: bool) -> Measures:
     flags = {"is_black": False, "is_static": False, "is_blurred": False, "is_flat": False} | changes
-    return Measures(0.5, 0.0, 0.1, hashes=hashes, colours=colours * len(hashes), **flags)
+    return Measures(0.5, 0.0, 0.1, hashes=hashes, colors=colors * len(hashes), **flags)
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -299,9 +299,9 @@ DOTS = bytes(random.Random(0).randrange(20, 200) for _ in range(48))
     ],
 )
 def test_pictures_of_one_shape_are_copies_unless_colours_differ(
-    colours: bytes, other: bytes, is_copy: bool
+    colors: bytes, other: bytes, is_copy: bool
 ) -> None:
-    assert group_copies([measures((5,), colours), measures((5,), other)]) == ([[0, 1]] if is_copy else [])
+    assert group_copies([measures((5,), colors), measures((5,), other)]) == ([[0, 1]] if is_copy else [])
 
 
 def test_flat_pictures_are_copies_if_they_have_one_colour_and_black_ones_never() -> None:

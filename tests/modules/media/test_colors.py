@@ -95,14 +95,14 @@ def encode(values: np.ndarray) -> np.ndarray:
     return 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
 
 
-def converted(colours: np.ndarray, to_xyz: np.ndarray, gamma: float | None) -> np.ndarray:
-    light = linear(colours / 255) if gamma is None else (colours / 255) ** gamma
+def converted(colors: np.ndarray, to_xyz: np.ndarray, gamma: float | None) -> np.ndarray:
+    light = linear(colors / 255) if gamma is None else (colors / 255) ** gamma
     return encode(light @ (np.linalg.inv(XYZ_OF_SRGB) @ to_xyz).T)
 
 
-def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255
-    return np.rint(colours * share + 255 * (1 - share))
+    return np.rint(colors * share + 255 * (1 - share))
 
 
 def nearly(found: np.ndarray, right: np.ndarray, levels: float) -> None:

@@ -123,7 +123,7 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
         blend = synthesis.blend(2 * torch.cat(small) - 1, flow, one.maps, two.maps, compared, 0.25)
         large = [
             interpolate(each, scale_factor=2, mode="bilinear")
-            for each in (2 * blend.flow, blend.mask, blend.colours)
+            for each in (2 * blend.flow, blend.mask, blend.colors)
         ]
         before, after = (2 * image - 1 for image in images)
         made = []
