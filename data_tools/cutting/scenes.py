@@ -30,10 +30,10 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 
 
 def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
-    """Return a function that makes a detector for a given number of pictures per second.
+    """Return a function that makes a detector for a given frame rate.
 
     Raises:
-        InstallationError: If PySceneDetect is asked for and missing, or older than 0.7.
+        InstallationError: If PySceneDetect is requested but missing, or older than 0.7.
     """
     if options.detector == OWN:
         return lambda rate: OwnDetector(options.threshold, rate)
@@ -77,26 +77,26 @@ class PySceneDetect:
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
-        """Return the cuts, each as a change without pictures of its own."""
+        """Return the cuts, each as a change of scene that has no frames of its own."""
         if self._count:
             self._cuts += self._detector.post_process(self._time(self._count - 1))
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]
 
 
 class _Jump(NamedTuple):
-    """A picture that differs from the one before it: a cut, or the start of a flash."""
+    """A frame that differs from its predecessor: a cut, or the start of a flash."""
 
     number: int
     before: Thumbnail
 
 
 class OwnDetector:
-    """Find hard cuts, dissolves, and pictures of one color between scenes.
+    """Find hard cuts, dissolves, and single-color frames between scenes.
 
-    Hard cuts: neighbors whose `scene_distance` reaches the threshold, unless the earlier scene comes back
-    within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
-    see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
-    structure or the same colors.
+    A hard cut lies between neighboring frames whose `scene_distance` reaches the threshold, unless the
+    earlier scene returns within FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
+    separate scene. `_Dissolves` finds dissolves. Not found are wipes, dissolves of more than 2 seconds, and
+    cuts between frames of the same structure or the same colors.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -174,7 +174,7 @@ class OwnDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """End a run of one-colour pictures before `end`.
+        """End a run of single-color frames before frame `end`.
 
         `is_other` says whether another scene follows.
         """
@@ -188,9 +188,9 @@ class OwnDetector:
 class _Dissolves:
     """Find dissolves, where one scene is mixed into another.
 
-    Mixing unrelated pictures lowers the contrast: their variances add up with the squares of their shares, so
-    that half of the mean is left in the middle. And the middle picture is half way between the ends. Motion
-    does neither. A new scene begins only if the pictures at both ends differ by the threshold.
+    Mixing unrelated images lowers the contrast: their variances are added with the squares of their weights,
+    so that half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
+    Motion does neither. A new scene begins only if the frames at both ends differ by the threshold.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -204,9 +204,9 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`.
+        """Take the next frame into account, which has the index `number`.
 
-        `is_break` says that it follows a cut, or has one color.
+        `is_break` says that the frame follows a cut or has a single color.
         """
         self._images.append(now)
         self._variances.append(float(now.grey.var()))
@@ -218,7 +218,7 @@ class _Dissolves:
                 self._look(first, reach)
 
     def _look(self, first: int, reach: int) -> None:
-        """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
+        """Check whether the last 2 * reach + 1 frames, from index `first` on, are a dissolve."""
         offset = len(self._images) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
