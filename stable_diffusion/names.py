@@ -62,9 +62,9 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
 
 
 def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str], str, str]]:
-    """Yield for each level but the last the LDM paths of downsampler and upsampler, then our paths of both.
+    """Yield the LDM paths of downsampler and upsampler of each level but the last, then our paths of both.
 
-    The upsampler's LDM path is the first of its pair if it follows an attention, else the second.
+    The upsampler has two possible LDM paths: the first if it follows an attention, else the second.
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
