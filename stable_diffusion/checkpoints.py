@@ -58,8 +58,10 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
             continue
         for released_part, our_part in RESIDUAL:
             paths[f"{released}.{released_part}"] = f"{ours}.{our_part}"
-    for smaller, larger, down, up in unet_samplers(layers):
-        paths |= {smaller: down, **dict.fromkeys(larger, up)}
+    for sampler in unet_samplers(layers):
+        paths[sampler.released_down] = sampler.down
+        paths[sampler.released_up] = sampler.up
+        paths[sampler.released_up_alone] = sampler.up
 
     def translate(name: str) -> str:
         start = name

@@ -234,7 +234,7 @@ class Maker:
             return join_parts(parts, regions.read(picture, settings.width, settings.height))
 
         def join_avoided(number: int) -> list[contract.TextState] | None:
-            """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""
+            """Return the states of the negative (0) or empty (1) texts, repeated for each part of prompts."""
             if len(avoided[0]) <= number:
                 return None
             pairs = zip(pictures, avoided, strict=True)

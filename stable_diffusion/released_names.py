@@ -43,11 +43,11 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
             paths[ours] = released
         else:
             paths |= {f"{ours}.{our_part}": f"{released}.{part}" for part, our_part in RESIDUAL}
-    # an upsampler's released index depends on whether its level has attentions, which come before it
-    for smaller, (behind_attention, alone), down, up in unet_samplers(layers):
-        attention = up.replace("upsamplers.0.conv", "attentions.")
-        follows = any(name.startswith(attention) for name in names)
-        paths |= {down: smaller, up: behind_attention if follows else alone}
+    for sampler in unet_samplers(layers):
+        attentions = sampler.up.replace("upsamplers.0.conv", "attentions.")
+        has_attention = any(name.startswith(attentions) for name in names)
+        paths[sampler.down] = sampler.released_down
+        paths[sampler.up] = sampler.released_up if has_attention else sampler.released_up_alone
     for name in names:
         start = name  # shortened until it is the path of a renamed module
         while start not in paths:
