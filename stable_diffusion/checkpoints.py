@@ -58,8 +58,10 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
             continue
         for released_part, our_part in RESIDUAL:
             paths[f"{released}.{released_part}"] = f"{ours}.{our_part}"
-    for smaller, larger, down, up in unet_samplers(layers):
-        paths |= {smaller: down, **dict.fromkeys(larger, up)}
+    for sampler in unet_samplers(layers):
+        paths[sampler.released_down] = sampler.down
+        paths[sampler.released_up] = sampler.up
+        paths[sampler.released_up_alone] = sampler.up
 
     def translate(name: str) -> str:
         start = name
@@ -73,7 +75,7 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
 
 
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
-    """Make one of diffusers' networks on the meta device, with a CheckpointError in place of its errors."""
+    """Build one of diffusers' networks on the meta device; turn its errors into a CheckpointError."""
     try:
         with on_meta_device():
             return build(**config)
@@ -95,7 +97,7 @@ USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpaintin
 
 
 class UnetDepths(NamedTuple):
-    """Numbers of transformer layers next to each residual block of each level; 0: no attention."""
+    """Numbers of transformer layers after each residual block of each level; 0 for no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
@@ -110,7 +112,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         pooled: Width of SDXL's pooled text state; 0 for other kinds.
 
     Raises:
-        CheckpointError: If tensors that tell a dimension are missing or make no sense.
+        CheckpointError: If tensors that determine a dimension are missing or contradictory.
     """
     names = checkpoint.tensors
     sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
@@ -160,9 +162,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the deepest level of the down path that has one.
+    """Return the first attention in the deepest level of the down path that has any.
 
-    None if there is none, or none in the middle.
+    Returns None if no level has one, or if the middle has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, of_level in enumerate(depths.down) if any(of_level)]
@@ -170,7 +172,7 @@ def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths
 
 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
-    """Read how deep the attention of each block is.
+    """Count the transformer layers of each block.
 
     Args:
         sources: Tensors by diffusers' name.
@@ -206,7 +208,7 @@ def _select_block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the numbers of transformer layers: one for each level if its blocks are alike, as released."""
+    """Return the numbers of transformer layers: one per level if its blocks have the same number."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
         return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
@@ -339,7 +341,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Let convolutions of a network with kernels above 1x1 compute in at most `bands` bands of rows."""
+    """Make convolutions with kernels larger than 1x1 compute in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]
@@ -373,7 +375,7 @@ class _Bands:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the rows of x that rows `start` to `end` of the result depend on, with zeros beyond x."""
+        """Return the rows of x on which rows `start` to `end` of the result depend, zero outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

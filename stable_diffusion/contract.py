@@ -108,7 +108,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings that all pictures of a batch share. Hashable, so that prompts are grouped by it."""
+    """Settings that all images of a batch share. Hashable, because prompts are grouped by them."""
 
     width: int  # pixels, multiples of 8
     height: int
@@ -125,7 +125,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class AskedImage:
-    """One picture that is asked for: variants are chosen, numbers settled, files found."""
+    """One requested image, with its variants selected, its settings resolved and its files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
@@ -169,7 +169,7 @@ Idea = Callable[[UnetCall], UnetCall]
 
 @dataclass(frozen=True, eq=False)
 class SecondStart:
-    """Hold the images or the latents that the second stage begins with, one for each picture."""
+    """The images or latents from which the second stage starts, one for each requested image."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them

@@ -46,7 +46,7 @@ class LllitePart:
 
     @property
     def reduction(self) -> int:
-        """Return the number of pixels of the control picture that become one token, in each direction."""
+        """Return how many pixels of the control image, in each direction, become one token."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride
@@ -74,7 +74,7 @@ class LlliteModule(nn.Module):
         return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
 
     def embed(self, controls: Tensor) -> Tensor:
-        """Embed control pictures: B 3 H W in -1..1 -> B L E, or B E h w if the layer convolves."""
+        """Embed control images B 3 H W in -1..1 as B L E, or as B E h w if the layer is a convolution."""
         height, width = controls.shape[2:]
         step = self.part.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
@@ -133,7 +133,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
 
 
 def find_layer_path(name: str) -> str | None:
-    """Return the path of a layer in diffusers' U-Net, by the name of its module; None if SDXL has no such."""
+    """Return the path in diffusers' U-Net of the layer that a module changes; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
@@ -145,7 +145,7 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return the channels that a layer takes, also if its weight is stored in few bits; None for none."""
+    """Return the input channels of a layer, even if its weight is quantized; None for other modules."""
     name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
     width: int | None = getattr(layer, name, None)
     return width
@@ -186,7 +186,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
         option: Option that names the file.
 
     Raises:
-        CheckpointError: If it is another file.
+        CheckpointError: If the file is something else.
     """
     names = {name.partition(".")[0] for name in checkpoint.tensors if name.startswith(PREFIX)}
     if not names:

@@ -53,7 +53,7 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Which clips are left out for their content."""
+    """Options that exclude clips because of their content."""
 
     static_threshold: float = option(
         "a clip is static if no part of the picture changes its brightness (0 to 1) by that much",
@@ -94,7 +94,7 @@ class ClipFormat(CodecOptions, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Videos to cut, the way to cut them, and the place of clips and list."""
+    """Options of cutting: which videos, how, and where the clips and their list go."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",

@@ -24,19 +24,19 @@ BEGUN = 0.08  # share of the other scene from which a picture belongs to a disso
 
 
 class _Jump(NamedTuple):
-    """A picture that differs from the one before it: a cut, or the start of a flash."""
+    """A frame that differs from its predecessor: a cut, or the start of a flash."""
 
     number: int
     before: Thumbnail
 
 
 class SceneDetector:
-    """Find hard cuts, dissolves, and pictures of one color between scenes.
+    """Find hard cuts, dissolves, and single-color frames between scenes.
 
-    Hard cuts: neighbors whose `scene_distance` reaches the threshold, unless the earlier scene comes back
-    within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
-    see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
-    structure or the same colors.
+    A hard cut lies between neighboring frames whose `scene_distance` reaches the threshold, unless the
+    earlier scene returns within FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
+    separate scene. `_Dissolves` finds dissolves. Not found are wipes, dissolves of more than 2 seconds, and
+    cuts between frames of the same structure or the same colors.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -114,7 +114,7 @@ class SceneDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """End a run of one-colour pictures before `end`.
+        """End a run of single-color frames before frame `end`.
 
         `is_other` says whether another scene follows.
         """
@@ -128,9 +128,9 @@ class SceneDetector:
 class _Dissolves:
     """Find dissolves, where one scene is mixed into another.
 
-    Mixing unrelated pictures lowers the contrast: their variances add up with the squares of their shares, so
-    that half of the mean is left in the middle. And the middle picture is half way between the ends. Motion
-    does neither. A new scene begins only if the pictures at both ends differ by the threshold.
+    Mixing unrelated images lowers the contrast: their variances are added with the squares of their weights,
+    so that half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
+    Motion does neither. A new scene begins only if the frames at both ends differ by the threshold.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -144,9 +144,9 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`.
+        """Take the next frame into account, which has the index `number`.
 
-        `is_break` says that it follows a cut, or has one color.
+        `is_break` says that the frame follows a cut or has a single color.
         """
         self._images.append(now)
         self._variances.append(float(now.grey.var()))
@@ -158,7 +158,7 @@ class _Dissolves:
                 self._look(first, reach)
 
     def _look(self, first: int, reach: int) -> None:
-        """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
+        """Check whether the last 2 * reach + 1 frames, from index `first` on, are a dissolve."""
         offset = len(self._images) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
