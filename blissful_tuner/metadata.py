@@ -179,7 +179,7 @@ def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG and videos, whose values are single lines: line breaks become `\\n`."""
+    r"""Return metadata for PNG and videos, whose values are single lines: line breaks become `\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
