@@ -33,9 +33,9 @@ COARSE = 48  # pixels: larger blurs are made on a copy in which they have this s
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a copy of a picture (H W 3) with the boxes covered; pixels outside are equal to the bit.
+    """Return a copy of an image (H W 3) with the boxes covered; pixels outside of them are bit-identical.
 
-    `pixels` itself is unchanged.
+    `pixels` itself is not changed.
     """
     result = pixels.copy()
     for box in sorted(set(boxes)):
@@ -44,7 +44,7 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 
 
 def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
-    """Cover a box, widened by the margin, in a picture (H W 3)."""
+    """Cover a box and its margin in an image (H W 3)."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = widened(box, options.margin)
     core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
@@ -65,7 +65,14 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
-    """Return an area of a picture, blurred or black. core: the area without its soft edge."""
+    """Return an area of an image, blurred or black.
+
+    Args:
+        pixels: The image, H W 3.
+        core: The area without its soft edge.
+        area: The area to return.
+        options: Options of the blur.
+    """
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
     # the size asked for, but at least half of the box: this leaves a few spots of color at any
@@ -81,9 +88,9 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
 
 
 def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
-    """Return pixels blurred by a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
+    """Blur pixels with a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
 
-    Large blurs are computed on a reduced copy, which is fast and removes fine detail for good.
+    Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
@@ -100,7 +107,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 
 
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
+    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
     if ellipse is None:
@@ -136,7 +143,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 
 
 class _Waiting(NamedTuple):
-    """A picture that waits for the boxes of the next ones."""
+    """An image that waits for the boxes of the images after it."""
 
     number: int
     picture: Picture
@@ -158,7 +165,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Find, follow and cover things; pictures with nothing to cover pass unchanged."""
+    """Find, track and cover objects; images without anything to cover pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -169,12 +176,12 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with all found things covered, also those found only in neighboring pictures.
+        """Yield the images with all found objects covered, including those found only in neighboring images.
 
-        `hold` or `lookback` pictures, whichever are more, wait in memory.
+        The larger of `hold` and `lookback` images wait in memory.
 
         Raises:
-            NothingFoundError: If nothing was found in any of them.
+            NothingFoundError: If nothing was found in any image.
         """
         options = self.options
         tracks = Tracks(options.hold, options.lookback)
@@ -210,7 +217,7 @@ class BlurStage:
             )
 
     def _report_nothing(self, clip: Clip) -> None:
-        """Raise NothingFoundError, or log it with --allow_none."""
+        """Raise NothingFoundError, or only log it with --allow_none."""
         least = f"nothing in it scores {self.options.conf} (--conf) or more"
         if not self.options.allow_none:
             raise NothingFoundError(
@@ -230,9 +237,9 @@ class BlurStage:
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Clamp found boxes to within one picture's size around the picture.
+    """Clamp found boxes to at most one image size outside of the image.
 
-    A box with NaN becomes the whole picture: covering too much is safer than covering nothing.
+    A box with NaN becomes the whole image: covering too much is safer than covering nothing.
     """
     boxes = []
     for face in faces:
