@@ -27,10 +27,10 @@ LONGEST = 600  # letters of a fault in the warning
 
 
 def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler of the prompts that are in the file now; the same one if the file has not changed.
+    """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
 
-    Texts that are new are encoded, with encoders that are loaded for it and freed. If the file cannot be
-    used, the samples stay as they are and a warning says why.
+    New texts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
+    samples do not change, and a warning gives the reason.
 
     Args:
         sampler: The current sampler.
@@ -74,7 +74,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
 
 
 def _read_prompts(path: Path, before: str) -> tuple[str, str]:
-    """Return the text of a prompt file, and why it cannot be read.
+    """Return the text of a prompt file, and the reason if it cannot be read.
 
     Args:
         path: Path of the file.
@@ -92,7 +92,7 @@ def _read_prompts(path: Path, before: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler of the text of its source. Raises as `parse_requests`, and what encoders raise."""
+    """Return a sampler for the edited prompt file. Raises as `parse_requests` and the encoders do."""
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
     earlier: dict[int, Sample] = {}

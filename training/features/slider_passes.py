@@ -25,18 +25,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class SliderTarget:
-    """A file of sliders with the outputs of the text encoders for its captions."""
+    """A file of sliders and the encoded captions."""
 
     file: SliderFile
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
     variable_length: frozenset[str]  # outputs that are lists in batches
 
     def slider_of(self, number: int) -> Slider:
-        """Return the slider of a micro-batch: they take turns."""
+        """Return the slider of a micro-batch; sliders take turns."""
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
-        """Return a batch with a caption in place of its own."""
+        """Return a batch with its captions replaced by this one."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
             stacked = stack_texts([value] * len(batch), name in self.variable_length)
