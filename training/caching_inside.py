@@ -89,7 +89,7 @@ class TablePlan:
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether --plan can count the items from files alone: nothing is encoded live or kept in memory."""
+        """Whether --plan can count the items from files: nothing is encoded live or kept in memory."""
         return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
 
 

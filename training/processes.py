@@ -160,7 +160,7 @@ def largest_of_processes(value: int, processes: int, device: torch.device) -> in
 
 
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
-    """Yield runs of parameters of one dtype, each at most BUCKET_ELEMENTS long."""
+    """Yield groups of consecutive parameters of one dtype, with at most BUCKET_ELEMENTS elements each."""
     bucket: list[Parameter] = []
     size = 0
     for parameter in parameters:

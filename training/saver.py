@@ -278,7 +278,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 def _with_rates_of_now(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return saved groups of the optimizer with the learning rates that follow from the settings of now."""
+    """Return saved parameter groups of the optimizer with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
         rates = {name: group[name] for name in RATES if name in group and name in saved_group}
@@ -287,7 +287,7 @@ def _with_rates_of_now(
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
-    """Return name -> split weight, if the optimizer keeps states for this process' rows only; else {}."""
+    """Return the split weights for which the optimizer holds only this process's rows, by name, or {}."""
     if not steps_numbers(type(model.optimizer)):
         return {}
     names = model.trainable.names

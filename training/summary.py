@@ -104,7 +104,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines about what is learned, and how.
+    """Return the lines about what is trained and how.
 
     Args:
         run: The run.
@@ -149,7 +149,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
 
 
 def _shorten_list(names: Sequence[str]) -> str:
-    """Return names with commas, the first and the last ones of many."""
+    """Join names with commas; of many names only the first and the last ones."""
     shown = [*names] if len(names) <= SHOWN_NAMES else [*names[: SHOWN_NAMES - 2], "...", names[-1]]
     return ", ".join(shown)
 
@@ -208,13 +208,18 @@ def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torc
 
 
 def _describe_model(plan: TrainingPlan) -> str:
-    """Return the model's facts in the metadata of the family, in words."""
+    """Describe the model by the family's metadata."""
     starts = ("architecture", "task", "sd_model_name")
     return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
-    """Name the trained network with its rank (of a file: its `sizes`), or the trained parts of the model."""
+    """Name the trained network with its rank, or the trained parts of the model.
+
+    Args:
+        plan: The plan of the run.
+        sizes: Ranks and alphas of a network that continues from a file; they replace the options.
+    """
     network, full_dit = plan.learner.lora, plan.options.full_dit
     if plan.learner.words:
         return plan.learner.words
@@ -307,7 +312,7 @@ def _describe_speed(clock: StepClock) -> str:
 
 
 def _describe_peak(run: TrainingRun) -> str:
-    """Return the most memory of the device that was in use."""
+    """Return the peak device memory of the run."""
     return peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
 
 

@@ -30,7 +30,7 @@ STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of 
 
 
 class Validation:
-    """The items of a plan that are not trained on, and the noise levels at which their loss is measured."""
+    """The validation items of a plan, and the noise levels at which their loss is measured."""
 
     def __init__(self, plan: TrainingPlan, loss: LossRule) -> None:
         self.plan = plan
@@ -88,7 +88,7 @@ class Validation:
         return losses
 
     def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
-        """Return the sums over this process' items of their losses at each noise level, then their number."""
+        """Return the sums over this process's items of their losses per noise level, then their number."""
         steps = self.plan.steps
         measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = measured[self.process :: steps.processes]

@@ -50,7 +50,7 @@ GUESS = 8.0  # two float32 moments
 
 @dataclass
 class Rehearsal:
-    """Hold a wrapped DiT without content, and its optimizer."""
+    """A wrapped DiT without values, and its optimizer."""
 
     family: Trains
     options: TrainingOptions
@@ -125,8 +125,9 @@ class Rehearsal:
     def measure_step(self) -> dict[str, dry.Moment]:
         """Clip the gradients and make an optimizer step, which creates the optimizer's states.
 
-        Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
-        be rehearsed, or if weights step during the backward pass.
+        Returns:
+            The moment of the step with the most memory in use, by phase; empty if the optimizer cannot be
+                rehearsed, or if weights are stepped during the backward pass.
         """
         full_dit = self.options.full_dit
         max_norm = self.options.optimizer.max_grad_norm
@@ -216,17 +217,17 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a pass with the batch on the CPU: that on the device has no content."""
+    """Return the context of a pass with the batch on the CPU; that on the device has no values."""
     return enter(dit, noisy_batch, seed)
 
 
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
-    """Return the measured moments of a run with all blocks, for any number of blocks."""
+    """Return the measured moments of a run with all blocks; the number of blocks is ignored."""
     return moments
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; all except the first are switched off and only take memory."""
+    """Add --training_adapter of each expert; all except the first are disabled and only take memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None

@@ -26,7 +26,7 @@ PAUSE = 0.05  # seconds between two looks
 
 
 class PageProcess:
-    """A process that draws the page of one run, each time it is asked to and at the end."""
+    """A process that draws the page of one run on request and at the end."""
 
     def __init__(self, history: Path) -> None:
         """Start the process.
@@ -57,10 +57,10 @@ class PageProcess:
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
-        """Ask for the page as the history on disk is now.
+        """Request the page for the current history on disk.
 
         Raises:
-            OutputError: If an earlier page could not be drawn, which ends the process. It says why.
+            OutputError: If an earlier page could not be drawn, which ends the process; the message says why.
         """
         assert self._process.stdin is not None
         try:
@@ -84,11 +84,11 @@ class PageProcess:
 
 
 def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
-    """Return the page of a run that has ended, once it shows all of its history.
+    """Return the page of a run that has ended, once the page shows all of its history.
 
     Args:
         history: The history of the run.
-        seconds: After these it is returned as it is.
+        seconds: Time after which the page is returned in any case.
 
     Returns:
         The page; None if there is none.

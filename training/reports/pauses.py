@@ -26,10 +26,10 @@ CAUSES = (
 
 @dataclass
 class StepClock:
-    """Keep the seconds of steps, and of pauses by kind; compare each step with steps of the same sizes.
+    """Measure the seconds of steps and of pauses by kind; compare each step with steps of the same sizes.
 
-    A step after a pause is not compared: set `skips` then. Kinds of pauses that have not occurred yet do not
-    count in the time left.
+    A step after a pause is not compared if `skips` is set. Kinds of pauses that have not occurred yet are not
+    part of the remaining time.
     """
 
     to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
@@ -51,9 +51,9 @@ class StepClock:
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def left(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds left after a step; None before the first step.
+        """Return the remaining seconds after a step; None before the first step.
 
-        Coming pauses are included, each with the mean of its kind.
+        Future pauses are included, each with the mean of its kind.
         """
         if self.seconds_per_step is None:
             return None

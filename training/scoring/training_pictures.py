@@ -73,7 +73,7 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine from which a sample is very near, see NEAR_SHARE; None for too few pictures."""
+        """Return the cosine from which a sample is very close, see NEAR_SHARE; None for too few images."""
         if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
