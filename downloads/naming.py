@@ -155,7 +155,7 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
         # at the beginning of a word: anima is not a part of image
         named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
         named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
-        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        # of qwen_image and qwen_image_21 the first is meant, because the second needs more letters
         shortest = [
             name for name in named if not any(name.startswith(other) for other in named if other != name)
         ]

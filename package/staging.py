@@ -64,7 +64,7 @@ class OwnImport(NamedTuple):
     """An import of one of our modules."""
 
     line: int
-    offset: int  # of the name in its line, in bytes
+    offset: int  # position of the name in its line, in bytes
     name: str
     is_bound: bool  # whether it binds the top-level name
 

@@ -97,7 +97,7 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
+    prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def published(self, name: str) -> str:
         """Return the name that a parameter has in files."""

@@ -65,7 +65,7 @@ class TrainingFiles:
     tokenizer_cache_dir: Path | None = None
     says_v2: bool = False  # --v2
     says_v: bool = False  # --v_parameterization
-    dtype: torch.dtype = torch.float32  # of the U-Net and of the text encoders
+    dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
     # kind -> script for it, with its verb, for a checkpoint of another kind
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
 

@@ -111,7 +111,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect in that program: those of other kinds of networks, noise and models."""
     kind = str(values.get("LoRA_type", "")).lower()
     idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
-    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # of other models
+    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # keys of other models
     if "lycoris" not in kind:
         idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:

@@ -31,7 +31,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 class Forms(NamedTuple):
     """Which keys the tables of dataset.toml can have."""
 
-    step: int  # of which sides are multiples
+    step: int  # sides are multiples of this
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
     regularizes: bool = False  # the folder has regularization pictures
