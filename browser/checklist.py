@@ -29,7 +29,7 @@ class CheckRow:
 
     grade: str
     text: str = ""
-    line: OutputLine | None = None  # of `new`, in place of the text
+    line: OutputLine | None = None  # line printed by `new`, instead of the text
     items: Sequence[OutputLine] = ()  # printed below that line: commands, or files
     left_out: Sequence[str] = ()  # files that its button leaves out
     asks_for_captions: bool = False
@@ -77,7 +77,7 @@ def make_checklist(
     for group in _group(lines):
         row = _grade(group, unreadable, mended)
         if row is None:
-            # its file has a button already
+            # the file already has a button
             details += [replace(line, remedy="") if line.remedy == OUT else line for line in group.lines]
         else:
             rows.append(row)

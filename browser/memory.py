@@ -139,7 +139,7 @@ def read_plan(text: str) -> ReadPlan | None:
 class Switches:
     """The keys of run.toml with the largest effect on memory, as the page shows them."""
 
-    swap: str  # of blocks
+    swap: str  # number of swapped blocks
     weights: str  # name of WEIGHTS; "": 16 bits
     checkpointing: str  # name of CHECKPOINTING; "": activations stay on the card
     weight_choices: Sequence[str]

@@ -20,7 +20,7 @@ from modules.pages.page import mark_folders
 from modules.text_files import read_tensor_header
 
 PIECE_BYTES = 1 << 20
-MAX_CHUNKS = 100_000  # of an image, a clip or a sound
+MAX_CHUNKS = 100_000  # maximum number of chunks of a media file
 RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 # entries of a safetensors file that programs need to load it, or that stand on the page
 KEPT = re.compile(

@@ -234,7 +234,7 @@ class Fibo2Block(JointTransformerBlock):
 class Fibo2Layout(NamedTuple):
     """Key of a rotary table: sizes of the image and of images to edit, and number of gist tokens."""
 
-    grids: tuple[Grid, ...]  # of the image, then of those to edit
+    grids: tuple[Grid, ...]  # grid of the image, then of each image to edit
     gist: int
 
 

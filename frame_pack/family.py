@@ -84,7 +84,7 @@ class FramePack(OneTransformer):
     rope_threshold: float | None = None  # the timestep from which on positions in an image are multiplied
     rope_factor: float = 1.0  # by this
     trained_guidance: float = 1.0  # embedded guidance that training feeds
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)

@@ -44,7 +44,7 @@ class HunyuanTokens:
     # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
     # second row is that of the second text alone
     vector: Tensor
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
@@ -108,7 +108,8 @@ class HunyuanTokens:
 class TokensWithTurnedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
-    rotary_of_image: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+    # its first L rows, sliced outside of compiled code, where lengths may vary
+    rotary_of_image: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""

@@ -31,7 +31,7 @@ CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
 PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_embedding"
-DEFAULT_HEADS = 32  # of all releases; without gates no tensor tells
+DEFAULT_HEADS = 32  # number of heads in all releases, because without gates no tensor shows it
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:

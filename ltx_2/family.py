@@ -100,12 +100,12 @@ class Ltx2(Ltx2Media):
     audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
-    drive_video: Path | None = None  # of a generation: it stays unchanged, and its sound is made
+    drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
-    reference_strength: float = 1.0  # of a generation; below 1 they are denoised too
+    reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)

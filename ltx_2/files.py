@@ -55,7 +55,7 @@ APART = {
     "vae": "ltx-2.5-video-vae-conv-bf16.safetensors",
     **dict.fromkeys(("audio_vae", "vocoder"), "ltx-2.5-audio-vae-bf16.safetensors"),
 }
-# of the releases' sound, where its file is not there
+# released dimensions of audio, used if its file is missing
 AUDIO_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels": 2}
 
 

@@ -41,7 +41,7 @@ class LuminaTokens:
     rotary: Tensor  # rotations of all tokens, L+T 1 D/2 2, or B L+T 1 D/2 2 where captions differ in length
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     time: Tensor  # B time_dim float32, from which every block computes its modulation
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption

@@ -42,7 +42,7 @@ PARTS_OF_WEIGHTS = {
 }
 WHAT = "an audio VAE of MiniMax-H3"
 FILES = "minimax_h3_audio_vae_fp32.safetensors of Comfy-Org, or audio_vae/ of MiniMaxAI/MiniMax-H3"
-Settings = Mapping[str, Any]  # of the class of diffusers
+Settings = Mapping[str, Any]  # settings of a class of diffusers
 Shape = Callable[..., tuple[int, ...]]
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 THOUSAND = 1000
 UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
-RANK = 16  # of a LoRA, and its alpha, where neither is given
+RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 LEVELS = (

@@ -68,7 +68,7 @@ class Prefix:
 
     texts: int  # real tokens of its text
     slots: tuple[int, ...]  # rising: how many of these stand before each reference
-    grids: tuple[Grid, ...]  # of the references
+    grids: tuple[Grid, ...]  # grid of each reference
 
     @property
     def segments(self) -> list[Segment]:
@@ -97,15 +97,15 @@ class Prefix:
 class QwenImage21Tokens:
     """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
 
-    grid: Grid  # of the image's tokens
+    grid: Grid  # rows and columns of the image's tokens
     picture: int  # how many of them there are, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
-    # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
+    # one list for each sample, or a single one if all are alike; numbers, so that compiled code accepts any
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
     rows: Tensor  # B S 4C float32: scales and gates of all blocks
     time: Tensor  # B 1 C float32, the embedded time of the image
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
@@ -141,7 +141,8 @@ class QwenImage21Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
-        self.remembered: Sequence[Tensor] = ()  # of the prefix, B P N D; see `running/memories.py`
+        # keys and values of the prefix, B P N D; see `running/memories.py`
+        self.remembered: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the attention of tokens x, B L+P C."""
@@ -323,8 +324,8 @@ class QwenImage21LastNorm(nn.Module):
 class QwenImage21Layout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: Grid  # of the image's tokens; (0, 0): there is no image
-    prefixes: tuple[Prefix, ...]  # of each sample
+    grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
+    prefixes: tuple[Prefix, ...]  # prefix of each sample
     has_prefix: bool  # else the table is of the image alone
 
 

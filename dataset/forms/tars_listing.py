@@ -16,7 +16,7 @@ from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_f
 from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
-from dataset.sources.downloads import HTTP, download, find_remote
+from dataset.sources.downloads import HTTP, download, protocol_error
 from dataset.sources.folders import media_suffixes
 from dataset.sources.mask_files import mask_suffixes
 from dataset.table import DatasetTable
@@ -231,7 +231,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of an address, each as soon as it is downloaded."""
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
-    addresses = find_remote(name) if has_pattern else [name]
+    addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
         raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
     for address in addresses:
@@ -240,6 +240,25 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
             logger.info("downloading %s", hide_secrets(address))
         download(address, target, check=check_tar)
         yield target
+
+
+def _find_remote(pattern: str) -> list[str]:
+    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
+
+    Raises:
+        MediaError: If they cannot be listed.
+    """
+    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
+    problem = protocol_error(protocol)
+    if problem is not None:
+        raise MediaError(f"{shown}: {problem}")
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
+    except Exception as error:  # each storage has its own; their texts may hold secrets
+        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None
 
 
 def _list_local_tars(name: str) -> list[Path]:

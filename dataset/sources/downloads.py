@@ -172,22 +172,3 @@ def _explain_filesystem() -> Iterator[None]:
         raise RejectedBySite("not allowed; a login may be missing") from None
     except Exception as error:  # each storage has its own; their texts may hold secrets
         raise BrokenTry(f"it could not be read ({type(error).__name__})") from None
-
-
-def find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
-
-    Raises:
-        MediaError: If they cannot be listed.
-    """
-    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
-    problem = protocol_error(protocol)
-    if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
-    except Exception as error:  # as above
-        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None

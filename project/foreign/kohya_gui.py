@@ -89,7 +89,7 @@ _OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return what learns. Of a LoRA, rates of 0 for both mean that both learn at learning_rate."""
+    """Return which networks learn. For a LoRA, two rates of 0 mean that both learn at learning_rate."""
     names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
     of_full = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
     keys = tuple(key for key in (*names, *of_full) if key in values)
@@ -108,10 +108,10 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that do nothing there: those of other kinds of networks, noise and models."""
+    """Return the keys without effect in that program: those of other kinds of networks, noise and models."""
     kind = str(values.get("LoRA_type", "")).lower()
     idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
-    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # of other models
+    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # keys of other models
     if "lycoris" not in kind:
         idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:
