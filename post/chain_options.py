@@ -93,7 +93,8 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
     _add_then(parser)
-    for later in later_tools:  # their help is not to wait for what the first tool lacks
+    # print the help of a later tool even if required options of the first one are missing
+    for later in later_tools:
         if HELP & set(later):
             read_tool(later, before)
     args = _parse(parser, chosen, first)
@@ -322,7 +323,7 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     models = {model_set.task: model_set.components[0] for model_set in sets if model_set.family == "tools"}
     tasks = [task for task in TASKS.get(mode, (mode,)) if task in models]
     if not tasks:
-        return None  # the tool says so itself
+        return None  # the tool reports the unknown mode
     for task in tasks:
         model = models[task]
         for folder in folders:

@@ -51,17 +51,17 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     feather = round(options.feather * min(right - left, bottom - top))
     area = core.widened(feather, width, height)
     if area.is_empty:
-        return  # outside of the picture
-    place = area.slices()
+        return  # outside of the image
+    slices = area.slices()
     covered = _make_cover(pixels, core, area, options)
-    if not options.ellipse and not feather:
-        pixels[place] = covered
+    if not options.ellipse and not feather:  # opaque up to the edge
+        pixels[slices] = covered
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
-    weight = _make_opacity(area, core, ellipse, feather)
-    plain = pixels[place].astype(np.float32)
-    mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-    pixels[place] = np.rint(mixed).astype(pixels.dtype)
+    opacity = _make_opacity(area, core, ellipse, feather)
+    original = pixels[slices].astype(np.float32)
+    blended = original + opacity[..., None] * (covered.astype(np.float32) - original)
+    pixels[slices] = np.rint(blended).astype(pixels.dtype)
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
@@ -94,11 +94,11 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
-    kernel = (size // factor) | 1
+    kernel = (size // factor) | 1  # odd
     image: Any = np.ascontiguousarray(pixels)
     if factor > 1:
-        small = (-(-width // factor), -(-height // factor))
-        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+        small_size = (-(-width // factor), -(-height // factor))  # rounded up
+        image = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (kernel, kernel), sigma / factor)
     if factor > 1:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -110,20 +110,21 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
     """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
+    # distance of each pixel from the core, about that in pixels for an ellipse
     if ellipse is None:
-        across = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
-        down = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
-        outside = np.hypot(across, down)
+        horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
+        vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
+        distance = np.hypot(horizontal, vertical)
     else:
         left, top, right, bottom = ellipse
         half_width = max((right - left) / 2, 0.5)
         half_height = max((bottom - top) / 2, 0.5)
-        across = (x + 0.5 - (left + right) / 2) / half_width
-        down = (y + 0.5 - (top + bottom) / 2) / half_height
-        radius = np.hypot(across, down)
-        outside = np.maximum(radius - 1, 0) * min(half_width, half_height)
-    soft = 1 - outside / (feather + 1) if feather else outside <= 0
-    return np.clip(soft, 0, 1).astype(np.float32)
+        horizontal = (x + 0.5 - (left + right) / 2) / half_width
+        vertical = (y + 0.5 - (top + bottom) / 2) / half_height
+        radius = np.hypot(horizontal, vertical)  # 1 on the ellipse
+        distance = np.maximum(radius - 1, 0) * min(half_width, half_height)
+    opacity = 1 - distance / (feather + 1) if feather else distance <= 0
+    return np.clip(opacity, 0, 1).astype(np.float32)
 
 
 def check_blur(options: BlurOptions) -> None:

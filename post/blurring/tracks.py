@@ -57,15 +57,18 @@ class Track:
         first = self.sightings[0]
         last = self.last
         if index < first.number:
-            away = first.number - index
-            if not self.is_new or away > lookback:
+            num_images = first.number - index
+            # a track that continues another one needs no box before its start
+            if not self.is_new or num_images > lookback:
                 return None
             motion = _measure_motion(list(self.sightings)[:MOTION])
-            earlier_box = _move_box(first.box, motion, -away)
-            return _grow_box(_join_boxes(first.box, earlier_box), away)
+            earlier_box = _move_box(first.box, motion, -num_images)
+            return _grow_box(_join_boxes(first.box, earlier_box), num_images)
         if index > last.number:
-            away = index - last.number
-            return _grow_box(_join_boxes(last.box, self.expected(index)), away) if away <= hold else None
+            num_images = index - last.number
+            if num_images > hold:
+                return None
+            return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
         before = [sighting for sighting in self.sightings if sighting.number <= index]
         if before[-1].number == index:
             return before[-1].box
@@ -96,7 +99,7 @@ class Tracks:
             self._note_gap(track, index)
             track.sightings.append(Sighting(index, box))
         for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
-            # perhaps another one: where it was stays covered, and so is the way from there
+            # it may be another object: the old position stays covered, and so does the way to the new one
             self._note_gap(track, index)
             track.is_open = False
             self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
@@ -132,11 +135,11 @@ def _take_pairs(
     """
     if not tracks or not boxes:
         return []
-    places = np.array(boxes, np.float32)
-    scores = np.stack([score(track, places, index) for track in tracks])
+    box_array = np.array(boxes, np.float32)
+    scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
     pairs = []
     while scores.max() > 0:
-        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal ones the first
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
         pairs.append((tracks[row], boxes[column]))
         scores[row] = 0
         scores[:, column] = 0

@@ -243,12 +243,12 @@ class CodeFormer(nn.Module):
             fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
-        # the features of the codes get the mean and spread that the latents have
         codes = self.quantize["embedding"](self._choose(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
-        mean, spread = _measure_statistics(codes)
-        latents_mean, latents_spread = _measure_statistics(latents.float())
-        x = ((codes - mean) / spread * latents_spread + latents_mean).to(latents.dtype)
+        # adaptive instance normalization: the codes get the mean and standard deviation of the latents
+        codes_mean, codes_std = _measure_statistics(codes)
+        latents_mean, latents_std = _measure_statistics(latents.float())
+        x = ((codes - codes_mean) / codes_std * latents_std + latents_mean).to(latents.dtype)
         return self._generate(x, encoded, fidelity).float()
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
@@ -367,13 +367,14 @@ def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
     for tensor_name, info in checkpoint.tensors.items():
         if tensor_name.startswith(f"{name}."):
             shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
-    marked = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
-    if not marked:
+    # kinds of blocks that have one of their tensors here, most specific first
+    candidates = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
+    if not candidates:
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
         )
-    kind, shape = marked[0]
-    if kind == CONV and len(shape) == 1:
+    kind, shape = candidates[0]
+    if kind == CONV and len(shape) == 1:  # a norm has a weight of the same name
         kind = NORM
     width_in = shape[1] if len(shape) > 1 else shape[0]
     return CodeFormerBlock(kind, width_in, shape[0])

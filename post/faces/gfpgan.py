@@ -170,10 +170,12 @@ class StyleDecoder(nn.Module):
         x = self.style_conv1(x, style[0], noise[0])
         image = self.to_rgb1(x, style[1])
         for level, (scale, shift) in enumerate(steering):
-            first = 2 * level + 1  # styles of colors are used twice: here, and by the layer after them
+            # a level has two convolutions and one color layer, which shares its style with the next level
+            first = 2 * level + 1
             x = self.style_convs[2 * level](x, style[first], noise[first])
-            free, steered = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
-            x = torch.cat([free, steered * scale + shift], dim=1)
+            # only the last channels are modulated by the U-Net
+            unmodulated, modulated = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
+            x = torch.cat([unmodulated, modulated * scale + shift], dim=1)
             x = self.style_convs[2 * level + 1](x, style[first + 1], noise[first + 1])
             image = self.to_rgbs[level](x, style[first + 2], image)
         return image

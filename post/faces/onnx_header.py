@@ -235,10 +235,12 @@ class _Checks:
             settings[name] = numbers
         kind = _read_first_text(node[_KIND])
         inputs = list(map(_read_text, node[_NODE_INPUTS]))
+        # inputs that may be sizes, each as the product of its values
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
             raise _RejectedError(f"{_shown(outputs)} makes more numbers than any detector")
         self._count(Node(kind, inputs, settings), outputs)
+        # operators that pass sizes on, or compute sizes from sizes, give sizes to later operators
         if products and kind in _SAME and inputs[0] in self.constants:
             self._fold(outputs, products[0])
         elif kind in _FOLDED and inputs and len(products) == len(inputs):
@@ -255,7 +257,7 @@ class _Checks:
         numbers = _read_numbers(attribute[_NUMBERS] or attribute[_NUMBER])
         name = _read_first_text(attribute[_SETTING])
         if attribute[_NUMBERS]:
-            # 2**31 - 1: the end, of old files
+            # old files write 2**31 - 1 for the end of an axis
             sizes = (number for number in numbers if number != 2**31 - 1)
             if _multiply_sizes(sizes) > limits.MAX_ONNX_VALUES:
                 raise _RejectedError(f"{_shown(outputs)} asks for sizes that no detector has")
@@ -356,10 +358,11 @@ def _read_fields(content: _Value) -> Iterator[tuple[int, _Value]]:
         raise ValueError("a number in place of a message")
     position = 0
     while position < len(content):
+        # protobuf: the key of a field holds its number and, in the lowest three bits, its wire type
         key, position = read_varint(content, position)
         number = key >> 3
         kind = key & 7
-        if number == 0:  # as in the empty rest of a file that was not downloaded whole
+        if number == 0:  # as in the zeros at the end of an incomplete download
             raise ValueError("damaged")
         if kind == _VARINT:
             value, position = read_varint(content, position)

@@ -61,8 +61,9 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
         case "MaxPool" | "AveragePool":
             return first / _read_strides(node)
         case "MatMul" | "Gemm" if len(weight) == 2:
-            rows, columns = sorted(weight)
-            return first * columns / max(1, rows)  # whichever of them is summed over
+            # which axis is summed over depends on the operator: assume the smaller one
+            smaller, larger = sorted(weight)
+            return first * larger / max(1, smaller)
         case "Concat":
             return sum(input_counts)
         case "Gather":

@@ -181,7 +181,7 @@ def load_both(
     restorer = _load_model(options, model, device, dtype)
     parts = _load_parsenet(parsenet, device, dtype)
     size, stride = restorer.config.size, parts.config.stride
-    # mirrored padding needs at least two features on a side
+    # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
             f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
@@ -322,15 +322,15 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
     what = f"--detection_model {name}"
     if name in RETINAFACES:
         stem = RETINAFACES[name]
-        is_first = stem == next(iter(RETINAFACES.values()))
-        task = mode if is_first else None  # tools/download.py has only the first
+        is_default = stem == next(iter(RETINAFACES.values()))
+        task = mode if is_default else None  # tools/download.py offers only the default one
         return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
         files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
         if not files:
             file = ".onnx file with yunet in its name"
             raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
-        return files[-1]  # their names end with a date
+        return files[-1]  # the newest: their names end with a date
     path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(

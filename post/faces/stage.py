@@ -49,17 +49,18 @@ class SteadyLandmarks:
             (new, old): _measure_distance(landmarks[new], self._last[old])
             for new, old in product(range(len(landmarks)), range(len(self._last)))
         }
-        steadied = list(landmarks)
-        olds: set[int] = set()
-        news: set[int] = set()
+        damped = list(landmarks)
+        matched_old: set[int] = set()
+        matched_new: set[int] = set()
+        # match the nearest pairs first
         for (new, old), distance in sorted(distances.items(), key=lambda item: item[1]):
-            if distance < MOVED and new not in news and old not in olds:
-                news.add(new)
-                olds.add(old)
-                share = np.float32(self._strength * (1 - distance / MOVED))
-                steadied[new] = landmarks[new] + share * (self._last[old] - landmarks[new])
-        self._last = steadied
-        return list(steadied)
+            if distance < MOVED and new not in matched_new and old not in matched_old:
+                matched_new.add(new)
+                matched_old.add(old)
+                old_weight = np.float32(self._strength * (1 - distance / MOVED))
+                damped[new] = landmarks[new] + old_weight * (self._last[old] - landmarks[new])
+        self._last = damped
+        return list(damped)
 
 
 def _measure_distance(new: Landmarks, old: Landmarks) -> float:
@@ -92,9 +93,9 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
     mask = is_face.astype(np.float32)
     for _ in range(BLUR_TIMES):
         mask = cv2.GaussianBlur(mask, (kernel, kernel), SIGMA * scale)  # type: ignore[assignment]
-    free = max(1, round(FREE * scale))
-    mask[:free] = mask[-free:] = 0
-    mask[:, :free] = mask[:, -free:] = 0
+    margin = max(1, round(FREE * scale))  # the edges of the crop stay as they are
+    mask[:margin] = mask[-margin:] = 0
+    mask[:, :margin] = mask[:, -margin:] = 0
     return mask
 
 
@@ -140,8 +141,7 @@ def paste(
         if not region.is_empty:
             part = values[region.slices(changed)]
             _blend(part, face, matrix, region, white=white)
-    # a copy: the picture itself belongs to whoever gave it
-    result: Pixels = canvas.copy()
+    result: Pixels = canvas.copy()  # the canvas may be the caller's image itself
     result[changed.slices()] = np.rint(values).clip(0, white)
     return result
 

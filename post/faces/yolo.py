@@ -95,11 +95,13 @@ class YoloDetector:
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
         """Return the rows with at least this score."""
+        # numbers of candidates: one for each cell of the grids with these steps
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
+            # the file selects the best boxes itself: corners, score, class, then points
             rows = result[result[:, BOX] >= least_score]
             return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
-        if result.shape[1] in counts:
+        if result.shape[1] in counts:  # candidates along columns
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
@@ -108,8 +110,8 @@ class YoloDetector:
         is_chosen = scores >= least_score
         rows = result[is_chosen]
         centers = rows[:, :2]
-        half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([centers - half, centers + half], axis=1)
+        half_sizes = rows[:, 2:BOX] / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
         points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
         return _Rows(boxes, scores[is_chosen], points)
 
@@ -186,8 +188,8 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
     names = _parse_literal(header.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
         shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
-        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, left)
+        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
     return detector
 
 
@@ -308,11 +310,11 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
     Raises:
         CheckpointError: If OpenCV cannot run the file.
     """
-    bare = np.frombuffer(content, np.uint8)
+    model_bytes = np.frombuffer(content, np.uint8)
     try:
         network = cv2.FaceDetectorYN.create(
             "onnx",
-            bufferModel=bare,
+            bufferModel=model_bytes,
             bufferConfig=np.empty(0, np.uint8),
             input_size=(SMALLEST, SMALLEST),
             score_threshold=0.5,
@@ -323,7 +325,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         raise _cannot_run(path, error, YUNETS) from error
     detector = YuNetDetector(path, network, side)
     try:
-        for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
+        for shape in ((96, 160, 3), (64, 64, 3)):  # fails if OpenCV insists on the size of the file
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
         canvas = _read_canvas(header)

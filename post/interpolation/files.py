@@ -364,7 +364,7 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
     """Plan how to load the main file of a mode. Raises CheckpointError if it belongs to the other mode."""
     plan = read_gimm(checkpoint)
-    # it projects the features of RAFT, and takes FlowFormer's unchanged
+    # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
         mode = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
         path = checkpoint.path

@@ -53,13 +53,13 @@ class TokenAttention(nn.Module):
             keys_and_values: Result of `keep` for the tokens; None for self-attention.
             code: Position code, added before the query projection.
         """
-        asking = self.norm1(x)
-        k, v = self.keep(asking) if keys_and_values is None else keys_and_values
-        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(asking + code), k, v))
-        # plain products: the fused attention is slow for so few tokens, and limits how many places there are
+        normalized = self.norm1(x)
+        k, v = self.keep(normalized) if keys_and_values is None else keys_and_values
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(normalized + code), k, v))
+        # plain products: fused attention is slow for so few tokens, and limits the number of positions
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
-        mixed = (weights @ v).transpose(1, 2).flatten(2)
-        x = x + self.proj(torch.cat([mixed, x], dim=-1) if self.joined else mixed)
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        x = x + self.proj(torch.cat([attended, x], dim=-1) if self.joined else attended)
         return x + self.ffn(self.norm2(x))
 
 
@@ -246,7 +246,7 @@ class CostPerceiver(nn.Module):
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
-        # as trained the contexts of a batch of pictures stand in another order than their tokens: one a time
+        # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)

@@ -172,10 +172,10 @@ def _weigh_neighbor(
         size: Height and width of the image; outside of it the weight is 0.
     """
     height, width = size
-    share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+    weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
     is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-    return place, torch.where(is_inside, share, 0.0)
+    index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+    return index, torch.where(is_inside, weight, 0.0)
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ class UpscalerStage:
             return tiling.FULL
         width = tiling.round_up(clip.width, config.step)
         height = tiling.round_up(clip.height, config.step)
-        if batch * width * height * PLENTY <= room:
+        if batch * width * height * PLENTY <= room:  # not worth measuring
             return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         free = room - batch * result_bytes(config, width, height)
