@@ -120,7 +120,7 @@ def prepare_sources(
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options=options, device=device, stores=stores)
-    # those in memory that have entries, or will have those of other processes
+    # a store in memory may be empty here and get its entries from other processes
     memory_stores = [
         store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
     ]
@@ -171,7 +171,7 @@ def _fill(
                 dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
             )
             report = cache(family, DatasetConfig(config.path, tables), caching, stores)
-            conclude(replace(report, foreign=0))  # files of other programs are no surprise here
+            conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
         elif kind == "latents" and options.vae_batch_size > 1:
             logger.warning(
                 "--vae_batch_size %d has no effect: this run caches no pictures, because their caches are "
@@ -267,7 +267,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         if not (is_live or needs_captions):
             continue
         config = DatasetConfig(plan.table.config_path, (plan.table,))
-        # caching in this run has described the others
+        # tables that this run has cached were logged then
         with quiet() if plan.latents.is_made else nullcontext():
             sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
@@ -296,14 +296,15 @@ def _warn_of_live(
         encoders: Encoders of the captions; empty if captions are cached.
     """
     images: list[MediaSource] = []
-    lists: list[DatasetTable] = []
+    tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live = tables.get(table.index)
-        if live is not None and live.sizes is not None:
+        if live is not None and live.sizes is not None:  # its images are encoded during training
             images += live.sources.values()
-            lists += [table] if table.directory is None else []
-    if lists:
-        warn_unused(DatasetConfig(config.path, tuple(lists)), images)
+            if table.directory is None:
+                tables_of_lists.append(table)
+    if tables_of_lists:
+        warn_unused(DatasetConfig(config.path, tuple(tables_of_lists)), images)
     latent, fps = family.latent, family.defaults.fps
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
@@ -443,7 +444,7 @@ def _learns_in_spite_of_caches(
             names,
         )
         return True
-    # they do not learn because all texts are cached, as the guides' commands have it
+    # common guides cache all texts and do not ask to train text encoders, so these are left out
     if options.parts is None or not options.parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
@@ -540,14 +541,14 @@ class LiveMedia:
                 groups.setdefault(media.group, []).append((place, media))
         encoded: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
-            # the names seed the posterior sample, which is another one each time
+            # keys seed the posterior sample, which must be different each time
             keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
             encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
         return encoded
 
     def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
         source = item.kind.sources[item.source_stem]
-        # items for validation have a copy of the table that changes nothing
+        # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers

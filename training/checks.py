@@ -326,14 +326,15 @@ def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -
 
     with open_checkpoint(file) as checkpoint:
         tensors = bare_names(checkpoint).tensors
-    starts = tuple(f"{name}." for name in family.dit.block_lists)
-    elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(starts))
-    in_bf16 = options.full_dit is not None and options.full_dit.full_bf16
-    kept_bytes = 2 if in_bf16 else 4
-    saved = options.saving.save_precision
-    file_bytes = kept_bytes if saved is None else DTYPES[saved].itemsize
-    state_bytes = kept_bytes if options.saving.saves_state_at_end else 0
-    return elements * (file_bytes + state_bytes)
+    prefixes = tuple(f"{name}." for name in family.dit.block_lists)
+    num_elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(prefixes))
+    # bytes of an element: in training, in the saved model, in the state
+    trains_bf16 = options.full_dit is not None and options.full_dit.full_bf16
+    training_bytes = 2 if trains_bf16 else 4
+    precision = options.saving.save_precision
+    file_bytes = training_bytes if precision is None else DTYPES[precision].itemsize
+    state_bytes = training_bytes if options.saving.saves_state_at_end else 0
+    return num_elements * (file_bytes + state_bytes)
 
 
 def list_unused_options(
@@ -382,9 +383,10 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
     default = learner.default_rate
-    finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
+    finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
+    # the usual rates are those of Adam; Adafactor with a fixed rate is common for full models
     is_comparable = "adam" in name or (is_full and name == "adafactor")
-    if not is_comparable or finds_rate or default.low <= rate <= default.high:
+    if not is_comparable or finds_rate_itself or default.low <= rate <= default.high:
         return text
-    how = "LOW" if rate < default.low else "HIGH"
-    return f"{text}, which is {how} for {learner.has_rate_of}: {default.usual} is usual"
+    level = "LOW" if rate < default.low else "HIGH"
+    return f"{text}, which is {level} for {learner.has_rate_of}: {default.usual} is usual"

@@ -47,7 +47,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
         return sampler
     sampler = replace(sampler, source=replace(before, text=text, fault=fault))
     if text == before.text and not fault:
-        return sampler  # it can be read again
+        return sampler  # an earlier error of reading is gone; the text is the same
     edited = sampler
     if not fault:
         try:
@@ -98,9 +98,9 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
     earlier: dict[int, Sample] = {}
     requests: dict[int, Prepared] = {}
     for number in source.numbers_of(len(entries)):
-        equal = [sample for sample in sampler.samples if sample.entry == entries[number]]
-        if equal:
-            earlier[number] = replace(equal[0], index=number)
+        unchanged = [sample for sample in sampler.samples if sample.entry == entries[number]]
+        if unchanged:
+            earlier[number] = replace(unchanged[0], index=number)
         else:
             requests[number] = all_prepared[number]
     new_texts = session.count_new(wanted_texts(prepared) for prepared in requests.values())

@@ -213,20 +213,21 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
         options: Options of the run.
         boundary: Timestep at which the two transformers meet.
     """
-    below = "--max_timestep"
-    above = "--min_timestep"
-    counted = round(boundary)
+    option_for_low_noise = "--max_timestep"
+    option_for_high_noise = "--min_timestep"
+    bound = round(boundary)
     if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
-        below, above, counted = above, below, NUM_TIMESTEPS - counted
+        option_for_low_noise, option_for_high_noise = option_for_high_noise, option_for_low_noise
+        bound = NUM_TIMESTEPS - bound
     logger.warning(
         "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
         "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
         "high noise).",
         boundary,
-        below,
-        counted,
-        above,
-        counted,
+        option_for_low_noise,
+        bound,
+        option_for_high_noise,
+        bound,
     )
 
 
@@ -248,11 +249,11 @@ def expert_metadata(
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
-    values = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
-    metadata = {TRAINED_EXPERT: values[name]}
-    files = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
-    if part in files and not options.metadata.no_metadata:
-        metadata["ss_sd_model_name"] = files[part]
+    value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
+    metadata = {TRAINED_EXPERT: value_by_name[name]}
+    file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
+    if part in file_names and not options.metadata.no_metadata:
+        metadata["ss_sd_model_name"] = file_names[part]
     return metadata
 
 
@@ -335,7 +336,7 @@ def dress(
         in_pieces=on_host,
         blocks=blocks,
     )
-    dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+    dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:

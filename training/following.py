@@ -88,7 +88,7 @@ class TrainingCommand:
         assert self.entry is not None
         if not with_caches:
             return self.entry.generation_words(self.family_options, sample, self.typed)
-        with quiet():  # a record that is made again warns again
+        with quiet():  # creating the record again would repeat its warnings
             filled = fill_options(self.family_options, self.recalled)
         typed_before = {option.name: option.typed for option in self.recalled}
         return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
@@ -169,8 +169,8 @@ class NextSteps:
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.plan.options.network
-        ending = self.converted_for.lower()
-        ending = ending if ending.isalpha() else "converted"
+        tool = self.converted_for.lower()
+        ending = tool if tool.isalpha() else "converted"  # of the output's name
         title = f"Convert the LoRA for {self.converted_for}"
         note = ""
         words = ["--target", "other" if self.converted_for else "default"]
@@ -408,7 +408,7 @@ def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str,
     example = find_example(item, plan.sources.stores)
     takes_references = item.table.references is not None
     return {
-        # a longer one floods the console, and systems limit what may be typed
+        # a longer caption would flood the console, and systems limit the length of a command
         "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
         "control_images": example.controls if takes_references else (),
         "example": example,

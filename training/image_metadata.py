@@ -145,8 +145,8 @@ class _ImageCounts:
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     of_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # by whether they are regularization pictures
-    differences: list[float] = []  # of width / height, between bucket and picture
+    totals = {False: 0, True: 0}  # key: whether the images are regularization images
+    differences: list[float] = []  # between the aspect ratios of bucket and image
     for item in items:
         table = item.table
         width = item.bucket[0]

@@ -113,14 +113,14 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
-    # before any weight is stepped
+    # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
-    if not run.options.is_fused:  # else most weights are stepped already
+    if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
     is_alone = run.steps.everyone == 1
@@ -271,15 +271,15 @@ def _accumulate(
     steps = run.steps
     row = torch.zeros(RowLayout(len(run.row_numbers)).size, device=run.device)
     keys: tuple[str, ...] = ()
-    divisor = len(group) * steps.peers  # gradients of peers, who have the same loss, are summed too
-    # the first use sets it up; a process without a micro-batch in this step needs that too
+    divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
+    # the first call initializes the scaler, even in a process that has no micro-batch in this step
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
-            # for the others, which gather the blocks from this process
+            # such a pass adds nothing here; other processes gather the blocks' parts from this one
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
@@ -394,7 +394,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
-    if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
+    if math.isfinite(loss):  # infinite ones are normal while a gradient scaler searches its scale
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
@@ -479,19 +479,19 @@ def _after_epoch(run: TrainingRun) -> None:
     """
     progress = run.progress
     epoch = progress.epoch + 1
-    is_full = progress.position >= run.steps.num_batches
+    is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
     _note(run, run.readings.flush())
     mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
     run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
-    if is_full:
+    if is_complete:
         progress.epoch = epoch
         progress.position = 0
     is_last = progress.step >= run.steps.total_steps
-    # the last epoch is saved as the final file
-    saves = is_full and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
+    is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
+    saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
     if saves and run.saver is not None:
         run.reporter.note_pause(SAVING)
         with run.logs.clock.pause(SAVING):
@@ -603,9 +603,9 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     recent = run.progress.losses
     running = sum(recent) / len(recent) if recent else None
     run.logs.values(validation.logged(losses, occasion, running), step)
-    # levels are on the page and in the trackers
-    earlier = run.reporter.validations  # losses by their steps
-    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
+    # the console gets only the mean; losses of single levels are on the page and in the trackers
+    earlier = run.reporter.validations  # losses by step
+    previous = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
-    logger.info("Step %d: validation loss %s%.5f%s", step, before, loss, lowest)
+    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
     run.reporter.note_validation(step, losses)

@@ -100,8 +100,8 @@ class BatchSources:
             DatasetError: As `LiveMedia.encode` does.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
-        # items encoded now have been mirrored already
-        sides = [flip and place not in encoded for place, flip in enumerate(flips)]
+        # items that were just encoded are already flipped
+        flips_left = [flip and index not in encoded for index, flip in enumerate(flips)]
         batch = read_batch(
             items,
             self.latent,
@@ -109,7 +109,7 @@ class BatchSources:
             checks=checks,
             captions=captions,
             stores=self.stores,
-            flips=sides,
+            flips=flips_left,
             undropped=undropped,
             encoded=encoded,
             reads_empty=reads_empty and not self.empty_text,
@@ -197,6 +197,7 @@ class Randomness:
         if self.audio is not None:
             weights = self.audio.image_weight * weights
         if self.audio is not None and self.audio.given == IMAGE_STREAM:
+            # images are given clean and not trained
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         drawn = NoisyBatch(
@@ -355,14 +356,16 @@ class Feed:
         epoch. If epochs are long, workers end with each epoch, because every worker would hold its own copy
         of the next order.
         """
-        together = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
-        most = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
-        for number in range(epoch, self.plan.num_epochs, max(together, 1)):
-            keys = self.plan.keys(self.process, number, position if number == epoch else 0, together)
-            first = [*itertools.islice(keys, most)]  # no more readers than micro-batches
-            if first:
-                self.order.epoch(number)  # once, not in every worker
-                read = self._from_workers(itertools.chain(first, keys), len(first))
+        epochs_per_start = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
+        # sources that keep encoders or caches in this process cannot be read by workers
+        max_workers = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
+        for first_epoch in range(epoch, self.plan.num_epochs, max(epochs_per_start, 1)):
+            first_position = position if first_epoch == epoch else 0
+            keys = self.plan.keys(self.process, first_epoch, first_position, epochs_per_start)
+            first_keys = [*itertools.islice(keys, max_workers)]  # no more workers than micro-batches
+            if first_keys:
+                self.order.epoch(first_epoch)  # computed here, so that workers inherit it
+                read = self._from_workers(itertools.chain(first_keys, keys), len(first_keys))
             else:
                 read = self._read_here(keys)
             with contextlib.closing(read):
@@ -430,7 +433,7 @@ class Feed:
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()
-        if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
+        if self.sources.tables:  # captions may change with the progress of the run
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))

@@ -86,7 +86,7 @@ def draw(
     takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
     low, high = 0.0, 1.0
     if not takes_all:
-        any_expert = replace(lowest, highest=math.inf)  # of any of the experts
+        any_expert = replace(lowest, highest=math.inf)  # the range of all experts together
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
@@ -109,10 +109,10 @@ def draw(
         shares = draw_again(shares, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
-    level = NUM_TIMESTEPS * float(shares[0])
-    index = _select_expert(level, experts, options=options, noise=noise, flow_shift=flow_shift)
-    side = experts[index]
-    shares = draw_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
+    first_level = NUM_TIMESTEPS * float(shares[0])
+    index = _select_expert(first_level, experts, options=options, noise=noise, flow_shift=flow_shift)
+    expert = experts[index]
+    shares = draw_again(shares, expert, *find_accepted_range(options, noise, flow_shift, expert))
     return replace(times_at(options, shares, noise), expert=index)
 
 
@@ -125,12 +125,12 @@ def _select_expert(
     batch. Then the other expert gets the batch.
     """
     index = expert_at(level, experts)
-    drawn = [
-        place
-        for place, expert in enumerate(experts)
+    with_draws = [
+        expert_index
+        for expert_index, expert in enumerate(experts)
         if _has_draws(options, noise, flow_shift=flow_shift, expert=expert)
     ]
-    return index if index in drawn or not drawn else drawn[0]
+    return index if index in with_draws or not with_draws else with_draws[0]
 
 
 @functools.cache
@@ -281,10 +281,11 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
         noise: How the family numbers its noise levels.
     """
     if noise.table:
-        places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
-        sigmas = torch.tensor(noise.table)[places]
-        return Timesteps(sigmas, places.float(), levels=sigmas)
-    # the sampler `sigma` has no offset, as it draws from the whole thousandths
+        # the share t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
+        indices = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
+        sigmas = torch.tensor(noise.table)[indices]
+        return Timesteps(sigmas, indices.float(), levels=sigmas)
+    # the sampler `sigma` already draws whole timesteps, and needs no offset
     offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
     shifted = shares.double()
     if noise.base_shift != 1:
@@ -462,8 +463,9 @@ def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float
     t = torch.zeros_like(numbers)
     start = 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
-        place = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
-        normal = torch.special.ndtri(place)
+        # position within this sampler's part of 0..1, as a uniform number
+        uniform = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
+        normal = torch.special.ndtri(uniform)
         match sampler:
             case "logsnr":
                 drawn = _of_logsnr(options.logit_mean, options.logit_std, normal)

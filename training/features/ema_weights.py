@@ -141,5 +141,6 @@ def make_average(
     is_full = any(module in dits for module in trainable.modules.values())
     if is_full and not keeps:
         return None
-    # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
+    # swapped weights must be settled before they are averaged; the parameters of a LoRA are never swapped,
+    # and settling the base model would only empty the swap's slots after each step
     return WeightAverage(decay, every, dits=dits if is_full else (), trainable=trainable, on_host=is_full)

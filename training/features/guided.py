@@ -99,9 +99,11 @@ def guide(
     if noisy_batch.audio is None:
         return choose(uses_image, unprompted + guided.scale * (velocity - unprompted), velocity)
     image, audio = noisy_batch.joint.split(velocity)
-    away, audio_away = noisy_batch.joint.split(unprompted)
-    image = choose(uses_image, away + guided.scale * (image - away), image)
-    audio = choose(uses_audio, audio_away + guided.audio_scale * (audio - audio_away), audio)
+    unprompted_image, unprompted_audio = noisy_batch.joint.split(unprompted)
+    guided_image = unprompted_image + guided.scale * (image - unprompted_image)
+    guided_audio = unprompted_audio + guided.audio_scale * (audio - unprompted_audio)
+    image = choose(uses_image, guided_image, image)
+    audio = choose(uses_audio, guided_audio, audio)
     return noisy_batch.joint.join(image, audio)
 
 

@@ -170,7 +170,7 @@ class ItemLossRecorder:
         step = self.progress.step + 1
         self._count += 1
         self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
-        # the run has read the numbers of the step before the last one
+        # the run waits for the numbers of each step one step later, so those of two steps ago are on the host
         self._attempt(functools.partial(self._advance, step - 2))
         return errors
 
@@ -249,7 +249,7 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
-    with contextlib.suppress(UserError):  # a training from caches does without the pictures
+    with contextlib.suppress(UserError):  # a training from caches may have no images
         sources = find_sources(table, captions=False, faults=errors)
     images: dict[str, ItemImage] = {}
     for source in sources:

@@ -43,9 +43,10 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
                 "Give it a folder with the worse ones, named like the better ones, or take the table out"
             )
-    step = len(items) // LOOKED_AT + 1
-    firsts = {item.table.index: item for item in reversed(items)}
-    for item in [*firsts.values(), *items[::step]]:
+    # the first item of each table, and a sample of all items
+    stride = len(items) // LOOKED_AT + 1
+    first_items = {item.table.index: item for item in reversed(items)}
+    for item in [*first_items.values(), *items[::stride]]:
         if item.kind.sizes is not None:
             raise CacheError(
                 f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "

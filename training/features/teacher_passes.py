@@ -112,7 +112,9 @@ class Teaching:
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
-        is_inside = []  # of each sample: taught, and its noise level is in the band
+        # for each sample: whether its noise level is inside, or outside, of the band; neither if the sample
+        # stays with the base model
+        is_inside = []
         is_outside = []
         samples = zip(levels_of(noisy_batch), kept_samples(passes, noisy_batch), strict=True)
         for level, is_kept in samples:
@@ -120,6 +122,7 @@ class Teaching:
             is_inside.append(in_band and not is_kept)
             is_outside.append(not in_band and not is_kept)
         comparisons = []
+        # in lockstep the teacher always runs, because all processes have to run the same passes
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)
             weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)

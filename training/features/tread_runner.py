@@ -93,8 +93,9 @@ class _Parting:
         num_left_out = size - chosen.shape[1]
         if not num_left_out:
             return
-        everything = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
-        parts = [everything[:, :start], chosen + start, everything[:, start + size :]]
+        # keep all tokens before and after those of the clip, such as text tokens
+        all_indices = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
+        parts = [all_indices[:, :start], chosen + start, all_indices[:, start + size :]]
         self._kept = torch.cat(parts, dim=1).to(x.device)
         self._waiting = x, tokens
         hidden.tokens = tokens.select(self._kept, num_left_out)

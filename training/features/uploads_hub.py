@@ -176,7 +176,7 @@ def _front_matter(
         values["instance_prompt"] = ", ".join(words)
     if prompts:
         values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
-    # ASCII: no character that ends a line for one reader of YAML and not for another
+    # ASCII, because readers of YAML disagree about which characters end a line
     return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
 
 

@@ -463,11 +463,11 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     """
     count, frames, height, width = shape
     _, vertical, horizontal = latent.stride
-    token = latent.pixel_step // horizontal  # sides are multiples of it
+    token = latent.pixel_step // horizontal  # sides of the latents are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
     for number in list_halves(count):
         shapes.append(("batch_size", str(number), (number, frames, height, width)))
-    min_frames = frames
+    min_frames = frames  # of the smaller images, which come after all shorter clips
     if not latent.in_sections:
         min_frames = 1
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]

@@ -344,7 +344,7 @@ class History:
         try:
             append_text(self.path, "".join(self._waiting))
         except Exception:
-            # the next ones begin on a line of their own, as the last one may be torn
+            # the last line in the file may be incomplete: the next attempt starts on a new line
             self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
             raise
         self._waiting.clear()

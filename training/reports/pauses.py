@@ -79,15 +79,15 @@ class StepClock:
         if self.skips:
             self.skips = False
             return None
-        times = self._times.setdefault(sizes, deque(maxlen=KEPT))
-        default = statistics.median(times) if len(times) >= SEEN else None
-        times.append(seconds)
-        if default is None or seconds < LEAST or seconds <= FACTOR * default:
+        earlier_times = self._times.setdefault(sizes, deque(maxlen=KEPT))
+        median = statistics.median(earlier_times) if len(earlier_times) >= SEEN else None
+        earlier_times.append(seconds)
+        if median is None or seconds < LEAST or seconds <= FACTOR * median:
             return None
-        if self._last_warned is not None and step - self._last_warned < PAUSE:
+        if self._last_warned is not None and step - self._last_warned < PAUSE:  # not too many warnings
             return None
         self._last_warned = step
         return (
-            f"Step {step} took {seconds:.2f} s; {default:.2f} s are usual for steps with items of this size. "
+            f"Step {step} took {seconds:.2f} s; {median:.2f} s are usual for steps with items of this size. "
             f"{CAUSES}"
         )

@@ -301,21 +301,21 @@ def set_aside(
         OutputError: If a file cannot be moved.
     """
     recover_states(names.folder, names.name)
-    kept = [real_path(path) for path in inputs]
+    input_paths = [real_path(path) for path in inputs]
     results = find_results(names)
-    stays = {entry for entry in results if _is_input(entry, kept)}
-    moved = [entry for entry in results if not (entry in stays and _is_state(entry))]
+    in_use = {entry for entry in results if _is_input(entry, input_paths)}
+    set_aside_entries = [entry for entry in results if not (entry in in_use and _is_state(entry))]
     has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
-    if not moved or (is_restarted and not has_saves):
+    if not set_aside_entries or (is_restarted and not has_saves):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
-    for entry in moved:
+    for entry in set_aside_entries:
         target = folder / entry.relative_to(names.folder)
         try:
             target.parent.mkdir(exist_ok=True)
-            if entry in stays and entry.is_dir():
+            if entry in in_use and entry.is_dir():
                 shutil.copytree(entry, target, copy_function=_copy)
-            elif entry in stays:
+            elif entry in in_use:
                 _copy(entry, target)
             else:
                 os.replace(entry, target)
@@ -328,7 +328,7 @@ def set_aside(
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
-        count_of(len(moved) - num_states, "file"),
+        count_of(len(set_aside_entries) - num_states, "file"),
         f", {count_of(num_states, 'state')}" if num_states else "",
         folder,
     )

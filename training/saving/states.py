@@ -273,8 +273,9 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
+    # split tensors were filled in place while the state was read (`fill_state`)
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
-    _require_finite(unsplit)  # the others are in place
+    _require_finite(unsplit)
     module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
 
