@@ -91,10 +91,10 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     options = run.options
     output = options.output
     if any(needs_media(run.family, job.prepared) for job in jobs):
-        run.family.check_files(media=True)  # before gigabytes are loaded
+        run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
     _warn_of_passes(run, jobs)
     start = time.monotonic()
-    if run.rewriter is not None:  # freed before anything else loads
+    if run.rewriter is not None:  # its chat model is freed before other networks are loaded
         jobs = _rewrite_prompts(run, run.rewriter, jobs)
     if output.output_type != NOTHING:
         make_folder(output.save_path, "--save_path")
@@ -141,7 +141,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
     options = run.options
-    # attention that takes one sample at a time forces what was not asked for
+    # --split_attn processes one sample at a time, which also splits the guidance passes
     forces_split = options.speed.attention.split_attn and not options.split_uncond
     if not forces_split and run.processes <= 1:
         return

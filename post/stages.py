@@ -192,9 +192,9 @@ class PostTools:
         """
         first = next(frames)
         alpha = None
-        if is_single:  # of videos no frame has transparency
+        if is_single:  # frames of videos have no alpha channel
             first, alpha = split_alpha(first)
-        self.check_length(1 if is_single else 2, "the video")
+        self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)

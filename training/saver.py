@@ -171,12 +171,12 @@ def take_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # moments of split weights are marked as split, in `optimizer` itself
+    # this process has only its rows of the moments of split weights: mark these as split, in place
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
-        rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
-        for key, value in rows.items():
-            values[key] = as_split(weight, value)
+        moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
+        for key, moment in moments.items():
+            values[key] = as_split(weight, moment)
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,

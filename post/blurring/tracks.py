@@ -174,16 +174,19 @@ def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: i
     """
     first = before[-1]
     last = after[0]
-    part = (index - first.number) / (last.number - first.number)
-    left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(first.box, last.box, strict=True))
+    fraction = (index - first.number) / (last.number - first.number)
+    left, top, right, bottom = (
+        (1 - fraction) * a + fraction * b for a, b in zip(first.box, last.box, strict=True)
+    )
     interpolated = (left, top, right, bottom)
+    # extrapolate from the nearer sighting
     if index - first.number <= last.number - index:
-        away = index - first.number
-        extrapolated = _move_box(first.box, _measure_motion(before), away)
+        num_images = index - first.number
+        extrapolated = _move_box(first.box, _measure_motion(before), num_images)
     else:
-        away = last.number - index
-        extrapolated = _move_box(last.box, _measure_motion(after), -away)
-    return _grow_box(_join_boxes(interpolated, extrapolated), away)
+        num_images = last.number - index
+        extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+    return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
 
 
 def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:

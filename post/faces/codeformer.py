@@ -236,11 +236,11 @@ class CodeFormer(nn.Module):
         self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
-        """Return restored faces of about -1..1, in float32, not limited.
+        """Return restored faces, about -1..1, float32, not clamped.
 
         Args:
-            faces: B 3 S S, -1..1.
-            fidelity: 0 (the codebook's faces) to 1 (close to the input).
+            faces: Aligned faces, B 3 S S, -1..1.
+            fidelity: Weight of the input, from 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
         codes = self.quantize["embedding"](self._choose(latents))

@@ -125,6 +125,7 @@ def check_operators(path: Path, refused: Container[str]) -> None:
 def _look_through(content: memoryview, refused: Container[str]) -> None:
     checks = _Checks()
     model = checks.parts(content)
+    # messages to check, each with its depth and the field of its operators
     waiting = [(graph, 0, _NODES) for graph in model[_GRAPH]]
     waiting += [(function, 0, _FUNCTION_NODES) for function in model[_FUNCTIONS]]
     if not model[_GRAPH]:

@@ -243,13 +243,14 @@ class Correlation:
             pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
         self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
-            # by the size alone, so that a clip gives the same pictures on every device
+            # decided by the size alone, so that a clip gives the same images on every device
             height, width = self._size
             keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
-        else:  # a row of channels for each place, with so many zeros around that a window may lie outside
+        else:
+            # a row of channels for each position, zero-padded so that windows may extend beyond the edge
             padded = [pad(features, (REACH,) * 4) for features in pyramid]
             self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 

@@ -306,7 +306,7 @@ def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
 
 
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """Return a mask of the fractions between --min_timestep and --max_timestep: B bool.
+    """Return a mask of the noise fractions between --min_timestep and --max_timestep: B bool.
 
     For the sampler `sigma` these bounds count from the noisy end.
     """

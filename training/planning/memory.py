@@ -80,12 +80,12 @@ class StepPrediction:
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
         if has_more and self.options.by_expert.lora_per_expert:
-            # a micro-batch goes to one transformer, so only several micro-batches leave gradients in both
             kinds = [dry.NETWORK, dry.OPTIMIZER]
+            # a micro-batch trains one transformer, so only accumulated steps have gradients of both
             if self.options.loop.gradient_accumulation_steps > 1:
                 kinds.append(dry.GRADIENTS)
-            learning = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
+            trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
+            parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
         for model in self.options.joined.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))

@@ -86,9 +86,9 @@ class TrainingVectors:
 
 
 def list_training_media(config: DatasetConfig) -> list[Medium]:
-    """Return the pictures and clips of the tables that are trained.
+    """Return the images and clips of the tables that are trained.
 
-    Regularization pictures are not listed.
+    Regularization images are not included.
 
     Raises:
         DatasetError: If a folder or list of a table is missing.
