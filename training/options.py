@@ -294,7 +294,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
         value: Its value.
         typed_flags: Flags on the command line, by the option's name.
     """
-    # the value if nothing is typed: the default, or that of another option (`not_given`)
+    # the value when the option is not given: its default, or one taken from another option (`not_given`)
     default = getattr(action, "not_given", action.default)
     texts = value_words(value)
     are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
@@ -303,7 +303,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
-    # changed, though a command line was read and did not have it: it follows from other options
+    # a changed option that is not on the command line follows from other options
     follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
     return ScriptOption(
         name=action.dest,
@@ -434,7 +434,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
         OptionError: If a value in the file is not valid, or if an option is rejected.
     """
     parser, typed = command
-    # the file that --output_config writes is not there yet
+    # with --output_config the file is written instead of read
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
     default = {"mixed_precision": "no", "dynamo_backend": "NO"}
     prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in default.items()}
@@ -445,7 +445,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     args = argparse.Namespace(**{**vars(typed), **untyped})
     args.options_of_file = frozenset(from_file) - args.typed_options
     reject_unsupported(parser, args)
-    if is_limited():  # `run`: also the words of its commands are from a file
+    if is_limited():  # started by `run`, whose command line comes from a file too
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
         unchanged = {
@@ -460,6 +460,6 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
             f"--max_train_steps {args.max_train_steps} is ignored because --max_train_epochs "
             f"{args.max_train_epochs} replaces it."
         )
-    if hasattr(args, "trainable_modules"):  # the DiT itself learns: `read_options` is to make no network
+    if hasattr(args, "trainable_modules"):  # full fine-tuning: `read_options` must not create a network
         del args.network_module
     return args

@@ -182,7 +182,8 @@ def make_plan(
         changes = check_resumable(saved, settings, options, saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
-        steps = _plan_steps(options, order, accelerator.num_processes, progress)  # they may begin anew
+        # the changes may have started a new plan in the middle of the run
+        steps = _plan_steps(options, order, accelerator.num_processes, progress)
     if options.start is not None and options.start.is_given:
         begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
@@ -314,8 +315,8 @@ def join_processes(
         if accelerator.is_main_process:
             try:
                 stack.enter_context(hold_name(*options.saving.place))
-            except OutputError as refusal:
-                error = refusal
+            except OutputError as name_error:
+                error = name_error
         (code,) = broadcast_object_list([None if error is None else error.exit_code])
         if error is not None:
             raise error
@@ -387,8 +388,9 @@ def _find_items(
         trusts_index=True,
     )
     items = require_items(listed, commands)
+    # the index of the caches records which items were compared with this model before
     new_items = [item for item in items if item.file_name not in item.kind.compared]
-    if new_items:  # of the others the index of their caches says that their latents are of this model
+    if new_items:
         check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(
         family,

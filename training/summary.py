@@ -60,16 +60,17 @@ def count_saves(
     models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
-        left = plan.total_steps // every - first_step // every
-        if options.save_last_n_steps is not None:
-            left = min(left, options.save_last_n_steps // every + 1)
-        models += left
+        num_saves = plan.total_steps // every - first_step // every
+        if options.save_last_n_steps is not None:  # a number of steps
+            num_saves = min(num_saves, options.save_last_n_steps // every + 1)
+        models += num_saves
     if options.save_every_n_epochs is not None:
         every = options.save_every_n_epochs
-        left = (plan.num_epochs - 1) // every - first_epoch // every
-        if options.save_last_n_epochs is not None:
-            left = min(left, options.save_last_n_epochs)
-        models += max(0, left)
+        # the last epoch is saved as the final model
+        num_saves = (plan.num_epochs - 1) // every - first_epoch // every
+        if options.save_last_n_epochs is not None:  # a number of saves
+            num_saves = min(num_saves, options.save_last_n_epochs)
+        models += max(0, num_saves)
     states = models if options.save_state else 0
     return models + 1, states + options.saves_state_at_end
 
@@ -137,14 +138,16 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
         learner: See `judge_rate`.
     """
     default = options.optimizer.learning_rate
-    names: dict[float, list[str]] = {}
+    names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
-        names.setdefault(group.get("lr", default), []).append(name)
+        names_by_rate.setdefault(group.get("lr", default), []).append(name)
     judged = judge_rate(options, learner)
-    is_replaced = options.network is None and bool(names) and default not in names
-    if len(names) < 2 and not is_replaced and (default != 0 or default in names):
+    # in full fine-tuning all parts may have rates other than --learning_rate
+    is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
+    has_one_rate = len(names_by_rate) < 2
+    if has_one_rate and not is_replaced and (default != 0 or default in names_by_rate):
         return judged
-    parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
+    parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
     return parts if default == 0 or is_replaced else f"{judged}\n{parts}"
 
 

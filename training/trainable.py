@@ -350,7 +350,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    tensors = dit.state_dict()  # no copies; an average may be in their place
+    tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
     infos |= unused_infos(unused, dtype)

@@ -198,9 +198,9 @@ def predict(
     finally:
         if texts is not None:
             texts.free()
-    offloaded = average = 0
+    offloaded = average = 0  # bytes
     if options.full_dit is not None and options.joined.average is not None:
-        average = 4 * sum(learning)  # float32; what has rate 0 is not averaged
+        average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
@@ -377,7 +377,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 gib(room.usable),
             )
             watch = MemoryWatch(device, needed, prediction.size)
-    if options.speed.swap.is_auto:  # each looked at its own device, but all share the weights on the host
+    # each process has resolved auto for its own device, but all share the weights in host memory
+    if options.speed.swap.is_auto:
         swap = replace(
             swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
         )

@@ -37,7 +37,7 @@ class PageProcess:
         Raises:
             OutputError: If no process can be started.
         """
-        # the page names commands as they are typed where the training was, by how its script was typed
+        # commands on the page are spelled for the working folder and the script name of the training
         words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
         try:
             self._process = subprocess.Popen(
@@ -48,12 +48,12 @@ class PageProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the training alone
+                start_new_session=True,  # Ctrl-C must reach only the training
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
             raise OutputError(f"no process can be started: {error.strerror or error}") from error
-        # so that the system can forget it when it has ended
+        # wait for the process in a thread, so that no zombie process remains when it ends
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
