@@ -330,6 +330,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
+    # a second text; this process's part of the tokens; the kind of attention
     second, part, choice = tokens.second, tokens.part, tokens.attention
     if part is not None:
         query, key, value = part.gather_tokens(query, key, value)

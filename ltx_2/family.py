@@ -591,7 +591,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    is_alone = not files.has_images  # images then hold a place, and the noise level goes by the sound
+    # audio alone is trained: images are placeholders, and the noise level depends on the audio
+    is_alone = not files.has_images
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.AudioLearning(
         options.video_loss_weight,

@@ -115,7 +115,7 @@ class TowerEncoder:
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
         self._dtype = files.dtype
-        self._fills = True
+        self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
         self._bundled = bundled
         if learning is not None:
