@@ -265,6 +265,7 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
+        # LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma 3 (GEMMA_USE)
         if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
             raise OptionError(
                 f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "

@@ -351,7 +351,7 @@ class H3Model(nn.Module):
         learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], begin, grid))
         media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_audio, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
-        # Tokens share a level if the same rule sets it, even where the values of two rules are equal: compiled
+        # Tokens share a level if the same rule sets it, even if the values of two rules are equal: compiled
         # blocks depend on which tokens share one, and both schedules begin at the same level.
         levels: dict[object, float] = dict(enumerate(times))
         rules = [*levels, *((condition.is_sound, condition.clean) for condition in conditions)]

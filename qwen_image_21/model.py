@@ -539,12 +539,12 @@ class QwenImage21Model(BlockNetwork):
         return nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
     def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
-        """Return the pairs of a sample's tokens, L+P 1 D/2 2."""
+        """Return the rotary (cosine, sine) pairs of a sample's tokens, image first, L+P 1 D/2 2."""
         widths = self.config.axes
 
         def axis(first: int, size: int, width: int) -> Tensor:  # consecutive positions on one axis
-            places = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(places, width, self.config.rope_theta))
+            positions = torch.arange(first, first + size, dtype=torch.float64)
+            pairs = turns(angles_at(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         def picture(grid: Grid, time: int) -> Tensor:  # rows and columns are counted from the middle
@@ -554,9 +554,9 @@ class QwenImage21Model(BlockNetwork):
             along_columns = axis(columns // 2 - columns, columns, column_width)
             return on_grid([axis(time, 1, time_width), along_rows, along_columns])
 
-        # an image takes as many positions of the text's count as its longer side
+        # text tokens advance the position by one, an image by the length of its longer side
         place = 0
-        before = 0  # tokens of the text so far
+        before = 0  # text tokens so far
         tables = []
         for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
             tables.append(torch.cat([axis(place, slot - before, width) for width in widths], dim=1))

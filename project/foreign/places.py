@@ -72,13 +72,13 @@ def _move_to_all(project: ForeignProject) -> None:
     moved: set[str] = set()
     for place in project.places.values():
         for name, value in place.data.items():
-            if name in moved and project.data[name] != value:
+            if name in moved and project.data[name] != value:  # the folder is listed twice
                 _leave_keys(
                     project, place, [name], f"{name} of the same folder is {project.data[name]} already"
                 )
                 continue
             if name in project.data and name not in moved and project.data[name] != value:
-                _leave_of_all(project, name)
+                _leave_of_all(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
             project.data[name] = value
             project.said[name] = place.said[name]
