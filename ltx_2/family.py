@@ -135,7 +135,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
+        """Defaults of a generation. At any size, the flow shift is that for 4096 tokens, as released."""
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,
@@ -547,7 +547,8 @@ class Ltx2(Ltx2Media):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
             return section
 
-        if self.stages is None or not prepared.stages:  # one stage of two is rehearsed by itself
+        # a rehearsal for memory runs a single stage of the two, too
+        if self.stages is None or not prepared.stages:
             return (yield begin(prepared, 0, draw(prepared)))
         enlarge_clip = partial(
             enlarge,

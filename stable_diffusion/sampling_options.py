@@ -260,7 +260,7 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     """
     try:
         ksize, sigma, strength, *rest = text.split(",")
-        target_x = ",".join(rest).strip() or "1"
+        target_x = ",".join(rest).strip() if rest else "1"
         if target_x not in ("0", "1"):
             raise ValueError(f"target-x is {target_x}")
         unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")

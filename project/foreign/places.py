@@ -20,6 +20,7 @@ def join_places(project: ForeignProject) -> None:
     """Resolve the keys of each dataset in a list; move those of an only folder to the [general] table."""
     for place in project.places.values():
         if place.num_drawn is not None:
+            # here the program's number of repeats is the number of files that it draws per epoch
             place.num_drawn = place.data.pop("num_repeats", None)
     for place in project.places.values():
         if place.is_unused:
