@@ -173,7 +173,7 @@ class JointTransformerBlock(nn.Module):
     """
 
     attention_class: ClassVar[type[GroupedAttention]] = GroupedAttention
-    activates_time: ClassVar[bool] = True  # before the layer that makes scales and gates of it
+    activates_time: ClassVar[bool] = True  # before the layer that computes scales and gates from it
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()

@@ -72,7 +72,8 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
+# in caches of single images: positions in time of the images and their control images
+PLACES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
