@@ -106,7 +106,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return self.version.references
 
     @property

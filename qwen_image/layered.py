@@ -86,7 +86,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of layers, with or without the whole image in front of them."""
+        """Latent space of layers, with or without the full image in front of them."""
         return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
 
     @property
