@@ -116,7 +116,7 @@ class Companions:
                     logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the main stream, even if an earlier one that FFmpeg held back cannot be written."""
+        """Write a packet of the main stream, even if an earlier one that FFmpeg held back is damaged."""
         try:
             target.mux(packet)
         except _list_damage_errors():
