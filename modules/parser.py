@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         return short_help(self)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does, but report mistyped options before missing ones: often they are the same."""
+        """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
         self._reject_open_line(words)
