@@ -33,8 +33,8 @@ class BatchOrder:
     """Order of batches of every epoch, a function of the items' names and the seed only.
 
     Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket holds the
-    items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images as
-    often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
+    items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images
+    as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:

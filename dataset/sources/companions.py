@@ -199,12 +199,21 @@ def read_companions(
 ) -> dict[str, Any]:
     """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
 
-    With `size_changes` there is also a text for each reference whose frames change their size. References are
-    cropped to the bucket divided by the family's factor, or padded with white. A clip gives `count` frames,
-    those shown at the times of `clock`, its last one repeated; a picture gives one.
+    References are cropped to the bucket divided by the family's factor, or padded with white. A reference
+    clip gives `count` frames, those shown at the times of `clock`, with the last one repeated if it ends
+    earlier; an image gives one frame. The field `size_changes` has a text for each reference whose frames
+    change size.
+
+    Args:
+        here: The fetched source.
+        size: Size of the source.
+        bucket: Size of the source's bucket.
+        count: Number of kept frames of the source.
+        fps: Frame rate of the kept frames.
+        clock: Index and time of each kept frame.
 
     Raises:
-        MediaError: If one cannot be read.
+        MediaError: If a reference or the mask cannot be read.
     """
     rules = here.table.clip_references
     factor = 1 if rules is None else rules.size_factor
@@ -219,7 +228,7 @@ def read_companions(
 
     def read(path: Path) -> Clip:
         if rules is not None and rules.on_white:
-            from modules.media.canvas import on_white  # few models have their references so
+            from modules.media.canvas import on_white  # only few models need white canvases
 
             return pixels_to_uint8(on_white(first_frame(path), *small))
         if is_still(path) or here.table.kind == "image":
@@ -229,9 +238,8 @@ def read_companions(
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
-        num_missing = count - len(clip)
-        last = clip[-1:]
-        return np.stack(clip + last * num_missing)
+        repeated = clip[-1:] * (count - len(clip))  # the last frame, for a reference that ends earlier
+        return np.stack(clip + repeated)
 
     fields: dict[str, Any] = {"references": tuple(map(read, here.references)), "size_changes": changes}
     if here.control_mask is not None:
