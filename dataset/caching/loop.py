@@ -127,9 +127,9 @@ def cache(
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
     `kind` is LATENTS or TEXTS. `stores` replaces the caches that the tables name. A source that cannot be
-    read becomes a failure in the report and does not stop the run. Encoders are loaded only if there is something
-    to encode. A text cache is complete when all of its encoders have run; until then there is a `.part` file,
-    which a later run continues.
+    read becomes a failure in the report and does not stop the run. Encoders are loaded only if there is
+    something to encode. A text cache is complete when all of its encoders have run; until then there is a
+    `.part` file, which a later run continues.
 
     Raises:
         DatasetError: If the dataset cannot be used or a caption is missing.

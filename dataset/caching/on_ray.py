@@ -52,8 +52,8 @@ class CachingActor:
         """Store the settings; work begins with the first batch.
 
         `main` and `words` are a caching script and its arguments. `threads` is the number of threads that
-        read ahead, unless the arguments set it. `folder` is the folder in which the command was typed; the actor's
-        process changes to it.
+        read ahead, unless the arguments set it. `folder` is the folder in which the command was typed; the
+        actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
