@@ -147,10 +147,10 @@ def _take_inner_audio(
 
 
 def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_rejected: bool) -> None:
-    """Leave out the latents of worse ones if they are not read.
+    """Drop the latents of rejected clips unless they are read.
 
     Raises:
-        CacheError: If an item has none.
+        CacheError: If they are read and an item has none.
     """
     for part in media:
         if not reads_rejected:

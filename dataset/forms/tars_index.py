@@ -320,7 +320,7 @@ class _HeaderFile:
         """Read at most `size` bytes.
 
         Raises:
-            TarDamage: If more bytes were read than a tar may need.
+            TarDamage: If `size` is more than any header needs.
         """
         if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")
