@@ -42,7 +42,7 @@ class AnimaTokens:
     texts: tuple[tuple[Tensor, Tensor | None], ...]
     time: Tensor  # B C float32, behind its activation
     shifts: Tensor  # B 3C float32, added to the shift, scale and gate of every branch
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     part: "TokenPart | None" = None  # the tokens that this process has; None: all

@@ -56,7 +56,7 @@ class FluxConfig:
     pooled_dim: int = 0  # width of CLIP-L's pooled output; 0: the model takes none
     freq_dim: int = 256
     has_guidance: bool = False  # guidance is an input of the model
-    approximator: ApproximatorConfig | None = None  # of Chroma
+    approximator: ApproximatorConfig | None = None  # for Chroma only
     rope_theta: float = 10000.0
     eps: float = 1e-6
 

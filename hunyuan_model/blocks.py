@@ -44,7 +44,7 @@ class HunyuanTokens:
     # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
     # second row is that of the second text alone
     vector: Tensor
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
@@ -108,7 +108,8 @@ class HunyuanTokens:
 class TokensWithTurnedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
-    rotary_of_image: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+    # its first L rows, sliced outside of compiled code, where lengths may vary
+    rotary_of_image: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
@@ -329,6 +330,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
+    # a second text; this process's part of the tokens; the kind of attention
     second, part, choice = tokens.second, tokens.part, tokens.attention
     if part is not None:
         query, key, value = part.gather_tokens(query, key, value)

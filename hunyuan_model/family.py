@@ -59,7 +59,7 @@ class HunyuanVideo(OneTransformer):
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_video", init=False)
     named: ClassVar = {

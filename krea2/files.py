@@ -41,7 +41,7 @@ KREA_2_USE = replace(
     keeps_after=True,
     stacked=STATES,
 )
-MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # of a reference at most, for the VAE and in a prompt
+MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # maximum area of a reference: for the VAE, and in a prompt
 SHOWN = ImageUse(
     "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
     read=partial(read_within, area=SHOWN_AREA),

@@ -47,7 +47,7 @@ class Krea2Tokens(LuminaTokens):
     """Inputs of the blocks; x is B R+L+T C, `time` B 7 S C: six rows for the blocks, one for the end."""
 
     references: int = 0  # R
-    isolated: int = 0  # of these, how many attend to each other alone; `lengths` are of all others
+    isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
     remembers: bool = False  # there are references alone, whose keys and values the blocks keep
     split: int = 0  # where the tokens behind references begin, among those that this process has
 
@@ -84,7 +84,8 @@ class GatedAttention(GroupedAttention):
         self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        self.remembered: Sequence[Tensor] = ()  # of references in front, 1 R K D; see `running/memories.py`
+        # keys and values of the references in front, 1 R K D; see `running/memories.py`
+        self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""

@@ -73,7 +73,7 @@ class Stream:
     text_rows: Tensor | None
     num_given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
-    part: "TokenPart | None" = None  # its tokens that this process has; None: all
+    part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
 
@@ -105,8 +105,8 @@ class LtxTokens:
 
     streams: dict[StreamNames, Stream]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
-    bins: int  # of a latent frame of sound; 0 without sound
-    dtype: torch.dtype  # of activations between layers
+    bins: int  # frequency bins of a latent audio frame; 0 without audio
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     sees_values: bool = False  # self-attention is replaced by its values

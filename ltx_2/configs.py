@@ -14,10 +14,10 @@ class StreamNames(NamedTuple):
     """Published names of the layers that belong to one of the two streams."""
 
     prefix: str  # before the names of its own modules and tables
-    cross_rows: str  # of the whole model: shifts and scales of the attention between the streams
+    cross_rows: str  # shifts and scales, for the entire model, of the attention between the streams
     cross_gate: str  # likewise, the gate of what it takes from the other stream
-    cross_table: str  # of a block, both
-    cross_attn: str  # of a block: attention from this stream to the other one
+    cross_table: str  # a block's shifts and scales of that attention
+    cross_attn: str  # a block's attention from this stream to the other one
 
 
 VIDEO = StreamNames(
@@ -66,7 +66,7 @@ class StreamConfig:
     ffn_dim: int
     channels: int  # numbers of a token: of a latent pixel, or of a moment of sound
     text_dim: int  # width of the states that it is given; if `LtxConfig.projects_text`, before projection
-    ff_bias: bool = True  # of the feed-forward layers; LTX-2.5: False for video
+    ff_bias: bool = True  # whether feed-forward layers have a bias; in LTX-2.5, those of video do not
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LtxConfig:
 
     video: StreamConfig
     audio: StreamConfig | None  # None: the sound's stream is left out
-    num_heads: int  # of both streams and of the attention between them
+    num_heads: int  # number of heads in both streams and in the attention between them
     num_layers: int
     cross_dim: int  # width of the attention between the streams
     projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors

@@ -44,12 +44,12 @@ logger = getLogger(__name__)
 
 NAME = "LTX-2"
 VERSIONS = ("2.0", "2.3", "2.5")
-# of --lora_target_preset: modules of a block that get a LoRA
+# values of --lora_target_preset: the modules of a block that get a LoRA
 PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
 _REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
-FPS = 24.0  # of the release
+FPS = 24.0  # frame rate of the release
 # what is for images, or between both streams
 _OF_IMAGES = {
     "video_loss_weight",
@@ -68,7 +68,7 @@ _OF_IMAGES = {
 }
 # what is for sound, or between both streams
 _OF_AUDIO = {
-    "video_loss_weight",  # of the only loss
+    "video_loss_weight",  # weight of the only loss
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -79,7 +79,7 @@ _OF_AUDIO = {
     "audio_modality_scale",
     "audio_rescale_scale",
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # values of --mixed_precision
 
 
 def _silent(facts: Mapping[str, Any] | None = None) -> Any:

@@ -30,7 +30,7 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 _LORA = "--lora_weight"
-LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
+LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # noise levels of the second stage, as released
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TwoStages:
     """Settings for generating the clips of a run in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
-    steps: int  # of the second stage
+    steps: int  # number of steps of the second stage
     loras: tuple[StageLora, ...]
     ends_early: bool = False  # the first stage's clip is the result
 

@@ -54,7 +54,7 @@ class Resampling:
 class HalfConfig:
     """Dimensions of the encoder or the decoder."""
 
-    channels_in: int  # of the input
+    channels_in: int  # number of input channels
     width_in: int
     parts: tuple[BlockGroup | Resampling, ...]  # the last one a group
     last_width: int

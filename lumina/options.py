@@ -11,7 +11,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
-MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
+MAX_TOKENS = 256  # default maximum length of a caption with the system prompt
 MOST_TOKENS = 8192  # that Gemma 2 was trained with
 CFG_TRUNC_RATIO = 0.25  # where nothing is said
 RENORM_CFG = 1.0  # likewise

@@ -92,7 +92,7 @@ GEMMA_FILES = TokenizerFiles(
 )
 
 
-TOKEN_STEP = 8  # of the padded length
+TOKEN_STEP = 8  # the padded length is a multiple of this
 PAD = 0
 PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 

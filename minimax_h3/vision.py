@@ -21,7 +21,7 @@ from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
-BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each of the two
+BOTH_FILE = "processor_config.json"  # the file that transformers 5 writes, with a part for each of the two
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # in a preprocessor file

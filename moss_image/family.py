@@ -60,7 +60,7 @@ class MossImage(pictures.ModelOfImages):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     schedule: str = own.OFFICIAL
     skips: NegativeSkipChoice = NegativeSkipChoice()
     isolated: bool = True  # references attend to each other alone

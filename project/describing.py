@@ -72,15 +72,15 @@ class Choice:
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
-    frames: int  # of a clip; 1: pictures only
-    files: dict[str, str]  # of the model, by option
+    frames: int  # frames of each clip; 1 if there are only images
+    files: dict[str, str]  # files of the model, by option
     held: Mapping[str, str]  # option of a network that a named file has -> that file
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
-    tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
+    tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
     places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
-    training: Mapping[str, Any]  # its keys of the training
+    training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # files for validation, if there are enough
 
     @property

@@ -70,7 +70,7 @@ class QwenImage(ModelOfImages):
 
     files: QwenImageFiles
     version: Version = VERSIONS[ORIGINAL]
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = AS_TRAINED
 
     lora_module: str = field(default=LORA[0].network_module, init=False)

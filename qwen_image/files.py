@@ -77,7 +77,7 @@ FILES = (
     "Qwen/Qwen-Image"
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
-LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # of Qwen-Image-Layered
+LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
 QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
 
 
@@ -126,7 +126,7 @@ MOST = 10  # images to edit; trained with up to three
 class Version:
     """A release: names, use of the text encoder, and references."""
 
-    name: str  # of the model in caches and saved files
+    name: str  # name of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
     architecture: str  # modelspec.architecture, as musubi-tuner has it

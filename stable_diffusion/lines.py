@@ -242,7 +242,7 @@ class Inputs:
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
     guides: tuple[Path, ...] = ()
-    guides_at_once: int = 1  # of each picture that is made: one for each ControlNet
+    guides_at_once: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
         """Return the input image of the run's image `number`, counted from 0; files are used in turn."""

@@ -27,7 +27,7 @@ class VariedNoise:
     offset: float | None = None
     offset_is_random: bool = False  # a share of the offset is drawn for each batch
     adaptive_scale: float = 0.0  # added to the offset, times the mean of the latents' channel
-    levels: int = 0  # of coarser noise
+    levels: int = 0  # number of levels of coarser noise
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:

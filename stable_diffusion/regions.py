@@ -188,7 +188,7 @@ class _Batch:
         self._regions = regions
         self.parts = regions.shape[1]
         self._means = regions.mean((-2, -1))  # B P
-        self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
+        self._size: tuple[int, int] | None = None  # size of the features in the current transformer
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
         self._weights: dict[tuple[int, int], Tensor] = {}
 

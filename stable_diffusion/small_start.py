@@ -110,7 +110,7 @@ class _Shrinking:
     blocks: Sequence[nn.Module]
     depth: int | None = None  # where features are made smaller in this call
     has_acted: bool = False
-    size: Size = (0, 0)  # of the sample
+    size: Size = (0, 0)  # size of the sample
     # of the skips that the running output block takes, in the order in which it takes them
     skips: list[Size] = field(default_factory=list)
 

@@ -172,7 +172,8 @@ OFFICIAL = {
 }
 OFFICIAL_EXPERTS = {"dit": "low_noise_model", "dit_high_noise": "high_noise_model"}
 OFFICIAL_DIT = (
-    "diffusion_pytorch_model*.safetensors"  # of releases with one transformer, in the folder itself
+    # files of releases with a single transformer, in the folder itself
+    "diffusion_pytorch_model*.safetensors"
 )
 
 # The folders of a pipeline of diffusers, where the *second* transformer is for little noise.
@@ -188,7 +189,8 @@ class WanRelease(NamedTuple):
     """Files in a release's folder by the names of `WanFiles`, and the boundary of its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
-    boundary: float | None = None  # of its experts, as a timestep; None: it says nothing
+    # timestep at which the experts change; None if the release does not state it
+    boundary: float | None = None
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:

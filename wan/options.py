@@ -311,7 +311,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
         can_make_one_frame = task.takes_image and not task.has_control
-        # prompt lines may ask for one frame too
+        # prompt lines may ask for one frame too, which uses control images
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
         control_images = None if one_frame else self.control_image_path

@@ -42,7 +42,7 @@ class WanVaeConfig:
     encoder: tuple[VaeLayer, ...]
     decoder: tuple[VaeLayer, ...]
     patch: int = 1  # rows and columns of pixels that the first layer takes as channels of one place
-    colors: int = 3  # of pixels: 4 with alpha
+    colors: int = 3  # number of pixel channels: 4 with alpha
 
 
 class TimeMemory:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
-from data_tools.cutting.scenes import ChangeDetector, SceneChange
+from data_tools.cutting.scenes import SceneChange, SceneDetector
 from modules.media.encoding import Picture, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
@@ -58,7 +58,7 @@ class VideoLook:
 
 
 def look_at(
-    info: SourceInfo, frames: Iterable[Picture], detector: ChangeDetector, black_threshold: float
+    info: SourceInfo, frames: Iterable[Picture], detector: SceneDetector, black_threshold: float
 ) -> VideoLook:
     """Read all pictures of a video; measure some, and find the scene changes."""
     look = VideoLook(info.width, info.height)

@@ -90,7 +90,7 @@ def _deciding(options: CuttingOptions) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)
-    return values | {"scene_threshold": options.scenes.threshold}
+    return values
 
 
 def read_records(output: Path) -> dict[str, CutRecord]:

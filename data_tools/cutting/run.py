@@ -16,7 +16,7 @@ from threading import Event
 from data_tools.cutting.clips import PlannedClip, VideoLook, look_at, plan_clips
 from data_tools.cutting.options import CuttingOptions
 from data_tools.cutting.records import MARK, ClipList, CutRecord, read_records, start_record, write_record
-from data_tools.cutting.scenes import load_detector
+from data_tools.cutting.scenes import SceneDetector
 from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
@@ -70,7 +70,6 @@ def cut_footage(options: CuttingOptions) -> None:
         UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
     started = time.monotonic()
-    load_detector(options.scenes)  # first: it says what is missing before anything is read
     sources = find_videos(options.input, options.output)
     output = real_path(options.output)
     list_path = real_path(options.list_path)
@@ -237,7 +236,7 @@ class Workshop:
     def _look_at(self, path: Path) -> VideoLook:
         """Read all pictures of a video once."""
         info = source_info(path)
-        detector = load_detector(self.options.scenes)(float(info.rate))
+        detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
         with contextlib.closing(self._frames(path, "scenes of")) as frames:
             return look_at(info, frames, detector, self.options.choice.black_threshold)
 

@@ -55,8 +55,8 @@ class RunKind:
     change: Callable[[Mapping[str, Any], float], dict[str, Any]]
     # lines about memory, disk and data, for such a card
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
-    ending: str = ""  # of `modelspec.architecture` in its files
-    record: str = "Training"  # of the family's options that its script has, see `FamilyEntry.options_record`
+    ending: str = ""  # suffix of `modelspec.architecture` in its files
+    record: str = "Training"  # kind of options record that its script has, see `FamilyEntry.options_record`
     sees_controls: bool = False  # it learns pairs of a picture and a control picture
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
     saves_models: bool = False  # each save has gigabytes: few are made and kept

@@ -15,7 +15,8 @@ from project.fitting import transformer_bytes, transformers_of
 from project.kinds.contract import RunKind, drop_lora_options
 from project.options import times_of_steps
 
-FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)  # of frozen weights
+# options for the storage of frozen weights
+FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)
 # Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
 RECIPE: Mapping[str, Any] = {
     "optimizer_type": "adafactor",
