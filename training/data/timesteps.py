@@ -200,10 +200,10 @@ def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flo
     """
     if options.timestep_focus is not None:
         return _focus_shares(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
-    return _sample_shares(options, u, noise, flow_shift)
+    return sample_shares(options, u, noise, flow_shift)
 
 
-def _sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Return the shares of noise that the sampler makes of uniform numbers, without a focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
@@ -215,7 +215,7 @@ def _focus_shares(
     """Return fractions of noise with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    default = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    default = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
     return torch.where(u < focus, in_range, default)
 
 
@@ -367,11 +367,16 @@ def find_accepted_range(
     return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
 
 
+def spread_evenly() -> Tensor:
+    """Return SCAN evenly spread numbers between 0 and 1, float64."""
+    return (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+
+
 def scan(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[Tensor, Tensor]:
     """Try SCAN evenly spread numbers u. Returns those that are accepted, and their shares of noise."""
-    u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+    u = spread_evenly()
     shares = shares_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, shares, noise, expert)
     return u[fits], shares[fits]

@@ -31,6 +31,7 @@ def show_timesteps(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
     tables: Sequence[DatasetTable] = (),
+    is_weighted: bool = True,
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
@@ -43,6 +44,7 @@ def show_timesteps(
         experts: Experts of the model.
         tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
             shown.
+        is_weighted: Whether the run weights the loss by its noise level.
 
     Raises:
         OutputError: If the image cannot be written.
@@ -57,6 +59,8 @@ def show_timesteps(
         counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
         drawn[label] = counts
         shares[label] = shares_in_words(counts, experts)
+    if not is_weighted:
+        weights = torch.ones_like(weights)
     if kind == "console":
         for label, counts in drawn.items():
             title = f"{label}: timesteps drawn" if label else "timesteps drawn"

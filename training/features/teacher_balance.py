@@ -6,13 +6,13 @@ there. `find_balance` returns factors that make up for it.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from contract.family import FLOW, NoiseSpec
 from contract.rules import ONE_EXPERT, Expert
-from training.data.timesteps import scan
+from training.data.timesteps import is_accepted, sample_shares, spread_evenly
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 
@@ -86,10 +86,8 @@ def _compute_default_shares(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandShares:
     """Return the shares of the draws of the sampler without its focus."""
-    defaults = TimestepOptions.usual()
-    default = replace(options, timestep_focus=None, timestep_focus_range=defaults.timestep_focus_range)
-    _, shares = scan(default, noise, flow_shift)
-    levels = NUM_TIMESTEPS * shares
+    shares = sample_shares(options, spread_evenly(), noise, flow_shift)
+    levels = NUM_TIMESTEPS * shares[is_accepted(options, shares, noise, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)
     return _BandShares(inside=_mean(is_inside), trained=_mean(is_trained))

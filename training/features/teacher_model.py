@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:  # only with LoRA files
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A transformer with the LoRAs whose effect is taught. It may be the trained one, without its network."""
+    """A transformer with the LoRAs whose effect is taught."""
 
     family: Trains
     dit: nn.Module
     loras: "AddedLoras"  # switched off
-    adapters: "Sequence[AddedLoras]" = ()  # of the trained transformer; the teacher is without them
-    is_trained_one: bool = False
+    # if the transformer is the trained one, which teaches without its network and without its adapters
+    trained: HookedModel | None = None
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
         """Return the prediction for a batch, without gradients.
@@ -41,17 +41,13 @@ class TeacherModel:
             has_loras: Whether the LoRAs are on.
         """
         own_passes = replace(passes, family=self.family, dit=self.dit)
-        with self.loras.switched_to(has_loras), self._without_adapters():
-            if self.is_trained_one:
-                return own_passes.base(noisy_batch)
-            return own_passes.frozen(noisy_batch)
-
-    @contextlib.contextmanager
-    def _without_adapters(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for adapter in self.adapters:
+            stack.enter_context(self.loras.switched_to(has_loras))
+            if self.trained is None:
+                return own_passes.frozen(noisy_batch)
+            for adapter in self.trained.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
-            yield
+            return own_passes.base(noisy_batch)
 
     def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the teacher with its LoRAs."""
@@ -87,11 +83,10 @@ class OtherTeacher:
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
-                family=plan.family,
-                dit=model.networks[0],
+                plan.family,
+                model.networks[0],
                 loras=self.loras[0],
-                adapters=model.adapters,
-                is_trained_one=True,
+                trained=model,
             )
         else:
             family = plan.others.with_dit(self.options.teacher_dit)
