@@ -162,7 +162,7 @@ def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
 class Measured:
     """Results of measuring a dataset, and the state of the measurement that is running."""
 
-    version: int = 0  # counts measurings; 0: there is none yet
+    version: int = 0  # number of finished measurements; 0 while the first one is running
     files: dict[str, File] = field(default_factory=dict)  # files inside the shown folders, by id
     outside: int = 0  # number of files outside the folders
     remarks: list[str] = field(default_factory=list)  # remarks that are not about a single file
@@ -501,7 +501,7 @@ def _describe_measured(measured: Measured | None) -> str:
     dropped = sum(bool(file["dropped"]) for file in measured.files.values())
     if dropped:
         info.append(say("%(dropped)s dropped", dropped=dropped))
-    states = set()
+    states = set()  # states of all caches, such as "valid"
     for file in measured.files.values():
         for parts in file["caches"].values():
             states |= {state for state, _ in parts.values()}

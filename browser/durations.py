@@ -25,9 +25,9 @@ def describe_duration(
 ) -> str:
     """Return the time that `steps` of a described folder take, in words; "" if no run here has measured it.
 
-    The folder's own run counts first, then the latest finished run of the same model with images and batches
-    of the same size. Runs of another machine are ignored; `cards` are the names of this machine's graphics
-    cards.
+    The folder's own run takes precedence, then the latest finished run of the same model with images and
+    batches of the same size. Runs of another machine are ignored; `cards` are the names of this machine's
+    graphics cards.
     """
     if steps is None:
         return ""

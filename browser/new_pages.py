@@ -352,7 +352,7 @@ class NewPages:
         }
 
     def list_tiles(self, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the row of pictures: the first files of a folder. content: None: no files."""
+        """Return the values for the row of images: a folder's first files; none if `content` is None."""
         names: list[str] = []
         if content is not None:
             with contextlib.suppress(OSError):
@@ -597,7 +597,8 @@ class NewPages:
     ) -> Checklist:
         """Return the checklist of a folder.
 
-        jobs: of the queue. lines: of `new`, which count if it has ended without a failure.
+        `jobs` are the jobs of the queue. `lines` were printed by `new`; they count if it has ended without an
+        error.
         """
         if folder is None:
             return Checklist([])
@@ -1034,9 +1035,10 @@ class NewPages:
 
 
 def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that have done their work since `new` has looked, for `make_checklist`.
+    """Return the remedies that have been carried out since `new` looked, for `make_checklist`.
 
-    lines: of `new`. looking: it. jobs: that may have carried out what the lines name.
+    `lines` were printed by `new`, and `looking` is its background job. `jobs` may have carried out the
+    remedies.
     """
     if looking is None or not looking.log.exists():
         return set()

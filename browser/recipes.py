@@ -81,7 +81,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What a model or a run fixes of a generation."""
+    """The parts of a generation that a model or a run fixes."""
 
     title: str
     family: str  # as scripts name it

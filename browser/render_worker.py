@@ -116,8 +116,8 @@ class RenderWorker:
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
         self.session: LoadedModel | None = None
-        self.problem = ""  # why render jobs wait although nothing is made
-        self.waits_for = ""  # the same, if it is as it should be
+        self.problem = ""  # error because of which render jobs wait
+        self.waits_for = ""  # ordinary reason for which they wait, such as a training that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -125,7 +125,9 @@ class RenderWorker:
         self._thread: threading.Thread | None = None
         self._is_ended = False
         self._cancels = 0  # stops that were requested for the current job: the second one kills
-        self._unsaved: dict[int, RenderJob] = {}  # ended, but not yet written: the disk was full
+        self._unsaved: dict[
+            int, RenderJob
+        ] = {}  # ended jobs whose end is not stored yet, because the disk was full
         if not self.read_only:
             self._end_orphan()
             queue.before_start = self.make_room

@@ -331,10 +331,10 @@ def _keep_fixed(
     for flag, words in recipe.fixed.items():
         name = names.get(flag, "")
         option = options.get(name)
-        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
-        is_said = name in settings.values or name == "task"
-        is_apart = option is None or not option.is_recorded or _is_line_option(name, recipe)
-        if (is_said or is_apart) and not is_lora:
+        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # the file states its own LoRAs
+        was_recorded = name in settings.values or name == "task"
+        is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
+        if (was_recorded or is_never_recorded) and not is_lora:
             fixed[flag] = list(words) or True
     return fixed
 

@@ -102,6 +102,8 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
     if texts == header.metadata:
         return
     length = header.start - 8
+    # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
+    # the texts that may be sent, all texts are removed.
     for kept in (texts, {}):
         metadata: Mapping[str, object] = {"__metadata__": kept} if kept else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)

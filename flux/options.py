@@ -270,6 +270,7 @@ def join_swapped(args: argparse.Namespace) -> None:
             "--blocks_to_swap alone"
         )
     if typed:
+        # a single block is half as large as a double block, by which --blocks_to_swap counts
         blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
         logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
         args.blocks_to_swap = blocks

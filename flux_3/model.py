@@ -217,8 +217,9 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
     if not parts:
         return second.combine(with_first, with_second)
-    # steering needs all heads of a token
-    before = second.before
+    # The images of both passes are combined by `steer`, which needs all heads of a token; text tokens are
+    # distributed again afterwards.
+    before = second.before  # index of the first text token
     texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
     steered = second.steer(
         _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])

@@ -226,9 +226,9 @@ class TextConnectors(nn.Module):
         `rows` is T, the number of rows to fill.
         """
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
-        for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
+        for index, state in enumerate(states.unbind(1)):  # one by one, because float32 copies are large
             x = state.float()
-            if self.config.is_shared:  # less their mean, in a range of 8
+            if self.config.is_shared:  # normalized to mean 0 and a range of 8
                 normed[..., index] = (x - x.mean()) / (x.amax() - x.amin() + EPS) * RANGE
             else:
                 normed[..., index] = norm_tokens(x)

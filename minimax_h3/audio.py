@@ -150,7 +150,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
-    """Return the strides of the encoder: half of the kernels."""
+    """Return the strides of the encoder's stages, which are half of their kernel sizes."""
     return tuple(
         shape(f"encoder.block.{stage}.block.4.weight_v", 3)[2] // 2 for stage in range(1, stages + 1)
     )

@@ -259,10 +259,11 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     Raises OptionError if the text cannot be read.
     """
     try:
-        ksize, sigma, strength, *target_x = text.split(",")
-        # 1, the default: sharpen the result of a step; KeyError for anything else
-        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, target_x))]
-        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target)
+        ksize, sigma, strength, *rest = text.split(",")
+        target_x = ",".join(rest).strip() if rest else "1"
+        if target_x not in ("0", "1"):
+            raise ValueError(f"target-x is {target_x}")
+        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")
         is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
         if is_odd and 0 < unsharp.sigma < math.inf and math.isfinite(unsharp.strength):
             return unsharp

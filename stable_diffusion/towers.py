@@ -74,8 +74,9 @@ class LearningTexts:
     """How a training treats text encoders and captions."""
 
     dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
-    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
-    word: NewWord | None = None  # that is learned
+    # whether captions are padded to whole chunks; else to the longest caption of a batch
+    fills_captions: bool = True
+    word: NewWord | None = None  # the word that is trained
 
 
 class TowerEncoder:
@@ -115,7 +116,7 @@ class TowerEncoder:
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
         self._dtype = files.dtype
-        self._fills = True
+        self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
         self._bundled = bundled
         if learning is not None:

@@ -81,9 +81,9 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
     of_models: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
-            continue  # it is read before
+            continue  # the further file was read before
         if key in project.parts.keys:
-            continue  # `settle` says what becomes of them
+            continue  # `settle` decides what becomes of these keys
         rule = find_rule(program, key)
         if key in idle:
             project.idle.append(show(key))

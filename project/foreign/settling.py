@@ -195,6 +195,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
             project.left.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
+    # keys about shuffling do nothing unless captions vary
     without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
     if not forms.regularizes:
         without_effect.append("prior_loss_weight")
