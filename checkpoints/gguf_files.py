@@ -112,7 +112,7 @@ class GgufFile(HeaderFile):
             last = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
+        """Read keys into `metadata`; return the original shapes of reshaped tensors, by name."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
             key = head.text()

@@ -523,7 +523,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that is not quantized the bytes may be in `scratch`."""
+        """Return a tensor; if it is not quantized, its bytes may lie in `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

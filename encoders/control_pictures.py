@@ -68,10 +68,10 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    `stride` is the pixels on a side of a latent. `taker` is what sees them.
+    `stride` is the number of pixels along a side of a latent pixel. `taker` names the network that sees them.
 
     Raises:
-        CacheError: If they are missing or of another size than the pictures.
+        CacheError: If control images are missing or differ in size from their images.
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)

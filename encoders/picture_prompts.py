@@ -161,7 +161,7 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the network, a class of transformers, for `on_meta_device`."""
+    """Build the vision tower with its class of transformers; call it in `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     config_class, tower_class = kind.classes

@@ -47,7 +47,7 @@ _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
 class ExtractedModule(NamedTuple):
-    """A module that gets a LoRA of a tensor or of a part of it."""
+    """A module for which a LoRA is extracted, and the tensor (or part of one) that holds its weight."""
 
     name: str  # in LoRA files
     rank: int

@@ -18,8 +18,8 @@ TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
-DEFAULT_SAMPLER = "ddim"  # of known trainers
-STEPS, GUIDANCE_SCALE = 30, 7.5  # of pictures, as known trainers have their samples
+DEFAULT_SAMPLER = "ddim"  # default of known trainers
+STEPS, GUIDANCE_SCALE = 30, 7.5  # defaults for images, as in the samples of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
 
 
@@ -125,7 +125,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         """Number of 75-token chunks of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
-    # of a training of all weights
+    # set for full training only
 
     @property
     def is_full(self) -> bool:

@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class WrittenClip:
-    """A clip of a record."""
+    """A clip that is, or will be, written, with its file name and size."""
 
     name: str
     clip: PlannedClip

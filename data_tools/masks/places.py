@@ -76,7 +76,7 @@ class MaskPlace:
         """Return where to write a mask.
 
         Args:
-            moves: It has a picture for each frame.
+            moves: Whether the mask has an image for each frame of a clip.
         """
         return self.folder / (self.name if moves else f"{self.name}.png")
 

@@ -260,7 +260,7 @@ def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptio
 
 
 def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]") -> Iterator[Values]:
-    """Yield the values of each frame; put its width and height behind `sizes`."""
+    """Yield the values that a finder returns for each frame; append the frame's size to `sizes`."""
     for frame in frames:
         sizes.append((frame.shape[1], frame.shape[0]))
         yield finder.find(frame)

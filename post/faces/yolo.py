@@ -36,7 +36,7 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Layout of the rows of a YOLO's result."""
+    """Layout of the rows in a YOLO's output."""
 
     side: int  # of the square picture that is looked at
     classes: int | None  # None: the file does not say
@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Faces(NamedTuple):
-    """Findings of a YuNet, in pixels of the searched picture."""
+    """Detections of a YuNet, in pixels of the searched image."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -52,7 +52,7 @@ class _Faces(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Findings of a YOLO, in pixels of the square picture."""
+    """Detections of a YOLO, in pixels of the square input."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -68,7 +68,7 @@ class YoloDetector:
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the objects in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the objects in an image (H W 3, RGB) with at least this score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
         rows = self._read(self._take_boxes(outputs), least_score)
@@ -97,12 +97,14 @@ class YoloDetector:
         raise _other_layout(self.path, shapes)
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
-        """Return the rows with at least that score."""
+        """Return the rows with at least this score."""
+        # numbers of candidates: one for each cell of the grids with these steps
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
+            # the file selects the best boxes itself: corners, score, class, then points
             rows = result[result[:, BOX] >= least_score]
             return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
-        if result.shape[1] in counts:
+        if result.shape[1] in counts:  # candidates along columns
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
@@ -111,13 +113,13 @@ class YoloDetector:
         is_chosen = scores >= least_score
         rows = result[is_chosen]
         centers = rows[:, :2]
-        half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([centers - half, centers + half], axis=1)
+        half_sizes = rows[:, 2:BOX] / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
         points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
         return _Rows(boxes, scores[is_chosen], points)
 
     def _split_columns(self, width: int) -> tuple[int, int]:
-        """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""
+        """Return the number of classes in a row of `width` numbers, and how many numbers a landmark has."""
         if self.layout.classes is not None:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
@@ -125,9 +127,14 @@ class YoloDetector:
 
 
 def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
-    """Return the layout of the rows of a YOLO's result; None if the file does not look like a YOLO.
+    """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
 
-    side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
+    Raises CheckpointError for a YOLO without boxes.
+
+    Args:
+        path: Path of the file.
+        model: The loaded file.
+        side: Side of the square input, for files that accept any size.
     """
     input_shape = model.input_shape
     if len(input_shape) != 4 or input_shape[1] not in (3, None):
@@ -186,9 +193,10 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
 
 
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """Fit a picture (H W 3) into a gray square.
+    """Fit an image (H W 3) into a gray square.
 
-    Returns the square, the scale of the picture, and its left and top in the square.
+    Returns:
+        The square, the scale of the image, and its left and top in the square.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
@@ -238,7 +246,7 @@ PADDED = 32  # pixels: sides are multiples of it
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """A loaded YuNet. Pictures whose long side is longer than `side` are searched in a smaller copy.
+    """A loaded YuNet. Images whose long side exceeds `side` are searched in a smaller copy.
 
     It was trained for faces of about 10 to 300 pixels.
     """
@@ -249,7 +257,7 @@ class YuNetDetector:
     canvas: tuple[int, int] | None = None  # width and height that the file needs; None: any do
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
         height, width = pixels.shape[:2]
         small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
@@ -291,7 +299,7 @@ class YuNetDetector:
         return _Faces(boxes, scores, points.astype(np.float32))
 
     def _select_factor(self, height: int, width: int) -> float:
-        """Return the factor that scales a picture down for the search."""
+        """Return the factor by which an image is downscaled for detection."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
@@ -301,7 +309,7 @@ class YuNetDetector:
 def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
     """Return a YuNet that has been run once as a test.
 
-    Files are made for pictures of any size, or of one, into which all others are fitted.
+    Some files are made for one image size, into which all others are fitted, others for any.
 
     Raises:
         CheckpointError: If it cannot be run.

@@ -31,7 +31,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 class Forms(NamedTuple):
     """Which keys the tables of dataset.toml can have."""
 
-    step: int  # of which sides are multiples
+    step: int  # sides are multiples of this
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
     regularizes: bool = False  # the folder has regularization pictures
@@ -195,6 +195,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
             project.left.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
+    # keys about shuffling do nothing unless captions vary
     without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
     if not forms.regularizes:
         without_effect.append("prior_loss_weight")
