@@ -261,22 +261,33 @@ class YuNetDetector:
         height, width = pixels.shape[:2]
         small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
-        open_size = round_up(small_width, PADDED), round_up(small_height, PADDED)
-        canvas_width, canvas_height = self.canvas or open_size
-        image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
-        image[0, :, :small_height, :small_width] = small[..., ::-1].transpose(2, 0, 1)  # blue first
-        outputs = dict(zip(self.network.outputs, self.network.run(image), strict=True))
-        parts = [self._read_step(outputs, step, canvas_width, canvas_height) for step in STEPS]
-        boxes, scores, points = (np.concatenate(part) for part in zip(*parts, strict=True))
-        likely = np.flatnonzero(scores >= least_score)
-        likely = likely[np.argsort(-scores[likely], kind="stable")[:MAX_BEFORE]]
+        found = self._search(small)
         scale = np.array([width / small_width, height / small_height], np.float32)
+        likely = np.flatnonzero(found.scores >= least_score)
+        likely = likely[np.argsort(-found.scores[likely], kind="stable")[:MAX_BEFORE]]
+        boxes = found.boxes[likely]
+        scores = found.scores[likely]
         faces = []
-        for index in select_best(boxes[likely], scores[likely], MAX_OVERLAP_YUNET):
-            face = likely[index]
-            left, top, right, bottom = (boxes[face].reshape(2, 2) * scale).reshape(4).tolist()
-            faces.append(FoundFace((left, top, right, bottom), float(scores[face]), points[face] * scale))
+        for index in select_best(boxes, scores, MAX_OVERLAP_YUNET):
+            left, top = (boxes[index, :2] * scale).tolist()
+            right, bottom = (boxes[index, 2:] * scale).tolist()
+            points = found.points[likely[index]] * scale
+            faces.append(FoundFace((left, top, right, bottom), float(scores[index]), points))
         return faces
+
+    def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
+        """Return what is found at all places of an image (H W 3, RGB), whatever the score."""
+        height, width = pixels.shape[:2]
+        canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
+        image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
+        image[0, :, :height, :width] = pixels[..., ::-1].transpose(2, 0, 1)  # blue first
+        outputs = dict(zip(self.network.outputs, self.network.run(image), strict=True))
+        steps = [self._read_step(outputs, step, canvas_width, canvas_height) for step in STEPS]
+        return _Faces(
+            np.concatenate([step.boxes for step in steps]),
+            np.concatenate([step.scores for step in steps]),
+            np.concatenate([step.points for step in steps]),
+        )
 
     def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
         """Return what is found at the places that are `step` pixels apart, row by row."""
