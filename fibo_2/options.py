@@ -55,7 +55,7 @@ class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
     """Options of fibo_2_train_network.py besides the shared ones."""
 
     distilled_dit: Path | None = option(
-        "transformer of edit-turbo, which makes samples in place of --dit, with the trained network: "
+        "transformer of edit-turbo, which generates samples instead of --dit, with the trained network: "
         f"{STEPS_OF_TURBO} steps without guidance. Each of the two waits in host memory while the other one "
         "works",
         facts=FREE,
@@ -73,8 +73,8 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
     """Options of fibo_2_generate_image.py besides the shared ones."""
 
     mask_path: Path | None = option(
-        "a picture that is white where the one of --control_image_path is made anew, of its size: the model "
-        "sees gray there (--m in a prompt line)",
+        "an image that is white where the one of --control_image_path is regenerated, of its size: the "
+        "model sees gray there (--m in a prompt line)",
         facts=of_request(MASK),
     )
 

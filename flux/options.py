@@ -103,7 +103,7 @@ class FluxLatentCachingOptions(Options, title=NAME):
     controlnet: Path | None = _control_net(
         "encode the tables' control pictures too, for a training with this ControlNet; only its name is used"
     )
-    control_pictures: bool = option("encode the tables' control pictures too, for flux_train_control_net.py")
+    control_pictures: bool = option("encode the tables' control images too, for flux_train_control_net.py")
 
 
 class FluxTextCachingOptions(Options, title=NAME):
@@ -134,7 +134,7 @@ class FluxLearningOptions(Options, title=NAME):
     text: FluxTextOptions = option(facts=HABIT)
     embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
     controlnet: Path | None = _control_net(
-        "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control pictures is "
+        "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control images is "
         "added after the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
 
@@ -152,7 +152,7 @@ class OlderSwappingOptions(Options):
     """Older names of --blocks_to_swap; see `join_swapped`."""
 
     double_blocks_to_swap: int | None = option(
-        "added to --blocks_to_swap, which takes its place", least=0, facts=FREE
+        "added to --blocks_to_swap, which replaces it", least=0, facts=FREE
     )
     single_blocks_to_swap: int | None = option(
         "half of it is added to --blocks_to_swap, as a single block is half as large", least=0, facts=FREE

@@ -49,7 +49,7 @@ class Flux3TrainingOptions(Options, title=NAME):
     vae: Flux2VaeOptions = option(facts=FREE)
     text: Flux3TextOptions = option(facts=FREE)
     distilled_dit: Path | None = option(
-        "distilled transformer, which makes samples in place of --dit, with the trained network: "
+        "distilled transformer, which generates samples instead of --dit, with the trained network: "
         f"{STEPS_OF_DISTILLED} steps without guidance. Each of the two waits in host memory while the other "
         "one works",
         facts=FREE,

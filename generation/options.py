@@ -154,7 +154,7 @@ class GenerationOptions(Options, title="run"):
         "ask for prompts; Ctrl-C drops the current one, quit ends", facts=NO_PIXELS, often=True
     )
     num_videos: int = option(  # each with its own seed
-        "how many to make of --prompt, with seed, seed + 1, ...",
+        "number of results for --prompt, with seed, seed + 1, ...",
         default=1,
         least=1,
         most=10_000,

@@ -65,7 +65,7 @@ class HunyuanImageTextOptions(Options):
         "its tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
     )
     byt5: Path | None = option(
-        "ByT5 encoder of the texts to be written in the picture: file or folder", often=True
+        "ByT5 encoder of the texts to be written in the image: file or folder", often=True
     )
     text_encoder_dtype: str | None = option(
         "dtype that both encoders compute in; default: bfloat16 and float16, but float32 with a float32 "

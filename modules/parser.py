@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
         # whether other arguments, or a file, may replace those that are parsed before records are read
         self.changes_values = False
-        texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
+        texts = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 

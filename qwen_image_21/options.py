@@ -34,7 +34,7 @@ class QwenImage21VaeOptions(Options):
 
     file: VaeOptions = option(facts=OF_DECODING)
     vae_chunk_size = not_needed(
-        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+        "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
 
 
@@ -82,18 +82,18 @@ class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
     """How pictures of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_image_size: bool = option(
-        "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
+        "resize the images to the size of the result, and crop them; default: to about a megapixel in "
         "their own shape, as the model was trained",
         facts=OF_REFERENCES,
     )
     resize_control_to_official_size: bool = option(
-        "resize the pictures to about a megapixel, which is the default",
+        "resize the images to about a megapixel, which is the default",
         excludes="resize_control_to_image_size",
         facts=OF_REFERENCES,
     )
     mask_path: Path | None = option(
-        "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
-        "must have the size of the result",
+        "an image that is white where the first one is changed; the rest of it stays as it is. That "
+        "image must have the size of the result",
         facts=of_request(MASK),
     )
 
@@ -107,8 +107,8 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
         excludes="dit_dtype",
     )
     no_kv_cache: bool = option(
-        "compute the prompt and the pictures to edit anew in each step: slower, but their keys and values, "
-        "half a megabyte for each of their tokens, are not kept",
+        "compute the prompt and the images to edit again in each step: slower, but their keys and "
+        "values, half a megabyte for each of their tokens, are not kept",
         facts=OF_REQUEST,
     )
     references: QwenImage21ReferenceOptions

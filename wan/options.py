@@ -62,7 +62,7 @@ class WanExpertOptions(Options):
     dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
     # resume compares where the experts begin
     timestep_boundary: float | None = option(
-        "from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
+        "noise level from which --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
         above=0,
         below=MAX_TIMESTEP,
         hint="a share of noise, such as 0.875, or a timestep, such as 875",
@@ -93,8 +93,8 @@ class WanLatentCachingOptions(Options, title="Wan"):
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
     vace: bool = option(
-        "cache for VACE, of items that have them: control videos (control_directory), masks whose white "
-        "parts are made new (control_mask_directory), and references (reference_directory)",
+        "cache for VACE, for items that have them: control videos (control_directory), masks whose "
+        "white parts are regenerated (control_mask_directory), and references (reference_directory)",
         excludes=("clip", "i2v"),
         often=True,
     )
@@ -125,7 +125,7 @@ class WanModelOptions(Options, title="Wan"):
         often=True,
     )
     dit: Path | None = option(  # resume compares its name
-        "transformer checkpoint; of a model with two experts the one for low noise", facts=FREE, often=True
+        "transformer checkpoint; for a model with two experts, the low-noise expert", facts=FREE, often=True
     )
     dit_dtype: str | None = dit_dtype_option()
     experts: WanExpertOptions = option(facts=FREE)
@@ -133,15 +133,15 @@ class WanModelOptions(Options, title="Wan"):
         "keep every tensor of the transformer in the dtype its file has", facts=HABIT
     )
     text_as_image_tokens: bool = option(
-        "Fun-Control without a start image: use text tokens in place of image features, as older tuners did; "
-        "for LoRAs trained that way",
+        "Fun-Control without a start image: use text tokens in place of image features, as older "
+        "trainers did; for LoRAs trained that way",
         facts=HABIT,
     )
     vace: Path | None = option(
-        "the blocks of VACE alone, as a file next to a text-to-video --dit that has none", facts=FREE
+        "file with only the VACE blocks, for a text-to-video --dit without them", facts=FREE
     )
     vace_high_noise: Path | None = option(
-        "likewise next to --dit_high_noise; it may be the same file", needs="vace", facts=FREE
+        "the same for --dit_high_noise; it may be the same file", needs="vace", facts=FREE
     )
     vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
@@ -189,8 +189,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         facts={**FREE, **OF_SAMPLES},
     )
     first_frame_probability: float | None = option(
-        "ti2v-5B: share of the batches of clips that are trained from image to video, with the first frame "
-        "given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
+        "ti2v-5B: fraction of the batches of clips that are trained from image to video, with the "
+        "first frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
         least=0,
         most=1,
         facts=IDENTITY,
@@ -260,14 +260,14 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     from_file: Path | None = option(facts=NO_PIXELS)
     interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(
-        "mask of --src_video, a video or a picture: white is made new, black is kept (a loss mask of a "
-        "training is white where it learns); without it everything is made new",
+        "mask of --src_video, a video or an image: white is regenerated, black is kept (loss masks of "
+        "a training are white where the network learns); without it, everything is regenerated",
         flags=("--src_mask", "--vace_video_mask"),
         facts=of_request(MASK),
         title="VACE",
     )
     vace_scale: tuple[float, ...] = option(
-        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
+        "strength of VACE: one number, or one for each VACE layer; 0 is text to video",
         default=(1.0,),
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
         least=-MAX_HINT_SCALE,
@@ -277,8 +277,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         nargs="+",
     )
     one_frame_inference: str | None = option(
-        "make one image from --control_image_path: places in time, 'target_index=1,control_index=0+2', or "
-        "default, which is one control image at 0",
+        "generate one image from --control_image_path: positions in time, "
+        "'target_index=1,control_index=0+2', or default, which is one control image at 0",
         facts=of_request(ONE_FRAME),
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",

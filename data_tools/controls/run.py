@@ -28,7 +28,7 @@ FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pi
 class ControlImageOptions(Options, title="what to make"):
     """Pictures, the kind of their control pictures, and the folder of these."""
 
-    folder: Path = option("folder of pictures", positional=True, place="folder")
+    folder: Path = option("folder of images", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
         "draw edges; behind the folder. Two numbers are Canny's thresholds, low and high; default: "
         f"{EDGE_THRESHOLDS[0]} {EDGE_THRESHOLDS[1]}, as --control_net_preps canny of gen_img.py",

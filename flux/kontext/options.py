@@ -22,7 +22,7 @@ class KontextVaeOptions(Options):
     """Path of FLUX's autoencoder and how it runs."""
 
     file: VaeOptions = option(settings={"vae": {"help": "FLUX's autoencoder"}})
-    vae_chunk_size = not_needed("the autoencoder computes one picture at a time.", type=int)
+    vae_chunk_size = not_needed("the autoencoder computes one image at a time.", type=int)
 
 
 class KontextTextOptions(Options):

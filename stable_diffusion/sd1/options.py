@@ -22,8 +22,8 @@ GENERATION = script_defaults(512, side_step=8)
 
 def _clip_skip() -> int | None:
     skip: int | None = option(
-        "layer of the text encoder whose states are used, from the end: 1 is the last one, which is usual; "
-        "2.x is loaded without OpenCLIP's last layer, as it was trained",
+        "layer of the text encoder whose states are used, from the end: 1 is the last one, which is "
+        "common; 2.x is loaded without OpenCLIP's last layer, as it was trained",
         least=1,
         hint="1 or 2",
         facts=IDENTITY,

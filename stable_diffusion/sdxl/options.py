@@ -57,8 +57,8 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
     """Options of sdxl_train_control_net_lllite.py besides the shared ones."""
 
     cond_emb_dim: int | None = option(
-        "numbers that the control picture becomes at each place, even; default: those of --network_weights, "
-        "else 32",
+        "number of values for the control image at each position, even; default: those of "
+        "--network_weights, else 32",
         least=2,
         most=MAX_WIDTH,
         hint="32 is usual",

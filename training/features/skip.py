@@ -33,7 +33,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
     """Which steps are left out."""
 
     skip_bad_steps: int | None = option(
-        "leave out a step whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
+        "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
         "ends the run, as the first one does without this option",
         least=1,
         most=1_000_000,
@@ -42,8 +42,8 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         facts={AGAINST_BAD_STEPS: REMEDY},
     )
     skip_spikes: float | None = option(
-        "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
-        "steps, from the 21st step on",
+        "skip steps whose gradient norm is above FACTOR times the median of the last 100 taken steps, "
+        "from the 21st step on",
         above=1,
         most=MAX_FACTOR,
         metavar="FACTOR",

@@ -26,9 +26,9 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
     """Which captions a slider moves between."""
 
     slider: Path | None = option(
-        "TOML file with captions: at strength 1 the network moves a neutral caption's result towards the "
-        "positive one, at -1 towards the negative one. Captions of the dataset are not used. Three more "
-        "passes in each step without gradients, and one more with gradients",
+        "TOML file with captions: at strength 1, the network moves the result of a neutral caption "
+        "toward the positive one, at -1 toward the negative one. Captions of the dataset are not used. "
+        "Adds three passes without gradients and one with gradients to each step",
         place="there",
         often=False,
         known_as=("slider_config", "leco", "concept_slider"),

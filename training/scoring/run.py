@@ -62,13 +62,13 @@ class ScoreOptions(Options, title="what to score"):
         default=MODEL_FOLDER,
     )
     dataset_config: Path | None = option(
-        "dataset of the training pictures, .toml or .json; default: the one that the run was trained on",
+        "dataset of the training images, .toml or .json; default: the one that the run was trained on",
         place="file",
     )
     num_frames: int = option(
         "frames of a clip that are compared, evenly spaced", default=8, least=1, most=1024
     )
-    batch_size: int = option("pictures that the model sees at a time", default=16, least=1, most=4096)
+    batch_size: int = option("images that the model sees at a time", default=16, least=1, most=4096)
     device: str | None = option("cuda, cuda:1, mps or cpu (default: the best there is)")
 
 
