@@ -174,7 +174,7 @@ def _fill(
             conclude(replace(report, foreign=0))  # files of other programs are no surprise here
         elif kind == "latents" and options.vae_batch_size > 1:
             logger.warning(
-                "--vae_batch_size %d has no effect: this run caches no pictures, because their caches are "
+                "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
                 "there, or because they change each time",
                 options.vae_batch_size,
             )
@@ -212,7 +212,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
-                f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
+                f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
                 "their latents cannot be cached: leave out these keys, or --cache_latents"
             )
         return Where.LIVE

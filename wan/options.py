@@ -38,7 +38,7 @@ def check_one_frame(task: WanTask) -> None:
     able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
-            f"--task {task.name} has no condition for single pictures from control images (--one_frame, "
+            f"--task {task.name} has no condition for single images from control images (--one_frame, "
             f"--one_frame_inference). Use --task {', '.join(able[:-1])} or {able[-1]}"
         )
 

@@ -92,7 +92,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
-        raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
+        raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
     images = _find_images(folder)
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")

@@ -58,7 +58,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
     audio = audio_of(family)
     if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):
         raise OptionError(
-            f"--preference {options.beta:g}: pairs are of pictures, and here one stream alone is learned. "
+            f"--preference {options.beta:g}: pairs are of images, and here one stream alone is learned. "
             "Leave it out"
         )
 

@@ -190,7 +190,7 @@ def open_run(place: Path) -> ScoredRun:
     try:
         session = read_session(place)
         if session is None:
-            raise OptionError(f"{place}: this is no history of a training")
+            raise OptionError(f"{place}: this is not the history of a training")
         story = read_history(place, session)
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
