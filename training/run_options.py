@@ -63,7 +63,7 @@ class LoopOptions(Options, title="training run"):
     )
     seed: int | None = option(
         "seed for data order, noise, timesteps, dropout and LoRA weights, a number or any text; "
-        "default: random",
+        "random by default",
         type=read_seed,
         least=0,
         below=TOO_LARGE_A_SEED,
@@ -247,7 +247,7 @@ class AcceleratorOptions(Options, title="precision and processes"):
     """
 
     mixed_precision: str = option(
-        "autocast; default: the setting of accelerate launch, else no",
+        "autocast; without this option, the setting of accelerate launch, else no",
         default="no",
         choices=PRECISIONS,
         refused={"fp8": "weights in 8 bits are --fp8_base, and --fp8_scaled where the model's page has it"},
