@@ -11,7 +11,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 30, 5.0
 STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 4, 1.0
 MASK = "mask_path"  # in `Request.extra`

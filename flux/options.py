@@ -163,7 +163,7 @@ class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=N
     """Options of flux_train.py besides the shared ones."""
 
 
-DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # of a new ControlNet
+DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # default sizes of a new ControlNet
 _COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
 # settings of `training.image_options.beside_transformer`
 CONTROL_NET_REJECTED: Mapping[str, str] = {
@@ -270,6 +270,7 @@ def join_swapped(args: argparse.Namespace) -> None:
             "--blocks_to_swap alone"
         )
     if typed:
+        # a single block is half as large as a double block, by which --blocks_to_swap counts
         blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
         logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
         args.blocks_to_swap = blocks

@@ -11,8 +11,8 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "FLUX 3"
-SIDE = 1024  # of images, where nothing is said
-SHIFT = 6.93  # of the noise levels, for all sizes and both models. Source: the released code
+SIDE = 1024  # default width and height of images
+SHIFT = 6.93  # shift of the noise levels, for all sizes and both models. Source: the released code
 STEPS, GUIDANCE = 50, 3.5
 STEPS_OF_DISTILLED, GUIDANCE_OF_DISTILLED = 16, 1.0
 _VERSION = "the tensors of the transformer show whether it is base or distilled."

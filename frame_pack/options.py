@@ -67,7 +67,7 @@ FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 DEFAULT_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
 LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
-ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
+ROPE_FACTOR = 0.5  # default of --rope_scaling_factor
 
 
 _IMAGE_ENCODER = "SigLIP image encoder: folder or file"
@@ -114,7 +114,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     vae: HunyuanVaeOptions = option(facts=FREE, **ALWAYS_TILED)
     text: HunyuanTextOptions = option(facts=FREE)
     image_encoder: Path | None = option(_IMAGE_ENCODER, facts=FREE, often=True)
-    # of samples: the caches say what is trained
+    # for samples only: trainings take these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
     # these two: of samples, and of what files say they were trained for

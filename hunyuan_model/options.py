@@ -12,7 +12,7 @@ from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_te
 
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training
 SKIP_LAYERS = 2
-INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
+INPUT_CHANNELS = (16, 32)  # input channels of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles
 ALWAYS_TILED: Mapping[str, Any] = {
     "defaults": {"vae_tiling": True},

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 NAME = "Krea 2"
 VARIANTS = RAW, TURBO = ("raw", "turbo")
 VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code

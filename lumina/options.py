@@ -11,9 +11,9 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
-MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
+MAX_TOKENS = 256  # default maximum length of a caption with the system prompt
 MOST_TOKENS = 8192  # that Gemma 2 was trained with
-CFG_TRUNC_RATIO = 0.25  # where nothing is said
+CFG_TRUNC_RATIO = 0.25  # default
 RENORM_CFG = 1.0  # likewise
 # options of a generation -> their names in Request.extra, which training samples use too
 EXTRAS = {"cfg_trunc_ratio": "cfg_trunc_ratio", "renorm_cfg": "renorm_cfg"}

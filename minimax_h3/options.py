@@ -53,14 +53,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
-FPS = 24.0  # of all clips
-SIZE = (1344, 768)  # height and width where nothing is said, as in musubi-tuner
+FPS = 24.0  # frame rate of all clips
+SIZE = (1344, 768)  # default height and width, as in musubi-tuner
 FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
-CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
-MAX_RATIO = 4  # of the sides of keyframes and references, and the other way round
-ADAPTIVE = "adaptive"  # of --ratio
+# number of frames that are encoded together, and of the frames after the last of these
+CLIP, LAST_FRAMES = 17, 5
+MAX_RATIO = 4  # maximum ratio of the sides of keyframes and references, in either direction
+ADAPTIVE = "adaptive"  # a value of --ratio
 MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"

@@ -21,9 +21,9 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "MOSS-Image"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 50, 3.0
-SHIFT = 5.0  # of the noise levels of a generation; training has its own
+SHIFT = 5.0  # shift of the noise levels in generations; training has its own
 SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")
 SKIPPED = "22"  # block that the negative pass leaves out, from 0
 NO_BLOCKS = "none"

@@ -177,7 +177,7 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
 
 
 class QwenImageLayerOptions(Options, title="layers"):
-    """How --model_version layered takes a picture apart."""
+    """How --model_version layered splits an image into layers."""
 
     output_layers: int = option(
         "number of layers that --model_version layered takes the image apart into, from back to front",

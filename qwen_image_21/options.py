@@ -20,7 +20,7 @@ from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_opti
 from qwen_image.options import MASK
 
 NAME = "Qwen-Image-2.1"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS = 40
 BLANK = " "  # what an empty prompt is written as, as released
 NO_TEXT = ("", '""', "''")

@@ -72,7 +72,8 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
+# in caches of single images: positions in time of the images and their control images
+PLACES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
@@ -311,7 +312,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
         can_make_one_frame = task.takes_image and not task.has_control
-        # prompt lines may ask for one frame too
+        # prompt lines may ask for one frame too, which uses control images
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
         control_images = None if one_frame else self.control_image_path

@@ -10,7 +10,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
-CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
+CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # default, as in the official pipeline
 _VAE: Mapping[str, Any] = {"vae": {"help": "FLUX.1's autoencoder: file or folder"}}
 
 

@@ -9,7 +9,7 @@ from modules.options import FREE, HABIT, OF_DECODING, OF_REFERENCES, OF_REQUEST,
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 NAME = "FLUX.1 Kontext"
-GUIDANCE = 2.5  # embedded guidance of a generation, where nothing is said
+GUIDANCE = 2.5  # default embedded guidance of generations
 _TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 _OWN_SIZE = (
     "keep the reference's own size, cut to multiples of 16; default: stretch it to that of the trained "

@@ -33,7 +33,7 @@ _IN_GUIDES = (
 
 _ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
 _NO_TEXTS = "the text encoders are not trained. Leave it out"
-MAX_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
+MAX_WIDTH = 1024  # maximum width of the embedding of a control image; released files have 16 to 64
 
 
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
