@@ -149,7 +149,7 @@ class Requests:
                 if path.lstat().st_mtime_ns == changed:
                     path.unlink()
             except FileNotFoundError:
-                pass  # taken away meanwhile
+                pass  # someone else removed it in the meantime
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._passed[path] = changed
