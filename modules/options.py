@@ -218,7 +218,7 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 class KeyFile(NamedTuple):
-    """A file of settings, for the message on a key of it that is typed as an option."""
+    """A kind of settings file, for the message about one of its keys that is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
     hint: str  # what to write, with {key}
