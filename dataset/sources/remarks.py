@@ -86,7 +86,7 @@ def whole_texts(source: MediaSource) -> Iterator[str]:
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return remarks about marks in captions that are learned as text, and are hardly meant to be."""
+    """Warn of special characters in captions that would be learned as text, probably by mistake."""
     remarks: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}
