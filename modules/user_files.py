@@ -20,7 +20,8 @@ MAX_BYTES = 1 << 16
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
     """Return the folder of the user's own files of this program, which need not exist.
 
-    The system's folder for state of programs is used: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application Support.
+    It is in the system's folder for state of programs: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
+    Support.
 
     Raises:
         OSError: If the user has no home folder.
