@@ -508,13 +508,15 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
+    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
+    if not scheduled and all(scale is None or scale >= off for scale in used):
+        return
     named = _name_scales(prepared)
     for scales in scheduled:
         for weight in scales:
             if weight is not None:
                 scale = weight - 1 + off
                 named.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
-    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in named.items():
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))
