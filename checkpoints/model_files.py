@@ -54,11 +54,10 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Return the result of `read` for the open file and the further arguments, such as dimensions.
+    """Open a file, call `read` with it and the further arguments, and cache the result.
 
-    The result is cached while the file stays the same. `read` is a function of a module, such as `read_vae`.
-    `arguments` are hashable. Raises CheckpointError as `read` does, if the file holds another kind of
-    network.
+    The result is cached until the file changes. `read` is a module-level function, such as `read_vae`, and
+    the arguments are hashable. Raises CheckpointError if the file holds another kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)

@@ -35,10 +35,10 @@ CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", 
 
 
 def check_value(name: str, value: Any, facts: Info) -> None:
-    """Check a value by itself.
+    """Check the value of an option, regardless of other options.
 
     Raises:
-        OptionError: If a number is not within the limits, or the value is none of `one_of`.
+        OptionError: If a number is not within the limits, or if the value is not in `one_of`.
     """
     for number in value if isinstance(value, (tuple, list)) else (value,):
         _check_limits(f"--{name}", number, facts)
@@ -50,10 +50,11 @@ def check_value(name: str, value: Any, facts: Info) -> None:
 
 
 def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
-    """Check a given option against the others.
+    """Check a given option against the other given options.
 
     Raises:
-        OptionError: If an option that it excludes is given too, or none of those that it needs.
+        OptionError: If an option that it excludes is given too, or if none of the options that it needs is
+            given.
     """
     for other in list_given(facts.get("excludes", ())):
         hint = _find_relation_hint(facts)
@@ -66,7 +67,7 @@ def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
 
 
 def find_needed(facts: Info, list_given: ListGiven) -> str:
-    """Return the options of which an option needs one, if none is given; else nothing."""
+    """Return the options of which one is needed, if none of them is given; otherwise nothing."""
     needed = facts.get("needs", ())
     if not needed or list_given(needed):
         return ""
@@ -74,7 +75,7 @@ def find_needed(facts: Info, list_given: ListGiven) -> str:
 
 
 def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], Any]) -> None:
-    """Check the paths of an option with a `place`.
+    """Check the paths of an option that declares with `place` what its path must be.
 
     Args:
         flag: How the option is typed.
@@ -83,7 +84,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
         value_of: Returns the value of another option by its public name.
 
     Raises:
-        OptionError: If a path is unusable, or if a file would replace one of those that it spares.
+        OptionError: If a path is unusable, or if a file would replace a file that it must not (`spares`).
     """
     for path in list_paths(value):
         for name in facts.get("spares", ()):
@@ -108,7 +109,7 @@ def _find_relation_hint(facts: Info) -> str:
 
 
 def _check_limits(option: str, number: Any, facts: Info) -> None:
-    """Raise OptionError if a number is not within the limits among the facts."""
+    """Raise OptionError if a number is not within the declared limits."""
     if not isinstance(number, (int, float)):
         return
     limits = {fact: facts[fact] for fact in LIMITS if fact in facts}

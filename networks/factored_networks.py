@@ -16,7 +16,7 @@ from networks.kinds.factors import Factors
 def make_layers(
     targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
 ) -> dict[str, nn.Module]:
-    """Build a layer for each target, with factors of the shapes that the kind gives for its weight."""
+    """Build a layer for each target; `make_shapes` maps a weight's shape to the shapes of its factors."""
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module
@@ -33,10 +33,10 @@ def _shape_of(module: Factored) -> tuple[int, ...]:
 
 
 def layer_of(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
-    """Return a layer with the rank and alpha of a file's factors.
+    """Return a layer for a module with the rank and alpha of a file's factors.
 
     Raises:
-        CheckpointError: If its factors are not for the module's weight, or have a core (LyCORIS' use_tucker)
+        CheckpointError: If the factors do not fit the module's weight, or have a core (LyCORIS' use_tucker)
             or magnitudes, which are not trained here.
     """
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}

@@ -18,7 +18,7 @@ from project.options import (
 
 
 class NewOptions(Options):
-    """Content of the project files for a folder."""
+    """Options that decide what the project files of a folder contain."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
 
@@ -83,5 +83,5 @@ class NewOptions(Options):
 
     @property
     def trains(self) -> str | None:
-        """Return the name of the kind of run that is typed."""
+        """Return the name of the kind of run that was typed."""
         return FULL_MODEL if self.whole_model else self.train

@@ -62,7 +62,7 @@ def say_generation(
         flag: Option for the file.
         file: The trained file.
         sample: Values of the sample, by the names of `Request`.
-        _: Ignored.
+        _: Ignored; other kinds of networks need it.
     """
     words = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

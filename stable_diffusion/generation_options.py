@@ -101,7 +101,7 @@ def _of_gen_img(**settings: Any) -> Any:
 
 
 class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
-    """Options that both scripts have besides the shared ones."""
+    """Options of both generation scripts, in addition to the shared ones."""
 
     ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
     vae: Path | None = option(VAE_HELP, often=True)

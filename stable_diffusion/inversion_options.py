@@ -17,7 +17,7 @@ FLAGS = WordFlags(
 
 
 class InversionOptions(Options, title="textual inversion"):
-    """The word that is learned, how it begins, and in which sentences it is learned."""
+    """The word to learn, how its vectors are initialized, and the sentences it is learned in."""
 
     token_string: str | None = option(
         "the new word, as it stands in captions and sample prompts; it must be no token of the text encoders",
@@ -61,7 +61,7 @@ class InversionOptions(Options, title="textual inversion"):
         """Return the new word.
 
         Raises:
-            OptionError: If there is none.
+            OptionError: If no word is given.
         """
         if self.token_string is None:
             raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")

@@ -26,7 +26,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """Settings for one ControlNet or ControlNet-LLLite."""
+    """Settings of one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the gray image changes by more than the second number, or by
@@ -88,7 +88,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """The networks with preparation, strength and fraction of steps; missing values have defaults."""
+        """Each network with its preparation, strength and fraction of steps; missing values get defaults."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -123,7 +123,7 @@ def check_control(
     shrinks: bool,
     compared_by: str | None = None,
 ) -> None:
-    """Check against other options.
+    """Check these options against others.
 
     Args:
         options: Options of ControlNets.
@@ -132,7 +132,7 @@ def check_control(
         compared_by: Option that compares the guide images by CLIP or VGG16; None if none does.
 
     Raises:
-        OptionError: If pictures are missing or the options do not work together.
+        OptionError: If guide images are missing, or the options cannot be combined.
     """
     if compared_by is not None and options.uses:
         raise OptionError(
@@ -165,7 +165,7 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """Strengths with which CLIP and VGG16 steer pictures (0: off), and the files of these networks."""
+    """Strengths with which CLIP and VGG16 steer images (0: off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
@@ -220,7 +220,7 @@ def _count_words(number: int, word: str) -> str:
 
 
 class AddedNetworkOptions(Options, title="LoRA and other networks"):
-    """LoRAs and their like, in the order of their weights."""
+    """LoRAs and similar networks, in the order of --network_weights."""
 
     network_module: tuple[str, ...] | None = option(
         "kinds of the files, such as networks.lora; needless, as the files say what they are",
@@ -294,7 +294,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files, none if the option is not given."""
+        """The files; () if the option is not given."""
         return self.network_weights or ()
 
     @property
@@ -304,7 +304,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def num_merged(self) -> int:
-        """Number of files, from the first on, that are merged into the weights."""
+        """Number of files, counted from the first, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
@@ -313,7 +313,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:
-        """Raise OptionError if a prompt chooses more strengths than there are networks to choose them for."""
+        """Raise OptionError if a prompt gives more strengths than there are adjustable networks."""
         if len(multipliers) > self.num_adjustable > 0:
             merged = (
                 f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""

@@ -16,7 +16,7 @@ _SPEED = "precision, speed and memory"
 
 
 class ModelOptions(Options, title="model"):
-    """The checkpoint, and the way in which its networks are loaded and run."""
+    """The checkpoint, and how its networks are loaded and run."""
 
     ckpt: Path = option("checkpoint: a single file, or a folder in the layout of diffusers", required=True)
     vae: Path | None = option(
@@ -65,7 +65,7 @@ _IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of
 
 
 class ImageInputOptions(Options, title="prompts", must_give=True):
-    """Where prompts, input pictures and seeds come from."""
+    """Where prompts, input images and seeds come from."""
 
     prompt: str | None = option(
         "what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'", often=True
@@ -145,7 +145,7 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
 
 
 class ImageOutputOptions(Options, title="output"):
-    """Where pictures are written, and under which names."""
+    """Where images are written, and under which names."""
 
     outdir: Path = option(
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
@@ -158,7 +158,7 @@ class ImageOutputOptions(Options, title="output"):
 
 
 class TextOptions(Options, title="text"):
-    """How texts become conditions."""
+    """How prompts are encoded."""
 
     clip_skip: int | None = option(
         "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
