@@ -20,7 +20,7 @@ FEW_STEPS = FewSteps(
     targets=(GUIDED, make_transfer_target("the base", "anima-base-v1.0.safetensors")),
 )
 PATCH = 2  # latent pixels along each side of a token
-TEXT_ROWS = 512  # that a text has behind the adapter, as trained
+TEXT_ROWS = 512  # number of rows of a text after the adapter, as trained
 ADAPTER = "llm_adapter"  # its name in the transformer's file
 
 

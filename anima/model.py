@@ -320,7 +320,7 @@ class AnimaModel(BlockNetwork):
         """Turn tokens B L C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
         patches = self.final_layer(x, tokens).float()
-        # another order than that of the input, in which the channels come first
+        # channels come last in a token, unlike in the input, where they come first
         return rearrange(
             patches, "b (h w) (ph pw z) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
         )

@@ -56,7 +56,7 @@ class Fibo2(pictures.ModelOfImages):
 
     files: Fibo2Files
     options: Any = NO_OPTIONS  # set for trainings only
-    samples_on_turbo: bool = False  # the transformer is that of --distilled_dit
+    samples_on_turbo: bool = False  # whether the transformer is the one of --distilled_dit
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False

@@ -108,7 +108,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     @property

@@ -94,7 +94,7 @@ class Flux3(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     # the network

@@ -62,7 +62,7 @@ TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama_mask": "llama_attention_mask",
     "clip_l": "clip_l_pooler",
 }
-EMBEDDED_GUIDANCE = 10.0  # where nothing is said
+EMBEDDED_GUIDANCE = 10.0  # default
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
-NOWHERE = sys.maxsize  # a place behind all tokens
+NOWHERE = sys.maxsize  # an index after all tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HunyuanTokens:
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
-    # second row is that of the second text alone
+    # the second row belongs to the second text only
     vector: Tensor
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
@@ -202,7 +202,7 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then those of the feed-forward
+        # shift, scale and gate of attention, then of the feed-forward layers
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 

@@ -37,7 +37,7 @@ KREA_2_USE = replace(
     states_key=KEY,
     model=QWEN3_VL,
     source=replace(QWEN_USE.source, files=FROM),
-    most=512,  # with the tokens of the template behind the prompt, which stay if that is cut
+    most=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
     keeps_after=True,
     stacked=STATES,
 )

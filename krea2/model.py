@@ -49,7 +49,7 @@ class Krea2Tokens(LuminaTokens):
     references: int = 0  # R
     isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
     remembers: bool = False  # there are references alone, whose keys and values the blocks keep
-    split: int = 0  # where the tokens behind references begin, among those that this process has
+    split: int = 0  # index of the first token after references, among the tokens that this process has
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
         """Return the inputs for the tokens of one process."""
@@ -279,7 +279,8 @@ class Krea2Text(NamedTuple):
     """An embedded text."""
 
     states: Tensor  # B T C
-    lengths: Lengths | None  # how many of the tokens that see all are real, with this text behind; None: all
+    # how many of the tokens that attend to all are real, with this text last; None for all
+    lengths: Lengths | None
 
 
 class Krea2Model(BlockNetwork):

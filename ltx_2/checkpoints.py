@@ -170,7 +170,7 @@ FORMAT = DitFormat(
     option=OPTION,
     ignore=CONNECTORS,
 )
-# without the sound's stream: none of its weights is read
+# without the audio stream, none of its weights is read
 SILENT = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, audio=None), attention),

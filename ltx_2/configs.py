@@ -34,7 +34,7 @@ SOUND = StreamNames(
     cross_table="scale_shift_table_a2v_ca_audio",
     cross_attn="video_to_audio_attn",
 )
-# patterns of tensors in files of either layout that a network without the sound's stream leaves out
+# patterns of tensors, in either layout, that a network without the audio stream leaves out
 OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
 # likewise, one without the video's stream
 OF_VIDEO = (
@@ -64,8 +64,8 @@ class StreamConfig:
 
     dim: int
     ffn_dim: int
-    channels: int  # numbers of a token: of a latent pixel, or of a moment of sound
-    text_dim: int  # width of the states that it is given; if `LtxConfig.projects_text`, before projection
+    channels: int  # numbers per token: those of a latent pixel, or of an audio frame
+    text_dim: int  # width of the text states, before projection if `LtxConfig.projects_text`
     ff_bias: bool = True  # whether feed-forward layers have a bias; in LTX-2.5, those of video do not
 
 
@@ -84,7 +84,7 @@ class LtxConfig:
     times_text: bool = True  # if so: the text itself by the time; False: always the same
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
-    # factor of the time for the gates between the streams, relative to that of all other layers
+    # factor for the time of the gates between the streams, relative to all other layers
     gate_time: float = 1.0
     shows: bool = True  # False: the video's stream is left out
     freq_dim: int = 256

@@ -83,7 +83,7 @@ from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
 
-FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
+FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
 GIVEN = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
@@ -98,7 +98,7 @@ class Ltx2(Ltx2Media):
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
     audio_learning: rules.AudioLearning = rules.AudioLearning()
-    size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
+    size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training with sound are silent

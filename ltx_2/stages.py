@@ -130,7 +130,7 @@ class TwoStages:
         height = int(prepared.height / growth.side)
         frames = (prepared.frames - 1) // growth.frames + 1
         joint = prepared.joint
-        if joint is not None:  # the sound is that of the result from the beginning
+        if joint is not None:  # the audio is final from the beginning
             _, channels, length, rows, columns = latent.shape(frames, height, width)
             joint = Joint((channels, length, rows, columns), joint.audio)
         return replace(

@@ -47,7 +47,7 @@ NAME = "Lumina-Image-2.0"
 TEXT_KEYS = GemmaTextEncoder.keys
 # name of the network's argument -> name in caches
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}
-FLOW_SHIFT = 6.0  # where nothing is said
+FLOW_SHIFT = 6.0  # default
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT

@@ -78,11 +78,11 @@ class H3Tokens:
     """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
     grid: ImageGrid  # grid of the images to denoise, whose tokens come first
-    audio: int  # tokens of the learned sound, M, which follow
+    audio: int  # number of audio tokens to denoise, M, which follow
     rotary: Tensor  # rotary embedding of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them
     slots: tuple[int, ...]  # for each segment, its row among K * KINDS
-    starts: tuple[int, ...]  # where each segment behind the first one begins
+    starts: tuple[int, ...]  # index at which each segment after the first begins
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     part: "TokenPart | None" = None  # the tokens that this process has; None: all

@@ -40,7 +40,7 @@ class Shown:
     kind: str  # IMAGE, VIDEO or AUDIO
     has_sound: bool = False  # whether a clip has audio
     source: Hashable = None  # what the pixels are read from: equal ones are encoded once
-    # returns H W 3 of an image, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
+    # reads H W 3 of an image, or F H W 3 of a clip at 24 frames per second, uint8; None for audio
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def pixels(self) -> Tensor:

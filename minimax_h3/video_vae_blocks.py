@@ -48,7 +48,7 @@ class H3VideoVaeConfig:
     head_width: int = 64
     ffn_dim: int = 8192
     num_layers: int = 36
-    registers: int = 4  # learned tokens behind those of the latents
+    registers: int = 4  # number of learned tokens after those of the latents
     groups: int = GROUPS
     rotary_share: float = 0.75  # fraction of a head's channels that is rotated
     clip: int = 17  # frames that are encoded together

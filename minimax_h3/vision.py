@@ -35,7 +35,7 @@ class Limits:
     fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
-    tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited
+    tokens_of_frame: int = 0  # maximum number of tokens per frame; 0 if only the entire clip is limited
 
 
 @dataclass(frozen=True)

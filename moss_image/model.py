@@ -386,7 +386,8 @@ class MossImageModel(BlockNetwork):
         """Return the rows that modulate all blocks and the end, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
-        time = run_float32(second, functional.silu(run_float32(first, waves)))  # no SiLU behind the second
+        # no SiLU after the second layer
+        time = run_float32(second, functional.silu(run_float32(first, waves)))
         rows = run_float32(self.shared_block_modulation, time).unflatten(1, (ROWS, -1))
         end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_ROWS, -1))
         return torch.cat([rows, end_rows], dim=1)

@@ -45,7 +45,7 @@ QWEN_USE = LanguageUse(
     states_key=KEY,
     model=QWEN25_VL,
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    most=1024,  # with those of the template behind the prompt
+    most=1024,  # including the template's tokens after the prompt
     before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
     "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
@@ -78,7 +78,7 @@ FILES = (
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
 LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
+QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:

@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
     start: int  # in the prefix
     end: int
-    is_text: bool  # each sees those before it; else they are a reference, all of which see all of it
+    is_text: bool  # text tokens attend to earlier ones; tokens of a reference attend to the entire reference
 
 
 @dataclass(frozen=True)

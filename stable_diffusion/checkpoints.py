@@ -94,7 +94,7 @@ GROUPS = 32  # number of groups in all group norms, as released; the tensors do 
 SD1_HEADS = 8  # number of heads in each attention, as released
 HEAD_WIDTH = 64  # head width of the later kinds of models
 SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
-USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
+USES = (4, 9)  # input channels of a U-Net: for images, and for inpainting
 
 
 class UnetDepths(NamedTuple):
@@ -230,7 +230,7 @@ LATENT_CHANNELS = 4
 CONFIG_CLASSES = {"AutoencoderKL"}
 GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
 
-# what files of a VAE alone carry besides: the loss of its training, averages
+# tensors that files of a VAE may contain in addition: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
 
 _OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17

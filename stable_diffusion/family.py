@@ -87,10 +87,10 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
-LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
+LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
-_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
+_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of images are multiples of this
 # least squares fits of latents in model space to colors (R, G, B), which all known tools use
 _COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
@@ -163,7 +163,7 @@ class StableDiffusion(ModelOfImages):
     learning_texts: LearningTexts | None = None  # set for full training only
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
@@ -278,7 +278,7 @@ class StableDiffusion(ModelOfImages):
             sides = [str(LARGE_SD2 if is_large else self.kind.size)]
         return f"{sides[0]}x{sides[-1]}"
 
-    # control pictures
+    # control images
 
     @property
     def _seeing(self) -> MadeNetwork | None:
@@ -487,7 +487,7 @@ class StableDiffusion(ModelOfImages):
         result: Tensor = output.unsqueeze(2)
         return result
 
-    # generation: the pictures of gen_img.py
+    # for generations: the images of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request whose texts are read as gen_img.py reads them.

@@ -45,7 +45,7 @@ OPTION = "--vgg16_guidance_model"
 RELEASE = "torchvision's vgg16-397923af.pth"
 VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # weights with the same names
 _START = "features."
-# statistics of the pictures it was trained on, RGB in 0..1: torchvision's documentation of the weights
+# statistics of the images it was trained on, RGB in 0..1. Source: torchvision's documentation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

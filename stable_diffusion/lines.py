@@ -306,10 +306,10 @@ class Line:
 
     label: str  # in messages: "line 3"
     text: str
-    # from an input picture's metadata, in place of options in the text; it has no variants
+    # from an input image's metadata, instead of options in the text; such a prompt has no variants
     negative_prompt: str | None = None
-    image_number: int | None = None  # the input picture that it belongs to; None: the next one
-    pictures: int | None = None  # how many are made of it; None: as the options say
+    image_number: int | None = None  # the input image that the line belongs to; None for the next one
+    pictures: int | None = None  # number of images to generate; None for the number in the options
 
     @property
     def is_plain(self) -> bool:

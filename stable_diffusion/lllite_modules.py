@@ -86,7 +86,7 @@ class LlliteModule(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return what is added to the layer's input `x`, given the embedding of the control image."""
-        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
+        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
         if len(x) != len(embedding):

@@ -137,9 +137,9 @@ class SchedulerSolver:
     """
 
     scheduler: Any
-    generators: Sequence[torch.Generator]  # one for each picture, on the CPU
+    generators: Sequence[torch.Generator]  # one for each image, on the CPU
     first: int = 0  # the index in `schedule` that denoising begins at
-    # wraps a step; it is given the scheduler's own step. None: that step alone
+    # wraps a step, and gets the scheduler's own step as an argument; None for the plain step
     around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property

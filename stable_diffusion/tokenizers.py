@@ -283,7 +283,7 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
                 chunks.append(([], []))
             chunks[-1][0].append(token)
             chunks[-1][1].append(part.weight)
-    if len(chunks) > 1 and not chunks[-1][0]:  # nothing but blanks behind BREAK
+    if len(chunks) > 1 and not chunks[-1][0]:  # only blanks after BREAK
         chunks.pop()
     return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
 

@@ -74,8 +74,9 @@ class LearningTexts:
     """How a training treats text encoders and captions."""
 
     dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
-    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
-    word: NewWord | None = None  # that is learned
+    # whether captions are padded to whole chunks; else to the longest caption of a batch
+    fills_captions: bool = True
+    word: NewWord | None = None  # the word that is trained
 
 
 class TowerEncoder:

@@ -440,7 +440,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
-    return Wan(files, image_kind=VACE)  # captions may be those of items with references
+    return Wan(files, image_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:

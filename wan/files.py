@@ -263,7 +263,7 @@ class _NamedDit(NamedTuple):
     option: str
     path: Path
     name: str | None  # the expert that its file's name says; None: it says nothing
-    use: str  # the expert that it is given for
+    use: str  # expert for which the file is given
 
 
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
@@ -371,7 +371,7 @@ def find_boundary(
             "or use --task t2v-A14B or i2v-A14B"
         )
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    boundary = options.experts.timestep_boundary  # as a timestep, or as a share of noise
+    boundary = options.experts.timestep_boundary  # a timestep, or a fraction of noise
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:

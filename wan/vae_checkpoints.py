@@ -51,7 +51,7 @@ _OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, wher
     "encoder.downsamples.0.downsamples.0.residual.2.weight",
 }
 _Layer = tuple[str, int, int]  # down or up, level, index in it
-_RESAMPLER = 1 << 30  # its index there: behind all residual blocks
+_RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
 _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 

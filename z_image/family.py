@@ -55,7 +55,7 @@ Z_IMAGE_USE = LanguageUse(
     states_key=KEY,
     model=QWEN3,
     source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
-    most=512,  # with those of the template
+    most=512,  # including the template's tokens
     before=_BEFORE,
     after=_AFTER,
     states=(-2,),
@@ -63,7 +63,7 @@ Z_IMAGE_USE = LanguageUse(
 )
 
 
-FLOW_SHIFT = 3.0  # where nothing is said
+FLOW_SHIFT = 3.0  # default
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
 # defaults for a transformer whose name does not show its release: those of musubi-tuner
 DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))

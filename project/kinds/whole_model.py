@@ -28,8 +28,8 @@ RECIPE: Mapping[str, Any] = {
     "fused_backward_pass": True,
 }
 FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
-SAVES = 4  # over the run: each is a whole model
-KEPT = 2  # saved files, and states, that are kept besides the result
+SAVES = 4  # number of saves over the run, because each is a whole model
+KEPT = 2  # number of saved files and states that are kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:

@@ -23,7 +23,7 @@ BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/r
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """How strongly the better one of each pair is preferred."""
+    """How strongly the chosen item of each pair is preferred."""
 
     preference: float | None = option(
         "learn from pairs of a better and a worse picture or clip (worse_directory in the dataset): predict "
