@@ -106,7 +106,7 @@ class FluxLatentCachingOptions(Options, title=NAME):
     control_pictures: bool = option("encode the tables' control pictures too, for flux_train_control_net.py")
 
 
-class FluxTextCachingOptions(Options, title=NAME):
+class FluxTextCachingOptions(Options, title=NAME, must_give=True):
     """Options of flux_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     model_type: str = _model_type()

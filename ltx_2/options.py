@@ -311,7 +311,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
-class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
+class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
     """Options of ltx2_train.py in addition to the shared ones, which have the dtypes of weights."""
 
     full_fp16 = None
