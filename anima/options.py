@@ -114,13 +114,13 @@ _ADAPTER = (
 
 
 class AnimaLatentCachingOptions(Options, title=NAME):
-    """Options of anima_cache_latents.py besides the shared ones."""
+    """Options of anima_cache_latents.py in addition to the shared ones."""
 
     vae: AnimaVaeOptions
 
 
 class AnimaTextCachingOptions(Options, title=NAME):
-    """Options of anima_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of anima_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     qwen3: Path = option(_QWEN3, required=True, often=True)
     text: AnimaTextOptions
@@ -255,7 +255,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py besides the shared ones."""
+    """Options of anima_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True

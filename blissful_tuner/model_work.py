@@ -184,7 +184,7 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 
 def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield the info as lines.
+    """Yield the info as readable lines.
 
     Args:
         facts: What is known about the model.

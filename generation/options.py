@@ -213,7 +213,8 @@ class GenerationOptions(Options, title="run"):
 
     def __post_init__(self) -> None:
         self._check_work()
-        self._check_post()
+        if self.post.tools:
+            self._check_post()
         loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
         require_loras(self.lora_rounding, loras, "--lora_weight")
         if self.sheet.sheet is not None:

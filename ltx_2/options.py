@@ -119,7 +119,7 @@ def log_ignored(streams: Collection[str], *records: Options) -> None:
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_latents.py besides the shared ones."""
+    """Options of ltx2_cache_latents.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
@@ -146,7 +146,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
 
 class Ltx2TextCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of ltx2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     text: Ltx2TextOptions
@@ -213,7 +213,7 @@ def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
 
 
 class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_train_network.py besides the shared ones."""
+    """Options of ltx2_train_network.py in addition to the shared ones."""
 
     ltx_version: str | None = option(
         "release of the file; it is only compared with the release that the file records",
@@ -316,8 +316,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
-class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
-    """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
+class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
+    """Options of ltx2_train.py in addition to the shared ones, which have the dtypes of weights."""
 
     full_fp16 = None
     full_bf16 = None
@@ -332,7 +332,7 @@ class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_generate_video.py besides the shared ones."""
+    """Options of ltx2_generate_video.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions

@@ -46,13 +46,13 @@ class LuminaTextOptions(Options):
 
 
 class LuminaLatentCachingOptions(Options, title=NAME):
-    """Options of lumina_cache_latents.py besides the shared ones."""
+    """Options of lumina_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions = option(settings=AE)
 
 
 class LuminaTextCachingOptions(Options, title=NAME):
-    """Options of lumina_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of lumina_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: LuminaTextOptions = option(settings={"gemma2": {"required": True}})
 
@@ -75,7 +75,7 @@ class LuminaTrainingOptions(Options, title=NAME):
 
 
 class LuminaGenerationOptions(Options, title=NAME):
-    """Options of lumina_generate_image.py besides the shared ones."""
+    """Options of lumina_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint; an all-in-one file too",

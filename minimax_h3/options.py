@@ -128,7 +128,7 @@ class H3VaeOptions(Options):
 
 
 class H3TextCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of minimax_h3_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: H3TextOptions = option(settings={"text_encoder": {"required": True}})
     task: str | None = option(
@@ -201,7 +201,7 @@ class H3ModelOptions(Options, title=NAME):
 
 
 class H3LatentCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_latents.py besides the shared ones."""
+    """Options of minimax_h3_cache_latents.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
@@ -240,7 +240,7 @@ class H3LatentCachingOptions(Options, title=NAME):
 
 
 class H3TrainingOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_train_network.py besides the shared ones."""
+    """Options of minimax_h3_train_network.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from; t2va: a text, fl2va: also its first and last frame, ref2va: references. "
@@ -277,11 +277,11 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
 
 class H3FullTrainingOptions(H3TrainingOptions, title=NAME):
-    """Options of minimax_h3_train.py besides the shared ones; its files say how their rows are ordered."""
+    """Options of minimax_h3_train.py in addition to the shared ones. Its files state the order of rows."""
 
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_generate_video.py besides the shared ones."""
+    """Options of minimax_h3_generate_video.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "

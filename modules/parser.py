@@ -286,6 +286,9 @@ class Parser(argparse.ArgumentParser):
         messages: dict[str, None] = {}  # each once, in order
         end = words.index("--") if "--" in words else None
         for before, word in pairwise(["", *words[:end]]):
+            looks_like_option = word.startswith("-") or _DASHES.match(word) is not None
+            if not looks_like_option or word.partition("=")[0] in self._option_string_actions:
+                continue
             for message in (self._explain_dash(word), self._explain_unknown(before, word)):
                 if message:
                     messages[message] = None

@@ -58,14 +58,14 @@ class MossImageTextOptions(TextEncoderOptions):
 
 
 class MossImageLatentCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_latents.py besides the shared ones."""
+    """Options of moss_image_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version = not_needed(_VERSION)
 
 
 class MossImageTextCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of moss_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: MossImageTextOptions = option(settings={"text_encoder": {"required": True}})
     model_version = not_needed(_VERSION)
@@ -82,7 +82,7 @@ class MossImageModelOptions(Options, title=NAME):
 
 
 class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_train_network.py besides the shared ones."""
+    """Options of moss_image_train_network.py in addition to the shared ones."""
 
     moss_schedule: str = option(f"of samples: {_SCHEDULE}", default=OFFICIAL, choices=SCHEDULES, facts=FREE)
     negative_skip_blocks: str = option(f"of samples: {_SKIPS}", default=SKIPPED, facts=FREE)
@@ -104,7 +104,7 @@ class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
 
 
 class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_generate_image.py besides the shared ones."""
+    """Options of moss_image_generate_image.py in addition to the shared ones."""
 
     moss_schedule: str = option(
         _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=of_request("moss_schedule")

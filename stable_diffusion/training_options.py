@@ -91,7 +91,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Options that both training scripts have besides the shared ones."""
+    """Options that both training scripts have in addition to the shared ones."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -159,14 +159,14 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache latents, besides the shared ones."""
+    """Options of the scripts that cache latents, in addition to the shared ones."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache texts, besides the shared ones."""
+    """Options of the scripts that cache texts, in addition to the shared ones."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True

@@ -136,6 +136,7 @@ def prepare_sources(
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
+    # the encoder, or caches in memory, are of this process: others cannot read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
         family.latent,

@@ -199,7 +199,7 @@ def restore(model: TrainedModel) -> None:
     """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
-        if step:  # begun later
+        if step:  # the run starts in the middle, without a state
             model.schedule.go_to(step)
         return
     with states.one_error(saved.folder):

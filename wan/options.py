@@ -78,7 +78,7 @@ ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inferen
 
 
 class WanLatentCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_latents.py besides the shared ones."""
+    """Options of wan_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions
     vae_cache_cpu: bool = option(_CACHE_CPU)
@@ -109,7 +109,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
 
 
 class WanTextCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of wan_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: WanTextOptions = option(settings={"t5": {"required": True}})
 
@@ -182,7 +182,7 @@ class WanModelOptions(Options, title="Wan"):
 
 
 class WanTrainingOptions(WanModelOptions, title="Wan"):
-    """Options of wan_train_network.py besides the shared ones."""
+    """Options of wan_train_network.py in addition to the shared ones."""
 
     sample_dit_other: Path | None = option(
         "training one transformer of a model with two: the file of the other one, for samples only. It "
@@ -240,7 +240,7 @@ MAX_REFERENCES = 8  # each is a latent frame more; the release was trained with 
 
 
 class WanGenerationOptions(WanModelOptions, title="Wan"):
-    """Options of wan_generate_video.py besides the shared ones."""
+    """Options of wan_generate_video.py in addition to the shared ones."""
 
     ckpt_dir: Path | None = option(
         "folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without --dit, the "

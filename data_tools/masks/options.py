@@ -163,5 +163,5 @@ class MaskOptions(Options, title="what to do"):
 
     @property
     def inverts(self) -> bool:
-        """Return whether what is found is what is not learned."""
+        """Return whether the found regions are excluded from learning instead of selected for it."""
         return self.shape.invert != self.finder.watermark

@@ -25,7 +25,7 @@ _MAX_TAGS = 1_000_000
 
 @dataclass(frozen=True)
 class Label:
-    """A tag. category: one of CATEGORIES."""
+    """A tag that a tagger knows; `category` is one of CATEGORIES."""
 
     name: str
     category: str

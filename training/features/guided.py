@@ -112,7 +112,7 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_audio  # torch, as --help does without
+    from contract.family import hears_audio  # loads torch, which --help does not need
 
     if options.guided_target_sound is not None and not hears_audio(family):
         raise OptionError(

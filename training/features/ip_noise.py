@@ -40,7 +40,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
         seed: Seed of the run.
         number: Index of the micro-batch in the run.
     """
-    import torch  # --help does without
+    import torch  # not needed for --help
 
     from training.data.feed import seed_generator
 

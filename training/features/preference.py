@@ -53,7 +53,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import audio_of, hears_audio  # torch, as --help does without
+    from contract.family import audio_of, hears_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
     if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):

@@ -90,7 +90,7 @@ class Skipping:
 
     def limit(self, kind: str) -> float | None:
         """Return the norm above which a step of a kind is a spike; None if there is no limit yet."""
-        from statistics import median  # --help does without
+        from statistics import median  # not needed for --help
 
         factor = self.options.skip_spikes
         norms = self.progress.norms.get(kind, [])
@@ -130,7 +130,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     Raises:
         UserError: If the loss or the norm is not finite in too many steps in a row.
     """
-    from training.processes import largest_of_processes  # torch, as --help does without
+    from training.processes import largest_of_processes  # loads torch, which --help does not need
 
     progress = run.progress.of(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)

@@ -90,6 +90,8 @@ def _join(run: "JoinedRun", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
+    # In addition to the usual pass, two captions at two strengths, or one, are 3 passes or 1 with gradients.
+    # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
     target = StepTarget(
         option=f"--slider {path}",
         words=f"captions of {path} at strength 1 and -1",
