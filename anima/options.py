@@ -21,9 +21,9 @@ from modules.speed_options import (
 )
 
 NAME = "Anima"
-MAX_TOKENS = 512  # of either tokenizer, where nothing is said
+MAX_TOKENS = 512  # default maximum number of tokens, for either tokenizer
 MAX_QWEN3_TOKENS = 4096
-FLOW_SHIFT = 3.0  # of generations and samples, where nothing is said
+FLOW_SHIFT = 3.0  # default for generations and samples
 GUIDANCE_SCALE = 4.0
 STEPS = 30
 ATTENTION = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode in training
@@ -114,13 +114,13 @@ _ADAPTER = (
 
 
 class AnimaLatentCachingOptions(Options, title=NAME):
-    """Options of anima_cache_latents.py besides the shared ones."""
+    """Options of anima_cache_latents.py in addition to the shared ones."""
 
     vae: AnimaVaeOptions
 
 
 class AnimaTextCachingOptions(Options, title=NAME):
-    """Options of anima_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of anima_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     qwen3: Path = option(_QWEN3, required=True, often=True)
     text: AnimaTextOptions
@@ -257,7 +257,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py besides the shared ones."""
+    """Options of anima_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True
@@ -300,7 +300,7 @@ def translate_training(args: argparse.Namespace) -> None:
     args.typed_names = names
 
 
-TRAINER: Mapping[str, Any] = {  # of both training scripts, for `ImageTrainerDefaults`
+TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageTrainerDefaults`
     "timestep_sampling": "sigmoid",
     "discrete_flow_shift": 1.0,
     "model_prediction_type": "raw",

@@ -42,7 +42,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Return whether attention is steered: scale 1 and alpha 0 change nothing and are skipped."""
+        """Return whether attention is steered; scale 1 and alpha 0 change nothing and are skipped."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -144,7 +144,7 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def scaled_steps(self) -> int:
-        """Number of first steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
+        """Number of steps at the start whose velocity CFG-Zero* scales; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -170,7 +170,7 @@ PLAIN_GUIDANCE = GuidanceOptions.usual()
 
 
 class PromptOptions(Options, title="prompts"):
-    """How to read the texts of a video: wildcards to draw, and weights of parts."""
+    """How to process the prompts of a video: wildcards to draw, and weights of parts."""
 
     prompt_wildcards: Path | None = option(
         "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
@@ -256,7 +256,7 @@ RIFLEX = (
 
 
 class SteadierOptions(Options, title="longer videos"):
-    """Which frequency of the frames' positions is slowed down."""
+    """Which temporal frequency of the rotary embeddings is slowed down."""
 
     riflex_index: int = option(  # from 1; 0: none
         RIFLEX,

@@ -214,7 +214,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             raise OptionError(
                 f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"
             )
-        _ = self.size  # which may be wrong
+        _ = self.size  # raises OptionError if --resolution cannot be read
         try:
             if self.face_crop_aug_range is not None:
                 FACES.read(self.face_crop_aug_range)

@@ -43,7 +43,7 @@ class ReleasedFile:
 class Inside:
     """Where another file of a model may contain this component."""
 
-    option: str  # of that file
+    option: str  # option of that file
     tensors: str  # what their names begin with, in a single file
     folder: str  # that has them, in a folder
 
@@ -55,8 +55,9 @@ class Component:
     role: str
     option: str | None  # None: found next to the encoder
     files: tuple[ReleasedFile, ...]
-    tensor_bytes: int | None  # of its tensors, if the exact size is not known
-    trained_bytes: int | None  # of the network that is trained, in 16 bits, if the file has others too
+    tensor_bytes: int | None  # size of the tensors, if the exact size of the file is not known
+    # size of the trained network in 16 bits, if the file contains other networks too
+    trained_bytes: int | None
     in_fp8: str | None  # name of the same component in 8 bits
     inside: Inside | None = None  # where a file of the user's own may have it already
 
@@ -89,7 +90,7 @@ class ModelSet:
 
     family: str
     task: str
-    title: str  # its name for people: Wan2.2 t2v-A14B
+    title: str  # display name, such as Wan2.2 t2v-A14B
     about: str
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]

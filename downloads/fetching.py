@@ -77,7 +77,7 @@ class Arrived:
     """Record how many bytes of all files of a download have arrived."""
 
     total: int
-    complete: int = 0  # of files that have arrived whole
+    complete: int = 0  # bytes of the files that have arrived completely
     _file: ProgressFile = field(default_factory=ProgressFile)
 
     def note(self, have: int, size_bytes: int) -> None:
@@ -213,7 +213,8 @@ def download_file(
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
-        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # of other versions
+        # partial downloads of other versions
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
 
 

@@ -34,7 +34,7 @@ class RemoteFile:
     url: str
     size_bytes: int
     sha256: str | None
-    git_sha1: str | None  # of small files, which git stores itself
+    git_sha1: str | None  # for small files, which git itself stores
     headers: Mapping[str, str]  # for the request: the user's token
     page: str  # for people
 

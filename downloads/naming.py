@@ -106,10 +106,11 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
         return near[0]
     if len(near_families) == 1:
         return NamedModel(near_families[0], task=None)
-    begun = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    # the best hint is the last one that applies
     hint = did_you_mean(text.lower(), names)
-    if begun:
-        hint = f" Did you mean {by_spelling[max(begun, key=len)]}?"
+    prefixes = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    if prefixes:
+        hint = f" Did you mean {by_spelling[max(prefixes, key=len)]}?"
     if near_families:
         hint = f" Did you mean {' or '.join(near_families)}?"
     hint = page_of_control(text) or hint
@@ -143,7 +144,7 @@ def _read_exact_name(
         is_named = plain in {plain_name(name + model.task) for name in spellings}
         if is_named and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
-    for model in models:  # the catalogue has what most want first
+    for model in models:  # the first match counts: the catalogue begins with the most popular tasks
         if plain in (plain_name(model.released_by), plain_name(PurePosixPath(model.released_by).name)):
             return NamedModel(model.family, model.task)
     return None
@@ -155,7 +156,7 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
         # at the beginning of a word: anima is not a part of image
         named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
         named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
-        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        # of qwen_image and qwen_image_21 the first is meant, because the second needs more letters
         shortest = [
             name for name in named if not any(name.startswith(other) for other in named if other != name)
         ]

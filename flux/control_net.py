@@ -30,7 +30,7 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-FILES = ("config.json", "diffusion_pytorch_model*")  # of a repository on the hub
+FILES = ("config.json", "diffusion_pytorch_model*")  # files of a repository on the hub
 GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
 _MARK = "controlnet_x_embedder.weight"
 TIMESTEPS = 1000  # diffusers' class takes 0..1

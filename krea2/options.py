@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 NAME = "Krea 2"
 VARIANTS = RAW, TURBO = ("raw", "turbo")
 VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
@@ -61,7 +61,7 @@ class Krea2TextOptions(TextEncoderOptions):
 
 
 class Krea2LatentCachingOptions(Options, title=NAME):
-    """Options of krea2_cache_latents.py besides the shared ones."""
+    """Options of krea2_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImageVaeOptions = option(settings=_VAE)
     edit: bool = option(f"for {_EDIT}")
@@ -69,7 +69,7 @@ class Krea2LatentCachingOptions(Options, title=NAME):
 
 
 class Krea2TextCachingOptions(Options, title=NAME):
-    """Options of krea2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of krea2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: Krea2TextOptions = option(settings={"text_encoder": {"required": True}})
     edit: bool = option(f"for {_EDIT}")
@@ -85,7 +85,7 @@ class Krea2ModelOptions(Options, title=NAME):
 
 
 class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
-    """Options of krea2_train_network.py besides the shared ones."""
+    """Options of krea2_train_network.py in addition to the shared ones."""
 
     turbo_dit: Path | None = option(
         "transformer of Turbo, which makes samples in place of --dit, with the trained network: eight "
@@ -110,7 +110,7 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
 
 
 class Krea2FullTrainingOptions(Krea2TrainingOptions, title=NAME):
-    """Options of krea2_train.py besides the shared ones."""
+    """Options of krea2_train.py in addition to the shared ones."""
 
     dit_variant: str | None = option(
         "release that --dit is: Turbo makes samples in eight steps without guidance; default: what the names "
@@ -121,7 +121,7 @@ class Krea2FullTrainingOptions(Krea2TrainingOptions, title=NAME):
 
 
 class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
-    """Options of krea2_generate_image.py besides the shared ones."""
+    """Options of krea2_generate_image.py in addition to the shared ones."""
 
     width: int | None = option(
         "width in pixels, another spelling of the second number of --image_size",

@@ -9,7 +9,7 @@ from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 from modules.text_files import read_safetensors_texts
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
-MODES = {  # of --ltx2_mode: streams that are trained or made
+MODES = {  # values of --ltx2_mode: streams that are trained or generated
     **dict.fromkeys(("v", "video"), (VIDEO,)),
     **dict.fromkeys(("av", "va"), STREAMS),
     **dict.fromkeys(("a", "audio"), (AUDIO,)),

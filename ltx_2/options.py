@@ -44,12 +44,12 @@ logger = getLogger(__name__)
 
 NAME = "LTX-2"
 VERSIONS = ("2.0", "2.3", "2.5")
-# of --lora_target_preset: modules of a block that get a LoRA
+# values of --lora_target_preset: the modules of a block that get a LoRA
 PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
 _REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
-FPS = 24.0  # of the release
+FPS = 24.0  # frame rate of the release
 # what is for images, or between both streams
 _OF_IMAGES = {
     "video_loss_weight",
@@ -66,9 +66,9 @@ _OF_IMAGES = {
     "video_rescale_scale",
     "image_crf",
 }
-# what is for sound, or between both streams
+# options for audio, or for the attention between both streams
 _OF_AUDIO = {
-    "video_loss_weight",  # of the only loss
+    "video_loss_weight",  # weight of the only loss
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -79,7 +79,7 @@ _OF_AUDIO = {
     "audio_modality_scale",
     "audio_rescale_scale",
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # values of --mixed_precision
 
 
 def _silent(facts: Mapping[str, Any] | None = None) -> Any:
@@ -119,7 +119,7 @@ def log_ignored(streams: Collection[str], *records: Options) -> None:
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_latents.py besides the shared ones."""
+    """Options of ltx2_cache_latents.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
@@ -146,7 +146,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
 
 class Ltx2TextCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of ltx2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     text: Ltx2TextOptions
@@ -213,7 +213,7 @@ def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
 
 
 class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_train_network.py besides the shared ones."""
+    """Options of ltx2_train_network.py in addition to the shared ones."""
 
     ltx_version: str | None = option(
         "release of the file; it is only compared with the release that the file records",
@@ -296,7 +296,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
-        needs = {  # streams without which nothing is learned
+        needs = {  # at least one of these streams has to be trained
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
             "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
@@ -311,8 +311,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
-class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
-    """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
+class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
+    """Options of ltx2_train.py in addition to the shared ones, which have the dtypes of weights."""
 
     full_fp16 = None
     full_bf16 = None
@@ -327,7 +327,7 @@ class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_generate_video.py besides the shared ones."""
+    """Options of ltx2_generate_video.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions
@@ -402,7 +402,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     typed_names = dict(values["typed_names"])
     changes: dict[str, Any] = {"typed_names": typed_names}
     for other_name, name in _SAME.items():
-        # a frame rate is always there: the usual one was not typed
+        # the frame rate is always set: the default counts as not typed
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)

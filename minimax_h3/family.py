@@ -131,11 +131,11 @@ class MiniMaxH3(OneTransformer):
     files: H3Files
     noise: NoiseSpec = NOISE
     audio_learning: rules.AudioLearning = rules.AudioLearning()
-    caching: H3Caching | None = None  # of latents
-    any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
+    caching: H3Caching | None = None  # how latents are cached
+    any_length: bool = False  # for generations: allow shorter and longer clips than in the model's training
     image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # and of reference videos
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     can: ClassVar = Abilities(
         hear=True,

@@ -53,14 +53,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
-FPS = 24.0  # of all clips
-SIZE = (1344, 768)  # height and width where nothing is said, as in musubi-tuner
+FPS = 24.0  # frame rate of all clips
+SIZE = (1344, 768)  # default height and width, as in musubi-tuner
 FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
-CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
-MAX_RATIO = 4  # of the sides of keyframes and references, and the other way round
-ADAPTIVE = "adaptive"  # of --ratio
+# number of frames that are encoded together, and of the frames after the last of these
+CLIP, LAST_FRAMES = 17, 5
+MAX_RATIO = 4  # maximum ratio of the sides of keyframes and references, in either direction
+ADAPTIVE = "adaptive"  # a value of --ratio
 MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
@@ -127,7 +128,7 @@ class H3VaeOptions(Options):
 
 
 class H3TextCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of minimax_h3_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: H3TextOptions = option(settings={"text_encoder": {"required": True}})
     task: str | None = option(
@@ -200,7 +201,7 @@ class H3ModelOptions(Options, title=NAME):
 
 
 class H3LatentCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_latents.py besides the shared ones."""
+    """Options of minimax_h3_cache_latents.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
@@ -239,7 +240,7 @@ class H3LatentCachingOptions(Options, title=NAME):
 
 
 class H3TrainingOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_train_network.py besides the shared ones."""
+    """Options of minimax_h3_train_network.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from; t2va: a text, fl2va: also its first and last frame, ref2va: references. "
@@ -276,11 +277,11 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
 
 class H3FullTrainingOptions(H3TrainingOptions, title=NAME):
-    """Options of minimax_h3_train.py besides the shared ones; its files say how their rows are ordered."""
+    """Options of minimax_h3_train.py in addition to the shared ones. Its files state the order of rows."""
 
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_generate_video.py besides the shared ones."""
+    """Options of minimax_h3_generate_video.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "

@@ -15,7 +15,7 @@ KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra,
 REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
 BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
 OF_MEDIA = (KEYFRAMES, CONDITION_IMAGES, REF, JSONL, INDEX, ONE_FRAME, TASK, *BY_KIND.values())
-FIELDS = ("type", "audio")  # of --ref
+FIELDS = ("type", "audio")  # fields of --ref
 
 
 class H3MediaOptions(Options, title="keyframes and references"):

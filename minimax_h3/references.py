@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 KINDS = (IMAGE, VIDEO, AUDIO)
 MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
 MOST = 12
-MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # of reference videos
-MIN_FRAMES = CLIP + LAST_FRAMES  # of a reference video, for the VAE
+MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
+MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class H3Reference:
 
     kind: str  # IMAGE, VIDEO or AUDIO
     path: Path
-    audio: Path | None = None  # of a video: its own file, or another one; None: it has none
+    audio: Path | None = None  # audio of a video: its own file or another one; None without audio
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class H3Media:
 
     first: Path | None = None
     last: Path | None = None
-    controls: tuple[Path, ...] = ()  # of a single image
+    controls: tuple[Path, ...] = ()  # control images, for a single image
     one_frame: OneFrame | None = None
     references: tuple[H3Reference, ...] = ()
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 THOUSAND = 1000
 UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
-RANK = 16  # of a LoRA, and its alpha, where neither is given
+RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 LEVELS = (
@@ -306,7 +306,8 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    shared: dict[str, tuple[str, Any]] = {}  # name of a shared option -> the other name, value
+    # name of a shared option -> the option as the user typed it, and the value for the shared one
+    shared: dict[str, tuple[str, Any]] = {}
     _translate_guidance(args, shared)
     _translate_teacher(args, shared)
     _translate_focus(args, shared)
@@ -366,6 +367,7 @@ def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> N
     """Set a shared option. Raises OptionError if it is already given, with another value."""
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
+    # a default that nobody typed may be replaced
     untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
     if given not in (value, *untyped):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")

@@ -21,9 +21,9 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "MOSS-Image"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 50, 3.0
-SHIFT = 5.0  # of the noise levels of a generation; training has its own
+SHIFT = 5.0  # shift of the noise levels in generations; training has its own
 SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")
 SKIPPED = "22"  # block that the negative pass leaves out, from 0
 NO_BLOCKS = "none"
@@ -58,14 +58,14 @@ class MossImageTextOptions(TextEncoderOptions):
 
 
 class MossImageLatentCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_latents.py besides the shared ones."""
+    """Options of moss_image_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version = not_needed(_VERSION)
 
 
 class MossImageTextCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of moss_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: MossImageTextOptions = option(settings={"text_encoder": {"required": True}})
     model_version = not_needed(_VERSION)
@@ -82,7 +82,7 @@ class MossImageModelOptions(Options, title=NAME):
 
 
 class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_train_network.py besides the shared ones."""
+    """Options of moss_image_train_network.py in addition to the shared ones."""
 
     moss_schedule: str = option(f"of samples: {_SCHEDULE}", default=OFFICIAL, choices=SCHEDULES, facts=FREE)
     negative_skip_blocks: str = option(f"of samples: {_SKIPS}", default=SKIPPED, facts=FREE)
@@ -104,7 +104,7 @@ class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
 
 
 class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_generate_image.py besides the shared ones."""
+    """Options of moss_image_generate_image.py in addition to the shared ones."""
 
     moss_schedule: str = option(
         _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=of_request("moss_schedule")

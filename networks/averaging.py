@@ -74,7 +74,7 @@ class AveragingOptions(Options):
         check_output_file("--output_file", self.output_file)
 
     def files(self) -> list[Path]:
-        """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
+        """Return each file once; expands patterns such as `x-*.safetensors`, because not all shells do."""
         files: dict[Path, None] = {}
         for path in self.path:
             if path.exists():
@@ -121,7 +121,7 @@ def average_files(options: AveragingOptions) -> None:
 
 
 def _sort_by_step(files: list[Checkpoint]) -> None:
-    """Sort files by the step in their metadata, or by their time of change if one has no step."""
+    """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
         files.sort(key=lambda file: (int(steps[file.path]), file.path.name))

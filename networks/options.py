@@ -26,7 +26,7 @@ _WITHOUT_ALPHA: Mapping[str, Any] = {
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """What is added to the frozen model in training steps only."""
+    """Options for additions to the frozen model that are active only in training steps."""
 
     training_adapter: Path | None = option(
         "LoRA file that the model has only in training steps, such as one that undoes a distillation: "
@@ -142,5 +142,5 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def decomposes(self) -> bool:
-        """Return whether the norms of frozen weights are learned: these are to be as in the merged model."""
+        """Return whether weight norms are learned; they must then be taken from the merged model."""
         return any(kind.magnitudes for kind in self.variants)

@@ -64,7 +64,7 @@ class OwnImport(NamedTuple):
     """An import of one of our modules."""
 
     line: int
-    offset: int  # of the name in its line, in bytes
+    offset: int  # position of the name in its line, in bytes
     name: str
     is_bound: bool  # whether it binds the top-level name
 
@@ -90,8 +90,8 @@ def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> I
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """Replace commands in a source's texts by the installed console commands.
 
-    `wan_cache_latents` replaces `python wan_cache_latents.py`, `reelsmith compare` that of `python
-    tools/compare.py`. A launcher's command names the module: `accelerate launch ... -m
+    `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
+    `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
     reelsmith.wan_train_network`.
 
     A literal that consists of a script's path alone stays, because it is not a text but a word of a command:

@@ -47,7 +47,7 @@ PROGRAM = "program.zip"  # in it: set_up.py and this file, of one version, whate
 NOTES_OF_VERSION = (FILES, DIGESTS)
 LOCK = "update.lock"
 GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
-# of the user or of this machine, wherever a zip file has them
+# names that belong to the user or the machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MAX_FILES, MAX_BYTES = 50_000, 2 << 30
 MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
@@ -68,7 +68,7 @@ class FileChange:
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
-    digests: dict[str, str] = field(default_factory=dict)  # of what the update puts there
+    digests: dict[str, str] = field(default_factory=dict)  # digests of the files that the update writes
     # a file of `replaced` that the user had changed -> the name under which it is kept
     beside: dict[str, str] = field(default_factory=dict)
 

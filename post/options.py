@@ -12,7 +12,7 @@ from modules.options import Options, option
 
 
 class ToolRunOptions(Options, title="input and output"):
-    """The input, and the place of the result."""
+    """The input file and where to write the result."""
 
     input: Path = option(
         "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
@@ -39,13 +39,13 @@ class ToolRunOptions(Options, title="input and output"):
         """Return --output as a path.
 
         Raises:
-            OptionError: For a name that no file can have.
+            OptionError: If no file can have this name.
         """
         return None if self.output is None else to_path("--output", self.output)
 
     @property
     def means_folder(self) -> bool:
-        """Whether --output ends like a folder, so that it is one even before it exists."""
+        """Whether --output ends like a folder, and therefore is one even before it exists."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
 
@@ -65,7 +65,7 @@ AUTO = "auto"
 
 
 def auto_or_number(text: str) -> int | None:
-    """Parse a whole number; `auto` gives None."""
+    """Parse an integer; `auto` becomes None."""
     if text.lower() == AUTO:
         return None
     try:
@@ -75,7 +75,7 @@ def auto_or_number(text: str) -> int | None:
 
 
 class UpscalerOptions(Options, title="upscaling"):
-    """How pictures are enlarged."""
+    """How images are upscaled."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
@@ -113,7 +113,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
 class InterpolationOptions(Options, title="interpolation"):
-    """The number of new pictures between two, and the way in which they are made."""
+    """The number of new images between two, and how they are generated."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "folder with the GIMM-VFI files and those of its optical flow"}}
@@ -154,12 +154,12 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def part(self) -> Fraction:
-        """Factor on the size at which motion is estimated, as an exact fraction."""
+        """Scale at which motion is estimated, as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
-        """Number of which image sides must be multiples, so that --ds_factor gives multiples of 32."""
+        """Number that image sides must be a multiple of, so that --ds_factor gives multiples of 32."""
         step = ALIGNMENT / self.part
         return step.numerator  # the smallest whole multiple of the step
 
@@ -170,7 +170,7 @@ _BLUR = "blur"
 
 
 class BlurOptions(Options, title="what is blurred"):
-    """Things to blur, and the form of the blur."""
+    """What to blur, and the shape of the blur."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a detector: YuNet or YOLO as .onnx, RetinaFace as .pth or .safetensors"}}
@@ -250,7 +250,7 @@ YUNET = "yunet"
 
 
 class FacefixOptions(Options, title="faces"):
-    """The faces to restore, and the strength of the restoration."""
+    """Which faces to restore, and how strongly."""
 
     network: ToolNetworkOptions = option(
         settings={

@@ -19,7 +19,7 @@ from project.media import WRITTEN
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
 MAX_FILES = 100_000  # with more, the checks are made again
-MAX_BYTES = 1000  # of the remembered file
+MAX_BYTES = 1000  # maximum size of the file
 
 
 def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> None:

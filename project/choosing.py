@@ -55,7 +55,7 @@ class ModelInfo:
     hears: bool  # it learns the sound of clips
     pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
     learns_clips: bool  # False: it learns pictures alone
-    min_seconds: float  # of a clip; nothing is learned of shorter ones
+    min_seconds: float  # minimum length of a clip; shorter ones are not used
     learns_audios: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularization pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures

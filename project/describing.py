@@ -58,7 +58,7 @@ SITUATIONS = {
 ENOUGH = 10  # files, of which a tenth is held back for validation
 MAX_READ = 240  # frames; the last of them is the end image of a sample
 MAX_OF_SUBJECT = 80  # characters of a caption in a prompt
-AUDIO_FRAMES = 121  # length of a sample of sound alone: five seconds
+AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Choice:
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
-    frames: int  # of a clip; 1: pictures only
-    files: dict[str, str]  # of the model, by option
+    frames: int  # frames of each clip; 1 if there are only images
+    files: dict[str, str]  # files of the model, by option
     held: Mapping[str, str]  # option of a network that a named file has -> that file
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
-    tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
+    tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
     places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
-    training: Mapping[str, Any]  # its keys of the training
+    training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # files for validation, if there are enough
 
     @property
@@ -179,7 +179,7 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
-    # the shape of a panorama is that of no other file
+    # no other file has the shape of a panorama
     default = [item for item in learned if not is_narrow(item)] or learned
     ranked = sorted(default, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
@@ -365,7 +365,7 @@ def describe_samples(choice: Choice) -> str:
         return _describe_layer_samples(choice, released_values)
     captions = [item.caption for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
-    # without those of regularization pictures, which name the class alone
+    # without the names of regularization folders, which only name the class
     names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
@@ -485,7 +485,7 @@ def _start_options(choice: Choice) -> list[str]:
 
 
 def _list_reference_options(choice: Choice) -> list[str]:
-    """Return a line of --ci options for each picture whose references can all be read."""
+    """Return a line of --ci options for each image all of whose references can be read."""
     references = choice.content.references
     lines = []
     for item in choice.media:

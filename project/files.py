@@ -173,7 +173,7 @@ def _gather_choice(
     `kind` is what the run trains.
     """
     model = model_choice.model
-    if 0 < memory < describing.SMALL:
+    if 0 < memory < describing.SMALL:  # use the text encoders in 8 bits
         small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
         model = small[model.family, model.task]
     typed = typed_files(options)

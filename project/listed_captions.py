@@ -36,9 +36,11 @@ TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
 class ListedCaptions:
     """Captions of a folder's files, read from lists."""
 
-    by_path: dict[Path, str] = field(default_factory=dict)  # of a clip, picture or sound
+    # captions by the path of their clip, image or audio file
+    by_path: dict[Path, str] = field(default_factory=dict)
     lists: dict[Path, int] = field(default_factory=dict)  # list -> how many files it has captions for
-    paths: set[Path] = field(default_factory=set)  # of all lists; those without captions have a line
+    # all lists that were read; those without captions are reported
+    paths: set[Path] = field(default_factory=set)
     lines: list[str] = field(default_factory=list)  # about lists, and rows in them, that are not read
 
 

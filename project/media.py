@@ -51,7 +51,7 @@ REFERENCES = re.compile(
     re.IGNORECASE,
 )
 SHOWN = 3  # names in a line
-FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+FEW_PIXELS = 256  # minimum shorter side: smaller images are enlarged, and the model learns their blur
 FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
 MAX_FOLDERS = 1000  # that are looked into for media that are left out
@@ -66,7 +66,7 @@ class Media:
     """A clip, an image or an audio file."""
 
     path: Path
-    kind: Literal["video", "image", "audio"]  # of its table in dataset.toml
+    kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
     size: tuple[int, int]  # width, height; of a sound 0, 0
     seconds: Fraction | None  # None: a picture, or a file that does not say
     caption: str | None  # on one line; None: there is none
@@ -95,7 +95,8 @@ class FolderContent:
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
-    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)  # of a picture, from back to front
+    # layers of an image, from back to front
+    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     captions: str = CAPTIONS  # suffix of their files
 
@@ -105,7 +106,7 @@ class SortedFolders:
     """Subfolders, grouped by how their media are used."""
 
     learned: list[Path]  # the folder itself comes first
-    sources: list[Path]  # of references, which pictures are made from
+    sources: list[Path]  # folders of references, from which images are made
     regularising: dict[Path, str]  # with the reason why they seem to be that
 
 

@@ -103,7 +103,7 @@ def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
         words: list[str] = []
         for word in shlex.split(command):
             if word in placeholders:
-                words.pop()  # its option
+                words.pop()  # removes the option of this value, too
             else:
                 words.append(word)
         commands[step] = shlex.join(words)

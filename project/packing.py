@@ -40,7 +40,7 @@ from training.config_options import OTHERS_TABLE
 from training.options import TrainingOptions
 
 PIECE_BYTES = 1 << 20
-FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal folders give equal files
+FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal folders give equal archives
 LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may name files of this machine
 
 
@@ -50,7 +50,7 @@ class PackSource:
 
     folder: Path
     output: Path
-    name: str  # of the LoRA
+    name: str  # name of the LoRA
     left_out: frozenset[Path]  # files and folders that are not packed
     places: MachinePaths
     own_models: tuple[str, ...]  # files of models that no download brings, as the packed folder names them

@@ -67,7 +67,7 @@ class Project:
     folder: Path  # in which the commands run
     download: list[str]
     commands: list[list[str]]
-    files: list[str]  # of the model
+    files: list[str]  # files of the model
     output: Path
     logs: Path | None  # folder of TensorBoard's files
     name: str
@@ -85,7 +85,7 @@ class Project:
 class MediaCheck(NamedTuple):
     """Result of checking the media."""
 
-    fault_kinds: list[str]  # of faults that end the run; empty: it can begin
+    fault_kinds: list[str]  # kinds of errors that end the run; empty if it can begin
     left_out: list[str]  # files that it continues without
 
 

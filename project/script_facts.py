@@ -24,7 +24,7 @@ NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 class AskedOption:
     """An option of a script."""
 
-    kind: str  # of its value: switch, whole, number, text or other
+    kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
     default: Any  # None: nothing
     reaches_out: bool  # it names code, or a place outside of the program
@@ -54,7 +54,7 @@ class ScriptOptions:
 
     name: str
     known: Mapping[str, AskedOption]
-    refused: Mapping[str, str]  # those of other programs -> why they are refused
+    refused: Mapping[str, str]  # options of other programs -> why they are rejected
 
 
 @cache

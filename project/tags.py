@@ -10,9 +10,9 @@ from dataset.sources.captions import add_trigger
 from dataset.sources.wildcards import has_choice
 from dataset.subset_options import KEPT
 
-SHARE = 0.8  # of the captions are lists of tags in a folder of tags
+SHARE = 0.8  # fraction of lists of tags among the captions, from which a folder counts as tagged
 LEAST = 3  # tags in a list
-MAX_WORDS = 4  # of a tag
+MAX_WORDS = 4  # maximum number of words in a tag
 SENTENCE = re.compile(r"[.!?](\s|$)")
 # as in red_hair; score_7 and o_o stay
 UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")

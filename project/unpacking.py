@@ -34,7 +34,7 @@ from training.config_options import OTHERS_TABLE
 PIECE_BYTES = 1 << 20
 MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
 ENCRYPTED = 0x1
-LATEST_NS = 1 << 62  # of the time of a file: the year 2116
+LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
 
 def unpack_folder(options: UnpackOptions) -> None:

@@ -74,14 +74,14 @@ class QwenImageTextOptions(TextEncoderOptions):
 
 
 class QwenImageLatentCachingOptions(Options, title=NAME):
-    """Options of qwen_image_cache_latents.py besides the shared ones."""
+    """Options of qwen_image_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImageVaeOptions
     version: QwenImageVersionOptions
 
 
 class QwenImageTextCachingOptions(Options, title=NAME):
-    """Options of qwen_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of qwen_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: QwenImageTextOptions = option(settings={"text_encoder": {"required": True}})
     version: QwenImageVersionOptions
@@ -99,7 +99,7 @@ class QwenImageModelOptions(Options, title=NAME):
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
+    """Options of qwen_image_train_network.py and qwen_image_train.py in addition to the shared ones."""
 
     remove_first_image_from_target: bool = option(
         "learn the layers alone, not the whole picture in front of them, with --model_version layered; it is "
@@ -177,7 +177,7 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
 
 
 class QwenImageLayerOptions(Options, title="layers"):
-    """How --model_version layered takes a picture apart."""
+    """How --model_version layered splits an image into layers."""
 
     output_layers: int = option(
         "number of layers that --model_version layered takes the picture apart into, from back to front",
@@ -203,7 +203,7 @@ class QwenImageLayerOptions(Options, title="layers"):
 
 
 class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_generate_image.py besides the shared ones."""
+    """Options of qwen_image_generate_image.py in addition to the shared ones."""
 
     vae_enable_tiling: bool = option("another spelling of --vae_tiling", facts=OF_DECODING)
     embedded_cfg_scale = not_needed(

@@ -20,7 +20,7 @@ from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_opti
 from qwen_image.options import MASK
 
 NAME = "Qwen-Image-2.1"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS = 40
 BLANK = " "  # what an empty prompt is written as, as released
 NO_TEXT = ("", '""', "''")
@@ -52,13 +52,13 @@ class QwenImage21TextOptions(TextEncoderOptions):
 
 
 class QwenImage21LatentCachingOptions(Options, title=NAME):
-    """Options of qwen_image_21_cache_latents.py besides the shared ones."""
+    """Options of qwen_image_21_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImage21VaeOptions
 
 
 class QwenImage21TextCachingOptions(Options, title=NAME):
-    """Options of qwen_image_21_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of qwen_image_21_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: QwenImage21TextOptions = option(settings={"text_encoder": {"required": True}})
 
@@ -75,7 +75,7 @@ class QwenImage21ModelOptions(Options, title=NAME):
 
 
 class QwenImage21TrainingOptions(QwenImage21ModelOptions, title=NAME):
-    """Options of qwen_image_21_train_network.py besides the shared ones."""
+    """Options of qwen_image_21_train_network.py in addition to the shared ones."""
 
 
 class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
@@ -99,7 +99,7 @@ class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
 
 
 class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
-    """Options of qwen_image_21_generate_image.py besides the shared ones."""
+    """Options of qwen_image_21_generate_image.py in addition to the shared ones."""
 
     dtype: str | None = option(
         "another spelling of --dit_dtype",

@@ -35,7 +35,7 @@ from stable_diffusion.sampling_options import (
 logger = logging.getLogger(__name__)
 
 SEEDS_END = 2**32  # drawn seeds are below it
-SIDE = 8  # pixels of one latent: sides are multiples of it
+SIDE = 8  # pixels per latent: sides are multiples of this
 
 
 @dataclass
@@ -273,7 +273,7 @@ def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
-    # a picture's size is cut down to multiples that the VAE can make
+    # the size of an image is rounded down to multiples that the VAE supports
     return (
         sampling.width or max(width // SIDE, 1) * SIDE,
         sampling.height or max(height // SIDE, 1) * SIDE,

@@ -56,7 +56,8 @@ class LayerTexts:
     """Give each cross-attention its own part of the context while a batch is made."""
 
     unet: Any
-    paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
+    # paths of the transformers around them, in the order of the context; () if all share it
+    paths: Sequence[str]
 
     @contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:

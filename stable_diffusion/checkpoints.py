@@ -32,7 +32,7 @@ def read_levels(names: Collection[str]) -> tuple[int, ...]:
     Args:
         names: Names of the released tensors.
     """
-    last_blocks = []  # of all levels but the last
+    last_blocks = []  # last blocks of all levels except the last one
     block_numbers = {0}
     for name in names:
         block = re.match(r"input_blocks\.(\d{1,4})\.", name)
@@ -79,7 +79,8 @@ def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Pa
     try:
         with on_meta_device():
             return build(**config)
-    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+    # errors of many classes, which all mean that the dimensions do not fit together
+    except Exception as error:
         raise CheckpointError(
             f"{path}: diffusers cannot build a network of these dimensions ({type(error).__name__}: "
             f"{error}). The file or the config.json next to it is damaged: copy or download it again.",
@@ -89,11 +90,11 @@ def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Pa
 
 UnetSizes = Mapping[str, Any]
 
-GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
-SD1_HEADS = 8  # of each attention, as released
-HEAD_WIDTH = 64  # of the later kinds
+GROUPS = 32  # number of groups in all group norms, as released; the tensors do not show it
+SD1_HEADS = 8  # number of heads in each attention, as released
+HEAD_WIDTH = 64  # head width of the later kinds of models
 SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
-USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
+USES = (4, 9)  # input channels of a U-Net: for images, and for inpainting
 
 
 class UnetDepths(NamedTuple):
@@ -223,16 +224,16 @@ def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[in
 # The VAE: names in released files and diffusers' folders, dimensions.
 VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
 
-VAE_GROUPS = 32  # of all group norms, as released
+VAE_GROUPS = 32  # number of groups in all group norms, as released
 LEVELS = 4  # resolutions: 8 pixels are one latent pixel
 LATENT_CHANNELS = 4
 CONFIG_CLASSES = {"AutoencoderKL"}
 GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
 
-# what files of a VAE alone carry besides: the loss of its training, averages
+# tensors that files of a VAE may contain in addition: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
 
-_OLD_ATTENTION: dialects.Names = (  # of diffusers before 0.17
+_OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
     (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
     (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
     (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
@@ -357,8 +358,9 @@ class _Bands:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C H W."""
         conv = self.conv
-        pad_rows, pad_columns = (int(size) for size in conv.padding)  # of zeros, on each side
-        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result
+        pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
+        # number of rows of the result
+        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
         if rows < 2 * self.most:
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None

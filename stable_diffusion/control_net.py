@@ -86,14 +86,15 @@ class ControlNets:
         yield control
 
     def _compute_residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
-        # guides: B 3 H W; row r of the call belongs to picture r modulo B
+        # guides: B 3 H W; row r of the call belongs to image r modulo B
         network = self._networks[number]
         dtype = self._model.dtype
         rows = len(call.sample)
         # the contexts of a prompt's parts stand one after the other; the last part is used
         tokens = call.context.shape[1] // parts
         down, middle = network(
-            call.sample[:, : network.config.in_channels].to(dtype),  # without mask and masked picture
+            # without the channels of mask and masked image
+            call.sample[:, : network.config.in_channels].to(dtype),
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
             encoder_hidden_states=call.context[:, -tokens:].to(dtype),
             controlnet_cond=guides.repeat(rows // len(guides), 1, 1, 1),
@@ -238,5 +239,5 @@ def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int
     """
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
-    # drawn at the picture's size, so that lines stay one pixel wide
+    # edges are drawn at the final size, so that lines are one pixel wide
     return image if canny is None else draw_edges(image, *canny)

@@ -129,7 +129,7 @@ def _read_control_net(
         unet: Configuration of the U-Net.
         words: Name of the U-Net's model.
     """
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be next to it
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
     _reject_similar(bare)
     translate = name_translator(bare.tensors)
     sources = {}

@@ -85,12 +85,12 @@ from stable_diffusion.whole_folders import make_folder_writer
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
-LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
+LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
-_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
+_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of images are multiples of this
 # least squares fits of latents in model space to colors (R, G, B), which all known tools use
 _COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
@@ -155,15 +155,15 @@ class StableDiffusion(ModelOfImages):
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
-    chunks: int = 1  # of 75 tokens that are read of a caption
+    chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
-    sampler: str = DEFAULT_SAMPLER  # of a training's samples
-    options: Any = NO_OPTIONS  # of a training
+    sampler: str = DEFAULT_SAMPLER  # sampler for a training's samples
+    options: Any = NO_OPTIONS  # set for trainings only
     tells_cut: bool = False  # warn of prompts that are not read to their end
-    learning_texts: LearningTexts | None = None  # of a training of all weights
+    learning_texts: LearningTexts | None = None  # set for full training only
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
@@ -243,7 +243,8 @@ class StableDiffusion(ModelOfImages):
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
         names |= {key: path.name for key, path in paths.items() if path is not None}
-        if self.options is NO_OPTIONS:  # of pictures: by the model's name its settings are read again
+        # for generations: the model's name, from which its settings are read again
+        if self.options is NO_OPTIONS:
             return names | {"model_type": kind.name}
         return names | self._metadata_of_training
 
@@ -277,7 +278,7 @@ class StableDiffusion(ModelOfImages):
             sides = [str(LARGE_SD2 if is_large else self.kind.size)]
         return f"{sides[0]}x{sides[-1]}"
 
-    # control pictures
+    # control images
 
     @property
     def _seeing(self) -> MadeNetwork | None:
@@ -486,7 +487,7 @@ class StableDiffusion(ModelOfImages):
         result: Tensor = output.unsqueeze(2)
         return result
 
-    # generation: the pictures of gen_img.py
+    # for generations: the images of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request whose texts are read as gen_img.py reads them.
@@ -579,7 +580,8 @@ class StableDiffusion(ModelOfImages):
         solver = begin_sampling(scheduler, prepared.steps, [generator], left_out)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
         if source is not None and source.needs_vae:
-            torch.randn(channels, height, width, generator=generator)  # of the posterior: `encode_source`
+            # skips the numbers that sampled the posterior in `encode_source`
+            torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
         return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
 

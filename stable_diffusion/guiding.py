@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 # and Zisserman 2014, arXiv 1409.1556.
 OPTION = "--vgg16_guidance_model"
 RELEASE = "torchvision's vgg16-397923af.pth"
-VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # its weights, of the same names
+VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # weights with the same names
 _START = "features."
-# statistics of the pictures it was trained on, RGB in 0..1: torchvision's documentation of the weights
+# statistics of the images it was trained on, RGB in 0..1. Source: torchvision's documentation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -121,7 +121,7 @@ CLIP = ClipUse(
     release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",
 )
 _PROJECTION = "text_projection.weight"  # P C
-# of data in a sample, as a square root: below it, with --zero_terminal_snr, a sample is noise alone
+# minimum square root of the fraction of data: below it, with --zero_terminal_snr, a sample is pure noise
 MIN_SHARE = 0.01
 
 Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
@@ -252,7 +252,8 @@ def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
 def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
     """Return a measure of pixels: the mean squared difference between their features and a picture's."""
     image = read_picture(path)
-    features: dict[torch.Size, Tensor] = {}  # of the picture, by size, as the pictures of Gradual Latent grow
+    # features of the guide image, by size, because Gradual Latent enlarges the images
+    features: dict[torch.Size, Tensor] = {}
 
     def measure(pixels: Tensor) -> Tensor:
         size = pixels.shape[-2:]

@@ -134,7 +134,7 @@ def read_args(text: str) -> dict[str, str]:
     return args
 
 
-FIRST, SECOND = "0", "1"  # in file names, before a picture's number
+FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 
 @dataclass(frozen=True, eq=False)

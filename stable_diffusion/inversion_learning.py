@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
 DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
-LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
+LOUD = 3.0  # a vector that exceeds the mean norm by this factor drowns out the other words of a prompt
 
 _OF_OBJECTS = """
 a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {}; a photo of a clean {};

@@ -23,7 +23,7 @@ ARGS = "--highres_fix_upscaler_args"
 WIDTH = 128
 NUM_BLOCKS = 20
 BLOCKS_OF_A_GROUP = 4  # each group adds its input to its output
-LATENT_SCALE = 0.18215  # of Stable Diffusion 1.x and 2.x: a latent is the autoencoder's times this
+LATENT_SCALE = 0.18215  # factor from the autoencoder's latents to those of Stable Diffusion 1.x and 2.x
 
 
 class LatentRefinerBlock(nn.Module):

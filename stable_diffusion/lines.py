@@ -242,7 +242,7 @@ class Inputs:
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
     guides: tuple[Path, ...] = ()
-    guides_at_once: int = 1  # of each picture that is made: one for each ControlNet
+    guides_at_once: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
         """Return the input image of the run's image `number`, counted from 0; files are used in turn."""
@@ -306,10 +306,10 @@ class Line:
 
     label: str  # in messages: "line 3"
     text: str
-    # from an input picture's metadata, in place of options in the text; it has no variants
+    # from an input image's metadata, instead of options in the text; such a prompt has no variants
     negative_prompt: str | None = None
-    image_number: int | None = None  # the input picture that it belongs to; None: the next one
-    pictures: int | None = None  # how many are made of it; None: as the options say
+    image_number: int | None = None  # the input image that the line belongs to; None for the next one
+    pictures: int | None = None  # number of images to generate; None for the number in the options
 
     @property
     def is_plain(self) -> bool:

@@ -30,7 +30,7 @@ from stable_diffusion.sdxl.options import SdxlLlliteTrainingOptions
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite"  # as other programs call it
-WIDTH, RANK = 32, 64  # of the released files
+WIDTH, RANK = 32, 64  # sizes of the released files
 WEIGHTS = "--network_weights"
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ from stable_diffusion.contract import SDXL
 from stable_diffusion.names import SDXL as SDXL_NAMES
 
 PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
-_OTHER_PREFIX = "lllite_"  # of other models than SDXL
+_OTHER_PREFIX = "lllite_"  # prefix of files for other models than SDXL
 WHAT = "a ControlNet-LLLite for Stable Diffusion XL"
 # parts of the U-Net with modules, by their released names; in each transformer layer these layers have one
 _BLOCKS = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "input_blocks_8_1", "middle_block_1")
@@ -40,8 +40,8 @@ class LllitePart:
     """Dimensions of the module of one layer."""
 
     convolutions: tuple[tuple[int, int], ...]  # (channels, kernel and stride), one after the other
-    width: int  # of the layer's input
-    rank: int  # of what it is projected down to
+    width: int  # width of the layer's input
+    rank: int  # width to which the input is projected down
     is_convolution: bool  # the layer's input is R C h w, else R L C
 
     @property
@@ -67,7 +67,7 @@ class LlliteModule(nn.Module):
         self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
         self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
         self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
-        self.dropout = nn.Dropout(dropout)  # of the training; files have none
+        self.dropout = nn.Dropout(dropout)  # dropout in training; files have none
         self.up = nn.Sequential(self._make_layer(part.rank, part.width))
 
     def _make_layer(self, width: int, out: int) -> nn.Module:
@@ -86,7 +86,7 @@ class LlliteModule(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return what is added to the layer's input `x`, given the embedding of the control image."""
-        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
+        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
         if len(x) != len(embedding):

@@ -35,7 +35,7 @@ class Lllites:
     """The LLLites of a run."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
-        """Hold loaded LLLites for a model.
+        """Store loaded LLLites for a model.
 
         Args:
             networks: Networks on the model's device.

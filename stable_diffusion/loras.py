@@ -53,8 +53,8 @@ class ChosenLoras:
         self._defaults = defaults
         self._use = use
         # strengths that the model has now; None while they are being changed
-        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None: they are folded into
-        # weights, so that nothing can be done with what a single one adds
+        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
+        # weights, where the parts of single LoRAs cannot be told apart
         self.layers = None if layers is None else tuple(layers)
         self.choose(None)
 
@@ -97,7 +97,7 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
+    prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def published(self, name: str) -> str:
         """Return the name that a parameter has in files."""

@@ -40,7 +40,7 @@ class _Texts(NamedTuple):
 
     prompts: list[contract.TextState]
     negative: list[contract.TextState] | None  # None: nothing is guided away from
-    blank: list[contract.TextState] | None  # of the empty text, for the third pass of --negative_scale
+    blank: list[contract.TextState] | None  # states of the empty text, for the third pass of --negative_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Maker:
     vae_batch_size: float | None = None
     networks: ChosenLoras | None = None
     ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
-    regions: Regions | None = None  # of prompts with several parts
+    regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
 

@@ -14,7 +14,7 @@ class NewWord:
     """A new word: it stands for all of its vectors; followed by 1, 2, ..., for a single later vector."""
 
     text: str
-    count: int = 1  # of its vectors
+    count: int = 1  # number of the word's vectors
 
     def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
         """Return the token ids of the word and of its single vectors.

@@ -17,7 +17,8 @@ from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 
-MAX_SNR = 1000.0  # a larger one counts as this: that of the first timestep would dwarf all others
+# larger values are clamped to this, because that of the first timestep would dwarf all others
+MAX_SNR = 1000.0
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class VariedNoise:
     """Change the noise of a training: add an offset to each channel, then coarser noise."""
 
     offset: float | None = None
-    offset_is_random: bool = False  # a share of the offset is drawn for each batch
+    offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch
     adaptive_scale: float = 0.0  # added to the offset, times the mean of the latents' channel
-    levels: int = 0  # of coarser noise
+    levels: int = 0  # number of levels of coarser noise
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:

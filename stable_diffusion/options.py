@@ -64,7 +64,7 @@ _IMAGES = "input pictures"
 _IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
 
 
-class ImageInputOptions(Options, title="prompts"):
+class ImageInputOptions(Options, title="prompts", must_give=True):
     """Where prompts, input images and seeds come from."""
 
     prompt: str | None = option(

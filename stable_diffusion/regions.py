@@ -188,7 +188,7 @@ class _Batch:
         self._regions = regions
         self.parts = regions.shape[1]
         self._means = regions.mean((-2, -1))  # B P
-        self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
+        self._size: tuple[int, int] | None = None  # size of the features in the current transformer
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
         self._weights: dict[tuple[int, int], Tensor] = {}
 
@@ -224,7 +224,7 @@ class _Batch:
         """Return a cross-attention with a separate pass for each part of the context."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
-            # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the picture
+            # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
             rows = len(hidden_states)
             parts = self.parts
             context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)

@@ -9,7 +9,7 @@ from stable_diffusion.files import UNET, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, PROJECTION, SD1_TEXT, SD2_TEXT
 
-# of each text encoder of a kind: beginning of its names, whether it is an OpenCLIP
+# for each text encoder of a kind: the prefix of its names, and whether it is OpenCLIP
 TEXTS: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
     SD1: ((SD1_TEXT, False),),
     SD2: ((SD2_TEXT, True),),

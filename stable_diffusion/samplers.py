@@ -79,7 +79,7 @@ def make_scheduler(
     settings |= {name: value for name, value in optional.items() if name in accepted}
     with _no_warnings_to_developers():
         scheduler = made_class(**settings)
-    if class_name == LMS:  # its own way takes scipy, which may not be installed
+    if class_name == LMS:  # this class needs scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
@@ -125,7 +125,7 @@ def _make_zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-MIN_SHARE = 2**-24  # of the data at the last timestep, squared
+MIN_SHARE = 2**-24  # squared fraction of data at the last timestep
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
@@ -137,9 +137,9 @@ class SchedulerSolver:
     """
 
     scheduler: Any
-    generators: Sequence[torch.Generator]  # one for each picture, on the CPU
+    generators: Sequence[torch.Generator]  # one for each image, on the CPU
     first: int = 0  # the index in `schedule` that denoising begins at
-    # wraps a step; it is given the scheduler's own step. None: that step alone
+    # wraps a step, and gets the scheduler's own step as an argument; None for the plain step
     around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
@@ -225,8 +225,8 @@ def begin_sampling(
         generators: Generator of each image.
         left_out: Number of steps that image-to-image skips; None to begin from noise.
     """
-    if "skip_prk_steps" in scheduler.config:  # of PNDM alone
-        # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
+    if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
+        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
         scheduler.register_to_config(skip_prk_steps=left_out is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
@@ -274,7 +274,7 @@ class SeenSolver:
             noisy: Input of the U-Net at the noise level.
             output: Output of the U-Net.
         """
-        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # of the data
+        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:

@@ -15,7 +15,7 @@ TRAINED_STEPS = 1000  # timesteps that all models know
 MAX_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels; no memory holds more
-DEFAULT_STRENGTH = 0.8  # of image to image
+DEFAULT_STRENGTH = 0.8  # default strength of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
 STRENGTH_HINT = "0 keeps the picture, 1 replaces it"
 _SIZE_HINT = "a multiple of 8 pixels"
@@ -259,10 +259,11 @@ def read_unsharp(option: str, text: str) -> Unsharp:
     Raises OptionError if the text cannot be read.
     """
     try:
-        ksize, sigma, strength, *target_x = text.split(",")
-        # 1, the default: sharpen the result of a step; KeyError for anything else
-        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, target_x))]
-        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target)
+        ksize, sigma, strength, *rest = text.split(",")
+        target_x = ",".join(rest).strip() if rest else "1"
+        if target_x not in ("0", "1"):
+            raise ValueError(f"target-x is {target_x}")
+        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")
         is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
         if is_odd and 0 < unsharp.sigma < math.inf and math.isfinite(unsharp.strength):
             return unsharp

@@ -110,7 +110,7 @@ class _Shrinking:
     blocks: Sequence[nn.Module]
     depth: int | None = None  # where features are made smaller in this call
     has_acted: bool = False
-    size: Size = (0, 0)  # of the sample
+    size: Size = (0, 0)  # size of the sample
     # of the skips that the running output block takes, in the order in which it takes them
     skips: list[Size] = field(default_factory=list)
 
@@ -125,7 +125,7 @@ class _Shrinking:
         self.size = height, width
         if self.depth is None or call.residuals is None:
             return call
-        # a ControlNet sees the whole size: what it adds has to be of the features' size
+        # a ControlNet runs at full size, so its residuals have to be resized to the features' size
         skips, middle = call.residuals
         sizes = self._list_feature_sizes()
         fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
@@ -203,7 +203,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
 # kohya-ss, "Gradual Latent", 2023; the steps: Karras et al. 2022, arXiv 2206.00364, in the ancestral form of
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
-STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
+STEP = 8  # sides of the small latents are multiples of this, because the U-Net halves them repeatedly
 NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 

@@ -28,7 +28,7 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 #
 # All numbers come from the picture's own generator, and none is drawn by what is not asked for, so that a
 # picture depends neither on its batch nor on these options if they are left out.
-LEVELS = 6  # of pyramid noise at most, as in training with it
+LEVELS = 6  # maximum number of levels of pyramid noise, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 MIN_STEP, MAX_STEP = 2.0, 4.0
 
@@ -123,7 +123,7 @@ class Inpainting:
         return ((1 - self.mask) * original + self.mask * painted).unsqueeze(2)
 
 
-CHANNELS = 4  # of latents
+CHANNELS = 4  # number of latent channels
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ class Texts:
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
         self._known = [*list_ids(words, 0, 0)]  # all words that embeddings and LoRAs have brought
-        self._copies = max(len(layers), 1)  # of a text's states
+        self._copies = max(len(layers), 1)  # number of copies of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1

@@ -40,7 +40,7 @@ USE = ClipUse(
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
-PROJECTION = "text_projection.weight"  # of the pooled state, in our network
+PROJECTION = "text_projection.weight"  # projection of the pooled state, in our network
 _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 

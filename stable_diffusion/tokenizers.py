@@ -61,7 +61,7 @@ def fetch_tokenizer_files(
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
         if file is None:
-            # that of the first encoder serves for both
+            # both encoders share the tokenizer of the first
             file = fetched[0][1] if fetched else _download(source, cache, checkpoint)
         fetched.append((source, file))
     return fetched
@@ -163,7 +163,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
-DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # of (x) and [x]
+DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
 MOST = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
@@ -187,7 +187,7 @@ class _Bracket:
     """A bracket that opens a weighted part, or one that closes it."""
 
     kind: str  # "(" or "["
-    weight: float  # of one that opens: the closing one may set it
+    weight: float  # weight of an opening bracket, which the closing bracket may set
     closes: bool = False
 
 
@@ -201,7 +201,8 @@ def parse_weights(text: str) -> tuple[Part, ...]:
     proportional to the length. Any text is accepted.
     """
     parts: list[Part] = []
-    products = {"(": [1.0], "[": [1.0]}  # of the open brackets, from the outermost on
+    # products of the weights of the open brackets, from the outermost inward
+    products = {"(": [1.0], "[": [1.0]}
     begins_chunk = False
     for event in _split_at_marks(text):
         if event is None:
@@ -282,7 +283,7 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
                 chunks.append(([], []))
             chunks[-1][0].append(token)
             chunks[-1][1].append(part.weight)
-    if len(chunks) > 1 and not chunks[-1][0]:  # nothing but blanks behind BREAK
+    if len(chunks) > 1 and not chunks[-1][0]:  # only blanks after BREAK
         chunks.pop()
     return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
 

@@ -56,7 +56,7 @@ from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
 WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
-# of each encoder, by the number of encoders that a model has
+# keys of each encoder's states in caches, by the number of encoders of a model
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
 
@@ -74,8 +74,9 @@ class LearningTexts:
     """How a training treats text encoders and captions."""
 
     dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
-    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
-    word: NewWord | None = None  # that is learned
+    # whether captions are padded to whole chunks; else to the longest caption of a batch
+    fills_captions: bool = True
+    word: NewWord | None = None  # the word that is trained
 
 
 class TowerEncoder:
@@ -115,7 +116,7 @@ class TowerEncoder:
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
         self._dtype = files.dtype
-        self._fills = True
+        self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
         self._bundled = bundled
         if learning is not None:
@@ -276,7 +277,7 @@ class TowerEncoder:
         loaded = self._loaded.get()[1]
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
-        length = None  # of the states that are used; None: all
+        length = None  # number of states that are used; None for all
         if not self._fills and prompts[0].marked_chunks is None:
             length = max(len(chunks[0].ids) for chunks in texts) + 2
         states, pooled = self._read_rows(

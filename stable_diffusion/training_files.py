@@ -65,7 +65,7 @@ class TrainingFiles:
     tokenizer_cache_dir: Path | None = None
     says_v2: bool = False  # --v2
     says_v: bool = False  # --v_parameterization
-    dtype: torch.dtype = torch.float32  # of the U-Net and of the text encoders
+    dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
     # kind -> script for it, with its verb, for a checkpoint of another kind
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
 
@@ -346,7 +346,8 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = count_layers(config)
-    blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
+    # residual blocks, the first convolution, and a sampler after each level but the last
+    blocks = sum(layers) + len(layers)
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
 

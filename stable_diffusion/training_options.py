@@ -18,8 +18,8 @@ TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
-DEFAULT_SAMPLER = "ddim"  # of known trainers
-STEPS, GUIDANCE_SCALE = 30, 7.5  # of pictures, as known trainers have their samples
+DEFAULT_SAMPLER = "ddim"  # default of known trainers
+STEPS, GUIDANCE_SCALE = 30, 7.5  # defaults for images, as in the samples of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
 
 
@@ -91,7 +91,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Options that both training scripts have besides the shared ones."""
+    """Options that both training scripts have in addition to the shared ones."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -125,7 +125,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         """Number of 75-token chunks of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
-    # of a training of all weights
+    # set for full training only
 
     @property
     def is_full(self) -> bool:
@@ -159,14 +159,14 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache latents, besides the shared ones."""
+    """Options of the scripts that cache latents, in addition to the shared ones."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache texts, besides the shared ones."""
+    """Options of the scripts that cache texts, in addition to the shared ones."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True

@@ -57,7 +57,7 @@ class CheckpointFiles:
 
     networks: Mapping[str, nn.Module]  # that learn
     parts: Mapping[str, PartTensor]  # by the names in the file: all that learns, and parts of a folder
-    plans: Plans = field(default_factory=dict)  # of a folder
+    plans: Plans = field(default_factory=dict)  # load plans of a folder's networks
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
     marks: Sequence[str] = ()  # names of empty tensors, by which a file says what its model predicts

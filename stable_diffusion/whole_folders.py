@@ -85,7 +85,7 @@ class FolderWriter:
     files: Mapping[str, NetworkFile]  # by the names of networks
     texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
     opened: ExitStack  # keeps the files of the plans open
-    form: SavedForm  # of each network
+    form: SavedForm  # form of each network's file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a folder, completely or not at all.
@@ -162,7 +162,8 @@ def make_folder_writer(
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    release = opened.enter_context(replace(checkpoint, vae=None).opened())  # its own VAE, not that of --vae
+    # the checkpoint's own VAE, not that of --vae
+    release = opened.enter_context(replace(checkpoint, vae=None).opened())
     plans = list_plans(release)
     files = {network: _plan_file(network, plans) for network in plans}
     return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened, form)

@@ -164,7 +164,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def drawn_by(self) -> tuple[str, str]:
-        """Sampler of timesteps and weighting scheme, which together decide the distribution."""
+        """Sampler of timesteps and weighting scheme, which determine the distribution together."""
         return self.timestep_sampling, self.weighting_scheme
 
     @property
@@ -194,7 +194,7 @@ _OF_HUBER = {
 
 
 class LossOptions(Options, title="loss"):
-    """The loss of one element, and the threshold above which Huber losses grow linearly."""
+    """The loss of one element, and the threshold above which Huber losses become linear."""
 
     loss_type: str = option(
         "l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else absolute",
@@ -226,7 +226,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """How an output is compared with the velocity. Video models always compare the output."""
+    """How an output is compared with the velocity. Video models always compare the raw output."""
 
     model_prediction_type: str = option(
         "what is compared with the velocity; raw: the output of the model, as it was trained; additive: "

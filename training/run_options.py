@@ -21,10 +21,10 @@ TOO_LARGE_A_SEED = 2**64
 
 @functools.cache  # options are parsed more than once, and the seed of a text is logged once
 def read_seed(text: str) -> int:
-    """Return the number of --seed: itself, or that of a text, as generation scripts have it.
+    """Return the number of --seed: the number itself or that of a text, as in generation scripts.
 
     Raises:
-        ArgumentTypeError: For a number that is longer than any seed.
+        ArgumentTypeError: If the number is longer than any seed.
     """
     try:
         seed = text_to_seed(text)
@@ -36,7 +36,7 @@ def read_seed(text: str) -> int:
 
 
 class LoopOptions(Options, title="training run"):
-    """Length and data of a training. `dataset_config` is None only if no data are trained on."""
+    """Length and data of a training. `dataset_config` is None only for commands without data."""
 
     key_files = (DATASET_FILE,)
 
@@ -115,7 +115,7 @@ class LoopOptions(Options, title="training run"):
 
 
 class StartOptions(Options, title="beginning later"):
-    """Where the run begins without a saved state. The data and noise of the steps before are left out."""
+    """Where the run starts without a saved state. Data and noise of earlier steps are skipped."""
 
     initial_epoch: int | None = option(
         "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
@@ -172,7 +172,7 @@ class ValidationOptions(Options, title="validation"):
 
 
 class SampleOptions(Options, title="samples while training"):
-    """When to make samples, and from which prompts."""
+    """When samples are generated, and from which prompts."""
 
     sample_prompts: Path | None = option(
         "file of prompts for samples (txt, toml, json); a file OUTPUT_NAME.sample asks for them any time",
@@ -214,7 +214,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def are_made(self) -> bool:
-        """Return whether samples can be made: a run with prompts can be asked for them at any time."""
+        """Return whether samples can be generated: a run with prompts can be asked for them at any time."""
         return self.sample_prompts is not None
 
     @property

@@ -72,12 +72,13 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
+# in caches of single images: positions in time of the images and their control images
+PLACES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
 class WanLatentCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_latents.py besides the shared ones."""
+    """Options of wan_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions
     vae_cache_cpu: bool = option(_CACHE_CPU)
@@ -108,7 +109,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
 
 
 class WanTextCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of wan_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: WanTextOptions = option(settings={"t5": {"required": True}})
 
@@ -181,7 +182,7 @@ class WanModelOptions(Options, title="Wan"):
 
 
 class WanTrainingOptions(WanModelOptions, title="Wan"):
-    """Options of wan_train_network.py besides the shared ones."""
+    """Options of wan_train_network.py in addition to the shared ones."""
 
     sample_dit_other: Path | None = option(
         "training one transformer of a model with two: the file of the other one, for samples only. It "
@@ -239,7 +240,7 @@ MAX_REFERENCES = 8  # each is a latent frame more; the release was trained with 
 
 
 class WanGenerationOptions(WanModelOptions, title="Wan"):
-    """Options of wan_generate_video.py besides the shared ones."""
+    """Options of wan_generate_video.py in addition to the shared ones."""
 
     ckpt_dir: Path | None = option(
         "folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without --dit, the "
@@ -311,7 +312,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
         can_make_one_frame = task.takes_image and not task.has_control
-        # prompt lines may ask for one frame too
+        # prompt lines may ask for one frame too, which uses control images
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
         control_images = None if one_frame else self.control_image_path

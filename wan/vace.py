@@ -37,7 +37,7 @@ class VaceRequest:
     """Inputs of VACE for a request, in addition to its video and its references."""
 
     mask: Path | None
-    scales: tuple[float, ...]  # of the hints, one a layer
+    scales: tuple[float, ...]  # strength of each layer's hints
 
     def add_to(self, prepared: Prepared) -> Prepared:
         """Return the prepared request with these settings, also in the metadata of its files.

@@ -37,7 +37,7 @@ class ClipSourceOptions(Options, title="clips and captions"):
 
 
 class ShapeOptions(Options, title="frames and sizes"):
-    """Which frames of a clip are taken, and their size."""
+    """Options for the frames of a clip: which ones are used, and at which size."""
 
     height_buckets: tuple[int, ...] = option(
         "heights in pixels; a clip gets the nearest size",

@@ -4,13 +4,10 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.options import CodecOptions
-from modules.options import Options, option
+from modules.options import Options, not_needed, option
 from modules.text_files import real_path
 
-OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-# of each detector: its usual threshold, and the largest that means something
-THRESHOLDS = {OWN: (0.25, 1.0), CONTENT: (27.0, 255.0), ADAPTIVE: (3.0, 255.0)}
 LIST_NAME = "clips.jsonl"
 NO_LIMIT = "0 for no limit"
 
@@ -18,31 +15,16 @@ NO_LIMIT = "0 for no limit"
 class SceneOptions(Options, title="scenes"):
     """How scenes are found."""
 
-    detector: str = option(
-        "what finds scenes: our own measure (hard cuts, dissolves, black or plain pictures between), or "
-        "PySceneDetect with its ContentDetector or AdaptiveDetector (hard cuts), a package to install: "
-        "pip install scenedetect-headless (the package scenedetect brings opencv-python, which clashes with "
-        "opencv-python-headless)",
-        default=OWN,
-        choices=tuple(THRESHOLDS),
+    scene_threshold: float = option(
+        "how much has to change at a cut; a lower one finds more", default=0.25, above=0, most=1
     )
-    scene_threshold: float | None = option(
-        "how much has to change at a cut; a lower one finds more. Default: "
-        + ", ".join(f"{usual:g} ({name})" for name, (usual, _) in THRESHOLDS.items())
+    detector = not_needed(
+        "scenes are always found by this tool's own measure, which also finds dissolves.",
+        "what finds scenes",
+        values=("own",),
+        default="own",
+        choices=("own", "pyscenedetect", "pyscenedetect-adaptive"),
     )
-
-    def __post_init__(self) -> None:
-        default, most = THRESHOLDS[self.detector]
-        if not 0 < self.threshold <= most:
-            raise OptionError(
-                f"--scene_threshold {self.threshold:g}: --detector {self.detector} takes numbers "
-                f"above 0 and up to {most:g}; {default:g} is usual, a lower one finds more"
-            )
-
-    @property
-    def threshold(self) -> float:
-        """Threshold of the detector: the option's, else the detector's default."""
-        return THRESHOLDS[self.detector][0] if self.scene_threshold is None else self.scene_threshold
 
 
 class LengthOptions(Options, title="lengths"):
@@ -71,7 +53,7 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Which clips are left out for their content."""
+    """Options that exclude clips because of their content."""
 
     static_threshold: float = option(
         "a clip is static if no part of the picture changes its brightness (0 to 1) by that much",
@@ -112,7 +94,7 @@ class ClipFormat(CodecOptions, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Videos to cut, the way to cut them, and the place of clips and list."""
+    """Options of cutting: which videos, how, and where the clips and their list go."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",

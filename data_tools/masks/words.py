@@ -36,7 +36,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class WordFinder:
-    """A loaded model with its processor and what it is to find."""
+    """A loaded model with its processor and the prompts to find."""
 
     network: Any
     processor: Any
@@ -45,7 +45,7 @@ class WordFinder:
 
     @torch.no_grad()
     def find(self, frame: Frame) -> Values:
-        """Return how well each place of a picture, H W 3, fits the prompt that it fits best: h w, 0..1.
+        """Score how well each region of an image, H W 3, matches its best prompt: h w, 0..1.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
@@ -86,7 +86,7 @@ def read_kind(folder: Path) -> str:
     """Return the kind of model in a folder.
 
     Raises:
-        CheckpointError: If it is none that is known here.
+        CheckpointError: If the kind of model is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():

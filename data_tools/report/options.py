@@ -10,7 +10,7 @@ STDOUT = "-"  # of --json without a value
 
 
 class ReportOptions(Options, title="report"):
-    """Dataset to read, place of the report, and model."""
+    """Options of the report: the dataset, the model, and where the report is written."""
 
     key_files = (DATASET_FILE,)
 

@@ -12,7 +12,7 @@ MAX_WORDS = 10_000  # characters of a list of tags
 
 
 class TaggerOptions(Options, title="the tagger"):
-    """A tagger and how much it is given at a time."""
+    """Options of a tagger: its model and batch size."""
 
     model_dir: Path = option(
         "folder with model.onnx and selected_tags.csv, or tag_mapping.json: a WD14-like tagger",

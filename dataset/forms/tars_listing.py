@@ -179,12 +179,12 @@ def _part(tar: Path, member: Member) -> Part:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Return a path inside `path` for a member's name, without "..", so that it stays inside."""
+    """Join a member's name to `path`, without "..", so that the result is inside of `path`."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
 def readable_path(name: str) -> str:
-    """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
+    """Make each part of a member's name readable (`readable_stem`); the suffix is kept."""
     folder, mark, base = name.rpartition("/")
     if mark:
         folder = "/".join(map(media_source.readable_stem, folder.split("/")))
@@ -217,10 +217,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a name without braces.
+    """Yield the tars that a name without braces stands for.
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If there is no tar.
         MediaError: If a tar cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
@@ -285,10 +285,10 @@ def has_wildcard(name: str) -> bool:
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:
-    """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
+    """Expand `{000..012}` and `{a,b}` in a name, in order; numbers keep their leading zeros.
 
     Raises:
-        DatasetError: If they are too many.
+        DatasetError: If there are too many names.
     """
     names = [pattern]
     while _BRACES.search(names[0]):

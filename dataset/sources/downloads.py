@@ -58,14 +58,13 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless it is there.
+    """Download `address` to `target`, unless the file exists.
 
-    `wait` is called with seconds before another try.
-
-    `check` looks at the file before it gets its name; if it raises MediaError, no file is kept.
+    `wait` is called with the seconds to wait before another attempt. `check` checks the file before it gets
+    its final name; if it raises MediaError, the file is discarded.
 
     Raises:
-        MediaError: If the file cannot be had, after several tries if that may help.
+        MediaError: If the file cannot be downloaded, after several attempts if these may help.
         OutputError: If the disk is full.
     """
     if target.is_file():
@@ -121,7 +120,7 @@ def download(
 
 
 def check_media(path: Path) -> None:
-    """Raise MediaError if a downloaded file is not a picture, clip or sound that can be read here."""
+    """Raise MediaError if a downloaded file is not an image, clip or audio file in a supported format."""
     from modules.media.opening import require_media  # here: tables without addresses need no decoder
 
     require_media(path)

@@ -141,12 +141,12 @@ def _limit_frames(path: Path, codec: Any) -> None:
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits that a pixel takes in memory; those of RGB if the file does not say how it is coded."""
+    """Return the bits of a pixel in memory; those of RGB if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
 def select_thread_type(codec: Any) -> str:
-    """Return how a decoder shares its work: of large frames each thread would hold one."""
+    """Select how decoder threads share work: with large frames, a frame per thread takes too much memory."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
 
@@ -219,9 +219,9 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
 
 
 def require_media(path: Path) -> None:
-    """Raise MediaError if a file is not a picture, clip or sound in a format that is read here.
+    """Raise MediaError if a file is not an image, clip or audio file in a supported format.
 
-    Only its beginning is read: it may still be damaged, or too large.
+    Only the beginning is read, so the file may still be damaged or too large.
     """
     Image.init()
     with reading(path):

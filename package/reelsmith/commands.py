@@ -40,7 +40,7 @@ class ScriptCommand:
     """One command and the script behind it."""
 
     words: tuple[str, ...]  # "train", "wan"
-    path: Path  # of wan_train_network.py
+    path: Path  # path of the script, such as wan_train_network.py
 
     @property
     def script(self) -> str:
@@ -130,7 +130,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
     if matching and asks_for_help:
         text = _listing(matching) if words else _list_first(commands)
-        with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+        with contextlib.suppress(BrokenPipeError):  # the user may have quit the pager
             print(text, flush=True)
         return
     if matching:
@@ -142,7 +142,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     raise SystemExit(2)
 
 
-SIMILAR = 0.75  # of a command that was mistyped and the intended one; 1: equal
+SIMILAR = 0.75  # minimum similarity between a mistyped command and the intended one; 1 means equal
 
 # what others call a command -> what to type
 _MEANT = {

@@ -16,18 +16,18 @@ from project.options import check_trigger
 # where a value goes: an option of `new`, a key of [training] in run.toml or of the tables in dataset.toml, or
 NEW, TRAINING, DATA = "new", "training", "data"
 MODEL = "model"  # the name of a model: a task is looked for
-FILE = "file"  # of a model: its name may be that of a released one
+FILE = "file"  # a file of a model: its name may be that of a released file
 FOLDER = "folder"  # with pictures or clips
 EPOCHS = "epochs"  # they become steps; name: which of epochs and steps counts there
 PER_EPOCH = "per epoch"  # something is done after so many epochs; name: the option with steps
-SHARE = "share"  # of the run, for the warm-up
+SHARE = "share"  # the warm-up as a fraction of the run
 NETWORK = "network"  # kind of it: a LoRA, or another one
-ARGUMENT = "argument"  # of the optimizer; name: its own
+ARGUMENT = "argument"  # an argument of the optimizer; `name` is the argument's name
 ARGUMENTS = "arguments"  # several, as KEY=VALUE
 NETWORK_ARGUMENT = "network argument"  # name: its own
 LEFT = "left"  # it is not taken; the rule says why
 
-# of EPOCHS: they count before a number of steps, behind it, or the run ends with the first of the two
+# precedence of EPOCHS: before a number of steps, after it, or the run ends with whichever comes first
 FIRST, LAST, SOONEST = "first", "last", "soonest"
 MAX_STEPS = 10_000_000
 
@@ -36,7 +36,7 @@ class KeyRule(NamedTuple):
     """What becomes of a key. `read` converts its value to ours, or raises ValueError with a reason."""
 
     to: str
-    name: str = ""  # of the option or key; of LEFT the reason
+    name: str = ""  # name of the option or key; for LEFT, the reason
     read: Callable[[Any], Any] = lambda value: value
 
 
@@ -62,7 +62,8 @@ class Parts:
     keys: tuple[str, ...] = ()  # that say it
     trains_dit: bool = True  # the transformer or U-Net
     dit_rate: float | None = None  # None: the learning rate of the run
-    text_rates: tuple[float | None, ...] = ()  # of each text encoder; 0: it does not learn; (): none does
+    # rate of each text encoder; 0 freezes it; () if none is trained
+    text_rates: tuple[float | None, ...] = ()
 
     @property
     def trains_texts(self) -> bool:
@@ -102,13 +103,13 @@ class Program:
     suffixes: tuple[str, ...]
     marks: tuple[str, ...]  # keys of which each of its files has at least one
     rules: Mapping[str, KeyRule]
-    models: Mapping[str, tuple[str, str | None]]  # its name of a model -> family and task
-    alpha: float | None  # of a LoRA for which none is said; None: its rank
+    models: Mapping[str, tuple[str, str | None]]  # the program's name of a model -> family and task
+    alpha: float | None  # default alpha of a LoRA; None for its rank
     companions: tuple[str, ...] = ()  # keys that name a further file, whose keys follow KEY:
     # keys that its files may lack -> the value that counts there then, where `new` would choose another one
     usual: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
-    knows_options: bool = False  # its other keys are options of the script that trains
+    knows_options: bool = False  # whether other keys are options of the training script
     find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
     find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
     # arguments of an optimizer that it gives by itself, by our name of the optimizer

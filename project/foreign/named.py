@@ -44,6 +44,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
         except (ValueError, TypeError, OverflowError) as error:
             project.leave_value(key, value, str(error))
     project.others = {}
+    # now that the script is known, a key without a rule may be similar to one of its options
     for key in list(project.unknown):
         if _find_ours(key, places) is not None:
             project.unknown.remove(key)

@@ -80,7 +80,7 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
         if name in found and not isinstance(found[name], list | tuple):
             found.pop(name)
             project.leave(project.key_of(name), "Adafactor has two of them")
-    if "beta2" in found:  # its decay_rate is in its place
+    if "beta2" in found:  # Adafactor has decay_rate instead
         found.pop("beta2")
         project.idle.append(project.key_of("beta2"))
 

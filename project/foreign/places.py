@@ -20,6 +20,7 @@ def join_places(project: ForeignProject) -> None:
     """Resolve the keys of each dataset in a list; move those of an only folder to the [general] table."""
     for place in project.places.values():
         if place.num_drawn is not None:
+            # here the program's number of repeats is the number of files that it draws per epoch
             place.num_drawn = place.data.pop("num_repeats", None)
     for place in project.places.values():
         if place.is_unused:
@@ -72,13 +73,13 @@ def _move_to_all(project: ForeignProject) -> None:
     moved: set[str] = set()
     for place in project.places.values():
         for name, value in place.data.items():
-            if name in moved and project.data[name] != value:
+            if name in moved and project.data[name] != value:  # the folder is listed twice
                 _leave_keys(
                     project, place, [name], f"{name} of the same folder is {project.data[name]} already"
                 )
                 continue
             if name in project.data and name not in moved and project.data[name] != value:
-                _leave_of_all(project, name)
+                _leave_of_all(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
             project.data[name] = value
             project.said[name] = place.said[name]

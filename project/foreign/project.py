@@ -44,13 +44,14 @@ class ForeignProject:
     path: Path
     program: Program
     keys: frozenset[str] = frozenset()  # all that the file has
-    options: frozenset[str] = frozenset()  # of the script and of dataset.toml, for a program that has them
+    # options of the script and keys of dataset.toml, for a program with the same names
+    options: frozenset[str] = frozenset()
     run: ForeignRun = ForeignRun("lora", "")
     parts: Parts = Parts()
     new: dict[str, Any] = field(default_factory=dict)  # options of `new`
     training: dict[str, Any] = field(default_factory=dict)  # keys of [training]
     data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the optimizer
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the optimizer
     network_arguments: dict[str, Any] = field(default_factory=dict)
     places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
     folders: dict[str, Path] = field(default_factory=dict)  # by key

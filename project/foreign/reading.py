@@ -23,7 +23,7 @@ PROGRAMS: tuple[Program, ...] = (
     onetrainer.PROGRAM,
     kohya_gui.PROGRAM,
 )
-MAX_BYTES = 1 << 20  # of a file; those that people have are below a hundredth
+MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundredth of this
 MAX_KEYS = 5000
 MAX_DEPTH = 12
 # keys of files of options of sd-scripts and musubi-tuner, which the training scripts read themselves
@@ -81,9 +81,9 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
     of_models: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
-            continue  # it is read before
+            continue  # the further file was read before
         if key in project.parts.keys:
-            continue  # `settle` says what becomes of them
+            continue  # `settle` decides what becomes of these keys
         rule = find_rule(program, key)
         if key in idle:
             project.idle.append(show(key))
@@ -112,7 +112,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
     elif is_empty(value):
         project.empty.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.idle.append(show(key))  # of other optimizers: files name those of all
+        project.idle.append(show(key))  # an argument of another optimizer: files contain those of all
     else:
         project.unknown.append(show(key))
 
@@ -194,7 +194,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
     is_list = isinstance(content, list)
     if isinstance(content, dict):
         for name, value in content.items():
-            inner = str(name).removeprefix("--")  # of a command line
+            inner = str(name).removeprefix("--")  # the name as on a command line
             separator = "" if not key or key.endswith(":") else "."
             yield from _flatten(value, f"{key}{separator}{inner}", depth + 1, counter)
     elif is_list and any(isinstance(item, dict) for item in content):

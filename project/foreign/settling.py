@@ -31,7 +31,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 class Forms(NamedTuple):
     """Which keys the tables of dataset.toml can have."""
 
-    step: int  # of which sides are multiples
+    step: int  # sides are multiples of this
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
     regularizes: bool = False  # the folder has regularization pictures
@@ -164,12 +164,15 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        if "blocks_to_swap" in script.known:  # a trained block is stepped while it is on the card
+        if (
+            "blocks_to_swap" in script.known
+        ):  # only fused_backward_pass updates a block while it is on the card
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
+    # full training sets these for Adafactor; another optimizer has its usual ones
     if "optimizer_type" in training and optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)
@@ -195,6 +198,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
             project.left.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
+    # keys about shuffling do nothing unless captions vary
     without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
     if not forms.regularizes:
         without_effect.append("prior_loss_weight")

@@ -30,7 +30,7 @@ LORA = RunKind(
     ending="lora",
     has_targets=True,
 )
-KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of control networks, the first is the usual one
+KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of the control networks, the first is the default
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 

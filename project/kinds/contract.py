@@ -51,13 +51,13 @@ class RunKind:
     find_words: Callable[[ModelSet], list[str]]
     # why a model cannot have it on a card of so many GiB (0: a CPU); None if it can
     why_not: Callable[[ModelSet, float], str | None]
-    # options of its run from those of a LoRA's run, on such a card
+    # converts the options of a LoRA's run to those of this kind, for the given memory
     change: Callable[[Mapping[str, Any], float], dict[str, Any]]
     # lines about memory, disk and data, for such a card
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
-    ending: str = ""  # of `modelspec.architecture` in its files
-    record: str = "Training"  # of the family's options that its script has, see `FamilyEntry.options_record`
-    sees_controls: bool = False  # it learns pairs of a picture and a control picture
+    ending: str = ""  # suffix of `modelspec.architecture` in its files
+    record: str = "Training"  # kind of options record that its script has, see `FamilyEntry.options_record`
+    sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
     saves_models: bool = False  # each save has gigabytes: few are made and kept
     has_targets: bool = False  # targets that keep few steps are for it

@@ -15,7 +15,8 @@ from project.fitting import transformer_bytes, transformers_of
 from project.kinds.contract import RunKind, drop_lora_options
 from project.options import times_of_steps
 
-FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)  # of frozen weights
+# options for the storage of frozen weights
+FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)
 # Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
 RECIPE: Mapping[str, Any] = {
     "optimizer_type": "adafactor",
@@ -27,8 +28,8 @@ RECIPE: Mapping[str, Any] = {
     "fused_backward_pass": True,
 }
 FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
-SAVES = 4  # over the run: each is a whole model
-KEPT = 2  # saved files, and states, that are kept besides the result
+SAVES = 4  # number of saves over the run, because each is a whole model
+KEPT = 2  # number of saved files and states that are kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
-    """How the average that a run keeps next to its weights is computed, and whether samples show it."""
+    """How the moving average of the weights is computed, and whether samples use it."""
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
-    """How much further noise there is in the latents."""
+    """How much additional noise is added to the latents."""
 
     ip_noise_gamma: float | None = option(
         "input perturbation: this share of further noise is mixed in, which the model does not have to "
@@ -32,7 +32,7 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the further noise of micro-batch `number`.
+    """Draw the additional noise of a micro-batch.
 
     Args:
         options: Options of the run.
@@ -40,7 +40,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
         seed: Seed of the run.
         number: Index of the micro-batch in the run.
     """
-    import torch  # --help does without
+    import torch  # not needed for --help
 
     from training.data.feed import seed_generator
 

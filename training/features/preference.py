@@ -23,7 +23,7 @@ BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/r
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """How strongly the better one of each pair is preferred."""
+    """How strongly the chosen item of each pair is preferred."""
 
     preference: float | None = option(
         "learn from pairs of a better and a worse picture or clip (worse_directory in the dataset): predict "
@@ -53,7 +53,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import audio_of, hears_audio  # torch, as --help does without
+    from contract.family import audio_of, hears_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
     if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):

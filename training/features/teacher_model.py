@@ -38,7 +38,7 @@ class TeacherModel:
         Args:
             passes: Passes of the network in a training step.
             noisy_batch: Batch with noise and timesteps.
-            has_loras: Whether the LoRAs are on.
+            has_loras: Whether the LoRAs are active.
         """
         own_passes = replace(passes, family=self.family, dit=self.dit)
         with contextlib.ExitStack() as stack:
@@ -56,8 +56,8 @@ class TeacherModel:
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the target b + T' - T, in which only the effect of the LoRAs is taught.
 
-        b is the prediction of the trained model without its network; T' and T are those of the teacher with
-        and without its LoRAs. The teacher's other differences from the model cancel out.
+        b is the prediction of the trained model without its network; T' and T are the teacher's predictions
+        with and without its LoRAs. Other differences of the teacher from the model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -146,7 +146,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
 
 @contextlib.contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Name another option in errors of the block, which name that of the trained transformer."""
+    """Name another option in errors of the block, which name the option of the trained transformer."""
     try:
         yield
     except CheckpointError as error:
@@ -155,7 +155,7 @@ def _naming(option: str) -> Iterator[None]:
 
 
 def _check_loras(model: Family, options: TeacherOptions) -> None:
-    """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
+    """Raise CheckpointError if a file of --teacher_lora is not a LoRA, or not one for the teacher's model."""
     if not options.loras():
         return
     from networks.added import reject_magnitudes  # only with LoRA files

@@ -13,7 +13,7 @@ NUM_TIMESTEPS = 1000
 
 
 class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
-    """Which frozen model the network learns from, at which noise, and how it is compared with it."""
+    """Which frozen model the network learns from, at which noise levels, and how they are compared."""
 
     teacher: str | None = option(
         "also measure the loss against the prediction of a frozen model, which knows the full conditions: "
@@ -119,7 +119,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
     )
 
     def check(self) -> None:
-        """Raise OptionError for options that do not go with each other."""
+        """Raise OptionError for options that conflict with each other."""
         if self.teacher_min_timestep >= self.teacher_max_timestep:
             raise OptionError(
                 f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "
@@ -139,19 +139,19 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def view(self) -> str:
-        """Return the conditions that the teacher sees besides the cached ones; "" if there are none."""
+        """Return the conditions that the teacher gets besides the cached ones; "" if there are none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --teacher_lora with their multipliers.
 
         Raises:
-            OptionError: If one is missing.
+            OptionError: If a multiplier is missing.
         """
         return files_with_multipliers("--teacher_lora", self.teacher_lora or ())
 
     @property
     def band(self) -> tuple[int, int] | None:
-        """Return the noise, in thousandths, at which the teacher knows more; None: everywhere."""
+        """Return the range of noise, in thousandths, at which the teacher teaches; None for all levels."""
         band = (self.teacher_min_timestep, self.teacher_max_timestep)
         return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band

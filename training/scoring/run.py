@@ -49,7 +49,7 @@ MODEL_FOLDER = Path("models/score_clip")  # that tools/download.py fills
 
 
 class ScoreOptions(Options, title="what to score"):
-    """A run, the model that compares pictures, and the pictures that the run learned from."""
+    """A run, the model that compares images, and the images that the run was trained on."""
 
     run: Path = option(
         "folder of a run (its --output_dir), or its ...-history.jsonl if the folder has several runs",
@@ -151,7 +151,7 @@ def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors 
 
 
 def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return what was left out of the scores of a run."""
+    """Return remarks about what was left out of the scores of a run."""
     notes = []
     if embedder.unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
