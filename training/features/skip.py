@@ -141,7 +141,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
     number = run.progress.step + 1
     if outcome == FATAL:
-        from training.bad_steps import explain_bad_step  # only here
+        from training.bad_steps import explain_bad_step  # only when the run ends
 
         before = progress.bad_in_a_row
         remedy = "" if before else REMEDY
