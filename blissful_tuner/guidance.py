@@ -515,13 +515,15 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
+    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
+    if not scheduled and all(scale is None or scale >= off for scale in used):
+        return
     option_by_scale = _name_scales(prepared)
     for scales in scheduled:
         for standard_scale in scales:
             if standard_scale is not None:
                 scale = standard_scale - 1 + off  # as the user typed it
                 option_by_scale.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
-    used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
     for scale, option in option_by_scale.items():
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))

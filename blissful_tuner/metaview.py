@@ -43,7 +43,7 @@ class MetaviewOptions(Options):
     """Files to read and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
-        "videos (mkv, mp4, mov), pictures (png), latents and LoRAs (safetensors), or folders of them",
+        "videos (mkv, mp4, mov), images (png), latents and LoRAs (safetensors), or folders of them",
         positional=True,
         nargs="+",
         metavar="FILE",

@@ -106,7 +106,7 @@ class ModelUtilityOptions(Options):
     weights_only: str = option(
         "only true: .pt files are read without running code in them", title=_SAFETY, default="true"
     )
-    disable_weights_only: bool = option("refused: code in a file is never run", title=_SAFETY)
+    disable_weights_only: bool = option("rejected: code in a file is never run", title=_SAFETY)
 
     def __post_init__(self) -> None:
         weights_only = self.weights_only.strip().lower()
@@ -184,7 +184,7 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 
 def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield the info as lines.
+    """Yield the info as readable lines.
 
     Args:
         facts: What is known about the model.

@@ -74,7 +74,7 @@ class PromptRewriter:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
             if tokenizer.chat_template is None:
                 raise self._unusable(
-                    "its tokenizer has no chat template, so it is no chat model. Give one that follows "
+                    "its tokenizer has no chat template, so it is not a chat model. Give one that follows "
                     "instructions."
                 )
             _render(tokenizer, "a cat")  # finds a broken template before the weights are loaded

@@ -79,8 +79,8 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """
     if prepared.joint is not None:
         raise OptionError(
-            f"{_name_source(source)}: a video that is made with its sound starts from noise. Make it without "
-            f"sound, or leave --{source.option} out"
+            f"{_name_source(source)}: a video that is made with its audio starts from noise. Make it without "
+            f"audio, or leave --{source.option} out"
         )
     if source.option == LATENTS:
         _check_latent_frames(prepared, source, family)

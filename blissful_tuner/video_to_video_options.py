@@ -13,8 +13,8 @@ SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spell
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MAX_NOISE = 10
 DEFAULT_NOISE = "0.01 to 0.05 are usual"
-_SHARE = "how much is made new: share of the steps that run; 1 replaces it completely"
-_PAD = "how a video that is too short is filled up: repeat its first or its last frame"
+_SHARE = "how much is regenerated: fraction of the steps that run; 1 replaces it completely"
+_PAD = "how a video that is too short is padded: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
 _NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
 USED_WITH = {  # options that count with some sources only
@@ -65,7 +65,7 @@ class SourceOptions(Options, title="video or image to start from"):
     strength: float | None = option(_SHARE)  # None: the script has the other of SHARES
     v2v_denoise: float | None = option(_SHARE)
     v2v_noise_mode: str = option(
-        "traditional: the share is one of the steps; direct: it is the noise level of the first step",
+        "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
         choices=("traditional", "direct"),
         flags=("--v2v_noise_mode", "--noise_mode"),

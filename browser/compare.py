@@ -277,7 +277,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     if len(comparison.columns) > MAX_COLUMNS or len(comparison.rows) > MAX_ROWS:
         raise OptionError(
             say(
-                "%(most_columns)s files and %(most_rows)s prompts are the most: choose fewer",
+                "%(max_columns)s files and %(most_rows)s prompts are the most: choose fewer",
                 max_columns=MAX_COLUMNS,
                 most_rows=MAX_ROWS,
             )

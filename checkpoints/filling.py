@@ -272,11 +272,11 @@ class _Filling:
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
-        self.errors: dict[str, Tensor] = {}  # of rounding, by name
-        self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
-        self.kept_forms: list[str] = []  # of the file's own
-        # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
+        self.are_finite: dict[str, Tensor] = {}  # scalar bools by tensor of the file; not used on a CPU
+        self.errors: dict[str, Tensor] = {}  # relative rounding errors, by our name
+        self.rounded_forms: dict[str, str] = {}  # description for the log of the form, by our name
+        self.kept_forms: list[str] = []  # names of the forms of weights that stay as in the file
+        # one buffer for all reads, because temporary tensors would leave holes in the heap
         size_bytes = 0 if device.type == "meta" else max(map(self._count_buffer_bytes, dtypes), default=0)
         if device.type == "cuda":
             self.scratch = empty_pinned([size_bytes], torch.uint8)

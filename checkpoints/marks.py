@@ -301,10 +301,12 @@ def _set_w4a8(layer: _Layer) -> None:
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
+    # one relative scale per group of columns: their number shows the number of columns, and this the bits
     shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
     bits = 8 * width // max(columns, 1)
-    if len(shape) != 2 or shape[0] != rows or columns * bits != 8 * width or bits not in (4, 6):
+    is_one_scale_per_group = len(shape) == 2 and shape[0] == rows
+    if not is_one_scale_per_group or columns * bits != 8 * width or bits not in (4, 6):
         raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
     layer.companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     ends = ["weight_s_rel", "weight_s_channel"]

@@ -90,12 +90,12 @@ class SavedForm:
     def write(
         self, path: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a model, completely or not at all; what has this name already is replaced.
+        """Write a model, completely or not at all; an existing model of this name is replaced.
 
-        `path` is the file or the folder. `read` and `metadata` are as for `stream_tensors`.
+        `path` is the file or the folder, and `read` returns a tensor by name.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the model cannot be written.
             OptionError: If there would be too many files.
         """
         if not self.max_bytes:

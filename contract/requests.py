@@ -317,7 +317,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
         if is_image:
             _decode_image(path, *_stat_file(path))
             if is_animation(path):
-                logger.warning("--%s %s is animated: only its first picture is used", name, path)
+                logger.warning("--%s %s is animated: only its first image is used", name, path)
         else:
             video_info(path)
     except MediaError as error:

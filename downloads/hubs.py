@@ -77,7 +77,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
             problem = unreachable(page, error)
         raise problem from error
     if metadata.size is None:
-        raise DownloadError(f"{page} does not say how large {file.file} is: this is no mirror of the hub.")
+        raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
     # the commit's own address: a later change of the repository does not mix two files
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
@@ -168,7 +168,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
         size = int(entry["Size"])
         checksum = str(entry.get("Sha256") or "").lower()
     except requests.JSONDecodeError as error:
-        raise DownloadError(f"{page}: the answer is no list of files. Try again later.") from error
+        raise DownloadError(f"{page}: the answer is not a list of files. Try again later.") from error
     except requests.RequestException as error:
         raise unreachable(page, error) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:

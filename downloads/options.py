@@ -13,7 +13,7 @@ from modules.options import Options, option
 SOURCES = ("huggingface", "modelscope")
 
 
-class DownloadOptions(Options):
+class DownloadOptions(Options, must_give=True):
     """Options of a download, or of a list of downloads."""
 
     family: str | None = option(

@@ -157,7 +157,7 @@ def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers, and which layers these are. Raises ValueError."""
-    _ = width
+    _ = width  # unused: DeltaNet's heads have widths of their own
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]

@@ -186,7 +186,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control picture, "
+            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
             f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )

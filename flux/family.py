@@ -254,7 +254,7 @@ class Flux(ModelOfImages):
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
-                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its picture's. Cache "
+                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its image's. Cache "
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}

@@ -82,7 +82,7 @@ _BULK = "decode all sections at once: no seams, more memory"
 
 
 class FramePackLatentCachingOptions(Options, title="FramePack"):
-    """Options of fpack_cache_latents.py besides the shared ones."""
+    """Options of fpack_cache_latents.py in addition to the shared ones."""
 
     vae: HunyuanVaeOptions
     image_encoder: Path | None = option(_IMAGE_ENCODER)
@@ -100,7 +100,7 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
 
 
 class FramePackTextCachingOptions(Options, title="FramePack"):
-    """Options of fpack_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of fpack_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: HunyuanTextOptions = option(
         settings={"text_encoder1": {"required": True}, "text_encoder2": {"required": True}}
@@ -108,7 +108,7 @@ class FramePackTextCachingOptions(Options, title="FramePack"):
 
 
 class FramePackTrainingOptions(Options, title="FramePack"):
-    """Options of fpack_train_network.py besides the shared ones."""
+    """Options of fpack_train_network.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     vae: HunyuanVaeOptions = option(facts=FREE, **ALWAYS_TILED)
@@ -171,7 +171,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
 
 
 class FramePackGenerationOptions(Options, title="FramePack"):
-    """Options of fpack_generate_video.py besides the shared ones, the same for all videos of a run."""
+    """Options of fpack_generate_video.py in addition to the shared ones, the same for all videos of a run."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     vae: HunyuanVaeOptions = option(**ALWAYS_TILED)

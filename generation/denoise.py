@@ -122,15 +122,14 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     """
     joint = section.overrides.joint
     if joint is None:
-        return _put_first_frames(latents, section.given)
+        return latents if section.given is None else _put_first_frames(latents, section.given)
     image, audio = joint.split(latents)
-    image = _put_first_frames(image, section.given)
+    if section.given is not None:
+        image = _put_first_frames(image, section.given)
     return joint.join(image, audio if section.given_audio is None else section.given_audio)
 
 
-def _put_first_frames(latents: Tensor, frames: Tensor | None) -> Tensor:
-    if frames is None:
-        return latents
+def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
     return torch.cat([frames, latents[:, :, frames.shape[2] :]], dim=2)
 
 

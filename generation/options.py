@@ -154,7 +154,7 @@ class GenerationOptions(Options, title="run"):
         "ask for prompts; Ctrl-C drops the current one, quit ends", facts=NO_PIXELS, often=True
     )
     num_videos: int = option(  # each with its own seed
-        "how many to make of --prompt, with seed, seed + 1, ...",
+        "number of results for --prompt, with seed, seed + 1, ...",
         default=1,
         least=1,
         most=10_000,
@@ -213,7 +213,8 @@ class GenerationOptions(Options, title="run"):
 
     def __post_init__(self) -> None:
         self._check_work()
-        self._check_post()
+        if self.post.tools:
+            self._check_post()
         loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
         require_loras(self.lora_rounding, loras, "--lora_weight")
         if self.sheet.sheet is not None:

@@ -270,7 +270,7 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from blissful_tuner.step_cache import check_step_cache  # only with a step cache
 
         check_step_cache(request.step_cache, prepared, family.dit)
-    return _with_riflex(prepared, options.steadier)
+    return _with_riflex(prepared, options.steadier) if options.steadier.riflex_index else prepared
 
 
 def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
@@ -297,8 +297,6 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
 def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
     """Slow down the frequency of --riflex_index if the video is long enough."""
     index = options.riflex_index
-    if not index:
-        return prepared
     if prepared.frames <= options.riflex_beyond:
         logger.warning(
             "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",

@@ -24,7 +24,7 @@ class RequestOptions(Options, title="what to make"):
     None stands for the task's default.
     """
 
-    prompt: str | None = option("what to show; @caption.json is the JSON object in a file", often=True)
+    prompt: str | None = option("what to show; @caption.json reads a JSON object from a file", often=True)
     nag_prompt: str | None = option("what to steer away from; default: the negative prompt", title=NAG)
     prompt_2: str | None = option("prompt for the second text encoder, CLIP; default: --prompt")
     negative_prompt: str | None = option(
@@ -58,7 +58,7 @@ class RequestOptions(Options, title="what to make"):
     image_path: Path | None = option("first image, for image-to-video", often=True)
     end_image_path: Path | None = option("last image")
     control_path: Path | None = option("control video or folder of images; VACE changes or follows it")
-    control_image_path: tuple[str, ...] | None = option("reference pictures, which the result is made from")
+    control_image_path: tuple[str, ...] | None = option("reference images for the result")
     source: SourceOptions
     embedded_guidance: float | None = option(
         "guidance scale that the distilled model takes as an input; needs no second pass",
@@ -95,14 +95,14 @@ class OutputOptions(Options, title="output"):
     """Format and location of output files."""
 
     save_path: Path = option(
-        "output folder, created if missing; or for a single video or picture its file, such as cat.mp4",
+        "output folder, created if missing; or the file of a single video or image, such as cat.mp4",
         required=True,
         facts=WRITES,
     )
     output_type: str = option("what is written", often=True)
     no_metadata: bool = option("do not write the prompt, seed and settings into the files")
     trim_tail_frames: int = option(
-        "number of frames to cut off the end, e.g. 3 that an end image has spoiled",
+        "number of frames to cut off the end, e.g. 3 frames that an end image has degraded",
         default=0,
         least=0,
         facts=OF_DECODING,
@@ -119,11 +119,12 @@ class OutputOptions(Options, title="output"):
         "also write the last frame of each video as NAME_last.png, to continue from"
     )
     save_audio: str | None = option(
-        "also write the sound of each video as NAME.wav, 16 bits a sample and as long as it was made",
+        "also write the audio of each video as NAME.wav, 16 bits a sample and as long as it was made",
         choices=("wav",),
     )
     bell: bool = option(
-        "ring the terminal's bell when all is made, or has failed; with --interactive after each prompt"
+        "ring the terminal bell when everything is finished or has failed; with --interactive, after "
+        "each prompt"
     )
     format: FormatOptions
     # what the script has; no options
@@ -241,8 +242,8 @@ NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it o
 OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
-    "faster settings: {}; what you give yourself counts instead, and what this machine lacks is left out "
-    "with a warning"
+    "faster settings: {}; options that you pass take precedence, and unsupported ones are skipped with a "
+    "warning"
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures

@@ -304,7 +304,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     release = find_release(turbo)
     if release is not None and not release.is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no picture in "
+            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no image in "
             "eight steps. Give turbo.safetensors, or leave the option out"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)

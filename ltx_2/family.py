@@ -351,7 +351,7 @@ class Ltx2(Ltx2Media):
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
-            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
+            raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:

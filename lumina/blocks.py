@@ -131,6 +131,7 @@ class GroupedAttention(nn.Module):
                 attended = part.gather_heads(attended)
             return attended.flatten(2)
         assert tokens.second_rotary is not None
+        # the image attends with each text separately; then both results are combined
         attended = self.attend_heads(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
         second_attended = self.attend_heads(
             map(second.alone, heads), tokens.second_rotary, tokens, second.lengths

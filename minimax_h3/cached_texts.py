@@ -176,8 +176,8 @@ class H3CachingEncoder(H3TextEncoder):
         images += self._show_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
-                "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
-                "else. Give the table control_directory, or name pictures in `references` of its rows."
+                "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
+                "else. Give the table control_directory, or name images in `references` of its rows."
             )
         text = prompt.further_text
         if text is None:

@@ -372,12 +372,12 @@ class MiniMaxH3(OneTransformer):
         check_size((width, height, frames), self.latent)
         if request.solver not in (None, SOLVER):
             raise OptionError(
-                "--sample_solver: pictures and sound of MiniMax-H3 have a schedule each, which only vanilla "
+                "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
                 "(Euler) follows. Leave it out"
             )
         if request.fps not in (None, FPS) and frames > 1:
             logger.warning(
-                "--fps %g: %s makes %g frames a second, and the sound keeps their pace",
+                "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
                 request.fps,
                 NAME,
                 FPS,

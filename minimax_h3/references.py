@@ -145,7 +145,7 @@ def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
         raise OptionError("--keyframe and --first_frame or --last_frame mean the same: give one of them")
     if len(frames) > 2:
         raise OptionError(
-            f"--keyframe: {len(frames)} pictures, the model takes a first and a last frame. Give two at most"
+            f"--keyframe: {len(frames)} images, the model takes a first and a last frame. Give two at most"
         )
     return frames[0], frames[1] if len(frames) > 1 else None
 
@@ -245,7 +245,9 @@ def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Refer
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
     audio = fields.get(FIELDS[1])
     if audio is not None and kind != VIDEO:
-        raise OptionError(f"{where}: a sound belongs to a video, and {path} is of type {kind}. Leave it out")
+        raise OptionError(
+            f"{where}: an audio file belongs to a video, and {path} is of type {kind}. Leave it out"
+        )
     if kind == AUDIO:
         _require_audio(where, path)
         return H3Reference(AUDIO, path)

@@ -78,24 +78,22 @@ class CompileOptions(Options):
     compile: bool = option(_COMPILE, often=True, facts=HABIT)
     compile_args: tuple[str, ...] = _args_option(GENERATION_ARGS)
     compile_backend: str = option(
-        "another way to give BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
+        "the same as BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
     )
     compile_mode: str = option(
-        "another way to give MODE of --compile_args; reduce-overhead is refused",
+        "the same as MODE of --compile_args; reduce-overhead is rejected",
         default=DEFAULT_MODE,
         choices=MODES,
         needs="compile",
         facts=FREE,
     )
     compile_dynamic: str | None = option(
-        "another way to give DYNAMIC of --compile_args",
+        "the same as DYNAMIC of --compile_args",
         choices=("true", "false", "auto"),
         needs="compile",
         facts=FREE,
     )
-    compile_fullgraph: bool = option(
-        "another way to give FULLGRAPH of --compile_args", needs="compile", facts=FREE
-    )
+    compile_fullgraph: bool = option("the same as FULLGRAPH of --compile_args", needs="compile", facts=FREE)
     compile_cache_size_limit: int | None = option(
         "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
         "uncompiled; default: at least 32",
@@ -156,8 +154,8 @@ class TrainingCompileOptions(CompileOptions):
         facts=HABIT,
     )
     dynamo_mode: str | None = option(
-        "compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
-        "refused",
+        "compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
+        "is rejected",
         choices=("default", "reduce-overhead", "max-autotune"),
         facts=FREE,
     )

@@ -206,7 +206,7 @@ def ask_http(
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through unchanged: redirects to no address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise RejectedBySite("it is no address that can be asked for") from None
+            raise RejectedBySite("it is not an address that can be asked for") from None
         # not its text: it may hold the address
         what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None

@@ -88,7 +88,7 @@ def prepare_environment(
         folder = ROOT / ".venv"
         python = python_of(folder)
     stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
-    # an installer that was killed may leave half a package, which it takes for whole the next time
+    # a killed installer may leave half a package, which it would take for complete the next time
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
@@ -100,7 +100,7 @@ def prepare_environment(
         try:
             _install(python, packages_to_install, build, is_replacing)
         except UserError:
-            if before is not None:  # the installer ended by itself, and left whole packages
+            if before is not None:  # the installer was not killed, so installed packages are complete
                 stamp.write_bytes(before)
             raise
         stamp.write_text(mark, encoding="utf-8")

@@ -159,6 +159,7 @@ def _in_short(
     text = _shorten_clauses(help_text)
     if is_long:
         text += f": {', '.join(names)}"
+    # a help text that explains the default itself wins over the plain value
     match = re.search(r"\bdefault:? ([^;]+)", help_text)
     default = _describe_default(action) if match is None else match[1]
     if default and "default" not in text:

@@ -218,7 +218,7 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
 
 class KeyFile(NamedTuple):
-    """A file of settings, for the message on a key of it that is typed as an option."""
+    """A kind of settings file, for the message about one of its keys that is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
     hint: str  # what to write, with {key}
@@ -232,17 +232,20 @@ class Options:
 
     The class argument `title` is the heading of the options in the help; records with the same title are
     listed together. With `dashed`, public names have - in place of _. When a record is created, declared
-    limits and relations are checked first; then `__post_init__` checks everything else.
+    limits and relations are checked first; then, if any of its options is given, `__post_init__` checks
+    everything else. With `must_give` it does so even if none is given, because the record needs one.
     """
 
     heading: ClassVar[str] = ""
     dashed: ClassVar[bool] = False
+    must_give: ClassVar[bool] = False
     # files whose keys are likely to be typed as options of the script by mistake
     key_files: ClassVar[tuple[KeyFile, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
-    def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:
+    def __init_subclass__(cls, title: str = "", dashed: bool = False, must_give: bool = False) -> None:
         cls.heading, cls.dashed = title, dashed
+        cls.must_give = must_give or cls.must_give  # of the records that it extends, too
         # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
         for field in dataclasses.fields(cls) if dashed else ():
@@ -271,7 +274,8 @@ class Options:
         # as the last, for a message of what is wrong without any file
         for field in checks.with_place:
             _check_paths(self, field)
-        if hasattr(self, "__post_init__"):  # rules beyond the facts, as dataclasses have them
+        # rules beyond the facts, as dataclasses have them
+        if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
 
     @classmethod
@@ -373,6 +377,17 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none
         return True
+
+
+def _has_given(record: Any) -> bool:
+    """Return whether any option of a record, or of the records in it, differs from its default value."""
+    hints = hints_of(type(record))
+    for field in dataclasses.fields(record):
+        # a record that may be left out is compared as a value: given without options, it is not None
+        is_record = dataclasses.is_dataclass(hints[field.name])
+        if _has_given(getattr(record, field.name)) if is_record else is_given(record, field):
+            return True
+    return False
 
 
 def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:

@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
         # whether other arguments, or a file, may replace those that are parsed before records are read
         self.changes_values = False
-        texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
+        texts = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
@@ -286,6 +286,9 @@ class Parser(argparse.ArgumentParser):
         messages: dict[str, None] = {}  # each once, in order
         end = words.index("--") if "--" in words else None
         for before, word in pairwise(["", *words[:end]]):
+            looks_like_option = word.startswith("-") or _DASHES.match(word) is not None
+            if not looks_like_option or word.partition("=")[0] in self._option_string_actions:
+                continue
             for message in (self._explain_dash(word), self._explain_unknown(before, word)):
                 if message:
                     messages[message] = None

@@ -595,7 +595,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
 def _misfit(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a file of which a model has no module.
+    """Return the error for a LoRA file if the model has none of its modules.
 
     Args:
         lora: The LoRA file.

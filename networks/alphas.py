@@ -82,7 +82,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas of those modules that have none among their factors."""
+    """Alphas for modules that have no alpha among their factors in the file."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
     words: str  # their source, or that there are none; "" if every module has its own
@@ -298,12 +298,12 @@ def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
 
 
 def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas in the settings, JSON, that a file's header holds."""
+    """Return the alphas in the JSON settings of a file's header."""
     sources: list[_Source] = []
     warnings: list[str] = []
     for key in _SETTINGS:
         if key == "config" and not _has_alpha(key, metadata.get(key, "")):
-            continue  # of a model, or of anything
+            continue  # "config" may describe anything, such as the model
         try:
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)

@@ -564,7 +564,7 @@ class LoraPatch:
                 continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
-            lacks_all = bool(keys) and not self._seen.intersection(keys)
+            lacks_all = bool(keys) and not self._seen.intersection(keys)  # reported as absent below
             if not used and not lacks_all:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue

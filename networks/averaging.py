@@ -45,7 +45,7 @@ class AveragingOptions(Options):
         "do not record it"
     )
     beta: float = option(
-        "share of the average so far at each further file; the first file keeps a large share",
+        "fraction of the average so far at each further file; the first file keeps a large share",
         default=0.95,
         least=0,
         most=1,
@@ -58,7 +58,7 @@ class AveragingOptions(Options):
         hint="such as 0.9",
     )
     sigma_rel: float | None = option(
-        "instead of --beta: width of the average as a share of the run, 0.05 to 0.28 (power function)",
+        "instead of --beta: width of the average as a fraction of the run, 0.05 to 0.28 (power function)",
         above=0,
         most=LARGEST_SIGMA,
         hint="there all files count alike; 0.2 is a good start",

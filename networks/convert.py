@@ -127,7 +127,7 @@ class ConvertOptions(Options):
             )
 
 
-class FluxConvertOptions(Options):
+class FluxConvertOptions(Options, must_give=True):
     """Options of `networks/convert_flux_lora.py`."""
 
     src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)

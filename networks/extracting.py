@@ -477,7 +477,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
-                f"{checkpoint.path} is no single-file checkpoint of Stable Diffusion: it has no U-Net "
+                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it has no U-Net "
                 "together with text encoders, as model.diffusion_model... and cond_stage_model... or "
                 "conditioner...\n"
                 "  Give such files to --model_org and --model_tuned.",

@@ -41,8 +41,9 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     """
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
-    changed = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
-    if changed not in (shape, (shape[0], math.prod(shape[1:]))):
+    as_matrix = (shape[0], math.prod(shape[1:]))  # the form in which some files store convolutions
+    change_shape = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
+    if change_shape not in (shape, as_matrix):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
             "trained"

@@ -132,12 +132,12 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    if not family.released:  # neither widths nor numbers of blocks are known: nothing can contradict
+    if not family.released:  # without known widths and block counts, nothing can contradict
         level = _rate_agreement_of_numbers(numbers, {})
     for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
             level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
-    if level == _CONTRADICTS and rules:
+    if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
         first = rules[0]
         rows, columns = first.size
         fitting_width = columns / first.columns if first.columns else rows / first.rows

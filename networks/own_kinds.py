@@ -51,7 +51,7 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Read the settings of one of our modules, and what its kind reads of `--network_args` for its layers.
+    """Read the settings of one of our network modules, and the settings that only its kind has.
 
     Raises:
         OptionError: For a setting that is unknown or out of range, or that only LoRAs have.

@@ -66,7 +66,7 @@ class ResizeOptions(Options):
         least=1,
     )
     new_conv_rank: int | None = option(
-        "likewise for convolutions; default: --new_rank", least=1, hint="a rank"
+        "the same for convolutions; default: --new_rank", least=1, hint="a rank"
     )
     dynamic_method: str | None = option(
         f"give each module a rank of its own. {RATIO}: the directions that are larger than the largest one "

@@ -245,6 +245,7 @@ class LoraRounding:
         """
         key = dtype, device
         if key not in self._noise:
+            # the noise fills the bits that rounding drops; one block serves all weights of the dtype
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32

@@ -103,7 +103,7 @@ class FullExtractWords(Options):
 _MERGED: Mapping[str, Any] = {"place": "safetensors", "spares": ("models", *FLUX_OUTPUTS)}
 
 
-class FluxMergeOptions(Options):
+class FluxMergeOptions(Options, must_give=True):
     """Options of `networks/flux_merge_lora.py`."""
 
     save_precision: str | None = option(

@@ -26,8 +26,8 @@ def lora_rounding_option(
 ) -> Any:
     """Return the field of --lora_rounding; the arguments are those of `option`."""
     return option(
-        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small "
-        "LoRAs; auto: so where the nearest loses over 1 %%",
+        "rounding of 16-bit weights after merging LoRAs; stochastic: at random, which preserves weak "
+        "LoRAs; auto: at random if rounding to nearest loses more than 1 %%",
         default=AUTO,
         choices=(AUTO, NEAREST, STOCHASTIC),
         needs=needs,

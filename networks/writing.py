@@ -64,8 +64,10 @@ def in_dialect(
     plain: dict[str, Factors] = {}
     remaining: dict[str, Factors] = {}
     for name, factors in modules.items():
-        is_plain = is_cut and factors.keys() <= deltas.OF_LOW_RANK
-        (plain if is_plain else remaining)[name] = factors
+        if is_cut and factors.keys() <= deltas.OF_LOW_RANK:
+            plain[name] = factors
+        else:
+            remaining[name] = factors
     written = in_dialect(deltas.ungroup(plain), family, "diffusers")
     for name in written.left_out:
         remaining[name] = plain[name]
@@ -181,7 +183,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """
     form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
-    if form.keys() <= {*LORA, "diff", MAGNITUDES}:
+    if form.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)

@@ -15,7 +15,7 @@ class ToolRunOptions(Options, title="input and output"):
     """The input file and where to write the result."""
 
     input: Path = option(
-        "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
+        "a video, an image, or a folder: then each video and each image in it is worked on by itself",
         place="there",
         hint="a video, a picture, or a folder",
         required=True,
@@ -85,14 +85,14 @@ class UpscalerOptions(Options, title="upscaling"):
     )
     scale: float = option("size of the result: width and height times this", default=2, above=0)
     tile: int | None = option(
-        "size of the pieces that pictures are cut into, in pixels of the input; 0: never; auto, the default: "
-        "only if memory does not hold the whole picture",
+        "size of the pieces that images are cut into, in pixels of the input; 0: never; auto, the "
+        "default: only if memory does not hold the whole image",
         type=auto_or_number,
         least=0,
     )
     tile_overlap: int = option("pixels that pieces share; they are blended there", default=32, least=0)
     batch_size: int | None = option(
-        "pictures that are computed at once; auto, the default: one on a CPU, several small ones on a GPU",
+        "images that are computed at once; auto, the default: one on a CPU, several small ones on a GPU",
         type=auto_or_number,
         least=1,
     )
@@ -130,10 +130,10 @@ class InterpolationOptions(Options, title="interpolation"):
         "compute flow at this part of the size: 0.5 for 2K, 0.25 for 4K", default=1.0, above=0, most=1
     )
     scene_threshold: float = option(
-        "from this distance of two pictures on, 0 to 1, a new scene begins: the picture before it is "
+        "from this distance of two images on, 0 to 1, a new scene begins: the image before it is "
         "repeated instead of mixed with it. The distance is sqrt(structure * colors): 1 minus the best "
-        "correlation of small gray copies moved against each other, and the part of colors that changes. "
-        "Lower finds more cuts; 0 turns it off",
+        "correlation of small gray copies moved against each other, and the part of colors that "
+        "changes. Lower finds more cuts; 0 turns it off",
         default=0.25,
         least=0,
         most=1,
@@ -224,8 +224,8 @@ class BlurOptions(Options, title="what is blurred"):
         "frames that are blurred before something is first found", default=10, least=0, most=MAX_HELD
     )
     detection_size: int = option(
-        "pictures are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its file "
-        "leaves it open), 0 for their full size: larger finds smaller faces and takes longer",
+        "images are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its "
+        "file leaves it open), 0 for their full size: larger finds smaller faces and takes longer",
         default=640,
     )
     allow_none: bool = option(

@@ -133,7 +133,7 @@ def _explain_memory(what: str) -> Iterator[None]:
             raise
         raise MemoryPlanError(
             f"there is too little memory for {what} ({short_reason(error)}).\n"
-            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller pictures, or close "
+            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller images, or close "
             "other programs."
         ) from error
 

@@ -485,7 +485,7 @@ def _start_options(choice: Choice) -> list[str]:
 
 
 def _list_reference_options(choice: Choice) -> list[str]:
-    """Return a line of --ci options for each picture whose references can all be read."""
+    """Return a line of --ci options for each image all of whose references can be read."""
     references = choice.content.references
     lines = []
     for item in choice.media:

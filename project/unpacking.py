@@ -63,7 +63,7 @@ def unpack_folder(options: UnpackOptions) -> None:
     ) as error:
         reason = shorten(str(error), 200)
         raise OptionError(
-            f"{path} is no whole file of `pack` ({reason}). Copy it again, and compare its size with that "
+            f"{path} is not a complete `pack` file ({reason}). Copy it again, and compare its size with that "
             "of the file on the first machine"
         ) from None
     print_lines(_describe(folder, models, options))
@@ -104,7 +104,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
     others = parse_toml(text).get(OTHERS_TABLE, {})
     files = others.get("files", []) if isinstance(others, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
-        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is no table with a list of files")
+        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is not a table with a list of files")
     for path in files:
         expand_path(path)
     return files

@@ -180,7 +180,7 @@ class QwenImage21(pictures.ModelOfImages):
         if turbo is not None:
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
-                "pictures get worse",
+                "images get worse",
                 len(turbo.levels),
                 prepared.steps,
             )

@@ -57,9 +57,9 @@ class SwapOptions(Options):
 
     # None and 0: none. `AUTO`: as many as memory requires
     blocks_to_swap: int | str | None = option(
-        "keep that many of the transformer's blocks in host memory and copy each to the device before it "
-        "runs; a number, or auto; at most all but one. Exact, and costs little time if a block computes "
-        "longer than its copy takes",
+        "keep this many transformer blocks in host memory and copy each to the device before it runs; "
+        "a number, or auto; at most all but one. Results stay the same, and it costs little time if "
+        "computing a block takes longer than copying it",
         type=number_or_auto,
         metavar="N",
         least=0,
@@ -72,9 +72,9 @@ class SwapOptions(Options):
         "costs little time"
     )
     block_swap_ring_size: int = option(
-        "how many swapped blocks are on the device at a time, including the one that computes; they count "
-        "towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take unevenly "
-        "long",
+        "number of swapped blocks on the device at a time, including the one being computed; they "
+        "count toward the blocks that --blocks_to_swap leaves there. More than 2 helps if copy times "
+        "vary",
         default=SLOTS,
         least=SLOTS,
         only_with="blocks_to_swap",

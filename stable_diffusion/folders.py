@@ -201,7 +201,7 @@ def _read_kind(folder: Path) -> ModelKind:
         if (folder / "text_encoder").is_dir():
             return SDXL
         raise CheckpointError(
-            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes pictures of the "
+            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes images of the "
             "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
             folder,
         )

@@ -155,7 +155,7 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     crop_top = _of_gen_img(type=int)
     crop_left = _of_gen_img(type=int)
     batch_size = unsupported(
-        "each picture is computed by itself here: --num_images makes several. For batches use gen_img.py",
+        "each image is computed by itself here: --num_images makes several. For batches use gen_img.py",
         type=int,
     )
     network_merge = not_needed("LoRAs are always merged into the weights.")

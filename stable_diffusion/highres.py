@@ -76,7 +76,7 @@ class UpscalingModule:
             what = type(result).__name__
         raise OptionError(
             f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
-            f"pictures, or latents of {_in_words(shape)}"
+            f"images, or latents of {_in_words(shape)}"
         )
 
 

@@ -247,7 +247,7 @@ def _check_together(release: OpenedCheckpoint) -> None:
     channels = config.get("in_channels", 4)
     if channels not in checkpoints.USES:
         raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (pictures) and 9 "
+            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (images) and 9 "
             f"(inpainting) can be used.\n  Give {GIVE}.",
             path,
         )

@@ -52,8 +52,8 @@ class ControlOptions(Options, title="ControlNet"):
         "files of ControlNet-LLLite, for Stable Diffusion XL"
     )
     control_net_preps: tuple[str, ...] | None = option(
-        "how the guide picture of each model is prepared: none, or canny_63_191 (its edges, found with these "
-        "two thresholds)",
+        "how the guide image of each model is prepared: none, or canny_63_191 (its edges, found with "
+        "these two thresholds)",
         needs=_MODELS,
     )
     control_net_multipliers: tuple[float, ...] | None = option(
@@ -62,7 +62,8 @@ class ControlOptions(Options, title="ControlNet"):
         needs=_MODELS,
     )
     control_net_ratios: tuple[float, ...] | None = option(
-        "share of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if not given",
+        "fraction of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if "
+        "not given",
         least=0,
         most=1,
         needs=_MODELS,
@@ -168,13 +169,13 @@ class GuideOptions(Options, title="guidance by other networks"):
     """Strengths with which CLIP and VGG16 steer images (0: off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
-        "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
+        "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,
     )
     clip_image_guidance_scale: float = option(
-        "how strongly CLIP steers the picture towards that of --guide_image_path; about 100",
+        "how strongly CLIP steers the image toward that of --guide_image_path; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,
@@ -185,7 +186,7 @@ class GuideOptions(Options, title="guidance by other networks"):
         needs=_CLIP_SCALES,
     )
     vgg16_guidance_scale: float = option(
-        "how strongly VGG16 steers the picture towards that of --guide_image_path; about 100",
+        "how strongly VGG16 steers the image toward that of --guide_image_path; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,

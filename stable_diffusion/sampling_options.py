@@ -25,25 +25,25 @@ class StartNoiseOptions(Options):
     """How, and how often, the start noise is changed."""
 
     pyramid_noise_prob: float | None = option(
-        "probability that a picture begins with pyramid noise, which adds coarser noise; usually 0",
+        "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
         least=0,
         most=1,
         needs="pyramid_noise_discount_range",
     )
     pyramid_noise_discount_range: tuple[float, ...] | None = option(
-        "discount of each coarser level of pyramid noise, drawn for each picture between these two numbers",
+        "discount of each coarser level of pyramid noise, drawn for each image between these two numbers",
         nargs=2,
         needs="pyramid_noise_prob",
     )
     noise_offset_prob: float | None = option(
-        "probability that a picture begins with noise with an offset, which makes pictures darker or "
+        "probability that an image begins with noise with an offset, which makes images darker or "
         "brighter as a whole; usually 0",
         least=0,
         most=1,
         needs="noise_offset_range",
     )
     noise_offset_range: tuple[float, ...] | None = option(
-        "amount of the noise offset, drawn for each picture between these two numbers",
+        "amount of the noise offset, drawn for each image between these two numbers",
         nargs=2,
         needs="noise_offset_prob",
     )
@@ -141,7 +141,7 @@ class HighresOptions(Options, title="highres fix: two stages"):
     """The first stage generates a small image, from which the second generates a large one."""
 
     highres_fix_scale: float | None = option(
-        "make pictures in two stages: first at this share of width and height, such as 0.5",
+        "make images in two stages: first at this share of width and height, such as 0.5",
         above=0,
         most=1,
         hint="the first stage's share of the whole, such as 0.5 where other programs say 2",
@@ -156,17 +156,15 @@ class HighresOptions(Options, title="highres fix: two stages"):
         hint=STEPS_HINT,
     )
     highres_fix_strength: float | None = option(
-        "share of the steps in the second stage, 0 to 1; usually --strength",
+        "fraction of the steps in the second stage, 0 to 1; usually --strength",
         least=0,
         most=1,
         needs="highres_fix_scale",
         hint=STRENGTH_HINT,
     )
-    highres_fix_save_1st: bool = option(
-        "also write the pictures of the first stage", needs="highres_fix_scale"
-    )
+    highres_fix_save_1st: bool = option("also write the images of the first stage", needs="highres_fix_scale")
     highres_fix_latents_upscaling: bool = option(
-        "enlarge the latents instead of the picture", needs="highres_fix_scale"
+        "enlarge the latents instead of the image", needs="highres_fix_scale"
     )
     highres_fix_upscaler: str | None = option(
         "enlarge by a module with create_upscaler: one of your own, or stable_diffusion.model_upscaler, "

@@ -127,7 +127,7 @@ class TrainingFiles:
             if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
                 raise CheckpointError(
                     f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
-                    "picture too; gen_img.py makes pictures with it. Give the checkpoint for pictures that "
+                    "image too; gen_img.py makes images with it. Give the checkpoint for images that "
                     "it was made from.",
                     self.path,
                 )

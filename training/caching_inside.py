@@ -136,6 +136,7 @@ def prepare_sources(
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
+    # the encoder, or caches in memory, are of this process: others cannot read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
         family.latent,
@@ -174,7 +175,7 @@ def _fill(
             conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
         elif kind == "latents" and options.vae_batch_size > 1:
             logger.warning(
-                "--vae_batch_size %d has no effect: this run caches no pictures, because their caches are "
+                "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
                 "there, or because they change each time",
                 options.vae_batch_size,
             )
@@ -212,7 +213,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
-                f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
+                f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
                 "their latents cannot be cached: leave out these keys, or --cache_latents"
             )
         return Where.LIVE

@@ -173,7 +173,7 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
-    if options.network is not None:
+    if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, base, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
 

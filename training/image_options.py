@@ -383,7 +383,7 @@ class OfManyWeights(Options, title="many weights"):
     """Options of image trainers that train more weights than a LoRA."""
 
     blockwise_fused_optimizers: bool = option(
-        "--fused_backward_pass, which steps each weight by itself instead of each block"
+        "--fused_backward_pass, which steps each weight separately instead of each block"
     )
     skip_latents_validity_check: bool = option("--skip_cache_check")
     fused_optimizer_groups = not_needed(
@@ -455,7 +455,7 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
     """Options of trainers of full checkpoints, which may train text encoders, and LoRA options."""
 
     fused_optimizer_groups: int | None = option(
-        "--fused_backward_pass, which steps each weight by itself instead of so many groups of weights",
+        "--fused_backward_pass, which steps each weight separately instead of groups of weights",
         least=0,
         facts=HABIT,
     )

@@ -164,7 +164,7 @@ def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetC
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
-                f"{table.name}: {made.called} learns nothing from regularization pictures, as their captions "
+                f"{table.name}: {made.called} learns nothing from regularization images, as their captions "
                 "lack the word. Leave them out"
             )
         if kept in table.attributes:

@@ -205,7 +205,7 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model)  # validation does without
+    rule = _add_targets(rule, model)  # after `Validation`, which has no targets but the clip
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None

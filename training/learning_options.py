@@ -55,7 +55,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
     fused_backward_pass: bool = option(
         "step each weight as soon as its gradient is complete and free the gradient: saves the memory "
         "for all gradients; needs one process, no accumulation, an optimizer such as Adafactor; "
-        "--max_grad_norm clips each weight's gradient by itself",
+        "--max_grad_norm clips the gradient of each weight separately",
         often=True,
         facts=HABIT,
     )
@@ -175,7 +175,7 @@ class OptimizerOptions(Options, title="optimizer"):
         facts=IDENTITY,
     )
     learning_rate: float = option(
-        "how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+        "step size of the optimizer; 1e-4 is common for a LoRA, 1 for Prodigy",
         default=2.0e-6,
         least=0,
         below=LARGEST_RATE,
@@ -238,9 +238,9 @@ class PartsOptions(Options, title="what is trained"):
         facts=CHANGEABLE,
     )
     fused_backward_pass: bool = option(
-        "step each weight as soon as its gradient is complete and free the gradient; needs one process, "
-        "no accumulation, an optimizer such as Adafactor; --max_grad_norm clips each weight's gradient by "
-        "itself",
+        "step each weight as soon as its gradient is complete and free the gradient; needs one "
+        "process, no accumulation, an optimizer such as Adafactor; --max_grad_norm clips the gradient "
+        "of each weight separately",
         facts=HABIT,
     )
 
@@ -337,7 +337,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         "power of polynomial", default=1, least=0, below=1000, acts_if=_of_curves("polynomial")
     )
     lr_scheduler_timescale: int | None = option(
-        "time scale of inverse_sqrt; the warm-up steps when not given",
+        "time scale of inverse_sqrt; default: the warm-up steps",
         least=1,
         acts_if=_of_curves("inverse_sqrt"),
     )

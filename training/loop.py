@@ -101,7 +101,7 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
-    """Whether all processes have agreed to end the run before its last step."""
+    """Return whether all processes have agreed to end the run before its last step."""
     return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 

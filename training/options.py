@@ -86,7 +86,7 @@ class TrainedNetworkOptions(NetworkOptions, title="network"):
     at_network: OptionsAtNetwork
 
 
-class TrainingOptions(Options):
+class TrainingOptions(Options, must_give=True):
     """All options except the family's own."""
 
     loop: run_options.LoopOptions = option(facts=FREE)

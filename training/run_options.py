@@ -40,7 +40,7 @@ class LoopOptions(Options, title="training run"):
 
     key_files = (DATASET_FILE,)
 
-    dataset_config: Path | None = option("TOML file that describes the data sets", type=Path, often=True)
+    dataset_config: Path | None = option("TOML file that describes the datasets", type=Path, often=True)
     max_train_steps: int = option(
         "optimizer steps in total; a resumed run continues the count",
         default=1600,
@@ -52,7 +52,7 @@ class LoopOptions(Options, title="training run"):
         "passes over the data; replaces --max_train_steps", least=1, most=MAX_STEPS, often=True
     )
     max_data_loader_n_workers: int = option(
-        "readers of cache files, at most the number of CPUs; 0: none",
+        "number of workers that read cache files, at most the number of CPUs; 0: none",
         default=8,
         least=0,
         most=1024,
@@ -62,8 +62,8 @@ class LoopOptions(Options, title="training run"):
         "readers of short epochs are always kept.", "keep the readers from one epoch to the next"
     )
     seed: int | None = option(
-        "seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "
-        "when not given",
+        "seed for data order, noise, timesteps, dropout and LoRA weights, a number or any text; "
+        "random by default",
         type=read_seed,
         least=0,
         below=TOO_LARGE_A_SEED,
@@ -123,7 +123,7 @@ class StartOptions(Options, title="beginning later"):
         least=1,
         excludes="initial_step",
     )
-    initial_step: int | None = option("likewise, begin after this many steps", least=0)
+    initial_step: int | None = option("the same, but skip this many steps", least=0)
     skip_until_initial_step = not_needed("the data before the initial step are always left out.")
 
     @property
@@ -136,7 +136,7 @@ class ValidationOptions(Options, title="validation"):
     """Options of the loss on held-out items, at fixed noise and timesteps."""
 
     validation_split: float = option(
-        "share of the source files kept out of training for a validation loss",
+        "fraction of the source files reserved for the validation loss",
         default=0.0,
         least=0,
         below=1,
@@ -144,16 +144,16 @@ class ValidationOptions(Options, title="validation"):
         often=True,
     )
     validate_every_n_steps: int | None = option(
-        "how often to compute the validation loss; after each epoch when not given, or about every 50 "
+        "how often to compute the validation loss; by default after each epoch, or about every 50 "
         "steps if epochs are shorter",
         least=1,
     )
     validate_every_n_epochs: int | None = option("also compute it every N epochs", least=1)
     max_validation_steps: int | None = option(
-        "most batches of each validation; all when not given", least=1, hint="leave it out for all batches"
+        "maximum number of batches per validation; default: all", least=1, hint="leave it out for all batches"
     )
     validation_seed: int | None = option(
-        "another choice of source files and another noise; the same for all runs when not given",
+        "seed for the selection of validation files and for their noise; default: the same for all runs",
         least=0,
         below=TOO_LARGE_A_SEED,
         hint="leave it out for the usual choice",
@@ -180,8 +180,8 @@ class SampleOptions(Options, title="samples while training"):
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option("make samples every N steps", least=1, often=True)
-    sample_every_n_epochs: int | None = option("make samples every N epochs", least=1, often=True)
+    sample_every_n_steps: int | None = option("generate samples every N steps", least=1, often=True)
+    sample_every_n_epochs: int | None = option("generate samples every N epochs", least=1, often=True)
     sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
         "let files named sample, save and stop in --output_dir act on every run of the folder; files "
@@ -232,7 +232,7 @@ class LogOptions(Options, title="logs"):
 
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
-        "each time that samples are made"
+        "each round of samples"
     )
 
 
@@ -247,7 +247,7 @@ class AcceleratorOptions(Options, title="precision and processes"):
     """
 
     mixed_precision: str = option(
-        "autocast; when not given, the setting of accelerate launch, else no",
+        "autocast; without this option, the setting of accelerate launch, else no",
         default="no",
         choices=PRECISIONS,
         refused={"fp8": "weights in 8 bits are --fp8_base, and --fp8_scaled where the model's page has it"},

@@ -199,7 +199,7 @@ def restore(model: TrainedModel) -> None:
     """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
-        if step:  # begun later
+        if step:  # the run starts in the middle, without a state
             model.schedule.go_to(step)
         return
     with states.one_error(saved.folder):
@@ -258,6 +258,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
         fill_state(saved, parts, _stepped_rows(model), device)
     for name, module in trainable.modules.items():
         states.load_module(module, saved.parts[name])
+    # with --resume_changed, the learning rates and the schedule of this run replace those of the state
     is_changed = bool(model.plan.changes)
     optimizer = saved.optimizer
     if is_changed:

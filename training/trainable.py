@@ -49,7 +49,7 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Trainable:
-    """The trained parameters for the optimizer, with functions on their modules for the loop."""
+    """The trained parameters, and what the training loop does with their modules."""
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}

@@ -149,7 +149,7 @@ class Requests:
                 if path.lstat().st_mtime_ns == changed:
                     path.unlink()
             except FileNotFoundError:
-                pass  # taken away meanwhile
+                pass  # someone else removed it in the meantime
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._passed[path] = changed
@@ -221,6 +221,20 @@ class TrainingRun:
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
+    # of the model's plan, which was made before networks were loaded
+    plan: TrainingPlan = field(init=False)
+    options: TrainingOptions = field(init=False)
+    joined: JoinedRun = field(init=False)
+    family: Family = field(init=False)
+    steps: StepPlan = field(init=False)
+    progress: Progress = field(init=False)  # the object is changed while training, never replaced
+    device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
+
+    def __post_init__(self) -> None:
+        plan = self.model.plan
+        self.plan, self.options, self.joined = plan, plan.options, plan.joined
+        self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress
+        self.device = plan.accelerator.device
 
     @functools.cached_property
     def parameters(self) -> list[Parameter]:
@@ -252,36 +266,6 @@ class TrainingRun:
         return (*self.parts, *further)
 
     @property
-    def plan(self) -> TrainingPlan:
-        """What was known before networks were loaded."""
-        return self.model.plan
-
-    @property
-    def options(self) -> TrainingOptions:
-        """Options of the run."""
-        return self.model.plan.options
-
-    @property
-    def joined(self) -> JoinedRun:
-        """What the features of the run have contributed."""
-        return self.model.plan.joined
-
-    @property
-    def family(self) -> Family:
-        """The model family."""
-        return self.model.plan.family
-
-    @property
-    def steps(self) -> StepPlan:
-        """Number of steps and epochs."""
-        return self.model.plan.steps
-
-    @property
-    def progress(self) -> Progress:
-        """Current step and epoch."""
-        return self.model.plan.progress
-
-    @property
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.plan.accelerator.is_main_process
@@ -290,11 +274,6 @@ class TrainingRun:
     def has_scaler(self) -> bool:
         """Return whether gradients of fp16 are scaled: an infinite norm then lowers the scale."""
         return self.model.scaler.is_enabled()
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which steps are computed; swapped weights may be elsewhere."""
-        return self.model.plan.accelerator.device
 
     @property
     def autocast(self) -> Autocast:

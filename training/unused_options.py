@@ -24,8 +24,7 @@ def list_without_effect(
         more_reasons: Reason by option name, for options without effect because of the model or the data.
     """
     reasons = dict(more_reasons or {})
-    if _replaces_rate(options.parts):
-        assert options.parts is not None
+    if options.parts is not None and _replaces_rate(options.parts):
         rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
         given = [flag for flag, rate in rates.items() if rate is not None]
         replacing = f"{' and '.join(given)} replace{'s' * (len(given) == 1)} it"
@@ -47,10 +46,8 @@ def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
     return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
 
 
-def _replaces_rate(parts: PartsOptions | None) -> bool:
+def _replaces_rate(parts: PartsOptions) -> bool:
     """Return whether every trained part has its own learning rate."""
-    if parts is None:
-        return False
     dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
     texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
     return dit_is_replaced and texts_are_replaced

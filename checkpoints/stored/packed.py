@@ -33,7 +33,7 @@ class RowForm:
 
     @property
     def how(self) -> str:
-        """Words for the log."""
+        """Description of the form for the log."""
         return f"in {self.name}"
 
     def quantise(self, weight: Tensor) -> Stored:

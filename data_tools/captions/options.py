@@ -191,8 +191,8 @@ class CaptioningOptions(WritingOptions, title="what to do"):
         "the texts in the objects"
     )
     convert_plain: bool = option(
-        "also turn captions that are sentences into such objects, from the picture and the sentences; these "
-        "are kept next to the new ones as .bak",
+        "also turn captions that are sentences into such objects, from the image and the sentences; "
+        "these are kept next to the new ones as .bak",
         needs="caption_format",
     )
     edit_only: bool = option(

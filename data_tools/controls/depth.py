@@ -45,7 +45,7 @@ class DepthModel:
             depth = self.network(**inputs).predicted_depth.float()  # 1 h w
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         if _gives_distances(self.network.config):
             depth = 1 / depth.clamp(min=MIN_DISTANCE)

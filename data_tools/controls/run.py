@@ -28,7 +28,7 @@ FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pi
 class ControlImageOptions(Options, title="what to make"):
     """Options for making control images: the images, the kind of control image, and the output folder."""
 
-    folder: Path = option("folder of pictures", positional=True, place="folder")
+    folder: Path = option("folder of images", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
         "draw edges; behind the folder. Two numbers are Canny's thresholds, low and high; default: "
         f"{EDGE_THRESHOLDS[0]} {EDGE_THRESHOLDS[1]}, as --control_net_preps canny of gen_img.py",
@@ -93,7 +93,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
-        raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
+        raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
     images = _find_images(folder)
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")

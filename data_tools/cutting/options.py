@@ -37,8 +37,8 @@ class LengthOptions(Options, title="lengths"):
         least=0,
         hint=NO_LIMIT,
     )
-    min_frames: int = option("likewise, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
-    max_frames: int = option("likewise, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
+    min_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
+    max_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
     trim_frames: int = option(
         "frames to leave out at both ends of each scene, of transitions", default=0, least=0
     )
@@ -56,19 +56,19 @@ class ChoiceOptions(Options, title="what is left out"):
     """Options that exclude clips because of their content."""
 
     static_threshold: float = option(
-        "a clip is static if no part of the picture changes its brightness (0 to 1) by that much",
+        "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
         default=0.012,
         above=0,
         most=1,
     )
     black_threshold: float = option(
-        "a clip is black if in half of its pictures nearly all pixels are darker than that (0 to 1)",
+        "a clip is black if in half of its images nearly all pixels are darker than that (0 to 1)",
         default=0.1,
         above=0,
         most=1,
     )
     blur_threshold: float = option(
-        "with --drop_blurred: a clip is blurred if most of its pictures are less sharp than that",
+        "with --drop_blurred: a clip is blurred if most of its images are less sharp than that",
         default=0.002,
         above=0,
         most=1,
@@ -90,7 +90,7 @@ class ClipFormat(CodecOptions, title="video format"):
         hint="0 is lossless except for the conversion of colors",
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
-    no_audio: bool = option("write no sound; without this option the main sound of a source is cut with it")
+    no_audio: bool = option("write no audio; without this option the main audio of a source is cut with it")
 
 
 class CuttingOptions(Options, title="input and output"):

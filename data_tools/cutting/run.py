@@ -42,7 +42,7 @@ MICRO = 1_000_000
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source to cut."""
+    """A source to cut, with its stem."""
 
     source: Path  # absolute
     stem: str  # beginning of the names of its clips

@@ -210,10 +210,12 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
         texts = place.texts()
         made_by = texts.get(MADE, "")
         if place.mask is None:
-            is_left = place.is_removed and options.mode == "fill"
-            (plan.removed if is_left else plan.jobs).append(place)
+            if place.is_removed and options.mode == "fill":  # a person did not want a mask
+                plan.removed.append(place)
+            else:
+                plan.jobs.append(place)
         elif made_by.split("\n")[-1] == way:
-            continue  # made before, in the same way
+            continue  # made before, by the same method
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:

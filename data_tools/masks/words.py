@@ -57,7 +57,7 @@ class WordFinder:
                 values = torch.stack([self._ask_sam(frame, prompt) for prompt in self.prompts]).amax(dim=0)
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         return np.asarray(values.cpu().numpy(), np.float32)
 
@@ -138,7 +138,7 @@ def load_word_finder(
     except Exception as error:  # damaged files raise errors of many libraries
         if "torchvision" in str(error).lower() and find_spec("torchvision") is None:  # as SAM 3 needs it
             raise InstallationError(
-                f"--model {folder}: transformers reads its pictures with torchvision. Run: pip install "
+                f"--model {folder}: transformers reads its images with torchvision. Run: pip install "
                 "torchvision"
             ) from None
         why = shorten(" ".join(str(error).split()), 300)

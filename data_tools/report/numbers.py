@@ -286,8 +286,9 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     numbers = np.asarray(values, np.float64)
     low = float(numbers.min())
     high = float(numbers.max())
-    default = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * default - low else default
+    # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
+    usual_high = float(np.quantile(numbers, 0.98))
+    end = high if high <= 2 * usual_high - low else usual_high
     are_integers = bool((numbers == np.floor(numbers)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     edges = _place_edges(width, low, end, high)

@@ -48,7 +48,7 @@ class ReportOptions(Options, title="report"):
         choices=(4, 8, 17),
     )
     references: int = option(
-        "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "
+        "most reference images of an image that the model takes, for models that edit images; 0: it "
         "takes none, and control images are counted as those of FramePack and Fun-Control",
         default=0,
         least=0,

@@ -25,7 +25,7 @@ _MAX_TAGS = 1_000_000
 
 @dataclass(frozen=True)
 class Label:
-    """A tag. category: one of CATEGORIES."""
+    """A tag that a tagger knows; `category` is one of CATEGORIES."""
 
     name: str
     category: str
@@ -45,7 +45,7 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
             labels = read(read_text(path))
         except (OSError, ValueError, csv.Error) as error:
             why = shorten(str(error), 300)
-            raise CheckpointError(f"{path} is no list of tags: {why}", path) from None
+            raise CheckpointError(f"{path} is not a list of tags: {why}", path) from None
         if not labels:
             raise CheckpointError(f"{path} has no tags", path)
         return labels
@@ -90,5 +90,5 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
 
 def _make_label(name: object, category: str) -> Label:
     if not isinstance(name, str) or not name.strip() or bad_character(name) or len(name.splitlines()) > 1:
-        raise ValueError(f"{name!r} is no tag")
+        raise ValueError(f"{name!r} is not a tag")
     return Label(name, category)

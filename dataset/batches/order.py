@@ -58,7 +58,7 @@ class BatchOrder:
         unused = len(self._items) - len(used)
         if unused:
             logger.warning(
-                "%d regularization images are not used because fewer other pictures are trained in an "
+                "%d regularization images are not used because fewer other images are trained in an "
                 "epoch. More num_repeats of those would use more.",
                 unused,
             )

@@ -124,7 +124,9 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         _require_equal(names, folder)
         catalog = Catalog(folder)
         if set(catalog.names()) != set(names):
-            raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
+            raise CacheError(
+                f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
+            )
         busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
         if busy is not None:
             raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")

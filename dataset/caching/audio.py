@@ -223,7 +223,7 @@ class AudioWork:
             raise CacheError(f"{file}: {changed}")
         for identity, (path, origin) in zip(record.files, parts, strict=True):
             if not records.is_unchanged(identity, path, origin):
-                raise CacheError(f"{file}: its clip or its sound changed since")
+                raise CacheError(f"{file}: its clip or its audio changed since")
         if verifies:
             records.verify_tensors(entry, record.crc32)
         return False

@@ -167,7 +167,7 @@ def take_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Submit the outputs that this encoder computed earlier; return the texts without such outputs."""
+    """Submit an encoder's precomputed outputs; return the texts that have none and must be encoded."""
     to_encode = []
     errors: list[str] = []
     for file in files:

@@ -76,7 +76,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
                 if member.read(1):  # the end, where the checksum is compared
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-                raise ValueError(f"{name} is of {array.dtype}, which are no numbers")
+                raise ValueError(f"{name} is of {array.dtype}, which are not numbers")
             native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
             arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
     return arrays

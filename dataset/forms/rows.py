@@ -157,7 +157,7 @@ class RowReader:
         """Return the layers of a row, ordered by number; the image itself has the number 0 or none."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
-            raise DatasetError(f"{where}: {column} and {column}_0 both name the picture; leave out one")
+            raise DatasetError(f"{where}: {column} and {column}_0 both name the image; leave out one")
         layers: dict[int, Part] = {}
         for name, value in values.items():
             number = control_number(name, column)

@@ -130,7 +130,7 @@ class Companions:
             yield from self._source.demux(streams)
         except av.FFmpegError as error:
             logger.warning(
-                "%s is damaged: the rest of its sound and subtitles cannot be read (%s)",
+                "%s is damaged: the rest of its audio and subtitles cannot be read (%s)",
                 self._path,
                 error.strerror,
             )

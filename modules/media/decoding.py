@@ -210,7 +210,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
         declared = places[-1].pos + places[-1].size if len(places) else 0
     if declared > size:
         raise MediaError(
-            f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Fetch it again."
+            f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Download it again."
         )
 
 

@@ -148,11 +148,11 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
     """Raise MediaError if pictures like the first one are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
-        raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
+        raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
     if select_encoder(codec, width, height) != codec:
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
-            f"{SMALLEST_H265[1]} are the least. Use h264"
+            f"{SMALLEST_H265[1]} is the minimum. Use h264"
         )
 
 

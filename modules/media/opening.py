@@ -94,7 +94,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
         )
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise MediaError(
-            f"{path} has {path.stat().st_size:,} bytes; pictures have at most {MAX_IMAGE_BYTES:,}. Save it "
+            f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
             "as PNG or JPEG, without metadata."
         )
 
@@ -193,10 +193,12 @@ def reject_cut(path: Path) -> None:
             place += max(length, 8)
             if place > size:
                 raise MediaError(
-                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Fetch it again."
+                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Download it again."
                 )
     if b"moov" not in kinds:
-        raise MediaError(f"{path} is cut short: its index, which is at its end, is missing. Fetch it again.")
+        raise MediaError(
+            f"{path} is cut short: its index, which is at its end, is missing. Download it again."
+        )
 
 
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:

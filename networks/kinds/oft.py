@@ -61,7 +61,7 @@ class OftKind(NetworkKind):
     network_module = MODULE
     algorithms = ("diag-oft",)
     module_note = f"its --network_dim is the number of values in a block, {DEFAULT_BLOCK} by default"
-    dropout_note = "of an OFT the share of blocks that do not rotate"
+    dropout_note = "for an OFT, the fraction of blocks that do not rotate"
     size_word = "block size"
     default_size = DEFAULT_BLOCK
     has_alpha = False

@@ -263,7 +263,7 @@ class CostPerceiver(nn.Module):
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
 
-        # bytes of one place's cost map while tokens are made of it, in float32
+        # float32 bytes of one position's cost map while tokens are made of it
         first, second, _ = self.config.costs
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results

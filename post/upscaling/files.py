@@ -127,7 +127,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     possible = [2**power for power in range(doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in possible:
         raise shape.error(
-            f"its first layer takes {channels} channels of pictures that it makes {2**doublings} times larger"
+            f"its first layer takes {channels} channels of images that it makes {2**doublings} times larger"
         )
     config = RrdbConfig(
         features=features,
@@ -241,7 +241,7 @@ def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
     rows = shape.of(name, 4)[0]
     factor = isqrt(rows // channels)
     if factor < 1 or rows != channels * factor**2:
-        raise shape.error(f"{name} has {rows} rows, which is no square number of {channels} channels")
+        raise shape.error(f"{name} has {rows} rows, which is not a square number of {channels} channels")
     return factor
 
 

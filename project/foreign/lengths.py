@@ -126,7 +126,7 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
         elif training.get(name):
             project.leave_value(said.key, said.number, f"{project.said[name]} says it")
         else:
-            if name in training:  # 0: never, by steps
+            if name in training:  # 0, never by steps, gives way to the interval in epochs
                 project.drop(name, "")
             training[name] = min(said.number * epoch.steps, contract.MAX_STEPS)
             project.note_change(said.key, said.number, f"{name} = {training[name]}")
@@ -134,7 +134,7 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
         if training.get(name) == 0:
             project.drop(name, "")
     saved = training.get("save_every_n_steps")
-    if saved is not None:  # states as long as `new` keeps them: until the next one
+    if saved is not None:  # as `new` does, keep each state until the next one is saved
         training["save_last_n_steps_state"] = saved
     if saved is not None and project.keeps_few:
         training["save_last_n_steps"] = saved

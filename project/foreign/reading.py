@@ -142,7 +142,7 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
         )
     known = ", ".join(program.title for program in PROGRAMS)
     raise OptionError(
-        f"--from {path}: this is no project of {known}. Give the file that describes a training."
+        f"--from {path}: this is not a project of {known}. Give the file that describes a training."
     )
 
 

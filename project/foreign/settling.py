@@ -164,12 +164,15 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        if "blocks_to_swap" in script.known:  # a trained block is stepped while it is on the card
+        if (
+            "blocks_to_swap" in script.known
+        ):  # only fused_backward_pass updates a block while it is on the card
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
+    # full training sets these for Adafactor; another optimizer has its usual ones
     if "optimizer_type" in training and optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)

@@ -28,7 +28,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
         return ForeignRun("controlnet", "controlnet = true")
     if is_on(values.get("control")):
         raise NoRun(
-            "control = true: a LoRA that sees control pictures in further channels; none is trained so here"
+            "control = true: a LoRA that sees control images in additional channels; none is trained so here"
         )
     if kind not in {"lora", "full"}:
         raise NoRun(f"model_type = {kind}: `new` sets up no such training")

@@ -25,7 +25,7 @@ def take_turns(work: Callable[[U], T], item: U) -> T:
 
 
 def have_joined() -> bool:
-    """Whether this process is one of several that communicate."""
+    """Return whether this process is one of several that communicate."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 

@@ -172,7 +172,7 @@ def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Ov
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether the blocks of a network are split over processes."""
+    """Return whether the blocks of a network are split over processes."""
     return hasattr(network, _NAME)
 
 
@@ -226,7 +226,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_split(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor, of which this process keeps some rows."""
+    """Return whether a weight is a DTensor, of which this process keeps some rows."""
     return hasattr(weight, "to_local")
 
 

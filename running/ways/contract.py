@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from modules.options import Options
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help needs no torch
     import torch
     from torch import nn
 

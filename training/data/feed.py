@@ -189,10 +189,13 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        noise = self._vary(noise, batch, number)
+        if self.noise.vary is not None:
+            noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        audio = self._add_audio(batch, times, number, first_sample)
+        audio = None
+        if self.audio is not None:
+            audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
         weights = self._weigh(batch, times)
         if self.audio is not None:
             weights = self.audio.image_weight * weights
@@ -200,15 +203,19 @@ class Randomness:
             # images are given clean and not trained
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
+        if self.sentences:
+            batch = self._draw_captions(batch, number)
+        if self.noise.vary_inputs is not None:
+            batch = self._vary_inputs(batch, number)
         drawn = NoisyBatch(
-            batch=self._vary_inputs(self._draw_captions(batch, number), number),
+            batch=batch,
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=weights,
             given_frames=given_frames,
             expert=times.expert,
-            perturbation=self._perturb(shape, number),
+            perturbation=self._perturb(shape, number) if self.on_noise else None,
             audio=audio,
             number=number,
             levels=tuple(times.levels.tolist()),
@@ -219,38 +226,36 @@ class Randomness:
 
     def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the noise as modified for training, for example by an offset."""
-        if self.noise.vary is None:
-            return noise
+        assert self.noise.vary is not None  # else nothing calls this
         assert self.latent is not None  # of a family that changes its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _draw_captions(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with a drawn sentence for each caption, if the items have sentences."""
-        if not self.sentences:
-            return batch
+        """Return the batch with a drawn sentence for each caption."""
         stream = random.Random(derive_seed(self.seed, "sentences", number))
         return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
         """Return the batch with its additional inputs varied as the family does at each step."""
-        if self.noise.vary_inputs is None:
-            return batch
+        assert self.noise.vary_inputs is not None  # else nothing calls this
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
-    def _add_audio(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisyAudio | None:
+    def _add_audio(
+        self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
+    ) -> NoisyAudio | None:
         """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
         Args:
+            learning: What the run learns of sound.
             batch: The batch.
             times: Timesteps of the images.
             number: Index of the micro-batch in the run.
             first_sample: Number of samples that the run has seen before.
         """
-        learning = self.audio
         latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_AUDIO)
-        if learning is None or not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
+        if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
         if learning.given == AUDIO_STREAM:
@@ -269,10 +274,8 @@ class Randomness:
             levels=tuple(times.levels.tolist()),
         )
 
-    def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:
-        """Draw the additional noise of the input; None if no feature adds any."""
-        if not self.on_noise:
-            return None
+    def _perturb(self, shape: torch.Size, number: int) -> Tensor:
+        """Draw the additional noise of the input: the sum of what features add."""
         return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.on_noise))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:

@@ -20,8 +20,8 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
     """Strength of the term that keeps predictions for the empty prompt close to the base model's."""
 
     blank_prior_weight: float | None = option(
-        "also compare the network with the model without it for the empty prompt, with this weight: keeps "
-        "what the model makes without a prompt. Two more passes in each step, one of them with gradients",
+        "keep the prediction for the empty prompt close to that of the model without the network, with "
+        "this weight. Adds two passes to each step, one of them with gradients",
         above=0,
         most=100,
         hint="0.5 to 1 are usual",

@@ -88,7 +88,8 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
         own_options = options.of(feature.options)
         if feature.is_on(own_options) or feature.options.attribute in attributes:
             feature.join(run, own_options)
-    _reject_targets(run.targets)
+    if run.targets:
+        _reject_targets(run.targets)
     if attributes:
         _note_unused(tables)
     return run

@@ -33,7 +33,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
     sample_ema: bool = option(
-        "make samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
+        "generate samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
     )
 
 

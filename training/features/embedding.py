@@ -55,14 +55,14 @@ class EmbeddingOptions(
     """The word whose vectors a LoRA training learns too, how they start, and how long they are trained."""
 
     train_embedding: str | None = option(
-        "also learn the vectors of this new word, saved in the LoRA",
+        "also train the vectors of this new word and save them in the LoRA",
         metavar="WORD",
         hint="such as mycat",
         known_as=("train_text_encoder_ti", "token_abstraction"),
         facts=IDENTITY,
     )
     embedding_vectors: int = option(
-        "vectors of the word; each takes a place of a caption",
+        "number of vectors of the word; each takes up one token of a caption",
         default=1,
         least=1,
         most=MAX_VECTORS,
@@ -72,7 +72,7 @@ class EmbeddingOptions(
         facts=IDENTITY,
     )
     embedding_init_word: str | None = option(
-        "known words that it begins with; else random vectors",
+        "existing words to initialize the vectors from; default: random vectors",
         needs="train_embedding",
         known_as=("initializer_concept", "init_word"),
         facts=FREE,
@@ -81,7 +81,7 @@ class EmbeddingOptions(
         },
     )
     embedding_weights: Path | None = option(
-        "file, or LoRA with the word, to continue with",
+        "embedding file, or LoRA with the word, to continue from",
         place="there",
         needs="train_embedding",
         facts=FREE,
@@ -95,7 +95,7 @@ class EmbeddingOptions(
         facts=CHANGEABLE,
     )
     embedding_until: float = option(
-        "share of the steps in which they learn",
+        "fraction of the steps in which the vectors are trained",
         default=1.0,
         above=0,
         most=1,
@@ -105,7 +105,7 @@ class EmbeddingOptions(
         facts=HABIT,
     )
     embedding_file: bool = option(
-        "also save them alone: OUTPUT_NAME_WORD.safetensors",
+        "also save the vectors as a separate file: OUTPUT_NAME_WORD.safetensors",
         needs="train_embedding",
         facts=FREE,
     )

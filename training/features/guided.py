@@ -26,9 +26,9 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
     """Options of --guided_target: how far the target moves away from the prediction without a prompt."""
 
     guided_target: float | None = option(
-        "learn towards u + SCALE * (v - u), where v is the usual target and u what the network predicts for "
-        "the empty prompt: for models that were distilled with guidance. One more pass in each step, without "
-        "gradients",
+        "train toward u + SCALE * (v - u), where v is the default target and u the prediction for the "
+        "empty prompt: for models that were distilled with guidance. Adds one pass without gradients "
+        "to each step",
         above=1,
         most=MAX_GUIDANCE,
         metavar="SCALE",
@@ -36,7 +36,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
     )
     guided_target_min_timestep: int = option(
-        "noise, in thousandths, below which --guided_target is not used",
+        "noise level, in thousandths, below which --guided_target is not used",
         default=0,
         least=0,
         most=THOUSAND,
@@ -45,7 +45,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         known_as=("h3_guidance_loss_sigma_min",),
     )
     guided_target_sound: float | None = option(
-        "SCALE of --guided_target for the sound of clips; default: that of the picture",
+        "SCALE of --guided_target for the audio of clips; default: as for images",
         above=1,
         most=MAX_GUIDANCE,
         needs="guided_target",
@@ -112,7 +112,7 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_audio  # torch, as --help does without
+    from contract.family import hears_audio  # loads torch, which --help does not need
 
     if options.guided_target_sound is not None and not hears_audio(family):
         raise OptionError(

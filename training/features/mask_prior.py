@@ -24,8 +24,8 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
     """How strongly the network is held to the base model's predictions outside of masks."""
 
     mask_prior_weight: float | None = option(
-        "where a mask leaves out parts of a picture or clip, compare the network there with the model "
-        "without it, with this weight. One more pass in a step with masks, without gradients",
+        "outside masks, keep the prediction close to that of the model without the network, with this "
+        "weight. Adds one pass without gradients to steps with masks",
         above=0,
         most=100,
         hint="0.5 to 1 are usual",

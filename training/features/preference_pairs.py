@@ -49,7 +49,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
     for item in [*first_items.values(), *items[::stride]]:
         if item.kind.sizes is not None:
             raise CacheError(
-                f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "
+                f"{item.table.name}: --preference needs the latents of the worse images, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"
             )
         header = stores.of(item.table).read(item.file_name, is_full=False)

@@ -33,7 +33,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
     """Which steps are skipped."""
 
     skip_bad_steps: int | None = option(
-        "leave out a step whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
+        "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
         "ends the run, as the first one does without this option",
         least=1,
         most=1_000_000,
@@ -42,8 +42,8 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         facts={AGAINST_BAD_STEPS: REMEDY},
     )
     skip_spikes: float | None = option(
-        "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
-        "steps, from the 21st step on",
+        "skip steps whose gradient norm is above FACTOR times the median of the last 100 taken steps, "
+        "from the 21st step on",
         above=1,
         most=MAX_FACTOR,
         metavar="FACTOR",
@@ -90,7 +90,7 @@ class Skipping:
 
     def limit(self, kind: str) -> float | None:
         """Return the norm above which a step of a kind is a spike; None if there is no limit yet."""
-        from statistics import median  # --help does without
+        from statistics import median  # not needed for --help
 
         factor = self.options.skip_spikes
         norms = self.progress.norms.get(kind, [])
@@ -130,7 +130,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     Raises:
         UserError: If the loss or the norm is not finite in too many steps in a row.
     """
-    from training.processes import largest_of_processes  # torch, as --help does without
+    from training.processes import largest_of_processes  # loads torch, which --help does not need
 
     progress = run.progress.of(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
@@ -141,7 +141,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
     number = run.progress.step + 1
     if outcome == FATAL:
-        from training.bad_steps import explain_bad_step  # only here
+        from training.bad_steps import explain_bad_step  # only when the run ends
 
         before = progress.bad_in_a_row
         remedy = "" if before else REMEDY

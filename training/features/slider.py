@@ -26,9 +26,9 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
     """Which captions a slider moves between."""
 
     slider: Path | None = option(
-        "TOML file with captions: at strength 1 the network moves a neutral caption's result towards the "
-        "positive one, at -1 towards the negative one. Captions of the dataset are not used. Three more "
-        "passes in each step without gradients, and one more with gradients",
+        "TOML file with captions: at strength 1, the network moves the result of a neutral caption "
+        "toward the positive one, at -1 toward the negative one. Captions of the dataset are not used. "
+        "Adds three passes without gradients and one with gradients to each step",
         place="there",
         often=False,
         known_as=("slider_config", "leco", "concept_slider"),
@@ -90,6 +90,8 @@ def _join(run: "JoinedRun", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
+    # In addition to the usual pass, two captions at two strengths, or one, are 3 passes or 1 with gradients.
+    # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
     target = StepTarget(
         option=f"--slider {path}",
         words=f"captions of {path} at strength 1 and -1",

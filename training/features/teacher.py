@@ -32,7 +32,7 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
         )
     if not family.fuller and options.teacher == BASE:
         raise OptionError(
-            f"--teacher {options.teacher}: the model {family.name} takes no further conditions, so the "
+            f"--teacher {options.teacher}: the model {family.name} takes no additional conditions, so the "
             "teacher would know no more than the network. Leave it out"
         )
 

@@ -53,7 +53,7 @@ class Band:
     highest: float
 
     def holds(self, level: float) -> bool:
-        """Whether a noise level lies in the band."""
+        """Return whether a noise level lies in the band."""
         return self.lowest <= level <= self.highest
 
 

@@ -42,7 +42,7 @@ class RunTrackerOptions(Options):
         choices=(*CHOICES, "all"),
     )
     log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
+        "TOML file with arguments for the trackers; in run.toml it is rejected", place="there"
     )
 
 
@@ -50,20 +50,20 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
     """Which trackers receive the numbers and samples of a run."""
 
     logging_dir: Path | None = option(
-        "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
+        "folder for TensorBoard logs; each run gets a subfolder", place="new folder"
     )
     log_with: str | None = option(
-        "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
+        "default: tensorboard if --logging_dir is given; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
         # those that need no folder write and send where they like
         facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
     )
     log_prefix: str | None = option(
-        "start of the run folder's name, before its date",
+        "prefix of the run folder's name, before the date",
         acts_if={"there is no --logging_dir": lambda options: options.logging_dir is not None},
     )
     log_tracker_name: str | None = option(
-        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
+        "name of the tracker, which most services use as the project; default: network_train, or MODEL_ft",
         acts_if=_IF_LOGGED,
     )
     wandb_run_name: str | None = option(

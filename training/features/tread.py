@@ -27,8 +27,8 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
     """How many tokens skip the middle blocks in training."""
 
     tread: float | None = option(
-        "leave this share of the picture's tokens, drawn anew for each sample, out of the middle blocks in "
-        "training: faster steps that take less memory; samples and validation see all tokens",
+        "let this fraction of the image tokens, drawn for each sample, bypass the middle blocks in "
+        "training: faster steps and less memory; samples and validation use all tokens",
         above=0,
         below=1,
         metavar="SHARE",
@@ -37,7 +37,8 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
         facts=OF_BLOCKS,
     )
     tread_blocks: tuple[int, ...] = option(
-        "first and last block that --tread spares tokens; both count, from 0, negative from the end",
+        "first and last block that the tokens of --tread bypass, both included; counted from 0, "
+        "negative numbers from the end",
         default=MIDDLE,
         needs="tread",
         metavar="BLOCK",

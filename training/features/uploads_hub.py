@@ -302,7 +302,7 @@ class Uploads:
                     self._rejections.append(CARD)
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
-        except Exception as error:  # the files are there, so the run continues
+        except Exception as error:  # the files are saved, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
             self._rejections.append(str(error))
             return

@@ -385,4 +385,4 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
         return kind(optimizer, **options.arguments())
     except Exception as error:  # classes raise anything for unsuitable arguments
         reason = str(error) or type(error).__name__
-        raise OptionError(f"--lr_scheduler_type {type_name} refuses --lr_scheduler_args: {reason}") from None
+        raise OptionError(f"--lr_scheduler_type {type_name} rejects --lr_scheduler_args: {reason}") from None

@@ -389,7 +389,7 @@ def restore_optimizer(
         groups.append({**_settings(group), **_copy_state(saved_group), "params": group_numbers})
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
-        saved_state = saved["states"].pop(names[parameter], None)  # two copies of one at a time
+        saved_state = saved["states"].pop(names[parameter], None)  # freed one by one, to save memory
         if saved_state is None:
             continue
         state: dict[str, Any] = {}

@@ -142,11 +142,11 @@ def main(words: Sequence[str]) -> None:
     """
     history, folder, script = Path(words[0]), words[1], words[2]
     sys.argv[0] = script
-    with contextlib.suppress(OSError):  # it is gone: commands are typed elsewhere
+    with contextlib.suppress(OSError):  # the folder was removed: only the commands on the page need it
         os.chdir(folder)
     if hasattr(os, "nice"):
         os.nice(LOWER_PRIORITY)
-    from training.reports.page import Standing, write_training_page  # only here: a training draws nothing
+    from training.reports.page import Standing, write_training_page  # slow, and needed only in this process
     from training.reports.sample_files import ClipStore
 
     clips = ClipStore(history.parent / SAMPLES)
@@ -165,7 +165,7 @@ def main(words: Sequence[str]) -> None:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
             is_over = not requests or END in requests
             draw_page(history, draw, is_over=is_over)
-    except Exception as error:  # whatever it is: the training says it
+    except Exception as error:  # of any kind: the training shows its message
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
         raise SystemExit(1) from None

@@ -40,7 +40,7 @@ LEVELS = 10  # ranges of noise levels that are compared
 MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small picture
-MAX_IMAGE = 64 << 10  # characters of one
+MAX_IMAGE = 64 << 10  # characters of one image
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
 
@@ -117,7 +117,7 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
     with path.open("rb") as file:
         if size > MAX_BYTES:
             file.seek(size - MAX_BYTES)
-            file.readline(MAX_LINE_CHARACTERS)  # the rest of one
+            file.readline(MAX_LINE_CHARACTERS)  # skip the rest of a line
         for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
             values = _parse(line)
             try:

@@ -126,6 +126,7 @@ def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
         most: Approximate number of points of a curve.
     """
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    # families with audio record losses by stream in place of losses by expert
     of_streams = experts.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
     rates = {

@@ -59,9 +59,9 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
 
 
 def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
-    """Return the file to use for one that is gone: that of the best step, else of the highest.
+    """Return the file to use in place of one that is gone: that of the best step, else of the last step.
 
-    If the lost file was an average, of a single transformer, or of an embedding, so is the result.
+    It is of the same kind: an average, a file of one expert, or an embedding, if the lost file was one.
 
     Args:
         name: Name of the file that is gone.

@@ -71,6 +71,7 @@ def read_reduced(path: Path) -> ReducedClip:
         return ReducedClip([_draw_audio(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
+    # the length is not known before the end: when there are too many frames, every second one is dropped
     for index, frame in enumerate(video_frames(path)):
         if index % stride:
             continue

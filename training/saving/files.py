@@ -113,7 +113,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        """Whether the minutes have passed since the last save."""
+        """Return whether the minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
