@@ -12,7 +12,7 @@ DEFAULTS = control_trainer(
         "network_dim": {
             "help": "numbers that a layer's input becomes; default: of --network_weights, else 64"
         },
-        "network_dropout": {"help": "share of these numbers that is set to zero during training"},
+        "network_dropout": {"help": "fraction of these values that is set to zero during training"},
         "network_weights": {"help": "file of a ControlNet-LLLite to start from"},
     },
 )

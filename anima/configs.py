@@ -20,7 +20,7 @@ FEW_STEPS = FewSteps(
     targets=(GUIDED, make_transfer_target("the base", "anima-base-v1.0.safetensors")),
 )
 PATCH = 2  # latent pixels along each side of a token
-TEXT_ROWS = 512  # that a text has behind the adapter, as trained
+TEXT_ROWS = 512  # number of rows of a text after the adapter, as trained
 ADAPTER = "llm_adapter"  # its name in the transformer's file
 
 
@@ -28,7 +28,7 @@ ADAPTER = "llm_adapter"  # its name in the transformer's file
 class AdapterConfig:
     """Dimensions of an adapter, read from a checkpoint's tensors."""
 
-    dim: int  # of T5's tokens, and of the rows that the transformer attends to
+    dim: int  # width of T5's tokens, and of the rows that the transformer attends to
     text_dim: int  # width of the language model's states
     ffn_dim: int
     num_heads: int
@@ -49,7 +49,7 @@ class AnimaConfig:
     context_dim: int  # width of the text's rows
     modulation_dim: int  # between the two layers that make shifts, scales and gates
     adapter: AdapterConfig | None  # None: it is not in the file
-    channels: int = 16  # of the latents
+    channels: int = 16  # number of latent channels
     rope_theta: float = 10000.0
     # by which positions of time, rows and columns are stretched
     rope_ratios: tuple[float, float, float] = (1.0, 4.0, 4.0)

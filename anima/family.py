@@ -57,7 +57,7 @@ TEXTS_AGAIN = "anima_cache_text_encoder_outputs.py"
 INPUTS = {"states": STATES, "states_mask": MASK, "ids": IDS, "weights": WEIGHTS}
 ON_HOST = {"states_mask", "weights"}
 LLLITE, CONTROL_IMAGE = "--lllite_weights", "--control_image"
-UNIT = 1000  # of timesteps; the model takes the share of noise
+UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of noise
 DEFAULTS = image_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
 
 
@@ -66,7 +66,7 @@ class Anima(ModelOfImages):
     """Description of Anima for one run, built by the `family_for_...` functions below."""
 
     files: AnimaFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control images of a table

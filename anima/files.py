@@ -39,7 +39,7 @@ QUERIES = {
 PATTERNS = {"released": (), "diffusers": tensor_patterns(ANIMA)}
 ADAPTER_START = f"{ADAPTER}."
 ADAPTER_MARK = "out_proj.weight"
-CONNECTOR = "anima_v2_connector."  # of a community format, another network in the adapter's place
+CONNECTOR = "anima_v2_connector."  # prefix in a community format that replaces the adapter by another network
 LARGE = 5120  # width of Cosmos-Predict2 14B
 
 

@@ -34,7 +34,8 @@ WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
-MAX_DILATION = 64  # of the trunk's views; the largest control images are 256 positions wide there
+# maximum dilation of the trunk's convolutions; the largest control images are 256 positions wide there
+MAX_DILATION = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LllitePlan:
 
     config: LlliteConfig
     blocks: int
-    widths: dict[str, int]  # of the inputs of a block's layers
+    widths: dict[str, int]  # input width of each layer of a block
 
 
 class HungLllite(AnimaLllite):
@@ -53,7 +54,7 @@ class HungLllite(AnimaLllite):
         """Build the modules; `scale` is their strength, in training too."""
         super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
-        self.multiplier = 1.0  # of the scale, now: 0 shows the base
+        self.multiplier = 1.0  # strength of the modules; 0 turns them off
         # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
         # control images, B L E (None: the base alone), and the strength of a sample
         self.condition: Tensor | None = None
@@ -137,7 +138,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             )
         return info.shape
 
-    layers = {}  # of a block -> width
+    layers = {}  # layer of a block -> input width
     blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)

@@ -37,7 +37,7 @@ class LlliteConfig:
     mlp_dim: int = 64  # M
     use_aspp: bool = False
     dilations: tuple[int, ...] = DILATIONS
-    layers: tuple[str, ...] = TARGETS["self_attn_q_pre"]  # of a block that have a module
+    layers: tuple[str, ...] = TARGETS["self_attn_q_pre"]  # layers of a block that get a module
 
 
 def make_norm(channels: int) -> nn.GroupNorm:

@@ -42,7 +42,7 @@ class AnimaTokens:
     texts: tuple[tuple[Tensor, Tensor | None], ...]
     time: Tensor  # B C float32, behind its activation
     shifts: Tensor  # B 3C float32, added to the shift, scale and gate of every branch
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
@@ -320,7 +320,7 @@ class AnimaModel(BlockNetwork):
         """Turn tokens B L C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
         patches = self.final_layer(x, tokens).float()
-        # another order than that of the input, in which the channels come first
+        # channels come last in a token, unlike in the input, where they come first
         return rearrange(
             patches, "b (h w) (ph pw z) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
         )

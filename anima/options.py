@@ -21,9 +21,9 @@ from modules.speed_options import (
 )
 
 NAME = "Anima"
-MAX_TOKENS = 512  # of either tokenizer, where nothing is said
+MAX_TOKENS = 512  # default maximum number of tokens, for either tokenizer
 MAX_QWEN3_TOKENS = 4096
-FLOW_SHIFT = 3.0  # of generations and samples, where nothing is said
+FLOW_SHIFT = 3.0  # default for generations and samples
 GUIDANCE_SCALE = 4.0
 STEPS = 30
 ATTENTION = ("torch", "xformers", "flash", "sageattn", "sdpa")  # values of --attn_mode in training
@@ -49,9 +49,9 @@ class AnimaVaeOptions(Options):
         facts=OF_DECODING, settings={"vae": {"help": "Qwen-Image's VAE: file or folder"}}
     )
     vae_chunk_size = not_needed(
-        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+        "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
-    vae_disable_cache = not_needed("a picture has one frame, for which the VAE keeps nothing.")
+    vae_disable_cache = not_needed("an image has one frame, for which the VAE keeps nothing.")
 
 
 class AnimaTextOptions(Options):
@@ -114,13 +114,13 @@ _ADAPTER = (
 
 
 class AnimaLatentCachingOptions(Options, title=NAME):
-    """Options of anima_cache_latents.py besides the shared ones."""
+    """Options of anima_cache_latents.py in addition to the shared ones."""
 
     vae: AnimaVaeOptions
 
 
 class AnimaTextCachingOptions(Options, title=NAME):
-    """Options of anima_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of anima_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     qwen3: Path = option(_QWEN3, required=True, often=True)
     text: AnimaTextOptions
@@ -197,10 +197,8 @@ def _size(help: str, default: int, least: int = 1, most: int = 4096) -> Any:
 class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train_control_net_lllite.py besides those of all image trainers."""
 
-    cond_emb_dim: int = _size("numbers that the control picture becomes at each token", 32)
-    lllite_cond_dim: int = _size(
-        "channels of the convolutions that see the control picture; even", 64, least=2
-    )
+    cond_emb_dim: int = _size("number of values for the control image at each token", 32)
+    lllite_cond_dim: int = _size("channels of the convolutions that see the control image; even", 64, least=2)
     lllite_cond_resblocks: int = _size("residual blocks among them", 1, least=0, most=64)
     lllite_use_aspp: bool = option(
         "let them see wide surroundings too, by dilated convolutions", facts=IDENTITY
@@ -213,7 +211,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         facts=IDENTITY,
     )
     lllite_dropout: float | None = option(
-        "share of the inner numbers that is set to zero during training", least=0, below=1, facts=HABIT
+        "fraction of the inner values that is set to zero during training", least=0, below=1, facts=HABIT
     )
     lllite_multiplier: float = option(
         "strength with which it acts while it learns",
@@ -257,7 +255,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaGenerationOptions(Options, title=NAME):
-    """Options of anima_generate_image.py besides the shared ones."""
+    """Options of anima_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True
@@ -270,7 +268,7 @@ class AnimaGenerationOptions(Options, title=NAME):
     lllite_weights: Path | None = option(
         "file of a ControlNet-LLLite, which follows --control_image", place="file", needs="control_image"
     )
-    control_image: Path | None = option("control picture for --lllite_weights", needs="lllite_weights")
+    control_image: Path | None = option("control image for --lllite_weights", needs="lllite_weights")
     lllite_multiplier: float = option(
         "strength of --lllite_weights",
         default=1.0,
@@ -300,7 +298,7 @@ def translate_training(args: argparse.Namespace) -> None:
     args.typed_names = names
 
 
-TRAINER: Mapping[str, Any] = {  # of both training scripts, for `ImageTrainerDefaults`
+TRAINER: Mapping[str, Any] = {  # defaults of both training scripts, for `ImageTrainerDefaults`
     "timestep_sampling": "sigmoid",
     "discrete_flow_shift": 1.0,
     "model_prediction_type": "raw",

@@ -44,7 +44,7 @@ T5_FILES = TokenizerFiles(
     on_hub="spiece.model",
 )
 T5_SOURCE = TokenizerSource(T5_FILES, end=END)
-PAD = 0  # of both tokenizers' rows
+PAD = 0  # padding id of both tokenizers
 logger = logging.getLogger(__name__)
 
 

@@ -61,44 +61,46 @@ def make_guidance(
         run: Runs the passes of a step.
 
     Raises:
-        OptionError: If the request's schedule and the options do not go together.
+        OptionError: If the request's schedule conflicts with the options.
     """
     plans = plan_steps(prepared, options)
-    join = functools.cache(Overrides.within)  # the same objects at all steps, as `Overrides.turn` requires
-    below = prepared.rules.below_share
+    # cached, so that all steps get the same objects, as `Overrides.turn` requires
+    combine_overrides = functools.cache(Overrides.within)
+    guided_below = prepared.rules.below_share
     steering = _Steering(options.nag)
 
     def plan_at(step: Step) -> PassPlan:
         plan = plans[expert_at(step.timestep, experts)][step.index]
-        if below is not None and 1 - step.sigma >= below:  # the model's rules have no guidance in late steps
+        # some models have no guidance in the late steps, where little noise is left
+        if guided_below is not None and 1 - step.sigma >= guided_below:
             return PassPlan(plan.passes[:1], factor=plan.factor)
         return plan
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plan_at(step)
-        if not plan.passes:
+        if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         steered = steering.make_overrides(section)
         calls: dict[Overrides, dict[int, Conditions]] = {}
-        # by pass: its tweaks and conditions. Passes in which both are the same are computed once
+        # overrides and conditions of each pass; passes that share both are computed once
         keys: dict[Pass, tuple[Overrides, int]] = {}
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
-            overrides = join(pass_.overrides, plan.overrides)
+            overrides = combine_overrides(pass_.overrides, plan.overrides)
             if pass_.text == "positive":
-                overrides = join(overrides, steered)
+                overrides = combine_overrides(overrides, steered)
             calls.setdefault(overrides, {})[id(conditions)] = conditions
             keys[pass_] = overrides, id(conditions)
-        by_call = run(calls, predict, section)
-        velocities = {pass_: by_call[key] for pass_, key in keys.items()}
+        velocity_by_key = run(calls, predict, section)
+        velocities = {pass_: velocity_by_key[key] for pass_, key in keys.items()}
         return plan.combine(velocities, step, section)
 
     return guide
 
 
 class _Steering:
-    """The tweaks of positive passes by --nag_scale: one object for each section."""
+    """The overrides of positive passes for --nag_scale: one object for each section."""
 
     def __init__(self, options: NagOptions) -> None:
         self._options = options
@@ -106,7 +108,7 @@ class _Steering:
         self._overrides = NO_OVERRIDES
 
     def make_overrides(self, section: Section) -> Overrides:
-        """Return the tweaks of a section, whose conditions are on the device by now."""
+        """Return the overrides of a section whose conditions are already on the device."""
         if section is not self._section:
             self._section = section
             self._overrides = self._steer_away(section)
@@ -123,10 +125,10 @@ class _Steering:
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """List by expert the plan of each step.
+    """Plan each step, by expert.
 
     Raises:
-        OptionError: If the request's schedule and the options do not go together.
+        OptionError: If the request's schedule conflicts with the options.
     """
     if prepared.rules.projection is not None or prepared.rules.streams:
         reject_other_formulas(prepared.rules, options)
@@ -138,14 +140,15 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
 
 class _StepPlanner:
-    """Choose the passes and stages of each step. The same passes and tweaks serve all steps and experts."""
+    """Choose the passes and stages of each step. All steps and experts use the same passes and overrides."""
 
     def __init__(self, prepared: Prepared, options: GuidanceOptions) -> None:
         self._prepared = prepared
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
-        self._weakened = Pass("negative", Overrides(skip_blocks=layers))
+        self._weakened = Pass("negative", Overrides(skip_blocks=layers))  # by --slg_layers
+        # by the model's own rules
         self._thinned = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
@@ -154,7 +157,7 @@ class _StepPlanner:
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
         rule = self._rules.projection
-        # of the picture, and of the sound
+        # one for images, one for audio
         self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
@@ -162,7 +165,7 @@ class _StepPlanner:
 
         Args:
             index: Index of the step.
-            scale: Guidance scale of the step; None for the positive conditions alone.
+            scale: Guidance scale of the step; None uses the positive conditions alone.
         """
         options = self._options
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
@@ -177,7 +180,7 @@ class _StepPlanner:
         if self._prepared.joint is None:
             of_audio = ()
         passes: list[Pass] = []
-        if factor:
+        if factor:  # with 0 the velocity is 0, and no pass is needed
             passes.append(POSITIVE)
             for stage in (*of_image, *of_audio):
                 passes += stage.passes
@@ -185,7 +188,7 @@ class _StepPlanner:
         return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_audio), factor, overrides)
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
-        """Return the stages of a picture or a sound that has scales of its own."""
+        """Return the stages of images or audio that have their own guidance scales."""
         text_scale = scale if rule.text is None else rule.text
         weights = {
             NEGATIVE: text_scale - 1,
@@ -198,26 +201,26 @@ class _StepPlanner:
     def _make_plain_stages(
         self, index: int, scale: float, momentum: Momentum | None
     ) -> tuple[GuidanceStage, ...]:
-        """Return the stages of a step by the options and the model's rules."""
+        """Return the stages of a step that the options and the model's rules ask for."""
         options = self._options
         rules = self._rules
-        rule = rules.projection
+        projection = rules.projection
         weakens = index in self._weakened_steps
         negative = self._select_negative(index, weakens)
         stages = self._make_guiding_stages(scale, negative)
-        share = options.guidance_rescale
-        if stages and rule is not None and momentum is not None:
-            if self._prepared.first_step + index > rule.after_step:
-                stages = [projected(rule, momentum, negative)]
-                share = rule.rescale
-            else:
+        rescale_fraction = options.guidance_rescale
+        if stages and projection is not None and momentum is not None:
+            if self._prepared.first_step + index > projection.after_step:
+                stages = [projected(projection, momentum, negative)]
+                rescale_fraction = projection.rescale
+            else:  # earlier steps use the standard formula, but already add to the momentum
                 stages = [watched(stages[0], momentum, negative)]
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_skipped_layers(self._weakened, options.slg_scale))
-        if not stages:
+        if not stages:  # without guidance there is nothing to rescale
             return ()
-        if share != 0:
-            stages.append(rescale(share))
+        if rescale_fraction != 0:
+            stages.append(rescale(rescale_fraction))
         if rules.norm_limit is not None:
             stages.append(limit_norm(rules.norm_limit))
         if rules.token_side is not None:
@@ -238,7 +241,7 @@ class _StepPlanner:
         return self._thinned if skips.acts(step, self._prepared.steps) else NEGATIVE
 
     def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
-        """Return the stage of the formula that the options choose; [] if the scale turns guidance off."""
+        """Return the stage of the selected guidance formula; [] if the scale turns guidance off."""
         options = self._options
         if options.perp_neg is not None:
             return [perp_neg(scale, options.perp_neg, negative)]
@@ -250,7 +253,7 @@ class _StepPlanner:
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
-    """Raise OptionError if the options replace a formula that is the model's own."""
+    """Raise OptionError if the options replace the guidance formula of a model that requires its own."""
     replacing = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
@@ -282,18 +285,18 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """List by expert the guidance scale of each step; None stands for the positive conditions alone.
+    """Return the guidance scale of each step, by expert; None stands for the positive conditions alone.
 
-    The scales are those of the usual formula, in which 1 turns guidance off.
+    The scales are those of the standard formula, in which 1 turns guidance off.
 
     Raises:
-        OptionError: If the request's schedule and the options do not go together.
+        OptionError: If the request's schedule conflicts with the options.
     """
     schedule = prepared.request.cfg_schedule
     num_steps = prepared.num_steps
     rules = prepared.rules
-    if rules.below_share is not None and rules.below_share <= 0:
-        return [(None,) * num_steps] * len(prepared.guidance_scale)  # the first step already has that share
+    if rules.below_share is not None and rules.below_share <= 0:  # guidance ends before the first step
+        return [(None,) * num_steps] * len(prepared.guidance_scale)
     if schedule and options.cfg_skip_mode != "none":
         raise OptionError(
             f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
@@ -302,37 +305,40 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     applied = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         applied = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    to_default = 1 - rules.off_at
+    to_standard = 1 - rules.off_at  # converts a scale of the model to one of the standard formula
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
         if schedule:
-            table = parse_cfg_schedule(schedule, num_steps, scale)
-            numbers = range(1, num_steps + 1)
-            scales = tuple(table[number] + to_default if number in table else None for number in numbers)
-        else:  # at 1 the formula gives the positive velocity back
-            weight = scale + to_default
-            guides = weight != 1 or guides_streams
-            scales = tuple(weight if is_applied and guides else None for is_applied in applied)
+            scale_by_step = parse_cfg_schedule(schedule, num_steps, scale)
+            scales = tuple(
+                scale_by_step[number] + to_standard if number in scale_by_step else None
+                for number in range(1, num_steps + 1)
+            )
+        else:
+            standard_scale = scale + to_standard
+            # at 1 the formula returns the positive velocity
+            guides = standard_scale != 1 or guides_streams
+            scales = tuple(standard_scale if is_applied and guides else None for is_applied in applied)
         scales_by_expert.append(scales)
     return scales_by_expert
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether a picture or a sound is guided by more than the scale of the prompt."""
+    """Return whether images or audio have any guidance besides the scale of the prompt."""
     return bool(stream.perturbed) or stream.modality != 1 or stream.text not in (None, 1)
 
 
 def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
     """Return for each step whether `--cfg_skip_mode` keeps guidance.
 
-    int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
-    it: early, late, in the middle, or early and late.
+    int(num_steps * ratio) steps keep it; with "alternate", about that many. The mode names the steps that
+    skip guidance: early, late, in the middle, or early and late.
     """
     if mode == "alternate":
         # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
         applied = []
-        due = 0.0
+        due = 0.0  # steps with guidance that are due, a sum of fractions
         for _ in range(num_steps):
             due += ratio
             applied.append(due >= 1.0)
@@ -340,13 +346,13 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
                 due -= 1.0
         return tuple(applied)
     num_applied = int(num_steps * ratio)
-    skipped = num_steps - num_applied
-    middle = (num_steps - skipped) // 2
+    num_skipped = num_steps - num_applied
+    start_of_middle = (num_steps - num_skipped) // 2
     applied_at = {
-        "early": range(skipped, num_steps),
+        "early": range(num_skipped, num_steps),
         "late": range(num_applied),
-        "early_late": range(skipped // 2, skipped // 2 + num_applied),
-        "middle": [step for step in range(num_steps) if not 0 <= step - middle < skipped],
+        "early_late": range(num_skipped // 2, num_skipped // 2 + num_applied),
+        "middle": [step for step in range(num_steps) if not 0 <= step - start_of_middle < num_skipped],
     }[mode]
     return tuple(step in applied_at for step in range(num_steps))
 
@@ -390,7 +396,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 
 def _parse_steps(text: str, steps: int) -> range:
-    """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError with the reason."""
+    """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError if the entry is not valid."""
     not_integer = "{!r} is not a whole number"
     first_text, dash, last_text = text.strip().partition("-")
     if first_text.startswith("e~"):
@@ -423,7 +429,7 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
+    """Raise OptionError if the guidance is impossible; warn about options without an effect."""
     scales = list(itertools.chain(*guidance_scales(prepared, options)))
     is_guided = any(scale is not None for scale in scales)
     plans = list(itertools.chain(*plan_steps(prepared, options)))
@@ -470,6 +476,7 @@ def _warn_of_unused_prompts(
 def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
+    # the options as they are named in warnings
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
@@ -504,24 +511,26 @@ def _warn_of_unused_options(
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Warn about guidance scales below the one that turns guidance off.
 
-    Other programs count from 0, so their scales are 1 lower than ours.
+    Other programs count from 0, so their scales are lower than ours by 1.
     """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
-    named = _name_scales(prepared)
-    for scales in scheduled:
-        for weight in scales:
-            if weight is not None:
-                scale = weight - 1 + off
-                named.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
     used = {*prepared.guidance_scale, *(stream.text for stream in prepared.rules.streams)}
-    for scale, option in named.items():
+    if not scheduled and all(scale is None or scale >= off for scale in used):
+        return
+    option_by_scale = _name_scales(prepared)
+    for scales in scheduled:
+        for standard_scale in scales:
+            if standard_scale is not None:
+                scale = standard_scale - 1 + off  # as the user typed it
+                option_by_scale.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
+    for scale, option in option_by_scale.items():
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))
 
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
-    """Map each scale of a request to the first option that sets it, with its value, for messages."""
+    """Map each guidance scale of a request to the first option that sets it, for messages."""
     request = prepared.request
     named: dict[float, str] = {}
     if request.guidance_scale is not None:
@@ -549,7 +558,7 @@ def _describe_low_scale(scale: float, off: float) -> str:
 
 
 def why_none_skipped(options: GuidanceOptions, num_steps: int) -> str:
-    """Explain that no pass skips the layers of --slg_layers although there is guidance."""
+    """Explain why no pass skips the layers of --slg_layers although guidance is on."""
     skipping = active_steps(options, num_steps)
     if options.slg_mode == "original" and options.slg_scale == 0:
         return "--slg_scale is 0"

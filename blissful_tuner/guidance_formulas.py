@@ -20,9 +20,9 @@ from contract.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Sectio
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the network: the conditions of a section that it takes, and its tweaks.
+    """A pass of the network: the conditions of a section that it uses, and its overrides.
 
-    Tweaks are compared by identity: stages that share a pass must share its tweaks.
+    Overrides are compared by identity, so stages that share a pass must share its overrides object.
     """
 
     text: Literal["positive", "negative", "blank"]
@@ -35,7 +35,7 @@ Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32
 
 @dataclass(frozen=True)
 class GuidanceStage:
-    """One guidance idea at one step."""
+    """One guidance formula in one step."""
 
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
@@ -45,7 +45,7 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Passes and stages of one step."""
+    """The passes and stages of one step."""
 
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
     # stages of the picture, and of the sound that is made with it
@@ -55,31 +55,32 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
-        """Largest number of passes that can form one batch, because they have equal tweaks."""
+        """Largest number of passes that can run as one batch, because they have the same overrides."""
         return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
         """Return the velocity that the solver follows. There is at least one pass.
 
-        Picture and sound are guided separately; if one is wholly given, its velocity is 0.
+        Images and audio are guided separately. If one of them is given instead of denoised, its velocity is
+        0.
         """
         joint = section.overrides.joint
         if joint is None:
             velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
             return velocity if self.factor == 1 else velocity * self.factor
-        noisy = joint.split(step.noisy)
-        parts = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
+        noisy_streams = joint.split(step.noisy)  # images and audio
+        split_velocities = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
         guided = []
         for index, stages in enumerate(self.stages):
-            of_stream = {pass_: part[index] for pass_, part in parts.items()}
-            velocity = _apply(stages, of_stream, noisy[index], step.sigma)
+            stream_velocities = {pass_: streams[index] for pass_, streams in split_velocities.items()}
+            velocity = _apply(stages, stream_velocities, noisy_streams[index], step.sigma)
             guided.append(torch.zeros_like(velocity) if section.clean_streams[index] else velocity)
         velocity = joint.join(*guided)
         return velocity if self.factor == 1 else velocity * self.factor
 
 
 def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tensor, sigma: float) -> Tensor:
-    """Return the guided velocity of a picture or a sound: the positive one, changed by each stage."""
+    """Return the guided velocity of images or audio: the positive velocity, changed by each stage in turn."""
     velocity = velocities[POSITIVE]
     for stage in stages:
         if stage.is_of_clean:
@@ -92,7 +93,10 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
-    """Run all passes here: those with the same tweaks are one call of `predict`, which may batch them."""
+    """Run all passes in this process; passes with the same overrides are one call of `predict`.
+
+    `predict` may run the conditions of a call as a batch.
+    """
     by_call: dict[tuple[Overrides, int], Tensor] = {}
     for overrides, conditions in calls.items():
         velocities = predict(*conditions.values(), overrides=overrides)
@@ -102,7 +106,7 @@ def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
 
 
 def _sum_sample(products: Tensor) -> Tensor:
-    """Return the sum over each sample, B 1 1 1 1."""
+    """Return the sum of each sample, B 1 1 1 1."""
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
@@ -112,16 +116,16 @@ def _sum_sample(products: Tensor) -> Tensor:
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     """Make the stage of `--cfgzerostar_scaling`.
 
-    It is guidance from a negative velocity that is first scaled, for each sample, to be nearest to the
-    positive one.
+    It is guidance from a negative velocity that is first scaled, per sample, to be as close to the positive
+    one as possible.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         positive = velocities[POSITIVE]
-        without = velocities[negative]
-        power = _sum_sample(without.square()) + 1e-8  # as in the released code
-        without = _sum_sample(positive * without) / power * without
-        return without + scale * (positive - without)
+        unscaled = velocities[negative]
+        square_norm = _sum_sample(unscaled.square()) + 1e-8  # as in the released code
+        base = _sum_sample(positive * unscaled) / square_norm * unscaled
+        return base + scale * (positive - base)
 
     return GuidanceStage((POSITIVE, negative), change)
 
@@ -130,10 +134,10 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--perp_neg`: guidance from the empty prompt without what the negative prompt adds.
+    """Make the stage of `--perp_neg`: guidance from the empty prompt, away from the negative prompt.
 
-    Subtracted is `weight` times the part of the negative direction that is perpendicular to the positive one,
-    for each sample. A weight of 0 needs no negative pass.
+    It subtracts `weight` times the part of the negative direction that is perpendicular to the positive
+    direction, per sample. A weight of 0 needs no negative pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -142,10 +146,10 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
         if weight == 0:
             return blank + scale * toward
         unwanted = velocities[negative] - blank
-        # where the prompt changes nothing, the length is 0 and so is the product
-        length = _sum_sample(toward.square()).clamp_min(torch.finfo(toward.dtype).tiny)
-        along = _sum_sample(unwanted * toward) / length * toward
-        return blank + scale * (toward - weight * (unwanted - along))
+        # clamped against 0 / 0: where the prompt changes nothing, the product below is 0 too
+        square_norm = _sum_sample(toward.square()).clamp_min(torch.finfo(toward.dtype).tiny)
+        parallel = _sum_sample(unwanted * toward) / square_norm * toward
+        return blank + scale * (toward - weight * (unwanted - parallel))
 
     passes = (POSITIVE, BLANK) if weight == 0 else (POSITIVE, negative, BLANK)
     return GuidanceStage(passes, change)
@@ -177,9 +181,12 @@ def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
 
 
 def rescale(share: float) -> GuidanceStage:
-    """Make the stage of `--guidance_rescale`, 0 to 1, against too contrasty pictures; for each sample.
+    """Make the stage of `--guidance_rescale`, which reduces the contrast of each sample.
 
     Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+
+    Args:
+        share: Fraction of the rescaled result, 0 to 1.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -191,7 +198,7 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Guide a video, or its audio, by the differences to several passes, and rescale the result.
+    """Guide images or audio by the differences to several passes, and rescale the result.
 
     See `StreamGuidance` for the formula and its source.
 
@@ -199,13 +206,13 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
         rule: Rescaling of the result.
         weights: Weight of c - x for the prediction x of each pass.
     """
-    to_scale = rescale(rule.rescale)
+    rescaling = rescale(rule.rescale)
 
     def change(clean: Tensor, predicted: Velocities) -> Tensor:
         guided = clean
         for pass_, weight in weights.items():
             guided = guided + weight * (clean - predicted[pass_])
-        return to_scale.change(guided, predicted) if rule.rescale else guided
+        return rescaling.change(guided, predicted) if rule.rescale else guided
 
     return GuidanceStage((POSITIVE, *weights), change, is_of_clean=True)
 
@@ -253,7 +260,7 @@ def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
 #
 # Source: Sadat et al. 2024, arXiv 2410.02416; `contract.rules.Projection` says from which step on.
 class Momentum:
-    """A running sum of the differences of the passes over the steps of one section."""
+    """Running sum of the differences between the passes, over the steps of one section."""
 
     def __init__(self, factor: float) -> None:
         """Start with a sum of 0; `factor` multiplies it before each new difference is added."""
@@ -277,26 +284,27 @@ def watched(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> Guidanc
 
 
 def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Guide by the momentum, limited in length and without most of its part along the positive velocity.
+    """Guide by the momentum, with limited norm and with its part along the positive velocity reduced.
 
-    Each sample by itself.
+    Each sample is treated separately.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         positive = velocities[POSITIVE]
-        without = velocities[negative]
-        total = momentum.add(positive - without)
+        base = velocities[negative]
+        total = momentum.add(positive - base)
         shrinking = (rule.norm_limit / _measure_norms(total)).clamp(max=1.0)
         step = total * shrinking
-        # its parts along the positive velocity and across. float64, as released: the part across is a small
-        # difference of large numbers; MPS has no float64
-        exact = step.dtype if step.device.type == "mps" else torch.float64
-        exact_step = step.to(exact)
-        direction = positive.to(exact)
+        # Split the step into its parts parallel and orthogonal to the positive velocity. In float64, as in
+        # the released code, because the orthogonal part is a small difference of large numbers; MPS has no
+        # float64
+        exact_dtype = step.dtype if step.device.type == "mps" else torch.float64
+        exact_step = step.to(exact_dtype)
+        direction = positive.to(exact_dtype)
         unit = direction / _measure_norms(direction).clamp(min=1e-12)
-        along = _sum_sample(exact_step * unit) * unit
-        across = (exact_step - along).to(step.dtype)
-        return without + rule.scale * (across + rule.eta * along.to(step.dtype))
+        parallel = _sum_sample(exact_step * unit) * unit
+        orthogonal = (exact_step - parallel).to(step.dtype)
+        return base + rule.scale * (orthogonal + rule.eta * parallel.to(step.dtype))
 
     return GuidanceStage((POSITIVE, negative), change)
 
@@ -311,18 +319,18 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """The formula for `Away.steer`. Objects with equal numbers are equal, so that compiled code is reused."""
+    """The formula for `Away.steer`. Equal settings make equal objects, so that compiled code is reused."""
 
     scale: float
     tau: float
     alpha: float
 
     def __call__(self, toward: Tensor, away: Tensor) -> Tensor:
-        """Combine the attention to the prompt and to the other text, both B L N D, in their dtype.
+        """Combine the attention to the prompt and to the negative attention text, both B L N D.
 
-        guided = scale * toward - (scale - 1) * away, made at most `tau` times as large as `toward`, and
-        blended: alpha * guided + (1 - alpha) * toward. Sizes are sums of absolute values over all heads of a
-        token.
+        guided = scale * toward - (scale - 1) * away, limited to `tau` times the size of `toward`, and then
+        blended: alpha * guided + (1 - alpha) * toward. A size is the sum of absolute values over all heads of
+        a token. The result has the dtype of the inputs.
         """
         guided = torch.lerp(away, toward, self.scale)  # rounded once: large terms almost cancel in it
         allowed = (

@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 
 
 class LatestWriter(Generic[Item]):
-    """Call `write` in a thread for each item that is put; a newer item replaces one that still waits.
+    """Call `write` in a thread for each item; a newer item replaces one that is still waiting.
 
     The first item starts the thread. `write` must not raise.
 
@@ -59,7 +59,7 @@ class LatestWriter(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def put(self, item: Item) -> None:
-        """Queue an item to be written, in place of a waiting one. Returns at once."""
+        """Queue an item to be written instead of a waiting one. Returns immediately."""
         with self._changed:
             self._waiting = item
             self._changed.notify()
@@ -100,7 +100,7 @@ CPU = torch.device("cpu")
 
 
 class Shot(NamedTuple):
-    """An unwritten preview."""
+    """A preview that is not written yet."""
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
     fps: float
@@ -109,7 +109,7 @@ class Shot(NamedTuple):
 
 @dataclass
 class LatentPreviews:
-    """The previews of all clips of a run, one after the other in the same file."""
+    """The previews of all clips of a run, which replace each other in the same file."""
 
     every: int  # steps, or sections
     folder: Path
@@ -147,7 +147,7 @@ class LatentPreviews:
         return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Leave the decoder out if the device has no room for it.
+        """Disable the decoder if the device has no memory for it.
 
         Args:
             height: Height of the latents.
@@ -162,7 +162,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
-        """Write a preview in place of the one before, completely or not at all."""
+        """Replace the previous preview file atomically."""
         with self.optional():
             shot = take()
             if shot is None:
@@ -175,9 +175,9 @@ class LatentPreviews:
 
     @contextmanager
     def optional(self) -> Iterator[None]:
-        """Turn an error of the block into a warning, once.
+        """Turn the first error inside the block into a warning.
 
-        A file that cannot be written is tried again the next time; any other error ends the previews.
+        If a file cannot be written, the next preview tries again; any other error ends the previews.
         """
         try:
             yield
@@ -185,10 +185,10 @@ class LatentPreviews:
             self.has_ended |= not isinstance(error, OutputError)
             if not self._has_warned:
                 self._has_warned = True
-                then = "There are no more of this run" if self.has_ended else "It is tried again"
+                consequence = "There are no more of this run" if self.has_ended else "It is tried again"
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(
-                    "A latent preview has failed: %s\n  %s; the generation continues.", reason, then
+                    "A latent preview has failed: %s\n  %s; the generation continues.", reason, consequence
                 )
 
     def _leave_out_vae(self, why: str) -> None:
@@ -202,7 +202,7 @@ class LatentPreviews:
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield the watchers of a clip's steps and a function for its sections, for a block that denoises it.
+    """Yield the step watchers of a clip and a function for its sections, while the clip is denoised.
 
     Args:
         previews: The previews; None for no watchers.
@@ -213,16 +213,16 @@ def preview_clip(
         yield [], lambda _: None
         return
     clip = _ClipPreviews(previews, fps, first_step)
-    is_done = False
+    is_finished = False
     try:
         yield [clip.watch], clip.on_section
-        is_done = True
+        is_finished = True
     finally:
-        clip.writer.close(drop=not is_done)
+        clip.writer.close(drop=not is_finished)  # after an error nobody waits for a preview
 
 
 class _ClipPreviews:
-    """The previews of one clip. Arguments as of `preview_clip`."""
+    """The previews of one clip, with the arguments of `preview_clip`."""
 
     def __init__(self, previews: LatentPreviews, fps: float, first_step: int) -> None:
         self.previews = previews
@@ -233,7 +233,7 @@ class _ClipPreviews:
         self.writer = LatestWriter(previews.write, REST_ON_CPU if self.on_cpu else 0.0)
 
     def watch(self, done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, without its sound. Return False: denoising continues."""
+        """Show the clean clip predicted from a step, without audio. Returns False: denoising continues."""
         if done.section.count == 1 and self.first_step <= done.step.index < done.step.num_steps - 1:
             self._show(lambda: done.picture, done.step.index + 1)
         return False
@@ -246,7 +246,7 @@ class _ClipPreviews:
             self._show(lambda: so_far, self.made_sections)
 
     def _show(self, latents: Callable[[], Tensor], count: int) -> None:
-        """Show a clip if a preview is due after `count` steps, or sections."""
+        """Show a clip if a preview is due after this number of steps or sections."""
         if count % self.previews.every or self.previews.has_ended:
             return
         with self.previews.optional(), torch.no_grad():
@@ -258,9 +258,10 @@ class _ClipPreviews:
 
 
 def bring_home(tensor: Tensor) -> Callable[[], Tensor]:
-    """Copy a tensor to the host; return a function, for any thread, that waits for the copy and returns it.
+    """Copy a tensor to the host; return a function that waits for the copy and returns it.
 
-    From CUDA the copy is asynchronous, into pinned memory; for other devices this function waits.
+    The function may be called in any thread. From CUDA the copy is asynchronous, into pinned memory; for
+    other devices this call waits.
     """
     if tensor.device.type != "cuda":
         copy = tensor.to(CPU)
@@ -283,11 +284,11 @@ def make_previews(
     device: torch.device,
     has_room: Callable[[int | None], bool],
 ) -> LatentPreviews | None:
-    """Return the previews that the options ask for; None if they ask for none.
+    """Return the previews that the options ask for, or None.
 
     Args:
         options: Options of previews.
-        latent: Sizes of the family's latents.
+        latent: Latent space of the family.
         folder: Folder for the previews.
         device: Device of the run.
         has_room: Returns whether this many bytes of the device are free next to the network.
@@ -304,7 +305,7 @@ def make_previews(
 
 
 def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
-    """Raise UserError if previews cannot be made of these latents. Loads nothing."""
+    """Raise UserError if these latents cannot be previewed. Loads nothing."""
     if options.preview_latent_every is None:
         return
     if options.preview_vae is not None:

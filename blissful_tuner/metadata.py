@@ -50,14 +50,14 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Return the metadata of one output: everything that its pixels depend on, files without folders.
+    """Return the metadata of one output: everything its pixels depend on, with files named without folders.
 
     Args:
         prepared: The request.
         model: `Family.metadata`.
         loras: File name and multiplier of each LoRA, by expert; "" for experts without LoRAs of their own.
-        settings: Other options of the script that were given, by name.
-        device: Kind of the device that computed the output.
+        settings: Other options that were given to the script, by name.
+        device: Type of the device that computed the output.
         created: Time of creation.
         experts: `Family.experts`.
     """
@@ -82,7 +82,7 @@ def output_metadata(
     if prepared.shown is not None:
         values[SHOWN] = " ".join(map(str, prepared.shown))
     for name, text in prepared.own_metadata.items():
-        values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text
+        values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text  # file names alone
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
@@ -94,7 +94,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales of the further experts, and the timesteps at which they begin."""
+    """Return the guidance scales of the other experts, and the timesteps at which they start."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
@@ -109,22 +109,23 @@ def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str
 
 def _list_optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
     """Return the values that only some outputs have."""
-    options = prepared.request
+    request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,
-        "nag_prompt": options.away_prompt,
-        "prompt_2": options.second_prompt,
+        "nag_prompt": request.away_prompt,
+        "prompt_2": request.second_prompt,
         "device": device,
         CREATED: None if created is None else created.isoformat(timespec="seconds"),
     }
-    if options.source is not None:
-        values |= options.source.in_words()
-    values |= {f"original_{name}": text for name, text in options.typed.items()}
+    if request.source is not None:
+        values |= request.source.in_words()
+    # prompts as typed, before wildcards were drawn
+    values |= {f"original_{name}": text for name, text in request.typed.items()}
     for name in ("image_path", "end_image_path", "control_path"):
-        path = getattr(options, name)
+        path = getattr(request, name)
         if path is not None:
             values[name] = path.name
-    values["control_image_path"] = "\n".join(path.name for path in options.control_images) or None
+    values["control_image_path"] = "\n".join(path.name for path in request.control_images) or None
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -136,11 +137,13 @@ def lora_name(expert: str) -> str:
 def read_decoded_metadata(
     saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
 ) -> dict[str, str]:
-    """Return the metadata of pixels decoded from a latent file: its own, and this run's decoding options.
+    """Return the metadata of pixels decoded from a latent file.
+
+    It is the latent file's own metadata with the decoding options of this run.
 
     Args:
         saved: Metadata of the latent file.
-        settings: Options of this run that were given, by name.
+        settings: Options that were given to this run, by name.
         of_decoding: Names of the options that affect the decoding of latents.
         fps: Frames per second.
     """
@@ -154,7 +157,7 @@ def read_decoded_metadata(
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the values of options as texts; of files only the names."""
+    """Return the values of options as texts; paths are reduced to file names."""
     texts = {}
     for name, value in settings.items():
         if isinstance(value, Path):
@@ -167,16 +170,16 @@ def _record(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata of a latent file with both spellings that known tools read: `bt_seeds` and `seeds`.
+    """Return metadata of a latent file under both names that known tools read: `bt_seeds` and `seeds`.
 
-    For latent files only: in a PNG a `prompt` without prefix is the workflow of another program.
+    This is for latent files only: in a PNG, a `prompt` without prefix is the workflow of another program.
     """
     texts = {name: metadata.get(f"bt_{name}", NOT_SET) for name in PLAIN}
     return {**metadata, **{name: text for name, text in texts.items() if text != NOT_SET}}
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    r"""Return metadata for PNG and videos, whose values are one line: a line break becomes `\n`."""
+    r"""Return metadata for PNG and videos, whose values are single lines: line breaks become `\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
@@ -191,15 +194,16 @@ PARAMETERS = {
 
 
 def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG: the tags, and with a prompt `parameters`, which viewers of pictures read.
+    """Return metadata for PNG: the tags and, if there is a prompt, `parameters`, which image viewers read.
 
-    That is the text of AUTOMATIC1111's web UI: the prompt's lines, then a line with the negative prompt, then
-    a line with all settings. If a line of the prompt could be taken for one of these, the prompt becomes one
-    line.
+    `parameters` is the format of AUTOMATIC1111's web UI: the lines of the prompt, a line with the negative
+    prompt, and a line with all settings. If a line of the prompt could be mistaken for one of these, the
+    prompt is joined into one line.
     """
     prompt = read_value(metadata, "prompt")
     if prompt is None:
         return as_tags(metadata)
+    # readers would take such a line of the prompt for the negative prompt
     if any(line.strip().startswith(NEGATIVE) for line in prompt.splitlines()[1:]):
         prompt = " ".join(prompt.split())
     lines = [prompt.strip()]
@@ -211,7 +215,7 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _format_settings(metadata: Mapping[str, str]) -> str:
-    """Return the last line of `parameters`."""
+    """Return the last line of `parameters`, with the settings."""
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
@@ -222,7 +226,7 @@ def _format_settings(metadata: Mapping[str, str]) -> str:
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the settings of `parameters` by their names there."""
+    """Return the settings under their names in `parameters`."""
     values = {name: read_value(metadata, key) for name, key in PARAMETERS.items()}
     width = read_value(metadata, "width")
     height = read_value(metadata, "height")
@@ -241,13 +245,13 @@ def read_value(metadata: Mapping[str, str], name: str) -> str | None:
 
 
 def read_stored_seed(metadata: Mapping[str, str]) -> int:
-    """Return the stored seed, 0 if there is none. Not read as a float, which would round seeds above 2^53."""
+    """Return the stored seed, 0 if there is none. It is never parsed as a float, which rounds above 2^53."""
     text = (read_value(metadata, "seeds") or "").strip()
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else 0
 
 
 def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
-    """Return the frame rate in metadata; None if it is missing or no positive number."""
+    """Return the frame rate in metadata; None if it is missing or not a positive number."""
     try:
         rate = float(read_value(metadata, "fps") or "")
     except ValueError:
@@ -256,7 +260,7 @@ def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
 
 
 def read_shown(metadata: Mapping[str, str]) -> Box | None:
-    """Return the stored region of the decoded pixels that is the result; None if it is all of them."""
+    """Return the stored region of the decoded pixels that is the result; None if all of them are."""
     text = read_value(metadata, SHOWN) or ""
     if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
         return None

@@ -40,10 +40,10 @@ MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can 
 
 
 class MetaviewOptions(Options):
-    """Files to read, and how to show their metadata."""
+    """Files to read and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
-        "videos (mkv, mp4, mov), pictures (png), latents and LoRAs (safetensors), or folders of them",
+        "videos (mkv, mp4, mov), images (png), latents and LoRAs (safetensors), or folders of them",
         positional=True,
         nargs="+",
         metavar="FILE",
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those of folders that can hold metadata, by name."""
+    """Return the files, and those in folders that can contain metadata, sorted by name."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -125,7 +125,7 @@ def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
-    """Yield `NAME: value`; with several files, below the path of each, with an empty line between files."""
+    """Yield `NAME: value` lines; with several files, each group follows its path and an empty line."""
     for index, info in enumerate(files):
         if info.error:
             continue
@@ -137,21 +137,22 @@ def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return entries about the generation first, in the usual order and in upper case, then the rest by name.
+    """Return entries about the generation first, in a fixed order and upper case, then the rest by name.
 
-    The prefix may be in small or capital letters. An entry with and without it counts once. Without any
+    The prefix may be in lower or upper case. An entry with and without it counts once. If no entry has a
     prefix, the names of FramePack's latent files count as prefixed.
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
-    ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
+    settings = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
     plain = {name: text for name, text in metadata.items() if name not in prefixed}
-    if not ours and {"seeds", "prompt"} <= plain.keys():
-        ours = plain
+    if not settings and {"seeds", "prompt"} <= plain.keys():  # a latent file of FramePack
+        settings = plain
         plain = {}
-    plain = {name: text for name, text in plain.items() if ours.get(name) != text}
-    first = [name for name in FIRST if name in ours]
-    further = sorted(ours.keys() - set(first))
-    return [(name.upper(), ours[name]) for name in (*first, *further)] + sorted(plain.items())
+    # an entry that is stored both with and without the prefix is shown once
+    plain = {name: text for name, text in plain.items() if settings.get(name) != text}
+    first = [name for name in FIRST if name in settings]
+    remaining = sorted(settings.keys() - set(first))
+    return [(name.upper(), settings[name]) for name in (*first, *remaining)] + sorted(plain.items())
 
 
 def _as_line(text: str) -> str:

@@ -46,7 +46,7 @@ _TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys leave tensors out"
 
 
 class ModelUtilityOptions(Options):
-    """The file to look at, and the result to write."""
+    """The file to examine, and the result to write."""
 
     input: Path = option(
         "a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a folder "
@@ -106,7 +106,7 @@ class ModelUtilityOptions(Options):
     weights_only: str = option(
         "only true: .pt files are read without running code in them", title=_SAFETY, default="true"
     )
-    disable_weights_only: bool = option("refused: code in a file is never run", title=_SAFETY)
+    disable_weights_only: bool = option("rejected: code in a file is never run", title=_SAFETY)
 
     def __post_init__(self) -> None:
         weights_only = self.weights_only.strip().lower()
@@ -125,7 +125,7 @@ class ModelUtilityOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a file, in bytes; 0: the model is not cut."""
+        """Return the largest size of a file in bytes; 0 if the model is not split."""
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
@@ -141,7 +141,7 @@ def _no_dtype(name: str) -> OptionError:
 
 @dataclass(frozen=True)
 class Info:
-    """Facts about a model that are known without reading its weights."""
+    """Info about a model that is known without reading its weights."""
 
     path: Path
     what: str  # a Wan transformer (--dit) for --task t2v-14B
@@ -168,13 +168,13 @@ class Info:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors: its JSON header starts at byte 8, or its suffix says so."""
+    """Return whether a file is safetensors: its JSON header starts at byte 8, or its suffix says so."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
 
 def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
-    """Return (dtype, number of tensors, bytes), the one with most bytes first."""
+    """Return (dtype, number of tensors, bytes) for each dtype, largest first."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for info in tensors.values():
@@ -184,10 +184,10 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 
 def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield the facts as lines.
+    """Yield the info as readable lines.
 
     Args:
-        facts: What is known of the model.
+        facts: What is known about the model.
         listed: Tensors to list; None lists none.
     """
     yield f"{facts.path}: {shorten(_in_one_line(facts.what), MAX_OF_KIND)}"
@@ -215,12 +215,12 @@ def as_json(
     hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
 ) -> str:
-    """Return the facts as JSON.
+    """Return the info as JSON.
 
     Args:
-        facts: What is known of the model.
+        facts: What is known about the model.
         listed: Tensors to list; None lists none.
-        hashes: Checksums of each file, if they were asked for.
+        hashes: Checksums of each file; empty if not requested.
         of_lora: Checksums as in a LoRA's metadata.
     """
     content: dict[str, Any] = {
@@ -250,14 +250,14 @@ def as_json(
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """Return checksums of a file, which is read once: `sha256`, `data_sha256` and `old`.
+    """Return the checksums of a file, read once: `sha256`, `data_sha256` and `old`.
 
-    `data_sha256`, of safetensors only, covers the bytes behind the header, and does not change with metadata.
-    Model browsers call its first 12 digits AutoV3, the first 10 of `sha256` AutoV2, and `old`, 8 digits of
-    SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1.
+    `data_sha256`, for safetensors only, covers the bytes after the header and does not change with the
+    metadata. Model browsers call its first 12 digits AutoV3, the first 10 digits of `sha256` AutoV2, and
+    `old` AutoV1: 8 digits of the SHA-256 of 64 KiB at offset 1 MiB, if the file is large enough.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the file cannot be read.
     """
     of_file = hashlib.sha256()
     of_data = hashlib.sha256()
@@ -266,6 +266,7 @@ def file_hashes(path: Path) -> dict[str, str]:
         has_data = is_safetensors(path)
         size = path.stat().st_size
         with path.open("rb") as file, Bar(size, f"Reading {path.name}", BYTES) as bar:
+            # a safetensors file begins with 8 bytes for the length of its header, then the header
             data_start = 8 + int.from_bytes(file.read(8), "little") if has_data else 0
             file.seek(0)
             position = 0
@@ -314,12 +315,12 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_yes_or_no,
 ) -> None:
-    """Show the facts of a file, and rewrite it if the options ask for it.
+    """Show what a file is, and rewrite it if the options ask for it.
 
     Args:
         options: Options of the command.
-        knowledge: What is known of the families.
-        ask: Returns whether files that exist are replaced.
+        knowledge: Functions that know the families.
+        ask: Returns whether to replace existing files.
 
     Raises:
         UserError: If the file cannot be read or written.
@@ -330,31 +331,31 @@ def work(
         if output is None:
             _show(options, knowledge, checkpoint)
             return
-        replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
+        may_be_replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
         inputs = [*checkpoint.parts, options.input]
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
-        for path in replaced:
+        for path in may_be_replaced:
             reject_replacing(OPTION, path, inputs)
         plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
-        ask_to_replace(replaced, options.yes, ask)
+        ask_to_replace(may_be_replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         written = _write(output, plan, options.shard_bytes)
-        # shards of the old model that have no successor would be read as parts of the new one
-        for path in replaced:
+        # leftover shards of the old model would be read as parts of the new one
+        for path in may_be_replaced:
             if path not in written:
                 path.unlink(missing_ok=True)
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
-    """Return the name of the safetensors file to write.
+    """Return the path of the safetensors file to write.
 
     Args:
-        path: Path of the file.
-        in_shards: Whether a folder may be given too.
+        path: Path that the user gave.
+        in_shards: Whether the path may be a folder, for a model in shards.
 
     Raises:
-        OptionError: If it cannot be one.
+        OptionError: If the path cannot name a safetensors file.
     """
     if in_shards and (path.is_dir() or not path.suffix):
         path = path / "model.safetensors"
@@ -440,15 +441,18 @@ def _format_hashes(
             lines.append(f"  of 64 KiB at 1 MiB: {record['old']} (AutoV1)")
     for key, value in lora_hashes.items():
         stored = metadata.get(key)
-        word = "not in the metadata" if stored is None else "as the metadata say"
-        if stored is not None and stored != value:
-            word = f"the metadata say {stored}: the tensors were changed since, or are in another order"
-        lines.append(f"{key}: {value} ({word})")
+        if stored is None:
+            note = "not in the metadata"
+        elif stored == value:
+            note = "as the metadata say"
+        else:
+            note = f"the metadata say {stored}: the tensors were changed since, or are in another order"
+        lines.append(f"{key}: {value} ({note})")
     return lines
 
 
 def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file, or its shards, print their names, and return them."""
+    """Write the file or its shards, print their names, and return their paths."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

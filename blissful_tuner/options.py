@@ -18,21 +18,22 @@ class NagOptions(Options, title=NAG):
     """Options of normalized attention guidance, which steers attention away from --nag_prompt."""
 
     nag_scale: float | None = option(
-        "steer attention away from --nag_prompt, with or without --guidance_scale; 4 to 11 are usual, 1 "
-        "turns it off",
+        "steer attention away from --nag_prompt, with or without --guidance_scale; 4 to 11 are common, "
+        "1 turns it off",
         least=1,
         most=MAX_NAG,
         hint="1 is off, 4 to 11 are usual",
     )
     nag_tau: float = option(
-        "how many times as large --nag_scale may make what a token sees; more is scaled back",
+        "maximum factor by which --nag_scale may enlarge the attention output of a token; larger "
+        "outputs are scaled back",
         default=3.5,
         above=0,
         only_with="nag_scale",
         hint="2.5 to 5 are usual",
     )
     nag_alpha: float = option(
-        "share of the steered attention in the result, 0 to 1",
+        "fraction of the steered attention in the result, 0 to 1",
         default=0.5,
         least=0,
         most=1,
@@ -42,7 +43,7 @@ class NagOptions(Options, title=NAG):
 
     @property
     def is_on(self) -> bool:
-        """Return whether attention is steered: scale 1 and alpha 0 change nothing and are skipped."""
+        """Return whether attention is steered; scale 1 and alpha 0 change nothing and are skipped."""
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
@@ -63,7 +64,7 @@ class GuidanceOptions(Options, title="guidance"):
         hint="the share of the steps with guidance",
     )
     cfg_apply_ratio: float | None = option(
-        "with --cfg_skip_mode: share of the steps that keep guidance, 0 to 1",
+        "with --cfg_skip_mode: fraction of the steps that keep guidance, 0 to 1",
         least=0,
         most=1,
         only_with="cfg_skip_mode",
@@ -84,17 +85,17 @@ class GuidanceOptions(Options, title="guidance"):
         hint="3 is usual",
     )
     slg_start: float = option(
-        "share of the steps at which it begins", default=0.0, least=0, most=1, only_with="slg_mode"
+        "fraction of the steps at which it begins", default=0.0, least=0, most=1, only_with="slg_mode"
     )
     slg_end: float = option(
-        "share of the steps at which it ends", default=0.3, least=0, most=1, only_with="slg_mode"
+        "fraction of the steps at which it ends", default=0.3, least=0, most=1, only_with="slg_mode"
     )
     cfgzerostar_scaling: bool = option(
-        "CFG-Zero*: scale the negative prediction to fit the positive one; no further pass"
+        "CFG-Zero*: scale the negative prediction to fit the positive one; no extra pass"
     )
     cfgzerostar_init_steps: int = option(
-        "CFG-Zero*: number of first steps whose prediction is multiplied by --cfgzerostar_multiplier; 2 for "
-        "text-to-video and 1 for image-to-video are usual, -1 is none",
+        "CFG-Zero*: number of first steps whose prediction is multiplied by --cfgzerostar_multiplier; "
+        "2 for text-to-video and 1 for image-to-video are common, -1 is none",
         default=-1,
         least=-1,
         hint="1 or 2 are usual, -1 turns it off",
@@ -108,16 +109,16 @@ class GuidanceOptions(Options, title="guidance"):
         hint="0 is usual",
     )
     perp_neg: float | None = option(
-        "perpendicular negative guidance: weight of what the negative prompt does not share with the prompt; "
-        "1.5 to 2 are usual; one further pass, of the empty prompt",
+        "perpendicular negative guidance: weight of what the negative prompt does not share with the "
+        "prompt; 1.5 to 2 are common; one extra pass, for the empty prompt",
         least=-MAX_SCALE,
         most=MAX_SCALE,
         excludes="cfgzerostar_scaling",
         hint="1.5 to 2 are usual; it replaces the formula of guidance",
     )
     guidance_rescale: float = option(
-        "share of the deviation added by guidance that is undone, 0 to 1: against pictures that are too "
-        "strong",
+        "fraction of the standard deviation added by guidance that is removed, 0 to 1: against "
+        "oversaturated images",
         default=0.0,
         least=0,
         most=1,
@@ -144,7 +145,7 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def scaled_steps(self) -> int:
-        """Number of first steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
+        """Number of steps at the start whose velocity CFG-Zero* scales; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -170,7 +171,7 @@ PLAIN_GUIDANCE = GuidanceOptions.usual()
 
 
 class PromptOptions(Options, title="prompts"):
-    """How to read the texts of a video: wildcards to draw, and weights of parts."""
+    """How to process the prompts of a video: wildcards to draw, and weights of parts."""
 
     prompt_wildcards: Path | None = option(
         "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
@@ -250,13 +251,13 @@ NO_PREVIEW = PreviewOptions()
 # with the places of: of which videos, the number of frequencies
 RIFLEX = (
     "RIFLEx, against repetition in long videos{}: which frequency of the frames' positions is slowed down, "
-    "1 to {}; 0 turns it off. Its period becomes 1.1 times the number of frames, as in the known tools "
+    "1 to {}; 0 turns it off. Its period becomes 1.1 times the number of frames, as in other tools "
     "(the paper counts latent frames)"
 )
 
 
 class SteadierOptions(Options, title="longer videos"):
-    """Which frequency of the frames' positions is slowed down."""
+    """Which temporal frequency of the rotary embeddings is slowed down."""
 
     riflex_index: int = option(  # from 1; 0: none
         RIFLEX,

@@ -43,14 +43,14 @@ INSTRUCTIONS: Mapping[str, str] = {
 
 
 class PromptRewriter:
-    """A chat model with its tokenizer. Equal prompts give equal answers: nothing is drawn."""
+    """A chat model with its tokenizer. Equal prompts give equal answers, because decoding is greedy."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         """Set up the rewriter; `load` reads the files.
 
         Args:
-            folder: Folder of the files.
-            mode: Kind of the description: normal or master.
+            folder: Folder of the chat model.
+            mode: Style of the description: normal or master.
         """
         self.folder = folder
         self.mode = mode
@@ -58,12 +58,10 @@ class PromptRewriter:
         self._known: dict[str, str] = {}
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer.
-
-        If they are loaded already, move the model to the device.
+        """Load model and tokenizer; if they are loaded already, move the model to the device.
 
         Raises:
-            CheckpointError: If the folder holds none, or a tokenizer without a chat template.
+            CheckpointError: If the folder has no chat model, or a tokenizer without a chat template.
         """
         self._loaded.load(device, self._read)
 
@@ -76,10 +74,10 @@ class PromptRewriter:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
             if tokenizer.chat_template is None:
                 raise self._unusable(
-                    "its tokenizer has no chat template, so it is no chat model. Give one that follows "
+                    "its tokenizer has no chat template, so it is not a chat model. Give one that follows "
                     "instructions."
                 )
-            _render(tokenizer, "a cat")  # a template that fails does so now
+            _render(tokenizer, "a cat")  # finds a broken template before the weights are loaded
             config = AutoConfig.from_pretrained(self.folder, **local)
             # config.json may name an attention whose code is fetched from the hub and run
             config._attn_implementation = ATTENTION
@@ -110,7 +108,7 @@ class PromptRewriter:
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:
-        """Return the rewritten prompt; the prompt itself if the model answers nothing."""
+        """Return the rewritten prompt, or the prompt itself if the model's answer is empty."""
         if not prompt.strip():
             return prompt
         if prompt not in self._known:
@@ -138,7 +136,7 @@ class PromptRewriter:
 
 
 def _render(tokenizer: Any, message: str) -> Any:
-    """Return the tokens of a conversation that begins with `message`, for `generate`."""
+    """Return the tokens of a conversation that starts with `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
     # the last is read by the templates of models that can do without
     text = render_chat(tokenizer, None, turns, enable_thinking=False)
@@ -147,17 +145,17 @@ def _render(tokenizer: Any, message: str) -> Any:
 
 
 def rewrite_prompts(prepared: Prepared, rewriter: PromptRewriter) -> Prepared:
-    """Return the request with the texts of its sections rewritten; outputs record them.
+    """Return the request with the prompt of each section rewritten; outputs record the new prompts.
 
-    Negative prompts stay. Weights of a text's parts are left out: their words may be gone.
+    Negative prompts do not change. Weights for parts of the text are dropped, because the words may be gone.
     """
     sections: dict[int, Prompts] = {}
     for section, texts in prepared.prompts.items():
-        old = texts.positive
-        if old.spans:
-            logger.warning("the weights in the prompt are left out because it is rewritten: %s", old.text)
-        new = replace(old, text=rewriter.rewrite(old.text), spans=())
-        sections[section] = replace(texts, positive=new)
+        prompt = texts.positive
+        if prompt.spans:
+            logger.warning("the weights in the prompt are left out because it is rewritten: %s", prompt.text)
+        new_prompt = replace(prompt, text=rewriter.rewrite(prompt.text), spans=())
+        sections[section] = replace(texts, positive=new_prompt)
     rewritten = list(dict.fromkeys(texts.positive.text for texts in sections.values()))
     metadata = {**prepared.own_metadata, "rewritten_prompt": "\n".join(rewritten)}
     return replace(prepared, prompts=sections, own_metadata=metadata)

@@ -41,7 +41,7 @@ _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """The choices of a wildcard: lines of a file, their numbers, and the running sums of their weights."""
+    """The choices of a wildcard: lines of a file, their numbers, and cumulative sums of their weights."""
 
     path: Path
     texts: tuple[str, ...]
@@ -51,7 +51,7 @@ class Lines:
 
 @dataclass
 class Drawing:
-    """Make all draws for the texts of one video."""
+    """All random draws for the texts of one video."""
 
     options: PromptOptions
     random: Random
@@ -60,14 +60,14 @@ class Drawing:
     characters: int = 0  # likewise
 
     def expand(self, text: str, where: str) -> str:
-        """Return a text with everything drawn.
+        """Return a text with all random parts drawn.
 
         Args:
             text: The text.
             where: Name of the text in errors.
 
         Raises:
-            OptionError: If a wildcard has no file, names a path outside the folder or draws itself.
+            OptionError: If a wildcard has no file, names a path outside of the folder, or draws itself.
         """
         self.drawn = []
         self.characters = 0
@@ -91,7 +91,7 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
-        """Return a random line of a wildcard, itself expanded.
+        """Return a random line of a wildcard, with the wildcards in it drawn too.
 
         Args:
             key: Name of the wildcard.
@@ -112,7 +112,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw one another without end, or too often."""
+        """Raise OptionError if wildcards draw each other without end, or too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(
@@ -137,17 +137,17 @@ class Drawing:
         """Draw an index.
 
         Args:
-            sums: Running sums of the weights.
+            sums: Cumulative sums of the weights.
         """
         index = bisect.bisect_right(sums, self.random.random() * sums[-1])
         return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
 
 
 def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Return the running sums of weights.
+    """Return the cumulative sums of weights.
 
     Raises:
-        OptionError: If nothing can be drawn with them.
+        OptionError: If the weights do not allow a draw.
     """
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MAX_WEIGHT:
@@ -159,7 +159,7 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Return the texts of a video with everything drawn and logged, by option name, in their order.
+    """Draw the random parts of a video's texts and log them; return the texts by option, in their order.
 
     Raises:
         OptionError: As `Drawing.expand` does.
@@ -175,7 +175,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
-    """Return " (__a__ = x, ... and 3 more)"; "" if nothing was drawn."""
+    """Return " (__a__ = x, ... and 3 more)" for the draws; "" if there are none."""
     if not draws:
         return ""
     shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
@@ -187,10 +187,10 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
 def find_file(folder: Path, key: str, where: str) -> Path:
     """Return the file of a wildcard.
 
-    Files outside the folder are refused, even behind links.
+    Files outside of the folder are rejected, even if a link in the folder leads to them.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is no such file.
     """
     shown = f"__{shorten(key, 80)}__"
     parts = key.split("/")
@@ -217,7 +217,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
     """Read the lines of a wildcard's file.
 
     Raises:
-        OptionError: If it has none or cannot be read.
+        OptionError: If the file has no lines or cannot be read.
     """
     texts, weights, numbers = [], [], []
     content = _read_content(path, where)
@@ -236,7 +236,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
 
 
 def _read_content(path: Path, where: str) -> str:
-    """Return the text of a file. Raises OptionError if it cannot be read, or is not clean UTF-8 text."""
+    """Return the text of a file. Raises OptionError if it cannot be read or is not valid UTF-8 text."""
     try:
         content = read_text(path)
     except UnicodeDecodeError as error:
@@ -252,7 +252,7 @@ def _read_content(path: Path, where: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a line into its text, without quotation marks, and the weight after its last colon (or 1)."""
+    """Split a line into its text, without quotation marks, and the weight after its last colon, or 1."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -280,7 +280,7 @@ Choose = Callable[[Sequence[float]], int]
 
 @dataclass
 class _Group:
-    """Positions of a group's braces and of the bars between them."""
+    """Positions of the braces of a group and of the bars between its alternatives."""
 
     start: int
     end: int = 0
@@ -296,7 +296,7 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group.
+    """Return a text with one alternative chosen in each group.
 
     Escaped characters remain escaped until `unescape`.
 
@@ -308,20 +308,21 @@ def select_alternatives(text: str, choose: Choose) -> str:
     starts = [group.start for group in groups]
 
     def expand(start: int, end: int) -> str:
-        """Return a part of the text with one alternative of each group in it."""
+        """Return a part of the text with one alternative chosen in each group."""
         pieces = []
-        place = start
+        position = start
         while True:
-            number = bisect.bisect_left(starts, place)
-            if number == len(groups) or groups[number].start >= end:
+            # the next group that is not inside of one that was expanded already
+            next_group = bisect.bisect_left(starts, position)
+            if next_group == len(groups) or groups[next_group].start >= end:
                 break
-            group = groups[number]
+            group = groups[next_group]
             alternatives = _list_alternatives(text, group)
-            index = choose([alternative.weight for alternative in alternatives])
-            chosen = expand(alternatives[index].start, alternatives[index].end)
-            pieces += [text[place : group.start], chosen.strip()]
-            place = group.end + 1
-        return "".join([*pieces, text[place:end]])
+            chosen = alternatives[choose([alternative.weight for alternative in alternatives])]
+            expanded = expand(chosen.start, chosen.end)
+            pieces += [text[position : group.start], expanded.strip()]
+            position = group.end + 1
+        return "".join([*pieces, text[position:end]])
 
     return expand(0, len(text)) if groups else text
 
@@ -339,7 +340,7 @@ def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
 
 
 def _find_groups(text: str) -> list[_Group]:
-    """Return the groups with alternatives, in the order in which they begin."""
+    """Return the groups that have alternatives, sorted by their start."""
     opened: list[_Group] = []
     groups: list[_Group] = []
     for mark in _MARKS.finditer(text):
@@ -356,17 +357,17 @@ def _find_groups(text: str) -> list[_Group]:
 
 
 def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups are nested too deep.
+    """Raise OptionError if groups are nested too deeply.
 
     Args:
-        groups: Groups in the order in which they begin.
+        groups: Groups sorted by their start.
     """
-    around: list[int] = []  # ends of the groups that the present one stands in
+    enclosing: list[int] = []  # ends of the groups that contain the current one, itself included
     for group in groups:
-        while around and around[-1] < group.start:
-            around.pop()
-        around.append(group.end)
-        if len(around) > MAX_NESTED:
+        while enclosing and enclosing[-1] < group.start:
+            enclosing.pop()
+        enclosing.append(group.end)
+        if len(enclosing) > MAX_NESTED:
             raise OptionError(
                 f"--prompt_alternatives: braces are nested more than {MAX_NESTED} deep. Write the "
                 "alternatives into files and use --prompt_wildcards"
@@ -384,7 +385,7 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
 class _Opened(NamedTuple):
-    """An opening parenthesis."""
+    """An opening parenthesis that is not closed yet."""
 
     number: int  # of its piece
     place: int  # in the text without marks
@@ -393,38 +394,39 @@ class _Opened(NamedTuple):
 def parse_weights(text: str) -> tuple[str, Spans]:
     """Return a text without weight marks, and its weighted parts as (start, end, weight), in characters.
 
-    Parts neither begin nor end with white space; parts of weight 1 are left out. Takes time in proportion to
-    the length.
+    Parts neither begin nor end with white space; parts of weight 1 are left out. The time is linear in the
+    length of the text.
 
     Raises:
-        OptionError: For a weight beyond MOST.
+        OptionError: If a weight is beyond MOST.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []
-    length = place = 0
-    opened: _Opened | None = None  # the last one without its ")"
+    length = 0  # of the pieces together
+    position = 0  # in the original text
+    opened: _Opened | None = None  # the last "(" without its ")"
     for mark in _PARENTHESES.finditer(text):
-        pieces.append(text[place : mark.start()])
-        length += mark.start() - place
-        place = mark.end()
+        pieces.append(text[position : mark.start()])
+        length += mark.start() - position
+        position = mark.end()
         if mark[0] == ")" and opened is not None:
-            number, start = opened
-            inside = "".join(pieces[number + 1 :])
+            first_piece, start = opened
+            inside = "".join(pieces[first_piece + 1 :])
             opened = None
             weighted = _read_weight(inside)
-            if weighted is not None:
+            if weighted is not None:  # replace the parentheses and the weight by the plain text
                 part, weight = weighted
-                pieces[number:] = [part]
+                pieces[first_piece:] = [part]
                 length = start + len(part)
-                first = start + len(part) - len(part.lstrip())
+                visible_start = start + len(part) - len(part.lstrip())
                 if weight != 1:
-                    spans.append((first, first + len(part.strip()), weight))
+                    spans.append((visible_start, visible_start + len(part.strip()), weight))
                 continue
         if mark[0] == "(":
             opened = _Opened(number=len(pieces), place=length)
-        pieces.append(mark[0][-1])
+        pieces.append(mark[0][-1])  # an escaped parenthesis loses its backslash
         length += 1
-    return "".join(pieces) + text[place:], tuple(spans)
+    return "".join(pieces) + text[position:], tuple(spans)
 
 
 def _read_weight(inside: str) -> tuple[str, float] | None:
@@ -444,9 +446,9 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections without marks, with the weights that the marks set.
+    """Return the texts of all sections without weight marks, with the weights that the marks set.
 
-    The second text loses its marks too, but gets no weights, because CLIP, which reads it, makes a single
+    The marks of the second text are removed too, but have no effect: CLIP, which reads it, makes a single
     vector of it.
     """
 

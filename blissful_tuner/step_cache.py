@@ -32,8 +32,7 @@ def select_step_cache(
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
     """Return the step cache for a video, and the values of its prompt line that replace options.
 
-    A line can only change a cache that the command line turned on; other values cause a warning and are
-    ignored.
+    A line can only change a cache that the command line turned on; other values are ignored with a warning.
 
     Args:
         options: Options of the command line.
@@ -50,11 +49,12 @@ def select_step_cache(
         value = line.get(name)
         if value is None:
             continue
-        most = 1 if name in SHARES else MOST
-        if not 0 <= value <= most:
+        max_value = 1 if name in SHARES else MOST
+        if not 0 <= value <= max_value:
             raise OptionError(
-                f"--{characters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it"
+                f"--{characters} {show_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
             )
+        # the option that turns this cache on
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
             logger.warning("--%s %g is ignored because --%s is not given", characters, value, switch)
@@ -83,7 +83,7 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
 
 
 def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
-    """Raise OptionError if a video cannot be made with the step cache that it asks for."""
+    """Raise OptionError if a video cannot be generated with the step cache that it asks for."""
     if isinstance(choice, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
         raise OptionError("TeaCache compares the modulated input of the first block, which this model lacks")
     if isinstance(choice, TeaCache) and not (choice.coefficients or spec.teacache_coefficients):
@@ -99,28 +99,35 @@ def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> 
                 f"{option} measures all steps from noise on, and a video that starts from another has only "
                 f"the last ones: leave out --{source.option}"
             )
-        fewest = 2 if isinstance(choice, MagCalibration) else step_cache.MIN_STEPS
-        if prepared.steps < fewest:
+        min_steps = 2 if isinstance(choice, MagCalibration) else step_cache.MIN_STEPS
+        if prepared.steps < min_steps:
             raise OptionError(
-                f"{option} with {prepared.steps} steps: at least {fewest} are needed. Use as many as the "
+                f"{option} with {prepared.steps} steps: at least {min_steps} are needed. Use as many as the "
                 "videos will have"
             )
 
 
 class StepCaches:
-    """The step caches around the blocks of the networks that make one video."""
+    """The step caches around the blocks of the networks that generate one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """Make the step cache that a request asks for, for a network whose blocks `spec` names."""
+        """Make the step cache that a request asks for.
+
+        Args:
+            prepared: The request with all values resolved.
+            spec: Names of the network's blocks.
+        """
         self._choice, self._steps = prepared.request.step_cache, prepared.steps
         self._make_rule: Callable[[], step_cache.Rule] | None = None
         self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0
         match self._choice:
             case MagCache(ratios, retention, threshold, most_skips):
-                # calibrated from noise on; a video that starts from another has the last of these steps
-                of_steps = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
-                self._make_rule = lambda: step_cache.MagCacheRule(of_steps, retention, threshold, most_skips)
+                # calibrated on all steps, of which a video that starts from a source runs only the last ones
+                step_ratios = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
+                self._make_rule = lambda: step_cache.MagCacheRule(
+                    step_ratios, retention, threshold, most_skips
+                )
             case TeaCache(threshold, coefficients):
                 polynomial = coefficients or spec.teacache_coefficients
                 self._make_rule = lambda: step_cache.TeaCacheRule(threshold, polynomial)
@@ -150,11 +157,12 @@ class StepCaches:
                 with step_cache.run_around(dit_at, cache.run) as cached_at:
                     yield cached_at
             finally:
-                cache.forget()  # what was yielded still refers to it
-            self._passes, self._skipped = self._passes + cache.passes, self._skipped + cache.skipped
+                cache.forget()  # the yielded function still refers to the cache
+            self._passes += cache.passes
+            self._skipped += cache.skipped
 
     def report(self) -> None:
-        """Log the number of skipped passes, or the measurements, when the video's latents are made."""
+        """Log the number of skipped passes, or the measurements, once the video's latents are finished."""
         if isinstance(self._measured, step_cache.Ratios):
             logger.info(
                 "MagCache's ratios for this model:\n  --magcache_mag_ratios %s",

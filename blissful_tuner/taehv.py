@@ -32,9 +32,9 @@ MIN_RANGE = 1e-6  # of colors: a clip of one color stays dark instead of becomin
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
-    """Map latents (C F h w in model space) to colors 3 F h w, float32 on their device, not clamped.
+    """Map latents, C F h w in model space, to colors 3 F h w, float32 on their device, not clamped.
 
-    Does not wait for the device. Computed in float32 even under autocast.
+    It does not wait for the device, and computes in float32 even under autocast.
     """
     factors = numbers_on(latents.device, spec.preview_factors, torch.float32)  # C 3
     bias = numbers_on(latents.device, spec.preview_bias, torch.float32)
@@ -43,14 +43,14 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
-    """Yield frames H W 3 in 0..255: colors stretched to the full range over the clip, enlarged bicubically.
+    """Yield frames H W 3 uint8, resized bicubically, with the colors stretched to the clip's full range.
 
     Values that are NaN or infinite become dark.
 
     Args:
         colors: Colors, 3 F h w.
-        rows: Number of times that each row is repeated.
-        columns: Number of times that each column is repeated.
+        rows: Factor on the height.
+        columns: Factor on the width.
     """
     colors = colors.nan_to_num(0.0, 0.0, 0.0)
     lowest, highest = colors.amin(), colors.amax()
@@ -62,7 +62,7 @@ def enlarge(colors: Tensor, rows: int, columns: int) -> Iterator[Frame]:
 
 
 def to_frames(colors: Tensor) -> Tensor:
-    """Return F H W 3 as uint8 of colors F 3 H W, clamped to 0..1. Stays on its device."""
+    """Return colors F 3 H W, clamped to 0..1, as F H W 3 uint8 on the same device."""
     return (colors.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -88,7 +88,7 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Number of frames from each latent frame; of the first latent frame only the last is used."""
+        """Number of frames from each latent frame; from the first latent frame only the last one is used."""
         return prod(self.strides)
 
 
@@ -117,7 +117,7 @@ class MemoryBlock(nn.Module):
 
 
 class Growth(nn.Module):
-    """Make `stride` frames of each frame."""
+    """Expand each frame to `stride` frames."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -157,19 +157,22 @@ class TinyDecoder(nn.Module):
         for index in range(latents.shape[1]):
             latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
             x = relu(layers["1"](torch.tanh(latent[None] / LIMIT) * LIMIT))  # 1 C h w
-            for number in STAGES:
-                for block in range(number, number + 3):
+            # layers are named by their index in the released nn.Sequential. A stage has three memory blocks,
+            # an upsampling (without weights), a growth in time, and a convolution
+            for first in STAGES:
+                for block in range(first, first + 3):
                     x, memory[block] = layers[str(block)](x, memory.get(block))
-                x = layers[str(number + 4)](interpolate(x, scale_factor=2.0, mode="nearest"))
-                x = layers[str(number + 5)](x)
+                x = layers[str(first + 4)](interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = layers[str(first + 5)](x)
             x = layers["22"](relu(x))
             chunk = x if self.config.patch == 1 else pixel_shuffle(x, self.config.patch)
+            # the first latent frame encodes a single frame
             yield chunk[self.config.frames - 1 :] if index == 0 else chunk
 
 
 @dataclass(frozen=True)
 class TinyVae:
-    """A decoder's weights in host memory; it is on the device only while it decodes."""
+    """The weights of a decoder in host memory; they are on the device only while decoding."""
 
     config: TaehvConfig
     weights: Mapping[str, Tensor]
@@ -196,7 +199,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     """Plan how to load the decoder of a TAEHV file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a TAEHV file.
     """
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
@@ -208,7 +211,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     shape_of = shapes_of(checkpoint, sources)
 
     def sides(layer: str) -> tuple[int, int]:
-        """Return the channels that a convolution makes, and those that it takes."""
+        """Return the output channels and the input channels of a convolution."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
             raise _other_kind(checkpoint)
@@ -225,14 +228,15 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
     """Return the dimensions of a decoder.
 
     Args:
-        sides: Output and input channels of a convolution by name.
+        sides: Returns output and input channels of a convolution by name.
     """
-    later_widths = [sides(str(number + 5))[0] for number in STAGES]
+    later_widths = [sides(str(first + 5))[0] for first in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
-    grown = [sides(f"{number + 4}.conv")[0] for number in STAGES]
+    # a growth by a stride in time has stride times as many output channels
+    grown = [sides(f"{first + 4}.conv")[0] for first in STAGES]
     strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
-    colors, _ = sides("22")
+    colors, _ = sides("22")  # 3 colors of patch x patch pixels
     return TaehvConfig(
         channels=channels,
         widths=widths,
@@ -242,18 +246,19 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Return the plan for a family's latents; for image families frames are not multiplied in time.
+    """Adapt the plan to a family's latents; for image models a latent frame becomes a single frame.
 
     Raises:
         CheckpointError: If the file is for other latents.
     """
     config = plan.config
     path = plan.checkpoint.path
-    if latent.stride[0] == 1:  # the last rows make the last of the frames
+    if latent.stride[0] == 1:
+        # of the frames that each growth makes, keep the last one: its channels come last
         config = replace(config, strides=(1, 1, 1))
         sources = dict(plan.sources)
-        for number, width in zip(STAGES, config.widths, strict=False):
-            name = f"decoder.{number + 4}.conv.weight"
+        for first, width in zip(STAGES, config.widths, strict=False):
+            name = f"decoder.{first + 4}.conv.weight"
             sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * WIDENING
@@ -270,10 +275,10 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
 
 
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
-    """Return the dimensions of the decoder in a file; only names and shapes are read.
+    """Return the dimensions of the decoder in a file, from names and shapes alone.
 
     Raises:
-        CheckpointError: If it is not a TAEHV, or one for other latents.
+        CheckpointError: If the file is not a TAEHV file or is for other latents.
     """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
@@ -282,7 +287,7 @@ def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
 
 
 def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
-    """Load a decoder into host memory, in the dtype to decode with on a device. Raises as `check_taehv`."""
+    """Load a decoder into host memory, in the dtype for decoding on a device. Raises as `check_taehv`."""
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, select_dtype(device)).state_dict()
@@ -296,7 +301,7 @@ def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype)
 
 
 def select_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype to decode with: float32 on a CPU, else float16, which is exact enough for previews."""
+    """Return the dtype for decoding: float32 on a CPU, else float16, which is precise enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
@@ -316,6 +321,7 @@ def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: 
         decoder = TinyDecoder(config).to(dtype)
     with dry_run() as ledger, torch.no_grad():
         place(decoder, ledger)
+        # two latent frames: the second one finds the memory of the first
         latents = torch.empty(config.channels, 2, height, width, device=ACCELERATOR)
         for chunk in decoder.decode(latents):
             to_frames(chunk.float())

@@ -17,7 +17,7 @@ from modules.script_options import parse_options
 class VideoToPngOptions(Options):
     """Which frames are written, and where."""
 
-    input: Path = option("a video, or a picture for a single PNG", required=True, by_place=True)
+    input: Path = option("a video, or an image for a single PNG", required=True, by_place=True)
     output: Path | None = option(
         "folder in which a folder `frames` is made for 000000.png, 000001.png and so on (default: the "
         "input's folder)"

@@ -37,7 +37,7 @@ UNSEEN = 1.05
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check the source of a request; take the number of frames from the source if it is not given.
+    """Check the source of a request; if the number of frames is not given, take that of the source.
 
     Only headers are read, and one frame of a video.
 
@@ -70,17 +70,17 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 
 
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
-    """Return the request with the step at which denoising of its source begins; check the source's length.
+    """Return the request with the step at which denoising of its source starts, after checking its length.
 
     Raises:
         MediaError: If a video has too few frames.
-        OptionError: If saved latents have another number of frames, or if the video is made with sound, which
+        OptionError: If saved latents have another number of frames, or if the request generates audio, which
             has to start from noise.
     """
     if prepared.joint is not None:
         raise OptionError(
-            f"{_name_source(source)}: a video that is made with its sound starts from noise. Make it without "
-            f"sound, or leave --{source.option} out"
+            f"{_name_source(source)}: a video that is made with its audio starts from noise. Make it without "
+            f"audio, or leave --{source.option} out"
         )
     if source.option == LATENTS:
         _check_latent_frames(prepared, source, family)
@@ -104,7 +104,7 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
 
 
 def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
-    """Raise OptionError if saved latents have another number of frames than the request."""
+    """Raise OptionError if the number of frames in saved latents differs from the request's."""
     num_frames = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
@@ -116,7 +116,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if the proportions of a picture or video change."""
+    """Warn if the aspect ratio of an image or video changes."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:
@@ -124,10 +124,10 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
     else:
         info = reading.video_info(source.path)
         width, height = info.width, info.height
-    change = prepared.width * height / (prepared.height * width)
-    if max(change, 1 / change) <= UNSEEN:
+    stretching = prepared.width * height / (prepared.height * width)
+    if max(stretching, 1 / stretching) <= UNSEEN:
         return
-    # the source's proportions, about the area asked for
+    # suggest a size with the source's aspect ratio and about the requested area
     step = latent.pixel_step
     factor = (prepared.width * prepared.height / (width * height)) ** 0.5
     logger.warning(
@@ -145,11 +145,11 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
 
 
 def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
-    """Return the step at which denoising begins.
+    """Return the index of the step at which denoising starts.
 
     In the mode "traditional" the last fraction `denoise` of all steps is run, at least one step. In the mode
-    "direct" denoising begins at the step whose noise level is nearest to `denoise`, the first if several are
-    equally near.
+    "direct" denoising starts at the step whose noise level is closest to `denoise`; of equally close steps,
+    at the first.
 
     Args:
         source: The source of the request.
@@ -157,7 +157,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
         steps: Number of steps.
     """
     if source.noise_mode == "direct":
-        # rounded: levels as far above as below differ by what float32 leaves of them
+        # rounded, because float32 makes equal gaps above and below slightly different
         levels = [timestep / TRAIN_TIMESTEPS for timestep in timesteps]
         gaps = [round(abs(level - source.denoise), 6) for level in levels]
         return gaps.index(min(gaps))
@@ -180,7 +180,7 @@ def _name_source(source: Source) -> str:
 
 
 def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Tensor:
-    """Return the clean latents of a request's source: 1 C F h w of its size, in model space, on the CPU.
+    """Return the clean latents of a request's source: 1 C F h w in model space, on the CPU.
 
     Args:
         family: The model family.
@@ -205,7 +205,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
-    """Return latents B C F h w at this size; unchanged if they have it."""
+    """Resize latents B C F h w to this size; they are unchanged if they already have it."""
     if latents.shape[-2:] == (height, width):
         return latents
     frames = rearrange(latents.float(), "b c f h w -> (b f) c h w")
@@ -214,13 +214,13 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
-    """Read at most the frames that the request has, F H W 3 at its size.
+    """Read the frames of a source, F H W 3 at the request's size and at most its number of frames.
 
     Args:
         source: The source of the request.
         prepared: The request with all values resolved.
         stretches: Whether frames are stretched to the size instead of cropped.
-        alpha: Whether the transparency of an image is read too: 1 H W 4.
+        alpha: Whether the alpha channel of an image is read too: 1 H W 4.
     """
     from modules.media import reading  # only with a source file
 
@@ -230,7 +230,7 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
         read: Iterable[reading.Frame] = [reading.read_image(source.path, alpha)]
     else:
         read = reading.video_frames(source.path)
-    sizes = reading.FrameSizes()
+    sizes = reading.FrameSizes()  # notes whether the size changes within the video
     watched = sizes.watch(islice(read, prepared.frames))
     frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in watched]))
     if sizes.change is not None:
@@ -246,13 +246,12 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
 
 
 def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
-    """Cut or pad latents B C F h w to this number of frames.
+    """Trim or pad latents to a number of latent frames.
 
     Args:
         latents: Latents, B C F h w.
         frames: Number of latent frames.
-        pad_mode: "front" pads with copies of the first frame before it, "end" with copies of the last one
-            after it.
+        pad_mode: "front" repeats the first frame before it, "end" repeats the last frame after it.
     """
     missing = frames - latents.shape[2]
     if missing <= 0:
@@ -265,9 +264,9 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
 
 
 def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str, remedy: str) -> None:
-    """Raise CheckpointError if latents are of a model whose latents mean something else.
+    """Raise CheckpointError if latents come from a model with a different latent space.
 
-    Those of other programs name no model and are taken.
+    Latents of other programs do not name their model and are accepted.
 
     Args:
         saved: The latents with their metadata.
@@ -290,11 +289,11 @@ def _load_saved_latents(
     Args:
         source: The source of the request.
         rules: The family's rules for sources.
-        latent: Sizes of the family's latents.
+        latent: Latent space of the family.
         only_shape: See `load_latents`.
 
     Raises:
-        CheckpointError: If they are of another model.
+        CheckpointError: If the latents are of another model.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     remedy = "Decode them with that model's script, and give the video to --video_path"

@@ -13,8 +13,8 @@ SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spell
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MAX_NOISE = 10
 DEFAULT_NOISE = "0.01 to 0.05 are usual"
-_SHARE = "how much is made new: share of the steps that run; 1 replaces it completely"
-_PAD = "how a video that is too short is filled up: repeat its first or its last frame"
+_SHARE = "how much is regenerated: fraction of the steps that run; 1 replaces it completely"
+_PAD = "how a video that is too short is padded: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
 _NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
 USED_WITH = {  # options that count with some sources only
@@ -30,7 +30,7 @@ OF_SCRIPT = (*SHARES, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_e
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """Form of these options in one family's script."""
+    """How one family's script declares the options of a source."""
 
     share: str = "v2v_denoise"  # of SHARES: the name that the script's users know
     denoise: float = 0.5
@@ -55,7 +55,7 @@ class SourceDefaults:
 
 
 class SourceOptions(Options, title="video or image to start from"):
-    """Source of videos in place of noise; a prompt line can override it."""
+    """The source that a video starts from instead of noise; a prompt line can override it."""
 
     video_path: Path | None = option("video, or folder of images, to start from instead of noise")
     i2i_path: Path | None = option("image to make another image from")
@@ -65,7 +65,7 @@ class SourceOptions(Options, title="video or image to start from"):
     strength: float | None = option(_SHARE)  # None: the script has the other of SHARES
     v2v_denoise: float | None = option(_SHARE)
     v2v_noise_mode: str = option(
-        "traditional: the share is one of the steps; direct: it is the noise level of the first step",
+        "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
         choices=("traditional", "direct"),
         flags=("--v2v_noise_mode", "--noise_mode"),
@@ -93,12 +93,12 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def share(self) -> str:
-        """Name of the option that says how much of the source is denoised anew."""
+        """Name of the option that sets which fraction of the source is denoised."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property
     def denoise(self) -> float:
-        """Return the share of denoising, 0..1; 1 if it is not given."""
+        """Return the fraction of denoising, 0 to 1; 1 if it is not given."""
         share = getattr(self, self.share)
         return 1.0 if share is None else share
 
@@ -113,6 +113,6 @@ def check_one_source(paths: Mapping[str, object]) -> None:
 
 
 def check_share(option: str, share: float) -> None:
-    """Raise OptionError if a share does not lie between 0 and 1."""
+    """Raise OptionError if a fraction is not between 0 and 1."""
     if not 0 <= share <= 1:
         raise OptionError(f"{option} {share:g}: give a share of the steps from 0 to 1")

@@ -101,7 +101,7 @@ class BackgroundJobs:
                     raise OptionError(say("it is running already: wait until it has ended, or stop it"))
                 check_space(self._record(name), MAX_OF_RECORD)  # before the earlier one is gone
                 log = self._log(name)
-                progress = log.with_suffix(".progress")  # of loops, for pages that show it
+                progress = log.with_suffix(".progress")  # progress of loops, which pages show
                 for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
                 variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
@@ -152,7 +152,7 @@ class BackgroundJobs:
         if job is None or job.state != RUNNING or not job.process:
             return
         is_alive = is_living(job.process)
-        if is_alive is None:  # its number is that of another process here
+        if is_alive is None:  # the number belongs to a process on another machine
             raise OutputError(say("it runs on another machine. Stop it from there"))
         if not is_alive:  # it has just ended
             return

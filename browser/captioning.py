@@ -13,7 +13,7 @@ from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 
 CAPTION_SCRIPT = WRITE_CAPTIONS[1]
 TRIED = 3  # files of a try
-TYPED_OPTIONS = ("api_base",)  # those of the command that send something, to what is typed in the page's form
+TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the address typed in the page's form
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TriedCaption:
     """A caption that a try has written for a file, without saving it."""
 
     name: str
-    address: str | None  # of its image
+    address: str | None  # address of its image
     text: str
 
 

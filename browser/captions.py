@@ -260,7 +260,7 @@ def _encode(text: str, now: bytes) -> bytes:
     new = CaptionText.of(now).with_text(text)
     if len(new) > MAX_BYTES:
         raise ValueError(
-            say("a caption of more than %(most_bytes)s KiB cannot be edited here", max_bytes=MAX_BYTES >> 10)
+            say("a caption of more than %(max_bytes)s KiB cannot be edited here", max_bytes=MAX_BYTES >> 10)
         )
     return new
 

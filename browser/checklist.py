@@ -21,11 +21,11 @@ NO_ROWS = (CAPTIONS, NEXT)
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Hold a row of the checklist."""
+    """A row of the checklist."""
 
     grade: str
     text: str = ""
-    line: OutputLine | None = None  # of `new`, in place of the text
+    line: OutputLine | None = None  # line printed by `new`, instead of the text
     items: Sequence[OutputLine] = ()  # printed below that line: commands, or files
     left_out: Sequence[str] = ()  # files that its button leaves out
     asks_for_captions: bool = False
@@ -33,7 +33,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Checklist:
-    """Hold the rows of a folder, and the lines that are no rows."""
+    """The rows of a folder, and the lines that did not become rows."""
 
     rows: Sequence[CheckRow]
     details: Sequence[OutputLine] = ()
@@ -62,11 +62,11 @@ def make_checklist(
     """Return the checklist of a folder, the worst rows first.
 
     Args:
-        content: Counts of its files; None if it has none.
-        lines: Of `new`.
-        unreadable: Names of its files that cannot be read now.
-        word: The trigger word that stands for missing captions; empty: there is none.
-        mended: Remedies of lines that have done their work: texts of commands, or REPAIR.
+        content: Counts of the folder's files; None if it has none.
+        lines: Lines that `new` has printed.
+        unreadable: Names of files that cannot be read at present.
+        word: Trigger word that stands for missing captions; "" if there is none.
+        mended: Remedies that have been carried out: texts of commands, or REPAIR.
     """
     rows = [] if content is None else _list_counted(content, unreadable, word)
     details: list[OutputLine] = []
@@ -75,7 +75,7 @@ def make_checklist(
         items = [item for item in group.items if item.remedy or item.text not in with_button]
         row = _grade(_PrintedGroup(group.head, items), unreadable, mended)
         if row is None:
-            # its file has a button already
+            # the file already has a button
             details += [replace(line, remedy="") if line.remedy == OUT else line for line in group.lines]
         else:
             rows.append(row)
@@ -83,7 +83,7 @@ def make_checklist(
 
 
 def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) -> list[CheckRow]:
-    """Return the rows that the files of a folder say by themselves."""
+    """Return the rows that follow from the files of a folder."""
     rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
     if unreadable:
         names = join(", ", unreadable[:LISTED])
@@ -121,7 +121,7 @@ def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 
 
 def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
-    """Return the row of a line and what belongs to it; None if it needs nobody, is mended, or has a row."""
+    """Return the row of a line and its details; None if the user need not act, has acted, or has a row."""
     head = group.head
     if head.kind in NO_ROWS:
         return None

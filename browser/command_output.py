@@ -28,7 +28,7 @@ FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 # a line that is the name of a file of the folder itself
 LISTED_FILE = re.compile(rf"  (?!python |reelsmith )[^/\\\\:]+\.(?:{_SUFFIXES})", re.IGNORECASE)
 COPIES = ": equal copies"
-CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair_captions
+CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # parts of the lines of --repair_captions
 
 
 class LinePiece(NamedTuple):
@@ -43,7 +43,7 @@ class OutputLine:
     """A line that a command has printed, with the action of its button."""
 
     text: str
-    names: tuple[str, ...] = ()  # of files of the folder
+    names: tuple[str, ...] = ()  # names of the folder's files in the line
     remedy: str = ""  # OUT, REPAIR, RUN or none
     needs_word: bool = False  # a command with a place for a made-up word
     is_fault: bool = False

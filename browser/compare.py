@@ -186,8 +186,8 @@ class Comparison:
     columns: list[ComparedFile] = field(default_factory=list)
     sampled_prompts: list[str] = field(default_factory=list)
     rows: list[ComparedPrompt] = field(default_factory=list)
-    chosen: list[str] = field(default_factory=list)  # those of `sampled_prompts` that are chosen
-    typed_lines: str = ""  # of prompts
+    chosen: list[str] = field(default_factory=list)  # selected prompts among `sampled_prompts`
+    typed_lines: str = ""  # typed lines of prompts
     problem: str = ""
 
 
@@ -241,7 +241,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     It is the folder in the run's history. Histories of older versions have none: then the run's output option
     shows it, and otherwise it is the browser's own working folder.
     """
-    with contextlib.suppress(OSError, ValueError):  # of a history from elsewhere
+    with contextlib.suppress(OSError, ValueError):  # the history may come from another machine
         if run.working_folder is not None and run.working_folder.is_dir():
             return run.working_folder
     output_words = options.get("--output_dir")
@@ -277,7 +277,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     if len(comparison.columns) > MAX_COLUMNS or len(comparison.rows) > MAX_ROWS:
         raise OptionError(
             say(
-                "%(most_columns)s files and %(most_rows)s prompts are the most: choose fewer",
+                "%(max_columns)s files and %(most_rows)s prompts are the most: choose fewer",
                 max_columns=MAX_COLUMNS,
                 most_rows=MAX_ROWS,
             )

@@ -19,7 +19,7 @@ from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from modules.pages.page import render_page
 
-FIELDS = ("run", "file", "prompt", "more")  # of the form
+FIELDS = ("run", "file", "prompt", "more")  # fields of the form
 
 
 class ComparePages:
@@ -41,7 +41,7 @@ class ComparePages:
                 comparison = compare.read_comparison(self.runs, form)
             for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
                 write_text(job.prompt_file, job.prompts)
-                # its options are from a history, which may be somebody else's
+                # the options come from a history, which may be somebody else's
                 source = comparison.sources[0]
                 self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:

@@ -17,7 +17,7 @@ from modules.pages.language import say
 from modules.text_files import parse_toml
 
 BATCH = "batch_size"  # key of dataset.toml
-BATCH_OPTION = "train_batch_size"  # of a training, for datasets whose file does not say the batch size
+BATCH_OPTION = "train_batch_size"  # option of a training, for datasets whose file does not set a batch size
 GENERAL = "general"
 OF_SUBSETS_TOO = "masked_loss"  # the one option that no key of a dataset stands for
 MAX_IN_BATCH = 1024

@@ -44,7 +44,7 @@ from modules.text_files import parse_json, real_path
 LARGEST_SIDE = 448  # pixels of an image in the page
 MAX_IMAGES = 1000  # kept in memory, some 20 KB each
 MAX_AT_ONCE = 200  # files in an answer
-MAX_FOLDERS = 100  # of a dataset, that tools are offered for
+MAX_FOLDERS = 100  # maximum number of a dataset's folders for which tools are offered
 TOLD = 200  # how many remarks about no single file are shown
 ONLY = {  # filters by name; the words that the page says
     "": say("all files"),
@@ -318,7 +318,8 @@ class DatasetPages:
         }
         return answer_template("dataset.html", say("Datasets"), values)
 
-    def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
+    # the page's script requests the files
+    def show_page(self, dataset: FoundDataset, _: Request) -> Response:
         """Return the page of one dataset. Its files are requested by the page's script."""
         values = {
             "dataset": dataset,
@@ -451,7 +452,7 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
-            if dataset is None and request.url.path.count("/") == 3:  # its page, not a part of it
+            if dataset is None and request.url.path.count("/") == 3:  # the page itself, not a part of it
                 return answer_not_found_page(request)
             return answer_not_found() if dataset is None else show(dataset, request, *body)
 

@@ -33,7 +33,7 @@ from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.options import find_models
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
-MAX_ENTRIES = 100_000  # of a folder, that are counted
+MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
 # keys of folders with what belongs to the media of a dataset, such as mask_directory
 BESIDE = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
@@ -122,7 +122,7 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
     for text in _list_texts(content, has_beside):
-        begin = re.split(r"[*?\[{]", text)[0]  # of a pattern, the folder that it looks into
+        begin = re.split(r"[*?\[{]", text)[0]  # for a pattern, the folder in which it searches
         path = folder / begin
         if begin != text:
             path = path.parent
@@ -162,16 +162,16 @@ def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
 class Measured:
     """Results of measuring a dataset, and the state of the measurement that is running."""
 
-    version: int = 0  # counts measurings; 0: there is none yet
-    files: dict[str, File] = field(default_factory=dict)  # those inside the folders, by their id
+    version: int = 0  # number of finished measurements; 0 while the first one is running
+    files: dict[str, File] = field(default_factory=dict)  # files inside the shown folders, by id
     outside: int = 0  # number of files outside the folders
-    remarks: list[str] = field(default_factory=list)  # those about no single file
+    remarks: list[str] = field(default_factory=list)  # remarks that are not about a single file
     totals: dict[str, int] = field(default_factory=dict)  # faults and remarks, as the report counts them
     error: str = ""
     decodes: bool = False  # whole files were read, not only headers
     model: str = ""
     mark: object = None  # `Datasets.mark` of the files that were measured
-    newer_mark: object = None  # of files that have changed since
+    newer_mark: object = None  # mark of the files if they have changed since
     newer_since: float = 0.0  # when they had this mark first, in seconds of the monotonic clock
     is_running: bool = False
     began: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
@@ -501,7 +501,7 @@ def _describe_measured(measured: Measured | None) -> str:
     dropped = sum(bool(file["dropped"]) for file in measured.files.values())
     if dropped:
         info.append(say("%(dropped)s dropped", dropped=dropped))
-    states = set()
+    states = set()  # states of all caches, such as "valid"
     for file in measured.files.values():
         for parts in file["caches"].values():
             states |= {state for state, _ in parts.values()}

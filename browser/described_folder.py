@@ -32,10 +32,10 @@ from training.config_options import OTHERS_TABLE, toml_value
 DATASET_FILE = "dataset.toml"
 PROMPTS_FILE = "prompts.txt"
 FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes them
-TRAINING_TABLE = "training"  # of RUN_FILE
+TRAINING_TABLE = "training"  # table of RUN_FILE
 
 
-_WRITING = threading.Lock()  # of this process, between reading a file's mark and writing it
+_WRITING = threading.Lock()  # held between checking a file's mark and writing the file
 
 
 class ChangedMeanwhileError(Exception):
@@ -56,7 +56,7 @@ class DescribedFolder:
     model_files: Mapping[str, str]  # path of each file of the model by its option
     values: Mapping[str, Any]  # all options of the training
     mark: str  # checksum of the files
-    run_content: bytes  # of run.toml
+    run_content: bytes  # content of run.toml
 
     @property
     def commands(self) -> list[list[str]]:

@@ -56,7 +56,7 @@ class DraftChange:
     fault: str = ""  # why it cannot be saved
     message: str = ""  # after a press of its button
     text: str | None = None  # that was typed, of a file
-    note: str = ""  # of the script that has checked it, or why none has
+    note: str = ""  # message of the script that checked it, or why none did
 
 
 def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:

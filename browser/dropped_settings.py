@@ -91,7 +91,7 @@ def _read_graph(text: str) -> dict[str, Any]:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
         graph = parse_json(text)
-        if isinstance(graph, dict) and isinstance(graph.get("prompt"), str):  # of a video
+        if isinstance(graph, dict) and isinstance(graph.get("prompt"), str):  # in a video's metadata
             graph = parse_json(graph["prompt"])
         nodes = graph.values() if isinstance(graph, dict) else ()
         if nodes and all(isinstance(node, dict) and "class_type" in node for node in nodes):

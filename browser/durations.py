@@ -14,7 +14,7 @@ from modules.text_files import parse_toml, read_text
 from training.reports.history import history_path
 
 DEVICE = "device"  # line of a history with the name of the card
-MAX_BYTES = 1 << 20  # of a dataset.toml
+MAX_BYTES = 1 << 20  # maximum size of a dataset.toml
 SIZES = ("resolution", "target_frames", "batch_size")  # keys of a dataset that a step's length follows
 TASK = "task"  # likewise keys of a training
 ACCUMULATION = "gradient_accumulation_steps"
@@ -25,9 +25,9 @@ def describe_duration(
 ) -> str:
     """Return the time that `steps` of a described folder take, in words; "" if no run here has measured it.
 
-    The folder's own run counts first, then the latest finished run of the same model with images and batches
-    of the same size. Runs of another machine are ignored; `cards` are the names of this machine's graphics
-    cards.
+    The folder's own run takes precedence, then the latest finished run of the same model with images and
+    batches of the same size. Runs of another machine are ignored; `cards` are the names of this machine's
+    graphics cards.
     """
     if steps is None:
         return ""

@@ -96,9 +96,9 @@ class SettingRow:
 
     key: str  # as the file spells it
     setting: Setting | None  # None: no option of the script has this name
-    text: str  # of the value; "": it is not in the file
+    text: str  # text of the value; "" if the file does not set it
     chosen: str | None  # by `new`; "": nothing; None: not known
-    is_simple: bool = True  # its value can be typed in one line
+    is_simple: bool = True  # whether the value can be typed in one line
     unused: str = ""  # why it has no effect in this run
 
     @property

@@ -23,12 +23,13 @@ from training.reports.sections import SAMPLES
 
 DEEPEST = 6  # folders below a root
 MAX_FOLDERS = 500
-MAX_ENTRIES = 20_000  # of a folder
+MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
 # by their names how often image trainers repeat their images, and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 INSIDE = "img"  # folder of such folders, in that of a project
-PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
+# folders that are parts of a project
+PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)
 # folders that programs of ours write, as `fold_name` returns their names
 NOT_MEDIA = re.compile(
     rf"\..*|{SAMPLES}|output|cache|generated|compare|{QUEUE_FOLDER}|{BIN}|.*-state", re.DOTALL
@@ -47,7 +48,7 @@ class MediaFolder:
     first: Path | None  # image or clip that is shown
     is_described: bool
     inner: int = 0  # subfolders that the files are in, if the folder itself has none
-    unreadable: int = 0  # of the files, as far as their headers were read
+    unreadable: int = 0  # number of unreadable files among those whose headers were read
 
     @property
     def problem(self) -> str:

@@ -57,7 +57,7 @@ from modules.paths import without_quotes
 from modules.text_files import real_path
 
 MAX_AT_ONCE = 64  # results of one press of Make
-FOUR = 4  # of "Make with four seeds"
+FOUR = 4  # number of results of "Make with four seeds"
 SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
 SHOWN_OF_REASON = 400  # characters: a sentence with its remedy and two paths
 LABELS = {
@@ -108,7 +108,7 @@ class GenerateForm:
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
-    strengths: Mapping[str, str] = field(default_factory=dict)  # of chosen LoRAs, by path
+    strengths: Mapping[str, str] = field(default_factory=dict)  # strengths of the selected LoRAs, by path
     experts: Mapping[str, str] = field(default_factory=dict)  # that they are for, by path
     count: str = "1"
     is_locked: bool = False  # the seed stays in the form
@@ -382,7 +382,7 @@ class GeneratePages:
         """Return the render request that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
-            texts["redraw"] = texts["redraw"] or texts["start"]  # of a result: start from this
+            texts["redraw"] = texts["redraw"] or texts["start"]  # from a result: the image to start from
         references = [line.strip() for line in form.texts.get("references", "").splitlines() if line.strip()]
         loras: list[UsedLora] = []
         for row in rows:
@@ -628,7 +628,7 @@ class GeneratePages:
             names |= self.run_loras.find_run_files(name)
         score = 4 * sum(lora in names for lora in found.loras)
         if kind == "run" or not recipe.missing:
-            score += 2  # its files are on disk
+            score += 2  # prefer models whose files are on disk
         if kind == "model" and found.task in source.split():
             score += 1
         return score

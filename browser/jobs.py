@@ -46,7 +46,7 @@ ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)
 TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
 MAX_JOBS = 10**9
 MAX_BORN = 1e11  # seconds since 1970
-MAX_LINES = 1000  # of the text file
+MAX_LINES = 1000  # lines of the text file
 MAX_OF_JOB = 100_000  # characters of a job
 KINDS: dict[str, Any] = {
     "line": str,
@@ -137,7 +137,7 @@ class Job:
             is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
-        except (OSError, ValueError):  # of a name that no folder can have
+        except (OSError, ValueError):  # for a name that no folder can have
             is_there = False
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
@@ -179,7 +179,7 @@ class Job:
 class _Book:
     """Content of the two files of a queue: the users' text file, and the stored state of the jobs."""
 
-    entries: list[str]  # of the text file: commands and other lines
+    entries: list[str]  # entries of the text file: commands and other lines
     jobs: list[Job]
     last: int  # number that was given to a job
     worker: dict[str, Any] | None  # process that runs the jobs

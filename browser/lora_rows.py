@@ -25,7 +25,7 @@ class LoraRow:
 
     path: str
     title: str
-    high_path: str = ""  # of the expert for much noise, if it has a file of its own
+    high_path: str = ""  # path for the high-noise expert, if it has a separate file
     step: int | None = None
     loss: float | None = None
     is_best: bool = False

@@ -122,7 +122,7 @@ class MachineInfo:
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
-    free: str = ""  # of the disk of the first root
+    free: str = ""  # free space on the disk of the first root
     ended: Sequence[tuple[str, str]] = ()  # runs of the last minutes: a key of each end, and words on it
     command: str = ""  # that starts the page again with the same options
 

@@ -77,7 +77,7 @@ class MaskReview:
     # media of a folder with the marks of their masks after a change, the last one last
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
 
     def places(self, folder: Path) -> list[MaskPlace]:
         """Return each image and clip of a folder with its mask.

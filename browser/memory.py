@@ -110,6 +110,7 @@ def read_plan(text: str) -> ReadPlan | None:
     if not heads:
         return None
     head = heads[-1]
+    # numbers are aligned with the right ends of the column titles
     ends = lines[head].index("device") + len("device"), lines[head].index("host") + len("host")
     phases: list[tuple[PlannedPart, list[PlannedPart]]] = []
     number = head + 1
@@ -125,7 +126,7 @@ def read_plan(text: str) -> ReadPlan | None:
             host=float(host) if host else 0.0,
             note=line[ends[1] :].strip(),
         )
-        if match[1]:
+        if match[1]:  # indented: a part of the phase above
             phases[-1][1].append(part)
         else:
             phases.append((part, []))
@@ -139,7 +140,7 @@ def read_plan(text: str) -> ReadPlan | None:
 class Switches:
     """The keys of run.toml with the largest effect on memory, as the page shows them."""
 
-    swap: str  # of blocks
+    swap: str  # number of swapped blocks
     weights: str  # name of WEIGHTS; "": 16 bits
     checkpointing: str  # name of CHECKPOINTING; "": activations stay on the card
     weight_choices: Sequence[str]

@@ -26,7 +26,7 @@ from modules.text_files import real_path
 
 DOWNLOAD = "download"  # kind of background jobs
 DEEPEST = 6  # folders below that of the models
-MAX_FILES = 2000  # of no part, that are listed
+MAX_FILES = 2000  # maximum number of listed files that belong to no part
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.py
 
 
@@ -325,7 +325,7 @@ def _remove_empty(folder: Path, models: Path) -> None:
     """Remove the folders that are empty after their files were moved."""
     while folder != models:
         with contextlib.suppress(OSError):
-            for lock in folder.glob(".*.lock"):  # of downloads
+            for lock in folder.glob(".*.lock"):  # lock files of downloads
                 lock.unlink()
         try:
             folder.rmdir()

@@ -34,7 +34,7 @@ OF_ALL_FILES = {
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
 }
-OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # of those that are keys of run.toml only
+OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
 KIND_TITLES = {  # by the names of the kinds of runs
     "lora": say("a LoRA"),
     "lllite": say("a ControlNet-LLLite"),

@@ -151,7 +151,7 @@ FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part t
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 TILES = 12  # files of the row of pictures
-CHARACTERS = 160  # of their captions, of which two lines are shown
+CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # of that page, which may be somebody else's: no script, nothing from elsewhere, an origin of its own
@@ -166,8 +166,8 @@ MAX_OF_PAGE = 256 << 20  # bytes of check.html
 class DescribePlan:
     """What the button Describe will do, and the text next to it."""
 
-    words: list[str]  # of the command; empty: keys of run.toml are changed
-    changes: KeyChanges = KeyChanges({})  # of keys of run.toml
+    words: list[str]  # words of the command; empty if keys of run.toml are changed instead
+    changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
     @property
@@ -310,7 +310,7 @@ class NewPages:
             "format_title": caption_formats()[writer.format].title if writer.format else "",
             "caption_formats": describe_formats(),
             "message": problem,
-            "refused": error if folder is None else "",  # of a button whose folder is gone
+            "refused": error if folder is None else "",  # error of a button whose folder no longer exists
         }
         response = answer_template(
             "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
@@ -352,7 +352,7 @@ class NewPages:
         }
 
     def list_tiles(self, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the row of pictures: the first files of a folder. content: None: no files."""
+        """Return the values for the row of images: a folder's first files; none if `content` is None."""
         names: list[str] = []
         if content is not None:
             with contextlib.suppress(OSError):
@@ -597,7 +597,8 @@ class NewPages:
     ) -> Checklist:
         """Return the checklist of a folder.
 
-        jobs: of the queue. lines: of `new`, which count if it has ended without a failure.
+        `jobs` are the jobs of the queue. `lines` were printed by `new`; they count if it has ended without an
+        error.
         """
         if folder is None:
             return Checklist([])
@@ -1034,9 +1035,10 @@ class NewPages:
 
 
 def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that have done their work since `new` has looked, for `make_checklist`.
+    """Return the remedies that have been carried out since `new` looked, for `make_checklist`.
 
-    lines: of `new`. looking: it. jobs: that may have carried out what the lines name.
+    `lines` were printed by `new`, and `looking` is its background job. `jobs` may have carried out the
+    remedies.
     """
     if looking is None or not looking.log.exists():
         return set()

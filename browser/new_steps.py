@@ -28,7 +28,7 @@ class NextStep:
     missing: Sequence[str] = ()  # what is still to be chosen or mended, in words
     done: str = ""  # what has worked so far, in words
     address: str = ""  # that the button opens, instead of doing something
-    other_word: str = ""  # of a second button
+    other_word: str = ""  # label of a second button
     other_address: str = ""
 
     @property
@@ -44,17 +44,17 @@ class FolderStanding:
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them
     has_changes: bool = False  # shown ones, of which nobody has said whether they are wanted
-    download: Download | None = None  # of its model
+    download: Download | None = None  # download of the folder's model
     to_load: str = ""  # GB of its model that are missing, and that this page can load
     load_failure: str = ""  # last lines of a download that has died
     uncaptioned: int = 0  # files without the caption that the training needs
-    only_pictures: bool = True  # of these files
+    only_pictures: bool = True  # whether all of these files are images
     has_listed_errors: bool = False  # `new` has listed files with which no training runs
     loads_at_start: bool = False  # the training loads what is missing
     checking: Job | None = None
     is_check_old: bool = False
-    job: Job | None = None  # of the queue, that trains on it
-    run_address: str = ""  # of the page of its training
+    job: Job | None = None  # job of the queue that trains on the folder
+    run_address: str = ""  # address of the page of its training
 
     @property
     def mark(self) -> str:

@@ -15,7 +15,8 @@ from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json, parse_toml
 
-MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")  # of a table or subset of a dataset
+# keys of a table or subset of a dataset that name media folders
+MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")
 
 
 def find_open_folder(runs: Runs, text: str) -> Path | None:

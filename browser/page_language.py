@@ -80,7 +80,7 @@ def find_accepted(header: str) -> str:
         code = name.strip().lower().partition("-")[0]
         if code in CODES and weight > 0:
             wanted.append((weight, code))
-    # of equal weights the first
+    # the first one among equal weights
     return max(wanted, key=lambda one: one[0])[1] if wanted else CODES[0]
 
 

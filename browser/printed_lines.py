@@ -89,7 +89,8 @@ PARTS = (
     say("training"),
 )
 PLACE = re.compile(r"%\((\w+)\)s")
-AT_END = ("written: ", "checks, caches and trains")  # of lines for a terminal: the page has buttons for them
+# ends of lines for a terminal: the page has buttons instead
+AT_END = ("written: ", "checks, caches and trains")
 
 
 def is_for_terminal(line: str) -> bool:

@@ -37,7 +37,7 @@ from training.reports.present_files import present_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
-NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
+NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
 MAX_ADDED = 40  # jobs, at once
 CHECK_SECONDS = 30.0  # for the options of all of them
 

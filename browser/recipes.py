@@ -32,7 +32,7 @@ from project.fitting import find_memory
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
-MAX_STRENGTH = 1000  # of a LoRA, as training has it
+MAX_STRENGTH = 1000  # maximum strength of a LoRA, as in training
 MAX_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
 # by name of the field: the options that it may set, of which the first that the script has counts. In the
 # order in which a command shows them
@@ -44,7 +44,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "layers": ["output_layers"],
     "steps": ["infer_steps"],
     "guidance": ["embedded_cfg_scale", "guidance_scale"],
-    "cfg": ["guidance_scale"],  # of models whose `guidance` is embedded
+    "cfg": ["guidance_scale"],  # for models whose `guidance` is embedded
     "high_cfg": [f"guidance_scale_{HIGH_NOISE}"],
     "seed": ["seed"],
     "start": ["image_path"],
@@ -52,7 +52,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "control": ["control_path"],
     "references": ["control_image_path"],
     "redraw": ["i2i_path", "video_path"],
-    "share": ["denoise"],  # of `redraw` that is made anew
+    "share": ["denoise"],  # fraction of `redraw` that is generated anew
 }
 IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
 SIDES = ("width", "height")
@@ -76,12 +76,12 @@ class UsedLora(NamedTuple):
 
     path: str
     strength: str
-    expert: str = ""  # of `--lora_weight`, or HIGH_NOISE
+    expert: str = ""  # "" for `--lora_weight`, or HIGH_NOISE
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What a model or a run fixes of a generation."""
+    """The parts of a generation that a model or a run fixes."""
 
     title: str
     family: str  # as scripts name it
@@ -89,9 +89,9 @@ class ModelRecipe:
     usual: Mapping[str, str]  # what fields hold before they are changed, by the name of the field
     folder: Path  # in which the command is typed
     missing: Sequence[str] = ()  # files of the model that are not there
-    loras: Sequence[UsedLora] = ()  # of the command
+    loras: Sequence[UsedLora] = ()  # LoRAs of the command
     needed: Sequence[str] = ()  # fields that must be filled
-    paths: Sequence[str] = ()  # of images that the command names
+    paths: Sequence[str] = ()  # paths of images that the command names
     of_files: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
 
     @property
@@ -121,7 +121,7 @@ class ModelRecipe:
             is_typed = name in self.needed or bool(self.usual.get(name))
             if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
-        if not self.usual.get("layers"):  # of releases that take images apart: their commands name it
+        if not self.usual.get("layers"):  # only releases that split images into layers name this option
             keys.pop("layers", None)
         if "redraw" not in keys:
             keys.pop("share", None)
@@ -387,7 +387,7 @@ class _TypedOption:
 
     flag: str
     key: str
-    field: str | None  # of the page that shows it
+    field: str | None  # field of the page that shows it
     words: list[str]  # without those that stand for a file that somebody has to name
     has_example: bool  # there was one of those
 
@@ -484,7 +484,7 @@ class RenderRequest:
     loras: Sequence[UsedLora]
     save_path: str
     references: Sequence[str] = ()  # images to edit
-    labels: Mapping[str, str] = field(default_factory=dict)  # of fields, for messages
+    labels: Mapping[str, str] = field(default_factory=dict)  # labels of fields, for messages
 
     def check(self) -> None:
         """Raise OptionError if the request cannot be turned into a command."""

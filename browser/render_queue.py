@@ -48,10 +48,10 @@ class RenderJob:
     """How one result is generated, and the state of that."""
 
     id: int  # 0: it is not noted yet
-    title: str  # of the model
+    title: str  # title of the model
     session: list[str]  # command that loads the model
     command: list[str]  # command line that makes the same result
-    request: dict[str, Any]  # of `generation/driven.py`
+    request: dict[str, Any]  # request as `generation/driven.py` reads it
     folder: str  # in which the commands are typed
     save_path: str
     created: float
@@ -59,12 +59,12 @@ class RenderJob:
     state: str = WAITING
     reason: str = ""  # why it died
     file: str = ""  # result
-    process: dict[str, Any] | None = None  # of the server that makes it
+    process: dict[str, Any] | None = None  # process of the server that works on it
     doing: str = ""  # while it is made
     done: int = 0  # steps
     steps: int = 0
-    last_lines: str = ""  # of the process, where it died
-    warnings: str = ""  # of the script while it was made, one a line
+    last_lines: str = ""  # last lines of a process that died
+    warnings: str = ""  # warnings that the script printed, one a line
 
     @property
     def line(self) -> str:

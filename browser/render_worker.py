@@ -116,16 +116,18 @@ class RenderWorker:
         self.read_only = queue.read_only
         self.store = RenderQueue(self.folder)
         self.session: LoadedModel | None = None
-        self.problem = ""  # why render jobs wait although nothing is made
-        self.waits_for = ""  # the same, if it is as it should be
+        self.problem = ""  # error because of which render jobs wait
+        self.waits_for = ""  # ordinary reason for which they wait, such as a training that uses the card
         self._current: RenderJob | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._ending = threading.Lock()  # of a process; taken before the other lock, never after it
+        self._ending = threading.Lock()  # held while a process is ended; taken before `_lock`, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
-        self._cancels = 0  # of the one that is being made
-        self._unsaved: dict[int, RenderJob] = {}  # ended, but not yet written: the disk was full
+        self._cancels = 0  # stops that were requested for the current job: the second one kills
+        self._unsaved: dict[
+            int, RenderJob
+        ] = {}  # ended jobs whose end is not stored yet, because the disk was full
         if not self.read_only:
             self._end_orphan()
             queue.before_start = self.make_room
@@ -481,7 +483,7 @@ class RenderWorker:
         with self._lock:
             for number, render_job in list(self._unsaved.items()):
                 values = {name: getattr(render_job, name) for name in ENDS}
-                with contextlib.suppress(OptionError):  # its file is gone
+                with contextlib.suppress(OptionError):  # the file may have been removed
                     self.store.change(number, [RUNNING], **values)
                 del self._unsaved[number]
 

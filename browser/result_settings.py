@@ -39,7 +39,7 @@ from modules.parser import add_options
 PREFIX = "bt_"
 NOT_SET = "N/A"
 MAX_KEPT = 4000  # characters of a text that a list keeps
-MAX_TAGS = 400  # of a file that are looked at
+MAX_TAGS = 400  # maximum number of metadata entries that are read in a file
 MAX_TYPED = 1 << 16  # characters of all texts of a render job
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
@@ -53,13 +53,13 @@ FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
 OPTION = re.compile(r"-(?!\.?\d)")  # what begins so, and is not a negative number, looks like an option
-OLD_NAMES = {"hunyuan": "hunyuan_video"}  # of families in metadata
+OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
 class NamedLora(NamedTuple):
     """A LoRA as metadata name it."""
 
-    name: str  # of its file
+    name: str  # name in its file
     strength: str
     expert: str  # "" or HIGH_NOISE
 
@@ -331,10 +331,10 @@ def _keep_fixed(
     for flag, words in recipe.fixed.items():
         name = names.get(flag, "")
         option = options.get(name)
-        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
-        is_said = name in settings.values or name == "task"
-        is_apart = option is None or not option.is_recorded or _is_line_option(name, recipe)
-        if (is_said or is_apart) and not is_lora:
+        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # the file states its own LoRAs
+        was_recorded = name in settings.values or name == "task"
+        is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
+        if (was_recorded or is_never_recorded) and not is_lora:
             fixed[flag] = list(words) or True
     return fixed
 

@@ -39,7 +39,7 @@ class Result:
     path: Path
     changed: float  # when, in seconds since 1970
     size_bytes: int
-    shown_at: float = 0.0  # its time in the list: that of the file that it was made from
+    shown_at: float = 0.0  # its time in the list: the time of the file from which it was made
     layers: tuple[Path, ...] = ()  # the whole image first, then its layers from back to front
 
     @cached_property
@@ -64,7 +64,7 @@ class _Folder(NamedTuple):
     changed: int  # in nanoseconds
     inner: Sequence[Path]
     results: Sequence[Result]
-    entries: "Mapping[str, _Entry]"  # its files, by name
+    entries: "Mapping[str, _Entry]"  # files of the folder, by name
 
 
 class ResultFolders:
@@ -73,7 +73,7 @@ class ResultFolders:
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self._folders: dict[Path, _Folder] = {}
-        self._contents: list[Sequence[Result]] = []  # of the folders, when `_newest` was made of them
+        self._contents: list[Sequence[Result]] = []  # content of each folder when `_newest` was computed
         self._newest: list[Result] = []
         self._by_id: dict[str, Result] = {}
 
@@ -131,7 +131,7 @@ class _Entry(NamedTuple):
     changed: float
     name: str
     size_bytes: int
-    number: int  # of its inode: a file that is written anew has another one
+    number: int  # inode number, which differs after the file has been replaced
 
 
 def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:

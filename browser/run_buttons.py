@@ -131,13 +131,13 @@ class RunActions:
     check: str = ""
     stop: str = ""
     train_on: str = ""
-    steps: int = 0  # of Train on, before somebody changes it
+    steps: int = 0  # initial number of steps for the button Train on
     have: str = ""  # checksum of the run.toml that Train on changes
     again: str = ""  # name of the next run
-    folder: str = ""  # of Again with changes
+    folder: str = ""  # folder for the button Again with changes
     samples: str = ""  # file of the prompts
     has_lora: bool = False  # that images can be made with
-    generate: bool = False  # its history has a command that the page Generate can fill its form from
+    generate: bool = False  # whether the history has a command from which the page Generate can fill its form
     make: "MakingCommand | None" = None  # the command that makes something with its file, if the page cannot
     remove: str = ""
     read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first

@@ -53,7 +53,7 @@ BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
     "checking the files": (CHECKING, say("the files")),
-    "checking the clips": (CHECKING, say("the files")),  # of older versions
+    "checking the clips": (CHECKING, say("the files")),  # text in older versions
     "checking the captions": (CHECKING, say("the captions")),
     "caching latents": (CACHING, say("latents")),
     "caching captions": (CACHING, say("captions")),
@@ -63,7 +63,7 @@ SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
 KILLED = (9, -9, 137)  # exit codes after SIGKILL
 UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
-SHOWN_LINES = 12  # of a log, on a page
+SHOWN_LINES = 12  # number of lines of a log that a page shows
 READ_LINES = 60  # in which the reason of an end is looked for
 MAX_OF_REASON = 600  # characters
 SECOND = 1.0  # a process' birth is rounded
@@ -76,7 +76,7 @@ class RunState:
     name: str  # one of STATES
     words: str = ""  # what is said behind it: `40 of 120`
     reason: str = ""  # why it ended, or cannot begin
-    job: Job | None = None  # of the queue, that is or was this run
+    job: Job | None = None  # job of the queue that is or was this run
     background_job: Job | None = None  # a check of its folder
     is_asked: bool = False  # to stop
     is_paused: bool = False  # it waits in a queue that begins no job
@@ -115,7 +115,7 @@ class FolderPlan:
     changed: float  # when run.toml was
     model: str = ""
     steps: int = 0
-    prompts: Path | None = None  # of the samples
+    prompts: Path | None = None  # prompt file of the samples
     problem: str = ""  # why run.toml cannot be read
 
     @property
@@ -230,7 +230,7 @@ class ShownRun:
 
     summary: RunSummary
     state: RunState
-    plan: FolderPlan | None = None  # of the described folder that it can be started from
+    plan: FolderPlan | None = None  # plan of the described folder from which it can be started
 
     @property
     def ended_at_once(self) -> str:
@@ -625,7 +625,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
     """Return the state of a run whose job is running while no history is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
-            return _read_ended_run_state(history, job)  # its process is about to end
+            return _read_ended_run_state(history, job)  # the process is about to end
     return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
 
 

@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 PLAYED = (".mp4", ".wav")  # endings of samples that play; others are images
-MAX_RUNS = 200  # of a list, until all are asked for
-MAX_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
+MAX_RUNS = 200  # maximum length of a list, until the user asks for all
+MAX_CARDS = 60  # maximum number of cards; longer lists are tables, unless the user asks for cards
 MAX_SAMPLES = (2000, 100)  # columns and rows of the grid
-MAX_POINTS = 1500  # of a curve; zooming shows more
+MAX_POINTS = 1500  # maximum number of points of a curve; zooming shows more
 MAX_MESSAGES = 500
 MAX_TEXT = 4000  # characters of a value of a file's metadata
 COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
@@ -386,7 +386,7 @@ class FileNotes:
         return Markup("<table>{}</table>").format(Markup("").join(lines))
 
 
-GENERATOR = '<meta name="generator" content="reelsmith">'  # of base.html
+GENERATOR = '<meta name="generator" content="reelsmith">'  # as in base.html
 _MARKED = re.compile(rf"{PRIVATE}(?:(?!{PRIVATE}).)*?{END}\n?", re.DOTALL)
 _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 

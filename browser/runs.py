@@ -44,7 +44,7 @@ from training.reports.sections import SAMPLES, page_path
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
 SAME_SECONDS = 2.0  # the clock that dates a start may have been set since
-CONFIG = ".toml"  # of datasets
+CONFIG = ".toml"  # suffix of dataset files
 DEEPEST = 12  # folders below a given one
 FULL_READ_BYTES = 32 << 10  # bytes of a history that is read whole
 TAIL = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
@@ -292,7 +292,7 @@ def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
     """Return a story of the last lines that say how a run began, what it generated and how it ended."""
     near_end = len(content) - NEAR_END
     ending = _read_last_row(tail, "ended", 0)
-    # of a run that may be running the newest process counts, wherever its line is
+    # for a run that may be running, the newest process counts, wherever its line is
     started = _read_last_row(content, "started", 0 if ending is None else near_end)
     if not started:
         started = _read_last_row(content[:TAIL], "started", 0)
@@ -406,7 +406,7 @@ class Runs:
         self._folders: dict[Path, ListedFolder] = {}
         self._histories: dict[str, ReadHistory] = {}
         self._open: dict[Path, OpenHistory] = {}
-        self.lock = threading.RLock()  # of all that is known here, stories too
+        self.lock = threading.RLock()  # protects everything that is cached here
 
     def list_all(self) -> list[RunSummary]:
         """Return all runs, the newest first."""

@@ -171,7 +171,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
 class _RowEdit:
     """Texts that were typed into a row."""
 
-    number: int  # of the row on the page
+    number: int  # index of the row on the page
     row: PromptRow  # as it was
     prompt: str
     changes: Mapping[str, str]  # texts by the name of the field

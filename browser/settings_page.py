@@ -21,7 +21,7 @@ from modules.option_values import option_words
 from modules.pages.language import counted, join, say
 from project.options import MODELS
 
-MAX_ENTRIES = 200  # of the bin, that are listed
+MAX_ENTRIES = 200  # maximum number of listed entries of the bin
 WORKERS = {
     "here": say("this page's server runs its jobs"),
     "elsewhere": say("another server runs its jobs"),

@@ -20,7 +20,7 @@ from modules.pages.page import mark_folders
 from modules.text_files import read_tensor_header
 
 PIECE_BYTES = 1 << 20
-MAX_CHUNKS = 100_000  # of an image, a clip or a sound
+MAX_CHUNKS = 100_000  # maximum number of chunks of a media file
 RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 # entries of a safetensors file that programs need to load it, or that stand on the page
 KEPT = re.compile(
@@ -102,6 +102,8 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
     if texts == header.metadata:
         return
     length = header.start - 8
+    # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
+    # the texts that may be sent, all texts are removed.
     for kept in (texts, {}):
         metadata: Mapping[str, object] = {"__metadata__": kept} if kept else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)

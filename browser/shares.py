@@ -46,8 +46,8 @@ from training.reports.history import read_session
 from training.reports.page import TEMPLATE, Standing, page_values
 from training.reports.sections import SAMPLES
 
-ADDRESS = "/shared/"  # of everything that needs no token
-FILE = "page_shares.json"  # of the user
+ADDRESS = "/shared/"  # prefix of all addresses that need no token
+FILE = "page_shares.json"  # name of a file in the user's settings
 DAY = 60 * 60 * 24  # seconds
 DEFAULT_DAYS, MAX_DAYS = 7, 365
 MAX_SHARES = 200

@@ -24,7 +24,8 @@ class ServerSettings:
     is_token_given: bool = False  # by --token; else the page has made it
     is_local: bool = True  # only this machine can reach it
     address: str = ""  # that other devices open, with the token
-    public_origin: str | None = None  # of --public_url: by which others reach it through a proxy
+    # origin in --public_url, by which others reach the server through a proxy
+    public_origin: str | None = None
 
 
 @dataclass(frozen=True)

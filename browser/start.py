@@ -27,7 +27,7 @@ from project.options import MODELS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FOLDER = "Reelsmith"  # of the home folder
+DEFAULT_FOLDER = "Reelsmith"  # folder in the home folder
 
 
 class ServedFolders(NamedTuple):

@@ -16,7 +16,7 @@ from modules.pages.language import counted, join, say
 from modules.text_files import bad_character, read_if_object, real_path
 
 SEPARATOR = ","
-MAX_CHARACTERS = 200  # of a tag
+MAX_CHARACTERS = 200  # maximum number of characters in a tag
 
 
 @dataclass(frozen=True)

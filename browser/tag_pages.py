@@ -32,7 +32,7 @@ from modules.pages.language import say
 
 TRIED = 5  # files of a try
 MAX_TAGS = 60  # that are shown at once
-FAMILY, TASK = "tools", "wd_tagger"  # of the catalogue's model
+FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
     name="tag",
     script="tools/tag.py",

@@ -19,9 +19,9 @@ from modules.user_files import read_user_file, user_folder, write_user_file
 
 logger = logging.getLogger(__name__)
 
-FILE = "page_token"  # of the user
+FILE = "page_token"  # name of a file in the user's settings
 TICKET_SECONDS = 120.0  # that a browser may take to start
-_SOCKETS = Path("/proc/net")  # of Linux: who has which connection
+_SOCKETS = Path("/proc/net")  # in Linux: which account owns which connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
 ENDED = -1  # owner of a connection that its owner has closed: no account has this number

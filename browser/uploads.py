@@ -40,7 +40,7 @@ from modules.text_files import bad_character, read_content, real_path
 ADDRESS = "/new/upload"
 IMAGE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
-MAX_DIGITS = 15  # of a size
+MAX_DIGITS = 15  # maximum number of digits of a size
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 # what a name cannot hold: separators, drives, patterns
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
@@ -51,8 +51,8 @@ class UploadLimits:
     """Limits on dropped files."""
 
     file_bytes: int = 8 << 30
-    folder_bytes: int = 200 << 30  # of all files of a folder together
-    files: int = 20_000  # of a folder
+    folder_bytes: int = 200 << 30  # maximum size of all files of a folder together
+    files: int = 20_000  # maximum number of files in a folder
     spare_bytes: int = 1 << 30  # left free on the disk
 
 
@@ -77,7 +77,8 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
                 break
             if is_last:
                 raise FileBusyError(say("%(name)s arrives from another page too", name=name))
-            remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")  # of a killed server
+            # files left by a killed server
+            remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")
         yield
 
 

@@ -48,7 +48,7 @@ _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of tensors by parts of their names."""
+    """Selects tensors by parts of their names."""
 
     targets: tuple[str, ...] = ()  # empty: all
     excluded: tuple[str, ...] = ()
@@ -105,19 +105,23 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
-    `stale` are beginnings of metadata keys that are true of the old tensors only.
+    Args:
+        checkpoint: The opened source file.
+        change: What to change.
+        stale: Prefixes of metadata keys that describe only the old tensors and are dropped.
 
     Raises:
-        OptionError: If a selection or a prefix fits no name, or two tensors would have one name;
-            CheckpointError as `reject_packed`, or if the file's quantization is unknown and a dtype is to be
-            changed.
+        OptionError: If a selection or a prefix matches no name, or if two tensors would get one name.
+        CheckpointError: If weights are packed in a way that cannot be copied, or if dtypes are to be changed
+            and the file's quantization is unknown.
     """
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
-    unscaled = set()  # weights that are multiplied by their scales; whole numbers stay, with theirs
+    # fp8 weights that are cast are multiplied by their scales; integer weights keep their scales
+    unscaled = set()
     for name in names:
         if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
             unscaled.add(name)
@@ -274,7 +278,7 @@ def _make_metadata(
 def _rename_layers(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return ComfyUI's record of layers in 8 bits, for those that stay so and by their new names."""
+    """Return ComfyUI's record of 8-bit layers: only layers that remain in 8 bits, under their new names."""
     renamed = {}
     for layer, how in layers.items():
         # the names of layers have no prefix of a whole model: find the tensor that is meant
@@ -291,9 +295,9 @@ def _rename_layers(
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the index of an earlier model of this name, and the files, any number, that it was cut into.
+    """Return the files of an earlier sharded model of this name: its index, if any, then all of its shards.
 
-    Remove them in this order: an index must not lead to files that are gone.
+    Remove them in this order, so that the index never names files that are gone.
     """
     digits = "[0-9]" * 5
     shards = [
@@ -314,9 +318,9 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `max_bytes` and their index, all of them or none; return their paths.
 
-    `path` is the name of a single file. `read` is as for `stream_tensors`. Files of an earlier model of this
-    name are replaced. `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which
-    is refused when opened, but never files of two models.
+    Files of an earlier model of this name are replaced; `existing_shards` lists its remaining files. If the
+    process is killed, an incomplete set may be left, which is rejected when it is opened, but never a mixture
+    of two models. `path` is the name that a single file would have; `read` returns a tensor by name.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -336,9 +340,12 @@ def write_shards(
 def gather(path: Path) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder.
 
-    In a folder the index counts; without an index, all model files in it are one model. A tensor may be in
-    two files if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict
-    each other or lack tensors of the index.
+    In a folder, the index lists the files of the model; without an index, all model files in the folder are
+    one model. A tensor may be in two files if it is the same in both.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of another kind, if files contradict each other, or
+            if they lack tensors of the index.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []
@@ -369,7 +376,7 @@ def gather(path: Path) -> Checkpoint:
 
 
 def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
-    """Return the files of a model, and their index if there is one; see `gather`."""
+    """Return the files of a model, and their index if there is one."""
     if not path.is_dir():
         return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
     indexes = sorted(path.glob(f"*{INDEX}"))

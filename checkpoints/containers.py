@@ -104,10 +104,7 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_places`.
-
-        `size` is that of the file in bytes.
-        """
+        """Fill `tensors`, `metadata` and `_places`; `size` is the size of the file in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
@@ -117,9 +114,9 @@ class HeaderFile:
 
 
 class SafetensorsFile(HeaderFile):
-    """A safetensors file, read without the library: its `safe_open` maps the whole file.
+    """A safetensors file, read without the safetensors library, whose `safe_open` maps the full file.
 
-    Windows sets as much memory aside for that ("the paging file is too small").
+    Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """
 
     faults = (ValueError, TypeError, KeyError, AttributeError)
@@ -169,13 +166,13 @@ class SafetensorsFile(HeaderFile):
 
 
 def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
-    """Return the end of the data.
+    """Check that tensors follow one another without gaps or overlaps; return the end of the data.
 
     Args:
         places: First byte, end and name of each tensor.
 
     Raises:
-        ValueError: If a tensor does not begin where the one before ends.
+        ValueError: If a tensor does not begin where the previous one ends.
     """
     last = 0
     for begin, end, name in sorted(places):
@@ -186,10 +183,10 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
 
 
 def _check_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return a tensor's shape.
+    """Return the shape of a tensor as a tuple.
 
     Raises:
-        ValueError: If no tensor can have it, or bytes at that place.
+        ValueError: If the shape or the position in the file is not possible for any tensor.
     """
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
@@ -216,7 +213,7 @@ class TorchFile:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        """Raise CheckpointError if a name, dtype or size cannot be that of a model's tensor."""
+        """Raise CheckpointError if the name, dtype or size of a tensor is impossible for a model."""
         path = self.path
         size = path.stat().st_size
         try:
@@ -249,13 +246,13 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:
-    """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
+    """Load a file of `torch.save` with tensors in plain containers; memory-mapped if the format allows.
 
-    `times` is a factor on the allowed length of its pickled program, 1 for files of weights. Code in the file
-    is refused, not run.
+    Code in the file is rejected, never run. `times` multiplies the allowed length of the pickle program,
+    which is set for files of weights.
 
     Raises:
-        CheckpointError: If there is code, if a tensor is not a plain one, or if the file is damaged.
+        CheckpointError: If the file contains code or unusual tensors (such as sparse ones), or is damaged.
     """
     try:
         require_regular_file(path)
@@ -296,7 +293,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file that allows a limited number of reads: torch reads each step of a pickle by itself."""
+    """A file that allows a limited number of reads, as torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file = file
@@ -349,7 +346,7 @@ def _check_plain(content: Any, path: Path) -> None:
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
-    """Return the kind of a tensor that is not dense and plain, in words; None for a plain one."""
+    """Name the kind of a tensor that is not plain and dense, such as sparse; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:
@@ -369,12 +366,12 @@ def _make_damage_error(path: Path, reason: str) -> CheckpointError:
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a file's content, and the names of all other entries.
 
-    Those of the first wrapper dictionary that has any count, else those of `content`. A step count next to a
-    wrapper may be a tensor too.
+    If the content has a wrapper dictionary such as `state_dict` with tensors, only these are returned,
+    because tensors next to a wrapper may be step counts.
 
     Args:
         content: Unpickled content, or a part of it.
-        visited: Ids of the dictionaries so far, because a harmful file may nest a dictionary in itself.
+        visited: Ids of the dictionaries seen so far, as a malicious file may nest a dictionary in itself.
     """
     if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []

@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Hold the plan of loading: dimensions, the source of each tensor, and names that may stay unused."""
+    """Plan of loading a network: dimensions, the source of each tensor, and names that may stay unused."""
 
     config: Config
     checkpoint: Checkpoint  # without prefixes
@@ -58,13 +58,22 @@ def load_planned(
     host: HostPlace | None = None,
     blocks: BlockPlace | None = None,
 ) -> Network:
-    """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
+    """Load the network of a plan, whose file is open, to a device, in eval mode and without gradients.
 
-    `build` makes the network from the plan's dimensions; it is called on the meta device. `dtype` and `what`
-    are as for `load_module`; a single dtype is used for all tensors. `form` is the module of
-    `checkpoints.stored` in whose form linear layers are kept; None means the file's form, except that fp8 is
-    dequantized. `host` is as for `load_module`. `blocks` takes each block when it is loaded. Raises
-    CheckpointError as `load_module`, and if the file has another form.
+    Args:
+        plan: The plan.
+        build: Makes the network from the plan's dimensions; called on the meta device.
+        device: Device of the network.
+        dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
+        what: Option or name of the network, for messages.
+        form: Module of `checkpoints.stored` in whose form linear layers are stored; None for the file's form,
+            except that fp8 is dequantized.
+        host: Keeps some of the tensors in host memory.
+        blocks: Receives each block when it is loaded.
+
+    Raises:
+        CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
+            weights in a form other than `form`.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -107,9 +116,9 @@ def text_quantization(form: str) -> Quantization:
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the bytes that a tensor takes once loaded.
+    """Return the number of bytes that a tensor takes once loaded.
 
-    `form` is that of a linear weight, as in `load_planned`.
+    `form` is the module of `checkpoints.stored` in whose form linear weights are stored, or None.
     """
     source = plan.sources[name]
     tensors = plan.checkpoint.tensors
@@ -123,7 +132,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError for weights that the file has in another form than the one asked for."""
+    """Raise CheckpointError if the file stores weights in a form other than the requested one."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         stored = stored_as(plan.sources[name], tensors)
@@ -138,7 +147,7 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Return our name for a name in the file; a name not in the table stays, to be reported as unexpected."""
+    """Translate a name in the file to ours; an unknown name is kept and later reported as unexpected."""
     if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
     for pattern, ours in table:
@@ -150,21 +159,21 @@ def translate_name(name: str, table: Names) -> str:
 
 @functools.cache  # of each table
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern of all names that fit one of these. They hold no names or numbers of groups."""
+    """Join patterns to one that matches what any of them does; they must not refer to groups."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Return the sources by the names that `name_of` gives their tensors."""
+    """Return the sources by the new names that `name_of` returns for the old ones."""
     return {name_of(name): source for name, source in sources.items()}
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Return the number of different beginnings of names that match the pattern.
+    """Count the distinct beginnings of names that match the pattern, such as `blocks.0`, `blocks.1`.
 
-    `path` is that of the file, for the CheckpointError raised if there are more than any model has.
+    `path` is the file that the CheckpointError names if there are more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
     starts = {match[1] for match in map(pattern.match, names) if match}
@@ -181,10 +190,10 @@ def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
 def shapes_of(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError | None = None
 ) -> Callable[..., tuple[int, ...]]:
-    """Return a function: our name, number of axes (default 4) -> shape of the tensor in the file.
+    """Return a function that maps our name and a number of axes (default 4) to a tensor's shape in the file.
 
-    It raises CheckpointError if the file lacks the tensor, and `wrong`, if that is given, if the tensor has
-    another number of axes or no values.
+    The function raises CheckpointError if the file lacks the tensor. It raises `wrong`, if given, if the
+    tensor has another number of axes or no values.
     """
 
     def shape(name: str, axes: int = 4) -> tuple[int, ...]:
@@ -234,25 +243,25 @@ class DitShapes:
         return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Return the width of the model, the channels of latents and the size of a patch.
+        """Return the width of the model, the number of latent channels, and the size of a patch.
 
-        `name` is that of the layer that turns latents into tokens.
+        `name` is the layer that turns latents into tokens.
         """
         dim, in_dim, frames, rows, columns = self.of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
-        """Return how many blocks have names that begin with `start` and their number."""
+        """Count the blocks whose names consist of `start` and an index."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
 def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option.
+    """Return the error for a file that holds another kind of model than its option takes.
 
-    `give` is the files of the right kind.
+    `give` describes the files of the right kind.
 
     Raises:
-        CheckpointError: For a quantized file, whose tensors may have other names.
+        CheckpointError: At once for a quantized file, because its tensors may merely have other names.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
@@ -272,9 +281,9 @@ def join_parts(
 ) -> dict[str, TensorSource]:
     """Map each of our names to how its tensor is made from those of a file.
 
-    `stored` has the file's names. `table` is that of the file's dialect; a name that ends in #n is the nth of
-    the parts that are stacked by rows in our tensor. `swapped` are our names of tensors whose halves are in
-    the other order in the file.
+    `stored` is keyed by the file's names. `table` translates the names of the file's dialect; a name that
+    ends in #n is the nth of the parts that our tensor stacks by rows. `swapped` are our names of tensors
+    whose two halves are in the opposite order in the file.
     """
     parts: dict[str, dict[int, TensorSource]] = {}
     for theirs, source in stored.items():
@@ -294,7 +303,7 @@ def stack_heads(rows: Tensor, head_width: int) -> Tensor:
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that `join_parts` gives our tensors, from the shapes in the file."""
+    """Compute the shapes of our tensors after `join_parts` from the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
     for theirs, shape in shapes.items():
         name = translate_name(theirs, table).partition("#")[0]
@@ -337,9 +346,9 @@ def _join(parts: list[TensorSource]) -> TensorSource:
 
 
 def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
-    """Return sources of the tensors that a file has stacked by rows; other tensors keep their names.
+    """Split tensors that the file stacks by rows into sources of the parts; other tensors are unchanged.
 
-    A stored weight keeps its form, each part with its rows of the scales.
+    A quantized weight stays quantized; each part gets its rows of the scales.
     """
     sources: dict[str, TensorSource] = {}
     for name, source in stored.items():
@@ -350,7 +359,7 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
 
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that `cut_parts` gives our tensors, from the shapes in the file."""
+    """Compute the shapes of our tensors after `cut_parts` from the shapes in the file."""
     shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _list_parts(name, cuts) if shape else ()

@@ -77,7 +77,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """Hold the facts about a transformer file that its header gives."""
+    """Facts about a transformer file that can be read from its header."""
 
     config: Config
     dialect: str  # official, diffusers, ... as the family calls them
@@ -85,7 +85,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the blocks compute: their own, or bfloat16 if they are stored in 8 bits."""
+        """Compute dtype of the blocks: the dtype of their weights, or bfloat16 if these have 8 bits."""
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
@@ -146,11 +146,18 @@ class DitFormat(Generic[Config, Dit]):
     def load(self, path: Path, placement: Placement, *settings: Any, second_file: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-        dtype: see `select_dtype`; some layers are always kept in float32, and with
-        `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
-        called with the published parameter names. `second_file` is a file with further tensors of it. Raises
-        CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
-        file is to be rounded again.
+        `select_dtype` decides the dtype, except that some layers are always float32, and that with
+        `placement.keep_file_dtypes` each layer has the dtype of its weight in the file.
+
+        Args:
+            path: File of the transformer.
+            placement: Device, dtypes and patch. The patch is called with published parameter names.
+            *settings: Further settings of the family, passed to the functions that read the header.
+            second_file: File with additional tensors of the transformer, if any.
+
+        Raises:
+            CheckpointError: If the file holds another model, is incomplete or has unknown tensors, or if fp8
+                weights would have to be rounded again.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = opened.enter_context(self._open(path, second_file))
@@ -219,10 +226,10 @@ def _select_saved_dtypes(
     target: torch.dtype,
     block_dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
-    """Return the dtypes in which a trained transformer in 16 bits is written: those of its file.
+    """Return the dtypes in which a trained 16-bit transformer is saved: those of the original file.
 
-    Layers that compute in float32 are narrowed again if the file has them in 16 bits. Empty, so that weights
-    are written as they are in memory, if the file's blocks or the target have more or fewer bits.
+    Layers that are float32 in memory but 16-bit in the file are narrowed again. The result is empty, so that
+    weights are saved as they are in memory, if the file's blocks or the target are not 16-bit.
     """
     if target.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
@@ -261,9 +268,9 @@ def stored_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> StoredLoading | None:
-    """Return the linear layers of the blocks that are stored in a form: the file's, else the family's choice.
+    """Return the linear layers that are stored in 8 or 4 bits: as in the file, else as the family selects.
 
-    If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
+    If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
     """
     quantization = placement.quantization
     if quantization is None:
@@ -344,7 +351,7 @@ def have_chosen_form(
 def _without_patched(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the stored weights without those that the patch has to change in 16 bits."""
+    """Return the stored weights except for those that a LoRA must change in 16 bits."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()

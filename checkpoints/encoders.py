@@ -31,10 +31,13 @@ SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
-    """Return the checkpoint of the network that has both tensors, without its prefix; None if there is none.
+    """Return the network in a file that has two given tensors, with its prefix removed; None if none has.
 
-    `embeddings` and `layer` are the names of the tensors without prefix. `excluded` are the name prefixes of
-    other networks, which are left out.
+    Args:
+        checkpoint: The opened file.
+        embeddings: Name of the first tensor, without prefix.
+        layer: Name of the second tensor, without prefix.
+        excluded: Prefixes of other networks, whose tensors are left out.
 
     Raises:
         CheckpointError: If the file holds tensors of an unknown network.
@@ -57,10 +60,10 @@ def find_network(
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
-    """Return the width of an attention head, from the number of heads in config.json, else the usual width.
+    """Return the width of an attention head from the number of heads in config.json, else the default width.
 
     Raises:
-        CheckpointError: If the rows of the projection are not a multiple of it.
+        CheckpointError: If the rows of the projection are not a multiple of the width.
     """
     heads = config.get("num_attention_heads")
     if heads is None and rows % usual == 0:
@@ -76,10 +79,10 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> 
 
 
 def read_config_json(path: Path) -> tuple[Path, Any]:
-    """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
+    """Return the path and content of the config.json in a model's folder; None if there is no such file.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the file cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -130,10 +133,15 @@ def read_network_config(
 def check_state_width(
     option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
 ) -> None:
-    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `dit_width`.
+    """Raise CheckpointError if the transformer takes states of another width than the encoder gives.
 
-    `path` is that of the encoder, which `option` gave. `dit_width` is None if there is no transformer to fit.
-    `give` is the files that fit.
+    Args:
+        option: Option that names the encoder.
+        path: File of the encoder.
+        width: Width of the encoder's states.
+        dit_path: File of the transformer.
+        dit_width: Width that the transformer takes; None without a transformer.
+        give: Description of encoders that fit, for the message.
     """
     if dit_width not in (None, width):
         raise CheckpointError(
@@ -156,9 +164,10 @@ def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple
 
 
 def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number of groups in the config.json next to the file; None if absent or of another model.
+    """Return the number of groups from the config.json next to the file; None if it has none for this model.
 
-    Raises CheckpointError as `declared_settings`, and if the number is below 1.
+    Raises:
+        CheckpointError: If the config.json cannot be read, or if the number is below 1.
     """
     path, settings = declared_settings(checkpoint, classes)
     if "norm_num_groups" not in settings:

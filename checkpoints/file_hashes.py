@@ -14,7 +14,7 @@ _ENTRY = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})\n")
 
 
 def short_hash(path: Path) -> str:
-    """Return the hash by which A1111's first versions named checkpoints: of 64 KiB, 1 MiB into the file."""
+    """Return the hash by which early versions of A1111 named checkpoints (of 64 KiB at offset 1 MiB)."""
     with path.open("rb") as file:
         file.seek(_START)
         return hashlib.sha256(file.read(_BYTES)).hexdigest()[:8]
@@ -23,8 +23,8 @@ def short_hash(path: Path) -> str:
 def full_hash(path: Path) -> str:
     """Return the SHA-256 of a file.
 
-    It is kept in `.NAME.sha256` next to the file, with the file's size and time, and computed again if these
-    differ: a checkpoint of SDXL has 7 GB. Where the folder cannot be written, it is computed each time.
+    A checkpoint may have 7 GB, so the hash is cached in `.NAME.sha256` next to the file, with the file's size
+    and time, and computed again if these differ. If the folder is read-only, it is computed each time.
     """
     info = path.stat()
     size_and_time = f"{info.st_size} {info.st_mtime_ns}"

@@ -72,9 +72,10 @@ def find_stored_weights(
     tensors: Mapping[str, TensorInfo],
     form_is_given: bool,
 ) -> frozenset[str]:
-    """Return the names of the weights that stay in the form they have in the file.
+    """Return the names of the weights that keep the quantized form that they have in the file.
 
-    `form_is_given` says whether an option gives a form; if not, only forms with `stays` count.
+    `form_is_given` says whether an option asks for a quantized form. Without one, only weights whose form is
+    always kept (`stays`) are returned; others are dequantized.
     """
     staying = set()
     for name in names:
@@ -141,13 +142,12 @@ def load_module(
         sources: How each tensor is made, by our state-dict name.
         device: Device of the network.
         dtype: Function of our name and the dtype in the file, which returns the dtype to keep.
-        patch: Function of our name, the weight before it is rounded to that dtype, and the dtype; it returns
-            the weight to keep.
+        patch: Function of our name, the weight before rounding, and the dtype that it will be rounded to; it
+            returns the changed weight, for example with LoRAs added.
         ignore: Patterns (`*`) of tensors in the file that need not be used.
         what: Option or network, for messages.
         stored: Forms in 8 or 4 bits that layers keep; None for none.
-        host: Keeps some of the tensors in host memory. Whatever has to be computed for them is computed on
-            the device.
+        host: Keeps some of the tensors in host memory; they are computed on the device all the same.
         check: Called before each tensor, in place of a progress bar. It may raise to end the loading.
         filled: Called with each name once its tensor is there.
 
@@ -209,17 +209,17 @@ def load_module(
 
 
 def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
-    """Log forms and errors of rounding.
+    """Log the stored forms and the rounding errors of quantized layers.
 
     Raises:
-        CheckpointError: If one is NaN or infinite.
+        CheckpointError: If a rounding error is NaN or infinite, because a weight was.
     """
-    for form, number in Counter(filling.kept_forms).items():
-        logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
-    by_how: dict[str, list[str]] = {}
+    for form, num_layers in Counter(filling.kept_forms).items():
+        logger.info("%s: %d linear layers stay in %s as the file has them", what, num_layers, form)
+    names_by_form: dict[str, list[str]] = {}
     for name in filling.errors:
-        by_how.setdefault(filling.rounded_forms[name], []).append(name)
-    for how, names in by_how.items():
+        names_by_form.setdefault(filling.rounded_forms[name], []).append(name)
+    for how, names in names_by_form.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
         for name, is_sound in zip(names, errors.isfinite().tolist(), strict=True):
             if not is_sound:  # a LoRA caused it: values of the file itself are checked when they are read
@@ -244,7 +244,7 @@ _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
 class _Filling:
-    """Sources of one network's tensors, and their targets."""
+    """State of filling one network: the sources of its tensors, and the parameters that take them."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class _Filling:
         stored: StoredLoading | None,
         host: HostPlace | None,
     ) -> None:
-        """dtypes: to keep if not stored in a form. The rest: see `load_module`."""
+        """Prepare to fill a network; arguments not listed here are those of `load_module`."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -272,11 +272,11 @@ class _Filling:
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
-        self.errors: dict[str, Tensor] = {}  # of rounding, by name
-        self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
-        self.kept_forms: list[str] = []  # of the file's own
-        # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
+        self.are_finite: dict[str, Tensor] = {}  # scalar bools by tensor of the file; not used on a CPU
+        self.errors: dict[str, Tensor] = {}  # relative rounding errors, by our name
+        self.rounded_forms: dict[str, str] = {}  # description for the log of the form, by our name
+        self.kept_forms: list[str] = []  # names of the forms of weights that stay as in the file
+        # one buffer for all reads, because temporary tensors would leave holes in the heap
         size_bytes = 0 if device.type == "meta" else max(map(self._count_buffer_bytes, dtypes), default=0)
         if device.type == "cuda":
             self.scratch = empty_pinned([size_bytes], torch.uint8)
@@ -324,9 +324,10 @@ class _Filling:
         return place
 
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
-        """Return a stored weight: the file's own, or the file's rounded after the patch.
+        """Return a quantized weight: as in the file, or rounded from the file's values after the patch.
 
-        All processes that share places make the companions, one of them writes the weights.
+        If processes on one machine share weights in host memory, one of them writes the weight; the
+        companions (scales) are small, and each process has its own.
         """
         if self._device.type == "meta":
             stored = self._make_empty(name)
@@ -357,7 +358,7 @@ class _Filling:
         return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
 
     def _round(self, name: str, form: StoredForm) -> Stored:
-        """Return a weight of the file rounded to a form after the patch; note the error."""
+        """Return a weight of the file, rounded to a form after the patch; record the rounding error."""
         first_part = self._sources[name].names[0]
         plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
         stored = form.quantise(plain)
@@ -427,7 +428,7 @@ class _Filling:
 
 
 def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
-    """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
+    """Return sum |error| / sum |weight| of a rounded weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     back = stored.form.quantise(sample).value()
     wide = sample.float()
@@ -496,7 +497,7 @@ def _find_unexpected(
 
 
 def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that is made of the file's tensors; None if they do not fit together."""
+    """Return the shape of a tensor built from tensors of the file; None if their shapes do not match."""
     shape = infos[0].shape
     if source.build is not None:
         try:
@@ -507,7 +508,7 @@ def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -
 
 
 def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Return a shape with sides of 1 in front, up to this number of axes: converters to GGUF drop them."""
+    """Prepend sides of 1 up to a number of axes, because converters to GGUF drop leading sides of 1."""
     return (1,) * (axes - len(shape)) + shape
 
 
@@ -538,7 +539,7 @@ def compress_names(names: Iterable[str]) -> list[str]:
 
 
 def _find_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the first and last of sorted numbers without a gap between them."""
+    """Group sorted numbers into runs without gaps; return the first and last number of each run."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

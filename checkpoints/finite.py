@@ -17,10 +17,10 @@ _SIGN = 0x80
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Return whether no value of a tensor is NaN or infinite, as a bool without axes on the tensor's device.
+    """Return whether all values of a tensor are finite, as a scalar bool tensor on the tensor's device.
 
-    Whole numbers always are finite. The check takes no memory of the tensor's size, and a tenth of the time
-    of a copy on a CPU.
+    Integers are always finite. The check allocates no memory of the tensor's size, and takes a tenth of the
+    time of a copy on a CPU.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)

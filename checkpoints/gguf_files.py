@@ -79,7 +79,7 @@ class GgufFile(HeaderFile):
         self._name_like_transformers()
 
     def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Add the next tensor of the header, except for its place; return its name."""
+        """Read the header entry of the next tensor, except for its position; return its name."""
         check_count(self.path, len(self.tensors))
         name = head.text(MAX_TENSOR_NAME)
         axes = head.number("I")
@@ -97,7 +97,7 @@ class GgufFile(HeaderFile):
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
         """Compute the position of each tensor in the file, and check that none overlap.
 
-        `starts` are offsets from `data`, the end of the header. `size` is that of the file.
+        `starts` are offsets from `data`, the end of the header. `size` is the size of the file.
         """
         places = []
         for name, start in starts.items():
@@ -112,7 +112,7 @@ class GgufFile(HeaderFile):
             last = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
+        """Read keys into `metadata`; return the original shapes of reshaped tensors, by name."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
             key = head.text()
@@ -128,9 +128,9 @@ class GgufFile(HeaderFile):
     def _make_info(
         self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]
     ) -> TensorInfo:
-        """Return the facts of a tensor.
+        """Return the metadata of a tensor.
 
-        `number` is the GGUF type. `shape` is the shape in the file. `own_shape` is the shape in the model.
+        `number` is its GGUF type, `shape` the shape in the file, and `own_shape` the shape in the model.
         """
         value_shape = _restore_shape(name, shape) if own_shape == shape else own_shape
         if number in _PLAIN:
@@ -155,10 +155,10 @@ class GgufFile(HeaderFile):
         return TensorInfo(torch.uint8, value_shape, _make_packing(kind, shape, own_shape))
 
     def _name_like_transformers(self) -> None:
-        """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
+        """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
 
         Raises:
-            CheckpointError: For models whose weights it changes otherwise.
+            CheckpointError: If llama.cpp changes the weights of this model in a way that cannot be undone.
         """
         if "token_embd.weight" not in self.tensors:
             return
@@ -210,7 +210,7 @@ class GgufFile(HeaderFile):
 
 
 class _Header:
-    """The numbers and texts at the beginning of a file. Reading beyond `most` bytes raises ValueError."""
+    """Reader of the numbers and texts in a file's header; raises ValueError beyond `most` bytes."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self._file, self._most, self.place = file, most, 0
@@ -231,10 +231,10 @@ class _Header:
         return self.take(length).decode("utf-8")
 
     def full_numbers(self) -> tuple[int, ...]:
-        """Return a short list of whole numbers, such as a shape.
+        """Read a short list of integers, such as a shape.
 
         Raises:
-            ValueError: For another list.
+            ValueError: If the list is long or holds anything else.
         """
         inner = self.number("I")
         count = self.number("Q")
@@ -243,7 +243,7 @@ class _Header:
         return tuple(self.number(_NUMBERS[inner]) for _ in range(count))
 
     def value(self, kind: int) -> str | float | None:
-        """Return a text or a number; skip a list and return None."""
+        """Read a text or a number; a list is skipped, and None returned."""
         if kind in _NUMBERS:
             number: float = self.number(_NUMBERS[kind])
             return number
@@ -285,9 +285,9 @@ def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the five axes of a patch embedding that a writer with at most four axes has flattened.
+    """Restore the five axes of a patch embedding that was flattened, as GGUF allows at most four axes.
 
-    All released models with one have patches of 1 x 2 x 2.
+    All released models that are concerned have patches of 1 x 2 x 2.
     """
     num_axes = len(shape)
     is_of_wan = name.endswith("patch_embedding.weight") and num_axes in (2, 4)

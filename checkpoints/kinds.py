@@ -139,15 +139,15 @@ _OF_LORAS = re.compile(
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Return whether tensors of these names are those of a LoRA, LoHa, LoKr or OFT."""
+    """Return whether the tensor names are those of a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
 
 
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
-    """Return what a transformer is by the name of its file, if that is in `NOT_YET_BY_NAME`; else None.
+    """Return the kind of a transformer by its file name, if `NOT_YET_BY_NAME` knows the name; else None.
 
-    `is_sharded` says that the folders that it lies in count too, as those of released models are called after
-    them.
+    With `is_sharded`, the names of its folders are checked too, because folders of released models are named
+    after the models.
     """
     parts = path.parts[-3:] if is_sharded else path.parts[-1:]
     plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]

@@ -33,9 +33,9 @@ _MAX_GROUP = 1 << 16
 def find_packed(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return new facts about packed weights, and about companions whose bytes are floats of 8 bits.
+    """Return changed tensor infos: of packed weights, and of companions that hold 8-bit floats as bytes.
 
-    `read` returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
+    `read` returns a tensor by name. Raises ValueError, naming the layer, if a form is unknown or incomplete.
     """
     new_infos: dict[str, TensorInfo] = {}
     for stem, settings in _read_marks(tensors, metadata, read).items():
@@ -110,7 +110,7 @@ def _require_table(value: Any) -> dict[str, Any]:
 
 
 def _read_settings(mark: Any) -> dict[str, Any]:
-    """Return a layer's settings, with those of `params` moved to the top level."""
+    """Return a layer's settings, with the entries of `params` moved to the top level."""
     settings = {"format": mark} if isinstance(mark, str) else _require_table(mark)
     parameters = _require_table(settings.get("params") or {})
     return {key: value for key, value in settings.items() if key != "params"} | parameters
@@ -132,7 +132,7 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A marked layer: facts about its tensors, and new ones in `new_infos`."""
+    """A quantized layer that a file marks: the infos of its tensors, and the changed ones in `new_infos`."""
 
     stem: str
     settings: Mapping[str, Any]
@@ -301,10 +301,12 @@ def _set_w4a8(layer: _Layer) -> None:
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
+    # one relative scale per group of columns: their number shows the number of columns, and this the bits
     shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
     bits = 8 * width // max(columns, 1)
-    if len(shape) != 2 or shape[0] != rows or columns * bits != 8 * width or bits not in (4, 6):
+    is_one_scale_per_group = len(shape) == 2 and shape[0] == rows
+    if not is_one_scale_per_group or columns * bits != 8 * width or bits not in (4, 6):
         raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
     layer.companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     ends = ["weight_s_rel", "weight_s_channel"]
@@ -376,10 +378,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
 
 
 def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
-    """Set the packing of a 4-bit weight of bitsandbytes.
-
-    `ends` are those of the names of its companions.
-    """
+    """Set the packing of a 4-bit weight of bitsandbytes; `ends` are the endings of its companions' names."""
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
     nested = layer.number("nested_blocksize", 256)

@@ -24,22 +24,30 @@ Found = TypeVar("Found")
 
 
 def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
-    """Return the path.
+    """Return the path of a required model file, after checking that it exists.
 
-    `default` is the option's default, so that the error can say that it was not typed.
+    Args:
+        path: Value of the option.
+        option: The option, which both errors name.
+        why: Reason why the file is needed, for the message.
+        default: Default of the option, so that the error can say that the path was not typed.
 
     Raises:
-        OptionError: If none was given.
-        CheckpointError: If it does not exist; both name the option.
+        OptionError: If no path is given.
+        CheckpointError: If the file or folder does not exist.
     """
     existing = require(
         path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
     )
     if not existing.exists():
         named = f"{option} is not given, and its default" if existing == default else option
-        is_name = bool(re.fullmatch(r"[\w-]+/[\w.-]+", existing.as_posix())) and not existing.parent.exists()
-        is_name = is_name and not re.search(r"\.[a-z]\w*$", existing.name)
-        hub = " A name on the hub is not downloaded here." if is_name else ""
+        # `owner/name`, whose first part is no folder, and which does not end like a file
+        looks_like_repository = (
+            bool(re.fullmatch(r"[\w-]+/[\w.-]+", existing.as_posix()))
+            and not existing.parent.exists()
+            and not re.search(r"\.[a-z]\w*$", existing.name)
+        )
+        hub = " A name on the hub is not downloaded here." if looks_like_repository else ""
         raise CheckpointError(
             f"{named} {existing}: no such file or folder.{explain_missing(existing) or hub} Give the path of "
             "the model",
@@ -54,11 +62,10 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Return the result of `read` for the open file and the further arguments, such as dimensions.
+    """Open a file, call `read` with it and the further arguments, and cache the result.
 
-    The result is cached while the file stays the same. `read` is a function of a module, such as `read_vae`.
-    `arguments` are hashable. Raises CheckpointError as `read` does, if the file holds another kind of
-    network.
+    The result is cached until the file changes. `read` is a module-level function, such as `read_vae`, and
+    the arguments are hashable. Raises CheckpointError if the file holds another kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)

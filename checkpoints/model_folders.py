@@ -29,14 +29,16 @@ Shape = tuple[int, ...]
 
 
 def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[Shape]:
-    """Return the shapes of the tensors in a folder's weights.
+    """Check the settings of a model's folder; return the shapes of the tensors in its weights.
 
-    `option` is the one that names the folder, for messages. most_side: of the pictures that its network looks
-    at.
+    Args:
+        folder: Folder of the model.
+        option: Option that names the folder, for messages.
+        max_side: Largest side of images that the network accepts, in pixels.
 
     Raises:
-        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
-            settings have numbers that no network with these weights has.
+        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it has numbers that
+            are impossible for a network with these weights.
     """
     shapes = read_shapes(folder, option)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
@@ -44,21 +46,25 @@ def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[
         if path.name in PROCESSORS:
             _check_numbers(path, content, max_side, "the pictures of a network have at most")
         elif path.name == CONFIG:
-            most = max(DEFAULT_NUMBER, largest)
-            _check_numbers(path, content, most, "the largest size of a tensor in its weights is")
+            max_number = max(DEFAULT_NUMBER, largest)
+            _check_numbers(path, content, max_number, "the largest size of a tensor in its weights is")
             _check_counts(path, content, min(len(shapes), MAX_BLOCKS), MAX_HEADS)
     return shapes
 
 
 def check_language_settings(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of the tensors in the weights of a language model that sees pictures.
+    """Check the settings of a language model with vision; return the shapes of the tensors in its weights.
 
-    Its settings have numbers that no weights show, as the length of a text: `require_shown` compares the
-    network that they make. `option` is the one that names the folder, for messages.
+    Some settings cannot be compared with weights, such as the maximum length of a text. `require_shown`
+    therefore compares the network that the settings describe.
+
+    Args:
+        folder: Folder of the model.
+        option: Option that names the folder, for messages.
 
     Raises:
-        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
-            settings have more layers than the weights, or larger pictures than any such model looks at.
+        CheckpointError: If a JSON file is too large, nested too deeply or invalid, or if it asks for more
+            layers, or larger images, than any such model has.
     """
     shapes = read_shapes(folder, option)
     for path, content in _read_settings(folder):
@@ -66,7 +72,8 @@ def check_language_settings(folder: Path, option: str) -> list[Shape]:
             _check_numbers(path, content, MAX_PIXELS, "the pictures of a language model have at most")
             _check_sides(path, content)
         elif path.name == CONFIG:
-            _check_counts(path, content, MAX_BLOCKS)  # transformers' own defaults may say more than is used
+            # not compared with the weights: transformers' defaults may name layers that a model lacks
+            _check_counts(path, content, MAX_BLOCKS)
     return shapes
 
 
@@ -88,10 +95,12 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
         try:
             with path.open("rb") as file:
                 header = read_tensor_header(file.read, path.stat().st_size)
-            held = path.stat().st_size - header.start
+            num_bytes = path.stat().st_size - header.start
             for entry in header.entries.values():
                 shape = tuple(map(int, entry["shape"]))
-                if min(shape, default=0) < 0 or math.prod(shape) > 2 * held:  # four bits are the least
+                if (
+                    min(shape, default=0) < 0 or math.prod(shape) > 2 * num_bytes
+                ):  # an element has 4 bits or more
                     raise ValueError(f"it claims a tensor of shape {list(shape[:8])}")
                 shapes.append(shape)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
@@ -102,10 +111,15 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
 
 
 def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
-    """Raise CheckpointError if a network that was built without memory is not that of the weights.
+    """Raise CheckpointError if a network built from settings does not match the weights.
 
-    `network` is on the device "meta". `is_exact` says that the tensors of the file are those of the network,
-    one by one; else some may be cut or joined when they are loaded.
+    Args:
+        folder: Folder of the model.
+        option: Option that names the folder, for messages.
+        network: The network, on the device "meta".
+        shapes: Shapes of the tensors in the weights.
+        is_exact: Whether each parameter is a tensor of the file; otherwise tensors may be split or joined
+            when they are loaded, and only the number of elements is compared.
     """
     parameters = dict(network.named_parameters())
     held = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
@@ -127,7 +141,7 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
 
 
 def build_without_memory(build: Callable[[Any], Any], config: Any) -> Any:
-    """Return the network of a configuration of transformers on the device "meta"."""
+    """Build the network of a transformers configuration on the device "meta"."""
     with torch.device("meta"):
         return build(config)
 
@@ -140,9 +154,10 @@ def _check_numbers(path: Path, content: Any, most: int, reason: str) -> None:
 
 
 def _check_sides(path: Path, content: Any) -> None:
-    """Raise CheckpointError for a side of a picture that no network looks at.
+    """Raise CheckpointError if images would have longer sides than any network accepts.
 
-    Both edges in one table are numbers of pixels (Qwen), one alone is a side.
+    A table with both `shortest_edge` and `longest_edge` means numbers of pixels (Qwen); one of the two alone
+    is the length of a side.
     """
     tables = [content]
     while tables:
@@ -173,7 +188,7 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers of a JSON value, each with its key or that of its list."""
+    """Yield all numbers of a JSON value, each with its key, or the key of the list that holds it."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _list_numbers(value, str(key)[:100])

@@ -52,7 +52,10 @@ class Checkpoint(contextlib.ExitStack):
         files: Sequence[TensorFile],
         refusal: str = "",
     ) -> None:
-        """files: are closed with it. `refusal` says why the packed weights cannot be read."""
+        """Take over open files, which are closed with the checkpoint.
+
+        `refusal` is the reason why packed weights cannot be read, or "".
+        """
         super().__init__()
         for file in files:
             self.callback(file.close)
@@ -70,10 +73,10 @@ class Checkpoint(contextlib.ExitStack):
         self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
-        """Read a tensor to the CPU: into memory of its own, or into `tensor`, which is contiguous.
+        """Read a tensor to the CPU, into new memory or into `tensor`, which must be contiguous.
 
         Raises:
-            CheckpointError: If the file ends too soon.
+            CheckpointError: If the file is truncated.
         """
         info = self.tensors[name]
         if tensor is None:
@@ -84,9 +87,12 @@ class Checkpoint(contextlib.ExitStack):
         return tensor if bytes_read.data_ptr() == tensor.data_ptr() else tensor.copy_(bytes_read)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor on the CPU; copy it before anything else is read.
+        """Return a tensor on the CPU that is valid only until the next read.
 
-        `scratch` is the bytes (uint8) that may be used. Raises CheckpointError as `read`.
+        Its values may lie in `scratch`, a buffer of bytes (uint8).
+
+        Raises:
+            CheckpointError: If the file is truncated.
         """
         file, stored = self._places[name]
         try:
@@ -96,14 +102,14 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(why, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the name that a tensor has in its file, with the prefixes that were removed here."""
+        """Return the name of a tensor in its file, including prefixes that were removed from ours."""
         return self._places[name][1]
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """Return the same tensors without prefixes, each removed in turn if all names begin with it.
+        """Return a checkpoint without the given prefixes; each is removed if all names begin with it.
 
-        `others` are the prefixes of other networks in an all-in-one file; their tensors are dropped once a
-        prefix was removed. The files stay shared: close one of the two.
+        `others` are the prefixes of other networks in an all-in-one file; their tensors are left out if a
+        prefix was removed. Both checkpoints share the open files: close only one of them.
         """
         places = self._places
         for prefix in prefixes:
@@ -114,17 +120,17 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
-        """Return only the tensors whose names begin with one of these prefixes; the files stay shared."""
+        """Return a checkpoint of the tensors with one of the prefixes; it shares the open files."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
-        """Return the same tensors under other names, without those of name ""; the files stay shared."""
+        """Return a checkpoint with renamed tensors, without those renamed to ""; it shares the open files."""
         places = {name_of(name): place for name, place in self._places.items() if name_of(name)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
+        """Return the tensors of both, sharing the open files; this one wins if both have a name."""
         places = {**second._places, **self._places}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, places, files, self.refusal or second.refusal)
@@ -162,11 +168,14 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
 
-    `parts` are the files that are this model, if `path` does not name them all. `are_equal` gets two files
-    that have a tensor of the same name and returns whether it is the same in both; then the first counts.
+    Args:
+        path: The file or folder.
+        parts: All files of the model, if `path` alone does not identify them.
+        are_equal: Called with two files that have a tensor of the same name, and the name; returns whether
+            the tensors are equal, so that the first one can be used. By default such files are rejected.
 
     Raises:
-        CheckpointError: If it is missing, incomplete, damaged, of another kind, or holds code.
+        CheckpointError: If a file is missing, incomplete, damaged, of another kind, or holds code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
@@ -240,12 +249,12 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def is_sharded(path: Path) -> bool:
-    """Return whether a path is that of shards: one of them, their index, or a folder."""
+    """Return whether a path names a sharded model: one of the shards, their index, or a folder."""
     return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if names show that other shards of the same model are missing."""
+    """Raise CheckpointError if the numbers in the names show that shards of the model are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_existing(file, _list_shards(file.name))
@@ -301,7 +310,8 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 def fingerprint(path: Path) -> str:
     """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
 
-    It covers sizes, beginnings, and chunks spread over the files. Raises as `open_checkpoint`.
+    It covers sizes, beginnings, and chunks spread over the files. Raises CheckpointError if the files cannot
+    be opened.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -364,7 +374,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
-    """Register the packed weights with their files. Returns the reason if a packing is not known, else ""."""
+    """Register packed weights with their files; return the reason if a packing is unknown, else ""."""
     from checkpoints.marks import find_packed  # of no use to other files
 
     checkpoint = Checkpoint(path, places, files)
@@ -405,7 +415,7 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors without packed weights of known forms and their companions."""
+    """Return the tensors except for packed weights of known forms and their companions."""
     marked: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:
@@ -433,9 +443,9 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
+    """Return the sources of all tensors under their names in the file, without scales and packing companions.
 
-    The scales are left out.
+    Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked.
 
     Raises:
         CheckpointError: If the file's quantization is not supported.
@@ -469,17 +479,17 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
-    """Return the source of a packed weight. CheckpointError names file and tensor if they do not fit."""
+    """Return the source of a packed weight; reading raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
     keep = info.packing.keep
 
-    def as_stored(*tensors: Tensor) -> Stored:
+    def as_stored(*tensors: Tensor) -> Stored:  # the weight in its packed form
         try:
             return keep(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
-    def build(*tensors: Tensor) -> Tensor:
+    def build(*tensors: Tensor) -> Tensor:  # the weight's values
         if tensors[0].device.type == "meta":
             return torch.empty(info.shape, device="meta")
         return as_stored(*tensors).value().view(info.shape)

@@ -120,10 +120,10 @@ class Recognized:
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Return a tensor as a single file has it.
+        """Return a tensor in the layout of a single file.
 
         Raises:
-            CheckpointError: If it has numbers that are none.
+            CheckpointError: If it has NaN or infinite values.
         """
         tensor = checkpoint.read(name)
         check_finite(checkpoint.path, name, tensor)
@@ -399,7 +399,7 @@ def _write_gguf(
 
 
 def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
-    """Announce a tensor to gguf's writer; return its kind."""
+    """Declare a tensor to gguf's writer, before any data are written; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]
@@ -412,7 +412,8 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
     is_small = len(info.shape) < 2 or math.prod(info.shape) <= _SMALL_IN_GGUF
     plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
     kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
-    (*rows, columns), (per, size) = info.shape or (1,), gguf.GGML_QUANT_SIZES[kind]
+    *rows, columns = info.shape or (1,)
+    per, size = gguf.GGML_QUANT_SIZES[kind]  # weights and bytes of a block
     in_bytes = (*rows, columns // per * size)
     writer.add_tensor_info(name, in_bytes, numpy.dtype("uint8"), math.prod(in_bytes), kind)
     return kind
@@ -442,9 +443,9 @@ def _widen(
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return the tensors of a file by their values: quantized ones dequantized to float32, without scales.
+    """Return a checkpoint in which quantized tensors are dequantized to float32, and scales are left out.
 
-    The files stay shared: close one of the two.
+    Both checkpoints share the open files: close only one of them.
 
     Args:
         checkpoint: Open file.
@@ -454,7 +455,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
         `checkpoint` itself if nothing in it is quantized.
 
     Raises:
-        CheckpointError: If a form is not read, or the unpadded size of a weight is not known.
+        CheckpointError: If a quantized form is not supported, or the unpadded size of a weight is unknown.
     """
     reject_quantized(checkpoint)
     infos = checkpoint.tensors.values()
@@ -474,7 +475,7 @@ class _Values:
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
-        """shapes: of weights that may be padded."""
+        """Prepare to dequantize; `shapes` are the unpadded shapes of weights that may be padded."""
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
         self.metadata = {
@@ -522,7 +523,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that is not quantized the bytes may be in `scratch`."""
+        """Return a tensor; if it is not quantized, its bytes may lie in `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

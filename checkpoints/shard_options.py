@@ -17,10 +17,10 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def read_shard_size(option: str, text: str) -> int:
-    """Return the bytes of a size such as 5GB, 500MB or 2GiB.
+    """Parse a size such as 5GB, 500MB or 2GiB; return it in bytes.
 
     Raises:
-        OptionError: For other words.
+        OptionError: If the text is not such a size.
     """
     match = _SIZE.fullmatch(text.strip())
     base = 1024 if match is not None and match["binary"] else 1000

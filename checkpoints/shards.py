@@ -35,7 +35,7 @@ class ShardPlan:
 
 
 def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Cut tensors, in their order, into groups of at most `max_bytes`; a larger tensor is a group alone."""
+    """Group tensors, in their order, to at most `max_bytes`; a larger tensor is a group by itself."""
     groups: list[dict[str, TensorInfo]] = []
     room = 0
     for name, info in tensors.items():
@@ -48,11 +48,12 @@ def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, T
 
 
 def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, option: str) -> ShardPlan:
-    """Plan files of at most `max_bytes`.
+    """Plan the shards of a model, of at most `max_bytes` each.
 
-    `path` is the name of a single file.
+    `path` is the name that a single file would have.
 
-    Raises OptionError that names the option if there would be too many files.
+    Raises:
+        OptionError: If there would be too many files; the message names `option`.
     """
     groups = split(tensors, max_bytes)
     if len(groups) > MAX_SHARDS:
@@ -65,9 +66,9 @@ def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, o
 
 
 def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Mapping[str, str]) -> None:
-    """Write the files and, last, their index into a folder that nobody reads yet.
+    """Write the shards and, last, their index into a folder that nobody reads yet.
 
-    `read` and `metadata` are as for `stream_tensors`; each file has all metadata.
+    `read` returns a tensor by name. Each file gets all metadata.
     """
     for name, tensors in plan.files.items():
         stream_tensors(folder / name, tensors, read, metadata)
@@ -89,12 +90,12 @@ class SavedForm:
     def write(
         self, path: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a model, completely or not at all; what has this name already is replaced.
+        """Write a model, completely or not at all; an existing model of this name is replaced.
 
-        `path` is the file or the folder. `read` and `metadata` are as for `stream_tensors`.
+        `path` is the file or the folder, and `read` returns a tensor by name.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the model cannot be written.
             OptionError: If there would be too many files.
         """
         if not self.max_bytes:

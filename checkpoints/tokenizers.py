@@ -44,7 +44,7 @@ class TokenizerFiles:
         `path` is the option's value.
 
         Raises:
-            CheckpointError: If `path` is given and is not a tokenizer.
+            CheckpointError: If `path` is given but is not a tokenizer.
         """
         if path is not None:
             return self._describe_given(path)
@@ -161,7 +161,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
-        """Return the error for a file that is no tokenizer, which names the option and what to give."""
+        """Return the error for a file that is not a tokenizer; it names the option and the right files."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",
@@ -213,7 +213,7 @@ _PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
 def check_sentencepiece(model: bytes) -> None:
     """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
 
-    Its normalizer may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
+    Its normalizer may make a text at most MAX_TOKENIZER_GROWTH times longer. Source:
     sentencepiece_model.proto, ModelProto and NormalizerSpec.
     """
     for specification in _read_entries(model, 3):
@@ -224,7 +224,7 @@ def check_sentencepiece(model: bytes) -> None:
 def piece_surfaces(encoded: bytes) -> list[str]:
     """Return the characters that each piece stands for.
 
-    If the bytes of one character are pieces of their own, only the last piece has the character. Source:
+    If the bytes of one character are separate pieces, only the last of these has the character. Source:
     sentencepiece.proto.
 
     Args:
@@ -243,7 +243,7 @@ def _check(growth: float) -> None:
 
 
 def _measure_growth(normaliser: Mapping[str, Any]) -> float:
-    """Return the most characters that one may become; Unicode's own forms and unknown steps count as 1."""
+    """Return how many characters one can become at most; 1 for Unicode's forms and unknown steps."""
     match normaliser.get("type"):
         case "Sequence":
             product = 1.0

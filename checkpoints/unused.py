@@ -11,16 +11,16 @@ from contract.loading import TensorInfo, TensorSource
 
 @dataclass(frozen=True)
 class UnusedTensors:
-    """Tensors of a transformer's file that its network does not have, by their published names.
+    """Tensors of a transformer's file that its network does not use, by their published names.
 
-    A training of all weights writes them again, so that its file has the names of the source.
+    Full fine-tuning copies them into its result, so that the result has the same names as the source.
     """
 
     sources: Mapping[str, TensorSource]
     open: Callable[[], Checkpoint]  # opens the file again
 
     def opened(self) -> "OpenedTensors":
-        """Open the file and return the tensors, with their dtypes and shapes in the published layout."""
+        """Open the file and return its unused tensors, with dtypes and shapes in the published layout."""
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():
@@ -31,7 +31,7 @@ class UnusedTensors:
 
 @dataclass(frozen=True, eq=False)
 class OpenedTensors:
-    """Unused tensors of a file that stays open, so that nobody can take it away."""
+    """Unused tensors of a file that is kept open, so that it cannot be removed meanwhile."""
 
     sources: Mapping[str, TensorSource]
     checkpoint: Checkpoint

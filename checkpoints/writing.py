@@ -27,12 +27,15 @@ def stream_tensors(
     metadata: Mapping[str, str] | None = None,
     late_metadata: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Write `path`, completely or not at all.
+    """Write a safetensors file, tensor by tensor, completely or not at all.
 
-    `tensors` are those of the new file; the header is made from it. `read` returns the tensor of a name, on
-    any device; called once for each, largest element size first, then by name, as the safetensors library
-    orders its files. `late_metadata` returns more metadata when all tensors are written, of up to
-    `LATE_BYTES`.
+    Args:
+        path: File to write.
+        tensors: Dtype and shape of each tensor, from which the header is made.
+        read: Returns the tensor of a name, on any device. It is called once for each name, the largest
+            element size first, then by name, which is the order of the safetensors library.
+        metadata: Metadata of the file.
+        late_metadata: Returns more metadata, up to `LATE_BYTES`, when all tensors are written.
 
     Raises:
         ValueError: If `read` returns another dtype or shape.
@@ -131,10 +134,10 @@ def _as_json(entries: Mapping[str, Any]) -> bytes:
 
 
 def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Return a header of the same length with more metadata.
+    """Return a header of the same length with additional metadata.
 
     Raises:
-        ValueError: If it has no room for them.
+        ValueError: If the header has not enough room.
     """
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}

@@ -15,10 +15,11 @@ _NAMES = {str: "a text", list: "a list", dict: "an object", bool: "true or false
 
 @dataclass(frozen=True)
 class CaptionKey:
-    """A key of a caption.
+    """One key of a JSON caption.
 
-    kind: str; dict, an object of texts; or list, of such objects. about: what it says, for a model that
-    writes it. parts: usual keys of its objects; every object of a list has the first one.
+    `kind` is str, dict (an object whose values are texts) or list (of such objects). `about` describes the
+    content of the key to the model that writes captions. `parts` are the usual keys of the objects; the first
+    one is required in every object of a list.
     """
 
     name: str
@@ -29,10 +30,10 @@ class CaptionKey:
 
 @dataclass(frozen=True)
 class CaptionFormat:
-    """The keys of a caption, in the order of training.
+    """The keys of a JSON caption, in the order that the model was trained with.
 
-    title: of the model. The first key is a text that no caption lacks. ignored: keys that captions of other
-    programs have, which the model never saw.
+    `title` names the model. The first key holds a text and is required in every caption. `ignored` are keys
+    that captions of other programs contain and the model was not trained with.
     """
 
     title: str
@@ -42,18 +43,17 @@ class CaptionFormat:
 
     @property
     def main(self) -> str:
-        """Return the key of the text that says the whole."""
+        """Return the key whose text describes the image as a whole."""
         return self.keys[0].name
 
     def find_errors(self, caption: Mapping[str, Any]) -> list[str]:
-        """Return what is missing in a caption, and what is misspelt or of the wrong kind."""
+        """Return an error for each key of a caption that is missing, misspelled or of the wrong kind."""
         missing = [] if is_said(caption.get(self.main)) else [f"{self.main} is missing"]
         return missing + self.find_key_errors(caption)
 
     def find_key_errors(self, caption: Mapping[str, Any]) -> list[str]:
-        """Return the faults of the keys that are there."""
+        """Return an error for each key present in a caption that is unknown or of the wrong kind."""
         keys = {key.name: key for key in self.keys}
-        known = {name: value for name, value in caption.items() if name in keys}
         errors = []
         for name, value in caption.items():
             if name in self.ignored:
@@ -63,14 +63,14 @@ class CaptionFormat:
                 errors.append(f"{name} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
             elif value is not None and not isinstance(value, keys[name].kind):
                 errors.append(f"{name} is {_name_type(value)}, not {_NAMES[keys[name].kind]}")
-        entries = {name: value for name, value in known.items() if isinstance(value, list)}
         for key in self.keys:
-            if key.kind is list:
-                errors += _find_entry_errors(key, entries.get(key.name, []))
+            value = caption.get(key.name)
+            if key.kind is list and isinstance(value, list):
+                errors += _find_entry_errors(key, value)
         return errors
 
     def list_unsaid(self, caption: Mapping[str, Any]) -> list[str]:
-        """Return the keys that say nothing in a caption."""
+        """Return the keys whose values in a caption are missing or blank."""
         return [key.name for key in self.keys if not caption.get(key.name)]
 
 
@@ -82,7 +82,7 @@ def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]
 
 
 def is_said(value: Any) -> bool:
-    """Return whether a value of a caption is text that is not blank."""
+    """Return whether a value of a caption is a non-blank text."""
     return isinstance(value, str) and bool(value.strip())
 
 

@@ -64,10 +64,16 @@ LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` of caches of late
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that texts give, under the names of the network's arguments, on its device.
+    """Return the text conditions under the names of the network's arguments, on the network's device.
 
-    `names` are the names in caches, by argument. Texts of different lengths are padded with zeros. Masks are
-    on the host: the network reads them there, and must not wait for the device.
+    Args:
+        conditions: Conditions by the names that caches use.
+        names: Name in caches by name of the argument.
+        device: Device of the network.
+
+    Returns:
+        Padded texts and their masks. Texts of different lengths are padded with zeros. Masks stay on the
+            host: the network reads them there and must not wait for the device.
     """
     arguments = {}
     for argument, name in names.items():
@@ -88,9 +94,13 @@ def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tens
 def name_text_and_mask(
     conditions: Conditions, argument: str, name: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
+    """Return texts of several lengths as `name_texts` does, with the mask of valid tokens, `{argument}_mask`.
 
-    `argument` is that of the network. `name` is the one in caches.
+    Args:
+        conditions: Conditions by the names that caches use.
+        argument: Name of the network's argument.
+        name: Name of the texts in caches.
+        device: Device of the network.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
     arguments = name_texts(conditions, {argument: name}, device)
@@ -112,9 +122,9 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch as read from caches: tensors by the names that they have there.
+    """One training batch as read from caches: tensors by the names that caches use.
 
-    `latents` is B C F H W, in the numbers that the cache format stores.
+    `latents` is B C F H W, with the values that the cache format stores.
     """
 
     tensors: Conditions
@@ -150,7 +160,7 @@ class Batch:
         """Return the batch with dropped tensors restored.
 
         Args:
-            names: Kinds to restore, CAPTION and REFERENCE.
+            names: Kinds of tensors to restore: CAPTION and REFERENCE.
         """
         parts = {
             name: value
@@ -160,7 +170,7 @@ class Batch:
         return replace(self, tensors={**self.tensors, **parts})
 
     def with_empty_text(self) -> "Batch":
-        """Return the batch with the empty prompt in place of every text; media conditions stay."""
+        """Return the batch with every text replaced by the empty prompt; media conditions do not change."""
         assert self.empty_text, "the batch was read without the empty prompt"
         tensors = {**self.tensors, **self.empty_text}
         count = len(self)
@@ -170,8 +180,8 @@ class Batch:
         """Raise CacheError if a tensor is missing.
 
         Args:
-            needed: Name -> the options to cache again with.
-            purpose: "--task i2v-14B".
+            needed: Options to cache again with, by the name of each required tensor.
+            purpose: What needs the tensors, for the message, such as "--task i2v-14B".
         """
         for name, remedy in needed.items():
             if name not in self.tensors:
@@ -181,10 +191,12 @@ class Batch:
                 )
 
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
-        """Raise CacheError if tensors were made by another encoder than the network was trained with.
+        """Raise CacheError if cached tensors come from a different encoder than the network was trained with.
 
-        `widths` are the name -> size of the last axis that the network in the file `taker` expects. `remedy`
-        is the options to cache again with.
+        Args:
+            widths: Size of the last axis that the network expects, by tensor name.
+            taker: File of the network, for the message.
+            remedy: Options to cache again with, for the message.
         """
         for name, expected in widths.items():
             value = self.tensors[name]
@@ -192,7 +204,7 @@ class Batch:
             where = f"{self.keys[0]}: {name} in its cache"
             for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1
-                if not tensor.is_floating_point():
+                if not tensor.is_floating_point():  # token ids, as another program may cache them
                     raise CacheError(
                         f"{where} has whole numbers ({tensor.dtype}), not states of a text encoder. Cache "
                         f"again with {remedy}."
@@ -217,7 +229,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """Facts about the items of a dataset table, for families that need more than the clip or the picture."""
+    """Info about the items of a dataset table, for families that need more than the clip or the image."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
@@ -255,17 +267,17 @@ class MediaBatch:
     shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
-        """Split the items into batches for an encoder on `device`: on a CPU one item each, else all in one.
+        """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
 
-        On a CPU a batch gains nothing. Encoded alone, an item's numbers do not depend on the items that a
-        killed run left to do.
+        A CPU gains nothing from batches, and an item encoded alone has values that do not depend on which
+        items an interrupted run left to do.
         """
         if device.type != "cpu":
             return [self]
         return [self.item(number) for number in range(len(self.keys))]
 
     def item(self, number: int) -> "MediaBatch":
-        """Return a batch of one of the items."""
+        """Return a batch that contains only the item with this index."""
         single = slice(number, number + 1)
         return replace(
             self,
@@ -304,7 +316,8 @@ class MomentsRules:
 class CacheEntry:
     """Contents of one cache file.
 
-    tensors: without batch dimension, by their name without sizes and dtype (`latents`, `clip`).
+    `tensors` have no batch dimension; their names are those in the file without sizes and dtype (`latents`,
+    `clip`).
     """
 
     tensors: Mapping[str, Tensor]
@@ -317,10 +330,10 @@ class CacheEntry:
 
 
 def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
-    """Return an entry for each item of a batch.
+    """Return a cache entry for each item of a batch.
 
     Args:
-        tensors: B ... each.
+        tensors: Tensors of shape B ..., by name.
     """
     batch_size = len(next(iter(tensors.values())))
     entries = []
@@ -387,23 +400,23 @@ class LatentSpec:
 
     @property
     def keeps_alpha(self) -> bool:
-        """Return whether pictures are read with their transparency; else they are laid on white."""
+        """Return whether images keep their alpha channel; otherwise they are composited on white."""
         return self.masks_latents or self.has_alpha
 
     @property
     def is_of_images(self) -> bool:
-        """Return whether time is not compressed: the model makes single pictures."""
+        """Return whether time is not compressed, as in a model that generates only single images."""
         return self.stride[0] == 1
 
     @property
     def lengths(self) -> ClipLengths:
-        """Which numbers of frames a clip can have."""
+        """Numbers of frames that a clip can have."""
         return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
 
     def count_latents(self, frames: int) -> int:
         """Return the number of latent frames for a number of frames.
 
-        The first latent frame of each clip is one frame.
+        The first latent frame of each clip encodes a single frame.
         """
         if not self.clip:
             return (frames - 1) // self.stride[0] + 1
@@ -411,7 +424,7 @@ class LatentSpec:
         return clips * ((self.clip - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
 
     def count_frames(self, latents: int) -> int:
-        """Return the frames of so many latent frames, the inverse of `count_latents`."""
+        """Return the number of frames for a number of latent frames: the inverse of `count_latents`."""
         if not self.clip:
             return (latents - 1) * self.stride[0] + 1
         clips, rest = divmod(latents, (self.clip - 1) // self.stride[0] + 1)
@@ -434,28 +447,28 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Joint:
-    """The shapes of a clip's latents and of its sound's. The loops hold both as one tensor, B N.
+    """Shapes of the latents of a clip and of its audio. The loops hold both as one tensor, B N.
 
-    The picture's numbers come first. Code that treats each number alone, such as a solver, need not know that
-    there are two.
+    Image values come first. Code that treats each value separately, such as a solver, does not need to know
+    that there are two parts.
     """
 
     picture: tuple[int, int, int, int]  # C F H W
     audio: tuple[int, int, int]  # C T M
 
     def join(self, picture: Tensor, audio: Tensor) -> Tensor:
-        """Return B N of B C F H W and B C T M."""
+        """Flatten image latents B C F H W and audio latents B C T M, and concatenate them to B N."""
         return torch.cat([picture.flatten(1), audio.flatten(1)], dim=1)
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
-        """Return B C F H W and B C T M, views of B N."""
+        """Split B N into image latents B C F H W and audio latents B C T M, both as views."""
         count = math.prod(self.picture)
         return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.audio)
 
 
 @dataclass(frozen=True)
 class AudioSpec:
-    """Facts about a family's latents of sound."""
+    """Properties of a family's audio latents."""
 
     rate: int  # samples in a second, as the encoder takes them
     channels: int
@@ -502,10 +515,13 @@ class SamplingDefaults:
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows by their weights; the rest do not change.
+    """Multiply the first rows of a prompt's embeddings by their weights; the other rows do not change.
 
-    `rows` is L C or L n C, of one prompt. `weights` are those of the prompt's tokens, at most L. The product
-    is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
+    The product is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
+
+    Args:
+        rows: Embeddings of one prompt, L C or L n C.
+        weights: Weights of the prompt's tokens, at most L.
     """
     assert isinstance(rows, Tensor)
     weighed = rows.clone()

@@ -31,7 +31,7 @@ CLIPS, IMAGES = "it encodes the clips", "it encodes the pictures"
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class FamilyEntry:
-    """Name the folder, scripts and option records of a family."""
+    """The folder, scripts and option records of a family."""
 
     room: str  # its folder; functions and records of its options.py have the same names in each
     own_files: bool = True  # there is files.py with `identify`; else its files are another family's
@@ -73,35 +73,36 @@ class FamilyEntry:
 
     @property
     def main_scripts(self) -> tuple[str, ...]:
-        """Return the scripts of which the catalogue of released files names at least one for each model."""
+        """Return the main scripts; the catalogue of released files names at least one of them per model."""
         names = (f"{self.cache}_latents", self.training_script, self.generation_script)
         return tuple(f"{name}.py" for name in names)
 
     @property
     def spellings(self) -> dict[str, str]:
-        """Return the flags of shared options of generation that its script spells otherwise, by name."""
+        """Return the flags of shared generation options that the script spells differently, by name."""
         of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
         return {**of_images, **dict(self.spelled)}
 
     @property
     def options(self) -> ModuleType:
-        """The family's module of option records, imported when it is asked for."""
+        """The family's module of option records; it is imported on first use."""
         return import_own(f"{self.room}.options")
 
     @property
     def caption_format(self) -> "CaptionFormat | None":
-        """Return the format of captions that its model was trained with; None if they are sentences."""
+        """Return the JSON format of the model's training captions; None if its captions are sentences."""
         return import_own(f"{self.room}.{self.captions}").FORMAT if self.captions else None
 
     def options_record(self, kind: str) -> Any:
         """Return an option record of the family.
 
-        `kind` is LatentCaching, TextCaching, Training or Generation.
+        Args:
+            kind: LatentCaching, TextCaching, Training or Generation.
         """
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
-        """Return the options that name the text encoders' files, each with a placeholder for the path.
+        """Return the options for the text encoders' files, each with a placeholder for the path.
 
         Args:
             family_options: Options of the command that caches latents.
@@ -114,10 +115,11 @@ class FamilyEntry:
         return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
-        """Return the options that a training from caches of latents needs, by flag.
+        """Return the options that a training needs to use these latent caches, by flag.
 
-        `family_options` is the options of the command that cached the latents. `family` is the one that this
-        command built.
+        Args:
+            family_options: Options of the command that cached the latents.
+            family: Family that this command built.
         """
         by_caches = vars(self.options).get("training_options")
         return {} if by_caches is None else dict(by_caches(family_options, family))
@@ -129,34 +131,40 @@ class FamilyEntry:
         switches: Sequence[str],
         typed: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
-        """Return the commands that make missing caches of latents and of texts, for a training.
+        """Return the commands that cache the missing latents and text encoder outputs of a training.
 
-        `family_options` is the options of the training. `switches` are additional options for the command
-        that caches latents. `typed` are how the user spelled the options, by public name.
+        Args:
+            family_options: Options of the training.
+            dataset_config: Dataset file of the training.
+            switches: Additional options for the command that caches latents.
+            typed: Spelling that the user typed, by public name of the option.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
+        # options that the training and a caching command have in common keep the user's values
         repeated = repeat_given(family_options, typed)
-        of_latents, of_texts = self.options.caching_options(family_options)
+        latent_options, text_options = self.options.caching_options(family_options)
 
-        def command(script: str, kind: str, chosen: Mapping[str, Any], further: Sequence[str] = ()) -> str:
-            joined = join_options(self.options_record(kind), chosen, repeated)
-            options = option_words({"--dataset_config": str(dataset_config), **joined})
-            return as_typed(["python", f"{self.cache}_{script}.py", *options, *further])
+        def build_command(script: str, kind: str, needed: Mapping[str, Any]) -> list[str]:
+            options = join_options(self.options_record(kind), needed, repeated)
+            words = option_words({"--dataset_config": str(dataset_config), **options})
+            return ["python", f"{self.cache}_{script}.py", *words]
 
-        return (
-            command("latents", "LatentCaching", of_latents, switches),
-            command("text_encoder_outputs", "TextCaching", of_texts),
-        )
+        cache_latents = build_command("latents", "LatentCaching", latent_options)
+        cache_texts = build_command("text_encoder_outputs", "TextCaching", text_options)
+        return as_typed([*cache_latents, *switches]), as_typed(cache_texts)
 
     def generation_words(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
         """Return the script and the options that generate with the models of a training.
 
-        Options of the training are repeated if the script has them too. `family_options` and `typed` are as
-        in `caching_commands`. `sample` are the settings of a sample, by the field names of `Request`; may be
-        empty.
+        Options of the training are repeated if the generation script has them too.
+
+        Args:
+            family_options: Options of the training.
+            sample: Settings of a sample, by the field names of `Request`; may be empty.
+            typed: Spelling that the user typed, by public name of the option.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -165,9 +173,11 @@ class FamilyEntry:
         return [f"{self.generation_script}.py", *option_words(joined)]
 
     def make_family(self, kind: str, family_options: Any) -> Any:
-        """Make the family for one kind of run from its options; this imports torch.
+        """Build the family for one kind of run from its options; this imports torch.
 
-        `kind` is `training`, `caching` or `generation`.
+        Args:
+            kind: `training`, `caching` or `generation`.
+            family_options: The family's options for this kind of run.
         """
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(family_options)
 
@@ -200,7 +210,7 @@ FOLDERS: Mapping[str, str] = {
 
 
 class Families(Mapping[str, FamilyEntry]):
-    """The entries of all families by name; each is read when it is asked for."""
+    """The entries of all families by name; each is read on first use."""
 
     def __getitem__(self, name: str) -> FamilyEntry:
         entry: FamilyEntry = import_own(f"{FOLDERS[name]}.names").ENTRY
@@ -218,13 +228,13 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return families with scripts, all of which are the shared loops'."""
+    """Return the families that have scripts, which all run the shared loops."""
     return {name: entry for name, entry in FAMILIES.items() if entry.script}
 
 
 @cache
 def caption_formats() -> Mapping[str, "CaptionFormat"]:
-    """Return the formats of captions that are JSON objects, by the families that were trained with them."""
+    """Return the JSON formats of captions, by the families that were trained with them."""
     return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
 
 
@@ -234,9 +244,10 @@ def read_names() -> list[ModuleType]:
 
 
 def list_same_latents(name: str) -> frozenset[str]:
-    """Return the names of all models that share the latent space of a model, including itself.
+    """Return the names of all models that share a model's latent space, including the model itself.
 
-    `name` is what outputs call the model.
+    Args:
+        name: Name of the model in the metadata of outputs.
     """
     spaces: dict[str, str] = {}  # model -> the family whose latent space it has
     for family, entry in FAMILIES.items():
@@ -250,30 +261,35 @@ def list_same_latents(name: str) -> frozenset[str]:
 
 @cache
 def family_marks() -> Marks:
-    """Return the tensors that identify a family: first those that only one has, then the shared ones."""
+    """Return the tensors that identify families: first those that only one family has, then shared ones."""
     read = read_names()
     marks = (mark for names in read for mark in names.MARKS)
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 
 
 def identify(path: Path, family: str | None = None) -> str | None:
-    """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
+    """Return one line that says what a checkpoint or LoRA file really is, as a hint below an error.
 
-    Returns None if no family knows the file, and for a missing file how to download it. `family` is that of
-    the script that was given the file, whose models come first.
+    Args:
+        path: The file.
+        family: Family of the script that was given the file; its models are named first.
+
+    Returns:
+        None if no family recognizes the file. For a missing file, a hint how to download it.
     """
     if not path.exists():
         from downloads.catalogue import download_hint  # only for hints
 
         return download_hint(path, () if family is None else FAMILIES[family].main_scripts)
-    if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
+    if path.is_file() and path.suffix != ".json":
         from checkpoints.opening import open_file  # only for hints
 
+        # checked here once: each family would take a second to reject a malicious file
         try:
             open_file(path).close()
         except CheckpointError:
             return None
-    # Wan's, the last, recognizes files of no family too
+    # in reverse, so that Wan comes last: its hints also cover files that belong to no family
     for name in reversed(list(FAMILIES)):
         entry = FAMILIES[name]
         if not entry.own_files:
@@ -286,30 +302,36 @@ def identify(path: Path, family: str | None = None) -> str | None:
 
 
 def describe_scripts(family: str) -> str:
-    """Return a text that names the scripts for a family's models, and the names of these models in `new`."""
+    """Return a text that names a family's scripts, and the names of its models for the command `new`."""
     from downloads.catalogue import model_sets  # only for hints
 
     entry = FAMILIES[family]
-    training = f"{entry.training_script}.py"
-    described = [
+    training_script = f"{entry.training_script}.py"
+    trainable = [
         model for model in model_sets() if "train" in model.commands and not model.data.get("control")
     ]
-    trained: dict[str, list[str]] = {}  # family of the catalogue -> its tasks, by its script
-    for model in described:
-        if training in model.commands["train"].split():
-            trained.setdefault(model.family, []).append(model.task)
-    calls = []
-    for name, tasks in trained.items():
-        others = any(model.family == name and model.task not in tasks for model in described)
-        calls.append(f"--family {name}{f' --task {tasks[0]}' if others else ''}")
-    in_new = f"; for `new` {' or '.join(calls)}" if calls else ""
-    return f"Its scripts are {training} and {entry.generation_script}.py{in_new}"
+    # tasks that this family's script trains, by the family's name in the catalogue
+    tasks_by_name: dict[str, list[str]] = {}
+    for model in trainable:
+        if training_script in model.commands["train"].split():
+            tasks_by_name.setdefault(model.family, []).append(model.task)
+    options_of_new = []
+    for name, tasks in tasks_by_name.items():
+        option = f"--family {name}"
+        # --task is needed only if another script trains other tasks of the same name
+        if any(model.family == name and model.task not in tasks for model in trainable):
+            option += f" --task {tasks[0]}"
+        options_of_new.append(option)
+    scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
+    if not options_of_new:
+        return scripts
+    return f"{scripts}; for `new` {' or '.join(options_of_new)}"
 
 
 class Script(partial[None]):
     """The main function of a script, made by `plain_script`, `caching_script` and the like.
 
-    Its argument holds the words after the script's name. None stands for those of the command line.
+    Its argument is the list of words after the script's name; None stands for those of the command line.
     """
 
     family: str | None = None  # whose models it runs; None: it is of no family
@@ -334,16 +356,20 @@ def plain_script(
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
     going_on: Callable[[Any], str] = lambda options: "",
 ) -> Script:
-    """Return the script that reads options and hands the first record to a function.
+    """Return the script that reads options and passes the first record to a function.
 
-    `about` is the script's docstring. `work` is the function; its name, as `networks.merging.merge_flux`,
-    where the record is in a light file and its import loads torch. `without` are as for `add_options`.
-    `prepare` makes the function's arguments from the record. `going_on` is the advice that is printed after
-    Ctrl-C.
+    Args:
+        about: Docstring of the script.
+        work: Function to run, or its name, such as `networks.merging.merge_flux`, if importing it loads
+            torch.
+        records: Option records to read.
+        without: Options to leave out, as in `add_options`.
+        prepare: Makes the function's arguments from the first record.
+        going_on: Returns the advice to print after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
-        options, *_ = parse_options(about, argv, *records, without=without)
+        options, *_ = parse_options(about, argv, *records, without=without)  # the first record
         arguments = prepare(options)
         try:
             _find_function(work)(*arguments)

@@ -84,16 +84,19 @@ class NoiseSpec:
     vary_inputs: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
-        """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
+        """Return the factor of the latents in the noisy mixture, shaped like `sigmas`, float32."""
         shares = 1 - sigmas.float()
         if self.keeps_variance:
             return (shares * (1 + sigmas.float())).sqrt()  # 1 - sigma^2 would round near 1
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W.
+        """Return the target of `predict`, shaped like `latents` and `noise`.
 
-        `sigmas` is B.
+        Args:
+            latents: Clean latents in model space, B C F H W.
+            noise: Gaussian noise of the same shape.
+            sigmas: Noise level of each item, B.
         """
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
@@ -103,10 +106,10 @@ class NoiseSpec:
 
 
 def count_image_tokens(shape: Sequence[int]) -> int:
-    """Return the tokens of one latent frame: its height and width are halved.
+    """Return the number of tokens of one latent frame, with patches of 2 x 2.
 
     Args:
-        shape: B C F H W.
+        shape: Shape of the latents, B C F H W.
     """
     return (shape[-2] // 2) * (shape[-1] // 2)
 
@@ -117,20 +120,20 @@ FLOW = NoiseSpec(tokens=count_image_tokens)
 
 @dataclass(frozen=True)
 class NumberedBlocks:
-    """Blocks of a network, numbered as in the --network_args that set ranks and learning rates of blocks."""
+    """Blocks of a network, as --network_args counts them to set ranks and learning rates per block."""
 
     count: int  # of the numbers in block_dims and the like
     sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
     starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
 
     def number_of(self, path: str) -> int | None:
-        """Return the number of a module's block; None if it belongs to no block."""
+        """Return the block number of a module; None if the module is outside of all blocks."""
         return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
 
 
 @dataclass(frozen=True)
 class DitSpec:
-    """Names inside a DiT for code that acts on it from outside."""
+    """Names inside a DiT, for code that changes it from outside."""
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
     # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
@@ -173,7 +176,7 @@ class DitSpec:
         """Return how many matrices a weight in a block holds.
 
         Args:
-            weight: Its name.
+            weight: Name of the weight.
         """
         path = f".{weight.removesuffix('.weight')}"
         return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
@@ -183,11 +186,12 @@ class DitSpec:
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
     def order(self, counts: Sequence[int]) -> list[int]:
-        """Return the places of all blocks in the order in which they run.
+        """Return the indices of all blocks in the order in which they run.
 
-        `counts` are those of each list.
+        Indices count over all lists, in the order of `block_lists`.
 
-        Places are counted over all lists, in the order of `block_lists`.
+        Args:
+            counts: Number of blocks in each list.
         """
         places = list(range(sum(counts)))
         if not self.side_list:
@@ -204,7 +208,7 @@ class DitSpec:
 
 
 class NoiseSource(Protocol):
-    """Random numbers of one request."""
+    """Source of random numbers for one request."""
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw Gaussian noise of a shape, continuing one generator made from seed, device and --cpu_noise."""
@@ -247,9 +251,9 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything that an output depends on in addition to the text, found without loading the weights.
+        """Everything besides the text that an output depends on, determined without loading the weights.
 
-        Caches record it, and are made anew if it changes.
+        Caches record it and are made again when it changes.
         """
 
     def token_counter(self) -> rules.CountTokens:
@@ -260,15 +264,15 @@ class TextEncoder(Protocol):
         """
 
     def load(self, device: torch.device) -> None:
-        """Load the network onto `device`. A loaded one moves there."""
+        """Load the network onto `device`; if it is loaded already, move it there."""
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts: one entry per prompt, whose tensors have no batch dimension.
+        """Encode prompts; return one entry per prompt, whose tensors have no batch dimension.
 
         A condition that is a list of tensors has one entry in its list.
 
         Raises:
-            MediaError: If a picture of a prompt cannot be read.
+            MediaError: If an image of a prompt cannot be read.
         """
 
     def free(self) -> None:
@@ -276,46 +280,46 @@ class TextEncoder(Protocol):
 
 
 class LearningEncoder(TextEncoder, Protocol):
-    """A text encoder that a LoRA can be put into: `encode` is differentiable if gradients are on."""
+    """A text encoder that can be trained with a LoRA: `encode` is differentiable if gradients are on."""
 
     @property
     def lora_prefix(self) -> str:
-        """Start of this encoder's names in LoRA files, such as "lora_te1"."""
+        """Prefix of this encoder's names in LoRA files, such as "lora_te1"."""
 
     @property
     def network(self) -> nn.Module:
-        """The network, once it is loaded.
+        """The loaded network.
 
-        A LoRA goes into the blocks that the network's `DitSpec` names (`running.run_blocks.spec_of`).
+        A LoRA is applied to the blocks that the network's `DitSpec` names (`running.run_blocks.spec_of`).
         """
 
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
-    """Return whether a LoRA can be put into the encoder."""
+    """Return whether the encoder can be trained with a LoRA."""
     return encoder.can.learn
 
 
 class EncoderWithSide(TextEncoder, Protocol):
-    """A text encoder followed by layers of the model's own file.
+    """A text encoder followed by layers that are stored in the transformer's file.
 
-    LoRA files name these layers as the transformer's.
+    LoRA files name these layers like those of the transformer.
     """
 
     @property
     def text_side(self) -> nn.Module:
-        """The layers that follow the encoder, once they are loaded."""
+        """The loaded layers that follow the encoder."""
 
 
 def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
-    """Return whether layers of the model's own file follow the encoder."""
+    """Return whether the encoder is followed by layers from the transformer's file."""
     return encoder.can.have_side
 
 
 class LayeredEncoder(TextEncoder, Protocol):
-    """A text encoder that keeps some layers in host memory if a CUDA device has no room for all."""
+    """A text encoder that keeps some layers in host memory if they do not all fit on a CUDA device."""
 
     def waiting_bytes(self, room: int) -> int:
-        """Return how many bytes of layers stay in host memory if the device has `room` free bytes."""
+        """Return how many bytes of layers stay in host memory if the device has `room` bytes free."""
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
@@ -330,7 +334,7 @@ class DividedEncoder(TextEncoder, Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The network, once it is loaded. Its `spec` names its blocks."""
+        """The loaded network. Its `spec` names its blocks."""
 
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
@@ -339,38 +343,38 @@ def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
 
 
 class SeeingEncoder(TextEncoder, Protocol):
-    """A text encoder that may load its vision tower with the first prompt that has pictures."""
+    """A text encoder that loads its vision tower only when the first prompt with images arrives."""
 
     def load_tower(self, device: torch.device) -> None:
-        """Load the vision tower onto `device`, unless it is loaded or this run never uses it."""
+        """Load the vision tower onto `device`, unless it is loaded already or this run never uses it."""
 
 
 def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
-    """Return whether the encoder may load a vision tower."""
+    """Return whether the encoder has a vision tower that it can load."""
     return encoder.can.see
 
 
 class MarkingEncoder(TextEncoder, Protocol):
-    """A text encoder that marks its caches in plain metadata with their purpose, as other programs do."""
+    """A text encoder that records the purpose of its caches in plain metadata, as other programs do."""
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
         """Return the metadata of a caption's cache.
 
         Args:
             caption: Text that was encoded.
-            shown: Content hashes of the pictures and clips that were shown with it.
+            shown: Content hashes of the images and clips that were encoded with the text.
         """
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Check that a cache, of any program, was made for this encoder's purpose.
+        """Check that a cache, from any program, was made for this encoder's purpose.
 
         Raises:
-            CacheError: If the metadata name another purpose.
+            CacheError: If the metadata names a different purpose.
         """
 
 
 def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
-    """Return whether the encoder writes the purpose of a cache into the cache's metadata."""
+    """Return whether the encoder records the purpose of a cache in its metadata."""
     return encoder.can.mark
 
 
@@ -398,7 +402,7 @@ class Abilities:
 
 
 class Described(Protocol):
-    """What a family is: names, abilities, latent space, network, defaults."""
+    """What a family is: its names, abilities, latent space, network and defaults."""
 
     @property
     def can(self) -> Abilities:
@@ -406,11 +410,11 @@ class Described(Protocol):
 
     @property
     def name(self) -> str:
-        """Architecture in the metadata of caches and LoRA files, such as "wan"."""
+        """Name of the architecture in the metadata of caches and LoRA files, such as "wan"."""
 
     @property
     def cache_tag(self) -> str:
-        """End of the names of cache files, such as "wan"."""
+        """Suffix of the names of cache files, such as "wan"."""
 
     @property
     def latent(self) -> LatentSpec:
@@ -418,11 +422,11 @@ class Described(Protocol):
 
     @property
     def noise(self) -> NoiseSpec:
-        """How training mixes noise in and numbers its timesteps."""
+        """How training adds noise and numbers its timesteps."""
 
     @property
     def dit(self) -> DitSpec:
-        """Names inside the network, for code that acts on it from outside."""
+        """Names inside the network, for code that changes it from outside."""
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -430,37 +434,37 @@ class Described(Protocol):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Options of the script that caches latents which follow from the checkpoint of a training."""
+        """Caching options for latents that follow from the checkpoint of a training."""
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME, REFERENCE."""
+        """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME or REFERENCE."""
 
     @property
     def options(self) -> Any:
-        """The family's own option record, whose facts say what resuming compares."""
+        """The family's own option record, whose fields declare what resuming compares."""
 
     @property
     def release(self) -> rules.ModelRelease:
-        """The released model, for the license and the card of everything that is trained from it."""
+        """The released model, for the license and the model card of everything trained from it."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of saved files about the model, such as modelspec.architecture and ss_sd_model_name."""
+        """Metadata about the model in saved files, such as modelspec.architecture and ss_sd_model_name."""
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
-        """Files whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae."""
+        """Files whose hashes a trained file records as `ss_NAME_hash`, by NAME: sd_model or vae."""
 
 
 class Encodes(Protocol):
-    """Encode texts and media: for caches, for generation and for training samples."""
+    """Encoding of texts and media: for caches, for generation and for training samples."""
 
     def check_given_files(self) -> None:
-        """Check every file that an option names, needed in this run or not, without loading it.
+        """Check every file that an option names, whether this run needs it or not, without loading it.
 
         Raises:
-            CheckpointError: If a file is missing or of another kind.
+            CheckpointError: If a file is missing or of the wrong kind.
         """
 
     def text_encoders(self) -> Sequence[TextEncoder]:
@@ -468,31 +472,31 @@ class Encodes(Protocol):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the tensors of all text encoders together: what a complete text cache holds."""
+        """Names of the tensors of all text encoders together, which a complete text cache contains."""
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Everything that encoded media depend on, found without loading the weights."""
+        """Everything that encoded media depend on, determined without loading the weights."""
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Load the VAE, and with `images` also the networks that encode pictures as conditions."""
+        """Load the VAE and, if `images` is set, the networks that encode images as conditions."""
 
     @property
     def references(self) -> rules.ReferenceRules | None:
-        """How the model takes reference pictures.
+        """How the model uses reference images.
 
-        None: control media, if the model takes any, are fitted like the frames that they belong to.
+        None: control media, if the model uses any, are resized like the frames that they belong to.
         """
 
     def check_table(self, table: MediaTable) -> None:
-        """Check that the items of a table of the dataset file can be cached, without loading anything.
+        """Check that the items of a dataset table can be cached, without loading anything.
 
         Raises:
-            DatasetError: If the model cannot use them.
+            DatasetError: If the model cannot use the items.
         """
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return the number of cache files, one per section, of an item with so many frames.
+        """Return the number of cache files, one per section, of an item with this number of frames.
 
         Returns:
             None for a model without sections, whose items have one file.
@@ -502,41 +506,41 @@ class Encodes(Protocol):
         """
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Encode a batch of media. Each item gets a list of at least one cache entry."""
+        """Encode a batch of media; return a list of at least one cache entry for each item."""
 
     @property
     def moments(self) -> MomentsRules:
-        """Whether caches can be made from a dataset's moments of a VAE, and which are needed."""
+        """Whether caches can be made from precomputed VAE moments, and which moments are needed."""
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return what `encode_media` returns for clips with these moments, one entry each.
 
-        Nothing is loaded.
+        No network is loaded.
         """
 
 
 class Caches(Described, Encodes, Protocol):
-    """Functions that caching needs of a family."""
+    """What caching needs of a family."""
 
 
 class KnowsFewSteps(Protocol):
-    """A family that tells whether a transformer was distilled to few steps."""
+    """A family that can tell whether a transformer was distilled to few steps."""
 
     @property
     def few_steps(self) -> FewSteps:
-        """How a training keeps a transformer distilled, and how many steps its samples take."""
+        """How a training preserves the distillation of a transformer, and how many steps its samples take."""
 
     def why_few_steps(self) -> str | None:
-        """Return what shows that a file of this run was distilled to few steps; None if nothing does."""
+        """Return the evidence that a file of this run was distilled to few steps; None if there is none."""
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
-    """Return whether the family can say that its transformer was distilled to few steps."""
+    """Return whether the family can tell whether its transformer was distilled to few steps."""
     return family.can.tell_few_steps
 
 
 class BringsEmptyText(Protocol):
-    """A family that may read what the empty prompt is for a training from a file, instead of from caches."""
+    """A family that can read the empty prompt's conditions from a file instead of from caches."""
 
     def empty_text(self) -> Mapping[str, Tensor]:
         """Read the conditions of the empty prompt for one sample, by the names that caches use.
@@ -545,23 +549,23 @@ class BringsEmptyText(Protocol):
             An empty mapping if no option names a file.
 
         Raises:
-            CacheError: If the file is of another kind.
+            CacheError: If the file is of the wrong kind.
         """
 
 
 def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
-    """Return whether the family may read the empty prompt's conditions from a file."""
+    """Return whether the family can read the empty prompt's conditions from a file."""
     return family.can.bring_empty
 
 
 class RatesParts(Protocol):
-    """A family with options for learning rates of parts of its network, if all weights are trained."""
+    """A family with separate learning rates for parts of its network in full fine-tuning."""
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Learning rate by a part of parameter names; the first that fits counts, and a rate of 0 freezes.
+        """Learning rates by part of a parameter's name; the first match counts, and a rate of 0 freezes.
 
-        A parameter that none fits has the rate of the training.
+        A parameter without a match has the learning rate of the training.
         """
 
 
@@ -571,67 +575,72 @@ def part_rates_of(family: Described) -> Mapping[str, float]:
 
 
 class FitsCaptions(Protocol):
-    """A family some of whose captions are JSON objects, which may name places in their picture."""
+    """A family with JSON captions that may contain coordinates in their image."""
 
     def names_places(self, caption: str) -> bool:
-        """Return whether a caption is a JSON object that may name places in its picture."""
+        """Return whether a caption is a JSON object that may contain coordinates in its image."""
 
     def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]:
-        """Return what is wrong with such a caption, a line each. `size` is its picture's width and height."""
+        """Return one error per line for each fault of a JSON caption.
+
+        Args:
+            caption: The caption.
+            size: Width and height of its image.
+        """
 
     def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str:
-        """Return the caption with the places that it names as they are in the picture's bucket."""
+        """Return the caption with its coordinates converted from the original image to the bucket's crop."""
 
 
 def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
-    """Return whether captions of the family may name places in their picture."""
+    """Return whether captions of the family may contain coordinates in their image."""
     return family.can.fit_captions
 
 
 class HearsAudio(Protocol):
-    """A family whose clips can have sound, with latents of its own next to the picture's."""
+    """A family whose clips can have audio, which has latents of its own."""
 
     @property
     def audio(self) -> AudioSpec | None:
-        """Format of the sound's latents; None if this run has no sound."""
+        """Format of the audio latents; None if this run has no audio."""
 
     @property
     def audio_learning(self) -> rules.AudioLearning:
-        """How a training weighs and noises sound."""
+        """Loss weights and noise levels of audio in training."""
 
     @property
     def audio_identity(self) -> Mapping[str, str]:
-        """Everything that encoded sound depends on, found without loading the weights."""
+        """Everything that encoded audio depends on, determined without loading the weights."""
 
     def audio_networks(self, device: torch.device, decodes: bool) -> Any:
-        """Load the networks that encode sound, or with `decodes` those that decode its latents."""
+        """Load the networks that encode audio or, if `decodes` is set, those that decode its latents."""
 
     def encode_audio(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
-        """Encode the sound of clips as latents in model space, B C T M.
+        """Encode the audio of clips as latents in model space, B C T M.
 
         Args:
             networks: Result of `audio_networks`.
-            samples: Amplitudes B channels S, at `audio.rate` samples per second.
+            samples: Amplitudes, B channels S, at `audio.rate` samples per second.
             frames: Number of frames of each clip.
             fps: Frames per second.
         """
 
     def decode_audio(self, networks: Any, latents: Tensor) -> Audio:
-        """Decode the latents 1 C T M of one clip to its track."""
+        """Decode the audio latents of one clip, 1 C T M, to its track."""
 
 
 def hears_audio(family: Described) -> TypeGuard[HearsAudio]:
-    """Return whether clips of this run have sound."""
+    """Return whether clips of this run have audio."""
     return audio_of(family) is not None
 
 
 def audio_of(family: Described) -> AudioSpec | None:
-    """Return the format of the sound in this run; None if the run has no sound."""
+    """Return the audio format of this run; None if the run has no audio."""
     return cast("HearsAudio", family).audio if family.can.hear else None
 
 
 class Passes(Protocol):
-    """The network as the denoising loop calls it, one pass at a time."""
+    """The network as the denoising loop uses it: one pass per call."""
 
     def predict(
         self,
@@ -657,38 +666,38 @@ class Passes(Protocol):
 
 
 class Predicts(Passes, Protocol):
-    """The network: for training and for generation."""
+    """The network, for training and for generation."""
 
     @property
     def lora_module(self) -> str:
-        """Module that LoRA files name in `ss_network_module`, such as "networks.lora_wan"."""
+        """Module that LoRA files record in `ss_network_module`, such as "networks.lora_wan"."""
 
     @property
     def experts(self) -> tuple[rules.Expert, ...]:
-        """The networks that share the noise levels, lowest first; ONE_EXPERT for a single network."""
+        """The networks that divide the noise levels, lowest first; ONE_EXPERT for a single network."""
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
         """The checkpoint of each expert."""
 
     def file_beside(self, dit: Path) -> Path | None:
-        """Return a file with further tensors of one of `dit_files`, such as a second stack of blocks."""
+        """Return a file with additional tensors for one of `dit_files`, such as a second stack of blocks."""
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return how many blocks each list of `DitSpec.block_lists` has; () if the headers do not say."""
+        """Return how many blocks each list of `DitSpec.block_lists` has; () if the headers do not tell."""
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype in which the loaded network computes without autocast, from headers alone."""
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the network of an expert as `placement` says."""
+        """Load the network of an expert as `placement` specifies."""
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the network's conditions for a training batch, whose `latents` are in model space."""
 
 
 class Generates(Protocol):
-    """From a request to pixels, around the network: for generation and for training samples."""
+    """Generation around the network, from a request to pixels: for generation and for training samples."""
 
     def check_files(self, media: bool) -> None:
         """Check the files that a generation needs, without loading them.
@@ -698,7 +707,7 @@ class Generates(Protocol):
 
         Raises:
             OptionError: If the DiT or a text encoder is not given.
-            CheckpointError: If a file is missing or of another kind.
+            CheckpointError: If a file is missing or of the wrong kind.
         """
 
     def prepare(self, request: Request) -> Prepared:
@@ -706,24 +715,27 @@ class Generates(Protocol):
 
         Raises:
             OptionError: If the model cannot do what the request asks for.
-            CheckpointError: If a file is missing or of another kind.
-            MediaError: If a picture cannot be read.
+            CheckpointError: If a file is missing or of the wrong kind.
+            MediaError: If an image cannot be read.
         """
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the pictures of a request as conditions, by the index of the section that they belong to."""
+        """Encode the images of a request as conditions, by the index of the section that they belong to."""
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return whether `request_conditions` needs the encoders at all."""
+        """Return whether `request_conditions` needs the encoders."""
 
     @property
     def source(self) -> rules.SourceRules:
-        """What denoising may start from in place of noise."""
+        """What denoising can start from instead of noise."""
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode frames 1 F H W 3 uint8, F = 4n + 1, as latents 1 C f h w in model space.
+        """Encode the frames of a source as latents 1 C f h w in model space.
 
-        `seed` is that of the request, for a VAE that draws from its posterior.
+        Args:
+            encoders: Result of `media_encoders`.
+            frames: Frames, 1 F H W 3 uint8, with F = 4n + 1.
+            seed: Seed of the request, for a VAE that samples from its posterior.
         """
 
     def sections(
@@ -733,22 +745,22 @@ class Generates(Protocol):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield what to denoise, section by section, and receive each result; return the latents to decode.
+        """Yield the sections to denoise, and receive the latents of each; return the latents to decode.
 
         Args:
             prepared: The request with all values resolved.
-            prompts: Encoded prompts by the index of the section that they begin with.
+            prompts: Encoded prompts by the index of the first section that uses them.
             inputs: Result of `request_conditions`.
             noise: Source of all noise of this request.
         """
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents to chunks of pixels B C F H W, -1..1, in playing order."""
+        """Decode latents to chunks of pixels, B C F H W in -1..1, in playing order."""
 
 
 class Trains(Described, Predicts, Protocol):
-    """Functions that a training step needs of a family."""
+    """What a training step needs of a family."""
 
 
 class Family(Described, Encodes, Predicts, Generates, Protocol):
-    """All that the loops may ask of a model family. A loop names only the parts that it uses."""
+    """Everything that the loops may use of a model family. A loop declares only the parts that it uses."""

@@ -20,7 +20,7 @@ _FOLDERS = 4  # a release's folder is so far above its transformer's file, in th
 
 
 class Verdict(NamedTuple):
-    """Whether a transformer was distilled to few steps."""
+    """Whether a transformer was distilled to few steps, and the evidence."""
 
     is_distilled: bool
     evidence: str  # the name that says so, and where it stands
@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class KeepingTarget:
-    """A target (docs/targets.md) with which a distilled transformer itself is trained and keeps its steps."""
+    """A target (docs/targets.md) that trains a distilled transformer itself and preserves its few steps."""
 
     about: str  # completes "To ...:", for a line above its options
     options: str  # of the training, as they are typed
@@ -36,7 +36,12 @@ class KeepingTarget:
 
 
 def make_transfer_target(base: str, file: str) -> KeepingTarget:
-    """Return the target that teaches a distilled model, `file`, what a LoRA of the base model changes."""
+    """Return the target that teaches a distilled model what a LoRA of the base model changes.
+
+    Args:
+        base: The base model.
+        file: File of the distilled model.
+    """
     lora = "base_lora.safetensors"
     return KeepingTarget(
         f"teach it what a LoRA of {base} changes (write your own paths)",
@@ -56,7 +61,7 @@ UNDOING = "a LoRA that undoes the distillation"
 
 @dataclass(frozen=True)
 class FewSteps:
-    """Names of a model's few-step releases, and what to train instead of them or with them."""
+    """Names of a model's few-step releases, and what to train instead of them or together with them."""
 
     base: str = "the model that it was made from"  # completes "Train on ..."; "": there is no such model
     also: str = ""  # completes "whose LoRAs work on ... too"
@@ -73,7 +78,7 @@ class FewSteps:
 
     @property
     def instead(self) -> str:
-        """Return the advice for those who train a LoRA on the distilled model, without its full stop."""
+        """Return the advice to users who train a LoRA on the distilled model, without the final period."""
         if not self.base:
             return "Give one of the targets that keep it"
         says = f"Train on {self.base}"
@@ -85,24 +90,32 @@ class FewSteps:
 
     @property
     def instead_of_full(self) -> str:
-        """Return the advice for those who train the distilled model whole, likewise."""
+        """Return the advice to users who fine-tune the full distilled model, without the final period."""
         if not self.base:
             return "Train a LoRA with one of the targets that keep it: see docs/targets.md"
         return f"Train on {self.base}"
 
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
-        """Judge by the nearest telling name whether a transformer was distilled.
+        """Judge by names whether a transformer was distilled; the name nearest to the file decides.
 
-        Names are that of the file, those of its folders if the file's name says nothing about a model, and
-        those in its metadata. None if no name tells.
+        Names are the file's own, those of its folders if the file's name says nothing about a model, and
+        those in its metadata.
+
+        Args:
+            path: The checkpoint.
+            metadata: Metadata in the checkpoint's header.
+
+        Returns:
+            The verdict; None if no name is conclusive.
         """
         words = "|".join(filter(None, (_WORDS, self.words)))
         distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
         for name, where in _list_telling_names(path.absolute(), metadata):
-            apart = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
-            if self.unless and re.search(self.unless, apart):
+            split_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))  # CamelCase too
+            if self.unless and re.search(self.unless, split_name):
                 return Verdict(False, where)
             plain = _GUIDED.sub("", _with_underscores(name))
+            # "de-distilled" contains "distilled": such words are removed before the search
             if distilled.search(_UNDONE.sub("", plain)):
                 return Verdict(True, where)
             if _UNDONE.search(plain):
@@ -111,7 +124,7 @@ class FewSteps:
 
 
 def _list_telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the names that may tell of distillation, nearest first, each with a phrase on its origin."""
+    """Return the names that may reveal distillation, nearest first, each with a phrase about its origin."""
     name = _FILE_ENDING.sub("", path.name)
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):

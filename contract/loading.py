@@ -16,7 +16,7 @@ from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 @dataclass(frozen=True)
 class Packing:
-    """How a file packs a weight: in another shape than its value has, or with companion tensors."""
+    """How a file packs a weight: in another shape than that of its values, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
     companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
@@ -31,7 +31,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Hold the facts about a tensor before it is read: dtype in the file, shape of the value."""
+    """What is known about a tensor before it is read: its dtype in the file and the shape of its values."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -39,13 +39,18 @@ class TensorInfo:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor in the file, packed if the file packs it."""
+        """Size of the tensor in the file, in bytes; packed if the file packs it."""
         return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
 
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
-        """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
+        """Read the tensor from a file into `scratch` and return it.
 
-        `path` and `name` are for the message.
+        Args:
+            file: The open file.
+            place: Offset of the tensor's first byte.
+            scratch: Memory to read into, uint8.
+            path: Path of the file, for messages.
+            name: Name of the tensor, for messages.
 
         Raises:
             CheckpointError: If the file ends too soon.
@@ -58,17 +63,17 @@ class TensorInfo:
         return room.view(self.dtype).view((self.packing or self).shape)
 
     def hollow(self) -> Tensor:
-        """Return an empty tensor like the file's, on the meta device."""
+        """Return an empty tensor of the same shape and dtype on the meta device."""
         return torch.empty((self.packing or self).shape, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Hold how one tensor is made: names in the file, and a function of these tensors.
+    """How one tensor is made: its names in the file, and a function of these tensors.
 
-    `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
-    read. as_stored: like `build`, but keeps a weight that the file has in 8 or 4 bits in its form; returns
-    None if its parts have no common form. It runs on meta tensors too.
+    `build` also runs on meta tensors, to compare shapes before anything is read; None uses the only tensor
+    unchanged. `as_stored` is like `build`, but keeps a weight in the 8-bit or 4-bit form of the file; it
+    returns None if its parts have no common form, and runs on meta tensors too.
     """
 
     names: tuple[str, ...]
@@ -76,16 +81,16 @@ class TensorSource:
     as_stored: Callable[..., Stored | None] | None = None
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
-        """Return the same source with a further step, such as cutting rows or transposing."""
+        """Return the same source with another step at its end, such as slicing rows or transposing."""
         build = self.build
         return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make the value from the tensors of the file, which come in the order of `names`."""
+        """Make the tensor from the tensors of the file, given in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
-        """Make the weight in the form in which the file stores it; None if it has to be made by its value."""
+        """Make the weight in the form in which the file stores it; None if only its values can be made."""
         return None if self.as_stored is None else self.as_stored(*tensors)
 
 
@@ -98,17 +103,17 @@ class HostPlace(Protocol):
     """Keep weights in host memory although their network computes on a device."""
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Return memory for the weights that are to stay, by name.
+        """Return memory for the weights that stay in host memory, by name.
 
         Args:
-            network: May be on the meta device.
-            tensors: All that it has.
+            network: The network, possibly on the meta device.
+            tensors: All tensors of the network.
         """
         ...
 
     @property
     def is_filled_here(self) -> bool:
-        """Whether this process writes the weights. If not, another process does."""
+        """Whether this process writes the weights; otherwise another process does."""
 
     def finish(self) -> None:
         """Wait until all processes have written their weights.
@@ -129,12 +134,12 @@ class BlockPlace(Protocol):
         """Take the blocks of a network that was loaded without `watch`."""
 
     def finish(self, network: nn.Module) -> None:
-        """Call after all blocks were taken: from then on the network runs."""
+        """Finish after all blocks have been taken; from now on the network can run."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a network is loaded, and in which form."""
+    """Where a network is loaded and in which form."""
 
     device: torch.device
     # None: as the file stores it (fp8 files: upcast to the compute dtype)

@@ -17,12 +17,12 @@ class WritesNetwork(Protocol):
     def __call__(
         self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
     ) -> None:
-        """Write `module` and `metadata` to `path`. `dtype` None keeps the dtypes of the training."""
+        """Write `module` and `metadata` to `path`; if `dtype` is None, keep the dtypes of the training."""
 
 
 @dataclass(frozen=True)
 class DefaultRate:
-    """The learning rates of Adam that are usual for something: the lowest, the highest, and one between."""
+    """The usual learning rates for Adam: the lowest, the highest, and a typical one."""
 
     low: float
     usual: str
@@ -31,9 +31,10 @@ class DefaultRate:
 
 @dataclass(frozen=True)
 class MadeNetwork:
-    """A network that a family makes for a training.
+    """A network that a family creates for a training.
 
-    It stands next to the model and sees a control picture with each picture, or is `in_texts`.
+    It runs alongside the model and gets a control image for each image, or it is part of the text encoders
+    (`in_texts`).
     """
 
     called: str  # "ControlNet-LLLite"
@@ -61,16 +62,16 @@ class MadeNetwork:
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:
-    """Return the words for a network: its sizes, or the file that it begins with, whose sizes it has."""
+    """Describe how a new network starts: with its sizes, or with the file whose weights it takes."""
     return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
 
 
 class MakesNetwork(Described, Protocol):
-    """A family that trains a network of its own in some runs."""
+    """A family that trains an additional network in some runs."""
 
     @property
     def made_network(self) -> MadeNetwork | None:
-        """The network that this run trains next to the frozen model; None if it trains a LoRA."""
+        """The additional network that this run trains next to the frozen model; None if it trains a LoRA."""
 
 
 def _may_make(family: Described) -> TypeGuard[MakesNetwork]:
@@ -78,5 +79,5 @@ def _may_make(family: Described) -> TypeGuard[MakesNetwork]:
 
 
 def made_network_of(family: Described) -> MadeNetwork | None:
-    """Return the network that a family trains in place of a LoRA; None if it trains LoRAs."""
+    """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
     return family.made_network if _may_make(family) else None

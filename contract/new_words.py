@@ -12,7 +12,7 @@ STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them 
 
 @dataclass(frozen=True)
 class WordFlags:
-    """The options of a script that describe a new word, as they are typed."""
+    """The options of a script that describe a new word, as the user types them."""
 
     word: str
     count: str
@@ -24,7 +24,7 @@ class WordFlags:
 
 @dataclass(frozen=True)
 class WordToLearn:
-    """A new word of captions and prompts, and what its vectors begin with."""
+    """A new word for captions and prompts, and the text that its vectors are initialized from."""
 
     text: str
     count: int  # of its vectors
@@ -38,7 +38,7 @@ class WordToLearn:
 
 
 def find_error(word: str) -> str:
-    """Return why a text cannot be a new word, with what to do; "" if it can."""
+    """Return why a text cannot be a new word and what to use instead; "" if it can."""
     if not word or word.split() != [word]:
         return "has blanks or is empty: it is one word. Give one such as mycat"
     if word != word.lower():

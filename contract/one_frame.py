@@ -13,7 +13,7 @@ MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
 
 @dataclass(frozen=True)
 class OneFrame:
-    """Indices of the target and the controls, and which frames of FramePack's sections are left out."""
+    """Frame indices of the target and the controls, and which frames of FramePack's sections are left out."""
 
     target_index: int | None = None  # None: as the family has it
     control_indices: tuple[int, ...] = ()  # of the first controls
@@ -23,7 +23,7 @@ class OneFrame:
 
 
 def parse_one_frame(text: str) -> OneFrame:
-    """Read --one_frame_inference, as "target_index=1,control_index=0+10,no_post,no_2x,no_4x" or "default".
+    """Parse --one_frame_inference, such as "target_index=1,control_index=0+10,no_post" or "default".
 
     Control indices are separated by `+`, `,` or, as other programs write them, `;`.
 
@@ -31,18 +31,19 @@ def parse_one_frame(text: str) -> OneFrame:
         OptionError: If a word is unknown or a number is missing.
     """
     settings = OneFrame()
-    word = ""
+    key = ""
     for item in (piece.strip() for piece in text.split(",")):
-        if word == "control_index" and _FULL.fullmatch(item):  # places may have commas between them too
+        # a bare number after control_index continues its list: "control_index=0,10"
+        if key == "control_index" and _FULL.fullmatch(item):
             indices = (*settings.control_indices, _index(item, text))
             settings = replace(settings, control_indices=indices)
             continue
-        word, _, value = item.partition("=")
+        key, _, value = item.partition("=")
         if item in _SWITCHES:
             settings = _SWITCHES[item](settings)
-        elif word == "target_index":
+        elif key == "target_index":
             settings = replace(settings, target_index=_index(value, text))
-        elif word == "control_index":
+        elif key == "control_index":
             indices = tuple(_index(number, text) for number in re.split("[;+]", value))
             settings = replace(settings, control_indices=indices)
         elif _FULL.fullmatch(item):
@@ -76,7 +77,7 @@ def _reject(text: str, why: str) -> OptionError:
 
 
 def semicolon_hint(text: str) -> str:
-    """Return a hint that the shell may have taken a semicolon at the end of a text; else ""."""
+    """Return a hint that the shell may have cut the text at a semicolon; "" if nothing suggests that."""
     if not re.search(r"control_index=-?[0-9]+$", text):
         return ""
     return (

@@ -29,7 +29,7 @@ Spans = tuple[tuple[int, int, float], ...]
 class Prompt:
     """A text to encode, with weights for parts of it as (start, end, weight) in characters.
 
-    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    Parts are in the order of the text, do not overlap, and neither begin nor end with white space.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one section: what to show, what to avoid, and those that guidance methods need."""
+    """The texts of one section: what to show, what to avoid, and further texts for guidance methods."""
 
     positive: Prompt
     negative: Prompt | None = None
@@ -65,7 +65,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image as requested. None: not given. `Family.prepare` makes a `Prepared` of it."""
+    """One video or image as requested. `Family.prepare` makes a `Prepared` of it.
+
+    None stands for a value that the user did not set.
+    """
 
     prompt: str
     seed: int
@@ -99,14 +102,14 @@ class Request:
 
     @property
     def first_image(self) -> Path | None:
-        """Return the image that an image-to-video model starts from, or the video whose first frame it is."""
+        """Return the image that an image-to-video model starts from, or the video with its first frame."""
         if self.image_path is None and self.source is not None and self.source.option == VIDEO:
             return self.source.path
         return self.image_path
 
 
 class Box(NamedTuple):
-    """A part of a picture, in pixels."""
+    """A rectangle in an image, in pixels."""
 
     left: int
     top: int
@@ -114,13 +117,13 @@ class Box(NamedTuple):
     height: int
 
     def of(self, pixels: "Tensor") -> "Tensor":
-        """Return this part of pixels ... H W."""
+        """Crop pixels ... H W to this rectangle."""
         return pixels[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One video or image with all settings decided and parsed, as `Family.prepare` returns it."""
+    """One video or image with all settings resolved and parsed, as `Family.prepare` returns it."""
 
     request: Request  # without the media that the model does not take
     seed: int
@@ -158,17 +161,17 @@ class Prepared:
 
     @property
     def is_audio_alone(self) -> bool:
-        """Whether the request makes sound without pictures."""
+        """Whether the request generates audio without images."""
         return self.joint is not None and not self.joint.picture[1]
 
     @property
     def is_still(self) -> bool:
-        """Return whether it is a single picture, which is written without its sound, if it has any."""
+        """Return whether the result is a single image, which is written without audio."""
         return self.frames == 1 and not self.is_audio_alone
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that are run, which a start from a source makes fewer than `steps`."""
+        """Number of steps to run; fewer than `steps` if denoising starts from a source."""
         return self.steps - self.first_step
 
 
@@ -199,7 +202,7 @@ VALUES = {
 
 
 def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
-    """Return width, height and frames of a request, with the family's defaults where it sets none."""
+    """Return width, height and number of frames of a request; unset values are the family's defaults."""
     return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
 
 
@@ -211,17 +214,24 @@ def settle(
     default_negative: str | None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
-    """Fill in the defaults for a family whose videos are made in one section.
+    """Resolve a request for a family that makes its videos in one section.
 
-    `size` are the width, height and frames. usual_negative: the text if the request has no negative prompt;
-    None means there is then no guidance, and a warning. The embedded guidance is dropped if the model has no
-    input for it. `experts` are the usual guidance scale of each, by name, unless the request gives one; else
-    the model's scale holds.
+    The embedded guidance is dropped if the model has no input for it.
+
+    Args:
+        request: The request.
+        usual: Default settings of the family.
+        size: Width, height and number of frames.
+        flow_shift: Time shift of the schedule.
+        default_negative: Negative prompt of requests without one. With None such a request runs without
+            guidance, which is reported as a warning.
+        experts: Networks of the model. Each uses its own guidance scale from the request or the defaults,
+            else the scale of the model.
     """
     width, height, frames = size
-    scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    named = {**usual.expert_guidance, **request.expert_guidance}
-    scales = tuple(named.get(expert.name, scale) for expert in experts)
+    shared_scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scale_by_expert = {**usual.expert_guidance, **request.expert_guidance}
+    scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
     for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
         logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
     negative = default_negative if request.negative_prompt is None else request.negative_prompt
@@ -233,21 +243,20 @@ def settle(
     embedded = usual.embedded_guidance
     if embedded is not None and request.embedded_guidance is not None:
         embedded = request.embedded_guidance
-    steps = request.steps or usual.steps
-    away = None if request.away_prompt is None else Prompt(request.away_prompt)
+    prompts = Prompts(
+        Prompt(request.prompt, second=request.second_prompt),
+        Prompt(negative or ""),
+        away=None if request.away_prompt is None else Prompt(request.away_prompt),
+    )
     return Prepared(
         request=request,
         seed=request.seed,
-        prompts={
-            0: Prompts(
-                Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""), away=away
-            )
-        },
+        prompts={0: prompts},  # the only section
         negative_prompt=negative or "",
         width=width,
         height=height,
         frames=frames,
-        steps=steps,
+        steps=request.steps or usual.steps,
         fps=request.fps or usual.fps,
         solver=request.solver or usual.solver,
         flow_shift=flow_shift,
@@ -257,10 +266,12 @@ def settle(
 
 
 def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
-    """Return the request without media that cannot be used, and warn about those.
+    """Return the request without media that the model cannot use, and warn about each of them.
 
-    `usable` is found by the name of the field, such as `image_path`. `why_not` is "--task t2v-1.3B does not
-    take it".
+    Args:
+        request: The request.
+        usable: Whether the model can use the media, by field of the request, such as `image_path`.
+        why_not: Reason for the warning, such as "--task t2v-1.3B does not take it".
 
     Raises:
         OptionError: If a usable file or folder does not exist or cannot be read.
@@ -274,8 +285,8 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
         paths = media if has_several else (media,)
         if not is_usable:
             logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
-            dropped: dict[str, Any] = {name: () if has_several else None}
-            request = replace(request, **dropped)
+            unset: dict[str, Any] = {name: () if has_several else None}
+            request = replace(request, **unset)
             continue
         for path in paths:
             if not path.exists():
@@ -287,9 +298,17 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
 
 
 def check_opens(name: str, path: Path, is_image: bool) -> None:
-    """Raise OptionError if an image cannot be decoded, or a video or a folder of images cannot be opened.
+    """Check that an image can be decoded, or that a video or a folder of images can be opened.
 
-    Reads an image whole, and a frame of a video. `name` is that of its option.
+    Images are read completely; of a video one frame is read.
+
+    Args:
+        name: Option that names the file, without `--`.
+        path: File or folder to check.
+        is_image: Whether a single image is expected.
+
+    Raises:
+        OptionError: If the file cannot be read.
     """
     from modules.media.decoding import is_animation
     from modules.media.reading import video_info
@@ -298,7 +317,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
         if is_image:
             _decode_image(path, *_stat_file(path))
             if is_animation(path):
-                logger.warning("--%s %s is animated: only its first picture is used", name, path)
+                logger.warning("--%s %s is animated: only its first image is used", name, path)
         else:
             video_info(path)
     except MediaError as error:
@@ -308,9 +327,14 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 
 
 def check_frames(option: str, path: Path, needed: int) -> None:
-    """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
+    """Raise MediaError if a video or a folder of images has fewer frames than needed.
 
-    `option` is what the user typed, for messages.
+    The needed frames are decoded, so that damaged ones are found.
+
+    Args:
+        option: Option as the user typed it, for messages.
+        path: Video or folder.
+        needed: Number of frames that are needed.
     """
     from modules.media.pixels import too_short
 
@@ -320,16 +344,16 @@ def check_frames(option: str, path: Path, needed: int) -> None:
 
 
 def count_frames_up_to(path: Path, most: int) -> int:
-    """Decode frames of a video or a folder of images, at most so many, and return how many there are.
+    """Count the frames of a video or a folder of images by decoding them, and stop at `most`.
 
     Raises:
-        MediaError: If it cannot be decoded.
+        MediaError: If the file cannot be decoded.
     """
     return _decode_frames(path, most, *_stat_file(path))
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
-    """Return time and size of a file, (0, 0) if it is missing: a key for results cached by content."""
+    """Return modification time and size of a file, the key of cached results; (0, 0) if it is missing."""
     if not path.exists():
         return 0, 0
     status = path.stat()
@@ -351,9 +375,11 @@ def _decode_frames(path: Path, most: int, *identity: int) -> int:
 
 
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
-    """Raise OptionError if the model cannot make the size, naming the nearest one that it can.
+    """Raise OptionError if the model cannot generate the size; the message names the nearest possible size.
 
-    `size` are the width, height, and how many frames are denoised together.
+    Args:
+        size: Width, height, and number of frames that are denoised together.
+        latent: Latent space of the family.
     """
     width, height, frames = size
     step = latent.pixel_step
@@ -373,7 +399,7 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
 
 
 def full_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
-    """Return the next lower width and height that the model can make; warn if they differ."""
+    """Round width and height down to the next size that the model can generate; warn if they change."""
     step = latent.pixel_step
     rounded = max(width // step, 1) * step, max(height // step, 1) * step
     if rounded != (width, height):
@@ -388,7 +414,7 @@ def full_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]
 
 
 def full_frames(frames: int, latent: LatentSpec) -> int:
-    """Return the next lower number of frames that the model can make; warn if that differs."""
+    """Round a number of frames down to the next one that the model can generate; warn if it changes."""
     rounded = latent.lengths.fit(frames)
     if rounded != frames:
         logger.warning(
@@ -401,7 +427,7 @@ def full_frames(frames: int, latent: LatentSpec) -> int:
 
 
 def check_values(request: Request) -> None:
-    """Raise OptionError for texts that are no valid Unicode, and numbers that no model or generator takes."""
+    """Raise OptionError for invalid Unicode in texts and for numbers outside of the supported ranges."""
     _check_texts(request)
     *_, max_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
@@ -433,7 +459,7 @@ def check_values(request: Request) -> None:
 
 
 def _check_texts(request: Request) -> None:
-    """Raise OptionError for texts that are no valid Unicode."""
+    """Raise OptionError for texts that are not valid Unicode."""
     texts = {
         "the prompt": request.prompt,
         "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt,

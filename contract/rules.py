@@ -13,7 +13,7 @@ from contract.inputs import IMAGE, LATENTS, VIDEO
 
 @dataclass(frozen=True)
 class Expert:
-    """One network of a model, used from its lowest timestep up to its highest, where the next one begins."""
+    """One network of a model, used from its lowest timestep up to where the next network begins."""
 
     name: str  # "high_noise": in options, file names and messages; "" if it is the only one
     lowest: float  # timestep, 0..1000, from which on it is used
@@ -21,7 +21,7 @@ class Expert:
 
     @property
     def words(self) -> str:
-        """The network's name in messages, such as "low-noise transformer"."""
+        """Name of the network in messages, such as "low-noise transformer"."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -41,7 +41,7 @@ _IN_SHORT = re.compile(
 
 
 def named_expert(name: str) -> str | None:
-    """Return the expert that the name of a file (without suffix) or folder states; None if it states none."""
+    """Return the expert that the name of a file (without suffix) or folder indicates, or None."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     experts = set(_IN_FULL.findall(plain))
     if not experts and not _WORDS.keys() <= set(plain.split("_")):
@@ -50,10 +50,12 @@ def named_expert(name: str) -> str | None:
 
 
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
-    """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
+    """Return the expert that the name of a file, or of the folder that contains it, indicates; else None.
 
-    `folders` are the names of sibling folders in a model of several experts -> the expert of each. Such a
-    name counts only if the sibling folder exists too.
+    Args:
+        path: File or folder.
+        folders: Expert by the name of its folder, for models whose experts are sibling folders. Such a name
+            counts only if the sibling folders exist too.
     """
     for part in (path, path.absolute().parent):
         expert = named_expert(part.name if part.is_dir() else part.stem)
@@ -65,20 +67,20 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
 
 
 def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
-    """Return the index of the timestep's expert: the last that begins at or below it, else the lowest."""
+    """Return the index of the expert for a timestep: the last that begins at or below it, else the first."""
     start = max(timestep, min(expert.lowest for expert in experts))
     begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
     return max(begun)[1]
 
 
 def noisiest(experts: Sequence[Expert]) -> int:
-    """Return the index of the expert for the highest timesteps, which a video from noise uses first."""
+    """Return the index of the expert for the highest timesteps, which is the first to denoise noise."""
     return max(range(len(experts)), key=lambda index: experts[index].lowest)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), from a step on."""
+    """Settings of adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), and its first step."""
 
     after_step: int  # the last step, from 0, that is guided by the plain formula
     scale: float  # in place of the guidance scale
@@ -90,10 +92,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class StreamGuidance:
-    """Guidance of a clip's picture, or of its sound: weights of differences between clean predictions.
+    """Guidance of a clip's images or audio, as a weighted sum of differences between clean predictions.
 
-    With c the prediction for the prompt, u that for the negative one, p and i those of the two passes below:
-    c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the released code of LTX-2.
+    With c the prediction for the prompt, u that for the negative prompt, and p and i those of the perturbed
+    and the isolated pass: c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the
+    released code of LTX-2.
     """
 
     text: float | None = None  # None: the guidance scale of the request; 1: none
@@ -104,7 +107,7 @@ class StreamGuidance:
 
 @dataclass(frozen=True)
 class NegativeSkips:
-    """Blocks that the negative pass leaves out, in steps from the share `start` to below the share `end`."""
+    """Blocks that the negative pass skips, in the steps from fraction `start` up to fraction `end`."""
 
     blocks: frozenset[int] = frozenset()
     start: float = 0.0
@@ -112,16 +115,18 @@ class NegativeSkips:
     option: str = ""  # that asks for it, for messages; "": none does
 
     def acts(self, index: int, num_steps: int) -> bool:
-        """Return whether a step leaves them out.
+        """Return whether the blocks are skipped in a step.
 
-        `index` is counted from 0.
+        Args:
+            index: Index of the step, from 0.
+            num_steps: Number of steps.
         """
         return bool(self.blocks) and self.start <= index / num_steps < self.end
 
 
 @dataclass(frozen=True)
 class GuidanceRules:
-    """The rules of one request; the shared guidance applies them."""
+    """Rules for the guidance of one request."""
 
     # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
     off_at: float = 1.0
@@ -157,10 +162,10 @@ class ConsistencyRules:
 
 @dataclass(frozen=True)
 class NpzFormat:
-    """Names of a family's npz caches. Their arrays have the names of the tensors in our own caches.
+    """Names of a family's npz caches. Their arrays have the same names as the tensors in our own caches.
 
-    Latents: `STEM_WWWWxHHHH{latents}.npz`, W and H of the picture, with arrays `latents_{h}x{w}` of every
-    resolution. Texts: `STEM{texts}.npz`.
+    Latents are in `STEM_WWWWxHHHH{latents}.npz`, where W and H are the size of the image, with an array
+    `latents_{h}x{w}` for each resolution. Texts are in `STEM{texts}.npz`.
     """
 
     latents: str  # "_flux"
@@ -183,7 +188,7 @@ class NpzFormat:
 
 @dataclass(frozen=True)
 class ModelRelease:
-    """A released model: its repositories on the hub and the license of its weights."""
+    """A released model: its repositories on the Hugging Face hub and the license of its weights."""
 
     repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
     licence: str
@@ -195,7 +200,7 @@ class ModelRelease:
 
 @dataclass(frozen=True)
 class Source:
-    """Starting point of a request, and the share of it that is made new."""
+    """Starting point of a request, and the fraction of it that is denoised anew."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -213,11 +218,11 @@ class Source:
 
     @property
     def needs_vae(self) -> bool:
-        """Whether the source is encoded first, which latents are not."""
+        """Whether the source has to be encoded first, as everything except latents."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
-        """Return its entries in the metadata of outputs, by the names of the options."""
+        """Return the metadata of the source for outputs, by option name."""
         info: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
         info["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
@@ -229,7 +234,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRules:
-    """Rules by which a family reads the starting point of a video."""
+    """Rules for how a family uses the starting point of a video."""
 
     takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
     who: str  # that takes it, for messages: "--task t2v-14B"
@@ -250,7 +255,7 @@ class MagCache:
 
 @dataclass(frozen=True)
 class TeaCache:
-    """Skip passes while the input of the first block has changed little since the last one computed."""
+    """Skip passes while the input of the first block has changed little since the last computed pass."""
 
     threshold: float  # at which the sum of predicted changes makes the next pass computed
     # polynomial from change of the input to change of the output, highest power first; None: the family's
@@ -259,12 +264,12 @@ class TeaCache:
 
 @dataclass(frozen=True)
 class MagCalibration:
-    """Skip nothing, measure the ratios of `MagCache`."""
+    """Skip no passes; measure the ratios of `MagCache`."""
 
 
 @dataclass(frozen=True)
 class TeaCalibration:
-    """Skip nothing, fit the coefficients of `TeaCache`."""
+    """Skip no passes; fit the coefficients of `TeaCache`."""
 
 
 StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
@@ -272,10 +277,10 @@ StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
 
 @dataclass(frozen=True)
 class TokenCount:
-    """The tokens of one text.
+    """Token counts of one text.
 
-    tokens: number in the whole text, including those that the encoder puts around it. limit: how many of them
-    the encoder reads.
+    `tokens` is the number for the whole text, including the special tokens that the encoder adds. `limit` is
+    the number of tokens that the encoder reads.
     """
 
     text: str  # as the encoder reads it, after its own cleaning
@@ -286,12 +291,12 @@ class TokenCount:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the encoder does not read the whole text."""
+        """Whether the text has more tokens than the encoder reads."""
         return self.num_read < len(self.text)
 
     @property
     def cut_text(self) -> str:
-        """End of the text that the encoder does not read."""
+        """The end of the text, which the encoder does not read."""
         return self.text[self.num_read :]
 
 
@@ -302,42 +307,49 @@ CountTokens = Callable[[str], TokenCount]
 
 
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
-    """Return how many of a text's `length` characters are covered by its first `most` tokens.
+    """Return the number of characters that the first `most` tokens of a text cover.
 
-    `ends` has for each token of the text the position after its last character.
+    Args:
+        ends: Position after the last character of each token.
+        most: Number of tokens that are kept.
+        length: Number of characters of the text.
     """
     return length if len(ends) <= most else max(ends[:most], default=0)
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the weight of each token: that of the span that holds its first character.
+    """Return the weight of each token: the weight of the span that contains its first character, else 1.
 
-    It is 1 outside of all spans. Blanks at the start of a token are ignored.
+    Blanks at the start of a token are ignored.
 
     Args:
         text: Text that was tokenized.
-        places: First character and end of each token in `text`; None for special tokens.
+        places: Start and end of each token in `text`, in characters; None for special tokens.
         spans: Start, end and weight in characters, sorted, as in `Prompt`.
     """
-    starts = [start for start, _, _ in spans]
+    span_starts = [start for start, _, _ in spans]
     weights = []
     for place in places:
         weight = 1.0
         if place is not None:
-            visible = (index for index in range(*place) if not text[index].isspace())
-            first = next(visible, place[0])
-            number = bisect.bisect_right(starts, first) - 1  # of the last span that begins here or before
-            if number >= 0 and first < spans[number][1]:
-                weight = spans[number][2]
+            start, end = place
+            visible = (index for index in range(start, end) if not text[index].isspace())
+            first = next(visible, start)
+            # the last span that starts at this character or before it
+            span_index = bisect.bisect_right(span_starts, first) - 1
+            if span_index >= 0:
+                _, span_end, span_weight = spans[span_index]
+                if first < span_end:
+                    weight = span_weight
         weights.append(weight)
     return weights
 
 
 @dataclass(frozen=True)
 class ShiftedLogit:
-    """The sampler shifted_logit_normal: sigmoid(n + mu) of a normal n.
+    """The sampler shifted_logit_normal: sigmoid(n + mu), where n is normally distributed.
 
-    mu grows with the tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
+    mu grows with the number of tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
     """
 
     mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
@@ -355,9 +367,9 @@ class ShiftedLogit:
 
 @dataclass(frozen=True)
 class CutLogit:
-    """The sampler cut_logit_normal: sigmoid(n) of a normal n, cut off and stretched, in whole thousandths.
+    """The sampler cut_logit_normal: sigmoid(n), where n is normal, truncated, stretched and quantized.
 
-    Draws of sigmoid(n) above `cut` are drawn again; the others are divided by it and rounded up.
+    Values above `cut` are drawn again; the others are divided by it and rounded up to whole thousandths.
     """
 
     mean: float  # of n; positive: more noise
@@ -371,7 +383,7 @@ IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # of a clip with sound: in logs
 
 @dataclass(frozen=True)
 class AudioLearning:
-    """Weights of a clip's sound and picture in training, and their noise levels."""
+    """Loss weights of a clip's audio and images in training, and their noise levels."""
 
     image_weight: float = 1.0  # of the loss, of pictures without sound too
     audio_weight: float = 1.0
@@ -381,10 +393,10 @@ class AudioLearning:
 
 @dataclass(frozen=True)
 class ReferenceRules:
-    """Rules by which a family takes reference pictures: the control images of an item, or of a request.
+    """Rules for how a family uses reference images: the control images of an item or a request.
 
-    Each picture has a size of its own: the target's, or as the keys of its table or `own_shape` say. If the
-    family takes clips, only `most`, `clips` and the fields below `clips` count.
+    Each image has its own size: that of the target, or what the keys of its table or `own_shape` set. If the
+    family uses clips as references, only `most`, `clips` and the fields below `clips` count.
     """
 
     most: int  # of one item or request
@@ -408,13 +420,13 @@ class ReferenceRules:
 
     @property
     def factors(self) -> tuple[int, int, int]:
-        """Size factor, time factor and largest number of frames, which caches record to notice a change."""
+        """Return size factor, time factor and largest number of frames; caches record them."""
         return self.size_factor, self.time_factor, self.frames
 
 
 @dataclass(frozen=True)
 class ShownMedium:
-    """A reference of an item, by a row of a list (`references`): a picture, a clip or a sound of its own."""
+    """One reference of an item, from a row of a list (`references`): an image, a clip or separate audio."""
 
     kind: str  # "image", "video" or "audio"
     path: Path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # caching has no use for attention and positions
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The conditions of one section's texts, without batch dimension, on the CPU."""
+    """The conditions for one section's texts, without batch dimension, on the CPU."""
 
     positive: Conditions
     negative: Conditions | None = None
@@ -26,9 +26,13 @@ class EncodedPrompts:
     away: Conditions | None = None
 
     def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
-        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into a section.
+        """Combine texts, noise and media conditions into a section.
 
-        Texts that are the same object become the same conditions, so that a pass with them runs once.
+        Equal text objects become the same conditions, so that a pass with them runs once.
+
+        Args:
+            noise: Noise, B C F H W.
+            inputs: Media conditions, with batch dimension.
         """
         texts = {id(text): text for text in (self.positive, self.negative, self.blank) if text is not None}
         conditions = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
@@ -45,7 +49,7 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Piece:
-    """The part that a section added to a growing video, for a preview of it."""
+    """The part that a section added to a growing video, for its preview."""
 
     latents: Tensor  # B C F H W, to decode by themselves
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
@@ -56,7 +60,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Away:
-    """The text to steer away from in normalized attention guidance, to which a pass attends as well."""
+    """The text to steer away from in normalized attention guidance; a pass attends to it too."""
 
     text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: "Steer"
@@ -64,7 +68,7 @@ class Away:
 
 @dataclass(frozen=True)
 class Turn:
-    """Identify the step and the pass of a network call, for code that remembers something between steps."""
+    """The step and the pass of a network call, for code that keeps state between steps."""
 
     step: int  # from 0, of those that are made
     num_steps: int
@@ -96,24 +100,25 @@ class Overrides:
 
     @property
     def leaves_out(self) -> bool:
-        """Return whether a part of the network is left out, so that the pass is weaker than usual."""
+        """Return whether a part of the network is skipped, which makes the pass weaker."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
-        """Return the tweaks with `rename` applied to the names in the second text's conditions."""
+        """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
         if self.away is None:
             return self
         return replace(self, away=replace(self.away, text=rename(self.away.text)))
 
     @property
     def steer(self) -> "Steer | None":
-        """How the second text acts on attention; None without a second text."""
+        """How the negative attention text acts on attention; None without such a text."""
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
-        """Return the network's text arguments of the prompt, then those of the second text if there is one.
+        """Return the network's text arguments for the prompt, then those of the negative attention text.
 
-        A second text of one sample serves all samples of the batch.
+        A negative attention text of one sample is used for all samples of the batch. Without one, only the
+        prompt's arguments are returned.
         """
         if self.away is None:
             return [text]
@@ -125,7 +130,7 @@ class Overrides:
         return [text, {name: second.get(name) for name in text}]
 
     def within(self, all_passes: "Overrides") -> "Overrides":
-        """Return these tweaks of a pass, combined with those that hold for all passes of its section."""
+        """Combine these overrides of a pass with those for all passes of its section."""
         if all_passes is NO_OVERRIDES:
             return self
         return replace(
@@ -147,7 +152,7 @@ NO_OVERRIDES = Overrides()
 
 @dataclass(frozen=True)
 class Anchor:
-    """A clean picture to which the denoised one is held in the parts that do not change."""
+    """A clean image that parts of the denoised image are reset to where nothing changes."""
 
     latents: Tensor  # B C F H W
     changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
@@ -186,7 +191,7 @@ class Section:
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:
-        """Return whether the whole picture is given instead of denoised, and whether the sound is."""
+        """Return whether all images are given instead of denoised, and whether all audio is."""
         joint, frames = self.overrides.joint, self.given
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
         return has_image, self.given_audio is not None
@@ -214,17 +219,17 @@ class Step:
 
 
 class OwnSolver(Protocol):
-    """A `modules.flow.solvers.Solver` that a family brings, with samples of its own form."""
+    """A family's own `modules.flow.solvers.Solver`, whose samples have a form of their own."""
 
     @property
     def schedule(self) -> "Schedule":
         """Noise levels of the steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take the step of number `index` from a velocity and a sample, and return the next sample."""
+        """Run the step `index` from a velocity and a sample, and return the next sample."""
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the noisy sample to begin with, and its step in the schedule.
+        """Return the noisy sample to start from, and the index of its step in the schedule.
 
         Args:
             clean: Latents of a source.
@@ -236,7 +241,7 @@ class OwnSolver(Protocol):
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step whose velocity is known, after guidance."""
+    """A completed step with its velocity after guidance."""
 
     step: Step
     velocity: Tensor  # like `step.noisy`, float32
@@ -246,14 +251,13 @@ class StepDone:
     def clean(self) -> Tensor:
         """Predict the clean latents from this step, shaped like `step.noisy`.
 
-        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is noise
-        - clean. If noise is added at full signal, noisy = clean + sigma noise, a family's `predict` returns
-        the noise itself. Both give clean = noisy - sigma velocity. A family's own solver has a formula of its
-        own.
+        In flow matching, noisy = (1 - sigma) clean + sigma noise, and the velocity is noise - clean. If noise
+        is added without scaling the latents, noisy = clean + sigma noise, and `predict` returns the noise. In
+        both cases clean = noisy - sigma velocity. A family's own solver has its own formula.
         """
         if self.section.solver is not None:
-            of_solver: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
-            return of_solver
+            clean: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
+            return clean
         joint = self.section.overrides.joint
         if self.step.audio_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
@@ -264,7 +268,7 @@ class StepDone:
 
     @property
     def picture(self) -> Tensor:
-        """Return the clean latents of the picture alone, B C F H W."""
+        """Return the clean latents of the images without audio, B C F H W."""
         joint = self.section.overrides.joint
         latents = self.clean if joint is None else joint.split(self.clean)[0]
         return latents[:, :, : self.section.shown]

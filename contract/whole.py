@@ -17,7 +17,7 @@ from contract.family import Described, Encodes
 
 @dataclass(frozen=True)
 class LearningParts:
-    """Hold which parts of a checkpoint learn, and at which rates. A part with the rate 0 does not learn."""
+    """Which parts of a checkpoint are trained, and their learning rates. A rate of 0 freezes a part."""
 
     # of text encoders that learn, by their names; None: that of all
     texts: Mapping[str, float | None] = field(default_factory=dict)
@@ -26,17 +26,17 @@ class LearningParts:
     text_steps: int | None = None  # the text encoders learn during so many steps; None: to the end
 
     def learns(self, text_encoder: str) -> bool:
-        """Return whether a text encoder learns: it has a rate, and steps are left for text encoders."""
+        """Return whether a text encoder is trained: it has a learning rate, and training steps."""
         return self.texts.get(text_encoder, 0) != 0 and self.text_steps != 0
 
     @property
     def have_own_rates(self) -> bool:
-        """Return whether every part has a rate of its own, so that none learns at --learning_rate."""
+        """Return whether every part has its own learning rate, so that --learning_rate is not used."""
         return bool(self.blocks) and None not in self.texts.values()
 
 
 class CheckpointWriter(Protocol):
-    """Writes a whole checkpoint: what was trained from the networks, all else from the source."""
+    """Writer of full checkpoints: trained networks from memory, everything else from the source file."""
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the checkpoint to `path`.
@@ -52,37 +52,37 @@ class CheckpointWriter(Protocol):
 
 
 class TrainsCheckpoint(Described, Encodes, Protocol):
-    """A family whose trainings write whole checkpoints, and may train text encoders."""
+    """A family whose trainings write full checkpoints and can train text encoders."""
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Parts of the checkpoint that learn in this run, with their rates."""
+        """The parts of the checkpoint that this run trains, with their learning rates."""
 
     def reads_weight(self, text_encoder: str, weight: str) -> bool:
-        """Return whether anything that a text encoder returns depends on the weight of this name."""
+        """Return whether the outputs of a text encoder depend on the weight of this name."""
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
-        """Return the bytes of a checkpoint as `CheckpointWriter.write` writes it, from headers alone."""
+        """Return the size in bytes of a checkpoint from `CheckpointWriter.write`, from headers alone."""
 
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Make the writer of checkpoints.
+        """Create the writer of checkpoints.
 
         Args:
-            networks: Networks that learn, by the names of text encoders, and the transformer as DIT.
-            as_folder: Write a folder in diffusers' layout, not one file.
+            networks: Trained networks, by name of the text encoder; the transformer is DIT.
+            as_folder: Write a folder in the layout of diffusers instead of one file.
             shard_bytes: Largest size of a file in the folder; 0 for one file per network.
         """
 
     @property
     def is_of_one_file(self) -> bool:
-        """Whether the checkpoint that is trained is a single file, not a folder."""
+        """Whether the trained checkpoint is a single file instead of a folder."""
 
 
 DIT = "dit"  # the transformer among `networks`
 
 
 def trains_checkpoint(family: Described) -> TypeGuard[TrainsCheckpoint]:
-    """Return whether a training of the family writes whole checkpoints."""
+    """Return whether trainings of the family write full checkpoints."""
     return family.can.train_checkpoint

@@ -8,7 +8,7 @@ from modules.media.labels import MASK_FOLDERS
 
 
 def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
-    """Yield a folder and, if asked for, those below it, sorted, without hidden ones and those of masks."""
+    """Yield a folder and, with `is_recursive`, its subfolders, sorted; skips hidden folders and masks."""
     yield folder
     if is_recursive:
         for parent, names, _ in os.walk(folder):

@@ -85,7 +85,7 @@ def audio_tag(tag: str) -> str:
 
 
 def audio_file_name(latent_file: str, tag: str) -> str:
-    """Return the name of the cache of a clip's sound, which is next to that of its latents."""
+    """Return the name of a clip's audio cache, which is next to the cache of its latents."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + audio_tag(tag) + SUFFIX
 
 
@@ -111,8 +111,8 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
     """Yield (file name, stem, the rest) of the latent caches of a family among names, in their order.
 
-    The rest is as `parse_latent_name` returns it, but without the stem: each distinct end is parsed once, and
-    names with the same end share the object.
+    The rest is what `parse_latent_name` returns, but without the stem: each distinct ending is parsed once,
+    and names with the same ending share the object.
     """
     end = f"_{tag}{SUFFIX}"
     num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
@@ -138,11 +138,11 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
 
 
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:
-    """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
+    """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
 
-    `number` is which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names
-    that other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source
-    whose reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
+    `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
+    on; other programs take these names for neither text caches nor latent caches. EMPTY stands for the empty
+    prompt of a source whose reference images an encoder sees, in `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -155,14 +155,14 @@ def empty_text_name(tag: str) -> str:
 
 
 def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
-    """Return stem and number, from 1, of a further caption's file name; None if it is none."""
+    """Parse the file name of an additional caption: return stem and number, from 1; None for other names."""
     match = _MORE_TEXT.fullmatch(file_name)
     is_one = match is not None and match[2] == tag and not file_name.startswith(".")
     return (match[1], int(match[3]) - 1) if match is not None and is_one else None
 
 
 def is_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file name is that of any text cache of the family."""
+    """Return whether a file name belongs to any text cache of the family."""
     if "_te." not in file_name:  # of a million names, half are of latents
         return False
     return (
@@ -185,7 +185,7 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
 
 
 def is_cache_name(name: str) -> bool:
-    """Return whether a name is that of a cache of any family."""
+    """Return whether a name belongs to a cache of any family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
@@ -236,7 +236,7 @@ def grid_in_name(name: str) -> Grid | None:
 
 
 def _is_flat(name: str, tensor: Tensor) -> bool:
-    """Return whether latents have the form C H W, of a picture: see `LatentSpec.flat_in_caches`."""
+    """Return whether latents lack the axis of frames, C H W, as those of images do in some caches."""
     is_sound = tensor_key(name).endswith("_audio")  # C 2 T
     return tensor.ndim == 3 and grid_in_name(name) is not None and not is_sound
 
@@ -272,7 +272,7 @@ class Entry:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Return tensors by their keys in batches; latents get the axis of frames that some files lack."""
+        """Return the tensors by key in batches; latents get the axis of frames that some files lack."""
         return {
             tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
             for name, tensor in self.named.items()
@@ -287,8 +287,8 @@ class Entry:
 class CacheStore(Protocol):
     """The entries of one cache folder.
 
-    An entry exists completely or not at all. Several threads may use the store at once, and other processes
-    may write other entries of the same folder meanwhile.
+    An entry exists completely or not at all. Several threads may use a store at the same time, and other
+    processes may write other entries of the same folder.
     """
 
     @property
@@ -297,36 +297,36 @@ class CacheStore(Protocol):
 
     @property
     def holds_only_caches(self) -> bool:
-        """Return whether all names are those of caches, so that a damaged one may be removed."""
+        """Whether the folder holds only caches, so that a damaged entry may be removed."""
 
     @property
     def is_shared(self) -> bool:
-        """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
+        """Whether other programs have entries in the folder; these are used if they fit, and never stale."""
 
     def names(self) -> Collection[str]:
         """Return the names of all entries, and of other files that are next to them."""
 
     def __contains__(self, name: str) -> bool:
-        """Return whether there is an entry of that name, whole or damaged."""
+        """Return whether an entry of that name exists, valid or damaged."""
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU; its header alone if it is not wanted whole.
+        """Read an entry to the CPU, or only its header if `is_full` is False.
 
         Raises:
-            CacheError: If it is missing or damaged.
+            CacheError: If the entry is missing or damaged.
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, in place of one of the same name. `tensors` have the names that the file gets.
+        """Write an entry, replacing one of the same name; `tensors` are keyed by their names in the file.
 
         Equal contents give equal bytes. Raises OutputError.
         """
 
     def remove(self, name: str) -> None:
-        """Remove an entry, if it is there."""
+        """Remove an entry if it exists."""
 
     def close(self, is_last: bool = False) -> None:
-        """Make sure that all that was written survives, as the last act of a writer; more may follow.
+        """Make sure that all written entries survive; a writer calls this last, but may write again.
 
         Args:
             is_last: All writers of a run have finished, and this process puts the store in order.
@@ -337,7 +337,7 @@ class CacheStore(Protocol):
 
 
 def read_entry(path: Path | str, is_full: bool = True) -> Entry:
-    """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
+    """Read a cache file to the CPU; only metadata and tensor names if `is_full` is False.
 
     Raises:
         CacheError: If the file is missing or damaged.
@@ -395,9 +395,9 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, completely or not at all. `tensors` have the names that the file gets.
+    """Write a cache file, completely or not at all; `tensors` are keyed by their names in the file.
 
-    Equal contents give equal bytes; the safetensors library would write the metadata in varying order.
+    Equal contents give equal bytes, while the safetensors library would write metadata in varying order.
     """
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))

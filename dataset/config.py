@@ -55,9 +55,9 @@ FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
-    """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
+    """Read a dataset file (.toml or .json) in our own form or in that of image trainers, which has subsets.
 
-    `typed` is the values of the command line, for keys that a file with subsets lacks.
+    `typed` are values from the command line, for keys that a file with subsets lacks.
 
     Source folders are not checked, because training needs only the caches. `find_sources` checks them. Raises
     DatasetError, with file, table, key, the value found and the values allowed.
@@ -210,10 +210,10 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Return a configuration as a family takes it: its lengths, times and references.
+    """Adapt a configuration to a family: to its clip lengths, frame rate and references.
 
-    Warns of keys of sections if the latents of the family do not depend on them. `for_texts` says that only
-    texts are encoded, which depend on none of these keys.
+    Logs a warning for keys about sections on which the family's latents do not depend. `for_texts` says that
+    only texts are encoded, which depend on none of these keys.
     """
     for table in config.datasets:
         of_sections = table.changed(forms.SECTIONS)
@@ -247,11 +247,10 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
 
 
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose folders of clips take their sound from files named like the clips.
+    """Return a configuration whose folders of clips take audio from files with the same names as the clips.
 
-    `folder` is that of these files; None means next to the clips. Tables with an audio_directory keep it.
-    `option` is the name of the option that asked for this, for the warning about tables that name the sound
-    in their rows.
+    `folder` holds these files; None means next to the clips. Tables with an audio_directory keep it. `option`
+    is the option that asked for this, for the warning about tables whose rows name audio files.
     """
     tables = []
     for table in config.datasets:
@@ -412,7 +411,7 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     """Return the key that says where a table's items are.
 
     Returns:
-        None, with a line in `problems`, if there is not exactly one.
+        The key; None, with a line added to `problems`, unless there is exactly one.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
@@ -490,7 +489,7 @@ def _complete(
 
 
 def _find_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Return the conflict between fields of a table of any form; None if there is none."""
+    """Describe a conflict between fields of a table, whatever its form; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):

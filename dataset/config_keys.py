@@ -41,11 +41,11 @@ RATES = (0.001, 1_000_000)  # frames a second
 
 
 class Unfit(Exception):
-    """Raised for a value that is not allowed; the text, if there is one, says why."""
+    """Raised for a value that is not allowed; the text, if any, gives the reason."""
 
 
 class Form(NamedTuple):
-    """Form of a key's values. read: converts a value, or raises Unfit. allowed: allowed values, in words."""
+    """Kind of values of a key: `read` converts a value or raises Unfit; `allowed` describes the values."""
 
     read: Callable[[Any], Any]
     allowed: str
@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Return the form of values of some types. `fits` says whether a value is allowed."""
+    """Return the form for values of certain types; `fits` returns whether a value is allowed."""
 
     def read(value: Any) -> Any:
         is_switch = isinstance(value, bool) and kinds is not bool
@@ -75,12 +75,12 @@ def whole(least: int, most: int, allowed: str = "") -> Form:
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> Form:
-    """Return the form of a key whose value is any number that `fits`; it is kept as float."""
+    """Return the form of a key whose value is any number for which `fits` holds; stored as float."""
     return form_of((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> Form:
-    """Return the form of a key whose value is one of a few words."""
+    """Return the form of a key whose value is one of the given words."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return form_of(str, lambda value: value in values, f"one of {quoted}")
 
@@ -88,7 +88,7 @@ def one_of(values: tuple[str, ...]) -> Form:
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
     """Return the form of a list of at least one value.
 
-    `or_one` says that a single value may stand without its list.
+    With `or_one`, a single value may be written without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
@@ -207,9 +207,9 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """Caches that become stale if a key gets another value. Each key states them, so that none is forgotten.
+    """Which caches become stale if a key's value changes. Every key states it, so that none is forgotten.
 
-    Captions and pictures themselves are not meant: their contents are compared.
+    Changes of captions and images themselves are found by comparing their contents.
     """
 
     NOTHING = 0
@@ -245,9 +245,9 @@ class TableKey:
 
 
 def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
-    """Return a field of `DatasetTable` that is a key of its own name.
+    """Return a field of `DatasetTable` that is also a key, with the same name, in dataset files.
 
-    `facts` is that of `TableKey`.
+    `facts` are further fields of `TableKey`.
     """
     return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
 
@@ -460,7 +460,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as JSON for messages, without passwords and at most 80 characters long."""
+    """Format a value as JSON for messages, without passwords, in at most 80 characters."""
     import json  # here: all training scripts read this file, few show a wrong value
 
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))

@@ -25,12 +25,10 @@ def _log(remark: str) -> None:
 
 
 def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
-    """Check the control pictures of all tables before anything is loaded.
+    """Check the control images of all tables before anything is loaded.
 
-    `taker` is what sees them.
-
-    `remark` takes what `describe_shapes` returns; the default logs it. Tables whose pictures are not on this
-    machine, as their caches were copied, are left out.
+    `taker` names the network that sees them. `remark` is called with each warning; the default logs it.
+    Tables whose images are not on this machine, because only caches were copied, are skipped.
 
     Raises:
         DatasetError: For a table without control pictures, for pictures without one, and for control pictures
@@ -60,7 +58,7 @@ def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None]
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
-    """Return a warning about control pictures of another shape than their pictures, "" if there are none."""
+    """Return a warning about control images whose aspect ratio differs from their image's, else ""."""
     others = []
     for source in sources:
         width, height = image_size(source.path)

@@ -278,4 +278,4 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
         )
     if bad:
         lines = "\n  ".join(explain_captions(list(bad), list(bad.values()))[:LISTED])
-        logger.warning("%d captions cannot be used, which text caching refuses:\n  %s", len(bad), lines)
+        logger.warning("%d captions cannot be used, which text caching rejects:\n  %s", len(bad), lines)

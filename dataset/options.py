@@ -41,7 +41,7 @@ class CheckPageOptions(Options):
         often=True,
     )
     html_items: int = option(
-        "most files that the page shows: those with faults first, then an even choice",
+        "maximum number of files on the page: those with problems first, then an even selection",
         default=500,
         least=1,
         only_with="html",
@@ -62,15 +62,16 @@ class ShardOptions(Options):
 
     num_shards: int | None = option(
         "share the work with other machines: each runs the same command with its own --shard_index, in "
-        "any order and number at a time, into one cache folder. When all are done, run the command once "
-        "without these two: it checks everything, makes what is missing and removes what is stale",
+        "any order and number at a time, into one cache folder. When all are done, run the command "
+        "once without these two options: it checks everything, creates missing files and removes stale "
+        "ones",
         least=1,
         most=MAX_SHARDS,
         needs="shard_index",
     )
     shard_index: int | None = option(
-        "which share this run does, from 0 to N - 1: every N-th source (or batch of captions) from this one "
-        "on; several processes of accelerate launch divide it among themselves",
+        "which part this run processes, from 0 to N - 1: every N-th source (or batch of captions) from "
+        "this one on; several processes of accelerate launch divide it among themselves",
         least=0,
         needs="num_shards",
         hint="from 0",
@@ -113,18 +114,19 @@ class CachingOptions(Options, title="caching"):
         place="new folder",
     )
     verify: bool = option(
-        "read every cache file whole; without it, only the headers are read if there are thousands of them"
+        "read every cache file completely; without it, only the headers are read if there are "
+        "thousands of them"
     )
     shard: ShardOptions
     disable_cudnn_backend: bool = option(
-        "compute without cuDNN, whose convolutions are slow or fail on some GPUs, mostly of AMD"
+        "compute without cuDNN, whose convolutions are slow or fail on some GPUs, mostly from AMD"
     )
     check: bool = option(
         "print what would be cached and what is wrong with the dataset, then exit (0 or 1)", often=True
     )
     repair_captions: str | None = option(
         "with --check: rewrite captions that are not UTF-8 as UTF-8 and keep the old files as .bak; "
-        "without ENCODING only if the guess is sure",
+        "without ENCODING, only if the encoding is certain",
         nargs="?",
         const=GUESS,
         metavar="ENCODING",
@@ -163,9 +165,9 @@ class EmptyPromptOptions(Options, title="caching"):
 class CachingInRunOptions(Options, title="caches made by this command"):
     """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 
-    cache_latents: bool = option("encode all pictures once, and keep their latents", often=True)
-    cache_latents_to_disk: bool = option("the same, in files next to the pictures")
-    vae_batch_size: int = option("pictures to encode at once", default=1, least=1)
+    cache_latents: bool = option("encode all images once and keep their latents", often=True)
+    cache_latents_to_disk: bool = option("the same, in files next to the images")
+    vae_batch_size: int = option("number of images to encode at once", default=1, least=1)
     skip_cache_check: bool = option("use cache files that exist without looking into them")
     cache_text_encoder_outputs: bool = option(
         "encode all captions once, and free the text encoders; not with captions that vary", often=True

@@ -140,34 +140,34 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     """Data sets from folders or a JSON file, and values for the keys that a subset leaves out."""
 
     train_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of pictures, or the pictures of --in_json",
+        "folder with folders REPEATS_CLASS of images, or the images of --in_json",
         place="folder",
         often=True,
     )
     reg_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of regularization pictures", place="folder", needs="train_data_dir"
+        "folder with folders REPEATS_CLASS of regularization images", place="folder", needs="train_data_dir"
     )
     in_json: Path | None = option(
-        "JSON file with caption and tags of each picture", place="file", needs="train_data_dir"
+        "JSON file with caption and tags of each image", place="file", needs="train_data_dir"
     )
     conditioning_data_dir: Path | None = option(
-        "control pictures, named like the pictures of --train_data_dir",
+        "control images, named like the images of --train_data_dir",
         place="folder",
         needs="train_data_dir",
     )
     dataset_repeats: int = option(
-        "repeats of the pictures of --in_json", default=1, least=1, only_with="in_json"
+        "repeats of the images of --in_json", default=1, least=1, only_with="in_json"
     )
     dataset_class = unsupported(
         "it names code to run; describe the data in --dataset_config", "Python class of a data set", type=str
     )
     resolution: str | None = option("size in pixels: 512, or WIDTH,HEIGHT", often=True)
-    train_batch_size: int = option("pictures of a batch", default=1, least=1)
-    enable_bucket: bool = option("sort pictures into sizes by their shape", often=True)
+    train_batch_size: int = option("number of images in a batch", default=1, least=1)
+    enable_bucket: bool = option("sort images into buckets by aspect ratio", often=True)
     min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MAX_SIDE)
     max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MAX_SIDE)
     bucket_reso_steps: int = option("sides are multiples of this", default=64, least=1)
-    bucket_no_upscale: bool = option("make buckets that enlarge nothing")
+    bucket_no_upscale: bool = option("create buckets that do not enlarge images")
     resize_interpolation: str | None = option(
         "default: area to shrink, lanczos to enlarge", choices=INTERPOLATIONS
     )
@@ -177,36 +177,36 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     caption_prefix: str | None = option("text in front of every caption")
     caption_suffix: str | None = option("text behind every caption")
     shuffle_caption: bool = option("shuffle the parts of captions")
-    keep_tokens: int = option("parts in front that stay in place", default=0, least=0)
-    keep_tokens_separator: str = option("separates what stays from what is shuffled", default="")
+    keep_tokens: int = option("number of tags at the start that keep their position", default=0, least=0)
+    keep_tokens_separator: str = option("separator between the fixed and the shuffled tags", default="")
     secondary_separator: str | None = option("joins what is shuffled and dropped as one part")
     enable_wildcard: bool = option("draw one of {a|b} and of several lines")
     token_warmup_min: int = option("parts that are there from the start", default=1, least=1)
     token_warmup_step: float = option(
-        "until when all parts are there: a step, or a share of the run below 1", default=0, least=0
+        "when all tags are present: a step, or a fraction of the run below 1", default=0, least=0
     )
     caption_dropout_rate: float = option(
-        "share of empty captions", default=0.0, least=0, most=1, hint=A_SHARE
+        "fraction of empty captions", default=0.0, least=0, most=1, hint=A_SHARE
     )
     caption_dropout_every_n_epochs: int = option(
         "one epoch in every N has empty captions", default=0, least=0, hint="0: none"
     )
     caption_tag_dropout_rate: float = option(
-        "share of a caption's parts left out", default=0.0, least=0, most=1, hint=A_SHARE
+        "fraction of the tags of a caption that is dropped", default=0.0, least=0, most=1, hint=A_SHARE
     )
     color_aug: bool = option("vary hue and gamma; not with cached latents")
-    flip_aug: bool = option("mirror half of the pictures")
-    random_crop: bool = option("crop at a random place; not with cached latents")
+    flip_aug: bool = option("flip half of the images horizontally")
+    random_crop: bool = option("crop at a random position; not with cached latents")
     face_crop_aug_range: str | None = option(
         "crop to a multiple of the face, as 2.0,4.0; faces are in file names"
     )
     alpha_mask: bool = option("transparent parts are not learned")
-    masked_loss: bool = option("the control picture says which parts are learned")
+    masked_loss: bool = option("use the control image as the mask of the loss")
     prior_loss_weight: float = option(
-        "factor on the loss of regularization pictures", default=1.0, least=0, hint="1 is usual"
+        "factor on the loss of regularization images", default=1.0, least=0, hint="1 is usual"
     )
     debug_dataset: bool = option(
-        "show each picture and caption as it may be trained, in windows or else as files; train nothing"
+        "show each image and caption as it may be trained, in windows or else as files; train nothing"
     )
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             raise OptionError(
                 f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"
             )
-        _ = self.size  # which may be wrong
+        _ = self.size  # raises OptionError if --resolution cannot be read
         try:
             if self.face_crop_aug_range is not None:
                 FACES.read(self.face_crop_aug_range)

@@ -389,7 +389,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "
-            "it hold regularization pictures, add --reg_data_dir %s",
+            "it hold regularization images, add --reg_data_dir %s",
             option,
             folder,
             folder,

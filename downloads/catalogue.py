@@ -16,7 +16,7 @@ STEPS = ("latents", "texts", "train", "generate")
 
 @dataclass(frozen=True)
 class Licence:
-    """A license of weights. `key` is its identifier on the hub, "other" for those that have none."""
+    """A license of weights. `key` is its identifier on the hub; "other" if the license has none."""
 
     name: str
     key: str
@@ -41,9 +41,9 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class Inside:
-    """Where another file of a model may have a network of its own."""
+    """Where another file of a model may contain this component."""
 
-    option: str  # of that file
+    option: str  # option of that file
     tensors: str  # what their names begin with, in a single file
     folder: str  # that has them, in a folder
 
@@ -55,20 +55,21 @@ class Component:
     role: str
     option: str | None  # None: found next to the encoder
     files: tuple[ReleasedFile, ...]
-    tensor_bytes: int | None  # of its tensors, if the exact size is not known
-    trained_bytes: int | None  # of the network that is trained, in 16 bits, if the file has others too
+    tensor_bytes: int | None  # size of the tensors, if the exact size of the file is not known
+    # size of the trained network in 16 bits, if the file contains other networks too
+    trained_bytes: int | None
     in_fp8: str | None  # name of the same component in 8 bits
     inside: Inside | None = None  # where a file of the user's own may have it already
 
     @property
     def title(self) -> str:
-        """Return what it is, as the beginning of a label: `Transformer` of the option --dit."""
+        """Return the kind of component as the start of a label, such as `Transformer` for --dit."""
         role = self.role.removeprefix("its ")
         return f"{role[:1].upper()}{role[1:]}"
 
     @property
     def path(self) -> PurePosixPath:
-        """Path of the file below the download folder; for several files, that of their folder."""
+        """Path of the file below the download folder; the folder's path if there are several files."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 
@@ -79,17 +80,17 @@ class Component:
 
     @property
     def size_bytes(self) -> int | None:
-        """Return the exact size or the size of the tensors, if known; None for a few MB."""
+        """Return the exact size or the size of the tensors, if known; None for small files of a few MB."""
         return self.files[0].size_bytes or self.tensor_bytes
 
 
 @dataclass(frozen=True)
 class ModelSet:
-    """All that a task needs. commands: step -> command, with `{dit}`, `{vae}`, ... instead of paths."""
+    """All that a task needs. `commands` maps steps to commands, with `{dit}`, `{vae}`, ... for paths."""
 
     family: str
     task: str
-    title: str  # its name for people: Wan2.2 t2v-A14B
+    title: str  # display name, such as Wan2.2 t2v-A14B
     about: str
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
@@ -105,7 +106,7 @@ class ModelSet:
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them.
 
-        A file that is none of the components is called after its option: DIT_FILE.
+        A placeholder that is not a component becomes a name such as DIT_FILE, after its option.
         """
         paths = {}
         for component in self.components:
@@ -124,7 +125,7 @@ class ModelSet:
 
 @cache
 def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
-    """Return all sets. With `fp8_encoders`, text encoders are those in 8 bits."""
+    """Return all sets. With `fp8_encoders`, the text encoders are the 8-bit versions."""
     catalog = _read_catalogue()
     components = known_components()
     sets = []
@@ -137,9 +138,9 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
-    """Return the set of an entry.
+    """Return the set that an entry describes.
 
-    `family` are what the catalogue says of its family.
+    `family` is the catalogue's table of the set's family.
     """
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
@@ -200,16 +201,16 @@ def families() -> list[str]:
 
 
 def family_title(family: str) -> str:
-    """Return the name of a family as its page has it, such as FLUX.1."""
+    """Return the name of a family in its page's title, such as FLUX.1."""
     return str(_read_catalogue()["family"][family].get("title", ""))
 
 
 @lru_cache(maxsize=256)  # names in files of other programs are without number
 def model_title(name: str, task: str = "") -> str:
-    """Return the name for people of a model that runs, results and this list name for programs.
+    """Return the display name of a model, given the internal name in runs, results and the catalogue.
 
-    `task` is that of it, if that is known: runs name Wan2.1 and Wan2.2 alike. A name without a title, as
-    another program may have written it, is returned unchanged.
+    `task` is the model's task if it is known: runs have one internal name for Wan2.1 and Wan2.2. A name
+    without a title, which another program may have written, is returned unchanged.
     """
     catalog = _read_catalogue()
     of_task = [model for model in model_sets() if task == model.task and model.family.startswith(name)]
@@ -222,7 +223,7 @@ def model_title(name: str, task: str = "") -> str:
 
 
 def further_name(family: str) -> str:
-    """Return a further, shorter name of a family, such as sd; "" if it has none."""
+    """Return an additional, shorter name of a family, such as sd; "" if it has none."""
     return str(_read_catalogue()["family"][family].get("also", ""))
 
 
@@ -233,7 +234,7 @@ def family_page(family: str) -> str:
 
 @dataclass(frozen=True)
 class _Download:
-    """A download that brings a missing file, among others."""
+    """A download that includes a missing file."""
 
     model: ModelSet
     in_fp8: bool
@@ -241,7 +242,7 @@ class _Download:
 
     @property
     def missing_bytes(self) -> int:
-        """Return the size of the files that are not there yet, as far as it is known."""
+        """Return the total known size of the files that are still missing."""
         missing = [part for part in self.model.components if not (self.folder / part.path).exists()]
         return sum(part.size_bytes or 0 for part in missing)
 
@@ -258,10 +259,10 @@ class _Download:
 
 
 def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
-    """Return the command that downloads a file that does not exist, if it is a released one.
+    """Return a sentence with the command that downloads a missing file, if it is a released one.
 
-    Many models have the same autoencoder or text encoder: of those that these scripts run, else of all, it is
-    the one that brings the fewest bytes.
+    Many models share an autoencoder or text encoder. Of the models of these scripts, or of all models if
+    there are none, the one with the smallest download is chosen.
     """
     downloads = []
     for in_fp8 in (False, True):

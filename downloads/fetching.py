@@ -42,7 +42,7 @@ def run_download(options: DownloadOptions) -> None:
     """Download the files of a task and print its commands.
 
     Raises:
-        DownloadError: If a site does not give a file.
+        DownloadError: If a site does not deliver a file.
         OutputError: If it cannot be stored.
     """
     [model] = options.sets()
@@ -74,28 +74,28 @@ def run_download(options: DownloadOptions) -> None:
 
 @dataclass
 class Arrived:
-    """Note the bytes of all files of a download that have arrived."""
+    """Record how many bytes of all files of a download have arrived."""
 
     total: int
-    complete: int = 0  # of files that have arrived whole
+    complete: int = 0  # bytes of the files that have arrived completely
     _file: ProgressFile = field(default_factory=ProgressFile)
 
     def note(self, have: int, size_bytes: int) -> None:
-        """Note how many bytes of the present file have arrived, of its size."""
+        """Record that `have` of the current file's `size_bytes` have arrived."""
         self._file.note(self.complete + have, self.total, "B")
         if have == size_bytes:
             self.complete += size_bytes
 
 
 class PlannedDownload(NamedTuple):
-    """A file of a site, and the path for it."""
+    """A file on a site, and the path to store it at."""
 
     remote: RemoteFile
     target: Path
 
 
 def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
-    """Raise OutputError if a folder has no space for the files; parts that have arrived count as there."""
+    """Raise OutputError if a folder lacks the space for the rest of the files."""
     missing = 0
     for remote, target in planned:
         missing += remote.size_bytes
@@ -141,7 +141,7 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
 
 
 def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with the known facts of the file.
+    """Return `remote` with the size and checksums that the catalogue records added.
 
     Raises:
         DownloadError: If the site has another file.
@@ -168,13 +168,18 @@ def download_file(
 ) -> None:
     """Download `remote` to `target`; do nothing if another run has just done it.
 
-    A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
-    target appears when size, checksum and kind are right. `wait` is called with seconds before a new attempt.
-    `note` is called with the bytes that have arrived, and the size.
+    A partial download is kept in a hidden file next to the target, and a later call continues it. The target
+    appears once size, checksum and kind of file are verified.
+
+    Args:
+        remote: File to download.
+        target: Path to store it at.
+        wait: Waits for a number of seconds before a new attempt.
+        note: Called with the bytes that have arrived and the size of the file.
 
     Raises:
-        DownloadError: If the connection stays broken, if the data are damaged twice, or if they are not of
-            the kind that the name promises.
+        DownloadError: If the connection stays broken, if the data arrive damaged twice, or if the content
+            does not match the suffix.
         OutputError: If the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -208,12 +213,13 @@ def download_file(
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
-        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # of other versions
+        # partial downloads of other versions
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:
-    """Return the path for the data of an unfinished download; other versions of the file have another one."""
+    """Return the path of an unfinished download; each version of the file has its own."""
     version = remote.sha256 or remote.git_sha1 or f"{remote.size_bytes:x}"
     return target.with_name(f".{target.name}.{version[:12]}.part")
 
@@ -223,7 +229,7 @@ def _shown(path: Path) -> str:
 
 
 def find_damage(path: Path, remote: RemoteFile) -> str | None:
-    """Return the damage of a downloaded file, or None. Reads the whole file if there is a checksum."""
+    """Return how a downloaded file is damaged, or None. Reads the whole file if there is a checksum."""
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
@@ -247,9 +253,9 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
 
 
 def find_other_kind(path: Path, name: str) -> str | None:
-    """Return the reason why a file is not of the kind that the suffix of `name` states; None if it is.
+    """Return the reason why a file's content does not match the suffix of `name`; None if it does.
 
-    Reads headers, and torch files without running code. Other suffixes are not checked.
+    Reads headers only, and torch files without running their code. Unknown suffixes are not checked.
     """
     from checkpoints.containers import PICKLE, ZIP  # torch loads here
     from checkpoints.first_bytes import ONNX

@@ -29,21 +29,21 @@ ON_MODELSCOPE = {
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a site. Checksums are hexadecimal; None: the site has none."""
+    """A file on a site. Checksums are hexadecimal; None if the site states none."""
 
     url: str
     size_bytes: int
     sha256: str | None
-    git_sha1: str | None  # of small files, which git stores itself
+    git_sha1: str | None  # for small files, which git itself stores
     headers: Mapping[str, str]  # for the request: the user's token
     page: str  # for people
 
 
 def find_file(file: ReleasedFile, source: str) -> RemoteFile:
-    """Look up a file on a site of `SOURCES`; files that ModelScope lacks are looked up on the hub.
+    """Look up a file on one of the `SOURCES`; files that ModelScope lacks are looked up on the hub.
 
     Raises:
-        DownloadError: If the site cannot be reached, or does not have or does not give the file.
+        DownloadError: If the site cannot be reached, lacks the file, or does not deliver it.
     """
     if file.release is not None:
         return find_on_github(file)
@@ -56,10 +56,10 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
 
 
 def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
-    """Look up a file on the Hugging Face hub, or its mirror `endpoint`; None: that of HF_ENDPOINT.
+    """Look up a file on the Hugging Face hub or a mirror, by default the one in HF_ENDPOINT.
 
     Raises:
-        DownloadError: If the hub cannot be reached, or does not have or does not give the file.
+        DownloadError: If the hub cannot be reached, lacks the file, or does not deliver it.
     """
     site = (endpoint or constants.ENDPOINT).rstrip("/")
     page = f"{site}/{file.repository}"
@@ -77,7 +77,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
             problem = unreachable(page, error)
         raise problem from error
     if metadata.size is None:
-        raise DownloadError(f"{page} does not say how large {file.file} is: this is no mirror of the hub.")
+        raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
     # the commit's own address: a later change of the repository does not mix two files
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
@@ -92,7 +92,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
 
 
 def explain_status(status: int, file: str, page: str, has_token: bool) -> DownloadError:
-    """Return the error for a site's answer that is not the file."""
+    """Return the error for a site's response that is not the file."""
     if status in (401, 403):
         hint = "Log in with `hf auth login`, or set HF_TOKEN."
         if has_token:
@@ -107,7 +107,7 @@ def explain_status(status: int, file: str, page: str, has_token: bool) -> Downlo
 
 
 def unreachable(page: str, error: Exception) -> DownloadError:
-    """Return the error for a site that does not answer."""
+    """Return the error for a site that does not respond."""
     lines = str(error).strip().splitlines()
     reason = (lines[0] if lines else type(error).__name__)[:120]
     return DownloadError(
@@ -119,7 +119,7 @@ def unreachable(page: str, error: Exception) -> DownloadError:
 def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file of a release on GitHub, which has no checksums.
 
-    `endpoint` is a mirror; None means that of GITHUB_ENDPOINT.
+    `endpoint` is a mirror, by default the one in GITHUB_ENDPOINT.
 
     Raises:
         DownloadError: If the site cannot be reached or does not have the file.
@@ -148,13 +148,13 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
 
 
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
-    """Look up a file on ModelScope by its HTTP interface; endpoint None: that of MODELSCOPE_DOMAIN.
+    """Look up a file on ModelScope through its HTTP API, by default at MODELSCOPE_DOMAIN.
 
     Returns None if the site does not have the file. Source: the paths of modelscope/hub/file_download.py in
     the package modelscope.
 
     Raises:
-        DownloadError: If it cannot be reached.
+        DownloadError: If the site cannot be reached.
     """
     site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     site = (site if "://" in site else f"https://{site}").rstrip("/")
@@ -168,7 +168,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
         size = int(entry["Size"])
         checksum = str(entry.get("Sha256") or "").lower()
     except requests.JSONDecodeError as error:
-        raise DownloadError(f"{page}: the answer is no list of files. Try again later.") from error
+        raise DownloadError(f"{page}: the answer is not a list of files. Try again later.") from error
     except requests.RequestException as error:
         raise unreachable(page, error) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -187,10 +187,10 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
     """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
 
-    `address` is that of the repository. `page` is for messages.
+    `address` is the address of the repository. `page` is named in messages.
 
     Raises:
-        DownloadError: If the site refuses the list.
+        DownloadError: If the site does not return the list.
     """
     query = {"Revision": "master", "Recursive": "true"}
     answer = requests.get(f"{address}/files", query, timeout=TIMEOUTS)

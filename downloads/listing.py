@@ -16,7 +16,7 @@ UNVERIFIED = "as far as known: read the model's page"
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Return a size for people: "11.4 GB", "17 MB"; "nothing" for 0."""
+    """Format a size: "11.4 GB", "17 MB"; "nothing" for 0."""
     if not size_bytes:
         return say("nothing")
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 5e7 else f"{max(1, round(size_bytes / 1e6))} MB"
@@ -25,7 +25,7 @@ def gigabytes(size_bytes: int) -> str:
 def describe_size(component: Component) -> str:
     """Return the size of a component in gigabytes, as text.
 
-    Sizes are recorded for large files only: without one, a LoRA is "not known" and all else is small.
+    Sizes are recorded only for large files. Without one, a LoRA is "not known", and other files are small.
     """
     if component.size_bytes is not None:
         return gigabytes(component.size_bytes)
@@ -38,14 +38,14 @@ def total_bytes(components: Iterable[Component]) -> int:
 
 
 def describe_total(components: Sequence[Component]) -> str:
-    """Return the size of a task's files; a single one may be without a known size."""
+    """Return the size of a task's files as text; the size of a single file may be unknown."""
     if len(components) == 1:
         return describe_size(components[0])
     return gigabytes(total_bytes(components))
 
 
 def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
-    """Print the files of the only task, or a line for each of several tasks."""
+    """Print the files if there is one task, or a line for each of several tasks."""
     print_lines(describe_set(sets[0], folder) if len(sets) == 1 else describe_sets(sets))
 
 
@@ -76,7 +76,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def excludes_many(model_set: ModelSet) -> bool:
-    """Return whether a license has to be said before anything else."""
+    """Return whether a license excludes so many users that it has to be shown first."""
     return any(component.licence.comes_first for component in model_set.components)
 
 

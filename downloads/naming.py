@@ -62,7 +62,7 @@ _OF_MANY = {"video", "image"}  # words that several models have in their names
 
 
 class NamedModel(NamedTuple):
-    """Model that a name stands for."""
+    """The model that a name stands for."""
 
     family: str
     task: str | None  # None: it names the family alone
@@ -70,17 +70,17 @@ class NamedModel(NamedTuple):
 
 
 def plain_name(text: str) -> str:
-    """Return a name in lower case with nothing but letters and digits, so that spellings compare equal."""
+    """Normalize a name to lowercase letters and digits, so that different spellings compare equal."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def is_task_spelling(text: str, task: str) -> bool:
-    """Return whether a text is a spelling of a task, which 1.4B is not of 14B."""
+    """Return whether a text is a spelling of a task; 1.4B is not one of 14B."""
     return plain_name(text) == plain_name(task) and not has_other_number(text, task)
 
 
 def has_other_number(text: str, task: str) -> bool:
-    """Return whether a text has a decimal number whose digits without the point are a number of a task."""
+    """Return whether a text has a decimal number that equals one in a task's name but for the point."""
     numbers = re.findall(r"\d+(?:\.\d+)?", task)
     decimals = re.findall(r"\d+\.\d+", text)
     return any(number.replace(".", "") in numbers for number in decimals if number not in numbers)
@@ -90,7 +90,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """Read the name of a family, and of a task if one is given, in any spelling.
 
     Raises:
-        OptionError: If it names none of `models`: with what the name stands for if it is known.
+        OptionError: If the text names none of `models`; the message says what a known name stands for.
     """
     names = families_of(models)
     by_spelling = _spell_families(names)
@@ -106,10 +106,11 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
         return near[0]
     if len(near_families) == 1:
         return NamedModel(near_families[0], task=None)
-    begun = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    # the best hint is the last one that applies
     hint = did_you_mean(text.lower(), names)
-    if begun:
-        hint = f" Did you mean {by_spelling[max(begun, key=len)]}?"
+    prefixes = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    if prefixes:
+        hint = f" Did you mean {by_spelling[max(prefixes, key=len)]}?"
     if near_families:
         hint = f" Did you mean {' or '.join(near_families)}?"
     hint = page_of_control(text) or hint
@@ -117,7 +118,7 @@ def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
 
 
 def _spell_families(names: Sequence[str]) -> dict[str, str]:
-    """Return families by their plain spellings: names of scripts, titles of pages, and their own names."""
+    """Map normalized names to families: names of scripts, titles of pages, and the families' own names."""
     by_spelling = {}
     for name, entry in with_scripts().items():
         if name in names:
@@ -143,19 +144,19 @@ def _read_exact_name(
         is_named = plain in {plain_name(name + model.task) for name in spellings}
         if is_named and not has_other_number(text, model.task):
             return NamedModel(model.family, model.task)
-    for model in models:  # the catalogue has what most want first
+    for model in models:  # the first match counts: the catalogue begins with the most popular tasks
         if plain in (plain_name(model.released_by), plain_name(PurePosixPath(model.released_by).name)):
             return NamedModel(model.family, model.task)
     return None
 
 
 def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
-    """Return families whose names have a text in them, else tasks that have it."""
+    """Return families whose names contain a text, else models whose tasks contain it."""
     if len(plain) > 1 and plain not in _OF_MANY:
         # at the beginning of a word: anima is not a part of image
         named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
         named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
-        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        # of qwen_image and qwen_image_21 the first is meant, because the second needs more letters
         shortest = [
             name for name in named if not any(name.startswith(other) for other in named if other != name)
         ]
@@ -172,16 +173,16 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
 
 
 def _begins_a_word(plain: str, name: str) -> bool:
-    """Return whether a plain spelling begins at a word of a name, as `14b` and `bi2v` do not in t2v-14B."""
+    """Return whether a normalized text begins at a word of a name; `4b` and `2v` do not in t2v-14B."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
     return any(plain_name("".join(words[place:])).startswith(plain) for place in range(len(words)))
 
 
 def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
-    """Return the release that a model was trained from, by the beginning of its name; None if not known.
+    """Return the release that a known model was trained from, by the beginning of its name, else None.
 
     Raises:
-        OptionError: If it is a model that is known and not supported.
+        OptionError: If the model is known but not supported.
     """
     subject = _find_subject(text, _MADE_FROM + _NOT_HERE)
     if subject is None:
@@ -197,12 +198,12 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
 
 
 def name_unsupported(text: str) -> str | None:
-    """Return the title of a known model that no family here runs, by the beginning of a text; else None."""
+    """Return the title of a known, unsupported model with whose name a text begins; None for others."""
     return _find_subject(text, _NOT_HERE)
 
 
 def _find_subject(text: str, table: str) -> str | None:
-    """Return the subject of the line of a table with the longest beginning of a name; None if none has."""
+    """Return the table's entry with the longest prefix of a name; None if there is no prefix of it."""
     plain = plain_name(text)
     beginnings: dict[str, str] = {}
     for line in table.split("\n"):
@@ -213,13 +214,13 @@ def _find_subject(text: str, table: str) -> str | None:
 
 
 def _kinds_of(models: Sequence[ModelSet], is_clip: bool) -> str:
-    """Return the families that are trained, of clips or of pictures, as a list in words."""
+    """Return a phrase that lists the families of video models, or of image models."""
     trained = [model for model in models if "train" in model.commands]
     return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))
 
 
 def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
-    """Raise OptionError, with the options to type, if a name is that of a model that was trained further."""
+    """Raise OptionError, with the options to type, if a name belongs to a fine-tuned model."""
     if not named.made_from:
         return
     (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
@@ -237,7 +238,7 @@ def families_of(models: Sequence[ModelSet]) -> list[str]:
 
 
 def page_of_control(text: str) -> str:
-    """Return a hint at the page of a model that learns from control clips; "" if the text names none."""
+    """Return a hint at the page of a model trained with control clips; "" if the text names none."""
     plain = plain_name(text)
     for model in model_sets():
         if not model.data.get("control"):

@@ -13,7 +13,7 @@ from modules.options import Options, option
 SOURCES = ("huggingface", "modelscope")
 
 
-class DownloadOptions(Options):
+class DownloadOptions(Options, must_give=True):
     """Options of a download, or of a list of downloads."""
 
     family: str | None = option(
@@ -68,7 +68,7 @@ class DownloadOptions(Options):
         """Return the model that --family names.
 
         Raises:
-            OptionError: If that is nothing to download.
+            OptionError: If no such model can be downloaded.
         """
         if self.family is None:
             return None
@@ -78,7 +78,7 @@ class DownloadOptions(Options):
 
     @property
     def _task(self) -> str | None:
-        """Return the task that the options name, as the catalogue spells it; None if they name none."""
+        """Return the task in the options, in the catalogue's spelling; None if they name none."""
         named = self.named
         if named is None or self.task is None:
             return None if named is None else named.task
@@ -86,10 +86,10 @@ class DownloadOptions(Options):
         return next((task for task in of_family if is_task_spelling(self.task, task)), None)
 
     def sets(self) -> list[ModelSet]:
-        """Return the sets that the options name, without files of --without; with --list also several.
+        """Return the sets that the options select, without the files of --without; several only for --list.
 
         Raises:
-            OptionError: If --without names no file of a set.
+            OptionError: If --without names something that is not a file of the set.
         """
         family = None if self.named is None else self.named.family
         return [
@@ -103,7 +103,7 @@ def leave_out(model: ModelSet, names: Sequence[str]) -> ModelSet:
     """Return a model without the files of some options.
 
     Raises:
-        OptionError: If there is no such option.
+        OptionError: If the model has no file for one of the options.
     """
     options = [part.option.lstrip("-") for part in model.components if part.option]
     flags = []

@@ -36,7 +36,7 @@ GROUPS = 32  # in a group norm, as released; cannot be read from the tensors
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """Differences between autoencoders that have FLUX's layers, and their names in messages."""
+    """One of the autoencoders with FLUX's layers: what distinguishes it, and its name in messages."""
 
     what: str = "the autoencoder of FLUX"
     option: str = "--ae"
@@ -71,30 +71,30 @@ SHORTCUT: dialects.Names = ((r"(.+)\.conv_shortcut\.(.+)", r"\1.nin_shortcut.\2"
 def read_autoencoder(
     checkpoint: Checkpoint, kind: AutoencoderKind = FLUX_KIND
 ) -> dialects.LoadPlan[AutoencoderConfig]:
-    """Plan how to load an autoencoder: released file, diffusers layout, or a part of an all-in-one file.
+    """Plan how to load an autoencoder from a released file, diffusers' layout or an all-in-one file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file holds another model or is incomplete.
     """
-    prefixes = ("first_stage_model.", "vae.")
+    prefixes = ("first_stage_model.", "vae.")  # of the autoencoder in all-in-one files
     other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
         sources = dialects.rename_sources(sources, lambda name: _our_name(name, levels))
-    wrong = dialects.other_kind(checkpoint, kind.what, kind.option, kind.release)
+    wrong_model = dialects.other_kind(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
-        raise wrong
+        raise wrong_model
     as_matrices(sources, ATTENTION)
-    shape = dialects.shapes_of(checkpoint, sources, wrong)
-    channels = shape("decoder.conv_in.weight")[1]
+    shape_of = dialects.shapes_of(checkpoint, sources, wrong_model)
+    channels = shape_of("decoder.conv_in.weight")[1]
     is_quantized = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
     _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
-    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
-    decoder_widths = tuple(shape(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    widths = tuple(shape_of(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
+    decoder_widths = tuple(shape_of(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = declared_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, (*widths, *decoder_widths), groups)
     config = AutoencoderConfig(
@@ -105,7 +105,7 @@ def read_autoencoder(
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
         decoder_widths=() if decoder_widths == widths else decoder_widths,
     )
-    unused = ("bn.*",) if kind.is_quantized else ()
+    unused = ("bn.*",) if kind.is_quantized else ()  # statistics of FLUX.2's latents
     return dialects.LoadPlan(config, checkpoint, sources, unused)
 
 
@@ -141,9 +141,9 @@ def _our_name(name: str, levels: int) -> str:
 
 
 def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
-    """Turn 1x1 convolutions of a file into linear layers.
+    """Turn 1x1 convolutions of a file into linear layers, in `sources`.
 
-    `layers` is a pattern of their weights' names.
+    `layers` is a regular expression for the names of their weights.
     """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
@@ -219,7 +219,7 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Return the same as `decode`, before clamping to -1..1."""
+        """Decode as `decode` does, but without clamping pixels to -1..1."""
         return self.in_tiles(
             self._pixels, latents, unit_in=1, unit_out=self.stride, device=torch.device("cpu")
         )
@@ -249,7 +249,7 @@ class ImageVae(nn.Module):
         return self.decoder(self.place(latents)).float()
 
     def place(self, x: Tensor) -> Tensor:
-        """Move to the VAE's device, dtype and memory layout, which all layers keep."""
+        """Convert a tensor to the VAE's device, dtype and memory format, which all layers preserve."""
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
 
 
@@ -265,13 +265,13 @@ class Autoencoder(ImageVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """As `ImageVae.encode`, but logarithms of variances are not clamped, as in the released code."""
+        """Encode as `ImageVae.encode` does; as in the released code, log-variances are not clamped."""
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to each picture by itself, as `ImageVae.in_tiles`."""
+        """Apply `compute` to one image at a time, in tiles as `ImageVae.in_tiles` does."""
         results = []
         for image in x.split(1):
             result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)
@@ -288,7 +288,11 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load FLUX's autoencoder from any of its file layouts.
 
-    `path` is the file, or folder of a release that holds it as `vae`. `tile` is as for `Autoencoder`.
+    Args:
+        path: The file, or the folder of a release with the autoencoder in its subfolder `vae`.
+        device: Device to load to.
+        dtype: Dtype of the weights.
+        tile: Size of the tiles that large images are processed in, as `Autoencoder` takes it.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.
@@ -311,9 +315,13 @@ def load_autoencoder(
 def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
     """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
 
-    Only headers are read. `option` is the one that names the file, for messages.
+    Only headers are read.
+
+    Args:
+        path: The file or folder.
+        option: Option that names the file, for messages.
 
     Raises:
-        CheckpointError: If it is missing, damaged or another model.
+        CheckpointError: If the file is missing, damaged or another model.
     """
     return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after the block, B C H W, with the number of output channels."""
+        """Return the features after the block, B C H W, where C is the number of output channels."""
         h = self.conv1(norm_and_silu(self.norm1, x))
         h = self.conv2(norm_and_silu(self.norm2, h))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -116,7 +116,7 @@ class Level(nn.Module):
         self.upsample = Double(width) if up else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features after the blocks and the layer that changes the resolution, if there is one."""
+        """Return the features after the blocks and after the optional down- or upsampling layer."""
         for layer in (*self.block, self.downsample, self.upsample):
             x = x if layer is None else layer(x)
         return x

@@ -32,9 +32,9 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 
 
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
-    """Return the places to look for CLIP's tokenizer.
+    """Return where to look for CLIP's tokenizer.
 
-    `option` and `folders` are as in `TokenizerFiles`.
+    `option` names the tokenizer; `folders` are the subfolders of a release that may hold it.
     """
     return TokenizerFiles(
         option=option,
@@ -69,7 +69,7 @@ class ClipUse:
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of the pooled state, for `read_once`. Raises as `read_clip_text`."""
+        """Return the width of the pooled state (a function for `read_once`)."""
         return read_clip_text(checkpoint, self).config.dim
 
 
@@ -91,12 +91,17 @@ class ClipTextConfig:
 def read_clip_text(
     checkpoint: Checkpoint, use: ClipUse, config_json: Mapping[str, Any] | None = None
 ) -> LoadPlan[ClipTextConfig]:
-    """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
+    """Plan how to load the text tower of a CLIP-L.
 
-    `config_json` are the network's settings; None means from a config.json next to the file.
+    The file may also hold the image tower, have any known prefix, and be in fp8.
+
+    Args:
+        checkpoint: The opened file.
+        use: How the family uses the tower.
+        config_json: The network's settings; None reads them from a config.json next to the file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file holds another model.
     """
     network = find_network(
         checkpoint,
@@ -121,10 +126,13 @@ def plan_clip_text(
     config_json: Mapping[str, Any],
     use: ClipUse,
 ) -> LoadPlan[ClipTextConfig]:
-    """Plan how to load a text tower whose tensors are found.
+    """Plan how to load a text tower whose tensors have been located.
 
-    `network` is the file without prefix. `sources` are how its tensors are made, by our names. `config_json`
-    are its settings; may be empty.
+    Args:
+        network: The file with prefixes removed.
+        sources: How each tensor is made, by our name.
+        config_json: The network's settings; may be empty.
+        use: How the family uses the tower.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
@@ -187,12 +195,15 @@ class ClipVisionConfig:
 
 
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
-    """Plan how to load an image tower with its projection: alone or with the text tower.
+    """Plan how to load a CLIP image tower with its projection; the file may also hold the text tower.
 
-    `option` and `release` are for messages: the option that needs it, and the files that have it.
+    Args:
+        checkpoint: The opened file.
+        option: Option that names the file, for messages.
+        release: Description of the released files, for messages.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file holds another model.
     """
     sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
     needed = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}

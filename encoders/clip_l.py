@@ -114,7 +114,7 @@ CLIP_L = ClipUse()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L. Each prompt gives one vector, computed from its second text if it has one (--prompt_2).
+    """CLIP-L, which gives one vector per prompt, computed from the second text if there is one (--prompt_2).
 
     Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
@@ -129,11 +129,13 @@ class PooledClip(FileTextEncoder[ClipText]):
         tokenizer: Path | None = None,
         use: ClipUse = CLIP_L,
     ) -> None:
-        """Set up the encoder.
+        """Set up the encoder; files are read by `load`.
 
-        `load` reads the files. dtype: compute dtype. `use` is the family's names for it.
-
-        `path` is the file or folder of the model, or a release's folder that holds it as `use.folder`.
+        Args:
+            path: File or folder of the model, or of a release that holds it in its subfolder `use.folder`.
+            dtype: Compute dtype.
+            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            use: How the family uses and names the encoder.
         """
         super().__init__(inside(path, use.folder), tokenizer)
         self.name = use.name
@@ -145,7 +147,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the vector depends on in addition to the text: settings of the network and the dtype."""
+        """Everything besides the text that the vector depends on: settings of the network and the dtype."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
@@ -172,7 +174,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     def compute(
         self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return each prompt's pooled state C and, if it has a key, its mask: 77 int64, 1 for real tokens."""
+        """Return each prompt's pooled state, C, and its mask if the family stores one: 77 int64, 1 = real."""
         end = tokenizer.number(CLIP_END)
         assert end is not None  # as was checked
         ids, masks = fill_rows(rows, CLIP_TOKENS, end)

@@ -114,7 +114,7 @@ class ClipAttention(nn.Module):
 class ClipLayer(nn.Module):
     """Attention and feed-forward, each applied to the normed stream and added to it.
 
-    It ignores `tokens`, which `run_blocks` gives to each block.
+    The argument `tokens`, which `run_blocks` passes to each block, is ignored.
     """
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
@@ -132,7 +132,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipLayers(nn.Module):
-    """A stack of layers; nested as in the files."""
+    """Stack of layers, nested like the names in released files."""
 
     def __init__(self, config: LayerConfig, is_causal: bool) -> None:
         super().__init__()
@@ -201,11 +201,14 @@ class ClipText(nn.Module):
     def states(
         self, ids: Tensor, layer: int = 1, *, final_norm: bool = False, ends: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
+        """Return the states of all tokens after a layer, B L C; with `ends` also the pooled state, B C.
 
-        `ids` is B L. `layer` is counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
-        result `hidden_states[-layer]`. With `final_norm`, the tower's last norm is applied to it. `ends` is
-        as for `forward`; without it the layers behind `layer` do not run. One pass in either case.
+        Args:
+            ids: Token ids, B L.
+            layer: The layer, counted from the end: 1 (the last) to `num_layers`. transformers calls the
+                result `hidden_states[-layer]`.
+            final_norm: Whether to apply the tower's last norm to the states.
+            ends: Position of each end token, B, for the pooled state; None skips the layers after `layer`.
 
         Raises:
             ValueError: If the layer does not exist.
@@ -250,7 +253,7 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: Cl
 
 
 class ClipVisionEmbeddings(nn.Module):
-    """Embed patches and the class token in front of them, and add their positions."""
+    """Embed patches, put the class token in front of them, and add position embeddings."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -312,7 +315,7 @@ class ClipVision(nn.Module):
         return _normalize(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
-        """Return pixels B 3 H W, in 0..1, as `prepare` does, but so that gradients flow to them."""
+        """Prepare pixels, B 3 H W in 0..1, as `prepare` does, but differentiably."""
         size = self.image_size
         shorter = min(pixels.shape[-2:])
         height, width = (size * side // shorter for side in pixels.shape[-2:])
@@ -330,9 +333,14 @@ def _normalize(pixels: Tensor) -> Tensor:
 def load_clip_vision(
     path: Path, device: torch.device, dtype: torch.dtype, option: str, release: str
 ) -> ClipVision:
-    """Load an image tower with its projection; fp8 weights are dequantized.
+    """Load a CLIP image tower with its projection; fp8 weights are dequantized.
 
-    `option` and `release` are for messages: the option that needs it, and the files that have it.
+    Args:
+        path: File or folder of the model.
+        device: Device to load to.
+        dtype: Compute dtype.
+        option: Option that names the file, for messages.
+        release: Description of the released files, for messages.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.

@@ -68,10 +68,10 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    `stride` is the pixels on a side of a latent. `taker` is what sees them.
+    `stride` is the number of pixels along a side of a latent pixel. `taker` names the network that sees them.
 
     Raises:
-        CacheError: If they are missing or of another size than the pictures.
+        CacheError: If control images are missing or differ in size from their images.
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)
@@ -85,16 +85,16 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError if a control picture cannot be read. `option` is the one that names it."""
+    """Raise OptionError, naming `option`, if its control image cannot be read."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)
 
 
 def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
-    """Return the control picture of a sample with its strength, 1 3 H W uint8 and 1; {} without one.
+    """Return the control image of a sample, 1 3 H W uint8, and its strength, 1; {} without an image.
 
-    It is read as gen_img.py reads guide images.
+    The image is read in the same way as guide images of gen_img.py.
     """
     request = prepared.request
     if request.control_path is None:
@@ -113,7 +113,7 @@ def read_control(path: Path, width: int, height: int, strength: float) -> dict[s
 
 
 def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """Return the control pictures among conditions, B 3 H W in 0..1 or None, and their strength."""
+    """Return the control images in the conditions, B 3 H W in 0..1 (or None), and their strength."""
     if CONTROL_PIXELS not in cond:
         return None, 0.0
     pixels = send_tensor(cond, CONTROL_PIXELS, device)
@@ -127,12 +127,18 @@ def strength_in(cond: Conditions) -> float:
 
 
 def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
-    """Return the request as `keep` returns it, but with its control picture if something sees it.
+    """Return a request without unusable media, but with its control image if a network takes it.
 
-    `keep` is `ModelOfImages.keep_media`. Warns of a sample without one.
+    Logs a warning if a network takes a control image and the request has none.
+
+    Args:
+        request: The request.
+        keep: Removes all media that the model does not take: `ModelOfImages.keep_media`.
+        who: Name of the model, for messages.
+        sees: Whether a network takes a control image.
 
     Raises:
-        OptionError: If one cannot be read.
+        OptionError: If the control image cannot be read.
     """
     control = request.control_path
     if not sees:

@@ -39,8 +39,8 @@ from modules.speed_options import VaeOptions
 class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, as the options give them.
 
-    The path properties raise OptionError or CheckpointError, naming the option. Encoders run in their usual
-    dtype, or in float32 if the transformer does.
+    The path properties raise OptionError or CheckpointError, naming the option. Encoders compute in their
+    default dtype, or in float32 if the transformer does.
     """
 
     dit: Path | None = None
@@ -58,14 +58,11 @@ class TransformerFiles(ABC):
     vae_default: ClassVar[torch.dtype | None] = None  # of the VAE, if that was released in another one
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
-        """Return a copy with the options of the transformer.
-
-        `dtype` is that of --dit_dtype.
-        """
+        """Return a copy with the options of the transformer; `dtype` is the value of --dit_dtype."""
         return replace(self, dit=dit, dit_dtype=select_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
-        """Return the files with those of the VAE's options."""
+        """Return a copy with the options of the VAE."""
         dtype = select_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
@@ -112,21 +109,21 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def text_encoders(self) -> list[TextEncoder]:
-        """Return the text encoders; their files are opened when they are loaded."""
+        """Return the text encoders, whose files are opened only when the encoders are loaded."""
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders that are given, or all if needed.
+        """Check the given text encoders, or all of them if they are needed.
 
-        `config` is that of the transformer, or None.
+        `config` is the configuration of the transformer, or None if there is none.
         """
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.
+        """Check the files that are given or needed ("dit", "vae", "texts") without loading them.
 
         Raises:
-            OptionError: If a needed one is not given.
-            CheckpointError: If a file is missing, or its network has a kind or size that the transformer
+            OptionError: If a needed file is not given.
+            CheckpointError: If a file is missing, or if its network is of a kind or size that the transformer
                 cannot use.
         """
         config = self.dit_header().config if self.dit is not None or "dit" in needed else None
@@ -139,7 +136,7 @@ _METADATA = attrgetter("metadata")  # of a checkpoint
 
 
 def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
-    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.judge`.
+    """Return whether a transformer was distilled to few steps, and the evidence for it.
 
     A missing or unreadable file, which other checks report, is judged by its name.
     """
@@ -160,7 +157,7 @@ class OneTransformer:
 
         @property
         def name(self) -> str:
-            """Name of the family, as in `Described.name`."""
+            """Name of the family."""
 
         @property
         @abstractmethod
@@ -170,7 +167,7 @@ class OneTransformer:
         @property
         @abstractmethod
         def dit(self) -> DitSpec:
-            """Names inside the transformer, as in `Described.dit`."""
+            """Names of blocks and modules in the transformer."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -193,12 +190,12 @@ class OneTransformer:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The one network, used for all noise levels."""
+        """The only network, which is used at all noise levels."""
         return ONE_EXPERT
 
     @property
     def references(self) -> ReferenceRules | None:
-        """None: the model takes no reference pictures, unless the family says otherwise."""
+        """Rules for reference images; None, unless the family overrides it, because the model takes none."""
         return None
 
     @property
@@ -220,7 +217,7 @@ class OneTransformer:
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What encoded pixels depend on: the VAE alone."""
+        """Identity of everything that encoded pixels depend on, which is the VAE."""
         return self.files.vae_identity()
 
     @property
@@ -251,14 +248,14 @@ class OneTransformer:
         return None
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of layers, or those of double and single blocks, which the header gives."""
+        """Return the number of layers, or of double and single blocks, from the header."""
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype of the placement, else that of the options, else that of the file's blocks."""
+        """Return the dtype of the placement, else of the options, else of the blocks in the file."""
         return select_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -269,7 +266,7 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return `names` with the file names of transformer and VAE, if these are given."""
+        """Return metadata: `names`, and the file names of transformer and VAE if these are given."""
         files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 

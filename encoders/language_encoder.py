@@ -108,11 +108,11 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return the places to look for a Qwen tokenizer.
+    """Return where to look for a Qwen tokenizer.
 
     Args:
         option: Option that names the tokenizer.
-        repository: Repository on the hub that has it.
+        repository: Repository on the hub that holds the tokenizer.
     """
     files = TokenizerFiles(
         option,
@@ -205,7 +205,7 @@ class LanguageUse:
 
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
-    """A language model. Each prompt gives a state for each of its tokens."""
+    """A language model as text encoder, which gives a state for each token of a prompt."""
 
     can = EncoderAbilities(wait=True, divide=True, see=True)
     logs_cuts = True
@@ -220,13 +220,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder.
+        """Set up the encoder; files are read by `load`.
 
-        `load` reads the files.
-
-        `path` is the file or folder of the model, or a release's folder that holds it as `text_encoder`.
-        dtype: compute dtype. For `form` see `load_planned`. With `on_cpu`, compute there, whatever the
-        device.
+        Args:
+            use: How the family uses the model.
+            path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
+            dtype: Compute dtype.
+            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
+            on_cpu: Whether to compute on the CPU regardless of the device of the run.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use
@@ -256,12 +258,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the states that one token gives."""
+        """Size in bytes of the states of one token."""
         return self._config.dim * len(self.use.numbers) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What states depend on in addition to the text: network, dtype, template and form of the weights."""
+        """Everything besides the text that states depend on: network, dtype, template and stored form."""
         config = self._config
         return self.identify(
             self.use.record or self.name,
@@ -290,13 +292,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return how many tokens at the start are dropped from the states: those of the template's start."""
+        """Return the number of tokens of the template's start, whose states are dropped."""
         if self.use.dropped is not None:
             return self.use.dropped
         return len(tokenizer.read(self.use.system or self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if this tokenizer gives the template another number of tokens than is cut off."""
+        """Warn if the tokenizer splits the template's start into another number of tokens than is dropped."""
         counted = len(tokenizer.read(self.use.before).ids)
         expected = self.use.dropped
         if expected and counted != expected:
@@ -315,10 +317,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def load_network(self, device: torch.device) -> nn.Module:
         """Load the language model, with its vision tower if the family shows it pictures.
 
-        On a CUDA device with too little room some of its layers stay in host memory.
+        If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
         use = self.use
-        blocks = None if self.on_cpu else self.blocks  # of processes that compute elsewhere
+        # on the CPU, the layers are not split over processes
+        blocks = None if self.on_cpu else self.blocks
         tower = None
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
@@ -343,7 +346,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def waiting_bytes(self, room: int) -> int:
-        """Return the bytes of layers that stay in host memory if the device has `room` free bytes."""
+        """Return the size of the layers that stay in host memory if the device has `room` free bytes."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -377,8 +380,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> list[Conditions]:
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
-        If stacked, n C instead of nC. L: tokens of the prompt and of the template behind it. n: number of
-        states. `pictures` are those of each prompt.
+        L is the number of tokens of the prompt and of the template after it, n the number of states. Stacked
+        states are n C instead of nC. `pictures` holds the images of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -414,10 +417,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
+        """Separate the states of words from those of images; also return the images' positions and sizes.
 
-        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. `sides`
-        are rows and columns of tokens of each picture.
+        `states` are L C, possibly followed by padding; `ids` are L. `sides` holds the number of rows and
+        columns of tokens for each image.
         """
         use = self.use
         assert use.pictures is not None
@@ -444,7 +447,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return parted
 
     def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
-        """Return the number of tokens that prompts of a group are filled up to."""
+        """Return the number of tokens that the prompts of a group are padded to."""
         use = self.use
         longest = max(map(len, rows))
         if use.pad is None:
@@ -461,7 +464,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         pictures: Sequence[ReadImages],
         mask: Tensor,
     ) -> ImageTokens:
-        """Return embeddings of tokens, with pictures in place of the tokens for them.
+        """Return the embeddings of tokens; image embeddings replace the placeholder tokens of images.
 
         `ids` and `mask` are on the CPU; the mask is 1 for real tokens.
         """
@@ -496,13 +499,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `FileTextEncoder.encode`, with the pictures of prompts that the family shows.
+        """Encode prompts as `FileTextEncoder.encode` does, together with the images that belong to them.
 
-        Picture tokens do not count towards `most`.
+        Tokens of images do not count towards the limit `most`.
 
         Raises:
-            MediaError: If a picture cannot be shown.
-            CheckpointError: If the tokenizer has no token for pictures.
+            MediaError: If an image cannot be used.
+            CheckpointError: If the tokenizer has no placeholder token for images.
         """
         encoded = self._encode_prompts(prompts)
         key = self.use.hashes_key
@@ -561,7 +564,7 @@ class LanguageModelFiles(TransformerFiles):
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
-        """Return the files with those of the text encoder's options."""
+        """Return a copy with the options of the text encoder."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -593,7 +596,7 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return the width of a token's states: of all joined, or of each if they are stacked."""
+        """Return the width of a token's states: of all states joined, or of each one if they are stacked."""
         return read_once(self.language_model().path, _measure_states, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:

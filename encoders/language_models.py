@@ -157,7 +157,7 @@ def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers, and which layers these are. Raises ValueError."""
-    _ = width
+    _ = width  # unused: DeltaNet's heads have widths of their own
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
@@ -205,7 +205,7 @@ QWEN35 = LanguageModel(
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Dimensions of a language model, and the number of its layers that are run."""
+    """Dimensions of a language model, and the number of layers to run."""
 
     vocabulary: int
     dim: int
@@ -223,7 +223,7 @@ class LanguageConfig:
 
     @property
     def further(self) -> str:
-        """Settings of this model alone, for cache records."""
+        """Settings that only this model has, for cache records."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -243,15 +243,20 @@ def read_language_model(
     final_norm: bool = False,
     pre_norm: bool = False,
 ) -> LoadPlan[LanguageConfig]:
-    """Plan how to load the language model up to the last of the states that are read.
+    """Plan how to load a language model up to the last state that is used.
 
-    Reads files with all published prefixes, in 16 or 8 bits. `model` is the kind that it has to be. `states`
-    are which states are read, each as the number of layers before it, ascending; negative numbers count from
-    the end (-1 means the last state, normed); or ALL_STATES. With `final_norm`, the last of them is normed
-    even if it is not -1. With `pre_norm` it never is.
+    Files may have any published prefix, and 16 or 8 bits.
+
+    Args:
+        checkpoint: The opened file.
+        model: Kind of model that the file must hold.
+        states: States to use, each as the number of layers before it, ascending, or ALL_STATES. Negative
+            numbers count from the end; -1 is the last state after the final norm.
+        final_norm: Whether to apply the final norm to the last state even if it is not -1.
+        pre_norm: Whether to leave out the final norm even if the last state is -1.
 
     Raises:
-        CheckpointError: For any other file, or one with fewer layers.
+        CheckpointError: If the file holds another model or has too few layers.
     """
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."
@@ -324,7 +329,7 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
 
 
 def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of a head as config.json states it, else that of the released model."""
+    """Return the width of an attention head from config.json, else that of the released model."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -349,10 +354,10 @@ def _check_heads(
 
 
 def _count_layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
-    """Return the number of layers before a state.
+    """Return the number of layers before a state, which may be counted from the end (negative).
 
     Raises:
-        CheckpointError: If the file has fewer.
+        CheckpointError: If the file has fewer layers.
     """
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
@@ -391,7 +396,7 @@ def _read_constants(
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> RotaryConstants:
-    """Read what the tensors do not show, from the config.json or from the facts about the released model.
+    """Read the constants that tensors do not show from config.json, else take those of the released model.
 
     Raises:
         CheckpointError: If the frequencies are stretched, as in Llama 3.1 and later.
@@ -420,7 +425,7 @@ def _read_constants(
 
 
 def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
-    """Return the frequencies for time, rows and columns, if they are given. Raises ValueError, TypeError."""
+    """Return the numbers of frequencies for time, rows and columns. Raises ValueError or TypeError."""
     sections = tuple(map(int, rope.get("mrope_section", ())))
     if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
         raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
@@ -443,9 +448,10 @@ class HostAngles(nn.Module):
         self._angles = (angles,)  # no submodule: it stays on the CPU
 
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
-        """Return cosine and sine in the dtype of x, on its device.
+        """Return cosines and sines of the rotary embedding in the dtype of x, on its device.
 
-        `position_ids` are on the CPU. `layers` is NEAR or FAR, if these have frequencies of their own.
+        `position_ids` are on the CPU. `layers` is NEAR or FAR if local and global layers have different
+        frequencies.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -496,7 +502,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:
-    """Return the numbers of frequencies for time, rows and columns; [] for a model of text only."""
+    """Return the numbers of frequencies for time, rows and columns; [] for a text-only model."""
     if config.model.grid_shares is None:
         return []
     if config.sections:
@@ -522,12 +528,21 @@ def load_language_model(
     blocks: BlockPlace | None = None,
     pre_norm: bool = False,
 ) -> nn.Module:
-    """Load the language model up to the last of the states that are read.
+    """Load a language model up to the last state that is used.
 
-    For `form` see `load_planned`; without one fp8 weights are dequantized. `room` is the bytes free on the
-    device; layers that do not fit stay in host memory, and each is copied to the device before it runs. None
-    means all fit. `blocks` takes each layer. `model`, `states`, `final_norm` and `pre_norm` are as for
-    `read_language_model`.
+    Args:
+        path: File or folder of the model.
+        model: Kind of model that the file must hold.
+        device: Device to load to.
+        dtype: Compute dtype.
+        states: States to use, as `read_language_model` takes them.
+        final_norm: Whether to apply the final norm to the last state even if it is not -1.
+        form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
+            except that fp8 weights are dequantized.
+        room: Free bytes on the device; layers that do not fit stay in host memory, and each is copied to the
+            device before it runs. None means that all fit.
+        blocks: Receives each layer when it is loaded.
+        pre_norm: Whether to leave out the final norm even if the last state is -1.
 
     Raises:
         CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
@@ -566,8 +581,8 @@ def streamed_layers(
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
-    `dtype` and `form` are those of the weights on the device. `room` is the bytes free there; None means
-    enough for all.
+    `dtype` and `form` are those of the weights on the device. `room` is the number of free bytes on the
+    device; None means enough for all layers.
     """
 
     def size(name: str) -> int:

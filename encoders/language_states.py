@@ -19,12 +19,18 @@ def language_states(
     places: Tensor | None = None,
     added: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run the layers and return the states that are read, joined: B L nC.
+    """Run the layers and return the states that are used, concatenated: B L nC.
 
-    `tokens` are embeddings, B L C. `mask` is B L, 1 for real tokens. States of padding are computed from the
-    real tokens before them, as in the released pipelines. `states` are those that the network was loaded
-    with. `places` is the positions of the tokens, 3 B L on the CPU; None means 0, 1, 2, ... `added` are each
-    B L C, added to the outputs of the first layers in turn, after their states are read.
+    States of padding are computed from the real tokens before them, as in the released pipelines.
+
+    Args:
+        network: The language model.
+        tokens: Embeddings, B L C.
+        mask: 1 for real tokens, B L.
+        states: States that the network was loaded with.
+        places: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
+        added: Image features, each B L C; the nth is added to the output of the nth layer, after the state of
+            that layer was taken.
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))
@@ -53,11 +59,10 @@ def language_states(
 
 
 def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
-    """Return attention masks B 1 L L, queries by keys: for all layers (FAR), or for each kind of layers.
+    """Return the attention masks, B 1 L L (queries by keys), by kind of layer: FAR is global, NEAR is local.
 
-    Layers that carry a state along have the mask itself, or None if all tokens are real.
-
-    `tokens` is B L C. `mask` is B L.
+    CARRIED stands for recurrent layers, which take the padding mask itself, or None if all tokens are real.
+    `tokens` is B L C, `mask` is B L.
     """
     length = tokens.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
@@ -66,10 +71,10 @@ def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str
     kinds = getattr(config, "layer_types", None) or ()
     if window is not None and NEAR in kinds:
         masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
-    if config._attn_implementation == "eager":  # adds it to the scores
-        least = torch.finfo(tokens.dtype).min
+    if config._attn_implementation == "eager":  # this code adds the mask to the scores
+        lowest = torch.finfo(tokens.dtype).min
         for kind, attended in masks.items():
-            masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, least)
+            masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, lowest)
     if CARRIED not in kinds:
         return dict(masks)
     return {**masks, CARRIED: None if bool(mask.all()) else mask.bool()}

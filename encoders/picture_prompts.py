@@ -41,7 +41,7 @@ def read_rgb(path: Path, size: Size | None = None) -> Tensor:
 
 
 def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
-    """Read a picture as `read_rgb` does, reduced to at most `area` pixels in its shape, bicubic."""
+    """Read an image as RGB and shrink it to at most `area` pixels, keeping its aspect ratio (bicubic)."""
     frame = read_rgb(path, size).numpy()
     sides = frame.shape[1], frame.shape[0]
     scale = math.sqrt(area / math.prod(sides))
@@ -75,9 +75,10 @@ class ImageUse:
         return pictures[: self.shown]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
-        """Return the text of a picture.
+        """Return the text that stands for an image in a prompt.
 
-        `number` is counted from 1. `tokens` is how many it takes. `count` is that of the pictures.
+        `number` is the number of the image, from 1, and `count` the number of images; `tokens` is the number
+        of tokens of this image.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -160,7 +161,7 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the network, a class of transformers, for `on_meta_device`."""
+    """Build the vision tower with its class of transformers; call it in `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     config_class, tower_class = kind.classes
@@ -180,7 +181,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
 def load_vision_tower(
     path: Path, model: LanguageModel, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """Load the vision tower; fp8 weights are dequantized. Raises CheckpointError as `load_language_model`."""
+    """Load the vision tower of a language model; fp8 weights are dequantized."""
     with open_checkpoint(path) as checkpoint:
         plan = read_vision_tower(checkpoint, model)
         what = f"the vision tower ({model.option})"
@@ -196,13 +197,13 @@ def read_images(
     use: ImageUse,
     colors: Mapping[str, Sequence[float]] | None = None,
 ) -> ReadImages:
-    """Cut pictures into patches: sides become multiples of a token's, colors are normalized.
+    """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
-    `pictures` are each H W 3 uint8 RGB. `colours` are mean and deviation, in place of the tower's own
-    (`VisionTower.colours`).
+    `pictures` are H W 3 uint8 RGB each. `colors` are mean and standard deviation in place of the tower's own
+    (`VisionTower.colors`).
 
     Raises:
-        MediaError: If one is 200 times as long as it is wide.
+        MediaError: If the sides of an image differ by a factor of 200 or more.
     """
     from PIL import Image
 
@@ -246,7 +247,7 @@ def _import_processor() -> Any:
 
 
 class ImageTokens(NamedTuple):
-    """Prompts as embeddings, with pictures in place of the tokens for them."""
+    """Embeddings of prompts in which image features replace the placeholder tokens of images."""
 
     tokens: Tensor  # embeddings, B L C
     places: Tensor | None  # positions, 3 B L int64, or 1 L of all; None: 0, 1, 2, ...
@@ -256,21 +257,28 @@ class ImageTokens(NamedTuple):
 def embed_images(
     tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadImages], token: int
 ) -> ImageTokens:
-    """Put pictures in place of the tokens for them.
+    """Replace the placeholder tokens of images by the features that the vision tower computes.
 
-    `tokens` are embeddings, B L C. `ids` is B L, on the CPU. `pictures` are those of each prompt. `token` is
-    the id for a picture.
+    Args:
+        tower: The vision tower.
+        tokens: Embeddings, B L C.
+        ids: Token ids, B L, on the CPU.
+        pictures: Images of each prompt.
+        token: Id of the placeholder token.
     """
     states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
-    ids = ids.masked_fill(~has_images[:, None], -1)  # elsewhere the token is a word like others
+    # in a prompt without images, the placeholder is a word that the user typed
+    ids = ids.masked_fill(~has_images[:, None], -1)
     places = [
         place_tokens(row, prompt.sides, token) for row, prompt in zip(ids.tolist(), pictures, strict=True)
     ]
-    where = (ids == token).to(tokens.device)[..., None]
-    added = [torch.zeros_like(tokens).masked_scatter(where, deep.to(tokens)) for deep in deep_states]
+    is_image = (ids == token).to(tokens.device)[..., None]  # B L 1
+    added = [torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)) for deep in deep_states]
     return ImageTokens(
-        tokens=tokens.masked_scatter(where, states.to(tokens)), places=torch.stack(places, dim=1), added=added
+        tokens=tokens.masked_scatter(is_image, states.to(tokens)),
+        places=torch.stack(places, dim=1),
+        added=added,
     )
 
 
@@ -291,8 +299,8 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
     """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
-    Each word advances all three by one. A picture's tokens share a time and form a grid; the next word stands
-    behind its longer side.
+    Each word advances all three by one. The tokens of an image share a time and form a grid; the next word
+    follows after the longer side of the grid.
     """
     remaining = list(sides)
     start = 0

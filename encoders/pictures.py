@@ -96,9 +96,9 @@ class AutoencoderFiles(TransformerFiles):
 def encode_images(
     media: MediaBatch, device: torch.device, encode: Callable[[Tensor], Tensor]
 ) -> list[list[CacheEntry]]:
-    """Return the cache entry of each picture, with its references as `latents_control_0`, ...
+    """Return the cache entry of each image, with its references as `latents_control_0`, ...
 
-    `encode` is B 1 H W 3 uint8 -> latents B C 1 h w.
+    `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
     entries = []
     for part in media.split_for(device):
@@ -112,12 +112,16 @@ def encode_images(
 
 
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
-    """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
+    """Return the latents of a batch's reference images by their names in caches, each B C 1 h w.
 
-    `patch` is the latent pixels along a side of a token. `remedy` is the command that caches again.
+    Args:
+        batch: The batch.
+        channels: Number of latent channels.
+        patch: Number of latent pixels along a side of a token.
+        remedy: Command that caches again, for messages.
 
     Raises:
-        CacheError: For other shapes.
+        CacheError: If latents have another shape.
     """
     references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -145,8 +149,8 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
     """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the center.
 
-    `area` None keeps the picture's size. Its sides become multiples of `step`. Source: the released code of
-    FLUX.2.
+    With `area` None the image is not reduced. Its sides become multiples of `step`. Source: the released code
+    of FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
 
@@ -176,7 +180,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the guidance stored among conditions, B float32 on the device; None if there is none."""
+    """Return the guidance in the conditions, B float32 on the device; None if it is absent."""
     guidance = cond.get(GUIDANCE)
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
@@ -212,7 +216,7 @@ class ModelOfImages(OneTransformer):
         @property
         @abstractmethod
         def defaults(self) -> SamplingDefaults:
-            """Values of a request that does not set them."""
+            """Default values for requests that do not set them."""
 
     # encoding
 
@@ -264,12 +268,10 @@ class ModelOfImages(OneTransformer):
         return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that the model does not take.
-
-        `who` is the model, for messages.
+        """Return the request without media that the model does not take; `who` names the model in messages.
 
         Raises:
-            OptionError: If the model takes reference pictures, and these cannot be used.
+            OptionError: If the model takes reference images, and those of the request cannot be used.
         """
         rules = self.references
         takes = {**NO_MEDIA, "control_images": rules is not None}
@@ -295,7 +297,7 @@ class ModelOfImages(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Families whose latent files can be read, as they have the same autoencoder."""
+        """Other families whose latent caches can be used because they have the same autoencoder."""
         return list_same_latents(self.name)
 
     @property
@@ -330,7 +332,7 @@ class ModelOfImages(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section of a picture, with embedded guidance if the model takes it."""
+        """Yield the single section of an image, with embedded guidance if the model takes it."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
@@ -364,9 +366,9 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
 def image_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **changes: Any
 ) -> SamplingDefaults:
-    """Return defaults of square pictures, with Euler's method.
+    """Return sampling defaults for square images and Euler's method.
 
-    `changes` is that of `SamplingDefaults`.
+    `changes` are further fields of `SamplingDefaults`.
     """
     defaults = SamplingDefaults(
         steps=steps,

@@ -92,7 +92,7 @@ class T5Use:
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of a state, for `read_once`. Raises as `read_t5`."""
+        """Return the width of a state (a function for `read_once`)."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -100,7 +100,7 @@ USE = T5Use()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
-    """T5. Each prompt gives a fixed number of states. Texts are not cleaned, as in the release."""
+    """T5, which gives a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
     can = EncoderAbilities(learn=True, divide=True)
     lora_prefix = LORA_PREFIX
@@ -118,13 +118,16 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         form: str | None = None,
         use: T5Use = USE,
     ) -> None:
-        """Set up the encoder.
+        """Set up the encoder; files are read by `load`.
 
-        `load` reads the files.
-
-        `path` is the file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
-        max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
-        padding; otherwise padding counts as tokens. For `form` see `load_planned`.
+        Args:
+            path: File or folder of the model, or the folder of a full release.
+            dtype: Compute dtype; None for that of the file.
+            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            max_length: Number of tokens in each row (L), including the end token and padding.
+            uses_mask: Whether padding is masked; otherwise tokens attend to padding too.
+            form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
+            use: How the family uses and names the encoder.
         """
         folders = [folder for folder in use.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
@@ -139,7 +142,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What states depend on in addition to the text: dtype, length, mask and form of the weights."""
+        """Everything besides the text that states depend on: dtype, length, mask and form of the weights."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
@@ -195,7 +198,7 @@ def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None
 
 
 def read_byt5_header(path: Path) -> T5Config:
-    """Return the dimensions of the encoder in a file; only headers are read. Raises as `load_byt5`."""
+    """Return the dimensions of the ByT5 encoder in a file; only headers are read."""
     return read_once(path, read_t5, BYT5).config
 
 

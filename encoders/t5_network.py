@@ -89,13 +89,13 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
-    """Plan how to load an encoder of that kind, in 16 or 8 bits.
+    """Plan how to load an encoder of a given kind, in 16 or 8 bits.
 
-    Reads Wan's official names (also Kijai's) and Hugging Face's (ComfyUI, transformers), alone or in an
-    all-in-one file.
+    Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in a
+    separate or an all-in-one file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file holds another model.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
     # only with the official names: in Hugging Face's the same prefix is part of the name
@@ -201,7 +201,7 @@ class T5Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, tokens: "T5Tokens") -> Tensor:
         """Attend within each prompt, to its visible tokens.
 
-        `x` is L C. `bias` is N n n for the longest prompt.
+        `x` is L C, the tokens of all prompts. `bias` is N n n, for the n tokens of the longest prompt.
         """
         # N L D
         heads = [
@@ -228,7 +228,7 @@ class T5Tokens:
 
 
 class T5Block(nn.Module):
-    """Attention and feed-forward with residuals. has_table: it has a position table of its own."""
+    """Attention and feed-forward with residuals; with `has_table` the block has its own position table."""
 
     def __init__(self, config: T5Config, has_table: bool) -> None:
         super().__init__()
@@ -275,9 +275,10 @@ def _clamp_float16(x: Tensor) -> Tensor:
 
 
 class T5Network(nn.Module):
-    """The encoder, a T5 or an umT5.
+    """The encoder of T5 or umT5.
 
-    Prompts of different lengths are concatenated without padding, so each gives the same result as alone.
+    Prompts of different lengths are concatenated without padding, so a prompt's result does not depend on the
+    other prompts.
     """
 
     spec = DitSpec(block_lists=("blocks",))
@@ -293,12 +294,12 @@ class T5Network(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
-        """Encode prompts.
+        """Return the states of each prompt, n C.
 
-        `ids` are one vector of n token ids per prompt, on any device. Returns one n C for each.
-
-        `visible` are the number of tokens of each prompt, from its first, that attention sees; the rest is
-        padding. None means all.
+        Args:
+            ids: Token ids of each prompt, n, on any device.
+            visible: Number of real tokens of each prompt; attention ignores the padding after them. None if
+                there is no padding.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
@@ -324,10 +325,16 @@ def load_t5(
     form: str | None = None,
     blocks: BlockPlace | None = None,
 ) -> T5Network:
-    """Load an encoder of that kind.
+    """Load an encoder of a given kind.
 
-    `dtype` is the compute dtype; None means that of the file, and bfloat16 for fp8. For `form` see
-    `load_planned`; without one fp8 weights are dequantized. `blocks` takes each block.
+    Args:
+        path: File or folder of the model.
+        device: Device to load to.
+        kind: Kind of encoder that the file must hold.
+        dtype: Compute dtype; None for that of the file, or bfloat16 if the file is in fp8.
+        form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
+            except that fp8 weights are dequantized.
+        blocks: Receives each block when it is loaded.
 
     Raises:
         CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
@@ -335,9 +342,9 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        is_kept = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
-        # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
-        compute = dtype or (stored if is_kept else torch.bfloat16)
+        # fp8 cannot compute, and few CPUs compute in float16: bfloat16 instead, as the model was trained
+        keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
+        compute = dtype or (stored if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
         t5 = load_planned(plan, T5Network, device=device, dtype=compute, what=what, form=form, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))

@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
         return sum(1 for _ in last_places)
 
     def cut(self, most: int, end: float = math.inf) -> "Tokens":
-        """Return at most `most` tokens, dropping some in front of the last ones that `behind` counts."""
+        """Shorten the text to `most` tokens; the tokens at the end that `behind` counts are kept."""
         if len(self.ids) <= most:
             return self
         behind = self.behind(end)
@@ -88,8 +88,8 @@ class TokenizerSource:
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path` (of its option), else one next to the checkpoint; None for those inside or on the
-        hub.
+        The file is `path` if the option is given, else one next to the checkpoint. It is None if the
+        tokenizer is inside the checkpoint or has to be downloaded from the hub.
 
         Raises:
             CheckpointError: If `path` is given and is not a tokenizer.
@@ -101,7 +101,7 @@ class TokenizerSource:
             return None, _find_inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
-        """Return which tokenizer is used, for cache records; `path` is the one that an option gives."""
+        """Return the identity of the tokenizer for cache records; `path` is the option's value."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -113,10 +113,14 @@ class TokenizerSource:
     ) -> TextTokenizer:
         """Load the tokenizer.
 
-        `path` is as for `find`. `what` is the encoder, for the log.
+        Args:
+            path: Path from the tokenizer's option; None searches the usual places.
+            checkpoint_path: Checkpoint of the encoder.
+            what: Name of the encoder, for the log.
+            may_download: Whether a missing tokenizer may be downloaded from the hub.
 
         Raises:
-            CheckpointError: If there is none, it cannot be read, or the hub cannot be reached.
+            CheckpointError: If no tokenizer is found, if it cannot be read, or if the hub cannot be reached.
         """
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
@@ -143,12 +147,12 @@ class TokenizerSource:
         return self._read_pieces(model, checkpoint_path)
 
     def _use_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
-        """Return the tokenizer of a tokenizer.json, with begin and end token if wanted."""
+        """Return the tokenizer of a tokenizer.json, with a begin token if one is configured."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
-            tokenizer.encode("a b")  # what fails with a text does so now
-        first = []
+            tokenizer.encode("a b")  # a tokenizer that fails with any text fails now, not during encoding
+        first = []  # the begin token, unless the tokenizer adds it itself
         if begin is not None and empty[:1] != [begin]:
             first.append(begin)
         if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
@@ -167,9 +171,9 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Read a SentencePiece model; add begin and end token if wanted.
+        """Build the tokenizer of a SentencePiece model, with begin and end tokens as configured.
 
-        `origin` is its file, for messages.
+        `origin` is the file of the model, for messages.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -225,10 +229,10 @@ def fill_rows(
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
-    """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, has embeddings.
+    """Raise CheckpointError if a token id is beyond the embeddings of the encoder in `path`.
 
-    `rows` are token ids of texts. `vocabulary` is the number of the encoder's tokens. `option` is that of the
-    tokenizer.
+    `rows` are the token ids of texts, `vocabulary` is the number of embeddings, and `option` is the
+    tokenizer's option.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
@@ -284,12 +288,12 @@ class FileTextEncoder(ABC, Generic[Network]):
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
-        """Set up the encoder.
+        """Set up the encoder; files are read by `load`.
 
-        `load` reads the files.
-
-        `tokenizer` is the path from its option; None means search the usual places. For `form` see
-        `load_planned`.
+        Args:
+            path: File or folder of the model.
+            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -312,11 +316,11 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     @property
     def token_bytes(self) -> int:
-        """Return the size of a token's states in bytes; 0: unknown."""
+        """Size in bytes of the states of one token; 0 if unknown."""
         return 0
 
     def identify(self, name: str, **facts: str | None) -> dict[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, and those of `facts` that are not None."""
+        """Return fingerprints of checkpoint and tokenizer, and all `facts` that are not None."""
         identity = {
             name: fingerprint(self.path),
             f"{name}_tokenizer": self.source.identity(self.tokenizer, self.path),
@@ -335,10 +339,10 @@ class FileTextEncoder(ABC, Generic[Network]):
         return 0
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, including those around it; weights are not loaded.
+        """Return a function that counts a text's tokens, including those of the template; loads no weights.
 
         Raises:
-            CheckpointError: If there is no tokenizer here; none is downloaded.
+            CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         dropped = self.count_dropped(tokenizer)
@@ -349,12 +353,13 @@ class FileTextEncoder(ABC, Generic[Network]):
         def count(text: str) -> TokenCount:
             try:
                 written = self.write(Prompt(text))
-            except CaptionError:  # it is reported where it is encoded, and by --check
+            except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.most, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_behind = tokens.behind(written.end)
-            places = tokens.places[: len(tokens.places) - num_behind]  # of tokens that a cut may drop
-            ends = [0 if place is None else place[1] - written.start for place in places]
+            # a cut never drops the template and the end token behind the prompt
+            droppable = tokens.places[: len(tokens.places) - num_behind]
+            ends = [0 if place is None else place[1] - written.start for place in droppable]
             length = len(written.prompt)
             max_kept = dropped + self.most - num_behind
             characters = kept_characters(ends, max_kept, length)
@@ -381,7 +386,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return self.load_network(device), tokenizer
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError, or warn, if the tokenizer is not that of the model."""
+        """Raise CheckpointError, or warn, if the tokenizer belongs to another model."""
         _ = tokenizer
 
     @abstractmethod
@@ -392,9 +397,9 @@ class FileTextEncoder(ABC, Generic[Network]):
     def compute(
         self, network: Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return prompts' results, on the CPU.
+        """Return the conditions of each prompt, on the CPU.
 
-        `rows` are their tokens, with `dropped` ones in front of each.
+        `rows` are the token ids of each prompt; the states of the first `dropped` tokens are left out.
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -410,9 +415,9 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode_written(
         self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Return the conditions of prompts that are already written out, as `encode` does.
+        """Encode prompts that are already put into the template.
 
-        `compute` is `self.compute`, or the same with further inputs bound.
+        `compute` is `self.compute`, possibly with additional arguments bound.
         """
         if not written:
             return []
@@ -421,8 +426,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
-            most = dropped + prompt.uncounted + self.most
-            cut_tokens.append(tokens.cut(most, prompt.end))
+            max_tokens = dropped + prompt.uncounted + self.most
+            cut_tokens.append(tokens.cut(max_tokens, prompt.end))
         if self.logs_cuts:
             self._log_cuts(written, all_tokens, cut_tokens)
         rows = [tokens.ids for tokens in cut_tokens]
@@ -468,10 +473,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token of a prompt.
-
-    `places` are the position of each token in the text.
-    """
+    """Return the weight of each token of a prompt; `places` are the tokens' character ranges in the text."""
     prompt_characters = range(written.start, written.start + len(written.prompt))
     # tokens around the prompt have the weight 1
     prompt_places = [place if place and place[0] in prompt_characters else None for place in places]

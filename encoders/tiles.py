@@ -33,7 +33,7 @@ class Cut:
 
     @property
     def stride(self) -> int:
-        """Units from the start of a piece to that of the next one; a quarter of each piece overlaps."""
+        """Distance between the starts of neighboring pieces; a quarter of each piece overlaps the next."""
         return int(self.size * 0.75)
 
     def pick(self, start: int) -> slice:
@@ -156,10 +156,10 @@ def add_in_tiles(
     units: tuple[int, int],
     out: Tensor,
 ) -> None:
-    """Add the weighted results for the tiles of x, B C F H W, to `out`, B C' F' H' W' of zeros.
+    """Add the weighted results for all tiles of x, B C F H W, to `out`, B C' F' H' W', which starts as zeros.
 
-    `compute` returns the frames of a tile in order, in one or several pieces. `cuts` are those of height and
-    width. `units` are the pixels of a latent pixel in x and in `out`.
+    `compute` returns the frames of a tile in order, in one or several pieces. `cuts` are the tilings of
+    height and width. `units` are the sizes of a latent pixel in pixels of x and of `out`.
     """
     unit_in, unit_out = units
     rows, columns = cuts
@@ -182,9 +182,10 @@ def decode_in_tiles(
     cuts: tuple[Sequence[Tile], Sequence[Tile]],
     stride: tuple[int, int, int],
 ) -> Iterator[Tensor]:
-    """Yield pixels B 3 F H W in playing order; with several tiles in host memory, after the last is done.
+    """Yield pixels, B 3 F H W, in playing order.
 
-    `latents` is B Z f h w. `cuts` are those of height and width. `stride` is the pixels of a latent: frames,
+    With several tiles, pixels are collected in host memory and yielded after the last tile. `latents` is
+    B Z f h w. `cuts` are the tilings of height and width. `stride` is the size of a latent pixel: frames,
     height, width.
     """
     if all(len(cut) == 1 for cut in cuts):
@@ -212,9 +213,10 @@ def sample_posterior(
 ) -> Tensor:
     """Return a sample of each posterior, B Z ... float32, on the device of `moments`.
 
-    `moments` is B 2Z ... float32, means and logarithms of variances on the channel axis; overwritten.
-    `generators` are one for each item; the noise is drawn in float32 on their device. `limits` are those of
-    the logarithms of variances; None means no limits.
+    Args:
+        moments: Means and log-variances along the channel axis, B 2Z ... float32; overwritten.
+        generators: One generator for each item; noise is drawn in float32 on its device.
+        limits: Lowest and highest log-variance; None for no clamping.
     """
     mean, log_variance = moments.chunk(2, dim=1)
     if limits is not None:

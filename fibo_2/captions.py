@@ -53,7 +53,7 @@ FORMAT = CaptionFormat(
     ignored=SCORES,
     instruction=INSTRUCTION,
 )
-# key -> the value that says nothing of it, in the order of training
+# key -> its empty value, in the order of training
 EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name != TEXTS}
 
 

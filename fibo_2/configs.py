@@ -7,7 +7,7 @@ from contract.rules import ModelRelease
 from flux_2.configs import LATENT, count_latents
 from lumina.configs import LuminaConfig
 
-__all__ = ["LATENT"]  # that of FLUX.2, whose autoencoder it has: a token is one of its packed latents
+__all__ = ["LATENT"]  # the model shares FLUX.2's autoencoder; each packed latent is a token
 
 RELEASE = ModelRelease(
     ("briaai/Fibo-2.0-dev", "briaai/Fibo-2.0-edit-turbo"),
@@ -23,7 +23,8 @@ STATES_OF_BUNDLE = len(BUNDLES[0])
 # places in STATES of each bundle's
 PLACES = tuple(tuple(STATES.index(layer) for layer in bundle) for bundle in BUNDLES)
 MAX_INJECTIONS = len(BUNDLES) - 1
-MIN_TOKENS, MOST_TOKENS = 256, 2048  # of a text, between which its number of gist tokens grows
+# limits of a text's length, between which the number of gist tokens grows
+MIN_TOKENS, MOST_TOKENS = 256, 2048
 GIST_STEPS = 8  # the number of gist tokens is a multiple of an eighth of the most
 
 
@@ -35,7 +36,7 @@ class Fibo2Config(LuminaConfig):
     max_gist: int = 512  # tokens that the Perceiver makes of a text, at most
     perceiver_layers: int = 2
     injections: tuple[int, ...] = (6, 14, 22, 30, 38)  # blocks that read the text
-    patch_size: int = 1  # of the packed latents
+    patch_size: int = 1  # in packed latents
     rope_theta: float = 256.0
 
     @property

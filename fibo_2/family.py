@@ -55,8 +55,8 @@ class Fibo2(pictures.ModelOfImages):
     """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
 
     files: Fibo2Files
-    options: Any = NO_OPTIONS  # of a training
-    samples_on_turbo: bool = False  # the transformer is that of --distilled_dit
+    options: Any = NO_OPTIONS  # set for trainings only
+    samples_on_turbo: bool = False  # whether the transformer is the one of --distilled_dit
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
@@ -198,7 +198,7 @@ class Fibo2(pictures.ModelOfImages):
         mask = prepared.request.extra.get(MASK)
         if mask and len(paths) != 1:
             raise OptionError(
-                f"--mask_path {mask}: it needs one picture of --control_image_path, there are {len(paths)}"
+                f"--mask_path {mask}: it needs one image of --control_image_path, there are {len(paths)}"
             )
         if not paths:
             return prompt

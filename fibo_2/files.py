@@ -41,7 +41,7 @@ FILES = "fibo2_dev_bf16.safetensors of Comfy-Org, or the folder transformer of b
 MARK = "perceiver.latent_queries"
 STACKED = "layers.0.attention.qkv.weight"
 CUTS = joined_tensors(FIBO_2)
-# of the release's own code, in early files
+# names in early files, from the release's own code
 _EARLY = (
     (r"all_x_embedder\.2-1\.(.+)", r"x_embedder.\1"),
     (r"all_final_layer\.2-1\.(.+)", r"final_layer.\1"),

@@ -106,8 +106,8 @@ class Fibo2CrossAttention(ZImageAttention):
             return attend(query, key, value, choice)
         samples = []
         for index, count in enumerate(counts):
-            of_text = (index, slice(count))
-            samples.append(attend(query[index, None], key[of_text][None], value[of_text][None], choice))
+            real = slice(index, index + 1), slice(count)  # one text without its padding
+            samples.append(attend(query[index, None], key[real], value[real], choice))
         return torch.cat(samples)
 
 
@@ -234,7 +234,7 @@ class Fibo2Block(JointTransformerBlock):
 class Fibo2Layout(NamedTuple):
     """Key of a rotary table: sizes of the image and of images to edit, and number of gist tokens."""
 
-    grids: tuple[Grid, ...]  # of the image, then of those to edit
+    grids: tuple[Grid, ...]  # grid of the image, then of each image to edit
     gist: int
 
 

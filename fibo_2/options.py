@@ -11,7 +11,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 30, 5.0
 STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 4, 1.0
 MASK = "mask_path"  # in `Request.extra`
@@ -28,14 +28,14 @@ class Fibo2TextOptions(TextEncoderOptions):
 
 
 class Fibo2LatentCachingOptions(Options, title=NAME):
-    """Options of fibo_2_cache_latents.py besides the shared ones."""
+    """Options of fibo_2_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version = not_needed(_VERSION)
 
 
 class Fibo2TextCachingOptions(Options, title=NAME):
-    """Options of fibo_2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of fibo_2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: Fibo2TextOptions = option(settings={"text_encoder": {"required": True}})
     model_version = not_needed(_VERSION)
@@ -52,10 +52,10 @@ class Fibo2ModelOptions(Options, title=NAME):
 
 
 class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
-    """Options of fibo_2_train_network.py besides the shared ones."""
+    """Options of fibo_2_train_network.py in addition to the shared ones."""
 
     distilled_dit: Path | None = option(
-        "transformer of edit-turbo, which makes samples in place of --dit, with the trained network: "
+        "transformer of edit-turbo, which generates samples instead of --dit, with the trained network: "
         f"{STEPS_OF_TURBO} steps without guidance. Each of the two waits in host memory while the other one "
         "works",
         facts=FREE,
@@ -70,11 +70,11 @@ class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
 
 
 class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
-    """Options of fibo_2_generate_image.py besides the shared ones."""
+    """Options of fibo_2_generate_image.py in addition to the shared ones."""
 
     mask_path: Path | None = option(
-        "a picture that is white where the one of --control_image_path is made anew, of its size: the model "
-        "sees gray there (--m in a prompt line)",
+        "an image that is white where the one of --control_image_path is regenerated, of its size: the "
+        "model sees gray there (--m in a prompt line)",
         facts=of_request(MASK),
     )
 

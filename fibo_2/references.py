@@ -19,9 +19,9 @@ from modules.media.reading import Frame, fit_frame, image_size, read_image
 
 STEP = 16  # sides are multiples of this, in pixels
 MIN_SIDE = 64
-AREA = 1024 * 1024  # of the sizes of training, within a tenth
-SHOWN_SIDE = 768  # of an image that the text encoder sees, at most
-GRAY = 128  # of the part that is made anew; the mask is cut at this value too
+AREA = 1024 * 1024  # area of the sizes in training, within 10 percent
+SHOWN_SIDE = 768  # maximum size of an image for the text encoder
+GRAY = 128  # pixel value of the part to repaint, and the threshold of the mask
 PRECISION = 9  # digits of the share that is cropped
 
 

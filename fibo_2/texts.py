@@ -35,8 +35,8 @@ from modules.text_files import looks_like_object
 logger = logging.getLogger(__name__)
 
 KEY = "fibo_states"
-MOST_TOKENS = 4096  # of a prompt with its template, of which the end is cut off, as released
-EPS = 1e-6  # of the scaling of states
+MOST_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
+EPS = 1e-6  # epsilon of the normalization of states
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
 _SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
 
@@ -59,7 +59,7 @@ TEXT_USE = LanguageUse(
         read=read_shown,
         show=shrink,
         fewest=3136,
-        most=1_605_632,  # of this release; Qwen3-VL's own limits are others
+        most=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
         always=False,
     ),
 )
@@ -71,7 +71,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
     def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
         super().__init__(use, path, *settings, **named_settings)
         self._has_told = False  # how plain texts are encoded
-        self._has_warned = False  # of texts that are not drawn
+        self._has_warned = False  # whether a warning about texts that are not drawn has been logged
         self._told_errors: set[str] = set()  # in keys of captions
 
     def write(self, prompt: Prompt) -> Written:

@@ -28,7 +28,7 @@ ARCHITECTURES = {DEV: "flux-1-dev", SCHNELL: "flux-1-schnell", CHROMA: "chroma"}
 BASE_VERSIONS = {DEV: "flux1", SCHNELL: "flux1", CHROMA: "chroma"}  # ss_base_model_version
 # tokens that T5 reads, as trained
 T5_TOKENS = {DEV: 512, SCHNELL: 256, CHROMA: 512}
-EMBEDDED_GUIDANCE = {DEV: 3.5, SCHNELL: None, CHROMA: 0.0}  # where nothing is said; None: there is no input
+EMBEDDED_GUIDANCE = {DEV: 3.5, SCHNELL: None, CHROMA: 0.0}  # default; None if the model has no such input
 STEPS = {DEV: 50, SCHNELL: 4, CHROMA: 50}
 PATCH = 2  # height and width of the latents in a token
 
@@ -56,7 +56,7 @@ class FluxConfig:
     pooled_dim: int = 0  # width of CLIP-L's pooled output; 0: the model takes none
     freq_dim: int = 256
     has_guidance: bool = False  # guidance is an input of the model
-    approximator: ApproximatorConfig | None = None  # of Chroma
+    approximator: ApproximatorConfig | None = None  # for Chroma only
     rope_theta: float = 10000.0
     eps: float = 1e-6
 

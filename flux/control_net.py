@@ -30,7 +30,7 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-FILES = ("config.json", "diffusion_pytorch_model*")  # of a repository on the hub
+FILES = ("config.json", "diffusion_pytorch_model*")  # files of a repository on the hub
 GIVE = "a folder in diffusers' layout or its safetensors file, such as InstantX/FLUX.1-dev-Controlnet-Canny"
 _MARK = "controlnet_x_embedder.weight"
 TIMESTEPS = 1000  # diffusers' class takes 0..1
@@ -186,7 +186,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control picture, "
+            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control image, "
             f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )

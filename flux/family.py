@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN = "flux_cache_text_encoder_outputs.py"
 POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
-CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
+CHROMA_SCALE = 4.0  # default guidance scale of Chroma; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
 
 
@@ -80,7 +80,7 @@ class Flux(ModelOfImages):
     # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
-    options: Any = NO_OPTIONS  # of a training, or of a generation
+    options: Any = NO_OPTIONS  # set for trainings and generations
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
     # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
@@ -254,7 +254,7 @@ class Flux(ModelOfImages):
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
-                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its picture's. Cache "
+                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its image's. Cache "
                 "again with flux_cache_latents.py."
             )
         return {CONTROL: control}

@@ -50,13 +50,13 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 }
 SWAPPED = ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias")
 APPROXIMATOR = "distilled_guidance_layer"
-# of relatives whose blocks have the same names in one of the layouts
+# tensors of related models, whose blocks have the same names in one of the layouts
 OTHERS = (
     "txt_in.individual_token_refiner.blocks.0.norm1.weight",
     "context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
     "byt5_in.fc1.weight",
     "controlnet_x_embedder.weight",
-    "double_stream_modulation_img.lin.weight",  # of FLUX.2
+    "double_stream_modulation_img.lin.weight",  # in FLUX.2
     "double_stream_modulation_img.linear.weight",
 )
 HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows and columns

@@ -122,7 +122,7 @@ class FluxModel(BlockNetwork):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
-        # what returns `Hidden.added` for a control image: FluxControl, or one that learns beside the model
+        # returns `Hidden.added` for a control image: FluxControl, or a ControlNet that is trained
         self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)

@@ -65,7 +65,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 class FluxImageOptions(Options, title="what to make"):
     """The picture that flux_minimal_inference.py makes."""
 
-    prompt: str = option("what the picture shows", default="A photo of a cat")
+    prompt: str = option("what the image shows", default="A photo of a cat")
     output_dir: Path = option("output folder", default=Path())
     seed: int | None = option("default: a random one")
     steps: int | None = option("default: 4 for schnell, 50 for others")

@@ -97,17 +97,17 @@ def _control_net(about: str) -> Any:
 
 
 class FluxLatentCachingOptions(Options, title=NAME):
-    """Options of flux_cache_latents.py besides the shared ones."""
+    """Options of flux_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions = option(settings=AE)
     controlnet: Path | None = _control_net(
         "encode the tables' control pictures too, for a training with this ControlNet; only its name is used"
     )
-    control_pictures: bool = option("encode the tables' control pictures too, for flux_train_control_net.py")
+    control_pictures: bool = option("encode the tables' control images too, for flux_train_control_net.py")
 
 
-class FluxTextCachingOptions(Options, title=NAME):
-    """Options of flux_cache_text_encoder_outputs.py besides the shared ones."""
+class FluxTextCachingOptions(Options, title=NAME, must_give=True):
+    """Options of flux_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     model_type: str = _model_type()
     text: FluxTextOptions
@@ -123,7 +123,7 @@ class FluxTextCachingOptions(Options, title=NAME):
 
 
 class FluxLearningOptions(Options, title=NAME):
-    """Options of the scripts that train, besides the shared ones."""
+    """Options of the scripts that train, in addition to the shared ones."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -134,13 +134,13 @@ class FluxLearningOptions(Options, title=NAME):
     text: FluxTextOptions = option(facts=HABIT)
     embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
     controlnet: Path | None = _control_net(
-        "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control pictures is "
+        "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control images is "
         "added after the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
 
 
 class FluxTrainingOptions(FluxLearningOptions, title=NAME):
-    """Options of flux_train_network.py besides the shared ones."""
+    """Options of flux_train_network.py in addition to the shared ones."""
 
     split_mode = unsupported(
         "training both at once takes as little memory with --blocks_to_swap. Use that",
@@ -152,7 +152,7 @@ class OlderSwappingOptions(Options):
     """Older names of --blocks_to_swap; see `join_swapped`."""
 
     double_blocks_to_swap: int | None = option(
-        "added to --blocks_to_swap, which takes its place", least=0, facts=FREE
+        "added to --blocks_to_swap, which replaces it", least=0, facts=FREE
     )
     single_blocks_to_swap: int | None = option(
         "half of it is added to --blocks_to_swap, as a single block is half as large", least=0, facts=FREE
@@ -160,10 +160,10 @@ class OlderSwappingOptions(Options):
 
 
 class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
-    """Options of flux_train.py besides the shared ones."""
+    """Options of flux_train.py in addition to the shared ones."""
 
 
-DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # of a new ControlNet
+DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # default sizes of a new ControlNet
 _COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
 # settings of `training.image_options.beside_transformer`
 CONTROL_NET_REJECTED: Mapping[str, str] = {
@@ -191,7 +191,7 @@ CONTROL_NET_REJECTED: Mapping[str, str] = {
 
 
 class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
-    """Options of flux_train_control_net.py besides the shared ones."""
+    """Options of flux_train_control_net.py in addition to the shared ones."""
 
     controlnet: Path | None = option(
         "ControlNet to start from: a folder in diffusers' layout, its file, or owner/name of the hub; "
@@ -227,7 +227,7 @@ class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, t
 
 
 class FluxGenerationOptions(Options, title=NAME):
-    """Options of flux_generate_image.py besides the shared ones."""
+    """Options of flux_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint",
@@ -270,6 +270,7 @@ def join_swapped(args: argparse.Namespace) -> None:
             "--blocks_to_swap alone"
         )
     if typed:
+        # a single block is half as large as a double block, by which --blocks_to_swap counts
         blocks = (older["double_blocks_to_swap"] or 0) + (older["single_blocks_to_swap"] or 0) // 2
         logger.info("%s is read as --blocks_to_swap %d.", typed, blocks)
         args.blocks_to_swap = blocks

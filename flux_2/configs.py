@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec
 
-AXES = 4  # of positions: image, row, column, place in the text; a head's width is divided among them
+AXES = 4  # axes of positions: image, row, column, index in the text; they share the width of a head
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Flux2Config:
     num_heads: int
     double_blocks: int
     single_blocks: int
-    channels: int  # of the latents, which are tokens
+    channels: int  # number of latent channels; each latent position is a token
     text_dim: int  # width of the joined states of the language model
     freq_dim: int = 256
     has_guidance: bool = False  # guidance is an input of the model

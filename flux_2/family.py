@@ -57,7 +57,7 @@ class Flux2(pictures.ModelOfImages):
     files: Flux2Files
     trained_guidance: float = 1.0  # what training feeds the guidance input of dev
     resizes_references: bool = True  # large ones are reduced; else each keeps its size
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -108,7 +108,7 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     @property
@@ -163,7 +163,7 @@ class Flux2(pictures.ModelOfImages):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request. Without a flow shift, noise levels depend on size and steps, as released."""
         version = self.files.version
-        default = DEV.defaults.embedded_guidance  # that of the script, whatever the release
+        default = DEV.defaults.embedded_guidance  # the script's default, which is the same for all releases
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored: --model_version %s has no input "

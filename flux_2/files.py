@@ -121,11 +121,12 @@ class Flux2Files(LanguageModelFiles):
         """Read dimensions, dialect and dtype of the file. Raises OptionError for another release's."""
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
-        other_releases = {}  # by their width
+        other_releases = {}  # width -> first version with this width
         for name, release in reversed(VERSIONS.items()):
             if release.dim != self.version.dim:
                 other_releases[release.dim] = name
         if header.config.has_guidance != takes_guidance or header.config.dim in other_releases:
+            # with the expected width, the file differs in whether it takes guidance as an input
             fit = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "

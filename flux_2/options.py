@@ -36,21 +36,21 @@ def _version() -> Any:
 
 
 class Flux2LatentCachingOptions(Options, title=NAME):
-    """Options of flux_2_cache_latents.py besides the shared ones."""
+    """Options of flux_2_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version: str = _version()
 
 
 class Flux2TextCachingOptions(Options, title=NAME):
-    """Options of flux_2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of flux_2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: Flux2TextOptions = option(settings={"text_encoder": {"required": True}})
     model_version: str = _version()
 
 
 class Flux2TrainingOptions(Options, title=NAME):
-    """Options of flux_2_train_network.py besides the shared ones."""
+    """Options of flux_2_train_network.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
@@ -62,7 +62,7 @@ class Flux2TrainingOptions(Options, title=NAME):
 
 
 class Flux2GenerationOptions(Options, title=NAME):
-    """Options of flux_2_generate_image.py besides the shared ones."""
+    """Options of flux_2_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     dit_dtype: str | None = dit_dtype_option()

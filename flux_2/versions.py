@@ -23,7 +23,7 @@ MISTRAL3 = LanguageModel(
 )
 KEY = "ctx_vec"
 OPTION = "--text_encoder_tokenizer"
-TOKENS = 512  # of a text with its template; padding is seen by the transformer as the rest
+TOKENS = 512  # length of a text with its template; the transformer attends to the padding too
 SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -70,7 +70,8 @@ QWEN3_8B_USE = replace(
 )
 
 
-GUIDANCE = 4.0  # of dev as an input of the model, of klein-base by a second pass
+# default guidance: an input of dev; with klein-base, classifier-free guidance by a second pass
+GUIDANCE = 4.0
 _HUB = "https://huggingface.co/black-forest-labs/{}/blob/main/LICENSE.md"
 _OF_DEV = ("FLUX [dev] Non-Commercial License", "other", _HUB.format("FLUX.2-dev"))
 _OF_9B = ("FLUX Non-Commercial License", "other", _HUB.format("FLUX.2-klein-9B"))
@@ -88,7 +89,7 @@ class Flux2Version:
     release: ModelRelease
     defaults: SamplingDefaults
     dim: int  # width of the released transformer
-    text_dim: int  # of its texts
+    text_dim: int  # width of text states
     is_distilled: bool  # guidance by a second pass does not belong to it
 
 

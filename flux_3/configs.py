@@ -6,7 +6,7 @@ from contract.family import DitSpec, NoiseSpec
 from contract.rules import ModelRelease
 from flux_2.configs import AXES, LATENT, count_latents
 
-__all__ = ["AXES", "LATENT"]  # those of FLUX.2, whose autoencoder it has
+__all__ = ["AXES", "LATENT"]  # the model shares FLUX.2's autoencoder
 
 RELEASE = ModelRelease(
     ("black-forest-labs/flux-3-image-klein-base", "black-forest-labs/flux-3-image-klein"),
@@ -31,9 +31,9 @@ class Flux3Config:
     dim: int
     ffn_dim: int
     num_heads: int
-    mode_blocks: int  # of each of the three lists
+    mode_blocks: int  # number of blocks in each of the three lists
     joint_blocks: int
-    channels: int  # of the latents, which are tokens
+    channels: int  # number of latent channels; each latent position is a token
     text_dim: int  # width of the joined states of the language model
     freq_dim: int = 256
     is_flow_map: bool = False  # distilled: the time that a step jumps to is an input of the model

@@ -49,7 +49,7 @@ class Flux3(pictures.ModelOfImages):
     """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
 
     files: Flux3Files
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     draws_latents: ClassVar[bool] = False
@@ -94,7 +94,7 @@ class Flux3(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     # the network

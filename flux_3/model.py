@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 IMAGE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
 CONTENT = (IMAGE, REFERENCES)
-SCALE = 0.5  # of an image's rows and columns, as positions
+SCALE = 0.5  # distance between neighboring rows or columns, as positions
 ROWS = 3  # that modulate a block: shift, scale and gate
 # rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
 MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROWS
@@ -53,7 +53,7 @@ class Flux3Tokens:
     counts: tuple[int, ...]  # how many of each this process has
     rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
     vector: Tensor  # B S 7 C float32: rows for each kind of tokens
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
     text_lengths: Lengths | None  # likewise, of the T tokens of the text
@@ -217,8 +217,9 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
     if not parts:
         return second.combine(with_first, with_second)
-    # steering needs all heads of a token
-    before = second.before
+    # The images of both passes are combined by `steer`, which needs all heads of a token; text tokens are
+    # distributed again afterwards.
+    before = second.before  # index of the first text token
     texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
     steered = second.steer(
         _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])

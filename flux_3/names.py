@@ -42,7 +42,7 @@ _OUTSIDE = (
         for number, layer in ((1, "in_layer"), (2, "out_layer"))
     ),
 )
-_ORDER = "q_proj k_proj v_proj attn_out mlp_in mlp_out"  # of registration
+_ORDER = "q_proj k_proj v_proj attn_out mlp_in mlp_out"  # order in which the layers are registered
 
 FLUX_3 = FamilyNames(
     "flux_3",

@@ -11,8 +11,8 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "FLUX 3"
-SIDE = 1024  # of images, where nothing is said
-SHIFT = 6.93  # of the noise levels, for all sizes and both models. Source: the released code
+SIDE = 1024  # default width and height of images
+SHIFT = 6.93  # shift of the noise levels, for all sizes and both models. Source: the released code
 STEPS, GUIDANCE = 50, 3.5
 STEPS_OF_DISTILLED, GUIDANCE_OF_DISTILLED = 16, 1.0
 _VERSION = "the tensors of the transformer show whether it is base or distilled."
@@ -28,28 +28,28 @@ class Flux3TextOptions(TextEncoderOptions):
 
 
 class Flux3LatentCachingOptions(Options, title=NAME):
-    """Options of flux_3_cache_latents.py besides the shared ones."""
+    """Options of flux_3_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version = not_needed(_VERSION)
 
 
 class Flux3TextCachingOptions(Options, title=NAME):
-    """Options of flux_3_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of flux_3_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: Flux3TextOptions = option(settings={"text_encoder": {"required": True}})
     model_version = not_needed(_VERSION)
 
 
 class Flux3TrainingOptions(Options, title=NAME):
-    """Options of flux_3_train_network.py besides the shared ones."""
+    """Options of flux_3_train_network.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint of base", facts=FREE, often=True)
     dit_dtype: str | None = dit_dtype_option()
     vae: Flux2VaeOptions = option(facts=FREE)
     text: Flux3TextOptions = option(facts=FREE)
     distilled_dit: Path | None = option(
-        "distilled transformer, which makes samples in place of --dit, with the trained network: "
+        "distilled transformer, which generates samples instead of --dit, with the trained network: "
         f"{STEPS_OF_DISTILLED} steps without guidance. Each of the two waits in host memory while the other "
         "one works",
         facts=FREE,
@@ -65,7 +65,7 @@ class Flux3TrainingOptions(Options, title=NAME):
 
 
 class Flux3GenerationOptions(Options, title=NAME):
-    """Options of flux_3_generate_image.py besides the shared ones."""
+    """Options of flux_3_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint, of base or distilled", often=True)
     dit_dtype: str | None = dit_dtype_option()

@@ -15,7 +15,7 @@ from encoders.pictures import read_reference
 from modules.media.buckets import Fit, Size, fit_within
 from modules.media.reading import image_size, read_image, resize_frame
 
-MAX_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
+MAX_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # limits of a canvas
 MIN_SIDE = 64
 AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
 SHRINKING = 0.995  # by which an image is reduced until its canvas fits

@@ -62,7 +62,7 @@ TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "llama_mask": "llama_attention_mask",
     "clip_l": "clip_l_pooler",
 }
-EMBEDDED_GUIDANCE = 10.0  # where nothing is said
+EMBEDDED_GUIDANCE = 10.0  # default
 UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 
 
@@ -84,7 +84,7 @@ class FramePack(OneTransformer):
     rope_threshold: float | None = None  # the timestep from which on positions in an image are multiplied
     rope_factor: float = 1.0  # by this
     trained_guidance: float = 1.0  # embedded guidance that training feeds
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="framepack", init=False)
     cache_tag: str = field(default="fp", init=False)
@@ -255,7 +255,7 @@ class FramePack(OneTransformer):
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request to sections, or to one image after a training of single images."""
+        """Resolve a request to sections of a video or, for LoRAs trained on single images, to an image."""
         if self.one_frame is not None:  # samples of a training of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))

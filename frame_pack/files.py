@@ -31,7 +31,7 @@ from hunyuan_model.token_refiner import FRAMEPACK_REFINER
 from modules.errors import CheckpointError, OptionError
 
 FRAMEPACK_CLIP = replace(CLIP, pooled="clip_l_pooler", mask=None)
-TEXT_ROWS = 512  # rows for the language model's states, zeros after those of the prompt
+TEXT_ROWS = 512  # number of rows of the language model's states; those after the prompt are zero
 
 
 class FramePackLlama(LlavaTextEncoder):

@@ -27,7 +27,7 @@ FILES = (
     "the folder image_encoder of flux_redux_bfl, its model.safetensors or "
     "sigclip_vision_patch14_384.safetensors"
 )
-HEAD_WIDTH = 72  # of so400m; cannot be read from the tensors
+HEAD_WIDTH = 72  # head width of so400m, because the tensors do not show it
 IMAGE_SIZE = 384  # as FramePack was trained: the tensors only show the number of whole patches
 # values that a config.json leaves out: transformers do not write what equals their default
 DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6, "image_size": 224}

@@ -67,7 +67,7 @@ FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 DEFAULT_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
 LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
-ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
+ROPE_FACTOR = 0.5  # default of --rope_scaling_factor
 
 
 _IMAGE_ENCODER = "SigLIP image encoder: folder or file"
@@ -82,7 +82,7 @@ _BULK = "decode all sections at once: no seams, more memory"
 
 
 class FramePackLatentCachingOptions(Options, title="FramePack"):
-    """Options of fpack_cache_latents.py besides the shared ones."""
+    """Options of fpack_cache_latents.py in addition to the shared ones."""
 
     vae: HunyuanVaeOptions
     image_encoder: Path | None = option(_IMAGE_ENCODER)
@@ -100,7 +100,7 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
 
 
 class FramePackTextCachingOptions(Options, title="FramePack"):
-    """Options of fpack_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of fpack_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: HunyuanTextOptions = option(
         settings={"text_encoder1": {"required": True}, "text_encoder2": {"required": True}}
@@ -108,13 +108,13 @@ class FramePackTextCachingOptions(Options, title="FramePack"):
 
 
 class FramePackTrainingOptions(Options, title="FramePack"):
-    """Options of fpack_train_network.py besides the shared ones."""
+    """Options of fpack_train_network.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     vae: HunyuanVaeOptions = option(facts=FREE, **ALWAYS_TILED)
     text: HunyuanTextOptions = option(facts=FREE)
     image_encoder: Path | None = option(_IMAGE_ENCODER, facts=FREE, often=True)
-    # of samples: the caches say what is trained
+    # for samples only: trainings take these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
     # these two: of samples, and of what files say they were trained for
@@ -171,7 +171,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
 
 
 class FramePackGenerationOptions(Options, title="FramePack"):
-    """Options of fpack_generate_video.py besides the shared ones, the same for all videos of a run."""
+    """Options of fpack_generate_video.py in addition to the shared ones, the same for all videos of a run."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     vae: HunyuanVaeOptions = option(**ALWAYS_TILED)

@@ -41,7 +41,7 @@ class FramePackRequest:
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single image, which has one section; None: a video
     controls: tuple[Path, ...] = ()  # control images of a single image
-    masks: tuple[Path, ...] = ()  # of the first of them
+    masks: tuple[Path, ...] = ()  # masks of the first control images
 
 
 def prepare_request(
@@ -244,7 +244,8 @@ def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tupl
     unused: dict[str, int] = {}
     for index, entry in entries.items():
         if entry not in used:
-            unused.setdefault(entry, index)  # of a range only its first section: it may have thousands
+            # of a range, only the first section is noted: it may have thousands
+            unused.setdefault(entry, index)
     for entry, index in unused.items():
         logger.warning(
             "%s: %r for section %d is ignored: no section takes it, of the %d", option, entry, index, sections

@@ -14,7 +14,7 @@ from modules.flow.schedule import Schedule, noisy_source
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W with the noisy reference in every region that the section's mask protects.
+    """Return the latents with the noisy reference in every region that the section's mask protects.
 
     Call after each step.
 
@@ -22,7 +22,7 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
         section: The section to denoise.
         latents: Latents in model space, B C F H W.
         schedule: Schedule of noise levels.
-        step: Step of the schedule, for the noise level of the latents.
+        step: Index in the schedule of the latents' noise level.
     """
     anchor = section.anchor
     if anchor is None or anchor.changed is None:
@@ -32,9 +32,15 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Return latents B C F H W with the noisy reference in the regions where the two hardly differ.
+    """Return the latents with the noisy reference in the regions where the two hardly differ.
 
-    Call before each step, once its velocity is known, so that small deviations do not add up.
+    Call before each step, once its velocity is known, so that small deviations do not accumulate.
+
+    Args:
+        section: The section to denoise.
+        latents: Latents in model space, B C F H W.
+        schedule: Schedule of noise levels.
+        step: Index in the schedule of the latents' noise level.
     """
     anchor = section.anchor
     if anchor is None or anchor.rules is None:
@@ -44,29 +50,35 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
 
 
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
-    """Return a mask of the changed regions of a picture: B 1 F H W bool, True where changed.
+    """Return a mask of the changed regions of an image: B 1 F H W bool, True where it changed.
 
-    It is blurred; the mean of its absolute value over the channels is compared with the threshold.
+    The difference is blurred; the mean of its absolute values over the channels is compared with the
+    threshold.
 
     Args:
         difference: Difference from the reference with the same noise, B C F H W.
         rules: The family's rules for anchors.
     """
-    size = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)
-    threshold = rules.threshold * (size.max() if rules.is_relative else 1)
-    changed = size > threshold
+    magnitude = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)  # B 1 F H W
+    threshold = rules.threshold * (magnitude.max() if rules.is_relative else 1)
+    changed = magnitude > threshold
     if rules.dilate_size:
+        # max pooling with stride 1 grows each changed region by `dilate_size` on all sides
+        frames = changed.flatten(0, 2)[:, None].float()  # B*F 1 H W
         width = 2 * rules.dilate_size + 1
-        margin = rules.dilate_size
-        changed = functional.max_pool2d(changed.flatten(0, 2)[:, None].float(), width, 1, margin) > 0
-        changed = changed.view(size.shape)
+        grown = functional.max_pool2d(frames, width, stride=1, padding=rules.dilate_size) > 0
+        changed = grown.view(magnitude.shape)
     return changed
 
 
 def blur(latents: Tensor, kernel_size: int) -> Tensor:
-    """Blur latents B C F H W with a Gaussian kernel of `kernel_size` pixels, an odd number.
+    """Blur latents B C F H W with a Gaussian kernel.
 
-    Sigma follows from the size as in OpenCV; edge pixels are repeated.
+    Sigma follows from the kernel size as in OpenCV; edge values are repeated.
+
+    Args:
+        latents: Latents, B C F H W.
+        kernel_size: Size of the kernel, an odd number of latent pixels.
     """
     half = kernel_size // 2
     if not half:
@@ -80,7 +92,7 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
-    """Write the mask of changes at a step as a picture, if the rules ask for it."""
+    """Write the mask of changes at a step as an image, if the rules ask for it."""
     anchor = done.section.anchor
     sigma = done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:

@@ -20,11 +20,11 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
     `quit` and `exit` end the input too; `help` shows the options of a line and asks again. Lines are edited
-    and recalled with the package prompt_toolkit (also on Windows), else with readline.
+    and recalled with the package prompt_toolkit, which also works on Windows, or else with readline.
 
     Args:
-        options: Options of a line, by their letters and names.
-        help_end: Help on the rest of a line.
+        options: Options of a line, by letters and names.
+        help_end: Help text after the options.
     """
     logger.info(
         "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "
@@ -40,7 +40,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
         ask = session.prompt
     else:
         try:
-            import readline  # noqa: F401 (line editing and history for input(); not there on Windows)
+            import readline  # noqa: F401 (gives input() line editing and history; missing on Windows)
         except ImportError:
             logger.info("For line editing and history: pip install prompt_toolkit")
 
@@ -60,7 +60,7 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
 
 @contextlib.contextmanager
 def ring_after(is_asked: bool) -> Iterator[None]:
-    """Ring the terminal's bell when the block ends, even by an error; not if output goes to a file."""
+    """Ring the terminal's bell when the block ends, even after an error, unless output goes to a file."""
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ WITHOUT = "without LoRA"
 
 @dataclass(frozen=True)
 class Variant:
-    """A column: a LoRA at a strength, or no LoRA; with several experts, one LoRA for each."""
+    """One column: a LoRA at a strength, or no LoRA; with several experts, one LoRA for each expert."""
 
     column: str
     strength: str  # "x 0.6"; empty without LoRA
@@ -92,7 +92,7 @@ Column = tuple[Variant, Sequence[Cell]]
 
 @explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
-    """Make all clips that are missing, then the grids. Raises UserError."""
+    """Generate all missing clips, then write the grids. Raises UserError."""
     _check(options)
     start = time.monotonic()
     device = select_device(options.device)
@@ -124,7 +124,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Make the run of all clips; its networks are loaded column by column."""
+    """Make the run that generates all clips; its networks are loaded column by column."""
     options, predicted = resolve_options(family, options, device, room_on(device))
     loader = dressing.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -134,7 +134,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip. Columns with equal labels share the clips of the last such column."""
+    """Make the job of each clip. A column whose label repeats shares the clips of the column before it."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -143,7 +143,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with all that a comparison decides by itself, and prepare the device for them."""
+    """Return the options with everything that a comparison decides by itself, and prepare the device."""
     if options.optimized:
         options = dressing.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -168,7 +168,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns that are not complete, each with its cells that have neither a clip nor latents."""
+    """Return the incomplete columns, each with its cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(run, cell.clip).exist]
@@ -180,7 +180,7 @@ def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[C
 def _show_start(
     run: GenerationRun, jobs: Sequence[GenerationJob], columns: Sequence[Column], missing: Sequence[Column]
 ) -> None:
-    """Show the columns that are compared, and the number of clips that are already finished."""
+    """Log the columns to compare and the number of clips that are already finished."""
     total = len(columns) * len(jobs)
     num_missing = sum(len(cells) for _, cells in missing)
     finished = f", {total - num_missing} of them made before" if num_missing < total else ""
@@ -199,7 +199,7 @@ def _show_start(
 
 
 def _check(options: GenerationOptions) -> None:
-    """Raise OptionError if an option has no meaning for a comparison."""
+    """Raise OptionError if an option has no meaning in a comparison."""
     output = options.output
     output_types = ("images", "latent_images") if output.pictures else ("video", "both")
     refused = {
@@ -226,9 +226,9 @@ def _check(options: GenerationOptions) -> None:
 def make_variants(
     experts: Sequence[Expert], uses: dressing.LorasByExpert, strengths: Sequence[float]
 ) -> list[Variant]:
-    """Return the columns: without LoRA, then every file at every strength.
+    """Return the columns: one without LoRA, then every file at every strength.
 
-    Files at the same position in each expert's list share a column, named after the first.
+    Files at the same position in each expert's list share a column, named after the first file.
 
     Args:
         experts: Networks of the model, with their noise levels.
@@ -237,14 +237,15 @@ def make_variants(
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
     num_columns = max(map(len, uses), default=0)
-    columns = []  # for each expert one file, or none
+    columns = []
     for index in range(num_columns):
+        # one file of each expert, or none if the expert has fewer files
         columns.append([expert_uses[index : index + 1] for expert_uses in uses])
     paths = [_find_first_path(column) for column in columns]
     names = [path.stem for path in paths]
     for column, path in zip(columns, paths, strict=True):
         heading = path.stem
-        if names.count(heading) > 1:
+        if names.count(heading) > 1:  # equal file names in several folders
             heading = f"{path.parent.name}/{heading}"
         sha256 = _hash_files(experts, column)
         for strength in dict.fromkeys(strengths):
@@ -256,12 +257,12 @@ def make_variants(
 
 
 def _find_first_path(column: dressing.LorasByExpert) -> Path:
-    """Return the file of the first expert that has one."""
+    """Return the file of the first expert that has one in this column."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
 def _hash_files(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 of a column's files, by the names that metadata give them."""
+    """Return the SHA-256 hashes of a column's files, by their names in metadata."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -276,10 +277,15 @@ def _hash(path: Path) -> str:
 
 
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
-    """Return the job of a prompt in a column, with its name: line, seed and column.
+    """Make the job of a prompt in a column, with its file name: line, seed and column.
 
-    If other clips already have this name, `_` is appended: existing files with the stem are of exactly this
-    clip.
+    If a different clip already has this name, `_` is appended.
+
+    Args:
+        run: The run.
+        variant: The column.
+        job: The prompt's job.
+        line: Number of the prompt line.
     """
     loras = {
         dressing.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
@@ -288,8 +294,10 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     metadata = dict(run.metadata(job.prepared, loras) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
-    mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
-    stem = f"{line:03d}_{job.prepared.seed}_{column}_{mark}"
+    # tells apart columns whose shortened labels are equal, and files that were trained again
+    content = f"{variant.label} {' '.join(variant.sha256.values())}"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:6]
+    stem = f"{line:03d}_{job.prepared.seed}_{column}_{digest}"
     cell = GenerationJob(f"{job.label}, {variant.label}", job.prepared, stem, metadata)
     while not _is_own(run, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
@@ -309,7 +317,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing files of this name are of exactly this clip; True if there are none."""
+    """Return whether existing files of this name are of exactly this clip; True if no file exists."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -321,7 +329,7 @@ def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a clip that record how it was made, except the time."""
+    """Return the metadata of a clip that records how it was made, except the time."""
     return {
         name: text
         for name, text in tags.items()
@@ -330,7 +338,7 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
-    """Make the latents of these clips; each is written when it is done."""
+    """Generate the latents of these clips; each is written as soon as it is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
@@ -347,9 +355,10 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
 def _encode_texts(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], variants: Sequence[Variant]
 ) -> dict[str, dict[str, Mapping[int, EncodedPrompts]]]:
-    """Return the texts of each variant by label: the same for all whose LoRAs do not change text encoders.
+    """Encode the texts for each column; columns whose LoRAs do not change text encoders share the results.
 
-    Of each variant: the texts of the jobs, by their labels.
+    Returns:
+        Encoded texts of each job by its label, by label of the column.
     """
     prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
     plain_texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
@@ -366,16 +375,17 @@ def _encode_texts(
 def load_for_columns(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
-    """Yield the clips of each column with the networks that have its LoRAs.
+    """Yield the clips of each column with networks that have the column's LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are stored in 8 bits, swapped or compiled, or if there are several experts: copies of the original
-    weights would then double the host memory.
+    weights are stored in 8 bits, swapped or compiled, or if there are several experts, because copies of the
+    original weights would then double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
-    is_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)  # T-LoRAs
-    if is_plain and not is_masked and len(run.family.experts) <= 1:
+    # T-LoRAs wrap layers instead of changing weights
+    has_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)
+    if is_plain and not has_masked and len(run.family.experts) <= 1:
         yield from _load_switched_networks(run, columns)
         return
     for variant, ready in columns:
@@ -386,7 +396,7 @@ def load_for_columns(
 def _load_switched_networks(
     run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
 ) -> making.Networks:
-    """Yield the clips of each column with one network, whose weights are changed for each."""
+    """Yield the clips of each column with one network, whose weights are changed for each column."""
     dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
     all_uses = [use for uses in dit_uses for use in uses]
     originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
@@ -403,7 +413,7 @@ def _begin_phase(
     uses: dressing.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Begin the phase of denoising these clips with networks that have these LoRAs."""
+    """Start denoising these clips with networks that have these LoRAs."""
     dits = run.session.dits
     loader = dressing.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
@@ -412,7 +422,10 @@ def _begin_phase(
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
-    """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
+    """Decode latents to clips; return the paths by label.
+
+    Latent files are removed unless --output_type asks for them.
+    """
     files = {cell.label: _files(run, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
@@ -432,22 +445,23 @@ def write_grid(
 ) -> list[Path]:
     """Write the page, the sheet and the video of all clips under a new name; return their paths.
 
-    Columns are files, rows are prompts at each strength; each row begins with the clip without LoRA.
+    Columns are LoRA files; rows are prompts at each strength. Each row starts with the clip without LoRA.
 
     Args:
         run: The run.
         variants: Columns of the grid.
         jobs: Videos or images to generate.
-        paths: Paths of the clips, by their labels.
+        paths: Paths of the clips, by label.
     """
     without_lora = variants[0]
     with_lora = variants[1:]
     strengths = list(dict.fromkeys(variant.strength for variant in with_lora)) or [""]
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
-    by_place = {(variant.column, variant.strength): variant for variant in with_lora}
+    variant_at = {(variant.column, variant.strength): variant for variant in with_lora}
     rows: list[Row] = []
     for job, strength in product(jobs, strengths):
-        row_variants = [by_place.get((column, strength), without_lora) for column in columns]
+        # the first column has no strength: the clip without LoRA is repeated in each row
+        row_variants = [variant_at.get((column, strength), without_lora) for column in columns]
         row = _make_row(
             run.family.experts,
             job,
@@ -463,7 +477,7 @@ def write_grid(
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the only prompt, or the trainings that saved the files: x for x-000010 and x-step00000020."""
+    """Return the only prompt, or the names of the trainings: x for x-000010 and x-step00000020."""
     if len(jobs) == 1:
         return in_short(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
@@ -477,14 +491,14 @@ def _make_row(
     variants: Sequence[Variant],
     paths: Mapping[str, Path],
 ) -> Row:
-    """Return the row of a prompt at a strength.
+    """Make the row of a prompt at a strength.
 
     Args:
         experts: Networks of the model, with their noise levels.
         job: The video or image to generate.
         strength: Strength of the LoRAs in the row.
         variants: One variant for each column.
-        paths: Paths of the clips, by their labels.
+        paths: Paths of the clips, by label.
     """
     steps = count_of(job.prepared.num_steps, "step")
     return Row(
@@ -498,7 +512,7 @@ def _make_row(
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:
-    """Return the generation script's options for this column's LoRAs."""
+    """Return the generation script's options that select this column's LoRAs."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
         weight = dressing.LORA_OPTIONS[dressing.key_of(expert)]

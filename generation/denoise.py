@@ -33,19 +33,19 @@ def denoise(
     split: bool = True,
     first_step: int = 0,
 ) -> Tensor:
-    """Follow the velocity from noise to clean latents.
+    """Denoise latents by following the predicted velocity.
 
     Args:
         family: The model family, whose `predict` is called.
         dit_at: Returns the network to call at a timestep.
         section: Conditions and shape of what is denoised.
-        latents: The start, in the shape of the section's noise.
+        latents: Start of denoising, in the shape of the section's noise.
         solver: The stepping rule with its schedule.
         guidance: Combines the velocities of a step's passes.
-        watchers: Called once the velocity of a step is known. If one returns True, denoising ends with the
-            clean latents predicted at that step.
+        watchers: Called after each step's velocity is known. If one of them returns True, denoising stops,
+            and the result is the clean latents predicted at that step.
         split: Run passes one by one instead of batching conditions of equal shape.
-        first_step: Index in the solver's schedule; later than 0 for video-to-video.
+        first_step: Index of the first step in the solver's schedule; above 0 for video-to-video.
 
     Returns:
         The latents in the shape of the section's noise, float32, on its device.
@@ -59,12 +59,12 @@ def denoise(
 
         latents = hold_masked(section, latents, schedule, first_step)
     num_steps = schedule.num_steps - first_step
-    for made in range(num_steps):
-        index = first_step + made
-        audio_sigmas = schedule.audio_sigmas
-        is_last = made + 1 == num_steps
+    audio_sigmas = schedule.audio_sigmas
+    for num_done in range(num_steps):
+        index = first_step + num_done  # in the schedule
+        is_last = num_done + 1 == num_steps
         step = steps.Step(
-            made,
+            num_done,
             num_steps,
             sigma=float(schedule.sigmas[index]),
             timestep=float(schedule.timesteps[index]),
@@ -72,27 +72,28 @@ def denoise(
             audio_sigma=None if audio_sigmas is None else float(audio_sigmas[index]),
             next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
         )
-        # not in a variable, which would keep this step's network while the next step's is loaded
+        # the predictor is not stored in a variable, because it would keep this step's network alive while
+        # the next step's network is loaded
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.overrides, section.clean_streams), section
         ).float()
         done = steps.StepDone(step, velocity, section)
-        answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
-        if any(answers):
+        wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
+        if any(wants_to_stop):
             return done.clean
         if is_anchored:
             latents = hold_consistent(section, latents, schedule, index)
-        moved = solver.step(index, keep_time(section, schedule, index, velocity), latents)
-        latents = hold_given(section, moved)
+        denoised = solver.step(index, keep_time(section, schedule, index, velocity), latents)
+        latents = hold_given(section, denoised)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
     return latents
 
 
 def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
-    """Return the velocity of a step, rescaled so that Euler moves the sound by the sound's own noise levels.
+    """Rescale the velocity of a step so that Euler moves the audio by the audio's own noise levels.
 
-    Without sound, or without a schedule for it, the velocity is returned unchanged.
+    Without audio, or without a separate schedule for it, the velocity is returned unchanged.
 
     Args:
         section: The section to denoise.
@@ -104,16 +105,16 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
     if joint is None or schedule.audio_sigmas is None:
         return velocity
     image, audio = joint.split(velocity)
-    own = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
-    of_image = schedule.sigmas[index + 1] - schedule.sigmas[index]
-    return joint.join(image, audio * float(own / of_image))
+    audio_change = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
+    image_change = schedule.sigmas[index + 1] - schedule.sigmas[index]  # by which the solver moves both
+    return joint.join(image, audio * float(audio_change / image_change))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return latents with the section's given frames and given sound put in.
+    """Return the latents with the section's given frames and given audio inserted.
 
-    The given parts also have velocity 0, so they are unchanged in predicted clean videos, and do not count in
-    guidance that measures whole velocities.
+    The given parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance
+    that measures the norm of a velocity.
 
     Args:
         section: The section to denoise.
@@ -121,15 +122,14 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     """
     joint = section.overrides.joint
     if joint is None:
-        return _put_first_frames(latents, section.given)
+        return latents if section.given is None else _put_first_frames(latents, section.given)
     image, audio = joint.split(latents)
-    image = _put_first_frames(image, section.given)
+    if section.given is not None:
+        image = _put_first_frames(image, section.given)
     return joint.join(image, audio if section.given_audio is None else section.given_audio)
 
 
-def _put_first_frames(latents: Tensor, frames: Tensor | None) -> Tensor:
-    if frames is None:
-        return latents
+def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
     return torch.cat([frames, latents[:, :, frames.shape[2] :]], dim=2)
 
 
@@ -141,14 +141,14 @@ def predictor(
     all_passes: steps.Overrides = steps.NO_OVERRIDES,
     clean_streams: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
-    """Make the function `predict(*conditions, overrides=...)` of a step: a velocity for each condition.
+    """Make the function `predict(*conditions, overrides=...)` of a step, which returns one velocity each.
 
     Args:
         family: The model family.
         dit_at: Returns the network to call at a timestep.
         step: The step, with its noisy latents.
         split: Run the passes one by one.
-        all_passes: Tweaks of every pass; those of the call are added.
+        all_passes: Overrides of every pass; those of the call are added.
         clean_streams: Whether all images and all audio of the section are given; a given stream has timestep
             0.
     """
@@ -165,12 +165,13 @@ def predictor(
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
             if any(clean_streams) or step.audio_sigma is not None:
+                # images and audio have timesteps of their own: B 2
                 audio_timesteps = timesteps
                 if step.audio_sigma is not None:
                     audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
-                of_streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
-                timesteps = torch.stack([times * (not is_clean) for times, is_clean in of_streams], dim=1)
-            # conditions and tweaks are the same objects at all steps of a section
+                streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
+                timesteps = torch.stack([times * (not is_clean) for times, is_clean in streams], dim=1)
+            # ids identify the pass, because all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,
@@ -189,7 +190,7 @@ def predictor(
 
 
 def _are_alike(conditions: Sequence[Conditions]) -> bool:
-    """Return whether conditions can be a batch: names and shapes are equal, lists may differ in length."""
+    """Return whether conditions can form a batch: same names and shapes; lists may differ in length."""
     outlines = [
         {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
         for condition in conditions
@@ -198,7 +199,7 @@ def _are_alike(conditions: Sequence[Conditions]) -> bool:
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Stack the conditions of several passes to one batch."""
+    """Stack the conditions of several passes into one batch."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [condition[name] for condition in conditions]
@@ -208,10 +209,10 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
 
 
 class SeededNoise:
-    """Draw the noise of one request from one generator.
+    """Draw the noise of one request from one random generator.
 
-    By default it runs on the device, and its stream depends on the kind of device. With `cpu_noise` it runs
-    on the CPU: the stream of `torch.manual_seed(seed)`, the same on every machine and in ComfyUI.
+    By default the generator is on the device, and its numbers depend on the type of device. With `cpu_noise`
+    it is on the CPU: the numbers of `torch.manual_seed(seed)`, equal on every machine and in ComfyUI.
     """
 
     def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
@@ -265,7 +266,7 @@ def make_latents(
     noise = SeededNoise(prepared.seed, device, on_cpu)
     extra_noise = None
     if prepared.request.source is not None and prepared.request.source.extra_noise:
-        # a stream of its own: however much of it is added, all other noise of a seed stays the same
+        # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
     caches = None
@@ -280,9 +281,9 @@ def make_latents(
                 on_section(section)
             section = on_device(replace(section, previous=None), device)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            if section.solver is not None:  # it may take several passes for a step
+            if section.solver is not None:  # a family's own solver may count several steps for one
                 stage = replace(stage, steps=section.solver.schedule.num_steps)
-            # what a solver draws continues the generator that the section's start came from
+            # a solver that adds noise continues the generator of the section's start
             solver = section.solver or solver_for(
                 stage.solver,
                 stage.steps,
@@ -292,7 +293,7 @@ def make_latents(
                 levels=stage.levels,
                 audio_shift=stage.audio_shift,
             )
-            stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
+            stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options  # only the first stage
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
             start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
             with ExitStack() as stack:
@@ -327,7 +328,7 @@ def sections_of(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
 ) -> Generator[steps.Section, Tensor, Tensor]:
-    """Yield the family's sections with the request's tweaks and their part of the source latents."""
+    """Yield the family's sections with the request's overrides and their part of the source latents."""
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)
     if source is not None:
@@ -343,7 +344,7 @@ def sections_of(
             if isinstance(source, Tensor):
                 from blissful_tuner.video_to_video import fit_frames  # only with a source
 
-                # behind the end of the video (the frame of an end image) it starts from the last frame
+                # a section may end after the source, with the frame of an end image: repeat the last frame
                 part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
                 section = replace(section, source=part)
             section = sections.send((yield section))
@@ -354,16 +355,16 @@ def sections_of(
 def _find_start(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
-    """Return the latents from which denoising of a section starts, and the first step to run.
+    """Return the latents from which denoising of a section starts, and the index of the first step.
 
-    The latents are pure noise, or the section of a source video with noise added.
+    The latents are pure noise, or the source's latents of this section with noise added.
     """
     source = prepared.request.source
     if section.source is None or source is None:
         return section.noise, 0
     if section.solver is not None:
-        begun: tuple[Tensor, int] = section.solver.begin(section.source)
-        return begun
+        start_and_step: tuple[Tensor, int] = section.solver.begin(section.source)
+        return start_and_step
     first_step = prepared.first_step
     start = noisy_source(section.source, section.noise, schedule, first_step)
     if extra_noise is not None:
@@ -375,7 +376,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Switch on the LoRAs of a stage whose strength is not 0, until the block ends."""
+    """Enable the LoRAs of a stage whose strength is not 0 during the block."""
     from networks.added import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:
@@ -388,12 +389,12 @@ def _switch_on_stage_loras(
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
-    Conditions that are one object stay one object.
+    Conditions that are the same object stay the same object.
     """
     positive = conditions_to(section.positive, device)
     moved_by_id = {id(section.positive): positive}
 
-    def moved(conditions: Conditions | None) -> Conditions | None:
+    def move(conditions: Conditions | None) -> Conditions | None:
         if conditions is None:
             return None
         if id(conditions) not in moved_by_id:
@@ -404,18 +405,18 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         section,
         noise=section.noise.to(device),
         positive=positive,
-        negative=moved(section.negative),
-        blank=moved(section.blank),
+        negative=move(section.negative),
+        blank=move(section.blank),
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
         given_audio=None if section.given_audio is None else section.given_audio.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
-        away=moved(section.away),
+        away=move(section.away),
     )
 
 
 def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
-    """Move conditions to `device`, except whole numbers, which stay on the host."""
+    """Move conditions to `device`, except integer tensors, which stay on the host."""
     return {
         name: [send(item, device) for item in value] if isinstance(value, list) else send(value, device)
         for name, value in conditions.items()

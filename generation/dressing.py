@@ -43,7 +43,7 @@ LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in
 
 @dataclass(frozen=True)
 class DitLoader:
-    """Load an expert to the device, with LoRAs merged, and blocks compiled and swapped as options say."""
+    """Load an expert onto the device, with LoRAs merged and its blocks compiled and swapped."""
 
     family: Family
     uses: LorasByExpert
@@ -54,7 +54,7 @@ class DitLoader:
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
-        """Load an expert into host memory; its weights are the same, being computed on the device.
+        """Load an expert into host memory. Its weights are computed on the device, so that they are the same.
 
         Args:
             expert: Index of the expert.
@@ -75,11 +75,12 @@ class DitLoader:
     def __call__(
         self, expert: int, place: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert to the device, or as `aside` does. Raises OptionError."""
+        """Load an expert onto the device, or as `aside` does. Raises OptionError."""
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())
-        merged = self._make_patch(uses)  # None if the originals are noted
+        merged = self._make_patch(uses)
+        # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         blocks = make_block_place(speed, self.device)
@@ -125,7 +126,7 @@ class DitLoader:
         return split_masked(on_side(uses, False))
 
     def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
-        """Return the patch that merges LoRAs while weights are loaded, unless the originals are noted."""
+        """Return the patch that merges LoRAs while weights are loaded; None if the originals are kept."""
         if not uses or self.originals:
             return None
         from networks.apply import LoraPatch  # only with LoRAs
@@ -167,7 +168,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by the expert of their option."""
+    """Return the LoRA files with their strengths, by the expert of the option that names them."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -175,14 +176,14 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return the key of an expert's LoRA options; "" if the options of all experts apply."""
+    """Return the key of an expert's LoRA options; "" for the options that apply to all experts."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
-    """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
+    """Return the LoRAs of each of the family's experts, in order; warn about those for a different expert.
 
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
     the files of --lora_weight, then of --lora_weight_high_noise.
@@ -190,8 +191,8 @@ def expert_loras(
     Args:
         family: The model family.
         options: Options of the run.
-        with_texts: Whether to read their changes of text encoders too, and the words that they bring along if
-            the family supports them.
+        with_texts: Whether to read changes of text encoders too, and the words in the files if the family
+            supports them.
 
     Raises:
         OptionError: If LoRAs are given for an expert that is not given.
@@ -213,22 +214,24 @@ def expert_loras(
     _warn_of_missing_experts(uses_by_key, keys)
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
-        paths = {use.lora.path for use in uses_by_key[key]}
-        # files with a LoRA for each expert that the other expert's option names
-        shared = [
+        own_uses = uses_by_key[key]
+        own_paths = {use.lora.path for use in own_uses}
+        # files that the option of another expert names, with a LoRA for each expert
+        shared_uses = [
             use
             for other_key, other_uses in uses_by_key.items()
             for use in other_uses
-            if other_key != key and use.lora.parts and use.lora.path not in paths
+            if other_key != key and use.lora.parts and use.lora.path not in own_paths
         ]
-        expert_uses.append(tuple(use.for_expert(expert.name) for use in (*uses_by_key[key], *shared)))
+        expert_uses.append(tuple(use.for_expert(expert.name) for use in (*own_uses, *shared_uses)))
     from networks.depths import fit_to_file, is_grown
 
-    # with latents to decode no transformer runs
+    # decoding latents runs no transformer
     if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
         return tuple(expert_uses)
-    by_file = zip(expert_uses, family.dit_files, strict=True)
-    return tuple(tuple(fit_to_file(uses, file)) for uses, file in by_file)
+    return tuple(
+        tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
+    )
 
 
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
@@ -252,7 +255,7 @@ def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequenc
 
 
 def _warn_of_missing_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
-    """Warn of LoRAs that were trained in all experts and are given to some of them only."""
+    """Warn about LoRAs that were trained in all experts and are given to only some of them."""
     paths = {key: {use.lora.path for use in uses} for key, uses in uses_by_key.items()}
     for key, uses in uses_by_key.items():
         for use in uses:
@@ -276,9 +279,9 @@ FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn off the options of --optimized that are unavailable here, each with a warning, and log the others.
+    """Turn off the options of --optimized that are unavailable here, each with a warning, and log the rest.
 
-    Options that were given by name stay: if one is unavailable, it is an error later.
+    Options that the user gave by name are kept: if one is unavailable, it causes an error later.
     """
     checks = _make_preset_checks(family, device)
     speed = options.speed
@@ -307,7 +310,7 @@ def _make_preset_checks(
     family: Family, device: torch.device
 ) -> dict[str, Callable[[GenerationSpeedOptions], object]]:
     """Return a check for each option of --optimized; it raises OptionError if the option is unavailable."""
-    files = family.dit_files  # a missing file is an error of its own
+    files = family.dit_files  # raises the error for a missing file first
 
     def check_attention(speed: GenerationSpeedOptions) -> None:
         placement = Placement(device, attention=speed.attention.choice)
@@ -328,7 +331,7 @@ def _make_preset_checks(
 
 
 def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
-    """Log what --optimized sets, what is unavailable here, and the options that the user set differently."""
+    """Log what --optimized sets, what is unavailable here, and which options the user set differently."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]

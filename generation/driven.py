@@ -42,7 +42,7 @@ ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], Gener
 
 
 class Interrupts:
-    """Let SIGINT end a request, and nothing else: not an answer that is being written, nor the process."""
+    """Let SIGINT end the current request, but never the process or an answer that is being written."""
 
     def __init__(self) -> None:
         self._may_raise = False
@@ -93,7 +93,7 @@ class Answers:
         """Write an answer.
 
         Raises:
-            BrokenPipeError: If nobody reads it any more.
+            BrokenPipeError: If the reader has closed the pipe.
         """
         with self._interrupts.held():
             self._stream.write(json.dumps({"event": event, **facts}) + "\n")
@@ -101,7 +101,7 @@ class Answers:
 
 
 class _WarningsTold(logging.Handler):
-    """Tell each warning of the log once."""
+    """Send each warning of the log once."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__(logging.WARNING)
@@ -117,7 +117,7 @@ class _WarningsTold(logging.Handler):
 
 @contextlib.contextmanager
 def warnings_told(answers: Answers) -> Iterator[None]:
-    """Tell the warnings that the script logs in the block."""
+    """Send the warnings that the script logs in the block as answers."""
     handler = _WarningsTold(answers)
     logging.root.addHandler(handler)
     try:
@@ -127,7 +127,7 @@ def warnings_told(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a separate stream; other prints go to standard error from now on."""
+    """Return standard output as a separate stream; from now on other prints go to standard error."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -135,12 +135,12 @@ def open_answers() -> TextIOWrapper:
 
 
 def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, preview_folder: Path) -> None:
-    """Make one request after the other, until the end of standard input.
+    """Serve requests one after the other until the end of standard input.
 
     Args:
         run: The run.
-        change_strengths: Returns a run with other strengths of its LoRAs.
-        preview_folder: Folder for previews; it need not exist.
+        change_strengths: Returns a run with other LoRA strengths.
+        preview_folder: Folder for previews; it does not have to exist.
     """
     interrupts = Interrupts()
     with contextlib.closing(open_answers()) as stream:
@@ -165,7 +165,7 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
 
 
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
-    """Return the run with previews in a folder, if its latents can be shown and nothing has to be hidden."""
+    """Return the run with previews in a folder, if its latents can be shown and no tool hides anything."""
     hides = run.post is not None and run.post.hides
     if run.previews is not None:
         return replace(run, previews=replace(run.previews, folder=folder))
@@ -184,17 +184,18 @@ def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
 
 
 def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, failures: Failures) -> None:
-    """Make a request. Raises UserError if that fails."""
+    """Generate a request. Raises UserError if it fails."""
     job = make_job(run, LABEL, values)
     answers.tell("begun", steps=job.prepared.num_steps)
-    done = 0
+    num_done = 0
 
     def tell_step(step: StepDone) -> bool:
-        nonlocal done
-        done += 1
-        own_steps = {} if step.section.solver is None else {"steps": step.step.num_steps}
-        answers.tell("step", done=done, **own_steps)
-        return False
+        nonlocal num_done
+        num_done += 1
+        # a family's own solver decides the number of steps itself
+        changed_total = {} if step.section.solver is None else {"steps": step.step.num_steps}
+        answers.tell("step", done=num_done, **changed_total)
+        return False  # denoising continues
 
     def tell_phase(what: str) -> None:
         answers.tell("phase", what=what)
@@ -205,17 +206,17 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
 
 
 class DrivenRequest(NamedTuple):
-    """Request to make a result: the values of a prompt line, and the strengths of the LoRAs by expert."""
+    """Request of the browser: the values of a prompt line, and the strengths of the LoRAs by expert."""
 
     values: Mapping[str, Any]
     strengths: Mapping[str, Sequence[float]]
 
 
 def read_request(line: str, run: GenerationRun) -> DrivenRequest:
-    """Return the request of a line.
+    """Parse a line into a request.
 
     Raises:
-        OptionError: If it cannot be read.
+        OptionError: If the line cannot be parsed.
     """
     try:
         request = json.loads(line)

@@ -21,9 +21,9 @@ def find_embeddings(text: str) -> list[str]:
 
 
 def warn_of_embeddings(family: Family, request: Request) -> None:
-    """Warn of names that a request marks as embeddings if its model takes none.
+    """Warn about names that a request marks as embeddings if its model does not support them.
 
-    A model that takes some says by itself which are not loaded.
+    A model that supports them reports by itself which are not loaded.
     """
     if takes_words(family):
         return

@@ -36,7 +36,7 @@ from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, S
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """Order in which experts work in a run.
+    """The order in which the experts of a run work.
 
     Attributes:
         order: Indices of experts, from `plan_turns`.
@@ -56,7 +56,7 @@ class ExpertTurns:
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
-        """Return the most host memory that the experts hold, in bytes, if the host has room for all of it.
+        """Return the peak host memory of the experts in bytes, if the host has enough memory for all of it.
 
         Args:
             weights: Bytes of a full expert.
@@ -66,8 +66,8 @@ class ExpertTurns:
             return swapped
         host_bytes: dict[int, int] = {}  # by expert
         peak = 0
-        for place, expert in enumerate(self.order):
-            later = self.order[place + 1 :]
+        for turn, expert in enumerate(self.order):
+            later = self.order[turn + 1 :]
             host_bytes.setdefault(expert, swapped)
             if later:
                 host_bytes.setdefault(later[0], weights)  # read ahead while this one works
@@ -80,7 +80,7 @@ class ExpertTurns:
         return peak
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the line of a plan for idle experts; () if only one expert works.
+        """Return the lines of a plan for idle experts; () if only one expert works.
 
         Swapped weights of the working expert are counted in its own line.
 
@@ -98,7 +98,7 @@ class ExpertTurns:
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
-        """Return remarks on the free memory for experts.
+        """Return remarks about the memory that the experts find free.
 
         Args:
             plan: The memory plan.
@@ -109,12 +109,12 @@ class ExpertTurns:
         if self.count < 2 or self.together:
             return []
         lines = []
-        weights = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
-        together = denoising.device + (self.count - 1) * weights
-        stays = not (self.lazy or self.never_beside)
-        if stays and room is not None and together <= room.usable:
+        weight_bytes = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
+        bytes_of_all = denoising.device + (self.count - 1) * weight_bytes
+        may_stay = not (self.lazy or self.never_beside)
+        if may_stay and room is not None and bytes_of_all <= room.usable:
             lines.append(
-                f"The device has room for all experts at once, {gib(together)} GiB: they stay there. "
+                f"The device has room for all experts at once, {gib(bytes_of_all)} GiB: they stay there. "
                 "--offload_inactive_dit keeps one at a time."
             )
         if host is not None and plan.host > host:
@@ -130,7 +130,7 @@ ALONE = ExpertTurns()  # of a model with one transformer
 
 
 def order_turns(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
-    """Return the order of experts if these requests are made one after the other, each --num_videos times."""
+    """Return the order of experts if these requests run one after the other, each --num_videos times."""
     return ExpertTurns(
         tuple(plan_turns(family, [*requests] * options.num_videos)),
         keep=options.interactive,
@@ -142,7 +142,7 @@ def order_turns(family: Family, options: GenerationOptions, requests: Sequence[P
 
 
 def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Return the run's requests, in its order; at least one.
+    """Return the requests of the run, in order; there is at least one.
 
     Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
     """
@@ -162,31 +162,33 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 
 
 def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
-    """Return the requests that no other request exceeds in frame size, number of frames and references.
+    """Return the requests that no other exceeds in frame size, number of frames and references.
 
-    Usually there is one. If several are left, only a rehearsal shows which needs most memory: a longer video
-    made in sections may need no more than a short one.
+    Usually there is one. If several remain, only a rehearsal shows which one needs the most memory: a longer
+    video made in sections may need no more than a short one.
     """
-    # of equal ones the last that has something to encode
-    sizes: dict[tuple[int, int, int], Prepared] = {}
+    # requests of equal size replace each other; sorted, so that one that also encodes media is kept
+    request_by_size: dict[tuple[int, int, int], Prepared] = {}
     for prepared in sorted(requests, key=lambda prepared: needs_media(family, prepared)):
         paths = () if family.references is None else prepared.request.control_images
-        pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
-        sizes[prepared.width * prepared.height, prepared.frames, pixels] = prepared
+        reference_pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
+        size = (prepared.width * prepared.height, prepared.frames, reference_pixels)
+        request_by_size[size] = prepared
 
     def is_exceeded(size: tuple[int, int, int]) -> bool:
-        return any(larger != size and min(map(sub, larger, size)) >= 0 for larger in sizes)
+        """Return whether another size is at least as large in each of the three numbers."""
+        return any(other != size and min(map(sub, other, size)) >= 0 for other in request_by_size)
 
-    return [prepared for size, prepared in sizes.items() if not is_exceeded(size)]
+    return [prepared for size, prepared in request_by_size.items() if not is_exceeded(size)]
 
 
 def load_with_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
-    """Load the first expert for a plan, on the meta device; return it and `LoraPatch.unmerged` of its LoRAs.
+    """Load the first expert on the meta device, for a plan; return it and `LoraPatch.unmerged` of its LoRAs.
 
-    LoRAs are read only if layers are quantized, or if one is a T-LoRA; otherwise they are merged, which takes
-    no memory.
+    LoRAs are read only if layers are quantized, or if one is a T-LoRA; others are merged, which takes no
+    memory.
     """
     dit = family.load_dit(placement)
     files = options.lora.lora_weight

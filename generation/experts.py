@@ -36,7 +36,7 @@ Check = Callable[[], None]  # called now and then while loading; may raise `Read
 
 
 class ReadingStopped(Exception):
-    """Raised in a thread to stop reading an expert that is no longer needed."""
+    """Raised in a thread to stop reading an expert that is not needed any more."""
 
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """Protocol of a network whose weights can wait in host memory, as `running.offload.turns.HostCopy`."""
+    """A network whose weights can wait in host memory, like `running.offload.turns.HostCopy`."""
 
     def bring(self) -> None:
         """Copy the weights to the device."""
@@ -86,7 +86,7 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
-    """Return the order in which experts work over all requests, one entry for each change."""
+    """Return the order in which experts work over all requests, with one entry per change of expert."""
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, request) for request in requests)
@@ -95,7 +95,7 @@ def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
 
 @dataclass
 class DitTurns:
-    """The loaded networks of a model's experts, by the experts' index."""
+    """The loaded networks of a model's experts, by index of the expert."""
 
     experts: Sequence[Expert]
     device: torch.device
@@ -123,8 +123,9 @@ class DitTurns:
         """Yield a function that returns the network for a timestep, on the device.
 
         Args:
-            plan: Order of the experts, from `plan_turns`; the first one is loaded at once. If it is empty,
-                the order is unknown: a video begins with noise, and any expert may be needed again.
+            plan: Order of the experts, from `plan_turns`; the first one is loaded immediately. If it is
+                empty, the order is unknown: a video starts with the expert for high noise, and every expert
+                may be needed again.
         """
         self._plan = plan
         self._place = 0
@@ -148,7 +149,7 @@ class DitTurns:
         """Move the working networks to host memory during the block.
 
         Raises:
-            MemoryPlanError: If the host has no room for them; the system could kill the process silently.
+            MemoryPlanError: If the host has too little memory for them; the system might kill the process.
         """
         working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
         weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)
@@ -171,10 +172,10 @@ class DitTurns:
                 _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Whether the working networks may stay on the device while other work needs `needed` bytes.
+        """Return whether the working networks may stay on the device during other work.
 
         Args:
-            needed: Bytes; None if they are unknown, so that the networks must leave.
+            needed: Bytes that the other work needs; None if unknown, so that the networks must leave.
         """
         if self.device.type == "cpu":
             return True
@@ -190,12 +191,13 @@ class DitTurns:
         self._working = set()
 
     def _bring(self, expert: int) -> nn.Module:
-        """Put an expert on the device, and begin to read the next one.
+        """Move an expert to the device, and start reading the next one.
 
-        Experts already on the device are moved away first, unless they fit beside it.
+        Experts on the device are moved away first, unless all of them fit.
         """
-        later = range(self._place, len(self._plan))  # skipped parts of the plan have failed or ended early
-        self._place = next((place for place in later if self._plan[place] == expert), self._place)
+        # go on to the expert's next turn; turns in between belong to requests that failed or ended early
+        remaining_turns = range(self._place, len(self._plan))
+        self._place = next((turn for turn in remaining_turns if self._plan[turn] == expert), self._place)
         if expert not in self._working:
             if self._ahead is not None:
                 self._take_ahead(expert, self._ahead)
@@ -206,14 +208,15 @@ class DitTurns:
                 self._dits[expert] = self.load(expert).eval().requires_grad_(False)
                 self._working.add(expert)
             else:
-                self._working.add(expert)  # now, as it may be interrupted half-way
+                self._working.add(expert)  # before moving, which may be interrupted half-way
                 try:
                     _move_to_device(self._dits[expert], self._copies.get(expert), self.device)
-                except Exception:  # too little memory: a smaller video may still find it complete
+                except Exception:
+                    # most likely too little memory: move it back, so that a smaller video can still use it
                     self._put_away(expert)
                     raise
             if len(self._working) > 1 and not self.keep:
-                self._copies.pop(expert, None)  # it stays, and then it is freed
+                self._copies.pop(expert, None)  # it stays on the device until it is freed
             if len(self.experts) > 1:
                 self._look_ahead(expert)
         return self._dits[expert]
@@ -221,7 +224,7 @@ class DitTurns:
     def _may_stay(self, working: int, coming: int) -> bool:
         """Return whether a working expert may stay on the device together with the next one.
 
-        The next expert is assumed to be as large.
+        The next expert is assumed to be of the same size.
         """
         if self.together:
             return True
@@ -230,16 +233,16 @@ class DitTurns:
         weights = bytes_on(self._dits[working], self.device)
         if self.device.type == "cpu":
             room = self.host_room()
-            is_loaded = coming in self._dits  # then it takes no further memory
+            is_loaded = coming in self._dits  # needs no more memory
             return is_loaded or room is None or weights <= room
         if self.device.type != "cuda" or self.never_beside:
             return False
-        # the next steps need as much memory in addition to the weights as those until now
-        steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        return self.can_stay(weights + steps)
+        # assume that the next steps need as much memory besides the weights as the past steps
+        step_bytes = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        return self.can_stay(weights + step_bytes)
 
     def _put_away(self, expert: int) -> None:
-        """Move an expert to host memory, or free it if it is not needed again or there is no room."""
+        """Move an expert to host memory, or free it if it is not needed again or does not fit."""
         comes_again = self.keep or not self._plan or expert in self._plan[self._place :]
         if self.lazy or not comes_again:
             self._free(expert)
@@ -257,7 +260,7 @@ class DitTurns:
             self._free(expert)
             return
         elif self.device.type == "cuda" and len(self.experts) > 1:
-            self._copies[expert] = self.make_copy(dit, self.device)  # once: the next time nothing is copied
+            self._copies[expert] = self.make_copy(dit, self.device)  # kept, so that it is copied only once
         else:
             move_network(dit, CPU)
             free_memory(self.device)
@@ -270,7 +273,7 @@ class DitTurns:
         free_memory(self.device)
 
     def _look_ahead(self, present: int) -> None:
-        """Begin to read the expert that comes next into host memory, if the host has room."""
+        """Start reading the next expert into host memory, if the host has enough."""
         coming = next((expert for expert in self._plan[self._place :] if expert != present), None)
         if coming is None or coming in self._dits or self._ahead is not None or self.load_aside is None:
             return
@@ -288,14 +291,14 @@ class DitTurns:
             if stop.is_set():
                 raise ReadingStopped
 
-        load = torch.no_grad()(self.load_aside)  # gradients are a setting of each thread
-        pool = ThreadPoolExecutor(1, "loading ahead")  # its GPU work needs a stream of its own
+        load = torch.no_grad()(self.load_aside)  # each thread has its own gradient mode
+        pool = ThreadPoolExecutor(1, "loading ahead")  # `load_aside` uses a CUDA stream of its own
         reading = pool.submit(load, coming, check)
-        pool.shutdown(wait=False)  # once it is made
+        pool.shutdown(wait=False)  # the thread ends after this one job
         self._ahead = ReadingAhead(coming, reading, stop)
 
     def _explain_not_ahead(self, present: int) -> str:
-        """Return the reason why the next expert is not read while this one works; "" if it can be."""
+        """Return why the next expert is not read while this one works; "" if it can be."""
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
@@ -308,17 +311,18 @@ class DitTurns:
         return ""
 
     def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
-        """Take over an expert that was read ahead; raise the error of its reading.
+        """Take over an expert that was read ahead; raise the error of its thread.
 
-        If only memory ran out, return without it: it is loaded when the other expert is done.
+        If the thread only ran out of memory, return without the expert: it is loaded once the other one is
+        done.
         """
         if ahead.expert != expert:
             self._end_ahead(ahead)
             return
         if not ahead.reading.done():
             logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
-        ahead.join()  # if Ctrl-C comes meanwhile, it is still there to be ended
-        self._ahead = None  # if it has failed, the next video tries anew
+        ahead.join()  # after Ctrl-C here, `phase` still ends the thread
+        self._ahead = None  # also if reading failed: the next video tries again
         try:
             dit, copy = ahead.reading.result()
         except (torch.OutOfMemoryError, MemoryError):

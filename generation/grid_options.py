@@ -28,7 +28,7 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class Axis:
-    """An option and its values, as typed and as read."""
+    """An option and its values, both as typed and as parsed."""
 
     name: str  # on the command line: guidance_scale
     option: LineOption
@@ -41,7 +41,7 @@ class Axis:
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """Content of a comparison sheet. None: no sheet is made."""
+    """Content of a comparison sheet. With None no sheet is made."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labeled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -52,17 +52,17 @@ class SheetOptions(Options, title="comparison sheet"):
 
     @property
     def has_prompts(self) -> bool:
-        """Return whether an axis names the prompts themselves."""
+        """Return whether an axis lists the prompts themselves."""
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
 
     def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
-        """Read the axes: the first goes across, the second down.
+        """Parse the axes; the first one runs horizontally, the second one vertically.
 
         Args:
             line_options: Options of a prompt line.
 
         Raises:
-            OptionError: If a value cannot be read; the message names the axis and the value.
+            OptionError: If a value cannot be parsed; the message names the axis and the value.
         """
         if self.sheet is None:
             return ()
@@ -111,7 +111,7 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
 
 
 def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
-    """Read the values of an axis. Raises OptionError naming the axis and the value if one cannot be used."""
+    """Parse the values of an axis. Raises OptionError naming the axis and the invalid value."""
     for text in texts:
         if texts.count(text) > 1:
             raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
@@ -129,7 +129,7 @@ def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[V
 def list_cells(
     axes: Sequence[Axis], line: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
+    """Yield the indices of each cell on the axes and its prompt line, row by row.
 
     Args:
         axes: Axes of the sheet.
@@ -137,13 +137,14 @@ def list_cells(
     """
     axis_keys = {axis.option.key for axis in axes}
     for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):
-        place = row_first[::-1]
+        indices = row_first[::-1]  # in the order of the axes
         values = {key: value for key, value in line.items() if key not in axis_keys}
-        for axis in axes:  # what a value is instead of must not count either, unless it is an axis
+        # unset the options that an axis replaces; if such an option is an axis too, it is set below
+        for axis in axes:
             values.update(dict.fromkeys(axis.option.instead_of))
-        for axis, index in zip(axes, place, strict=True):
+        for axis, index in zip(axes, indices, strict=True):
             store(values, axis.option, axis.values[index])
-        yield place, values
+        yield indices, values
 
 
 MAX_COLUMNS = 64
@@ -182,12 +183,12 @@ class CompareOptions(Options, title="comparison"):
 
 
 def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[Path, ...]:
-    """Return the files of all patterns, each once, numbers in their names in order.
+    """Return the files of all patterns, without duplicates, in natural order of the numbers in their names.
 
-    Shells of Windows do not expand patterns.
+    Shells on Windows do not expand patterns.
 
     Raises:
-        OptionError: For a pattern or a name without a file.
+        OptionError: If a pattern or a name matches no file.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -206,28 +207,29 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
-    """Return the family that a LoRA file's metadata name.
+    """Return the family that a LoRA file's metadata names.
 
     Args:
         path: File of the LoRA.
-        families: Further models that the scripts of each family run, by family.
+        families: Other models that each family's scripts run, by family.
 
     Raises:
-        OptionError: If they name none.
+        OptionError: If the metadata names no family.
     """
     metadata: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # an error is reported when it is read as a LoRA
         metadata = read_safetensors_texts(path)
     keys = ("ss_base_model_version", "modelspec.architecture")
     description = " ".join(metadata.get(key, "") for key in keys)
-    words = re.sub(r"[^a-z0-9]", "", description.lower())
-    characters = re.sub(r"\d", "", words)  # flux-1-kontext
+    compact = re.sub(r"[^a-z0-9]", "", description.lower())
+    without_digits = re.sub(r"\d", "", compact)  # for names such as flux-1-kontext
     family_by_model: dict[str, str] = {}
     for family, models in families.items():
         family_by_model |= dict.fromkeys((family, *models), family)
-    for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are not flux
-        bare = name.replace("_", "")
-        if bare in (characters if bare.isalpha() else words):
+    # long names first: "flux" also occurs in flux_kontext and flux_2
+    for name in sorted(family_by_model, key=len, reverse=True):
+        compact_name = name.replace("_", "")
+        if compact_name in (without_digits if compact_name.isalpha() else compact):
             return family_by_model[name]
     raise OptionError(
         f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."

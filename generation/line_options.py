@@ -17,7 +17,7 @@ DEFAULT_NAMES = (
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:
-    """Return the key in `keys` that a long name stands for; None if it stands for none.
+    """Return the key in `keys` for a long name, or None.
 
     Args:
         word: The long name.

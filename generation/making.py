@@ -64,11 +64,11 @@ NOT_FINITE = (
 def warn_of_unused_sources(
     options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
 ) -> None:
-    """Warn of options of video-to-video that no job uses.
+    """Warn about options of video-to-video that no job uses.
 
     Args:
         options: Options of the run.
-        typed: Names of the options that are typed.
+        typed: Names of the options on the command line.
         jobs: Videos or images to generate.
     """
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
@@ -83,17 +83,18 @@ def warn_of_unused_sources(
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
-    """Encode all texts, encode all images and videos, denoise all, decode all.
+    """Encode all texts, then all images and videos, denoise all jobs, and decode all latents.
 
-    Returns the finished videos and pictures by the labels of their jobs.
+    Returns:
+        Paths of the finished videos and images, by label of the job.
     """
     options = run.options
     output = options.output
     if any(needs_media(run.family, job.prepared) for job in jobs):
-        run.family.check_files(media=True)  # before gigabytes are loaded
+        run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
     _warn_of_passes(run, jobs)
     start = time.monotonic()
-    if run.rewriter is not None:  # freed before anything else loads
+    if run.rewriter is not None:  # its chat model is freed before other networks are loaded
         jobs = _rewrite_prompts(run, run.rewriter, jobs)
     if output.output_type != NOTHING:
         make_folder(output.save_path, "--save_path")
@@ -140,7 +141,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
     options = run.options
-    # attention that takes one sample at a time forces what was not asked for
+    # --split_attn processes one sample at a time, which also splits the guidance passes
     forces_split = options.speed.attention.split_attn and not options.split_uncond
     if not forces_split and run.processes <= 1:
         return
@@ -174,7 +175,7 @@ def _rewrite_prompts(
         return [replace(job, prepared=rewrite_prompts(job.prepared, rewriter)) for job in jobs]
     finally:
         if run.options.interactive:
-            rewriter.load(CPU)  # it moves
+            rewriter.load(CPU)  # moves the loaded model there until the next prompt
         else:
             rewriter.free()
         free_memory(device)
@@ -187,7 +188,7 @@ def _show_end(
     seconds: float,
     num_failed: int,
 ) -> None:
-    """Show the files that were made, latents first, if there are any."""
+    """Log the files that were made, if any; latents come first."""
     paths: list[Path] = []
     if run.options.output.output_type in LATENT_OUTPUTS:
         paths = [job.latent_path for job in denoised if job.latent_path is not None]
@@ -199,7 +200,7 @@ def _show_end(
 def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
-    """Return the media conditions of each job by its label, without the jobs that failed."""
+    """Return the media conditions of each job by its label; jobs that failed are left out."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
     with_media: list[GenerationJob] = []
     for job in jobs:
@@ -233,7 +234,7 @@ def denoise_all(
 ) -> Iterator[GenerationJob]:
     """Yield each job with its latents.
 
-    These are written at once, so that a kill loses at most one job.
+    Latents are written immediately, so that a killed process loses at most one job.
 
     Args:
         run: The run.
@@ -243,12 +244,13 @@ def denoise_all(
     """
     output = run.options.output
     requests = [job.prepared for job, _, _ in ready]
-    start = 0.0
+    start: float | None = None
     num_begun = 0
     for group, dit_at in networks:
+        if start is None:
+            start = time.monotonic()  # without the loading of the first network
         for job, texts, job_inputs in group:
             with failures.note_errors(job.label, run.fatal):
-                start = start or time.monotonic()  # the first network is there
                 if len(requests) > 1:
                     log_turn(job.label, requests, num_begun, time.monotonic() - start)
                 num_begun += 1
@@ -277,7 +279,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve the name of a job's files while it is denoised; a name that the user chose needs none."""
+    """Reserve the name of a job's files while it is denoised; a name chosen by the user is used as it is."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end
@@ -288,11 +290,11 @@ def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextM
 
 
 def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:
-    """Write a job's latents; return the job with them, and with its paths."""
+    """Write a job's latents; return the job with the latents and their paths."""
     output = run.options.output
-    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # keeps its name
+    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # already written under the old stem
     metadata = job.metadata or run.metadata(job.prepared)
-    # the stem may have been taken meanwhile
+    # another program may have taken the stem in the meantime
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
     joint = job.prepared.joint
@@ -331,7 +333,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         bar: Bar | None = None  # over the steps of the present section
 
         def advance(step: StepDone) -> bool:
-            """Advance the bar, and save changes for an anchor. Return False: denoising continues."""
+            """Advance the bar, and save the changes for an anchor. Returns False: denoising continues."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
@@ -341,7 +343,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             return False
 
         def on_section(section: Section) -> None:
-            """Show the result so far, and begin the bar of the next section."""
+            """Show the result so far, and start the bar of the next section."""
             nonlocal bar
             bars.close()
             if preview_section is not None:
@@ -354,7 +356,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
 
 def _make_section_preview(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
-    """Return a function that adds each finished section of a video to its growing preview."""
+    """Return a function that appends each finished section of a video to its preview."""
     output = run.options.output
     fps = job.prepared.fps
     hides = run.post is not None and run.post.hides
@@ -377,19 +379,20 @@ def _make_section_preview(run: GenerationRun, job: GenerationJob, path: Path) ->
 def decode_all(
     run: GenerationRun, denoised: Iterable[GenerationJob], failures: Failures, are_named: bool
 ) -> dict[str, Path]:
-    """Turn latents into videos or images and return their paths by the labels of their jobs.
+    """Decode latents to videos or images; return their paths by label of the job.
 
-    Latent files and previews that are not part of the result are then removed.
+    Afterwards latent files and previews that are not part of the result are removed.
 
     Args:
         run: The run.
         denoised: Jobs with their latents.
         failures: Collects the errors of single files or lines.
-        are_named: Whether each path is logged.
+        are_named: Whether to log each path.
     """
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
-    if hears_audio(run.family) or run.options.output.save_audio is not None:  # or says that there is none
+    # with --save_audio also for families without audio, to warn that there is none
+    if hears_audio(run.family) or run.options.output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
@@ -432,7 +435,7 @@ def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob,
 
 
 def _remove_unneeded(output: OutputOptions, job: GenerationJob) -> None:
-    """Remove the preview of a finished clip, and its latents if they are not asked for."""
+    """Remove the preview of a finished clip, and its latents unless the options ask for them."""
     if job.preview is not None and job.preview.exists():
         remove_preview(job.preview)
     if job.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
@@ -441,7 +444,7 @@ def _remove_unneeded(output: OutputOptions, job: GenerationJob) -> None:
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Add to an error of the block which files of the clip are kept."""
+    """Add the clip's files that are kept to an error of the block."""
     with name_preview_on_failure(job.preview):
         try:
             yield
@@ -478,9 +481,9 @@ def make_tracks(
 def decode(
     family: Family, encoders: MediaEncoders, latents: Tensor, shown: Box | None = None
 ) -> Iterator[Tensor]:
-    """Decode latents (1 C F h w) to chunks of pixels, with a bar over the frames.
+    """Decode latents to chunks of pixels, with a progress bar over the frames.
 
-    The chunks are 1 3 F H W, or 1 4 F H W of a family whose pixels have alpha.
+    The chunks are 1 3 F H W, or 1 4 F H W for a family whose pixels have an alpha channel.
 
     Args:
         family: The model family.
@@ -489,7 +492,7 @@ def decode(
         shown: Part of the pixels that is the result; None for all pixels.
 
     Raises:
-        UserError: If some are NaN or infinite.
+        UserError: If pixels are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
     frames = family.latent.count_frames(latents.shape[2])

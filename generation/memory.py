@@ -51,7 +51,7 @@ DECODED = 13
 
 @dataclass(frozen=True)
 class PhasePrediction:
-    """The memory of one request: denoising without swapped blocks, effect of swapping, other phases."""
+    """Predicted memory of one request: denoising without swapped blocks, effect of swapping, other phases."""
 
     moments: Mapping[str, dry.Moment]
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
@@ -68,7 +68,7 @@ class PhasePrediction:
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
-        """Return the largest moment of denoising with this number of blocks swapped."""
+        """Return the largest moment of denoising with this number of swapped blocks."""
         swap = self.swaps[count]
         where, moment = dry.largest(self.moments)
         weights = moment[dry.WEIGHTS]
@@ -81,11 +81,11 @@ class PhasePrediction:
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases with `blocks` swapped blocks while denoising."""
+        """Return the memory plan of all phases, with this number of swapped blocks while denoising."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the device memory of denoising with this number of blocks swapped, in bytes."""
+        """Return the device memory of denoising with this number of swapped blocks, in bytes."""
         return self.phase(blocks).device
 
 
@@ -98,7 +98,7 @@ def predict(
     room: Room | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse all phases of a generation without reading weights, and count their memory.
+    """Rehearse all phases of a generation without reading weights, and measure their memory.
 
     LoRAs are merged while loading, so they take no memory. Products in 8 bits are rehearsed as 16-bit
     products of the same weights. Errors of loading are raised as in a real run.
@@ -147,7 +147,7 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Count the memory of a block's work in a dry run, with these networks already loaded."""
+    """Measure the memory of the work in the block in a dry run, with these networks already loaded."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.place(network, ledger)
@@ -161,10 +161,10 @@ def rehearse_texts(
     extra: memory_plan.MemoryPart,
     room: Room | None,
 ) -> tuple[list[memory_plan.Phase], Mapping[int, EncodedPrompts]]:
-    """Return a phase for each text encoder, and its outputs for the prompts as tensors without content.
+    """Rehearse each text encoder; return its phase, and its outputs for the prompts as empty tensors.
 
-    An encoder has its blocks split over the processes that share the transformer, or layers in host memory
-    if there is no room for it.
+    An encoder may have its blocks split over the processes that share the transformer, or keep layers in host
+    memory if they do not fit on the device.
     """
     prompts = wanted_texts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
@@ -172,7 +172,7 @@ def rehearse_texts(
     for encoder in family.text_encoders():
         encoder.load(META)
         if can_see(encoder) and any(text.pictures for text in outputs):
-            encoder.load_tower(META)  # now: a rehearsal loads nothing
+            encoder.load_tower(META)  # before the rehearsal, which must not load anything
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
             phase = make_phase(f"text encoder {encoder.name}", ledger, extra)
@@ -186,7 +186,7 @@ def _with_fewer_weights(
     phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
 ) -> memory_plan.Phase:
     """Return the phase of a text encoder without the weights that other processes or the host hold."""
-    weights = phase.parts[0]
+    weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
         network = encoder.network
@@ -211,7 +211,7 @@ def rehearse_denoising(
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse the step that takes most memory.
+    """Rehearse the step that needs the most memory.
 
     Args:
         family: The model family.
@@ -219,7 +219,7 @@ def rehearse_denoising(
         prepared: The request with all values resolved.
         encoded: Encoded prompts by section.
         inputs: Conditions from input media, by section.
-        extra: Further memory of the device.
+        extra: Other memory in use on the device.
         turns: Turns of the experts over the run.
         watch: See `predict`.
     """
@@ -245,10 +245,10 @@ def rehearse_denoising(
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Return the peaks of the step if the network had this many blocks."""
+            """Return the peaks of the step for a network with this number of blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.overrides.section_cache is not None:
-                section.overrides.section_cache.clear()  # by other blocks
+                section.overrides.section_cache.clear()  # its tensors belong to blocks of another run
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with _cached_dit(family, prepared, dit) as dit_at:
@@ -260,7 +260,7 @@ def rehearse_denoising(
                     all_passes=section.overrides,
                     clean_streams=section.clean_streams,
                 )
-                with ledger.guessing():  # a family may look at the timestep
+                with ledger.guessing():  # a family may branch on the value of the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
@@ -281,7 +281,7 @@ def _place_loras(
     prepared: Prepared,
     ledger: dry.Ledger,
 ) -> None:
-    """Put LoRAs of quantized layers and those of the request's stages on the device, next to the weights."""
+    """Place the LoRAs of quantized layers and of the request's stages on the device, next to the weights."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
             add_unmerged(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
@@ -293,7 +293,7 @@ def _place_loras(
 
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
-    """Return a function: timestep -> the network, with the request's step cache if it has one."""
+    """Return a function from timestep to network, with the request's step cache if it has one."""
     if prepared.request.step_cache is None:
         return nullcontext(lambda _: dit)
     return StepCaches(prepared, family.dit).section(lambda _: dit)
@@ -302,7 +302,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return bytes and names of the networks that run between steps: for previews, and to begin a stage."""
+    """Return bytes and names of the networks that run between steps, for previews and to start a stage."""
     between: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:
@@ -322,14 +322,19 @@ def _list_work_between_steps(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
-    """Find the step that needs most memory: most passes in one batch, then most passes, then the first."""
+    """Find the step that needs the most memory.
+
+    It is the one with the most passes in one batch; of several such steps, the one with the most passes, then
+    the first.
+    """
     candidates = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):
-            # of equal steps the first
-            weight = (plan.max_together, len(plan.passes), expert.lowest, -index)
-            candidates.append((weight, index, expert.lowest))
+            # sort key; the negative index prefers the first of equal steps
+            key = (plan.max_together, len(plan.passes), expert.lowest, -index)
+            candidates.append((key, index, expert.lowest))
     _, index, lowest = max(candidates)
+    # a timestep of the expert that runs this step
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
     return Step(
         index,
@@ -342,7 +347,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse decoding of the first chunks, enough to reach the peak."""
+    """Rehearse decoding the first chunks, enough of them to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -355,7 +360,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Return the phase at the largest moment of a dry run: weights, work and the device's extra memory."""
+    """Return a phase from the largest moment of a dry run: weights, work and other memory of the device."""
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights
@@ -364,9 +369,9 @@ def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> 
 
 
 def make_solid(conditions: Conditions) -> Conditions:
-    """Return conditions that outlive their rehearsal: real tensors of the same sizes.
+    """Return conditions that outlive their rehearsal, as real tensors of the same sizes.
 
-    Whole numbers, whose values matter, do not change.
+    Integer tensors, whose values matter, do not change.
     """
 
     def real(tensor: Tensor) -> Tensor:
@@ -381,7 +386,7 @@ def make_solid(conditions: Conditions) -> Conditions:
 def plan_generation(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> None:
-    """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
+    """Print the plan of the request that needs the most memory. It loads nothing large and needs no GPU."""
     with quiet():
         prepared, prediction = predict_largest(
             family, options, all_requests(family, options), device=device, room=room
@@ -406,7 +411,7 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request, or the stage of one, that needs most memory for denoising, and its prediction."""
+    """Return the request, or stage of one, that needs the most memory to denoise, and its prediction."""
     turns = order_turns(family, options, requests)
     predictions: list[tuple[Prepared, PhasePrediction]] = []
     for request in find_largest(family, requests):
@@ -424,7 +429,7 @@ def advice(
     room: Room,
     device: torch.device,
 ) -> list[str]:
-    """List changes that make all phases fit, the cheapest first; each adds to those before it."""
+    """List changes that make all phases fit, cheapest first; each line adds to the lines before it."""
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
@@ -462,7 +467,7 @@ SMALLER = {
 def resolve_options(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> tuple[GenerationOptions, Peaks | None]:
-    """Replace --blocks_to_swap auto by a number before loading; return the options and predicted peaks.
+    """Replace --blocks_to_swap auto by a number; return the options and the predicted peaks.
 
     Args:
         family: The model family.
@@ -480,7 +485,8 @@ def resolve_options(
     except OptionError as error:
         if not options.interactive:
             raise
-        if options.speed.swap.is_auto:  # what the command line lacks may come with every line
+        # an incomplete command line is no error, because lines may complete it; but auto needs a request
+        if options.speed.swap.is_auto:
             raise MemoryPlanError(
                 "--blocks_to_swap auto with --interactive needs a complete request on the command line: "
                 f"{error}\n"

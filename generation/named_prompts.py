@@ -8,11 +8,11 @@ from modules.text_files import read_object, read_text
 
 
 def read_named_object(text: str) -> str:
-    """Return the content of the file that `@caption.json` names, or any other text unchanged.
+    """Return the content of the file that `@caption.json` names; any other text is returned unchanged.
 
     Raises:
-        OptionError: If the file cannot be read or holds no JSON object, or if a page made the command,
-            because the page's user may not be allowed to read files.
+        OptionError: If the file cannot be read or holds no JSON object, or if a browser page made the
+            command, whose user may not be allowed to read files.
     """
     name = text.strip()
     if not (name.startswith("@") and name.lower().endswith(".json")):

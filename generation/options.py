@@ -59,7 +59,7 @@ from running.options import GenerationSpeedOptions
 
 
 class ExpertOptions(Options, title="two experts"):
-    """The LoRAs of the expert for much noise, and the way in which the experts alternate."""
+    """The LoRAs of the high-noise expert, and how the experts take turns."""
 
     lora_weight_high_noise: tuple[Path, ...] | None = option(
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
@@ -110,10 +110,10 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """The tools in their order, as `post.chain_options.NamedTools`; None without a tool.
+        """The tools in order, as `post.chain_options.NamedTools`; None without a tool.
 
-        `post` is imported for this option alone, because training generates its samples through these loops
-        and does not need it.
+        `post` is imported only here, because training generates its samples through these loops and does not
+        need it.
 
         Raises:
             OptionError: If a tool or one of its options is unknown.
@@ -154,7 +154,7 @@ class GenerationOptions(Options, title="run"):
         "ask for prompts; Ctrl-C drops the current one, quit ends", facts=NO_PIXELS, often=True
     )
     num_videos: int = option(  # each with its own seed
-        "how many to make of --prompt, with seed, seed + 1, ...",
+        "number of results for --prompt, with seed, seed + 1, ...",
         default=1,
         least=1,
         most=10_000,
@@ -203,17 +203,18 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
-        """Whether guidance passes run one by one, by an option, for attention, or to share them."""
+        """Whether guidance passes run one by one: by an option, for the attention, or to share them."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.joined.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Axes of a comparison sheet: options and the values that they take."""
+        """The axes of a comparison sheet: options and their values."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
         self._check_work()
-        self._check_post()
+        if self.post.tools:
+            self._check_post()
         loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
         require_loras(self.lora_rounding, loras, "--lora_weight")
         if self.sheet.sheet is not None:
@@ -230,7 +231,7 @@ class GenerationOptions(Options, title="run"):
             self._check_one_result()
 
     def _check_work(self) -> None:
-        """Raise OptionError if there is nothing to do, or if --num_videos has nothing to repeat."""
+        """Raise OptionError if there is nothing to do, or nothing for --num_videos to repeat."""
         modes = {
             "--prompt": self.request.prompt is not None or self.sheet.has_prompts,
             "--from_file": self.from_file is not None,
@@ -246,7 +247,7 @@ class GenerationOptions(Options, title="run"):
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
 
     def _check_post(self) -> None:
-        """Raise OptionError if no frames are decoded for --post, or if previews would show what it hides."""
+        """Raise OptionError if --post gets no frames, or if previews would show what it hides."""
         if self.post.tools and self.output.output_type in UNDECODED:
             raise OptionError(
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
@@ -260,7 +261,7 @@ class GenerationOptions(Options, title="run"):
             )
 
     def _check_prompt(self) -> None:
-        """Raise OptionError if --prompt is empty, or the name of a text file."""
+        """Raise OptionError if --prompt is empty or is the name of a text file."""
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
@@ -274,7 +275,7 @@ class GenerationOptions(Options, title="run"):
             )
 
     def _check_one_result(self) -> None:
-        """Raise OptionError if --save_path names a file, and there can be several results."""
+        """Raise OptionError if --save_path names a file but there can be several results."""
         several_lines = self.from_file is not None and len(lines_of(self.from_file)) > 1
         conflicts = {
             f"--num_videos {self.num_videos}": self.num_videos > 1,
@@ -292,7 +293,7 @@ class GenerationOptions(Options, title="run"):
                 )
 
     def _check_sheet(self) -> None:
-        """Raise OptionError if a sheet would have nothing to show, or if its axes cannot be read."""
+        """Raise OptionError if a sheet would be empty or its axes cannot be parsed."""
         conflicts = {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
@@ -309,7 +310,7 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes  # raises OptionError
 
     def warn_of_ignored(self) -> None:
-        """Warn about options that others make ineffective; call it once, as records are rebuilt."""
+        """Warn about options that other options disable; call it once, because records are rebuilt."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
@@ -374,7 +375,7 @@ def read_generation(
 
 
 def request_extras(record: type[Any]) -> dict[str, str]:
-    """Return the options of a family that a request holds as extras, with their names there.
+    """Return the options of a family that a request stores as extras, with their names there.
 
     Args:
         record: The family's own options.
@@ -386,7 +387,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, facts: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
-    """Return the options that metadata record: the typed ones, except those recorded elsewhere or never."""
+    """Return the typed options to record in metadata: all except those recorded elsewhere or never."""
     recorded = {
         action.dest
         for action in parser._actions
@@ -400,7 +401,7 @@ def _select_recorded(
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
-    """Build a parser with the shared options, as the family's script has them."""
+    """Build a parser with the shared options, adapted to the family's script."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
@@ -410,7 +411,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> Pars
 
 
 def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
-    """Return what arguments have of the family's script besides options."""
+    """Return the entries of the parsed arguments that come from the family's script instead of an option."""
     return {
         "extras": {},
         "line_options": defaults.line_options,
@@ -432,10 +433,10 @@ def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Names
 
 
 def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """Return parsed arguments with --scheduler as --sample_solver and what --optimized turns on.
+    """Return arguments with --scheduler applied to --sample_solver, and with the options of --optimized.
 
     Raises:
-        OptionError: If an option is refused, or if both name a solver and they differ.
+        OptionError: If an option is not allowed, or if both options name different solvers.
     """
     reject_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
@@ -455,7 +456,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
 
 
 def _apply_preset(args: argparse.Namespace) -> None:
-    """Set what --optimized turns on, without what was typed or conflicts with it."""
+    """Set the options of --optimized, except those that were typed or that conflict with typed ones."""
     typed_quantisations = IN_PLACE_OF_SCALED & args.typed_options
     not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:

@@ -45,21 +45,21 @@ NAMED_BYTES = 100  # in UTF-8: names have 255 at most
 
 
 class FrameTools(Protocol):
-    """Protocol of the tools that change decoded frames before they are written: the stages of --post."""
+    """The tools that change decoded frames before they are written: the stages of --post."""
 
     @property
     def hides(self) -> bool:
-        """Whether a tool hides something, such as faces: unprocessed frames must not be shown or saved."""
+        """Whether a tool hides something, such as faces, so that unprocessed frames must not be shown."""
 
     def check(self) -> None:
         """Read the headers of the tools' model files.
 
         Raises:
-            UserError: If they do not fit.
+            UserError: If a file does not fit.
         """
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if there is a single frame, and a tool works between frames.
+        """Raise OptionError if there is a single frame but a tool works on several.
 
         Args:
             frames: Number of frames.
@@ -67,7 +67,7 @@ class FrameTools(Protocol):
         """
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the processed frames, and their frames per second; the first call loads the networks.
+        """Return the processed frames and their frame rate; the first call loads the networks.
 
         Args:
             frames: The frames.
@@ -82,12 +82,12 @@ class FrameTools(Protocol):
 def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
-    """Return the name of an output without its suffix: time, seed, and the name of the latent file `origin`.
+    """Return the name of an output without its suffix: time, seed, and latent file if there is one.
 
     Args:
         when: Time of the generation.
         seed: Seed of the generation.
-        origin: Latent file that is decoded. If this function named it, its own time and seed are used.
+        origin: Latent file that is decoded. If its name comes from this function, its time and seed are used.
         prompt: Prompt whose first words are appended.
         start: Text before the time.
     """
@@ -106,7 +106,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Name a job's output without suffix, as the script names its files."""
+    """Return the name of a job's output without its suffix, following the script's naming rules."""
     if output.naming == "time":  # as the image guides' scripts do
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as HunyuanVideo's own does, without characters that some disks refuse
@@ -118,7 +118,7 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
 
 
 def words_of(prompt: str) -> str:
-    """Return the first words of a prompt for a file's name, joined by hyphens."""
+    """Return the first words of a prompt, joined by hyphens, for a file name."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
     start = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
     if len(start) == len(words):
@@ -128,7 +128,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
-    """Append underscores to a stem until no file with it and one of the suffixes exists."""
+    """Append underscores to a stem until no file has it with one of the suffixes."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -137,9 +137,9 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 @contextmanager
 def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
-    """Reserve a name: append `_` to `stem` until no output and no other run uses it during the block.
+    """Reserve a name during the block: append `_` to `stem` until no output and no other run uses it.
 
-    Runs that begin in the same second with the same seed have the same stem. The output must exist when the
+    Runs that start in the same second with the same seed have the same stem. The output must exist when the
     block ends.
     """
     with ExitStack() as claims:
@@ -153,7 +153,7 @@ def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Ite
 def save_latents(
     path: Path, latents: Tensor, metadata: Mapping[str, str] | None, audio: Tensor | None = None
 ) -> None:
-    """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space.
+    """Write latents as `latent` (C F H W) in float32, in the sampler's space.
 
     Args:
         path: Path of the file.
@@ -177,30 +177,30 @@ def save_pixels(
     track: Track | None = None,
     latent: LatentSpec | None = None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 C F H W in -1..1, in playing order) as they arrive; return the path.
+    """Write decoded pixels as they arrive; return the path of the result.
 
-    The result is a video, or one PNG if there is a single frame. With `--output_type images` it is a folder
-    of PNG files (for a single frame only if the script neither numbers single images nor makes images alone).
-    With `--save_last_frame` the last frame of a video is also written as a PNG: as decoded, so that a further
-    video can continue from it, or as processed if one of the tools hides something.
+    The result is a video, or a PNG if there is a single frame. With `--output_type images` it is a folder of
+    PNG files; for a single frame this holds only if the script neither numbers single images nor generates
+    only images. With `--save_last_frame` the last frame of a video is also written as a PNG, unprocessed so
+    that another video can continue from it, or processed if one of the tools hides something.
 
     Args:
         options: Options of the output.
         stem: Name of the output without its suffix.
-        chunks: Decoded pieces of the video.
+        chunks: Chunks of pixels, 1 C F H W in -1..1, in playing order.
         fps: Frames per second.
         metadata: Metadata of the file.
-        post: Tools that frames go through before writing.
+        post: Tools that process frames before they are written.
         track: Audio of the clip; with `--save_audio` it is also written next to the result.
-        latent: Sizes of the family's latents: its frames may be layers of an image, each of which is written
-            by itself.
+        latent: Latent space of the family, whose frames may be layers of an image that are written
+            separately.
     """
     frames = frames_of(chunks)
     if latent is not None and latent.has_layers:
         return _save_layers(options, stem, frames, has_full=latent.has_full, metadata=metadata)
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
-    first_frames = list(islice(frames, 2))
+    first_frames = list(islice(frames, 2))  # two frames show whether there is only one
     if not first_frames:
         return _save_audio(options, stem, track, metadata)
     playing: Iterator[Frame] = chain(first_frames, frames)
@@ -210,6 +210,8 @@ def save_pixels(
     saves_last = options.save_last_frame and not is_image
     hides = post is not None and post.hides
     last = deque[Frame](maxlen=1)
+    # the last frame is taken before the tools, so that another video can continue from it, or after a tool
+    # that hides something
     if saves_last and not hides:
         playing = remember(playing, last)
     if post is not None:
@@ -246,7 +248,7 @@ def save_pixels(
 def _save_image(
     options: OutputOptions, stem: str, frames: Iterator[Frame], metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write the only frame as a PNG file."""
+    """Write a single frame as a PNG file."""
     ending = "_000.png" if options.numbers_single else ".png"
     name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
     path = options.save_path / name
@@ -262,7 +264,7 @@ def _save_layers(
     has_full: bool,
     metadata: Mapping[str, str] | None,
 ) -> Path:
-    """Write a PNG file for each picture, and the one that its layers give together; return the last path."""
+    """Write a PNG file for each layer and for the composed image; return the last path."""
     from modules.media.layers import COMPOSITE, write_layers  # few results have any
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
@@ -285,7 +287,7 @@ def _save_frames(
         stem: Name of the output without its suffix.
         frames: The frames.
         metadata: Metadata of the file.
-        side_suffixes: Suffixes of files that are written next to it.
+        side_suffixes: Suffixes of files that are written next to the folder.
     """
     path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
     with atomic_folder(path) as folder:
@@ -298,7 +300,7 @@ def _save_frames(
 def _save_audio(
     options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
 ) -> Path:
-    """Write sound that has no pictures."""
+    """Write audio without images."""
     if track is None:
         raise OptionError(f"{stem}: the latents hold sound alone, which is not made here. Ask for sound")
     name = options.file_name or free_stem(options.save_path, stem, [AUDIO_SUFFIX]) + AUDIO_SUFFIX
@@ -324,7 +326,7 @@ def _save_video(
         playing: Frames in playing order.
         fps: Frames per second.
         metadata: Metadata of the file.
-        side_suffixes: Suffixes of files that are written next to it.
+        side_suffixes: Suffixes of files that are written next to the video.
         track: Audio of the clip; None without audio.
     """
     suffix = options.format.suffix
@@ -348,7 +350,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
-    """Yield the frames, and keep the last ones in `last`, as many as it can hold."""
+    """Yield the frames, and keep the last ones in `last` up to its length limit."""
     for frame in frames:
         last.append(frame)
         yield frame
@@ -357,7 +359,7 @@ def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
 def write_frames(
     frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
 ) -> Iterator[Frame]:
-    """Write each frame as PNG and pass it on; `name` is a format string for the frame number."""
+    """Write each frame as a PNG and yield it; `name` is a format string for the frame number."""
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame
@@ -366,13 +368,13 @@ def write_frames(
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
     """Yield all but the last `count` frames; a shorter video keeps its first frame."""
     waiting: deque[Frame] = deque()
-    passed = False
+    has_yielded = False
     for frame in frames:
         waiting.append(frame)
         if len(waiting) > count:
-            passed = True
+            has_yielded = True
             yield waiting.popleft()
-    if not passed and waiting:
+    if not has_yielded and waiting:
         logger.warning(
             "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept",
             count,

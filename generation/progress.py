@@ -37,15 +37,17 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
-    """Return a prompt on one line, cut to `length` characters."""
+    """Return a prompt on a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
-    """Return a description of a request's result, without its prompt.
+    """Describe the result of a request, without its prompt.
 
-    has_layers: Whether its frames are a picture and layers.
+    Args:
+        prepared: The request with all values resolved.
+        has_layers: Whether the frames are an image and its layers.
     """
     unit = "pictures" if has_layers else "frames"
     frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
@@ -62,12 +64,12 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show the plan of a generation.
+    """Log the plan of a generation.
 
     Args:
         family: The model family.
         requests: Requests of the run.
-        loras: Names and strengths by expert; "" if no expert is meant.
+        loras: Names and strengths by expert; "" for LoRAs of all experts.
         folder: Folder of the files.
         device: Device of the run.
     """
@@ -94,7 +96,7 @@ def show_start(
 
 
 def _count_latents(family: Family, request: Prepared) -> int:
-    """Return the number of elements of a request's latents, those of its sound included."""
+    """Return the number of elements of a request's latents, including audio."""
     if request.joint is not None:
         return prod(request.joint.picture) + prod(request.joint.audio)
     return prod(family.latent.shape(request.frames, request.height, request.width))
@@ -116,7 +118,7 @@ def _describe_source(prepared: Prepared) -> str | None:
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
-    """Return the row of the box that describes the results: their kind, such as `clip`, and a size."""
+    """Return the table row that describes the results: their kind, such as `clip`, and their size."""
     first = requests[0]
     size = size_in_words(first, has_layers)
     if len(requests) == 1:
@@ -128,7 +130,7 @@ def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
 
 
 def experts_in_words(family: Family) -> list[str]:
-    """Return a line for each expert that has a name: its file, and the timesteps that it is for."""
+    """Return a line for each named expert, with its file and its timesteps."""
     experts = family.experts
     lines = []
     for expert, file in zip(experts, family.dit_files, strict=False):
@@ -143,7 +145,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe the schedule: solver, shift, and the number of steps of each expert, in their order."""
+    """Describe the schedule: solver, shift, and the number of steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -154,7 +156,7 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Show the results, with time and memory. Several paths were logged as they were made."""
+    """Log the results with time and memory. If there are several, their paths were logged before."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     size = as_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
@@ -168,12 +170,12 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
 
 
 def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
-    """Log a line about the next of several requests: "3 of 40, about 2 h left".
+    """Log which of several requests is next, such as "3 of 40, about 2 h left".
 
     Args:
         label: Label of the request.
         requests: Requests of the run.
-        begun: Number of requests that came before.
+        begun: Number of requests before this one.
         seconds: Seconds that these took.
     """
     done = sum(map(measure_work, requests[:begun]))
@@ -192,11 +194,11 @@ def measure_work(prepared: Prepared) -> float:
 def fade_in_clip(
     edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Join the newest clip to the waiting frames; all are 1 3 F H W.
+    """Blend the newest clip into the waiting frames; all are 1 3 F H W.
 
     Args:
         edge: Waiting frames of the previous clip; None for the first clip.
-        clip: The newest clip; `overlap` of its frames show the same moments as frames of the edge.
+        clip: The newest clip, whose first or last `overlap` frames show the same moments as the edge.
         overlap: Number of frames that both show.
         in_front: Whether the clip plays before the edge.
 
@@ -224,7 +226,7 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video while the session's DiT makes its sections."""
+    """Preview of one video while the session's DiT generates its sections."""
 
     session: Session
     path: Path
@@ -242,9 +244,9 @@ class GrowingVideo:
     def add(self, piece: Piece) -> None:
         """Add a new piece to the preview.
 
-        It is decoded while the DiT is on the device, or waits in host memory if there is too little room. An
-        error here ends the preview with a warning, and the generation continues. If the DiT cannot be
-        moved back, the error is raised.
+        It is decoded while the DiT is on the device, or after moving the DiT to host memory if there is too
+        little device memory. An error ends the preview with a warning, and the generation continues. If the
+        DiT cannot be moved back, the error is raised.
         """
         if self._has_failed:
             return
@@ -264,7 +266,7 @@ class GrowingVideo:
                 self._write(final)
 
     def _decode_next_to_dit(self, piece: Piece) -> Tensor | None:
-        """Decode a piece while the DiT is on the device; return None if that takes too much memory."""
+        """Decode a piece while the DiT is on the device; return None if that needs too much memory."""
         try:
             return self._decode(piece)
         except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
@@ -306,7 +308,7 @@ class GrowingVideo:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the frames that are final now, then write them together with the frames that still wait."""
+        """Encode the frames that are final, then write them together with the frames that still wait."""
         self._segments = self._add_segment(final)
         is_first = not self.path.exists()
         try:
@@ -321,7 +323,7 @@ class GrowingVideo:
             logger.info("Preview: %s, updated after each section", self.path)
 
     def _add_segment(self, pixels: Tensor | None) -> list[bytes]:
-        """Return the encoded segments with one of further pixels, at the end that grows."""
+        """Return the encoded segments with a segment for these pixels added at the growing end."""
         if pixels is None or not pixels.shape[2]:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)

@@ -49,7 +49,10 @@ MAX_FPS = 1000  # more is a slip of the finger
 
 @dataclass(frozen=True)
 class LineOption:
-    """Key that an option's value is stored under, and how to read it. `read` raises ValueError."""
+    """Key under which an option's value is stored, and the function that parses it.
+
+    `read` raises ValueError.
+    """
 
     key: str
     read: Callable[[str], Value]
@@ -60,7 +63,7 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Return the seed that a text stands for; if it is not a number, its seed is logged.
+    """Parse a seed; a text that is not a number is hashed to a seed, which is logged.
 
     Raises ValueError.
     """
@@ -73,7 +76,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Read a number. Raises ValueError."""
+    """Parse a number. Raises ValueError."""
     try:
         return float(text)
     except ValueError:
@@ -88,7 +91,7 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Read `480 832`, in the order of --video_size. Raises ValueError."""
+    """Parse `480 832`, in the order of --video_size. Raises ValueError."""
     match = JOINED.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
@@ -109,12 +112,12 @@ def _read_side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
-    """Return a path without quotation marks around it."""
+    """Return a path without enclosing quotation marks."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
-    """Return a name unchanged; it exists because every line option has a reader."""
+    """Return a name unchanged; it exists because every line option has a parser."""
     return text
 
 
@@ -206,7 +209,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
-    """Return the option that a word means, by its letters or its full name; None if it is unknown."""
+    """Return the option with these letters or this full name; None if it is unknown."""
     option = options.get(word)
     if option is not None:
         return option
@@ -244,14 +247,14 @@ def parse_generation_line(
         where: Name of the line in warnings.
 
     Raises:
-        OptionError: If a value cannot be read.
+        OptionError: If a value cannot be parsed.
     """
     return parse_words(line, options, where, lambda word: find_option(word, options))
 
 
 @dataclass(frozen=True)
 class SplitLine:
-    """A prompt line: its prompt, and its options, each without the dashes in front of it."""
+    """A prompt line split into its prompt and its options, without the dashes in front of them."""
 
     prompt: str
     options: list[str]
@@ -260,27 +263,29 @@ class SplitLine:
 def split_line(line: str) -> SplitLine:
     """Split a line into its prompt and its options.
 
-    A value that is in quotation marks may have dashes in it. A line may also name its prompt, as those of the
-    Web UI do: `--prompt "a castle" --steps 3`.
+    A value in quotation marks may contain dashes. A line may also name its prompt, as in the Web UI:
+    `--prompt "a castle" --steps 3`.
 
     Raises:
-        OptionError: If it names one and begins with another, or names several.
+        OptionError: If a line names its prompt but starts with another text, or names several prompts.
     """
-    begins = line.lstrip().startswith("--")
-    text, *parts = _cut_options(f" {line.lstrip()}" if begins else line)
-    named = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
-    if not named:
-        # the first option is the text, as other programs have it, unless a blank is before it
-        is_text = line.startswith("--")
-        return SplitLine(f"--{parts[0]}", parts[1:]) if is_text else SplitLine(text, parts)
-    if len(named) > 1 or text.strip():
+    starts_with_option = line.lstrip().startswith("--")
+    # an option is only recognized after a blank
+    text, *parts = _cut_options(f" {line.lstrip()}" if starts_with_option else line)
+    prompt_options = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
+    if not prompt_options:
+        # a line that starts with dashes is taken as text, as in other programs, unless a blank precedes them
+        if line.startswith("--"):
+            return SplitLine(f"--{parts[0]}", parts[1:])
+        return SplitLine(text, parts)
+    if len(prompt_options) > 1 or text.strip():
         raise OptionError(f"--{PROMPT}: the line has two prompts. Write one, in front or behind --{PROMPT}")
-    others = [part for part in parts if part is not named[0]]
-    return SplitLine(unquote(named[0].partition(" ")[2].strip()), others)
+    other_options = [part for part in parts if part is not prompt_options[0]]
+    return SplitLine(unquote(prompt_options[0].partition(" ")[2].strip()), other_options)
 
 
 def _cut_options(line: str) -> list[str]:
-    """Return what comes before the first ` --`, and each option with its value."""
+    """Return the text before the first ` --`, and each option with its value."""
     parts = []
     start = 0
     place = line.find(" --", _end_of_object(line, 0) or 0)
@@ -293,15 +298,15 @@ def _cut_options(line: str) -> list[str]:
 
 
 def _end_of_value(line: str, start: int) -> int | None:
-    """Return the position after the quoted text or JSON object that begins at `start`; None if none does."""
+    """Return the end of the quoted text or JSON object that starts at `start`; None if there is none."""
     quoted = _QUOTED.match(line, start)
     return _end_of_object(line, start) if quoted is None else quoted.end()
 
 
 def _end_of_object(line: str, start: int) -> int | None:
-    """Return the position after the JSON object that begins at `start`; None if none does.
+    """Return the end of the JSON object that starts at `start`; None if there is none.
 
-    Dashes in its texts are no options.
+    Dashes in its texts do not start options.
     """
     object_start = len(line) - len(line[start:].lstrip())
     if not line.startswith("{", object_start):
@@ -313,14 +318,14 @@ def _end_of_object(line: str, start: int) -> int | None:
 
 
 def unquote(text: str) -> str:
-    """Return a text without quotation marks around all of it."""
+    """Return a text without quotation marks around the whole text."""
     if _QUOTED.fullmatch(text) is None:
         return text
     return _ESCAPED.sub(r"\1", text[1:-1]) if text[0] == '"' else text[1:-1]
 
 
 def _check_count(options: int) -> None:
-    """Raise OptionError for a line with more options than any that is meant."""
+    """Raise OptionError if a line has an implausible number of options."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
@@ -342,10 +347,10 @@ def parse_words(
         options: Options of a line, by their letters.
         where: Name of the line in warnings.
         find: Returns an option by its name, or None.
-        no_use: End of the warning about an option that lines of other scripts have.
+        no_use: End of the warning about an option that exists only for other scripts.
 
     Raises:
-        OptionError: If a value cannot be read.
+        OptionError: If a value cannot be parsed.
     """
     line = _ONE_DASH.sub("--rcfg ", line)
     split = split_line(line)
@@ -364,7 +369,7 @@ def parse_words(
     spellings_by_key = _list_spellings(words, find)
     errors = _find_odd_options(line, find)
 
-    @functools.cache  # only if an option is unknown, and once for all such options
+    @functools.cache  # computed once, and only if an option is unknown
     def usable_names() -> list[str]:
         keys = [option.key for option in options.values()]
         return known_names(options, keys, find)
@@ -398,7 +403,7 @@ def parse_words(
 
 
 def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | None]) -> dict[str, list[str]]:
-    """Return the spellings of each option of a line, in their order."""
+    """Return the spellings of each option used in a line, in order."""
     spellings: dict[str, list[str]] = {}
     for word in words:
         option = find(word)
@@ -408,7 +413,7 @@ def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | Non
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return a fault for each option that does not begin with two plain dashes."""
+    """Return an error for each option that does not start with two plain dashes."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]
@@ -417,15 +422,15 @@ def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> li
 
 
 def is_blank(line: str) -> bool:
-    """Return whether a line has no prompt because it is empty or a comment."""
+    """Return whether a line has no prompt: it is empty or a comment."""
     return not line.strip() or line.lstrip().startswith("#")
 
 
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
-    """Read the prompt lines of a --from_file file with their numbers, counted from 1.
+    """Read the prompt lines of a --from_file file with their line numbers, from 1.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is no prompt line.
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(
@@ -439,14 +444,14 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def lines_of(path: Path | None) -> dict[str, str | None]:
-    """Return the prompt lines of a --from_file file by their labels; None: the command line alone."""
+    """Return the prompt lines of a --from_file file by label; without a file, the command line alone."""
     if path is None:
         return {"the prompt": None}
     return {f"line {number}": line for number, line in read_generation_lines(path)}
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines that have a prompt with their numbers, counted from 1."""
+    """Return the lines that have a prompt, with their line numbers from 1."""
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
 
 
@@ -459,10 +464,10 @@ def read_prompt_file(path: Path, option: str) -> str:
 
     Args:
         path: The text file.
-        option: Option that names it, for messages.
+        option: Option that names the file, for messages.
 
     Raises:
-        OptionError: If it cannot be read, is no UTF-8 text, or is a web page or a Git LFS pointer.
+        OptionError: If the file cannot be read, is not UTF-8 text, or is a web page or a Git LFS pointer.
     """
     try:
         text = read_text(path)

@@ -49,7 +49,7 @@ TURN = 0.9  # share of a period that a slowed frequency covers over the length o
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; joined processes get the seed of the first one."""
+    """Draw a seed from the system's entropy; all processes that have joined get the first one's seed."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -59,10 +59,10 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed of --seed, as `read_seed`.
+    """Return the seed of --seed, as `read_seed` does.
 
     Raises:
-        OptionError: If it has too many digits.
+        OptionError: If the number has too many digits.
     """
     try:
         return read_seed(text)
@@ -79,9 +79,9 @@ def make_request(
     overrides: Mapping[str, Any] | None = None,
     prompts: PromptOptions = PLAIN_PROMPTS,
 ) -> Request:
-    """Return the request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
+    """Return the request of the command line, overridden by a prompt line (`parse_generation_line`).
 
-    Without a seed each call draws its own. Missing values stay None.
+    Without a seed each call draws a new one. Missing values stay None.
 
     Args:
         options: Options of the run.
@@ -89,7 +89,7 @@ def make_request(
         prompts: Expands the wildcards of texts.
 
     Raises:
-        OptionError: For numbers that make no sense, and for texts in which nothing can be drawn.
+        OptionError: If a number is out of range, or if a text cannot be expanded.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -109,7 +109,7 @@ def make_request(
     if solver not in options.solvers:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
-    height, width = options.video_size or (None, None)  # None: the model's own, or that of a reference
+    height, width = options.video_size or (None, None)  # None: the model's default, or a reference's size
     request = Request(
         prompt=texts["prompt"] or "",
         seed=seed,
@@ -141,10 +141,10 @@ def make_request(
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return texts with what is drawn from wildcards, and with the JSON of files in place of their names.
+    """Return texts with wildcards drawn and with JSON files in place of their names.
 
     Raises:
-        OptionError: If nothing can be drawn, or if a file cannot be read.
+        OptionError: If a wildcard cannot be drawn or a file cannot be read.
     """
     if any(text is not None and text.lstrip().startswith("@") for text in texts.values()):
         from generation.named_prompts import read_named_object  # only with such a text
@@ -158,7 +158,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the file of an option, unless it is an option of the family or empty."""
+    """Return the file of a shared option; None if it is empty or if the family declares the option itself."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
@@ -205,16 +205,16 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
 
 
 def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield the LoRA files whose metadata say that they learned edits of pictures.
+    """Yield the LoRA files that were trained to edit images, according to their metadata.
 
-    With each comes the option of its training in brackets, "" if there is none.
+    With each file comes the training option in brackets; "" if the metadata names none.
     """
     for path, metadata in texts_of_files(paths):
         if metadata.get("ss_edit") == "True":
             yield path, " (--edit)"
             continue
         if metadata.get("ss_edit") == "False" and metadata.get("ss_model_version", "None") == "None":
-            continue  # of a model that takes pictures only with --edit
+            continue  # this model takes images only if it was trained with --edit
         try:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
@@ -229,12 +229,12 @@ def _has_control(table: object) -> bool:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare the request of the command line, or of a prompt line on top of it.
+    """Prepare the request of the command line, overridden by a prompt line.
 
-    Loads no network.
+    No network is loaded.
 
     Raises:
-        UserError: If the request is impossible.
+        UserError: If the request is not possible.
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
@@ -270,11 +270,11 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         from blissful_tuner.step_cache import check_step_cache  # only with a step cache
 
         check_step_cache(request.step_cache, prepared, family.dit)
-    return _with_riflex(prepared, options.steadier)
+    return _with_riflex(prepared, options.steadier) if options.steadier.riflex_index else prepared
 
 
 def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
-    """Warn of tags such as <lora:style:0.8>, which other programs take out of a prompt."""
+    """Warn about tags such as <lora:style:0.8>, which other programs remove from a prompt."""
     for tag in _LORA_TAG.findall(" ".join(filter(None, texts.values()))):
         logger.warning(
             "%s in a prompt loads nothing and is read as words: remove it, and give the file to "
@@ -284,7 +284,7 @@ def _warn_of_lora_tags(texts: Mapping[str, str | None]) -> None:
 
 
 def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
-    """Warn of LoRAs that were trained to edit pictures, if a request has no picture."""
+    """Warn about LoRAs that were trained to edit images if a request has no image."""
     for path, option in find_edit_loras(paths):
         logger.warning(
             "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
@@ -295,22 +295,19 @@ def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
 
 
 def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
-    """Slow down the frequency of --riflex_index, if the video is long enough."""
+    """Slow down the frequency of --riflex_index if the video is long enough."""
     index = options.riflex_index
-    shortest = options.riflex_beyond
-    if not index:
-        return prepared
-    if prepared.frames <= shortest:
+    if prepared.frames <= options.riflex_beyond:
         logger.warning(
             "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
             index,
             prepared.frames,
-            shortest,
+            options.riflex_beyond,
         )
         return prepared
     from modules.layers.rope import Slow  # only with --riflex_index
 
-    # a frequency that the video needs slowed down to TURN * 2 pi / frames
+    # over the whole video the frequency completes TURN of a period, so that the motion does not repeat
     return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
 
 
@@ -324,7 +321,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate, and its latents once they are made; `label` is for messages ("line 3")."""
+    """One request to generate, later with its latents; `label` is its name in messages ("line 3")."""
 
     label: str
     prepared: Prepared
@@ -373,7 +370,7 @@ class GenerationRun:
 
         Args:
             prepared: The request with all values resolved.
-            loras: LoRAs other than `self.loras`.
+            loras: LoRAs to record instead of `self.loras`.
         """
         if self.options.output.no_metadata:
             return None
@@ -409,7 +406,7 @@ class GenerationRun:
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
     """Make the job of a prompt line, or of the command line alone. Loads no network.
 
-    Raises as `prepare_line`, and OptionError if --post cannot work on a picture.
+    Raises as `prepare_line`, and OptionError if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:
@@ -437,7 +434,7 @@ def map_lines(
         make: Makes the result of a line.
 
     Raises:
-        CheckpointError: If a model file is wrong, because it is wrong for every line.
+        CheckpointError: If a model file is not valid, which would make every line fail.
     """
     results: dict[str, T] = {}
     path = run.options.from_file

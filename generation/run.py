@@ -65,7 +65,7 @@ STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the 
 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
-    """Decode latent files; outputs get their metadata and the settings of this decoding."""
+    """Decode latent files; outputs have the files' metadata and the settings of this decoding."""
     files = {path: check_latents(run.family, path) for path in paths}
     _check_lengths(run, files)
     failures = Failures(strict=len(paths) == 1)
@@ -77,7 +77,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     with run.session.media(images=False, again=False) as encoders:
         for path in paths:
             label = str(path)
-            if label in failures.reasons:  # its sound
+            if label in failures.reasons:  # its audio could not be decoded
                 continue
             with failures.note_errors(label):
                 video = _decode_file(run, encoders, path, saved=files[path], track=tracks.get(label))
@@ -90,7 +90,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if --post or the name of --save_path does not fit the frames of a latent file."""
+    """Raise OptionError if --post or the file name in --save_path does not fit a latent file's frames."""
     latent = run.family.latent
     frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:
@@ -114,7 +114,8 @@ def _decode_file(
         fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
     name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
-    with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
+    # SUFFIXES[0] is that of latents: the latent file itself may have this stem
+    with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:
         return save_pixels(
             output,
             stem,
@@ -128,7 +129,7 @@ def _decode_file(
 
 
 def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
-    """Return the part of the pixels that is the result, which the file may say; None for all pixels.
+    """Return the part of the pixels that is the result, if the file names it; None for all pixels.
 
     Raises:
         CheckpointError: If the file has fewer pixels.
@@ -153,7 +154,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     """Load a latent file.
 
     Raises:
-        CheckpointError: If it is not of this family's latent space.
+        CheckpointError: If the file is not of this family's latent space.
     """
     from blissful_tuner.video_to_video import check_maker  # only with --latent_path
     from checkpoints.model_files import load_latents
@@ -185,39 +186,40 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
 
 
 def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) -> None:
-    """Raise CheckpointError if the sound of a latent file is not of this family's latent space.
-
-    Warns if the family makes no sound.
+    """Check the audio in a latent file; warn if the family generates no audio.
 
     Args:
         family: The model family.
         path: Path of the file.
         audio: Audio latents, 1 C T M.
         latent_frames: Number of latent frames of the video.
+
+    Raises:
+        CheckpointError: If the audio is not of this family's latent space.
     """
     fps = family.defaults.fps
     spec = family.audio if hears_audio(family) else None
     if spec is None:
         logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
         return
-    own_shape = list(spec.shape(latent_frames, fps))
+    expected_shape = list(spec.shape(latent_frames, fps))
     shape = list(audio.shape[1:])
-    for axes in (shape, own_shape):
-        del axes[spec.time_axis]
-    if shape != own_shape:
+    for axes in (shape, expected_shape):
+        del axes[spec.time_axis]  # the length may differ
+    if shape != expected_shape:
         raise CheckpointError(
             f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values at a time, "
-            f"{family.source.who} has {' x '.join(map(str, own_shape))}",
+            f"{family.source.who} has {' x '.join(map(str, expected_shape))}",
             path,
         )
 
 
 @contextlib.contextmanager
 def explain_lack(stays: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError.
+    """Turn an out-of-memory error in the block into a UserError.
 
     Args:
-        stays: Sentence on what was kept, and how to continue.
+        stays: Sentence about what was kept and how to continue.
     """
     try:
         yield
@@ -227,7 +229,7 @@ def explain_lack(stays: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select, in all processes that work on a prompt together.
+    """Run the mode that the options select, in all processes that generate a prompt together.
 
     Args:
         family: The model family.
@@ -235,7 +237,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         device: Device of this process, if several have joined; None for that of the options.
 
     Raises:
-        UserError: If something fails; with --from_file only after all lines that work are generated.
+        UserError: If something fails; with --from_file only after all working lines are generated.
     """
     freeze_libraries()
     reject_other_splits()
@@ -249,7 +251,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         options = leave_out_missing(family, options, device)
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
-    # read first, so that a wrong file shows at once; a merged model is the DiT alone
+    # LoRAs are read first, so that a wrong file is reported immediately. A merged model is the DiT alone, so
+    # that changes of text encoders are not needed for it
     uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
     if any(uses):
         from networks.text_loras import with_words_of  # only with LoRAs
@@ -286,7 +289,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
 
 def _print_plan(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Print the plan of --plan, for one card or for several."""
+    """Print the plan of --plan for one GPU or several."""
     if options.post.tools:
         logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
@@ -305,7 +308,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
 def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
-    """Make the run of these options, without previews. Loads no network of the family."""
+    """Make the run for these options, without previews. Loads no network of the family."""
     room = room_on(device)
     predicted = None
     if room is not None or options.speed.swap.is_auto:
@@ -322,7 +325,8 @@ def _make_run(
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
     if options.speed.joined.typed:
-        # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
+        # errors that may occur in one process alone: they must end the run, because the other processes wait
+        # for this one's blocks or passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
     shared_passes = make_passes(options.speed, device) if have_joined() else None
     if shared_passes is not None:
@@ -332,7 +336,7 @@ def _make_run(
 
 
 def _check_loras(family: Family, uses: LorasByExpert) -> None:
-    """Raise CheckpointError if LoRAs do not fit the transformer's files; report what does not match."""
+    """Raise CheckpointError if LoRAs do not fit the transformer's files; log what does not match."""
     if family.noise.keeps_variance and any(uses):
         from networks.predictions import compare_predictions  # only with LoRAs
 
@@ -346,7 +350,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Return the tools of --post, checked."""
+    """Return the tools of --post after checking them."""
     from post.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)
@@ -361,16 +365,16 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs.
+    """Return the run with new strengths for its LoRAs.
 
-    If they change, its networks are freed and read again.
+    If they change, its networks are freed and loaded again.
 
     Args:
         run: The run.
         text: Numbers separated by commas, one for each LoRA; None leaves the run unchanged.
 
     Raises:
-        OptionError: If it cannot be read.
+        OptionError: If the text cannot be parsed.
     """
     if text is None:
         return run
@@ -385,7 +389,9 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
+    """Return the run with new strengths for its LoRAs.
+
+    If they change, its networks are freed and loaded again.
 
     Args:
         run: The run.
@@ -395,19 +401,19 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
         OptionError: If a number is missing or not finite.
     """
     options = run.options
-    present = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
-    changed = {**present, **{expert: list(numbers) for expert, numbers in strengths.items()}}
-    if changed == present:
+    current = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
+    new = {**current, **{expert: list(numbers) for expert, numbers in strengths.items()}}
+    if new == current:
         return run
-    for expert, numbers in changed.items():
-        if len(numbers) != len(present.get(expert, ())):
-            raise OptionError(f"{len(numbers)} strengths for {len(present.get(expert, ()))} LoRAs")
-    lora = replace(options.lora, lora_multiplier=tuple(changed[""]))
-    experts = replace(options.experts, lora_multiplier_high_noise=tuple(changed[HIGH_NOISE]))
+    for expert, numbers in new.items():
+        if len(numbers) != len(current.get(expert, ())):
+            raise OptionError(f"{len(numbers)} strengths for {len(current.get(expert, ()))} LoRAs")
+    lora = replace(options.lora, lora_multiplier=tuple(new[""]))
+    experts = replace(options.experts, lora_multiplier_high_noise=tuple(new[HIGH_NOISE]))
     options = replace(options, lora=lora, experts=experts)
     uses = expert_loras(run.family, options, with_texts=True)
     loader = dit_loader(run.family, uses, run.session.device, options)
-    run.session.free()  # callers hold the old run for as long as the console is open
+    run.session.free()  # callers may still hold the old run
     return replace(run, options=options, session=make_session(run.family, options, loader, keep=True))
 
 
@@ -450,7 +456,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs that change text encoders, if there are any.
+    """Return the LoRAs that change text encoders, or None.
 
     Args:
         uses: LoRA files by expert.
@@ -469,9 +475,10 @@ def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
 
 
 def make_prompt(run: GenerationRun) -> None:
-    """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
+    """Generate the prompt of the command line, --num_videos times with consecutive seeds."""
     request = run.options.request
     count = run.options.num_videos
+    # options of a prompt line that the user typed into the text of --prompt
     words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
     line_options = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
     if line_options:
@@ -495,9 +502,9 @@ def make_prompt(run: GenerationRun) -> None:
 
 
 def check_models(run: GenerationRun) -> None:
-    """Raise UserError if a model file that every prompt needs is missing or of another kind.
+    """Raise UserError if a model file that every prompt needs is missing or of the wrong kind.
 
-    Also raises it if the chosen attention is not available. Loads nothing.
+    It also raises UserError if the selected attention is not available. Nothing is loaded.
     """
     placement = Placement(run.session.device, attention=run.options.speed.attention.choice)
     check_backend(
@@ -526,15 +533,15 @@ def save_merged_model(
 ) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
-    With several experts, `_low_noise` and the like are appended to the names; no file is written for an
-    expert without LoRAs. Names and shapes of all are compared before the first is written.
+    With several experts, `_low_noise` and the like are appended to the names, and an expert without LoRAs
+    gets no file. All names and shapes are checked before the first file is written.
 
     Args:
         family: The model family.
         uses: LoRA files by expert.
         path: Path of the file.
         device: Device of the run.
-        rounding: A value of `--lora_rounding`.
+        rounding: Value of --lora_rounding.
     """
     files = family.dit_files
     experts = family.experts
@@ -542,6 +549,7 @@ def save_merged_model(
     targets = [
         path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
     ]
+    # without experts the only file is written even without LoRAs
     changed = [index for index in range(len(files)) if uses[index] or not has_names]
     if not changed:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
@@ -616,7 +624,7 @@ def converse(run: GenerationRun) -> None:
                     values = {**remembered, **values}
                 run = with_strengths(run, values.get(STRENGTHS))
                 job = make_job(run, "the prompt", values)
-                remembered = values  # of a line that can be made
+                remembered = values  # only those of a valid line
                 make_outputs(run, [job], failures)
         except EOFError:
             sys.stdout.write("\n")

@@ -24,7 +24,7 @@ def _read_leading_full(text: str) -> int:
 
 
 def _read_sample_seed(text: str) -> int:
-    """Return the number at the beginning of a text, as other trainers read it, else the hash of the text."""
+    """Return the number at the start of a text, as other trainers do, or else the hash of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
     return _read_leading_full(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
@@ -109,7 +109,7 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Read `480 832`, in the order of --video_size. Raises ValueError."""
+    """Parse `480 832`, in the order of --video_size. Raises ValueError."""
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
 
@@ -118,12 +118,12 @@ _SIZE = prompt_lines.LineOption("size", _read_size)
 
 
 def fit_side(pixels: int, step: int) -> int:
-    """Return the width or height that a sample is made with: the next lower multiple of the model's step."""
+    """Round the width or height of a sample down to a multiple of the model's step."""
     return max(pixels // step, 1) * step
 
 
 def find_sample_option(word: str) -> prompt_lines.LineOption | None:
-    """Return the option of a sample line by its letters or by a long name, as prompt lines have them."""
+    """Return the option of a sample line with these letters or this long name, as in prompt lines."""
     option = SAMPLE_OPTIONS.get(word.lower())
     if option is not None:
         return option
@@ -143,7 +143,7 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
         where: Name of the line in messages.
 
     Raises:
-        OptionError: If a value cannot be read.
+        OptionError: If a value cannot be parsed.
     """
     try:
         return prompt_lines.parse_words(
@@ -161,10 +161,10 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
 
     The keys are `prompt` and those of `SAMPLE_OPTIONS`. In TOML, `[prompt]` holds values that all
-    `[[prompt.subset]]` share; a subset takes precedence. JSON is a list of lines and objects.
+    `[[prompt.subset]]` tables share; a subset takes precedence. JSON is a list of lines and objects.
 
     Raises:
-        OptionError: If something cannot be read; the message names the file, the entry and the key.
+        OptionError: If an entry cannot be parsed; the message names the file, the entry and the key.
     """
     return parse_sample_prompts(read_sample_file(path), path)
 
@@ -173,16 +173,16 @@ def read_sample_file(path: Path) -> str:
     """Return the text of a training prompt file.
 
     Raises:
-        OptionError: If it cannot be read.
+        OptionError: If the file cannot be read.
     """
     return prompt_lines.read_prompt_file(path, "--sample_prompts")
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
-    """Return the prompts in a file's text, as `read_sample_prompts` does for a file.
+    """Return the prompts in the text of a file, as `read_sample_prompts` does.
 
     Raises:
-        OptionError: If something cannot be read.
+        OptionError: If an entry cannot be parsed.
     """
     option = f"--sample_prompts {path}"
     suffix = path.suffix.lower()
@@ -204,7 +204,7 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
-    """Return the entries of a prompt file with their numbers, counted from 1. Raises ValueError."""
+    """Return the entries of a prompt file with their numbers, from 1. Raises ValueError."""
     if suffix == ".txt":
         return [*prompt_lines.numbered_lines(text)]
     if suffix == ".toml":
@@ -218,7 +218,7 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the subsets of a prompt file, each with the values that all share. Raises ValueError."""
+    """Return the subsets of a prompt file, each merged with the shared values. Raises ValueError."""
     table = parse_toml(text).get("prompt")
     subsets = table.get("subset", []) if isinstance(table, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
@@ -228,7 +228,7 @@ def _read_toml_entries(text: str) -> list[dict[str, Any]]:
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
+    """Return the result of `read` for each entry. Raises one OptionError with the errors of all entries."""
     results = []
     errors = []
     for entry in entries:
@@ -242,7 +242,7 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the values of a prompt's table by key, converted. Raises OptionError for wrong types."""
+    """Return the values of a prompt's table by key, converted. Raises OptionError if a type is wrong."""
     kinds = _list_kinds()
     values: dict[str, Any] = {}
     for name, value in entry.items():
@@ -265,7 +265,7 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _list_kinds() -> dict[str, type]:
-    """Return the types of the values that a prompt's table may have."""
+    """Return the types of the values that a prompt's table may have, by key."""
     kinds: dict[str, type] = {}
     for option in SAMPLE_OPTIONS.values():
         kinds[option.key] = list if option.repeats else type(option.read("1"))
@@ -274,7 +274,7 @@ def _list_kinds() -> dict[str, type]:
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
-    """Return a value of a prompt's table in the type of its key. Raises OptionError."""
+    """Convert a value of a prompt's table to the type of its key. Raises OptionError."""
     if kind is list and isinstance(value, str):
         value = [value]
     if key == "seed" and isinstance(value, str):

@@ -21,10 +21,10 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 class RequestOptions(Options, title="what to make"):
     """Options of each video on the command line; a prompt line can override them.
 
-    None means the task's default.
+    None stands for the task's default.
     """
 
-    prompt: str | None = option("what to show; @caption.json is the JSON object in a file", often=True)
+    prompt: str | None = option("what to show; @caption.json reads a JSON object from a file", often=True)
     nag_prompt: str | None = option("what to steer away from; default: the negative prompt", title=NAG)
     prompt_2: str | None = option("prompt for the second text encoder, CLIP; default: --prompt")
     negative_prompt: str | None = option(
@@ -58,7 +58,7 @@ class RequestOptions(Options, title="what to make"):
     image_path: Path | None = option("first image, for image-to-video", often=True)
     end_image_path: Path | None = option("last image")
     control_path: Path | None = option("control video or folder of images; VACE changes or follows it")
-    control_image_path: tuple[str, ...] | None = option("reference pictures, which the result is made from")
+    control_image_path: tuple[str, ...] | None = option("reference images for the result")
     source: SourceOptions
     embedded_guidance: float | None = option(
         "guidance scale that the distilled model takes as an input; needs no second pass",
@@ -92,17 +92,17 @@ OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_I
 
 
 class OutputOptions(Options, title="output"):
-    """Output files: form and place."""
+    """Format and location of output files."""
 
     save_path: Path = option(
-        "output folder, created if missing; or for a single video or picture its file, such as cat.mp4",
+        "output folder, created if missing; or the file of a single video or image, such as cat.mp4",
         required=True,
         facts=WRITES,
     )
     output_type: str = option("what is written", often=True)
     no_metadata: bool = option("do not write the prompt, seed and settings into the files")
     trim_tail_frames: int = option(
-        "number of frames to cut off the end, e.g. 3 that an end image has spoiled",
+        "number of frames to cut off the end, e.g. 3 frames that an end image has degraded",
         default=0,
         least=0,
         facts=OF_DECODING,
@@ -119,11 +119,12 @@ class OutputOptions(Options, title="output"):
         "also write the last frame of each video as NAME_last.png, to continue from"
     )
     save_audio: str | None = option(
-        "also write the sound of each video as NAME.wav, 16 bits a sample and as long as it was made",
+        "also write the audio of each video as NAME.wav, 16 bits a sample and as long as it was made",
         choices=("wav",),
     )
     bell: bool = option(
-        "ring the terminal's bell when all is made, or has failed; with --interactive after each prompt"
+        "ring the terminal bell when everything is finished or has failed; with --interactive, after "
+        "each prompt"
     )
     format: FormatOptions
     # what the script has; no options
@@ -172,18 +173,18 @@ class OutputOptions(Options, title="output"):
 
     @property
     def names_file(self) -> bool:
-        """Return whether --save_path is a file: it has the suffix of a result, and is not a folder."""
+        """Return whether --save_path is a file: it has the suffix of a result and is not a folder."""
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
-        """Return the options with --save_path, which names a file, split into its folder and its name."""
+        """Return the options with a --save_path that names a file split into folder and file name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_image(self, is_single: bool) -> bool:
-        """Return whether a result is written as a single picture.
+        """Return whether a result is written as a single image file.
 
-        With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
-        or the file has a given name.
+        With --output_type images it is a folder of images, unless the script generates only images or numbers
+        them, or unless the file name is given.
 
         Args:
             is_single: Whether the result has one frame.
@@ -198,7 +199,8 @@ class OutputOptions(Options, title="output"):
     def check_file_name(self, frames: int) -> None:
         """Raise OptionError if `file_name` does not fit a result of this many frames.
 
-        Below 1: sound alone.
+        Args:
+            frames: Number of frames; below 1 for audio alone.
         """
         path = self.save_path / self.file_name
         what = "a video is made"
@@ -219,19 +221,19 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a video in sections is written anew after each section."""
+        """Whether a video in sections is written again after each section."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
     def writes_audio(self) -> bool:
-        """Whether audio is written, with a video or as a file of its own."""
+        """Whether audio is written, with a video or as a separate file."""
         return self.output_type not in UNDECODED and (
             self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
         )
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
-    """Return an option of a preset as it would be typed."""
+    """Return an option of a preset as a user would type it."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
@@ -240,8 +242,8 @@ NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it o
 OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
-    "faster settings: {}; what you give yourself counts instead, and what this machine lacks is left out "
-    "with a warning"
+    "faster settings: {}; options that you pass take precedence, and unsupported ones are skipped with a "
+    "warning"
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
@@ -252,9 +254,9 @@ FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scal
 
 @dataclass(frozen=True)
 class ScriptDefaults:
-    """Defaults of the shared options in the script of one family, and the set of options that the script has.
+    """Defaults of the shared options in the script of one family, and which options the script has.
 
-    None means the task's default, unless the field says otherwise.
+    None stands for the task's default, unless the field says otherwise.
     """
 
     fps: int
@@ -307,13 +309,13 @@ class ScriptDefaults:
 
     @property
     def spelled(self) -> Mapping[str, tuple[str, ...]]:
-        """Return `spellings` with those that all scripts of pictures have."""
+        """Return `spellings` together with those of all image scripts."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}
 
     def declared(self) -> dict[str, Any]:
-        """Return the settings of `GenerationOptions` for `add_options` in the script."""
+        """Return the settings of `GenerationOptions` for `add_options` in this script."""
         source = self.source.declared()
         rejected_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
         return {
@@ -341,7 +343,7 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return choices, helps and flags of options.
+        """Return choices, help texts and flags of options.
 
         Args:
             source_settings: Settings of the options of video-to-video.
@@ -358,7 +360,7 @@ class ScriptDefaults:
         return {**settings, **source_settings, **with_flags}
 
     def _list_choices_and_helps(self) -> dict[str, dict[str, Any]]:
-        """Return the parser settings of the options whose choices or help differ in this script."""
+        """Return the parser settings of options whose choices or help text differ in this script."""
         output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
         solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
@@ -384,7 +386,7 @@ class ScriptDefaults:
         }
 
     def _list_absent(self) -> list[str]:
-        """Return the shared options that the script does not have."""
+        """Return the shared options that this script does not have."""
         absent = {
             "prompt_2": not self.has_second_prompt,
             "video_length": self.in_sections,

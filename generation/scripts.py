@@ -22,15 +22,15 @@ def generation_script(
 ) -> Script:
     """Return the script that generates with a family.
 
-    The script's function takes a second argument, which is called with the family and the options in place of
-    `generate`.
+    The script's function takes an optional second argument, a function that is called with the family and the
+    options instead of `generate`.
 
     Args:
         family: Name of the family.
         defaults: Defaults of the family for shared options.
         about: The script's docstring.
-        settle: Checks and changes the shared and the family's options after they are read.
-        add_more: Changes the parser after the family's options.
+        settle: Checks and changes the shared and the family's options after they are parsed.
+        add_more: Changes the parser after the family's options are added.
     """
     entry = FAMILIES[family]
 

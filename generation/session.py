@@ -41,13 +41,11 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
     """Encode the images and videos of a request, by section.
 
-    Conditions are on the CPU, with a batch dimension. The source of denoising is among those of section 0, as
-    `SOURCE`.
+    Conditions are on the CPU, with a batch dimension. The source of denoising is in section 0, as `SOURCE`.
 
     Args:
         family: The model family.
-        encoders: Media encoders on their device; `NO_ENCODERS` is enough if the request needs none
-            (`needs_media`).
+        encoders: Media encoders on their device; `NO_ENCODERS` if the request needs none (`needs_media`).
         prepared: The request with all values resolved.
     """
     inputs = dict(family.request_conditions(encoders, prepared))
@@ -59,14 +57,14 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    """Whether a request needs the media encoders before denoising: for its images, or for its source."""
+    """Return whether a request needs the media encoders before denoising, for its images or its source."""
     source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
 
 @dataclass
 class Session:
-    """The loaded networks of one run of the generation script."""
+    """The loaded networks of one run of a generation script."""
 
     family: Family
     device: torch.device
@@ -80,11 +78,11 @@ class Session:
     _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
 
     def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode texts by section, as `wanted_texts` names them.
+        """Encode the texts of each section, as listed by `wanted_texts`.
 
-        Each text encoder is loaded once and encodes each new text once and alone, because its conditions must
-        not depend on another text. It is then freed, or with `keep` moved to the CPU, before the next one is
-        loaded.
+        Each text encoder is loaded once and encodes each new text alone, because its conditions must not
+        depend on another text. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
+        CPU.
 
         Returns:
             Conditions on the CPU, without a batch dimension.
@@ -114,7 +112,7 @@ class Session:
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
-        """Return the number of texts for which `texts` would have to load encoders."""
+        """Return the number of texts that `texts` would have to encode."""
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def _make_text_encoders(self) -> Sequence[TextEncoder]:
@@ -130,7 +128,7 @@ class Session:
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
+        """Encode texts as `texts` does, but with these LoRAs in encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
         self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
@@ -145,9 +143,9 @@ class Session:
         """Yield the media encoders on the device.
 
         Args:
-            images: Include the image encoder.
-            again: They are needed later, so keep them on the CPU; if the CPU is the device, they are freed
-                and loaded again later.
+            images: Whether to include the image encoder.
+            again: Whether they are needed again later. They then wait on the CPU; if the CPU is the device,
+                they are freed and loaded again.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -171,7 +169,7 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
-        """Release the image encoder, unless networks are to be kept."""
+        """Release the image encoder, unless networks are kept."""
         if self._media is not None and not self.dits.keep:
             self._media = replace(self._media, image_encoder=None)
             self._has_image_encoder = False
@@ -186,7 +184,7 @@ class Session:
 
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
-    """List the texts to encode, by section: the prompt, and those that guidance needs."""
+    """Return the texts to encode by section: the prompt, and those that guidance needs."""
     plans = plan_steps(prepared, options)
     needed = {
         guidance_pass.text for expert_plans in plans for plan in expert_plans for guidance_pass in plan.passes
@@ -196,7 +194,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
             texts,
             negative=texts.negative if "negative" in needed else None,
             blank=(texts.blank or Prompt("")) if "blank" in needed else None,
-            # away from the negative text if there is no other
+            # without a text of its own, attention is steered away from the negative prompt
             away=(texts.away or texts.negative or Prompt("")) if options.nag.is_on else None,
         )
         for section, texts in prepared.prompts.items()
@@ -204,7 +202,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return the texts of `wanted_texts`, each once."""
+    """Return the texts of `wanted_texts` without duplicates."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():
@@ -217,11 +215,11 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
 def gather_encoded(
     prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    """Return the conditions of the texts of each section.
+    """Return the encoded texts of each section.
 
     Args:
         prompts: Texts of each section.
-        encoded: Outputs of all texts.
+        encoded: Conditions of each text.
     """
 
     def find(text: Prompt | None) -> Conditions | None:
@@ -252,13 +250,13 @@ def decode_tracks(
     device: torch.device,
     note: Callable[[str], AbstractContextManager[object]],
 ) -> dict[str, Track]:
-    """Return the track of each clip, by its label, without those that fail.
+    """Decode audio latents; return the track of each clip by label, without those that fail.
 
     Args:
         family: The model family.
         latents: Audio latents in model space, 1 C T M, by label.
         device: Device of the run.
-        note: Returns a context manager, by label, that records an error of the clip.
+        note: Returns a context manager for a label that records errors of the clip.
     """
     tracks: dict[str, Track] = {}
     if not latents:

@@ -44,7 +44,7 @@ MAX_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its clips, one for each column; None for a clip that could not be made."""
+    """A prompt and its clips, one for each column; None for a clip that failed."""
 
     prompt: str
     fps: float
@@ -65,12 +65,12 @@ class ClipGrid:
 
     @property
     def clips(self) -> list[Path]:
-        """Paths of the clips that exist, row by row."""
+        """Paths of the existing clips, row by row."""
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
 def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Path]:
-    """Write `stem`.html with that title, .png and, unless all are pictures, .mp4; return the paths."""
+    """Write `stem`.html with a title, .png and, unless all cells are images, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts)):
@@ -82,16 +82,20 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_image, grid.clips)):
         return [page, sheet]
-    few = max(1, min(MAX_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
-    if few < len(grid.rows):
-        logger.warning("%s shows the first %d of %d prompts", video.name, few, len(grid.rows))
-    playing = replace(grid, rows=grid.rows[:few])
+    # limited by the number of videos that can be open at once, and by the height of the frame
+    max_rows = max(1, min(MAX_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
+    if max_rows < len(grid.rows):
+        logger.warning("%s shows the first %d of %d prompts", video.name, max_rows, len(grid.rows))
+    playing = replace(grid, rows=grid.rows[:max_rows])
     write_video(video, play(playing), grid.rows[0].fps, crf=18, preset="medium")
     return [page, sheet, video]
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the cells of a row on the page; `is_lower` leaves out the first, which is in the row above."""
+    """Yield the HTML cells of a row.
+
+    With `is_lower` the first cell is left out, because the row above it shows that cell.
+    """
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
@@ -100,19 +104,19 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path has the suffix of an image file."""
+    """Return whether a path has the suffix of an image file."""
     return path.suffix.lower() in image_suffixes()
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """Yield the frames (H W 3) of a clip or of a picture, which has one; behind transparent parts squares."""
+    """Yield the frames, H W 3, of a clip or the one of an image; transparent parts show a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
     return islice(video_frames(path), MOST_FRAMES)
 
 
 def _put_on_squares(frame: Frame) -> Frame:
-    """Return a frame H W 3 or 4 as H W 3: on a checkerboard, which shows what is transparent."""
+    """Return a frame H W 3 or 4 as H W 3, on a checkerboard that shows where it is transparent."""
     colors, alpha = split_alpha(frame)
     if alpha is None:
         return colors
@@ -136,7 +140,7 @@ def _read_middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
 
 
 def play(grid: ClipGrid) -> Iterator[Frame]:
-    """Yield frames of all clips side by side; a clip that has ended shows its last frame."""
+    """Yield frames of all clips side by side; a clip that has ended repeats its last frame."""
     playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
     shown = [[next(frames, None) for frames in row] for row in playing]
     while True:
@@ -153,9 +157,9 @@ def play(grid: ClipGrid) -> Iterator[Frame]:
 
 
 def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
-    """Return one picture of all frames (rows of columns), with the labels above them.
+    """Compose one image of all frames (rows of columns), with labels above them.
 
-    Frames may differ in size. A missing frame is an empty cell as large as the first existing frame.
+    Frames may differ in size. A missing frame is an empty cell of the size of the first existing frame.
     """
     sizes = _measure_cells(grid, frames)
     widths = [width for row in sizes for width, _ in row]
@@ -187,12 +191,12 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
 
 def _make_blank_sheet(width: int, height: int) -> Image.Image:
-    """Return a sheet of at least this size, with even sides, which videos need."""
+    """Return an empty sheet of at least this size, with even sides, as videos require."""
     return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
 def _measure_cells(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
-    """Return width and height of each frame in pixels of the sheet."""
+    """Return the width and height of each frame in pixels of the sheet."""
     side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
     first_frame = next((frame for row in frames for frame in row if frame is not None), None)
     empty_size = (side, side) if first_frame is None else _fit_side(first_frame, side)
@@ -223,13 +227,13 @@ def _fit_side(frame: Frame, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pen:
-    """Write the labels of a sheet, each on one line."""
+    """Write the labels of a sheet, each on a single line."""
 
     draw: ImageDraw.ImageDraw
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
     def write(self, corner: tuple[int, int], text: str, width: int) -> None:
-        """Write as much of a text as fits in `width` pixels."""
+        """Write as much of a text as fits into `width` pixels."""
         line = " ".join(escape_control_codes(text[:1000]).split())
         while line and self.draw.textlength(line, self.font) > width - 4:
             fitting = round(len(line) * width / self.draw.textlength(line, self.font))
@@ -252,7 +256,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
 
     Args:
         run: The run.
-        lines: Prompt lines by their labels, as in `map_lines`.
+        lines: Prompt lines by label, as in `map_lines`.
         failures: Collects the errors of single lines.
     """
     sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))
@@ -267,9 +271,9 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
-    """Make the jobs of a prompt line's cells. If no seed is given, all cells share one drawn for the line.
+    """Make the jobs for the cells of a prompt line; without a given seed all cells share a drawn one.
 
-    Loads no network. Cells that cannot be made are noted as failures.
+    No network is loaded. Cells that are not possible are recorded as failures.
     """
     axes = run.options.axes
     jobs: dict[Place, GenerationJob] = {}
@@ -279,13 +283,13 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
         axis_values = [axis.describe(index) for axis, index in zip(axes, place, strict=True)]
         name = ", ".join([label, *axis_values])
         with failures.note_errors(name, fatal=CheckpointError):
-            column, row = (*place, 0)[:2]
+            column, row = (*place, 0)[:2]  # with a single axis all cells are in the first row
             jobs[column, row] = make_job(run, name, values)
     return jobs
 
 
 def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> Path:
-    """Draw the sheet of finished cells: a PNG if all are pictures, else a video. Returns its path.
+    """Draw the sheet of finished cells: a PNG if all are images, else a video. Returns its path.
 
     Rows and columns are labeled with the values of the axes; the prompt is the title, unless it is an axis.
     """
@@ -310,18 +314,18 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
 
 
 def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
-    across = axes[0]
-    down = axes[1] if len(axes) > 1 else None
-    num_rows = 1 if down is None else len(down.texts)
-    num_columns = len(across.texts)
+    horizontal = axes[0]
+    vertical = axes[1] if len(axes) > 1 else None
+    num_rows = 1 if vertical is None else len(vertical.texts)
+    num_columns = len(horizontal.texts)
     rows: list[Row] = []
     for row in range(num_rows):
-        label = "" if down is None else down.describe(row)
+        label = "" if vertical is None else vertical.describe(row)
         clips = tuple(paths.get((column, row)) for column in range(num_columns))
         rows.append(Row(label, fps, clips))
     has_prompts = any(axis.name == "prompt" for axis in axes)
     return ClipGrid(
-        columns=tuple(across.describe(column) for column in range(num_columns)),
+        columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
         title="" if has_prompts else in_short(prompt, MAX_OF_TITLE),
         cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
@@ -329,15 +333,16 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
 
 
 def _make_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
-    by_cell = [run.metadata(cells[place].prepared) or {} for place in paths]
+    """Return the metadata that all cells share, the axes as --sheet takes them, and each cell's file."""
+    cell_metadata = [run.metadata(cells[place].prepared) or {} for place in paths]
+    # what all cells have in common
     metadata = {
         key: text
-        for key, text in by_cell[0].items()
-        if all(cell_metadata.get(key) == text for cell_metadata in by_cell)
+        for key, text in cell_metadata[0].items()
+        if all(of_cell.get(key) == text for of_cell in cell_metadata)
     }
     metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
-    row_by_row = sorted(paths, key=lambda place: place[::-1])
+    row_by_row = sorted(paths, key=lambda place: place[::-1])  # places are (column, row)
     for column, row in row_by_row:
         indices = zip(run.options.axes, (column, row), strict=False)
         axis_values = ", ".join(axis.describe(index) for axis, index in indices)

@@ -39,14 +39,14 @@ from running.ways.contract import Division, RunUses
 def plan_ways(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits.
+    """Print the ways to use several GPUs, and the cheapest one that fits.
 
     Args:
         family: The model family.
         options: Options of the run.
         device: Device of the run.
-        cards: Number of cards.
-        room: Memory of each card.
+        cards: Number of GPUs.
+        room: Memory of each GPU.
     """
     alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
@@ -64,7 +64,7 @@ def plan_ways(
 
 
 class _DividedRun:
-    """Predict the memory of a run on several cards, from rehearsals of the whole and of the split network."""
+    """Predict the memory of a run on several GPUs, from rehearsals of the full and of the split network."""
 
     def __init__(
         self,
@@ -90,16 +90,16 @@ class _DividedRun:
 
     @cached_property
     def shards(self) -> PhasePrediction:
-        """Rehearse the run with the network split over all cards."""
+        """Rehearse the run with the network split over all GPUs."""
         options = self._set_division(Division(self.cards, shards=True))
         with quiet():
             return predict(self.family, options, self.prepared, self.device, room=self.room)
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one card.
+        """Predict the memory of one GPU.
 
         Raises:
-            OptionError: If the model cannot be divided so.
+            OptionError: If the model does not support this division.
         """
         if division != Division(self.cards):
             check_together(self.family, self._set_division(division))
@@ -118,15 +118,15 @@ Generate = Callable[[Family, GenerationOptions, torch.device], None]
 
 
 def generate_together(generate: Generate, family: Family, options: GenerationOptions) -> None:
-    """Run `generate` in all processes of the launcher; in the first one alone if it runs no transformer.
+    """Run `generate` in all processes of the launcher, or in the first one alone if no transformer runs.
 
     Raises:
         UserError: As `generate` does, and if another process was lost.
     """
     speed = options.speed
     launched = launched_processes()
-    runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
-    if not runs_none:
+    runs_no_transformer = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
+    if not runs_no_transformer:
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
         flags = " and ".join(speed.joined.typed)
@@ -134,7 +134,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         generate(family, options, select_device(options.device))
         return
     check_together(family, options)
-    if runs_none:
+    if runs_no_transformer:
         if os.environ.get("RANK", "0") == "0":
             generate(family, options, select_device(options.device))
         return
@@ -142,7 +142,8 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     device = join_processes(options.device, speed.joined.typed[0])
     rank = distributed.get_rank()
     if rank > 0:
-        logging.getLogger().setLevel(logging.ERROR)  # only one process logs what all do
+        # only the first process logs and writes files
+        logging.getLogger().setLevel(logging.ERROR)
         options = replace(
             options,
             output=replace(options.output, output_type=NOTHING, save_last_frame=False),
@@ -157,7 +158,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
 
 def read_together(ask: Callable[[], str]) -> Callable[[], str]:
-    """Return a function that asks for a line in the first process and returns it in all of them."""
+    """Return a function that asks for a line in the first process and returns it in all processes."""
 
     def read() -> str:
         line: str | None = None
@@ -175,7 +176,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
-    """Return what a generation does that ways to run may not go with."""
+    """Return what a generation does that conflicts with some ways to run."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
         "--lazy_loading": options.experts.lazy_loading,
@@ -190,7 +191,7 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
 
 
 def check_together(family: Family, options: GenerationOptions) -> None:
-    """Raise OptionError if options do not work with several processes that make prompts together."""
+    """Raise OptionError if options do not work with several processes that generate a prompt together."""
     speed = options.speed
     flags = " and ".join(speed.joined.typed)
     count_shared_passes(speed, launched_processes())
@@ -202,7 +203,8 @@ def check_together(family: Family, options: GenerationOptions) -> None:
             f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
             f"whole weights. Use --from_file with a line for each, or leave {flags} out"
         )
-    if options.post.tools:  # a line that the tools cannot process would be left out by the first process only
+    # only the first process runs the tools: it alone would leave out a line that they cannot process
+    if options.post.tools:
         raise OptionError(
             f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"

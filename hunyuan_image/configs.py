@@ -14,8 +14,8 @@ HUNYUAN_IMAGE = ModelRelease(
     "other",
     "https://huggingface.co/tencent/HunyuanImage-2.1",
 )
-TEXT_TOKENS = 1024  # of a prompt that are kept
-GLYPH_TOKENS = 128  # of the texts to be written in the image
+TEXT_TOKENS = 1024  # maximum length of a prompt; the rest is cut off
+GLYPH_TOKENS = 128  # maximum length of the texts to write into the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class HunyuanImageConfig(JointConfig):
         return "t2i"
 
 
-SCALE = 0.75289  # of the released VAE; caches hold latents before it
+SCALE = 0.75289  # scale factor of the released VAE; caches hold latents before scaling
 STRIDE = 32  # pixels of one latent pixel along each side
 
 LATENT = LatentSpec(

@@ -50,9 +50,9 @@ TEXT_INPUTS = {
     "glyphs": "byt5_embed",
     "glyph_mask": "byt5_mask",
 }
-FLOW_SHIFT = 5.0  # where nothing is said
+FLOW_SHIFT = 5.0  # default
 GENERATION = image_defaults(50, 3.5, 2048, FLOW_SHIFT, noise_on_cpu=True)
-# of adaptive projected guidance, as released
+# settings of adaptive projected guidance, as released
 APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
@@ -62,7 +62,7 @@ class HunyuanImage(ModelOfImages):
 
     files: HunyuanImageFiles
     projection: ProjectedGuidanceOptions = AS_RELEASED
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_image", init=False)
     named: ClassVar = {

@@ -49,7 +49,7 @@ DISTILLED = (
     "guidance_in.in_layer.weight",
     "time_guidance_embed.guidance_embedder.linear_1.weight",
 )
-DIMENSIONS = hunyuan.DIMENSIONS  # of blocks and refiner, whose names are HunyuanVideo's
+DIMENSIONS = hunyuan.DIMENSIONS  # blocks and refiner have the same names as in HunyuanVideo
 
 
 def identify(path: Path) -> str | None:
@@ -129,7 +129,7 @@ FORMAT = DitFormat(_read_header, lambda _: WHAT, HunyuanImageModel, _make_source
 read_dit_header, load_dit = FORMAT.read_header, FORMAT.load
 
 
-TEXT_DTYPE = torch.bfloat16  # of the language model, as released
+TEXT_DTYPE = torch.bfloat16  # dtype of the language model, as released
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import BlockNetwork, Hidden
 
-GLYPH_EPS = 1e-5  # of the norm before the glyph layers
+GLYPH_EPS = 1e-5  # epsilon of the norm before the glyph layers
 
 
 class GlyphEmbedding(nn.Module):
@@ -85,7 +85,7 @@ class HunyuanImageModel(BlockNetwork):
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
         self.final_layer = HunyuanFinalLayer(dim, config.out_dim, config.eps)
-        side = dim // config.num_heads // 2  # of a head's channels, for rows and for columns
+        side = dim // config.num_heads // 2  # rows and columns each rotate half of a head's channels
         self._rotary = GridTable(table_maker(exact_table, (side, side), config.rope_theta))
 
     def embed(

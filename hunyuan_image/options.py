@@ -65,7 +65,7 @@ class HunyuanImageTextOptions(Options):
         "its tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
     )
     byt5: Path | None = option(
-        "ByT5 encoder of the texts to be written in the picture: file or folder", often=True
+        "ByT5 encoder of the texts to be written in the image: file or folder", often=True
     )
     text_encoder_dtype: str | None = option(
         "dtype that both encoders compute in; default: bfloat16 and float16, but float32 with a float32 "
@@ -85,7 +85,7 @@ _LAST_PLAIN: Mapping[str, Any] = {
 
 
 class ProjectedGuidanceOptions(Options):
-    """Settings of projected guidance: its first step, and the share of contrast that it removes."""
+    """Settings of projected guidance: its first step, and the fraction of contrast that it removes."""
 
     apg_start_step_ocr: int = option(
         "last step, from 0, with plain guidance if the prompt has a text in quotation marks; later ones have "
@@ -103,13 +103,13 @@ AS_RELEASED = ProjectedGuidanceOptions()
 
 
 class HunyuanImageLatentCachingOptions(Options, title=NAME):
-    """Options of hunyuan_image_cache_latents.py besides the shared ones."""
+    """Options of hunyuan_image_cache_latents.py in addition to the shared ones."""
 
     vae: HunyuanImageVaeOptions
 
 
 class HunyuanImageTextCachingOptions(Options, title=NAME):
-    """Options of hunyuan_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of hunyuan_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: HunyuanImageTextOptions = option(
         settings={"text_encoder": {"required": True}, "byt5": {"required": True}}
@@ -133,7 +133,7 @@ class HunyuanImageTrainingOptions(Options, title=NAME):
 
 
 class HunyuanImageGenerationOptions(Options, title=NAME):
-    """Options of hunyuan_image_generate_image.py besides the shared ones."""
+    """Options of hunyuan_image_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint", flags=("--dit", "--pretrained_model_name_or_path"), often=True

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
-NOWHERE = sys.maxsize  # a place behind all tokens
+NOWHERE = sys.maxsize  # an index after all tokens
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class HunyuanTokens:
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
-    # second row is that of the second text alone
+    # the second row belongs to the second text only
     vector: Tensor
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
@@ -108,7 +108,8 @@ class HunyuanTokens:
 class TokensWithTurnedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
-    rotary_of_image: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+    # its first L rows, sliced outside of compiled code, where lengths may vary
+    rotary_of_image: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
@@ -201,7 +202,7 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
-        # shift, scale and gate of attention, then those of the feed-forward
+        # shift, scale and gate of attention, then of the feed-forward layers
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 
@@ -329,6 +330,7 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
     `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
+    # a second text; this process's part of the tokens; the kind of attention
     second, part, choice = tokens.second, tokens.part, tokens.attention
     if part is not None:
         query, key, value = part.gather_tokens(query, key, value)

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 TEXT_KEYS = LLAVA_USE.keys | CLIP.keys
 # argument of the network, in their order -> name in caches
 TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
-EMBEDDED_GUIDANCE = 6.0  # where nothing is said
+EMBEDDED_GUIDANCE = 6.0  # default
 FLOW_SHIFT = 7.0  # likewise
 
 
@@ -59,7 +59,7 @@ class HunyuanVideo(OneTransformer):
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_video", init=False)
     named: ClassVar = {

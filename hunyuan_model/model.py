@@ -31,7 +31,7 @@ from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import BlockNetwork, Hidden
 
-TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
+TWO_LAYERS = "in_layer out_layer"  # names of an embedding's layers in the files
 
 
 class HunyuanFinalLayer(nn.Module):
@@ -85,7 +85,7 @@ class HunyuanVideoModel(BlockNetwork):
         self.img_in = nn.ModuleDict({"proj": patches})
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
-        # its input is a vector per sample, the pooled output of the CLIP text encoder
+        # takes one vector per sample, the pooled output of the CLIP text encoder
         self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)

@@ -12,7 +12,7 @@ from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option, fp8_te
 
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training
 SKIP_LAYERS = 2
-INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
+INPUT_CHANNELS = (16, 32)  # input channels of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles
 ALWAYS_TILED: Mapping[str, Any] = {
     "defaults": {"vae_tiling": True},
@@ -98,14 +98,14 @@ AS_TRAINED = TextReadingOptions()
 
 
 class HunyuanLatentCachingOptions(Options, title="HunyuanVideo"):
-    """Options of cache_latents.py besides the shared ones."""
+    """Options of cache_latents.py in addition to the shared ones."""
 
     vae: HunyuanVaeOptions
     i2v: bool = option("also cache the first frame, encoded alone, to train SkyReels V1 image-to-video")
 
 
 class HunyuanTextCachingOptions(Options, title="HunyuanVideo"):
-    """Options of cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: HunyuanTextOptions = option(
         settings={"text_encoder1": {"required": True}, "text_encoder2": {"required": True}}
@@ -113,7 +113,7 @@ class HunyuanTextCachingOptions(Options, title="HunyuanVideo"):
 
 
 class HunyuanTrainingOptions(Options, title="HunyuanVideo"):
-    """Options of hv_train_network.py and hv_train.py besides the shared ones."""
+    """Options of hv_train_network.py and hv_train.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
@@ -131,7 +131,7 @@ class HunyuanTrainingOptions(Options, title="HunyuanVideo"):
 
 
 class HunyuanGenerationOptions(Options, title="HunyuanVideo"):
-    """Options of hv_generate_video.py besides the shared ones."""
+    """Options of hv_generate_video.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     dit_in_channels: int | None = option(  # the file says it too

@@ -23,7 +23,7 @@ from modules.layers.convolution import conv3d, empty_clip
 
 KERNEL = 3  # size of every convolution that is not pointwise
 EPS = 1e-6  # in every group norm
-STEP_ELEMENTS = 1 << 26  # values computed at a time if no number of frames is given
+STEP_ELEMENTS = 1 << 26  # number of values computed at a time if no number of frames is given
 Factors = tuple[int, int, int]  # for time, height, width
 
 

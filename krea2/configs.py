@@ -30,7 +30,7 @@ class Krea2StreamConfig:
     dim: int
     ffn_dim: int
     num_heads: int
-    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads heads of queries
+    num_kv_heads: int  # heads of keys and values; num_heads / num_kv_heads query heads share each of them
     eps: float = 1e-5
 
     @property
@@ -48,8 +48,8 @@ class Krea2Config(Krea2StreamConfig):
     num_layers: int = 28
     layerwise_blocks: int = 2
     refiner_blocks: int = 2
-    states: int = len(STATES)  # of the language model for each token
-    channels: int = 16  # of the latents
+    states: int = len(STATES)  # number of the language model's states for each token
+    channels: int = 16  # number of latent channels
     freq_dim: int = 256
     rope_theta: float = 1000.0
 
@@ -67,7 +67,7 @@ class Krea2Config(Krea2StreamConfig):
         return self.head_width - 2 * side, side, side
 
 
-LATENT = QWEN_LATENT  # of the same VAE
+LATENT = QWEN_LATENT  # the model shares Qwen-Image's VAE
 NOISE = NoiseSpec(tokens=count_image_tokens)  # 1000 sigma + 1 in training, as the known trainer
 DIT = DitSpec(
     block_lists=("blocks",),

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
-FEW, MANY = 256, 6400  # tokens of images at which mu is given
+FEW, MANY = 256, 6400  # numbers of image tokens for which mu is defined
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Krea2(pictures.ModelOfImages):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
-    options: Any = NO_OPTIONS  # of a training
-    samples_on_turbo: bool = False  # the transformer is that of --turbo_dit
+    options: Any = NO_OPTIONS  # set for trainings only
+    samples_on_turbo: bool = False  # whether the transformer is the one of --turbo_dit
     references: ReferenceRules | None = None
     isolated: bool = False  # references attend to each other alone
 
@@ -304,7 +304,7 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
     release = find_release(turbo)
     if release is not None and not release.is_turbo:
         raise OptionError(
-            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no picture in "
+            f"--turbo_dit {turbo}: it says that it is raw ({release.source}), which makes no image in "
             "eight steps. Give turbo.safetensors, or leave the option out"
         )
     return replace(family_for_training(options, turbo), samples_on_turbo=True)

@@ -37,11 +37,11 @@ KREA_2_USE = replace(
     states_key=KEY,
     model=QWEN3_VL,
     source=replace(QWEN_USE.source, files=FROM),
-    most=512,  # with the tokens of the template behind the prompt, which stay if that is cut
+    most=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
     keeps_after=True,
     stacked=STATES,
 )
-MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # of a reference at most, for the VAE and in a prompt
+MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384  # maximum area of a reference: for the VAE, and in a prompt
 SHOWN = ImageUse(
     "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
     read=partial(read_within, area=SHOWN_AREA),

@@ -47,9 +47,9 @@ class Krea2Tokens(LuminaTokens):
     """Inputs of the blocks; x is B R+L+T C, `time` B 7 S C: six rows for the blocks, one for the end."""
 
     references: int = 0  # R
-    isolated: int = 0  # of these, how many attend to each other alone; `lengths` are of all others
+    isolated: int = 0  # how many of these attend only to each other; `lengths` counts all other tokens
     remembers: bool = False  # there are references alone, whose keys and values the blocks keep
-    split: int = 0  # where the tokens behind references begin, among those that this process has
+    split: int = 0  # index of the first token after references, among the tokens that this process has
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
         """Return the inputs for the tokens of one process."""
@@ -84,7 +84,8 @@ class GatedAttention(GroupedAttention):
         self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        self.remembered: Sequence[Tensor] = ()  # of references in front, 1 R K D; see `running/memories.py`
+        # keys and values of the references in front, 1 R K D; see `running/memories.py`
+        self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
@@ -278,7 +279,8 @@ class Krea2Text(NamedTuple):
     """An embedded text."""
 
     states: Tensor  # B T C
-    lengths: Lengths | None  # how many of the tokens that see all are real, with this text behind; None: all
+    # how many of the tokens that attend to all are real, with this text last; None for all
+    lengths: Lengths | None
 
 
 class Krea2Model(BlockNetwork):

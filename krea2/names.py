@@ -25,7 +25,8 @@ _LAYERS = (
     ("attn.to_out.0", "attn.wo"),
     *((f"ff.{name}", f"mlp.{name}") for name in ("gate", "up", "down")),
 )
-_ORDER = "attn.wq attn.wk attn.wv attn.gate attn.wo mlp.gate mlp.up mlp.down"  # of registration
+# order in which the layers are registered
+_ORDER = "attn.wq attn.wk attn.wv attn.gate attn.wo mlp.gate mlp.up mlp.down"
 _NORMS = (
     *((f"norm{number}.weight", f"{ours}norm.scale") for number, ours in ((1, "pre"), (2, "post"))),
     *((f"attn.norm_{letter}.weight", f"attn.qknorm.{letter}norm.scale") for letter in "qk"),

@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 NAME = "Krea 2"
 VARIANTS = RAW, TURBO = ("raw", "turbo")
 VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
 MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
 _EDIT = "edits: control images of the dataset are references, which the text encoder sees too"
 _MATCH = (
-    "reduce a reference to at most the pixels of the picture that is made, in its own shape: larger ones of "
+    "reduce a reference to at most the pixels of the image that is made, in its own shape: larger ones of "
     "the same shape get its size; default: to a megapixel"
 )
 _ALONE = "references attend to each other alone"
@@ -61,7 +61,7 @@ class Krea2TextOptions(TextEncoderOptions):
 
 
 class Krea2LatentCachingOptions(Options, title=NAME):
-    """Options of krea2_cache_latents.py besides the shared ones."""
+    """Options of krea2_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImageVaeOptions = option(settings=_VAE)
     edit: bool = option(f"for {_EDIT}")
@@ -69,7 +69,7 @@ class Krea2LatentCachingOptions(Options, title=NAME):
 
 
 class Krea2TextCachingOptions(Options, title=NAME):
-    """Options of krea2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of krea2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: Krea2TextOptions = option(settings={"text_encoder": {"required": True}})
     edit: bool = option(f"for {_EDIT}")
@@ -85,11 +85,11 @@ class Krea2ModelOptions(Options, title=NAME):
 
 
 class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
-    """Options of krea2_train_network.py besides the shared ones."""
+    """Options of krea2_train_network.py in addition to the shared ones."""
 
     turbo_dit: Path | None = option(
-        "transformer of Turbo, which makes samples in place of --dit, with the trained network: eight "
-        "steps without guidance. Each of the two waits in host memory while the other one works",
+        "transformer of Turbo, which generates samples instead of --dit, with the trained network: "
+        "eight steps without guidance. Each of the two waits in host memory while the other one works",
         facts=FREE,
     )
     edit: bool = option(f"learn {_EDIT}. Caches need the same option", facts=HABIT)
@@ -110,18 +110,18 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
 
 
 class Krea2FullTrainingOptions(Krea2TrainingOptions, title=NAME):
-    """Options of krea2_train.py besides the shared ones."""
+    """Options of krea2_train.py in addition to the shared ones."""
 
     dit_variant: str | None = option(
-        "release that --dit is: Turbo makes samples in eight steps without guidance; default: what the names "
-        "of the file and its folders say",
+        "release that --dit is: Turbo generates samples in eight steps without guidance; default: what "
+        "the names of the file and its folders say",
         choices=VARIANTS,
         facts=FREE,
     )
 
 
 class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
-    """Options of krea2_generate_image.py besides the shared ones."""
+    """Options of krea2_generate_image.py in addition to the shared ones."""
 
     width: int | None = option(
         "width in pixels, another spelling of the second number of --image_size",
@@ -137,12 +137,12 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         facts=of_request("mu"),
     )
     y1: float | None = option(
-        "mu of a picture of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
+        "mu of an image of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
         default=MU_OF_FEW,
         facts=of_request("y1"),
     )
     y2: float | None = option(
-        "mu of a picture of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
+        "mu of an image of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
         default=MU_OF_MANY,
         facts=of_request("y2"),
     )

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 RATE = 16000  # samples a second of what is encoded
 HOP = 160  # samples from one mel frame to the next
 WINDOW = 1024  # samples of a mel frame
-LEAST = 1e-5  # of a magnitude, before the logarithm
-OUTPUT_RATE = 48000  # of LTX-2.3's vocoder; LTX-2's rate follows from its strides
+LEAST = 1e-5  # lower limit of magnitudes before the logarithm
+OUTPUT_RATE = 48000  # output rate of LTX-2.3's vocoder, in Hz; LTX-2's follows from its strides
 JOINED = 4  # mel frames of one latent frame, mel bins of one latent bin
 LEVELS = 3  # resolutions of the audio VAE: two steps that join two
 FILES = "the official file of LTX-2 or LTX-2.3, its sound alone, or diffusers' folder"
@@ -48,7 +48,7 @@ VOCODER = (  # parts of names: official -> diffusers
 # kernel size -> stride, which no tensor shows: in all releases they go together
 UPSAMPLINGS = {16: 6, 15: 5, 12: 6, 11: 5, 8: 2, 4: 2}
 DILATIONS = (1, 3, 5)
-Settings = Mapping[str, Any]  # of a class of diffusers
+Settings = Mapping[str, Any]  # settings of a class of diffusers
 Shape = Callable[..., tuple[int, ...]]
 
 
@@ -159,7 +159,7 @@ def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     base_width, sides = shape("encoder.conv_in.conv.weight")[:2]
     num_levels = count(sources, r"encoder\.down\.\d+")
     latent_channels = shape("decoder.conv_in.conv.weight")[1]
-    (numbers,) = shape("latents_mean", 1)  # of a latent frame
+    (numbers,) = shape("latents_mean", 1)  # numbers in a latent frame
     if num_levels != LEVELS or numbers % latent_channels:
         raise rejection
     multipliers = []

@@ -38,9 +38,9 @@ UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 class LtxReferences:
     """References of a video, whose tokens come before the video's."""
 
-    latents: Sequence[Tensor] = ()  # each B Z f h w; sides are smaller by a whole number
+    latents: Sequence[Tensor] = ()  # each B Z f h w, with sides reduced by a whole factor
     time: int = 1  # the step at which their frames were taken
-    # their time as a share of the timestep; above 0 they are noisy, and their velocity is wanted too
+    # their fraction of the timestep; above 0 they are noisy, and their velocity is returned too
     share: float = 0.0
     strengths: Tensor | None = None  # M: how much the video sees their tokens; None: as its own
 
@@ -66,14 +66,14 @@ class Stream:
     """Inputs of the blocks for a stream (video or sound), in addition to its tokens."""
 
     rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
-    texts: tuple[Tensor, ...]  # each B T C; usually one
+    texts: tuple[Tensor, ...]  # each B T C; one unless there is a second text
     rows: Tensor  # B S R C float32: shifts, scales and gates by time, R 6 or 9
     time: Tensor  # B S C float32, embedded
     # B 1 2 C float32: shift and scale of the text, or 0 if no time changes them; None: it has none
     text_rows: Tensor | None
     num_given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
-    part: "TokenPart | None" = None  # its tokens that this process has; None: all
+    part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
 
@@ -105,8 +105,8 @@ class LtxTokens:
 
     streams: dict[StreamNames, Stream]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
-    bins: int  # of a latent frame of sound; 0 without sound
-    dtype: torch.dtype  # of activations between layers
+    bins: int  # frequency bins of a latent audio frame; 0 without audio
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     sees_values: bool = False  # self-attention is replaced by its values

@@ -31,7 +31,7 @@ CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
 PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_embedding"
-DEFAULT_HEADS = 32  # of all releases; without gates no tensor tells
+DEFAULT_HEADS = 32  # number of heads in all releases, because without gates no tensor shows it
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
@@ -117,8 +117,10 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not have_axes or not are_possible:
         raise ValueError(f"gates {gate_time}, theta {theta}, positions {longest}, strides {stride}")
     rope_type = settings.get("rope_type", "split")
+    if rope_type not in ("split", "interleaved"):
+        raise ValueError(f"rope_type {rope_type}")
     return {
-        "splits_heads": {"split": True, "interleaved": False}[rope_type],
+        "splits_heads": rope_type == "split",
         "gate_time": gate_time,
         "rope_theta": theta,
         "longest": longest,
@@ -168,7 +170,7 @@ FORMAT = DitFormat(
     option=OPTION,
     ignore=CONNECTORS,
 )
-# without the sound's stream: none of its weights is read
+# without the audio stream, none of its weights is read
 SILENT = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, audio=None), attention),

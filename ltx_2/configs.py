@@ -14,10 +14,10 @@ class StreamNames(NamedTuple):
     """Published names of the layers that belong to one of the two streams."""
 
     prefix: str  # before the names of its own modules and tables
-    cross_rows: str  # of the whole model: shifts and scales of the attention between the streams
+    cross_rows: str  # shifts and scales, for the entire model, of the attention between the streams
     cross_gate: str  # likewise, the gate of what it takes from the other stream
-    cross_table: str  # of a block, both
-    cross_attn: str  # of a block: attention from this stream to the other one
+    cross_table: str  # a block's shifts and scales of that attention
+    cross_attn: str  # a block's attention from this stream to the other one
 
 
 VIDEO = StreamNames(
@@ -34,7 +34,7 @@ SOUND = StreamNames(
     cross_table="scale_shift_table_a2v_ca_audio",
     cross_attn="video_to_audio_attn",
 )
-# patterns of tensors in files of either layout that a network without the sound's stream leaves out
+# patterns of tensors, in either layout, that a network without the audio stream leaves out
 OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
 # likewise, one without the video's stream
 OF_VIDEO = (
@@ -64,9 +64,9 @@ class StreamConfig:
 
     dim: int
     ffn_dim: int
-    channels: int  # numbers of a token: of a latent pixel, or of a moment of sound
-    text_dim: int  # width of the states that it is given; if `LtxConfig.projects_text`, before projection
-    ff_bias: bool = True  # of the feed-forward layers; LTX-2.5: False for video
+    channels: int  # numbers per token: those of a latent pixel, or of an audio frame
+    text_dim: int  # width of the text states, before projection if `LtxConfig.projects_text`
+    ff_bias: bool = True  # whether feed-forward layers have a bias; in LTX-2.5, those of video do not
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LtxConfig:
 
     video: StreamConfig
     audio: StreamConfig | None  # None: the sound's stream is left out
-    num_heads: int  # of both streams and of the attention between them
+    num_heads: int  # number of heads in both streams and in the attention between them
     num_layers: int
     cross_dim: int  # width of the attention between the streams
     projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
@@ -84,7 +84,7 @@ class LtxConfig:
     times_text: bool = True  # if so: the text itself by the time; False: always the same
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
-    # factor of the time for the gates between the streams, relative to that of all other layers
+    # factor for the time of the gates between the streams, relative to all other layers
     gate_time: float = 1.0
     shows: bool = True  # False: the video's stream is left out
     freq_dim: int = 256

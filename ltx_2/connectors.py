@@ -47,7 +47,7 @@ FILES = (
     "ltx-2.3-22b-dev.safetensors, ltx-2-19b-dev.safetensors, ltx-2.5-22b-dev-transformer-bf16.safetensors, "
     "or the folder of a release in diffusers' layout"
 )
-HEAD_WIDTH = 128  # of LTX-2 2.0, whose tensors do not show it
+HEAD_WIDTH = 128  # head width of LTX-2 2.0, because its tensors do not show it
 LONGEST = 4096  # rows that the positions are measured by
 DIFFUSERS_CLASS = "LTX2TextConnectors"
 RANGE = 8  # 2.0: the states of a layer lie in a range of this size
@@ -85,7 +85,7 @@ class ConnectorConfig:
     num_layers: int
     registers: int
     is_gated: bool  # 2.3: a gate for each head
-    ff_bias: bool = True  # of the feed-forward layers
+    ff_bias: bool = True  # whether feed-forward layers have a bias
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ConnectorsConfig:
 
     text_dim: int  # n * C
     is_shared: bool  # 2.0: one projection for both streams, of states in a range
-    has_bias: bool  # of the projections
+    has_bias: bool  # whether the projections have a bias
     streams: Mapping[str, ConnectorConfig]
     longest: int  # rows that positions are measured by
 
@@ -226,9 +226,9 @@ class TextConnectors(nn.Module):
         `rows` is T, the number of rows to fill.
         """
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
-        for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
+        for index, state in enumerate(states.unbind(1)):  # one by one, because float32 copies are large
             x = state.float()
-            if self.config.is_shared:  # less their mean, in a range of 8
+            if self.config.is_shared:  # normalized to mean 0 and a range of 8
                 normed[..., index] = (x - x.mean()) / (x.amax() - x.amin() + EPS) * RANGE
             else:
                 normed[..., index] = norm_tokens(x)

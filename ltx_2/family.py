@@ -83,7 +83,7 @@ from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
 
-FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
+FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
 GIVEN = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
@@ -98,14 +98,14 @@ class Ltx2(Ltx2Media):
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
     audio_learning: rules.AudioLearning = rules.AudioLearning()
-    size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
+    size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
-    drive_video: Path | None = None  # of a generation: it stays unchanged, and its sound is made
+    drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
-    reference_strength: float = 1.0  # of a generation; below 1 they are denoised too
+    reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
@@ -135,7 +135,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation. The flow shift is that of 4096 tokens at any size, as released."""
+        """Defaults of a generation. At any size, the flow shift is that for 4096 tokens, as released."""
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,
@@ -351,7 +351,7 @@ class Ltx2(Ltx2Media):
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
-            raise OptionError("--drive_video and --sample_two_stage: its pictures stay. Give one of them")
+            raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
@@ -547,7 +547,8 @@ class Ltx2(Ltx2Media):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
             return section
 
-        if self.stages is None or not prepared.stages:  # one stage of two is rehearsed by itself
+        # a rehearsal for memory runs a single stage of the two, too
+        if self.stages is None or not prepared.stages:
             return (yield begin(prepared, 0, draw(prepared)))
         enlarge_clip = partial(
             enlarge,
@@ -591,7 +592,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    is_alone = not files.has_images  # images then hold a place, and the noise level goes by the sound
+    # audio alone is trained: images are placeholders, and the noise level depends on the audio
+    is_alone = not files.has_images
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.AudioLearning(
         options.video_loss_weight,

@@ -55,7 +55,7 @@ APART = {
     "vae": "ltx-2.5-video-vae-conv-bf16.safetensors",
     **dict.fromkeys(("audio_vae", "vocoder"), "ltx-2.5-audio-vae-bf16.safetensors"),
 }
-# of the releases' sound, where its file is not there
+# released dimensions of audio, used if its file is missing
 AUDIO_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels": 2}
 
 
@@ -224,6 +224,8 @@ class Ltx2Files(TransformerFiles):
 
     def text_encoder(self) -> Ltx2TextEncoder:
         """Return Gemma with the connectors; their files are opened when they are loaded."""
+        # --ltx2_text_encoder_checkpoint names a file of connectors, or LTX-2.5's text encoder: Gemma 4 with
+        # the projections
         apart, gemma = self.connectors, None
         if apart is not None and read_once(require_file(apart, gemma_4.OPTION, ""), gemma_4.is_gemma_4):
             if self.gemma not in (None, GEMMA):
@@ -231,7 +233,7 @@ class Ltx2Files(TransformerFiles):
                     f"--gemma_root {self.gemma}: the text encoder of LTX-2.5 is in {apart}. Leave "
                     "--gemma_root or --gemma_safetensors out"
                 )
-            apart, gemma = None, apart  # LTX-2.5's file: Gemma with the projections
+            apart, gemma = None, apart
         if gemma is None:
             near = apart or self.checkpoint
             is_missing = self.gemma is not None and not self.gemma.exists()
@@ -265,6 +267,7 @@ class Ltx2Files(TransformerFiles):
             return
         encoder = self.text_encoder()
         encoder.check()
+        # LTX-2.5 reads texts with Gemma 4, earlier versions with Gemma 3 (GEMMA_USE)
         if config is not None and (config.kind == "2.5") != (encoder.use is not GEMMA_USE):
             raise OptionError(
                 f"{encoder.path} is {encoder.use.model.what}, {self.dit_path} is of LTX-{config.kind}, which "

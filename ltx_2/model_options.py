@@ -9,7 +9,7 @@ from modules.speed_options import VaeOptions, fp8_text_option, text_form_option
 from modules.text_files import read_safetensors_texts
 
 VIDEO, AUDIO = STREAMS = ("video", "audio")
-MODES = {  # of --ltx2_mode: streams that are trained or made
+MODES = {  # values of --ltx2_mode: streams that are trained or generated
     **dict.fromkeys(("v", "video"), (VIDEO,)),
     **dict.fromkeys(("av", "va"), STREAMS),
     **dict.fromkeys(("a", "audio"), (AUDIO,)),
@@ -39,7 +39,7 @@ class Ltx2ModelOptions(Options):
         often=True,
     )
     ltx_mode: str = option(
-        "what is trained or made: v or video, av (video with sound), a or audio (sound alone)",
+        "what is trained or generated: v or video, av (video with audio), a or audio (audio only)",
         flags=("--ltx2_mode",),
         default="v",
         choices=tuple(MODES),
@@ -125,7 +125,7 @@ class Ltx2VaeOptions(Options):
         },
     )
     audio_vae: Path | None = option(
-        "file of the sound's VAE and vocoder; default: those in --ltx2_checkpoint",
+        "file of the audio VAE and vocoder; default: those in --ltx2_checkpoint",
         flags=("--ltx2_audio_vae", "--audio-vae-path"),
         facts=OF_DECODING,
     )
@@ -134,21 +134,21 @@ class Ltx2VaeOptions(Options):
 class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     """Weights of guidance for each stream; None: the release's."""
 
-    video_cfg_scale: float | None = option("weight of the prompt for pictures; {default}", least=0)
-    audio_cfg_scale: float | None = option("weight of the prompt for sound; {default}", least=0)
+    video_cfg_scale: float | None = option("weight of the prompt for the video; {default}", least=0)
+    audio_cfg_scale: float | None = option("weight of the prompt for the audio; {default}", least=0)
     video_modality_scale: float | None = option(
-        "guide pictures away from those made without sound; 1: not at all; {default}", least=0
+        "guide the video away from predictions without audio; 1: not at all; {default}", least=0
     )
     audio_modality_scale: float | None = option(
-        "guide sound away from that made without pictures; 1: not at all; {default}", least=0
+        "guide the audio away from predictions without video; 1: not at all; {default}", least=0
     )
     rescale_scale: float | None = option(
-        "share in which guided predictions get back the spread of unguided ones, of both streams; {default}",
+        "how far guided predictions are rescaled to the spread of unguided ones, for both streams; {default}",
         least=0,
         most=1,
     )
-    video_rescale_scale: float | None = option("the same for pictures alone", least=0, most=1)
-    audio_rescale_scale: float | None = option("the same for sound alone", least=0, most=1)
+    video_rescale_scale: float | None = option("the same for the video only", least=0, most=1)
+    audio_rescale_scale: float | None = option("the same for the audio only", least=0, most=1)
     stg_scale: float | None = option(
         "guide away from predictions whose self-attention is skipped in --stg_blocks; 0: not at all; "
         "{default}",

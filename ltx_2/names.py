@@ -70,7 +70,7 @@ _LTX_REGISTERS = tuple(
     for start in ("connectors.", "")
     for stream in _LTX_STREAMS
 )
-# of sound, between sound and image, and layers of images: what a run of one stream is without
+# layers of audio, layers between audio and image, and layers of images: a run with one stream omits some
 _LTX_STREAM = re.compile(r"audio|a2v|v2a|av_ca|^transformer_blocks\.\{n\}\.(attn\d|ff)\.(?!to_gate)")
 
 _LTX_ALIASES = (  # diffusers layout

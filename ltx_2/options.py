@@ -44,12 +44,12 @@ logger = getLogger(__name__)
 
 NAME = "LTX-2"
 VERSIONS = ("2.0", "2.3", "2.5")
-# of --lora_target_preset: modules of a block that get a LoRA
+# values of --lora_target_preset: the modules of a block that get a LoRA
 PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
 _REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
-FPS = 24.0  # of the release
+FPS = 24.0  # frame rate of the release
 # what is for images, or between both streams
 _OF_IMAGES = {
     "video_loss_weight",
@@ -66,9 +66,9 @@ _OF_IMAGES = {
     "video_rescale_scale",
     "image_crf",
 }
-# what is for sound, or between both streams
+# options for audio, or for the attention between both streams
 _OF_AUDIO = {
-    "video_loss_weight",  # of the only loss
+    "video_loss_weight",  # weight of the only loss
     "audio_vae",
     "ltx2_audio_source",
     "ltx2_audio_dir",
@@ -79,11 +79,11 @@ _OF_AUDIO = {
     "audio_modality_scale",
     "audio_rescale_scale",
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # of --mixed_precision
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # values of --mixed_precision
 
 
 def _silent(facts: Mapping[str, Any] | None = None) -> Any:
-    return option("make no sound, also with --ltx2_mode av", name="sample_disable_audio", facts=facts)
+    return option("generate no audio, even with --ltx2_mode av", name="sample_disable_audio", facts=facts)
 
 
 def _given_first() -> Any:
@@ -119,12 +119,12 @@ def log_ignored(streams: Collection[str], *records: Options) -> None:
 
 
 class Ltx2LatentCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_latents.py besides the shared ones."""
+    """Options of ltx2_cache_latents.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
     ltx2_audio_source: str = option(
-        "where sound is: in the clips, or in files of their names; a table's audio_directory takes "
+        "where audio is: in the clips, or in files of their names; a table's audio_directory takes "
         "precedence",
         default="video",
         choices=("video", "audio_files"),
@@ -146,7 +146,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
 
 class Ltx2TextCachingOptions(Options, title=NAME):
-    """Options of ltx2_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of ltx2_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions
     text: Ltx2TextOptions
@@ -184,15 +184,15 @@ class Ltx2SigmaOptions(Options):
     """How --timestep_sampling shifted_logit_normal draws noise levels: a normal number, shifted by length."""
 
     shifted_logit_mode: str | None = option(
-        "legacy: as LTX-2 2.0 was trained; stretched: as 2.3, from 0 to 1, with a share of uniform draws; "
-        "default: that of the file's release",
+        "legacy: as LTX-2 2.0 was trained; stretched: as 2.3, from 0 to 1, with a fraction of uniform "
+        "draws; default: that of the file's release",
         choices=("legacy", "stretched"),
     )
     shifted_logit_eps: float = option(
         "stretched: draws below this are mirrored at it", default=1e-3, least=0, below=1
     )
     shifted_logit_uniform_prob: float = option(
-        "stretched: share of uniform draws", default=0.1, least=0, most=1
+        "stretched: fraction of uniform draws", default=0.1, least=0, most=1
     )
     shifted_logit_shift: float | None = option("shift of all clips; default: follows the number of tokens")
     shifted_logit_clamp_auto_shift: bool = option(
@@ -213,7 +213,7 @@ def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
 
 
 class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_train_network.py besides the shared ones."""
+    """Options of ltx2_train_network.py in addition to the shared ones."""
 
     ltx_version: str | None = option(
         "release of the file; it is only compared with the release that the file records",
@@ -229,9 +229,9 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     )
     lora_target_preset: str = option(
         "modules that get a LoRA. t2v: all attention of the trained streams, and between them; full: "
-        "feed-forward too; video_sa, video_sa_ff, video_sa_ca_ff: self-attention (feed-forward, attention to "
-        "texts) of pictures; v2v: all of pictures, for references; audio: all of sound; audio_v2a: and its "
-        "attention to pictures",
+        "feed-forward too; video_sa, video_sa_ff, video_sa_ca_ff: self-attention (feed-forward, "
+        "attention to texts) of images; v2v: all of images, for references; audio: all of audio; "
+        "audio_v2a: and its attention to images",
         default="t2v",
         choices=PRESETS,
         refused={
@@ -241,21 +241,21 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         facts=IDENTITY,
         often=True,
     )
-    video_loss_weight: float = option("weight of the loss of pictures", default=1.0, least=0, facts=HABIT)
-    audio_loss_weight: float = option("weight of the loss of sound", default=1.0, least=0, facts=HABIT)
+    video_loss_weight: float = option("weight of the video loss", default=1.0, least=0, facts=HABIT)
+    audio_loss_weight: float = option("weight of the audio loss", default=1.0, least=0, facts=HABIT)
     ltx2_train_direction: str = option(
-        "what is learned of clips with sound. joint: both; a2v: pictures for sound that is given; v2a: sound "
-        "for pictures that are given",
+        "what is learned from clips with audio. joint: both; a2v: images for audio that is given; v2a: "
+        "audio for images that are given",
         default="joint",
         choices=("joint", "a2v", "v2a"),
         facts=HABIT,
     )
     independent_audio_timestep: bool = option(
-        "draw the noise level of sound on its own; default: that of the pictures", facts=HABIT
+        "draw a separate noise level for the audio; default: that of the video", facts=HABIT
     )
     sigmas: Ltx2SigmaOptions = option(facts=HABIT)
     first_frame_probability: float = option(
-        "share of clips whose first frame is given, without noise and out of the loss",
+        "fraction of clips whose first frame is given, without noise and out of the loss",
         name="ltx2_first_frame_conditioning_p",
         default=0.1,
         least=0,
@@ -265,18 +265,23 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     height: int = option(
         "height of samples, if their line gives none", default=512, least=1, facts={**FREE, **OF_SAMPLES}
     )
-    width: int = option("width of samples, likewise", default=768, least=1, facts={**FREE, **OF_SAMPLES})
+    width: int = option(
+        "width of samples, if their line gives none", default=768, least=1, facts={**FREE, **OF_SAMPLES}
+    )
     sample_num_frames: int = option(
-        "frames of samples, likewise: 8n + 1", default=41, least=1, facts={**FREE, **OF_SAMPLES}
+        "frames of samples, if their line gives none: 8n + 1",
+        default=41,
+        least=1,
+        facts={**FREE, **OF_SAMPLES},
     )
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
-        "what references are: auto and v2v: clips or pictures, of tables with reference_directory; none: "
-        "refuse such tables",
+        "what references are: auto and v2v: clips or images, of tables with reference_directory; none: "
+        "reject such tables",
         HABIT,
     )
     ic_lora_ref_probability: float = option(
-        "share of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
+        "fraction of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
     )
     guidance: Ltx2GuidanceOptions = option(facts={**FREE, **OF_SAMPLES})
     stages: Ltx2StageOptions = option(facts={**FREE, **OF_SAMPLES})
@@ -296,7 +301,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         if self.ic_lora_strategy == "none" and self.ic_lora_ref_probability < 1:
             raise OptionError("--ic_lora_strategy none and --ic_lora_ref_probability: give one of them")
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
-        needs = {  # streams without which nothing is learned
+        needs = {  # at least one of these streams has to be trained
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
             f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
             "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
@@ -311,8 +316,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
-class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
-    """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
+class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
+    """Options of ltx2_train.py in addition to the shared ones, which have the dtypes of weights."""
 
     full_fp16 = None
     full_bf16 = None
@@ -327,14 +332,14 @@ class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
 
 
 class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
-    """Options of ltx2_generate_video.py besides the shared ones."""
+    """Options of ltx2_generate_video.py in addition to the shared ones."""
 
     model: Ltx2ModelOptions = option(defaults={"ltx_mode": "video"})
     guidance: Ltx2GuidanceOptions
     stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
     silent: bool = _silent()
-    sample_audio_only: bool = option("make sound alone: the same as --ltx2_mode audio")
+    sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
     ltx_version = _version()
     height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)
     width: int | None = option("with --height: the same as --video_size", least=1, facts=NO_PIXELS)
@@ -358,7 +363,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
         most=51,
     )
     drive_video: Path | None = option(
-        "make sound for this video or folder of images, which does not change; with --ltx2_mode av",
+        "make audio for this video or folder of images, which does not change; with --ltx2_mode av",
         place="there",
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)
@@ -402,7 +407,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     typed_names = dict(values["typed_names"])
     changes: dict[str, Any] = {"typed_names": typed_names}
     for other_name, name in _SAME.items():
-        # a frame rate is always there: the usual one was not typed
+        # the frame rate is always set: the default counts as not typed
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)

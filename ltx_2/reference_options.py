@@ -45,7 +45,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     """References of what is generated."""
 
     reference_video: Path | None = option(
-        "clip, folder of images or picture that the video is made from, with an IC-LoRA",
+        "clip, folder of images or image that the video is made from, with an IC-LoRA",
         flags=("--reference-video",),
         place="there",
         facts=OF_REQUEST,
@@ -61,7 +61,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         least=1,
     )
     reference_temporal_scale: int | None = option(
-        "take their first frame, and then every Nth; default: likewise", least=1
+        "take their first frame, and then every Nth; default: the same", least=1
     )
     reference_frames: int | None = option(
         "frames of a reference at most; default: as the LoRA's metadata says, else those of the video",
@@ -82,8 +82,8 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         facts=OF_REQUEST,
     )
     conditioning_attention_mask: tuple[str, ...] | None = option(
-        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a gray picture or clip "
-        "by place, whose white is all of STRENGTH",
+        "[FILE] STRENGTH: how much video and references see each other, 0 to 1; with a gray image or "
+        "clip by place, whose white is all of STRENGTH",
         flags=("--conditioning-attention-mask",),
         nargs="+",
         facts=OF_REQUEST,

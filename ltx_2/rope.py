@@ -22,10 +22,10 @@ class Places(NamedTuple):
     """Key of a rotary table."""
 
     width: int  # channels of all heads, N * D
-    grid: tuple[int, ...]  # latent frames, rows, columns of a video; latents of sound
-    # frames a second of each sample, or one number for all; (): sound, whose latents have a rate of their own
+    grid: tuple[int, ...]  # latent frames, rows and columns of a video, or the number of audio latents
+    # frame rate of each sample, or one for all; () for audio, whose latents have a rate of their own
     fps: tuple[float, ...] = ()
-    by_time: bool = False  # alone: rotations of a frame are those of all its tokens
+    by_time: bool = False  # without rows and columns: all tokens of a frame share its rotation
     # by which sides, and seconds, of a reference are multiplied: it covers what its target does
     factors: tuple[int, int] = (1, 1)
 

@@ -13,11 +13,12 @@ class Ltx2StageOptions(Options, title="two stages"):
     """A small clip first, which an upscaler enlarges and a few steps refine."""
 
     sample_two_stage: bool = option(
-        "make clips in two stages: smaller ones with all steps and guidance, whose latents are then enlarged "
-        "and refined in a few steps without guidance. Size, length and rate are those of the result"
+        "generate clips in two stages: smaller ones with all steps and guidance, whose latents are "
+        "then enlarged and refined in a few steps without guidance. Size, length and rate are those of "
+        "the result"
     )
     spatial_upsampler_path: Path | None = option(
-        "latent upscaler of pictures, such as ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
+        "latent upscaler of the video, such as ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
         flags=("--spatial-upsampler-path",),
         place="there",
         only_with=_STAGES,

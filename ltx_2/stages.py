@@ -30,7 +30,7 @@ from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
 _LORA = "--lora_weight"
-LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
+LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # noise levels of the second stage, as released
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TwoStages:
     """Settings for generating the clips of a run in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
-    steps: int  # of the second stage
+    steps: int  # number of steps of the second stage
     loras: tuple[StageLora, ...]
     ends_early: bool = False  # the first stage's clip is the result
 
@@ -130,7 +130,7 @@ class TwoStages:
         height = int(prepared.height / growth.side)
         frames = (prepared.frames - 1) // growth.frames + 1
         joint = prepared.joint
-        if joint is not None:  # the sound is that of the result from the beginning
+        if joint is not None:  # the audio is final from the beginning
             _, channels, length, rows, columns = latent.shape(frames, height, width)
             joint = Joint((channels, length, rows, columns), joint.audio)
         return replace(

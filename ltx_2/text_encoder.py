@@ -39,7 +39,7 @@ from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, rea
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError
 
-# of the 12B model, and so of its text half in a file without a config.json
+# settings of the 12B model, for a file without config.json
 STRETCH = 8.0  # positions of FAR layers are divided by it
 WINDOW = 1024  # tokens that NEAR layers look back
 PATTERN = 6  # every so manieth layer is FAR
@@ -123,7 +123,7 @@ GEMMA_3 = LanguageModel(
 )
 
 
-ROWS = 1024  # of every text: registers fill it up, and the transformer attends to all of them
+ROWS = 1024  # length of every text: registers fill up the rest, and the transformer attends to all rows
 MASK = "prompt_attention_mask"
 STATES = "states"
 TOKENIZER_FILES = TokenizerFiles(

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 SPATIAL, TEMPORAL = "--spatial_upsampler_path", "--temporal_upsampler_path"
 FILES = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors, or diffusers' folder latent_upsampler"
 DIFFUSERS_CLASS = "LTX2LatentUpsamplerModel"
-GROUPS = 32  # of every norm, as released
+GROUPS = 32  # number of groups in all norms, as released
 SCALES = {2: 2.0, 4: 4.0}  # by what a resampler multiplies the sides -> what is left when it has blurred
-Settings = Mapping[str, Any]  # of the class of diffusers
+Settings = Mapping[str, Any]  # settings of a class of diffusers
 
 
 def is_upscaler(checkpoint: Checkpoint) -> bool:

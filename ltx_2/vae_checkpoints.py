@@ -22,7 +22,7 @@ from ltx_2.released import own_part, read_settings
 from ltx_2.video_vae_blocks import BlockGroup, Factors, HalfConfig, Resampling, VideoVaeConfig
 from modules.errors import CheckpointError
 
-STATISTICS = {  # of latents: the file's name -> diffusers' and ours
+STATISTICS = {  # statistics of latents: the file's name -> diffusers' and our names
     "per_channel_statistics.mean-of-means": "latents_mean",
     "per_channel_statistics.std-of-means": "latents_std",
 }
@@ -31,7 +31,7 @@ FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffuser
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
-# of the decoder with neighborhood attention that LTX-2.5 has in addition to the usual one
+# tensors of LTX-2.5's additional decoder, which has neighborhood attention
 _DIFFUSION = ("decoder.det_stages.", "decoder.diff_blocks.")
 _TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(
@@ -101,8 +101,10 @@ class _NestedLevel(NamedTuple):
     """
 
     half: str  # encoder or decoder
-    number: int  # of its level; that of the middle block is the last in the encoder, the first in the decoder
-    is_second: bool  # of its level: the resampling in the encoder, the residual blocks in the decoder
+    # index of its level; the middle block is the last level of the encoder, or the first of the decoder
+    number: int
+    # whether it is the second part of its level: resampling in the encoder, residual blocks in the decoder
+    is_second: bool
 
 
 def _read_level(match: re.Match[str]) -> _NestedLevel:

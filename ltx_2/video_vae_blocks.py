@@ -54,7 +54,7 @@ class Resampling:
 class HalfConfig:
     """Dimensions of the encoder or the decoder."""
 
-    channels_in: int  # of the input
+    channels_in: int  # number of input channels
     width_in: int
     parts: tuple[BlockGroup | Resampling, ...]  # the last one a group
     last_width: int
@@ -184,7 +184,7 @@ class ClipConv(nn.Module):
         if not self.is_normed:
             place.copy_(x)
             return
-        # float32: a length rounded to 16 bits would scale the whole pixel wrongly
+        # float32: in 16 bits, rounding would scale all channels of a pixel wrongly
         exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         squares = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).square_()
         scale = squares / x.shape[1] + EPS

@@ -41,7 +41,7 @@ class LuminaTokens:
     rotary: Tensor  # rotations of all tokens, L+T 1 D/2 2, or B L+T 1 D/2 2 where captions differ in length
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
     time: Tensor  # B time_dim float32, from which every block computes its modulation
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     second: SecondText | None = None
     second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
@@ -122,7 +122,7 @@ class GroupedAttention(nn.Module):
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the attention of the tokens to each other, with heads side by side, B L C."""
         heads: tuple[Tensor, ...] = self.heads(x)
-        second, part = tokens.second, tokens.part
+        second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
         if part is not None:
             heads = part.gather_tokens(heads[0], *serve(*heads))
         if second is None:
@@ -131,6 +131,7 @@ class GroupedAttention(nn.Module):
                 attended = part.gather_heads(attended)
             return attended.flatten(2)
         assert tokens.second_rotary is not None
+        # the image attends with each text separately; then both results are combined
         attended = self.attend_heads(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
         second_attended = self.attend_heads(
             map(second.alone, heads), tokens.second_rotary, tokens, second.lengths
@@ -173,7 +174,7 @@ class JointTransformerBlock(nn.Module):
     """
 
     attention_class: ClassVar[type[GroupedAttention]] = GroupedAttention
-    activates_time: ClassVar[bool] = True  # before the layer that makes scales and gates of it
+    activates_time: ClassVar[bool] = True  # before the layer that computes scales and gates from it
 
     def __init__(self, config: LuminaConfig, is_modulated: bool = True) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class LuminaConfig:
     dim: int
     ffn_dim: int
     num_heads: int
-    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads heads of queries
+    num_kv_heads: int  # heads of keys and values; num_heads / num_kv_heads query heads share each of them
     num_layers: int  # in which caption and image attend to each other
     noise_refiner_layers: int
     context_refiner_layers: int
@@ -38,7 +38,7 @@ class LuminaConfig:
     final_eps: float = 1e-6
 
     kind = "t2i"
-    first_place = 0  # of a caption's tokens
+    first_place = 0  # position of a caption's first token
 
     @property
     def head_width(self) -> int:

@@ -45,11 +45,12 @@ from modules.options import NO_OPTIONS
 
 NAME = "Lumina-Image-2.0"
 TEXT_KEYS = GemmaTextEncoder.keys
-TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
-FLOW_SHIFT = 6.0  # where nothing is said
+# name of the network's argument -> name in caches
+TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}
+FLOW_SHIFT = 6.0  # default
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
-UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
+UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Lumina(ModelOfImages):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="lumina", init=False)
     named: ClassVar = {

@@ -37,7 +37,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("layers.0.attention.qkv.weight", ()),
     "diffusers": ("layers.0.attn.to_q.weight", tensor_patterns(LUMINA)),
 }
-MARK = "cap_embedder.1.weight"  # of Lumina-Image-2.0, in published names
+MARK = "cap_embedder.1.weight"  # tensor that identifies Lumina-Image-2.0, by its published name
 UNUSED = "norm_final.weight"  # in the published files; the model does not use it
 
 

@@ -11,9 +11,9 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
-MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
+MAX_TOKENS = 256  # default maximum length of a caption with the system prompt
 MOST_TOKENS = 8192  # that Gemma 2 was trained with
-CFG_TRUNC_RATIO = 0.25  # where nothing is said
+CFG_TRUNC_RATIO = 0.25  # default
 RENORM_CFG = 1.0  # likewise
 # options of a generation -> their names in Request.extra, which training samples use too
 EXTRAS = {"cfg_trunc_ratio": "cfg_trunc_ratio", "renorm_cfg": "renorm_cfg"}
@@ -46,13 +46,13 @@ class LuminaTextOptions(Options):
 
 
 class LuminaLatentCachingOptions(Options, title=NAME):
-    """Options of lumina_cache_latents.py besides the shared ones."""
+    """Options of lumina_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions = option(settings=AE)
 
 
 class LuminaTextCachingOptions(Options, title=NAME):
-    """Options of lumina_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of lumina_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: LuminaTextOptions = option(settings={"gemma2": {"required": True}})
 
@@ -66,7 +66,7 @@ class LuminaTrainingOptions(Options, title=NAME):
     vae: VaeOptions = option(facts=FREE, without=("vae",))
     text: LuminaTextOptions = option(facts=FREE)
     use_flash_attn: bool = option("--flash_attn", facts=FREE)
-    use_sage_attn: bool = option("SageAttention: for generation only, refused here", facts=FREE)
+    use_sage_attn: bool = option("SageAttention: for generation only, rejected here", facts=FREE)
     sample_batch_size = not_needed(
         "samples are made one after the other, so that none depends on another.",
         "sample prompts at once",
@@ -75,7 +75,7 @@ class LuminaTrainingOptions(Options, title=NAME):
 
 
 class LuminaGenerationOptions(Options, title=NAME):
-    """Options of lumina_generate_image.py besides the shared ones."""
+    """Options of lumina_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option(
         "transformer checkpoint; an all-in-one file too",
@@ -87,7 +87,7 @@ class LuminaGenerationOptions(Options, title=NAME):
     text: LuminaTextOptions
     add_system_prompt_to_negative_prompt: bool = option("put the system prompt before negative prompts too")
     cfg_trunc_ratio: float = option(
-        "leave guidance out once the noisy picture holds this share of data, 0 to 1; 1 keeps guidance to "
+        "leave guidance out once the noisy image holds this share of data, 0 to 1; 1 keeps guidance to "
         "the end (--ctr in a prompt line)",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),

@@ -92,9 +92,9 @@ GEMMA_FILES = TokenizerFiles(
 )
 
 
-TOKEN_STEP = 8  # of the padded length
+TOKEN_STEP = 8  # the padded length is a multiple of this
 PAD = 0
-PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
+PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
 
 
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):

@@ -42,7 +42,7 @@ PARTS_OF_WEIGHTS = {
 }
 WHAT = "an audio VAE of MiniMax-H3"
 FILES = "minimax_h3_audio_vae_fp32.safetensors of Comfy-Org, or audio_vae/ of MiniMaxAI/MiniMax-H3"
-Settings = Mapping[str, Any]  # of the class of diffusers
+Settings = Mapping[str, Any]  # settings of a class of diffusers
 Shape = Callable[..., tuple[int, ...]]
 
 
@@ -150,7 +150,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
-    """Return the strides of the encoder: half of the kernels."""
+    """Return the strides of the encoder's stages, which are half of their kernel sizes."""
     return tuple(
         shape(f"encoder.block.{stage}.block.4.weight_v", 3)[2] // 2 for stage in range(1, stages + 1)
     )

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
 TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
-FORMAT = "minimax-h3-text-v2"  # of text caches, as musubi-tuner calls it
-PROBE_FORMAT = "h3-uncond-probe-v1"  # of files of --uncond_output
+FORMAT = "minimax-h3-text-v2"  # format of text caches, named as in musubi-tuner
+PROBE_FORMAT = "h3-uncond-probe-v1"  # format of the files of --uncond_output
 TASK, FORMAT_KEY, TEACHER = "task", "cache_format", "teacher_conditions"  # in metadata
 SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
 

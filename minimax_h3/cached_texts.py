@@ -30,8 +30,8 @@ from minimax_h3.references import H3Sources
 from modules.devices import dtype_name
 from modules.errors import MediaError, UserError
 
-FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # of --teacher_conditions
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # of --text_cache_dtype
+FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # values of --teacher_conditions
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # values of --text_cache_dtype
 KEYFRAMES, REFERENCES = "fl2va", "ref2va"  # tasks that show something
 _COPIED = """subject_definitions:
 <Video 1> is the source video.
@@ -88,7 +88,7 @@ class H3CachingEncoder(H3TextEncoder):
     @property
     def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
         """Abilities, which depend on the task: whether the encoder sees the clip and references."""
-        # of references the length of the clip counts too
+        # for references, the length of the clip matters too
         sees_clip = self.task != "t2va" or self.teacher is not None
         sees_media = self.task == REFERENCES or self.teacher == SUBJECT
         return replace(H3TextEncoder.can, mark=True, see_clip=sees_clip, see_media=sees_media)
@@ -176,8 +176,8 @@ class H3CachingEncoder(H3TextEncoder):
         images += self._show_references(prompt.media, len(clip))
         if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
-                "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
-                "else. Give the table control_directory, or name pictures in `references` of its rows."
+                "--teacher_conditions subject_ref shows images of the subject to the teacher, and nothing "
+                "else. Give the table control_directory, or name images in `references` of its rows."
             )
         text = prompt.further_text
         if text is None:
@@ -213,7 +213,7 @@ class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
 
     teacher: str | None = None
-    states_dtype: torch.dtype | None = None  # of cached states; None: that of the text encoder
+    states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
     blank: str = BLANK  # what the empty prompt is written as
     edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 

@@ -40,7 +40,8 @@ from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
 
-FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of musubi-tuner
+# names of formats in musubi-tuner
+FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"
 REFERENCES = "ref2va"
 KEYFRAMES = "fl2va"
 TEXT_ALONE = "t2va"

@@ -37,7 +37,7 @@ from minimax_h3.places import (
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.video_vae import H3VideoVae
 
-SEED = 42  # of the posterior of every condition, whatever the seed of the clip
+SEED = 42  # seed for the posterior of every condition; the seed of the clip does not matter
 LOG_VARIANCES = (-30.0, 20.0)  # limits of the posterior's
 FIRST, LAST = "latents_first", "latents_last"
 REFERENCE = "latents_ref_"
@@ -140,7 +140,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     """
     clock = float(num_text)
     placed: list[H3Condition] = []
-    audio_latents = 0  # of the clip that follows
+    audio_latents = 0  # audio latents of the clip that follows
     control_starts = iter(_list_control_starts(conditions, sample, clock))
     keys = in_order(conditions)
     for key in keys:

@@ -24,14 +24,14 @@ class H3Config:
     ffn_dim: int = 14336
     num_layers: int = 50
     refiner_layers: int = 2
-    channels: int = 24  # of the latents of images
+    channels: int = 24  # latent channels of images
     audio_channels: int = 32
     text_dim: int = 5120
     freq_dim: int = 256
     time_hidden: int = 5376
     time_dim: int = 2688
-    table_rows: int = 0  # of a pruned file's table of embedded times; 0: the times are computed
-    frequencies: int = 16  # of positions, on each axis
+    table_rows: int = 0  # rows of a pruned file's table of time embeddings; 0 if embeddings are computed
+    frequencies: int = 16  # rotary frequencies on each axis
     rope_theta: float = 10000.0
     eps: float = 1e-5
 
@@ -59,7 +59,7 @@ FEW_STEPS = FewSteps(
     cost="clips need guidance, which a generation does not give",
     is_certain=True,
 )
-IMAGE_SHIFT = 12.0  # of the noise levels of images
+IMAGE_SHIFT = 12.0  # shift of the noise levels of images
 AUDIO_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,

@@ -33,7 +33,7 @@ FILES = (
 )
 STACKED, INTERLEAVED, DIFFUSERS = "stacked", "interleaved", "diffusers"
 HEAD_WIDTH = 128
-AXES = 3  # of positions: time, height, width
+AXES = 3  # axes of positions: time, height, width
 DIFFUSERS_CLASS = "MiniMaxH3Transformer3DModel"
 MARK = "blocks.0.attn.qkv_proj.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.attn.to_q.weight"

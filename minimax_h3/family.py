@@ -131,11 +131,11 @@ class MiniMaxH3(OneTransformer):
     files: H3Files
     noise: NoiseSpec = NOISE
     audio_learning: rules.AudioLearning = rules.AudioLearning()
-    caching: H3Caching | None = None  # of latents
-    any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
+    caching: H3Caching | None = None  # how latents are cached
+    any_length: bool = False  # for generations: allow shorter and longer clips than in the model's training
     image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # and of reference videos
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
 
     can: ClassVar = Abilities(
         hear=True,
@@ -372,12 +372,12 @@ class MiniMaxH3(OneTransformer):
         check_size((width, height, frames), self.latent)
         if request.solver not in (None, SOLVER):
             raise OptionError(
-                "--sample_solver: pictures and sound of MiniMax-H3 have a schedule each, which only vanilla "
+                "--sample_solver: images and audio of MiniMax-H3 have a schedule each, which only vanilla "
                 "(Euler) follows. Leave it out"
             )
         if request.fps not in (None, FPS) and frames > 1:
             logger.warning(
-                "--fps %g: %s makes %g frames a second, and the sound keeps their pace",
+                "--fps %g: %s makes %g frames a second, and the audio keeps their pace",
                 request.fps,
                 NAME,
                 FPS,

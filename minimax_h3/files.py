@@ -56,10 +56,10 @@ from minimax_h3.vision import Preprocessing, read_preprocessing
 from modules.errors import CheckpointError, MediaError, OptionError
 
 UNDECIDED = ""  # task of a run whose prompts decide it
-LAYERS = 50  # of Qwen3-VL before the state that is read
+LAYERS = 50  # layers of Qwen3-VL up to the state that is used
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
-MOST_TOKENS = 32768  # of a prompt, as in musubi-tuner
-# of H3's tokenizer, which no other tokenizer of Qwen has
+MOST_TOKENS = 32768  # maximum length of a prompt, as in musubi-tuner
+# tokens that only H3's tokenizer has, among those of Qwen
 OWN_TOKENS = (
     "<d>",
     "</d>",

@@ -45,7 +45,7 @@ class H3Condition:
 
     latents: Tensor  # B Z F H W of images, B Z 2 A of sound
     place: ImagePlace | AudioPlace
-    clean: float | None = None  # share of the latents in it, its time at least; None: as released
+    clean: float | None = None  # fraction of clean latents, which is its minimum time; None: as released
 
     @property
     def is_sound(self) -> bool:
@@ -69,7 +69,7 @@ class TokenRun:
     """Consecutive tokens that share a time and a kind."""
 
     tokens: int
-    time: int  # number among the times of a pass
+    time: int  # index among the times of a pass
     kind: int
 
 
@@ -77,13 +77,13 @@ class TokenRun:
 class H3Tokens:
     """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
-    grid: ImageGrid  # of the learned images, whose tokens come first
-    audio: int  # tokens of the learned sound, M, which follow
-    rotary: Tensor  # of all tokens, L 1 D/2 2
+    grid: ImageGrid  # grid of the images to denoise, whose tokens come first
+    audio: int  # number of audio tokens to denoise, M, which follow
+    rotary: Tensor  # rotary embedding of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them
-    slots: tuple[int, ...]  # of each segment: its row among K * KINDS
-    starts: tuple[int, ...]  # where each segment behind the first one begins
-    dtype: torch.dtype  # of activations between layers
+    slots: tuple[int, ...]  # for each segment, its row among K * KINDS
+    starts: tuple[int, ...]  # index at which each segment after the first begins
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
@@ -351,16 +351,16 @@ class H3Model(nn.Module):
         learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], begin, grid))
         media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_audio, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
-        # by what decides a level, not by its value: compiled blocks are for one pattern of equal levels, and
-        # both schedules begin at one level
+        # Tokens share a level if the same rule sets it, even if the values of two rules are equal: compiled
+        # blocks depend on which tokens share one, and both schedules begin at the same level.
         levels: dict[object, float] = dict(enumerate(times))
         rules = [*levels, *((condition.is_sound, condition.clean) for condition in conditions)]
         for condition, rule in zip(conditions, rules[len(times) :], strict=True):
             levels[rule] = condition.level(times[0])
-        numbers = list(levels)
+        ordered_rules = list(levels)  # a segment names its level by the index of the rule
         segments = []
         for medium, part, rule in zip(media, parts, rules, strict=True):
-            segments.append(TokenRun(part.shape[1], numbers.index(rule), medium.kind))
+            segments.append(TokenRun(part.shape[1], ordered_rules.index(rule), medium.kind))
         segments += _split_text(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(

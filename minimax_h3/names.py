@@ -18,7 +18,7 @@ ENTRY = FamilyEntry(
     texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
     notice=LICENSE,
 )
-HEAD_WIDTH = 128  # of both released transformers
+HEAD_WIDTH = 128  # head width of both released transformers
 # beginnings of blocks, diffusers' and the released
 _BLOCKS = (
     ("transformer_blocks.{n}.", "blocks.{n}."),
@@ -39,7 +39,7 @@ _NORMS = (
     *((f"attn.norm_{letter}.weight", f"attn.{letter}_norm.weight") for letter in "qk"),
     *((f"norm{number}.weight",) * 2 for number in (1, 2)),
 )
-_ORDER = "attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"  # of registration
+_ORDER = "attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"  # order in which the layers are registered
 
 
 def _parts_of_block(theirs: str, ours: str) -> tuple[WeightPart, ...]:

@@ -53,14 +53,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
-FPS = 24.0  # of all clips
-SIZE = (1344, 768)  # height and width where nothing is said, as in musubi-tuner
+FPS = 24.0  # frame rate of all clips
+SIZE = (1344, 768)  # default height and width, as in musubi-tuner
 FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
-CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
-MAX_RATIO = 4  # of the sides of keyframes and references, and the other way round
-ADAPTIVE = "adaptive"  # of --ratio
+# number of frames that are encoded together, and of the frames after the last of these
+CLIP, LAST_FRAMES = 17, 5
+MAX_RATIO = 4  # maximum ratio of the sides of keyframes and references, in either direction
+ADAPTIVE = "adaptive"  # a value of --ratio
 MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
@@ -121,13 +122,13 @@ class H3VaeOptions(Options):
 
     file: VaeOptions = option(
         facts=OF_DECODING,
-        settings={"vae": {"help": "VAE of pictures: file or folder", "flags": ("--video_vae",)}},
+        settings={"vae": {"help": "video VAE: file or folder", "flags": ("--video_vae",)}},
     )
-    audio_vae: Path | None = option("VAE of sound: file or folder", facts=OF_DECODING, often=True)
+    audio_vae: Path | None = option("audio VAE: file or folder", facts=OF_DECODING, often=True)
 
 
 class H3TextCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of minimax_h3_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: H3TextOptions = option(settings={"text_encoder": {"required": True}})
     task: str | None = option(
@@ -138,8 +139,8 @@ class H3TextCachingOptions(Options, title=NAME):
         often=True,
     )
     teacher_conditions: str | None = option(
-        "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and the last "
-        "frame; ref, with the clip and its sound; subject_ref, with pictures of its subject",
+        "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and "
+        "the last frame; ref, with the clip and its audio; subject_ref, with images of its subject",
         choices=tuple(VIEWS),
         often=True,
         known_as=("h3_teacher_conditions",),
@@ -149,7 +150,7 @@ class H3TextCachingOptions(Options, title=NAME):
         choices=("bf16", "float32"),
     )
     reference_image_short_edge: int = option(
-        "short side of reference pictures in pixels, as their latents are cached",
+        "short side of reference images in pixels, as their latents are cached",
         default=IMAGE_EDGE,
         least=TOKEN,
         most=MAX_EDGE,
@@ -200,7 +201,7 @@ class H3ModelOptions(Options, title=NAME):
 
 
 class H3LatentCachingOptions(Options, title=NAME):
-    """Options of minimax_h3_cache_latents.py besides the shared ones."""
+    """Options of minimax_h3_cache_latents.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
@@ -215,12 +216,12 @@ class H3LatentCachingOptions(Options, title=NAME):
         "model was not trained"
     )
     one_frame: bool = option(
-        "pictures have a place in time (fp_1f_target_index), and with --task fl2va control images at places "
-        "of theirs (fp_1f_clean_indices)"
+        "images have a place in time (fp_1f_target_index), and with --task fl2va control images at "
+        "places of theirs (fp_1f_clean_indices)"
     )
 
     reference_image_short_edge: int = option(
-        "short side of reference pictures in pixels", default=IMAGE_EDGE, least=TOKEN, most=MAX_EDGE
+        "short side of reference images in pixels", default=IMAGE_EDGE, least=TOKEN, most=MAX_EDGE
     )
     reference_video_short_edge: int = option(
         "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MAX_EDGE
@@ -239,7 +240,7 @@ class H3LatentCachingOptions(Options, title=NAME):
 
 
 class H3TrainingOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_train_network.py besides the shared ones."""
+    """Options of minimax_h3_train_network.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from; t2va: a text, fl2va: also its first and last frame, ref2va: references. "
@@ -255,12 +256,12 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
         refused={"ref2va_omni": "a run has one task. Train references and other clips one after the other"},
         facts=IDENTITY,
     )
-    one_frame: bool = option("all tables are of pictures, each of which is one frame", facts=HABIT)
+    one_frame: bool = option("all tables contain images, each of which is one frame", facts=HABIT)
     loss: H3LossOptions = option(facts=HABIT)
     targets: H3TargetOptions = option(facts=HABIT)
     refused: H3RejectedOptions = option(facts=FREE)
     h3_allow_experimental_sample_duration: bool = option(
-        f"also make samples of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        f"also generate samples of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained",
         facts={**FREE, **OF_SAMPLES},
     )
@@ -276,11 +277,11 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
 
 class H3FullTrainingOptions(H3TrainingOptions, title=NAME):
-    """Options of minimax_h3_train.py besides the shared ones; its files say how their rows are ordered."""
+    """Options of minimax_h3_train.py in addition to the shared ones. Its files state the order of rows."""
 
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):
-    """Options of minimax_h3_generate_video.py besides the shared ones."""
+    """Options of minimax_h3_generate_video.py in addition to the shared ones."""
 
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "
@@ -306,7 +307,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     block_swap_granularity: str | None = granularity_option(None)
     h3_shift_audio: float | None = option(
-        "time shift of the sound's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
+        "time shift of the audio's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
         default=3.0,
         above=0,
         most=MAX_SHIFT,
@@ -412,8 +413,8 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
         )
     if options.guidance.nag.is_on:
         raise OptionError(
-            f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, sound and "
-            "pictures, and none to the text alone. Leave it out"
+            f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, audio and "
+            "images, and none to the text alone. Leave it out"
         )
     request = replace(
         request,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 UNITS_A_FRAME = 5 / 3
 FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # again and again
-SIDE = 32.0  # of a square image, in units of space
+SIDE = 32.0  # side of a square image, in units of space
 
 
 class ImageGrid(NamedTuple):
@@ -45,7 +45,7 @@ class AudioPlace:
 
     latents: int
     start: float
-    grid: ImageGrid  # of the images whose left and right edges the channels borrow
+    grid: ImageGrid  # grid of the images to whose left and right edges the two audio channels are placed
 
 
 def spans(frames: int) -> Tensor:

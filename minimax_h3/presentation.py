@@ -38,9 +38,9 @@ class Shown:
     """An image, a clip or audio that is presented before a prompt."""
 
     kind: str  # IMAGE, VIDEO or AUDIO
-    has_sound: bool = False  # of a clip
+    has_sound: bool = False  # whether a clip has audio
     source: Hashable = None  # what the pixels are read from: equal ones are encoded once
-    # returns H W 3 of an image, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
+    # reads H W 3 of an image, or F H W 3 of a clip at 24 frames per second, uint8; None for audio
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def pixels(self) -> Tensor:
@@ -76,7 +76,7 @@ class PresentedPiece(NamedTuple):
     """A text, or a vision block, in the order of a presentation."""
 
     text: str = ""
-    tokens: int = 0  # of the block, between its borders
+    tokens: int = 0  # number of tokens between the block's start and end tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Presentation:
     """Texts and vision blocks before a prompt."""
 
     pieces: tuple[PresentedPiece, ...]
-    pictures: ReadImages  # of the vision blocks, in their order
+    pictures: ReadImages  # images of the vision blocks, in order
 
 
 def present(

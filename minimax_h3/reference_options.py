@@ -15,7 +15,7 @@ KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra,
 REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
 BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
 OF_MEDIA = (KEYFRAMES, CONDITION_IMAGES, REF, JSONL, INDEX, ONE_FRAME, TASK, *BY_KIND.values())
-FIELDS = ("type", "audio")  # of --ref
+FIELDS = ("type", "audio")  # fields of --ref
 
 
 class H3MediaOptions(Options, title="keyframes and references"):
@@ -28,39 +28,39 @@ class H3MediaOptions(Options, title="keyframes and references"):
         facts=of_request(KEYFRAMES),
     )
     condition_image: tuple[str, ...] | None = option(
-        "with --one_frame_inference: a picture that the single picture is made from; may be given again",
+        "with --one_frame_inference: an image that the single image is made from; may be given again",
         action="append",
         nargs=None,
         facts=of_request(CONDITION_IMAGES),
     )
     one_frame_inference: str | None = option(
-        "make a single picture: frame of the clip (24 a second) at which it stands, and those of its "
+        "make a single image: frame of the clip (24 a second) at which it stands, and those of its "
         "condition images",
         metavar="default|target_index=N,control_index=N;N",
         facts=of_request(ONE_FRAME),
     )
     ref: tuple[str, ...] | None = option(
-        "a reference, in the order of the prompt's labels; audio= gives the sound of a video. May be given "
-        "again",
+        "a reference, in the order of the prompt's labels; audio= gives the audio of a video. May be "
+        "given again",
         action="append",
         nargs=None,
         metavar="PATH[;type=image|video|audio][;audio=PATH]",
         facts=of_request(REF),
     )
     reference_image: tuple[str, ...] | None = option(
-        "a reference picture; may be given again",
+        "a reference image; may be given again",
         action="append",
         nargs=None,
         facts=of_request(BY_KIND["image"]),
     )
     reference_video: tuple[str, ...] | None = option(
-        "a reference video, with its sound; may be given again. Videos follow pictures",
+        "a reference video, with its audio; may be given again. Videos follow images",
         action="append",
         nargs=None,
         facts=of_request(BY_KIND["video"]),
     )
     reference_audio: tuple[str, ...] | None = option(
-        "a reference sound; may be given again. Sounds follow videos",
+        "a reference audio file; may be given again. Audio follows videos",
         action="append",
         nargs=None,
         facts=of_request(BY_KIND["audio"]),
@@ -72,7 +72,7 @@ class H3MediaOptions(Options, title="keyframes and references"):
         "with --reference_jsonl: number of the line, from 0", default=0, least=0, facts=of_request(INDEX)
     )
     reference_image_short_edge: int = option(
-        "short side of reference pictures in pixels; less needs less memory and shows less",
+        "short side of reference images in pixels; less needs less memory and shows less",
         default=IMAGE_EDGE,
         least=TOKEN,
         most=MAX_EDGE,

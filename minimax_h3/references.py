@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 KINDS = (IMAGE, VIDEO, AUDIO)
 MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
 MOST = 12
-MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # of reference videos
-MIN_FRAMES = CLIP + LAST_FRAMES  # of a reference video, for the VAE
+MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
+MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class H3Reference:
 
     kind: str  # IMAGE, VIDEO or AUDIO
     path: Path
-    audio: Path | None = None  # of a video: its own file, or another one; None: it has none
+    audio: Path | None = None  # audio of a video: its own file or another one; None without audio
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class H3Media:
 
     first: Path | None = None
     last: Path | None = None
-    controls: tuple[Path, ...] = ()  # of a single image
+    controls: tuple[Path, ...] = ()  # control images, for a single image
     one_frame: OneFrame | None = None
     references: tuple[H3Reference, ...] = ()
 
@@ -145,7 +145,7 @@ def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
         raise OptionError("--keyframe and --first_frame or --last_frame mean the same: give one of them")
     if len(frames) > 2:
         raise OptionError(
-            f"--keyframe: {len(frames)} pictures, the model takes a first and a last frame. Give two at most"
+            f"--keyframe: {len(frames)} images, the model takes a first and a last frame. Give two at most"
         )
     return frames[0], frames[1] if len(frames) > 1 else None
 
@@ -245,7 +245,9 @@ def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Refer
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
     audio = fields.get(FIELDS[1])
     if audio is not None and kind != VIDEO:
-        raise OptionError(f"{where}: a sound belongs to a video, and {path} is of type {kind}. Leave it out")
+        raise OptionError(
+            f"{where}: an audio file belongs to a video, and {path} is of type {kind}. Leave it out"
+        )
     if kind == AUDIO:
         _require_audio(where, path)
         return H3Reference(AUDIO, path)

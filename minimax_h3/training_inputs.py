@@ -30,7 +30,8 @@ from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
 
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
-TAUGHT, TAUGHT_AUDIO = "taught_latents", "taught_sound"  # of the clip itself, as its teacher's reference
+# keys of the clip itself, as the reference of its teacher
+TAUGHT, TAUGHT_AUDIO = "taught_latents", "taught_sound"
 
 
 CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the host
@@ -39,7 +40,7 @@ CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the
 class Clean(NamedTuple):
     """Fractions of the latents in conditions; the rest is noise."""
 
-    visual: float  # of images and clips
+    visual: float  # noise level of images and clips
     audio: float
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 THOUSAND = 1000
 UNIFORM, NONE = "uniform", "none"  # the only sampler and weighting
-RANK = 16  # of a LoRA, and its alpha, where neither is given
+RANK = 16  # default rank and alpha of a LoRA
 # --h3_teacher_conditions -> --teacher_sees
 VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
 LEVELS = (
@@ -45,7 +45,7 @@ _MEANS = (
 def granularity_option(default: str | None) -> Any:
     """Declare --block_swap_granularity, of which only whole blocks are supported."""
     return option(
-        "what --blocks_to_swap moves: block, whole ones",
+        "what --blocks_to_swap moves: block, entire blocks",
         default=default,
         choices=("block",),
         refused={"layer": "whole blocks are moved. Leave it out"},
@@ -56,7 +56,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
     """The streams of a clip that are learned, and their noise levels."""
 
     audio_loss_weight: float = option(
-        "weight of the loss of sound; clips without sound have none",
+        "weight of the audio loss; clips without audio have none",
         default=1.0,
         flags=("--h3_audio_loss_weight",),
         least=0,
@@ -65,44 +65,44 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         facts=HABIT,
     )
     video_only: bool = option(
-        "learn pictures alone: the same as --audio_loss_weight 0. The network still hears the sound",
+        "learn the video only: the same as --audio_loss_weight 0. The network still hears the audio",
         often=True,
         facts=HABIT,
     )
     h3_video_loss_weight: float = option(
-        "weight of the loss of pictures", default=1.0, least=0, most=1000, facts=HABIT
+        "weight of the video loss", default=1.0, least=0, most=1000, facts=HABIT
     )
     h3_loss_balance: str = option(
-        "modality: pictures and sound have a mean each",
+        "modality: images and audio have a mean each",
         default="modality",
         choices=("modality",),
         refused={"token": _MEANS},
         facts=HABIT,
     )
     h3_shift_video: float = option(
-        "shift of the noise levels of pictures behind the base time", default=12.0, above=0, most=1000,
+        "shift of the noise levels of the video after the base time", default=12.0, above=0, most=1000,
         facts=HABIT,
     )  # fmt: skip
     h3_shift_audio: float = option(
-        "shift of the noise levels of sound behind the base time", default=3.0, above=0, most=1000,
+        "shift of the noise levels of the audio after the base time", default=3.0, above=0, most=1000,
         facts=HABIT,
     )  # fmt: skip
     h3_visual_cond_clean: float = option(
-        "share of the latents in keyframes and in pictures and clips of references; the rest is noise, "
-        "new in each step",
+        "fraction of the latents in keyframes and in images and clips of references; the rest is "
+        "noise, new in each step",
         default=0.999,
         least=0,
         most=1,
         facts=HABIT,
     )
     h3_audio_cond_clean: float = option(
-        "likewise in sound of references", default=1.0, least=0, most=1, facts=HABIT
+        "the same in audio of references", default=1.0, least=0, most=1, facts=HABIT
     )
 
     def __post_init__(self) -> None:
         if not self.h3_video_loss_weight + self.audio_weight:
             raise OptionError(
-                "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of "
+                "--h3_video_loss_weight 0 without a loss of audio: nothing would be learned. Give one of "
                 "them a weight"
             )
 
@@ -120,7 +120,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
     )
     h3_guidance_loss_scale_audio: float | None = option("--guided_target_sound SCALE", facts=HABIT)
     h3_guidance_loss_sigma_min: float = option(
-        "--guided_target_min_timestep, as a share of the base time; 0.15 is usual",
+        "--guided_target_min_timestep, as a fraction of the base time; 0.15 is common",
         default=0.0,
         least=0,
         most=1,
@@ -138,8 +138,8 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         facts=HABIT,
     )
     h3_teacher_conditions: str = option(
-        "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other pictures of "
-        "its subject",
+        "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other images "
+        "of its subject",
         default="first,last",
         one_of=tuple(VIEWS),
         needs="h3_teacher_matching",
@@ -147,7 +147,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         facts=HABIT,
     )
     h3_teacher_condition_sigma_max: float = option(
-        "--teacher_max_timestep, as a share of the base time",
+        "--teacher_max_timestep, as a fraction of the base time",
         default=0.75,
         least=0,
         most=1,
@@ -182,7 +182,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         "--timestep_focus; 0: none", default=0.0, least=0, below=1, facts=HABIT
     )
     h3_timestep_focus_min: float = option(
-        "lower end of --timestep_focus_range, as a share of the base time",
+        "lower end of --timestep_focus_range, as a fraction of the base time",
         default=0.4,
         least=0,
         most=1,
@@ -190,7 +190,7 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         facts=HABIT,
     )
     h3_timestep_focus_max: float = option(
-        "its upper end, likewise",
+        "upper end of --timestep_focus_range, as a fraction of the base time",
         default=0.8,
         least=0,
         most=1,
@@ -239,11 +239,11 @@ class H3RejectedOptions(Options, title="not for this model"):
         "the target with guidance in it is --h3_guidance_loss_scale. Give that", type=float
     )
     h3_image_flow_shift = unsupported(
-        "single pictures have the schedule of clips, in a generation too. --h3_shift_video is for a run",
+        "single images have the schedule of clips, in a generation too. --h3_shift_video is for a run",
         type=float,
     )
     h3_observed_modality = unsupported(
-        "pictures and sound of a clip are noised together. --video_only learns pictures alone", type=str
+        "images and audio of a clip are noised together. --video_only learns images alone", type=str
     )
     h3_extension_video_frames = unsupported(_PARTS, type=int, default=0)
     h3_extension_audio_latents = unsupported(_PARTS, type=int, default=0)
@@ -306,7 +306,8 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    shared: dict[str, tuple[str, Any]] = {}  # name of a shared option -> the other name, value
+    # name of a shared option -> the option as the user typed it, and the value for the shared one
+    shared: dict[str, tuple[str, Any]] = {}
     _translate_guidance(args, shared)
     _translate_teacher(args, shared)
     _translate_focus(args, shared)
@@ -366,6 +367,7 @@ def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> N
     """Set a shared option. Raises OptionError if it is already given, with another value."""
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
+    # a default that nobody typed may be replaced
     untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
     if given not in (value, *untyped):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")

@@ -35,7 +35,7 @@ FILES = (
 )
 WHAT = "a video VAE of MiniMax-H3"
 DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3"
-UNUSED = ("decoder.mask_token",)  # of the training
+UNUSED = ("decoder.mask_token",)  # a tensor that only the training of the VAE needs
 _BLOCK = r"decoder\.transformer_blocks\.(\d+)"
 DIFFUSERS: Names = (
     (

@@ -17,7 +17,7 @@ from modules.attention.attend import attend
 from modules.layers.norms import RMSNorm, in_own_dtype
 from modules.layers.rope import turns
 
-GROUPS = 32  # of channels that are normalized together
+GROUPS = 32  # number of groups of channels that are normalized together
 ENCODER_EPS = 1e-6
 DECODER_EPS = 1e-5
 THETA = 100.0  # base of the decoder's frequencies
@@ -44,16 +44,16 @@ class H3VideoVaeConfig:
 
     levels: tuple[H3VaeLevel, ...]
     latent_channels: int = 24
-    dim: int = 2048  # of the decoder
+    dim: int = 2048  # width of the decoder
     head_width: int = 64
     ffn_dim: int = 8192
     num_layers: int = 36
-    registers: int = 4  # learned tokens behind those of the latents
+    registers: int = 4  # number of learned tokens after those of the latents
     groups: int = GROUPS
-    rotary_share: float = 0.75  # of a head's channels
+    rotary_share: float = 0.75  # fraction of a head's channels that is rotated
     clip: int = 17  # frames that are encoded together
     dropped: int = 3  # latent frames at the end of a video that are not kept
-    mean: tuple[float, ...] = ()  # of each latent channel
+    mean: tuple[float, ...] = ()  # mean of each latent channel
     std: tuple[float, ...] = ()
 
     @property

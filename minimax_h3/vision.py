@@ -21,7 +21,7 @@ from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
-BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each of the two
+BOTH_FILE = "processor_config.json"  # the file that transformers 5 writes, with a part for each of the two
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # in a preprocessor file
@@ -35,7 +35,7 @@ class Limits:
     fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
-    tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited
+    tokens_of_frame: int = 0  # maximum number of tokens per frame; 0 if only the entire clip is limited
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, dir
 def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path next to `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
-    The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. `size_bytes` is the size of the whole file, compared with the free space first.
+    The temporary name ends in `.tmp`, so that no pattern for finished files matches it. Old leftovers of
+    killed runs are removed. `size_bytes` is the size of the full file, which is compared with the free space
+    first.
 
     Raises:
         OutputError: If the folder cannot be written or the disk is full; an existing file then stays
@@ -97,12 +98,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`.
 
-    If the block succeeds, move its files next to `path` too. Use it for files that belong together: none
-    appears before all are written, and then they appear in the order of their names. No file is replaced.
-    `size_bytes` is as for `atomic_path`.
+    If the block succeeds, move the files in the folder next to `path` too. Use it for files that belong
+    together: none appears before all are written, and then they appear in the order of their names. No file
+    is replaced. `size_bytes` is the total size of the files, which is compared with the free space first.
 
     Raises:
-        OutputError: If they cannot be written or one of their names is taken.
+        OutputError: If the files cannot be written or one of their names is taken.
     """
     reject_writing(path)
     with explain_errors(path):
@@ -121,11 +122,11 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
 
 def place_new(file: Path, path: Path) -> None:
-    """Move a finished file to a name on the same volume that nothing has; also another process may want it.
+    """Move a finished file to an unused name on the same volume; other processes may want that name too.
 
     Raises:
-        FileExistsError: If something has the name by then.
-        OSError: If it cannot be moved.
+        FileExistsError: If the name is taken by then.
+        OSError: If the file cannot be moved.
     """
     if os.name == "nt":
         os.rename(file, path)  # Windows replaces nothing by this  # noqa: PTH104
@@ -148,7 +149,7 @@ def place_new(file: Path, path: Path) -> None:
 def make_folder(folder: Path, option: str) -> None:
     """Create an output folder before the work begins.
 
-    Raises OutputError, with `option` in the message, if nothing can be written there.
+    Raises OutputError, with `option` in the message, if nothing can be written to the folder.
     """
     reject_writing(folder / "file")
     try:
@@ -213,9 +214,9 @@ def remove_leftovers(
 ) -> None:
     """Remove temporary files and folders of killed runs. Files of living processes are left alone.
 
-    `of` gets the final name of a temporary file and returns whether to remove it. `older_seconds` is how long
-    a file must have been unchanged if its name does not show whether its writer lives. Machines that share
-    the folder need clocks that agree to within an hour.
+    `of` takes the final name of a temporary file and returns whether to remove the file. If the name does not
+    show whether the writing process lives, the file must have been unchanged for `older_seconds`. Machines
+    that share the folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
@@ -327,7 +328,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_errors(path: Path) -> Iterator[None]:
-    """Raise OutputError, with a remedy, in place of an OSError while writing `path`."""
+    """Convert an OSError while writing `path` to an OutputError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -362,8 +363,8 @@ def _mark_of_writer() -> str:
 def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
-    `writer` is the match of a mark. -inf if the process that wrote it has ended. `older_seconds` if it runs
-    on another machine or an unknown one.
+    `writer` is the match of the writing process in the file's name. The result is -inf if that process has
+    ended, and `older_seconds` if it runs on another or an unknown machine.
     """
     is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there

@@ -92,7 +92,7 @@ class Bar(ExitStack):
         bar.refresh()
 
     def line(self) -> str:
-        """Return the progress in words, with an estimate of the time left and, for frames, the rate."""
+        """Describe the progress, with an estimate of the remaining time and, for frames, the rate."""
         passed = self.now() - self._start
         show = as_size if self.unit == BYTES else "{:g}".format
         progress = show(self.done)
@@ -125,9 +125,9 @@ def track(
     unit: str = STEPS,
     shown: bool = True,
 ) -> Iterator[T]:
-    """Yield the items and show how far the loop is.
+    """Yield the items and show a progress bar.
 
-    `size` is what an item adds to `total` once it is used.
+    `size` returns how much of `total` an item stands for.
     """
     with Bar(total, what, unit, shown) as bar:
         for item in items:

@@ -55,16 +55,16 @@ def select_build() -> BuildChoice:
 
 
 def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Sequence[int]) -> BuildChoice:
-    """Return the build for a machine.
+    """Select the build of torch for a machine.
 
     Args:
-        system: `sys.platform`.
-        machine: `platform.machine()`.
-        nvidia: Its cards.
-        amd: The numbers of its cards on Linux.
+        system: Value of `sys.platform`.
+        machine: Value of `platform.machine()`.
+        nvidia: NVIDIA cards of the machine.
+        amd: Version numbers of the machine's AMD cards, on Linux.
 
     Raises:
-        InstallationError: If none fits, with the driver that was found and the one that is needed.
+        InstallationError: If no build fits; the message names the installed and the required driver.
     """
     if system == "darwin":
         if machine != "arm64":
@@ -78,7 +78,7 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
-    """Return the build that has code for most of a machine's cards, and that their one driver runs."""
+    """Return the build that supports most of the machine's cards and that their driver can run."""
     first, driver = cards[0], cards[0].driver
     found = f"{first.name}, driver {driver}"
     capabilities = [card.capability for card in cards if card.capability != (0, 0)]
@@ -96,7 +96,7 @@ def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
 
 
 def read_amd_cards(nodes: Path) -> list[int]:
-    """Return the numbers of the AMD cards that Linux lists in a folder; 0 stands for a processor."""
+    """Read the version numbers of AMD cards that Linux lists in a folder; 0 stands for a CPU."""
     found = []
     for path in sorted(nodes.glob("*/properties")):
         try:

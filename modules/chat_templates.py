@@ -23,7 +23,7 @@ START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by its pat
 
 
 class TemplateError(Exception):
-    """A chat template that fails, or does not end; the text says why."""
+    """Raised if a chat template fails or does not end; the text gives the reason."""
 
 
 def render_chat(
@@ -33,14 +33,14 @@ def render_chat(
     seconds: float = MAX_TEMPLATE_SECONDS,
     **more: Any,
 ) -> str:
-    """Return the text of a conversation that the model is to continue with.
+    """Render a conversation to the text that the model continues.
 
-    `tokenizer` is that of transformers, whose special tokens the template may use. `template` is its text, or
-    a mapping with one called default; None means the tokenizer's. `turns` are `role` and `content` each.
-    Rendering is stopped after `seconds`. `more` are additional variables.
+    `tokenizer` is a tokenizer of transformers, whose special tokens the template may use. `template` is the
+    template's text, or a mapping with an entry "default"; None takes the tokenizer's template. `turns` have a
+    `role` and a `content` each. Rendering is stopped after `seconds`. `more` are additional variables.
 
     Raises:
-        TemplateError: If it fails or goes beyond a bound.
+        TemplateError: If the template fails or exceeds a limit.
     """
     if template is None:
         template = tokenizer.get_chat_template()

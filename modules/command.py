@@ -47,7 +47,7 @@ def start_logging(level: int = logging.INFO) -> None:
     """Send log lines to standard error, in UTF-8 if the stream can; colored on a terminal.
 
     Calling it again changes nothing. Closed streams are opened on the null device: otherwise the next files
-    to be opened would get their descriptors, and the messages.
+    that are opened would get their descriptors, and messages would be written into these files.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by a service or a shell; so in pythonw.exe
@@ -129,10 +129,11 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 
 @contextlib.contextmanager
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
-    """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
+    """Spell options in warnings and errors of the block as the user typed them: --nf4, not --nf4_base.
 
     Args:
-        names: Flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
+        names: Maps a flag, or a flag and its value, to the flag to show. Lines that hold a command are left
+            unchanged.
     """
     if not names:
         yield
@@ -161,9 +162,9 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Return a message with other spellings of options.
+    """Return a message in which options are spelled differently.
 
-    For `names` see `name_as_typed`.
+    `names` maps a flag, or a flag and its value, to the flag to show.
     """
     lines = []
     for line in text.split("\n"):
@@ -276,9 +277,9 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_blank(command: str) -> str | None:
-    """Return a folder of torch or of its compiled code whose path has a blank and is in a failed command.
+    """Find a folder of torch, or of its compiled code, whose path is in a failed command and has a blank.
 
-    torch does not quote paths there, so that the compiler reads such a path as two.
+    torch does not quote paths in such commands, so that the compiler takes the path for two.
     """
     import tempfile  # only here: it loads more than a start needs
 
@@ -298,16 +299,18 @@ def print_loading() -> None:
 def wait_for_first_process() -> None:
     """Wait a little unless this is the first process of a launcher on this machine.
 
-    If the first has the same error, the launcher ends this one meanwhile, so the error is printed once.
+    If the first process has the same error, the launcher ends this one meanwhile, so that the error is
+    printed only once.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)
 
 
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
-    """Return a message as a console can show it: control codes are written out, long lines shortened.
+    """Make a message safe for a console: control codes are written out, long lines shortened.
 
-    `typed` are the words of the command line; in the message each is one line, and a long one is shortened.
+    `typed` are the words of the command line. Where the message quotes them, line breaks are removed and long
+    words are shortened.
     """
     for word in typed:
         for part in (word, word.partition("=")[2]):
@@ -331,15 +334,15 @@ def message_of(errors: str) -> str:
 
 
 def one_line(word: str) -> str:
-    r"""Return a typed word for a message: shortened, with line breaks written as \n."""
+    r"""Format a typed word for a message: shortened, with line breaks written as \n."""
     return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
     """Return " Did you mean NAME?" with the most similar of `names`; "" if none is similar.
 
-    Without a similar name it is one with which `word` begins, else the only one that begins with `word` (both
-    up to a _).
+    Without a similar name, NAME is one that `word` begins with, else the only one that begins with `word`
+    (both up to an underscore).
 
     Args:
         word: Word that is not known.

@@ -23,7 +23,7 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclass(frozen=True)
 class Compilation:
-    """Settings for compiling blocks; imports nothing heavy, so that options can make it."""
+    """Settings for compiling blocks. This module imports nothing heavy, because options use it."""
 
     backend: str = INDUCTOR  # a name that torch knows
     mode: str = DEFAULT_MODE
@@ -61,7 +61,7 @@ _ARGS = (
 
 
 def _args_option(usual: tuple[str, ...]) -> Any:
-    """Declare --compile_args with its usual words."""
+    """Declare --compile_args with its default words."""
     return option(
         _ARGS.format(" ".join(usual)),
         default=usual,
@@ -73,29 +73,27 @@ def _args_option(usual: tuple[str, ...]) -> Any:
 
 
 class CompileOptions(Options):
-    """Whether blocks are compiled, and how: the four words of --compile_args, or an option for each."""
+    """Options for compiling blocks: the four words of --compile_args, or one option for each word."""
 
     compile: bool = option(_COMPILE, often=True, facts=HABIT)
     compile_args: tuple[str, ...] = _args_option(GENERATION_ARGS)
     compile_backend: str = option(
-        "another way to give BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
+        "the same as BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
     )
     compile_mode: str = option(
-        "another way to give MODE of --compile_args; reduce-overhead is refused",
+        "the same as MODE of --compile_args; reduce-overhead is rejected",
         default=DEFAULT_MODE,
         choices=MODES,
         needs="compile",
         facts=FREE,
     )
     compile_dynamic: str | None = option(
-        "another way to give DYNAMIC of --compile_args",
+        "the same as DYNAMIC of --compile_args",
         choices=("true", "false", "auto"),
         needs="compile",
         facts=FREE,
     )
-    compile_fullgraph: bool = option(
-        "another way to give FULLGRAPH of --compile_args", needs="compile", facts=FREE
-    )
+    compile_fullgraph: bool = option("the same as FULLGRAPH of --compile_args", needs="compile", facts=FREE)
     compile_cache_size_limit: int | None = option(
         "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
         "uncompiled; default: at least 32",
@@ -128,7 +126,7 @@ class CompileOptions(Options):
         )
 
     def _words(self, usual: tuple[str, ...]) -> dict[str, str]:
-        """Return the words that have an option of their own here, by their names in `COMPILE_ARGS`."""
+        """Return the values of the separate options, by their names in `COMPILE_ARGS`."""
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
             "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
@@ -145,7 +143,7 @@ class CompileOptions(Options):
 
 
 class TrainingCompileOptions(CompileOptions):
-    """The two ways to ask for compilation in training: accelerate's options and those of generation."""
+    """Options for compiling blocks in training: those of accelerate, and those that generation has too."""
 
     dynamo_backend: str = option(
         "compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ...; "
@@ -156,8 +154,8 @@ class TrainingCompileOptions(CompileOptions):
         facts=HABIT,
     )
     dynamo_mode: str | None = option(
-        "compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead is "
-        "refused",
+        "compile mode of inductor; max-autotune tries more kernels and starts slowly, reduce-overhead "
+        "is rejected",
         choices=("default", "reduce-overhead", "max-autotune"),
         facts=FREE,
     )

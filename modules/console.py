@@ -59,10 +59,10 @@ def draw_box(
     unicode: bool,
     columns: int | None = None,
 ) -> str:
-    """Return the box for a terminal, with lines below it.
+    """Draw a box for a terminal, with lines below it.
 
     With `colour`, use ANSI colors. With `unicode`, draw with line characters instead of ASCII. `columns` is
-    that of the terminal, asked from the system if None.
+    the width of the terminal; None asks the system.
     """
     from rich import box  # slow, and only for a terminal
     from rich.console import Console
@@ -104,7 +104,7 @@ def show_traceback() -> None:
 
 
 def in_words(seconds: float) -> str:
-    """Return a duration as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
+    """Format a duration for people: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
     total = round(min(max(0.0, seconds), MAX_SECONDS))
     if total < 100:
         return f"{total} s"
@@ -119,7 +119,7 @@ def in_words(seconds: float) -> str:
 
 
 def as_size(size_bytes: float) -> str:
-    """Return a number of bytes as people say it: `312 MB`, `1.4 GB`."""
+    """Format a number of bytes for people: `312 MB`, `1.4 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= size:
             value = size_bytes / size
@@ -134,7 +134,7 @@ def count_of(number: int, what: str) -> str:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    """Return the first names, and how many more there are."""
+    """List at most `most` names, and say how many more there are."""
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail
 
@@ -143,7 +143,7 @@ _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "n
 
 
 def count_words(number: int, words: str) -> str:
-    """Return a count with plural words, singular for one: `1 table has no item`, `2 tables have ...`."""
+    """Format a count with words in singular or plural: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"
     nouns, colon, tail = words.partition(": ")

@@ -15,7 +15,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class ConsoleOptions(Options, title="log lines"):
     """Which log lines are shown, and where."""
 
-    console_log_level: str | None = option("least important lines shown; usually INFO", choices=LEVELS)
+    console_log_level: str | None = option("minimum level of log messages; default: INFO", choices=LEVELS)
     console_log_file: Path | None = option(
         "write them to this file instead of the console", place="new file", facts=APPENDS
     )

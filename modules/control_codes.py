@@ -19,9 +19,9 @@ _SEQUENCES = re.compile(
 
 
 def drop_control_codes(text: str) -> str:
-    """Return a text without control codes and the sequences that they begin, for storing it in a file.
+    """Remove control codes and the sequences that they begin, so that a text can be stored in a file.
 
-    Separators of lines become blanks; newlines and tabs stay.
+    Unicode's line separators become blanks; newlines and tabs are kept.
     """
     return _CODES.sub(lambda match: " " if match[0].isspace() else "", _SEQUENCES.sub("", text))
 
@@ -29,14 +29,14 @@ def drop_control_codes(text: str) -> str:
 def escape_control_codes(text: str) -> str:
     r"""Return the text with control codes written out (`\x1b`, `\u202e`), so that they reach no terminal.
 
-    Names, captions and metadata come from other people's files: their codes could color, move, hide or
-    reorder what is shown. Newlines and tabs stay, and letters of every language.
+    Names, captions and metadata come from other people's files, and their codes could color, move, hide or
+    reorder what is shown. Newlines and tabs are kept, and letters of all languages.
     """
     return _CODES.sub(_compute_plainly, text)
 
 
 def replace_control_codes(name: str) -> str:
-    """Return a name with _ in place of control codes, line breaks and tabs, so that files can have it."""
+    """Replace control codes, line breaks and tabs by _, to make a name that files can have."""
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
@@ -58,9 +58,9 @@ _COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|ba
 
 
 def fold(text: str, columns: int | None) -> str:
-    """Return the text with lines of a terminal's width, broken at blanks; commands and long words stay whole.
+    """Wrap a text at blanks to the width of a terminal; commands and long words are not broken.
 
-    `columns` is None if there is no terminal: nothing changes.
+    If `columns` is None, because there is no terminal, the text is returned unchanged.
     """
     lines = []
     for line in text.split("\n") if columns else [text]:

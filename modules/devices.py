@@ -57,8 +57,8 @@ NO_MEMORY = (
 def select_device(name: str | None) -> torch.device:
     """Return the device of that name; without a name CUDA, else MPS, else the CPU.
 
-    Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
-    synchronizing act on the current GPU, and would otherwise also use memory of the first one.
+    CUDA is also set to compute float32 exactly. A GPU that is named with its index becomes the current one,
+    because pinning and synchronizing act on the current GPU, and would otherwise also use memory of GPU 0.
 
     Raises:
         OptionError: If the device does not exist.
@@ -109,8 +109,8 @@ def _explain_unseen_card() -> str | None:
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
     """Send a tensor of a batch or of conditions to `device`; integer and bool tensors stay on the host.
 
-    Those hold positions and masks of tokens, which code reads: reading from a device would make the host wait
-    for all work that is queued there.
+    These hold positions and masks of tokens, whose values the host needs: reading them from a device would
+    make the host wait for all work that is queued on the device.
     """
     is_content = tensor.is_floating_point()
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
@@ -151,7 +151,7 @@ def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def numbers_on(device: torch.device, numbers: Sequence[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Make a tensor of numbers, or rows of them, on a device; unlike `torch.tensor` it does not wait."""
+    """Make a tensor of numbers, or rows of numbers, on a device without waiting as `torch.tensor` does."""
     return send_ahead(torch.tensor(numbers, dtype=dtype), device)
 
 
@@ -172,9 +172,9 @@ def leave_cudnn_out(device: torch.device) -> None:
 
 
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
-    """Return whether an option that is for CUDA devices acts, and warn if it does not.
+    """Return whether an option for CUDA devices has an effect, and warn if it has none.
 
-    `what` is what the option changes.
+    `what` names what the option changes.
     """
     if device.type == "cuda":
         return True
@@ -195,7 +195,7 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 
 
 def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch.dtype | Default:
-    """Return the dtype that a network computes in; `usual` if the option is not given.
+    """Return the compute dtype of a network; `usual` if the option is not given.
 
     Raises:
         OptionError: If the name is unknown or an fp8 dtype.
@@ -220,7 +220,7 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
-    """Return the dtype that a network computes in: its `compute_dtype`, else that of its first parameter."""
+    """Return the compute dtype of a network: its `compute_dtype`, else the dtype of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
@@ -228,7 +228,8 @@ def dtype_of(dit: nn.Module) -> torch.dtype:
 def emulates_bfloat16() -> bool:
     """Return whether the CPU has no instructions for bfloat16.
 
-    There torch takes 7 to 90 times as long for matrix products as in float32, and 40 times for convolutions.
+    On such a CPU, torch takes 7 to 90 times as long for matrix products as in float32, and 40 times as long
+    for convolutions.
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
@@ -275,16 +276,16 @@ def freeze_libraries() -> None:
 
 
 def release_heap() -> None:
-    """Return freed memory to the system: glibc keeps gaps between pieces in use, as much as a network."""
+    """Return freed memory to the system, because glibc may keep gaps as large as a network."""
     if _GLIBC is not None:
         _GLIBC.malloc_trim(0)
 
 
 def keep_heap_small() -> None:
-    """Have memory of weights given back as soon as it is freed, for the rest of this process.
+    """Make glibc return the memory of weights as soon as it is freed, for the rest of this process.
 
-    glibc takes pieces of MMAP_THRESHOLD and more from the system one by one, until it has seen larger ones
-    freed: then up to 32 MiB come from its heap, where parts of weights that stay leave holes.
+    By default glibc maps blocks of MMAP_THRESHOLD and more separately, until larger blocks have been freed;
+    then blocks up to 32 MiB come from its heap, where weights that are still in use leave holes.
     """
     if _GLIBC is not None:
         _GLIBC.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
@@ -297,7 +298,7 @@ _GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the device or the host has no memory left."""
+    """Return whether an error means that the device or the host has run out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
@@ -314,7 +315,7 @@ def release_pinned_memory() -> None:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Run the block in a CUDA stream of its own, for threads side by side; wait for it at the end."""
+    """Run the block in a separate CUDA stream, so that threads run in parallel; wait for it at the end."""
     if device.type != "cuda":
         yield
         return
@@ -367,7 +368,7 @@ class Failures:
     def raise_if_any(self, total: int, where: str = "") -> None:
         """Raise UserError listing the failures. `where` begins the message, such as "prompts.txt: ".
 
-        If all failures share an exit code that says more than 1 or 2, the error has that code.
+        If all failures share an exit code other than 1 and 2, the error has that code.
         """
         if not self.reasons:
             return
@@ -384,7 +385,7 @@ def gib(size: int) -> str:
 
 
 def host_peak() -> int:
-    """Return the most host memory that this process has held, in bytes."""
+    """Return the peak host memory of this process, in bytes."""
     if sys.platform == "win32":
         import psutil  # comes with accelerate
 
@@ -396,6 +397,6 @@ def host_peak() -> int:
 
 
 def peak_in_words(device: torch.device) -> str:
-    """Return the most memory that was in use so far: on CUDA that of the device, else that of the host."""
+    """Describe the peak memory use so far: of the device on CUDA, else of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{gib(used)} GiB"

@@ -44,7 +44,7 @@ class BrokenTry(Exception):
 
 
 class RejectedBySite(Exception):
-    """A site refuses a file, so that trying again is useless. The text is the reason, without the address."""
+    """Raised if a site rejects a request, so that retrying is useless; the text gives the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -78,11 +78,21 @@ def receive(
 ) -> None:
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `max_bytes`.
 
-    `tries` is how many attempts in a row may bring little. `wait` is called with the seconds before another
-    attempt. `first_wait` is in seconds, and doubled with each such attempt. `size_bytes` is that of the file;
-    None means the site says it. `check` is called with each answer before its data are read. `progress` is
-    called with the number of bytes that the file has. Raises BrokenTry after the last try, RefusedBySite,
-    OSError if the file cannot be written.
+    Args:
+        ask: Requests the file, from a position on.
+        path: File to write.
+        tries: Number of consecutive attempts that may make little progress.
+        wait: Called with the seconds to wait before another attempt.
+        first_wait: Seconds before the second attempt; doubled with each further attempt.
+        max_bytes: Largest allowed size of the file.
+        size_bytes: Size of the file; None if only the site knows it.
+        check: Called with each answer before its data are read.
+        progress: Called with the number of bytes that the file has.
+
+    Raises:
+        BrokenTry: If the last attempt fails.
+        RejectedBySite: If the site rejects the request.
+        OSError: If the file cannot be written.
     """
     path.touch()  # also of an empty file
     most = path.stat().st_size  # bytes of the file at the last attempt that brought much
@@ -120,10 +130,10 @@ def receive(
 
 
 def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a site's answer at its place; return where it ends.
+    """Write a site's answer at the position that it is for; return the end position.
 
     Raises:
-        BrokenTry: If it comes too slowly.
+        BrokenTry: If the data arrive too slowly.
     """
     with path.open("r+b") as file:
         file.truncate(answer.start)
@@ -150,10 +160,10 @@ def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int],
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return a thread's connections, kept open between files.
+    """Return the session of a thread, whose connections are kept open between files.
 
     Args:
-        thread: Its number.
+        thread: Identifier of the thread.
     """
     import requests
 
@@ -164,7 +174,7 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Ask for a file by http or https, as `Ask`. `headers` are additional ones, such as a token."""
+    """Request a file by HTTP or HTTPS (an `Ask`). `headers` are additional headers, such as a token."""
     import requests  # 0.1 s that a dataset without addresses does without
     import urllib3
 
@@ -196,7 +206,7 @@ def ask_http(
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through unchanged: redirects to no address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise RejectedBySite("it is no address that can be asked for") from None
+            raise RejectedBySite("it is not an address that can be asked for") from None
         # not its text: it may hold the address
         what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
@@ -205,7 +215,7 @@ def ask_http(
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
     """Yield the data of an answer as soon as they arrive.
 
-    `iter_content` waits until a whole piece is there, for hours if a byte comes every five seconds.
+    `iter_content` waits for a full chunk, which takes hours if a byte arrives every five seconds.
     """
     read = getattr(answer.raw, "read1", None)  # urllib3 has it since 2.1
     if read is None:

@@ -63,16 +63,17 @@ def prepare_environment(
     build: Build | None = None,
     is_replacing: bool = False,
 ) -> Path:
-    """Return the Python of an environment that has all requirements.
+    """Install missing requirements into an environment, and return the environment's Python.
 
-    These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
-    the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
-    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed. `build` is
-    which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew after
-    an installation that was ended half way, and the output of the installation is shown.
+    Requirements are those of the runtime, of one extra of pyproject.toml, and further packages. The
+    environment is the active one, else `.venv` in the repository. An installed torch is kept, whatever its
+    version, unless `is_replacing`. An interrupted installation is resumed.
+
+    With `build`, a particular build of torch, the environment is always `.venv`, does not see the packages of
+    this Python, is created again if an installation was interrupted, and the installer's output is shown.
 
     Raises:
-        UserError: If it fails.
+        UserError: If the installation fails.
     """
     torch_line = TORCH if build is None else build.torch
     runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
@@ -87,7 +88,7 @@ def prepare_environment(
         folder = ROOT / ".venv"
         python = python_of(folder)
     stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
-    # an installer that was killed may leave half a package, which it takes for whole the next time
+    # a killed installer may leave half a package, which it would take for complete the next time
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
@@ -99,7 +100,7 @@ def prepare_environment(
         try:
             _install(python, packages_to_install, build, is_replacing)
         except UserError:
-            if before is not None:  # the installer ended by itself, and left whole packages
+            if before is not None:  # the installer was not killed, so installed packages are complete
                 stamp.write_bytes(before)
             raise
         stamp.write_text(mark, encoding="utf-8")
@@ -112,12 +113,12 @@ def python_of(folder: Path) -> Path:
 
 
 def create_environment(folder: Path, may_inherit: bool = True) -> None:
-    """Make a virtual environment without pip.
+    """Create a virtual environment without pip.
 
-    `may_inherit` says that it sees this Python's packages if torch is there.
+    With `may_inherit`, it sees the packages of this Python if torch is among them.
 
     Raises:
-        UserError: If that fails.
+        UserError: If the environment cannot be created.
     """
     shutil.rmtree(folder, ignore_errors=True)  # the incomplete one of an interrupted run
     try:
@@ -183,10 +184,10 @@ def _install(
 def _install_lines(
     python: Path, lines: list[str], flags: list[str], uv: str | None, is_shown: bool = False
 ) -> None:
-    """Install packages, with pip if there is no uv or if uv fails.
+    """Install packages with uv, or with pip if uv is missing or fails.
 
-    Settings of pip may name an index that uv does not know. With `is_shown` uv's progress is shown; if it
-    fails, it runs once more, and its output is read for the cause.
+    uv may fail if pip's settings name an index that uv does not know. With `is_shown`, uv's progress is
+    shown; if it fails, it runs a second time, so that the cause can be read from its output.
 
     Raises:
         UserError: If pip fails too.
@@ -221,9 +222,9 @@ def _run_installer(command: Sequence[str]) -> str | None:
 
 
 def find_cause(said: str, python: Path) -> str:
-    """Return why an installation failed, from what the installer said; "" if that does not tell.
+    """Find the cause of a failed installation in the installer's output; "" if the output does not show it.
 
-    `python` is that of the environment.
+    `python` is the Python of the environment.
     """
     if FULL_DISK.search(said):
         free = shutil.disk_usage(python.parent).free / 1e9
@@ -238,10 +239,10 @@ def find_cause(said: str, python: Path) -> str:
 
 
 def find_uv(python: Path) -> str | None:
-    """Return the program uv if it can install into an environment; None if pip has to.
+    """Return the program uv if it can install into an environment; None if pip is needed.
 
-    The one that Reelsmith.command or Reelsmith.bat downloaded comes first. No uv sees the packages of the
-    Python below, which an environment with `create_environment` may use.
+    The uv that Reelsmith.command or Reelsmith.bat downloaded is preferred. No uv can be used if the
+    environment inherits packages of another Python (see `create_environment`), because uv does not see them.
     """
     settings = python.parent.parent / "pyvenv.cfg"
     text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""

@@ -25,7 +25,7 @@ class OptionError(UserError):
 
 
 class CaptionError(OptionError):
-    """A caption or prompt that a text encoder cannot read; others can be read."""
+    """Raised for a caption or prompt that a text encoder cannot read; the run continues with others."""
 
 
 class DatasetError(UserError):
@@ -41,9 +41,9 @@ class CacheError(UserError):
 
 
 class CheckpointError(UserError):
-    """A model, LoRA or state file that is missing, damaged, or of another kind.
+    """Raised for a model, LoRA or state file that is missing, damaged, or of another kind.
 
-    `path` is the file, whose real kind the caller may add to the message.
+    The caller may add to the message what kind of file `path` is.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class OutputError(UserError):
 
 
 class MemoryPlanError(UserError):
-    """A run that does not fit into the device's memory."""
+    """Raised if a run does not fit into the device's memory."""
 
 
 class DownloadError(UserError):
@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from torch's or Triton's compiler: every further call meets it too."""
+    """Return whether an error comes from torch's or Triton's compiler, so that every call would fail."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

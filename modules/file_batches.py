@@ -13,10 +13,11 @@ MAX_FLUSHES = 16  # at once
 
 
 def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:
-    """Write many small files, each completely or not at all, in the time of few: their flushes overlap.
+    """Write many small files, each completely or not at all; flushes to disk overlap, which saves time.
 
-    Nothing is replaced before all are on the disk. Files that exist keep their mode. `note` is called with
-    each path once it has its new content. Raises OutputError, also after some are replaced.
+    No file is replaced before all new contents are on the disk. Existing files keep their mode. `note` is
+    called with each path once it has its new content. Raises OutputError, possibly after some files are
+    replaced.
     """
     temporaries: dict[Path, Path] = {}
     try:

@@ -123,7 +123,7 @@ def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int
 
 
 def short_help(parser: argparse.ArgumentParser) -> str:
-    """Return one screen: much used options, then how many more there are; all if they are few."""
+    """Return one screen of help: frequently used options and the number of others; all if they are few."""
     actions = [action for action in parser._actions if not find_rejection(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
     full = parser.format_help()
@@ -143,9 +143,9 @@ def short_help(parser: argparse.ArgumentParser) -> str:
 def _in_short(
     formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shown: str
 ) -> list[str]:
-    """Return the lines of an option in the short help: whole clauses, its choices and its default.
+    """Return the lines of an option in the short help: full clauses, its choices and its default.
 
-    `shown` is the one flag to show if there is no room for all.
+    `shown` is the flag to show if there is no room for all spellings.
     """
     names = [*map(str, action.choices or ())]
     is_long = len(" ".join(names)) > LONGEST_CHOICES
@@ -159,6 +159,7 @@ def _in_short(
     text = _shorten_clauses(help_text)
     if is_long:
         text += f": {', '.join(names)}"
+    # a help text that explains the default itself wins over the plain value
     match = re.search(r"\bdefault:? ([^;]+)", help_text)
     default = _describe_default(action) if match is None else match[1]
     if default and "default" not in text:

@@ -80,10 +80,10 @@ DISTRIBUTIONS = {
 
 
 def find_namesake() -> str | None:
-    """Return the sentence about another distribution named `reelsmith` in this Python; None without one.
+    """Return a sentence about another distribution named `reelsmith` in this Python; None if there is none.
 
-    Its package and its command have the same names as ours, so the one that is installed last replaces files
-    of the other.
+    Its package and its command have the same names as ours, so whichever is installed last replaces files of
+    the other one.
     """
     folders = [ROOT.parent] if PREFIX else map(Path, sys.path)
     notes = (note for folder in folders for note in folder.glob(f"{NAMESAKE}-*.dist-info"))
@@ -105,7 +105,7 @@ def import_own(name: str) -> ModuleType:
 
 
 def own_name(name: str) -> str:
-    """Return the name to import a module by, of this project or not: `tests.my_network`, `lycoris.kohya`."""
+    """Return the name by which to import a module, ours or foreign: `tests.my_network`, `lycoris.kohya`."""
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name
     file = ROOT.joinpath(*name.split("."))
@@ -113,10 +113,10 @@ def own_name(name: str) -> str:
 
 
 def command_words(words: Sequence[str]) -> list[str]:
-    """Return a command of ours as this copy has it, and as it can be typed where this program was.
+    """Translate a command of ours to the form that this installation has and that the user can type.
 
-    `words` are as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
-    wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
+    `words` are those for the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch
+    ... wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
     `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
     words = list(words)
@@ -134,7 +134,7 @@ def command_words(words: Sequence[str]) -> list[str]:
 
 
 def _locate_script(words: list[str]) -> list[str]:
-    """Return a command with the path of its script as it can be typed; see `command_words`."""
+    """Return a command in which the path of the script is valid in the user's working folder."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
     for place, word in enumerate(words[:MAX_BEFORE]):
@@ -157,7 +157,7 @@ def _find_typed_folder() -> Path:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and the words behind it, if a script of this checkout was started by them."""
+    """Return `reelsmith.py` and its words, such as `train wan`, if these started the running script."""
     place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
     place -= len(words)
@@ -307,7 +307,7 @@ def reject_standard_module(option: str, name: str, module: str) -> None:
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option.
 
-    The working folder is searched too, if the user has typed the name (`rejects_code`).
+    The working folder is searched too, but only if the user has typed the name (see `rejects_code`).
 
     Args:
         option: The option.
@@ -338,10 +338,11 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
 
 @contextmanager
 def hide_packages(*names: str) -> Iterator[None]:
-    """Let packages look as if they were not installed inside the block; those loaded before stay loaded.
+    """Hide installed packages inside the block; packages that are loaded already stay loaded.
 
-    A package that looks for them only when it is imported does without them from then on. Afterwards they can
-    be imported as before. None in place of a module is Python's own way to refuse an import.
+    A package that is imported in the block and looks for a hidden one does without it from then on. After the
+    block, the hidden packages can be imported again. Python refuses to import a module whose entry in
+    `sys.modules` is None.
     """
     hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}
     sys.modules.update(hidden)  # type: ignore[arg-type]  # it takes None

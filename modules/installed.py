@@ -21,10 +21,10 @@ from modules.text_files import real_path
 
 
 def require_installed(place: str, name: str, remedy: str) -> None:
-    """Raise OptionError if a module that a file names is not one of an installed package.
+    """Raise OptionError if a file names a module that does not belong to an installed package.
 
-    `place` is the option or file that states the name. `remedy` is advice if the code is the user's own. Both
-    are for the message.
+    For the message, `place` is the option or file that states the name, and `remedy` is advice in case the
+    code is the user's own.
     """
     if find_installed(own_name(name)) is not None:
         return
@@ -73,7 +73,7 @@ def _has_installed_file(spec: ModuleSpec) -> bool:
 
 
 def is_installed_file(file: Path) -> bool:
-    """Return whether a file is in a folder of installed packages, or in one that is installed in place."""
+    """Return whether a file belongs to an installed package, including packages installed in place."""
     if _is_below(file, _list_package_folders()):
         return True
     here = real_path(Path.cwd())
@@ -97,7 +97,7 @@ def _list_package_folders() -> tuple[Path, ...]:
 
 @functools.cache
 def _list_editable_folders() -> tuple[Path, ...]:
-    """Return the folders of packages that are installed in place (`pip install -e`)."""
+    """List the folders of packages that are installed in place (`pip install -e`)."""
     import json  # here: options import this file
     from importlib.metadata import distributions  # likewise
 

@@ -91,7 +91,7 @@ class OtherProcesses:
     def explain(self) -> Iterator[None]:
         """Raise LostProcessError in place of torch's error if another process was lost.
 
-        It is raised in one process of each machine; the other processes raise SystemExit.
+        One process of each machine raises LostProcessError; the others raise SystemExit.
         """
         try:
             yield
@@ -169,7 +169,7 @@ class OtherProcesses:
         return local == int(is_lost)
 
     def _describe(self, tail: str = "") -> str:
-        """Return a message with the reason why the run stops, then `tail`, then the way to continue."""
+        """Return a message with the reason why the run stops, then `tail`, then advice on how to continue."""
         text = "another process of this run was lost: it was killed, or ended by an error"
         if self._lost is not None:
             lost, how = self._lost
@@ -189,11 +189,11 @@ class OtherProcesses:
 
 
 def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let the processes that torchrun may restart meet at a port that no earlier attempt has used.
+    """Make processes that torchrun may restart meet at a port that no earlier attempt has used.
 
     torch 2.13 keeps one store for all attempts, with addresses of processes that died (pytorch#135712), and
-    the numbers of attempts differ between machines. So each process sends a random word to process 0. All
-    processes must call this before they join.
+    machines may count different numbers of attempts. So each process sends a random word to process 0. All
+    processes must call this function before they join.
     """
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
@@ -226,7 +226,7 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
-    """Connect process 0 with all other processes; return their ends by rank."""
+    """Connect process 0 with all other processes; return the connections by rank."""
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)  # then no port is open to others
     host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # where torch's own store is, too
     store = distributed_c10d._get_default_store()

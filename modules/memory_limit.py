@@ -11,26 +11,26 @@ _STATUS = Path("/proc/self/status")  # of Linux
 
 @contextlib.contextmanager
 def limited_memory(more_bytes: int | None) -> Iterator[None]:
-    """Let this process take at most so many bytes more; then what asks for memory fails instead.
+    """Limit the memory that this process may allocate in the block to `more_bytes` more; None: no limit.
 
-    On Linux alone: other systems cannot bound it. None: no bound.
+    Allocations beyond the limit fail. Only Linux can enforce it; elsewhere nothing is limited.
     """
-    held = _read_held()
-    if held is None or more_bytes is None:
+    used = _read_held()
+    if used is None or more_bytes is None:
         yield
         return
     import resource  # not on Windows
 
-    default, most = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = held + more_bytes
-    for limit in (default, most):
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = used + more_bytes
+    for limit in (soft, hard):
         if limit != resource.RLIM_INFINITY:
             bound = min(bound, limit)
-    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (default, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _read_held() -> int | None:

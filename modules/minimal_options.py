@@ -12,7 +12,7 @@ MAX_SIDE = 16384  # pixels
 
 
 class MinimalLoraOptions(Options):
-    """LoRAs as the minimal scripts take them, and options without a use there."""
+    """Options for LoRAs in the minimal scripts, and options that have no use in these scripts."""
 
     lora_weights: tuple[str, ...] = option("LoRAs to add", default=(), metavar="PATH;STRENGTH")
     merge_lora_weights = not_needed(

@@ -185,14 +185,14 @@ _ROLES = (
 
 
 def ours_for(theirs: str, has: Container[str]) -> str:
-    """Return the first name in `has` for what other programs call `theirs`; "" if there is none."""
+    """Translate another program's option name: return our first name for it that is in `has`, or ""."""
     rows = (line.partition(":") for line in _THEIRS.splitlines())
     known = next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
     return known or next((name for names in _lines_with(theirs) for name in names if name in has), "")
 
 
 def _lines_with(name: str) -> list[list[str]]:
-    """Return the lines of options that mean the same as one of the scripts here."""
+    """Return the lines that describe options with the same meaning as `name` in our scripts."""
     lines = [line.split() for line in _SAME.splitlines()]
     return [names for names in lines if name in "+".join(names).split("+")]
 
@@ -239,7 +239,7 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
 
 
 def _option_known_as(flags: Flags, theirs: str) -> str:
-    """Return the option whose declaration says that other programs call it `theirs`; "" if there is none."""
+    """Return the option that is declared to be called `theirs` in other programs; "" if there is none."""
     for flag, action in flags.items():
         if flag[:2] == "--" and theirs in getattr(action, "known_as", ()):
             return flag[2:]
@@ -252,7 +252,7 @@ def _suggest_option(flags: Flags, name: str) -> str:
 
 
 def explain_role(flags: Flags, name: str) -> str:
-    """Return advice to use this model's options for a file in place of another model's; "" if none fit."""
+    """Advise to use this model's option for a file instead of another model's; "" if no option fits."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
     takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
     of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
@@ -274,8 +274,8 @@ def explain_rest(
 ) -> str:
     """Explain words that belong to no option.
 
-    `words` are all of the command line. `unused` are those without an option. `by_place` are the options that
-    are taken without a flag.
+    `words` are all words of the command line, and `unused` those that belong to no option. `by_place` are the
+    options that are recognized without a flag.
     """
     first = unused[0]
     for before, path, word in zip(words, words[1:], words[2:], strict=False):
@@ -305,5 +305,5 @@ def explain_rest(
 
 
 def _takes_one(flags: Flags, flag: str) -> bool:
-    """Return whether a word is a flag of an option with exactly one value."""
+    """Return whether a word is the flag of an option with exactly one value."""
     return flag in flags and flags[flag].nargs is None

@@ -35,37 +35,39 @@ CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", 
 
 
 def check_value(name: str, value: Any, facts: Info) -> None:
-    """Check a value by itself.
+    """Check the value of an option, regardless of other options.
 
     Raises:
-        OptionError: If a number is not within the limits, or the value is none of `one_of`.
+        OptionError: If a number is not within the limits, or if the value is not in `one_of`.
     """
-    hint = _find_hint(facts)
     for number in value if isinstance(value, (tuple, list)) else (value,):
-        _check_limits(f"--{name}", number, facts, hint)
+        _check_limits(f"--{name}", number, facts)
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
-        raise OptionError(f"--{name} {value}: use {_join_alternatives(facts['one_of'])}{near}{hint}")
+        raise OptionError(
+            f"--{name} {value}: use {_join_alternatives(facts['one_of'])}{near}{_find_hint(facts)}"
+        )
 
 
 def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
-    """Check a given option against the others.
+    """Check a given option against the other given options.
 
     Raises:
-        OptionError: If an option that it excludes is given too, or none of those that it needs.
+        OptionError: If an option that it excludes is given too, or if none of the options that it needs is
+            given.
     """
-    hint = _find_relation_hint(facts)
     for other in list_given(facts.get("excludes", ())):
+        hint = _find_relation_hint(facts)
         raise OptionError(f"--{name} and --{other} exclude each other: give one of them{hint}")
     flags = find_needed(facts, list_given)
     if flags:
         what = "both" if len(facts["needs"]) == 1 else "one of them too"
-        hint = "" if facts.get("excludes") else hint
+        hint = "" if facts.get("excludes") else _find_relation_hint(facts)
         raise OptionError(f"--{name} needs {flags}: give {what}{hint}")
 
 
 def find_needed(facts: Info, list_given: ListGiven) -> str:
-    """Return the options of which an option needs one, if none is given; else nothing."""
+    """Return the options of which one is needed, if none of them is given; otherwise nothing."""
     needed = facts.get("needs", ())
     if not needed or list_given(needed):
         return ""
@@ -73,7 +75,7 @@ def find_needed(facts: Info, list_given: ListGiven) -> str:
 
 
 def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], Any]) -> None:
-    """Check the paths of an option with a `place`.
+    """Check the paths of an option that declares with `place` what its path must be.
 
     Args:
         flag: How the option is typed.
@@ -82,7 +84,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
         value_of: Returns the value of another option by its public name.
 
     Raises:
-        OptionError: If a path is unusable, or if a file would replace one of those that it spares.
+        OptionError: If a path is unusable, or if a file would replace a file that it must not (`spares`).
     """
     for path in list_paths(value):
         for name in facts.get("spares", ()):
@@ -106,8 +108,8 @@ def _find_relation_hint(facts: Info) -> str:
     return "" if is_of_value else _find_hint(facts)
 
 
-def _check_limits(option: str, number: Any, facts: Info, hint: str) -> None:
-    """Raise OptionError if a number is not within the limits among the facts. `hint` ends the message."""
+def _check_limits(option: str, number: Any, facts: Info) -> None:
+    """Raise OptionError if a number is not within the declared limits."""
     if not isinstance(number, (int, float)):
         return
     limits = {fact: facts[fact] for fact in LIMITS if fact in facts}
@@ -120,7 +122,7 @@ def _check_limits(option: str, number: Any, facts: Info, hint: str) -> None:
         text = f"from {shown['least']} to {shown['most']}"
     else:
         text = " and ".join(f"{LIMITS[fact].words} {limit}" for fact, limit in shown.items())
-    raise OptionError(f"{option} {show_number(number)}: give a number {text}{hint}")
+    raise OptionError(f"{option} {show_number(number)}: give a number {text}{_find_hint(facts)}")
 
 
 def _join_alternatives(words: Collection[str]) -> str:

@@ -37,7 +37,7 @@ MAX_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
 class FillIn(str):
-    """Placeholder in a printed command for a value that the user has to type, such as the path of a file."""
+    """Placeholder in a printed command for a value that the user has to type, such as a path."""
 
 
 def check_characters(option: str, value: Any) -> None:
@@ -61,7 +61,7 @@ def to_path(option: str, text: str) -> Path:
     """Return the path with `~` resolved.
 
     Raises:
-        OptionError: For a name that no file can have, and for usual mistakes in one that is not there.
+        OptionError: If no file can have the name, or if a missing path shows a common mistake.
     """
     try:
         path = expand_path(text)
@@ -118,7 +118,7 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def show_number(number: float) -> str:
-    """Return a number for messages; a very long one is described by its number of digits."""
+    """Format a number for messages; a very long number is described by its number of digits."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
@@ -133,7 +133,7 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
     """Convert a typed or given value to the type of its option's field.
 
     Raises:
-        OptionError: If it cannot be that type.
+        OptionError: If the value cannot be converted.
     """
     if value is None:
         return None
@@ -234,7 +234,7 @@ _JOINED = (
 def _check_single_pair(option: str, item: str, value: str) -> None:
     """Raise OptionError for two settings in one word, and for a separator behind the value.
 
-    `item` is the whole word. `value` is what follows its first `=`.
+    `item` is the full word. `value` is the part after its first `=`.
     """
     if '"' in value or "'" in value:
         return
@@ -283,7 +283,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _walk(text: str) -> int:
-    """Hash the characters in order: add, subtract, divide or multiply their codes by position."""
+    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position."""
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):
@@ -304,18 +304,18 @@ def _walk(text: str) -> int:
 
 
 def read_full(text: str) -> int:
-    """Read a whole number. Raises ValueError."""
+    """Parse an integer. Raises ValueError if the text is not one."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
     return few_digits(text)
 
 
 def few_digits(text: str) -> int:
-    """Return a text as a whole number.
+    """Parse an integer with a limited number of digits.
 
     Raises:
-        ValueError: If it is none, or has more digits than any number of an option; Python takes long for
-            these.
+        ValueError: If the text is not an integer, or has more digits than any option needs. Python would take
+            long to parse it.
     """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
@@ -325,8 +325,8 @@ def few_digits(text: str) -> int:
 def option_words(values: Mapping[str, Any]) -> list[str]:
     """Return options as words of a command line.
 
-    True is a switch; None, False and an empty sequence leave an option out. One text that begins with - goes
-    behind an equals sign.
+    True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
+    with - is joined to its flag by an equals sign.
     """
     words: list[str] = []
     for name, value in values.items():
@@ -339,7 +339,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def value_words(value: Any) -> list[str]:
-    """Return an option's value as the words of a command line; None has none, a sequence several."""
+    """Return an option's value as words of a command line: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
@@ -350,5 +350,5 @@ def value_words(value: Any) -> list[str]:
 
 
 def missing_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command that the user has to replace, each once."""
+    """Return each distinct word of a command that the user has to replace."""
     return list(dict.fromkeys(word for word in words if isinstance(word, FillIn)))

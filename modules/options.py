@@ -66,9 +66,9 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something
 
 
 def of_request(name: str) -> dict[str, str]:
-    """Return the facts of an option that belongs to a single request; the family reads its value as text.
+    """Return the `facts` of an option that applies to a single request; the family reads its value as text.
 
-    `name` is its key in `Request.extra`. A prompt line may give it too.
+    `name` is the option's key in `Request.extra`. A prompt line may set it too.
     """
     return {**OF_REQUEST, "extra": name}
 
@@ -108,23 +108,40 @@ def option(
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Return a field of an `Options` record, with the facts of its option.
+    """Return a field of an `Options` record, with everything that is known about its option.
 
-    default: False for a switch, else None, when not given. `name` is the public name if the field has
-    another; flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
-    by_place: taken also from words that belong to no option, if its flag is not given. `title` is the heading
-    of its group, if not that of the record. least, most, above, below: limits of a number, or of each of a
-    tuple. `one_of` are its values, where the parser is not to know them. `place` is what a path has to be, or
-    each of a tuple, as `check_path` says. `spares` is the options of this record whose files must not be
-    replaced by this one. `needs` is an option of this record that has to be given too; of a tuple, one of
-    them. `excludes` is the options that cannot be given together with it. only_with: likewise as `needs`, but
-    without it this one is ignored, with a warning. A usual value that is typed has a warning in both cases.
-    acts_if: why it may do nothing -> whether the record lets it act. hint: follows the message on a wrong
-    value, or on `needs` or `excludes` if nothing else limits the value; of a `place` the text behind "Give".
-    `refused` are the values of `choices` -> why they are refused. `known_as` are its names in other programs,
-    for the message on a name that no option has. facts: FREE, NO_PIXELS and the like. settings: further ones
-    of `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
+    For a field that is a record itself, `facts` apply to all of its options, and `settings` are those of
     `add_options`.
+
+    Args:
+        help: Help text.
+        default: Default value; if left out, False for a switch and None for any other option.
+        name: Public name of the option, if it differs from the name of the field.
+        flags: Additional spellings.
+        often: Whether the short help (-h) shows the option.
+        positional: Whether the option is given by position, without a flag.
+        by_place: Whether words that belong to no option are taken as its value if its flag is not given.
+        title: Heading of the option in the help, if it differs from that of the record.
+        least: Smallest allowed number; for a tuple, of each number.
+        most: Largest allowed number.
+        above: Exclusive lower limit.
+        below: Exclusive upper limit.
+        one_of: Allowed values, if the parser must not know them.
+        off: Values that turn the option off, so that it does not count as given.
+        place: What a path has to be, as `check_path` takes it; for a tuple, each path.
+        spares: Options of the record whose files this option's file must not replace.
+        hint: Advice that follows the message about a wrong value, or about `needs` or `excludes` if nothing
+            else limits the value; with `place`, the text that follows "Give".
+        needs: Option of the record that must be given too; for a tuple, one of the options.
+        excludes: Options that cannot be given together with this one.
+        only_with: Like `needs`, but without the other option this one is ignored with a warning. In both
+            cases a default value that is typed causes a warning.
+        acts_if: Maps a reason why the option may have no effect to a function of the record that returns
+            whether it has an effect.
+        refused: Maps values of `choices` that are rejected to the reason.
+        known_as: Names of the option in other programs, for the message about an unknown option.
+        facts: Further facts, such as FREE or NO_PIXELS.
+        **settings: Further arguments of `add_argument`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
     metadata |= {
@@ -186,22 +203,22 @@ def find_rejection(action: argparse.Action) -> Rejection | None:
 
 
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Return a record's attribute for an option that --help lists and that is refused when it is used.
+    """Declare an option of other programs that --help lists but that is rejected when it is used.
 
-    `reason` completes "--flag is refused: ...". The option is a switch unless `settings` give its values.
+    `reason` completes "--flag is refused: ...". The option is a switch unless `settings` describe its value.
     """
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason=reason, instead="", values=values, settings=settings)
 
 
 def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
-    """Return a record's attribute for an option that asks for nothing here; `instead` is a sentence."""
+    """Declare an option of other programs that is accepted but not needed; `instead` explains why."""
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
 class KeyFile(NamedTuple):
-    """A file of settings, for the message on a key of it that is typed as an option."""
+    """A kind of settings file, for the message about one of its keys that is typed as an option."""
 
     read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
     hint: str  # what to write, with {key}
@@ -213,19 +230,22 @@ class KeyFile(NamedTuple):
 class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
 
-    title: the heading of its options in the help; records of one title are listed together. dashed: their
-    public names have - for _. A record checks its facts when it is made, and then runs `__post_init__` for
-    the rest.
+    The class argument `title` is the heading of the options in the help; records with the same title are
+    listed together. With `dashed`, public names have - in place of _. When a record is created, declared
+    limits and relations are checked first; then, if any of its options is given, `__post_init__` checks
+    everything else. With `must_give` it does so even if none is given, because the record needs one.
     """
 
     heading: ClassVar[str] = ""
     dashed: ClassVar[bool] = False
+    must_give: ClassVar[bool] = False
     # files whose keys are likely to be typed as options of the script by mistake
     key_files: ClassVar[tuple[KeyFile, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
-    def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:
+    def __init_subclass__(cls, title: str = "", dashed: bool = False, must_give: bool = False) -> None:
         cls.heading, cls.dashed = title, dashed
+        cls.must_give = must_give or cls.must_give  # of the records that it extends, too
         # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
         for field in dataclasses.fields(cls) if dashed else ():
@@ -254,12 +274,13 @@ class Options:
         # as the last, for a message of what is wrong without any file
         for field in checks.with_place:
             _check_paths(self, field)
-        if hasattr(self, "__post_init__"):  # rules beyond the facts, as dataclasses have them
+        # rules beyond the facts, as dataclasses have them
+        if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
-        """Make the record with its default values, except for the given ones."""
+        """Make the record with default values, except for the given ones."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -304,7 +325,7 @@ _list_checks: Callable[[type], _FieldChecks] = functools.cache(_find_checks)
 
 
 def _name_fields(cls: type) -> "dict[str, dataclasses.Field[Any]]":
-    """Return the fields of a record by the public names of their options."""
+    """Return the fields of a record, by the public name of their option."""
     return {option_name(field): field for field in dataclasses.fields(cls)}
 
 
@@ -331,7 +352,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field.
 
     Raises:
-        TypeError: If it must be given.
+        TypeError: If the field has no default.
     """
     declared = field.metadata.get("declared")
     hint = hints_of(cls)[field.name]
@@ -358,6 +379,17 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
         return True
 
 
+def _has_given(record: Any) -> bool:
+    """Return whether any option of a record, or of the records in it, differs from its default value."""
+    hints = hints_of(type(record))
+    for field in dataclasses.fields(record):
+        # a record that may be left out is compared as a value: given without options, it is not None
+        is_record = dataclasses.is_dataclass(hints[field.name])
+        if _has_given(getattr(record, field.name)) if is_record else is_given(record, field):
+            return True
+    return False
+
+
 def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if the value of a field violates its facts."""
     info = field.metadata
@@ -375,7 +407,7 @@ def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
 
 
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn if an option is ignored, as none of `only_with` is given."""
+    """Warn if an option is ignored because none of the options in its `only_with` is given."""
     option = f"--{option_name(field)}"
     useful = field.metadata.get("only_with", ())
     if useful and not _list_given(record, useful):
@@ -387,11 +419,10 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their default values and have no effect.
+    """Warn of options that are typed with their default values but have no effect without another option.
 
-    Another option is missing for them. Other values are rejected or reported by `_check_info`. Default values
-    change nothing, and commands of other programs contain them. `typed` holds the names of the typed
-    arguments.
+    Values other than the default are rejected or reported by `_check_info`. Default values are accepted,
+    because commands written for other programs contain them. `typed` holds the names of the typed arguments.
     """
     fields = _fields_by_name(type(record))
     for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
@@ -404,9 +435,9 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect.
+    """Return the public names of options with default values that have no effect without another option.
 
-    Another option is missing for them. `written` holds the names of the arguments that the user wrote.
+    `written` holds the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -426,7 +457,7 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def _list_given(record: Any, names: Collection[str]) -> list[str]:
-    """Return those of some options of a record, by public name, that are given and not turned off."""
+    """Return which of the options with these public names are given and not turned off."""
     fields = _fields_by_name(type(record))
     given = [name for name in names if is_given(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
@@ -458,7 +489,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if a path of a field with a `place` is unusable, or would replace a spared file."""
+    """Raise OptionError if a path is not what its `place` declares, or would replace a spared file."""
     fields = _fields_by_name(type(record))
     check_paths(
         f"{'' if field.metadata['declared'].positional else '--'}{option_name(field)}",
@@ -472,14 +503,14 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     """Build the option record `cls` from parsed arguments.
 
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
-    record is read the same way; if the type is `Record | None` and the parser has no argument for that
-    record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Warns of options that are typed with their usual values and do nothing.
+    record is read in the same way; if the type is `Record | None` and the parser has no argument for that
+    record's first field, the field is None. Text becomes Path and lists become tuples according to the
+    field's type. Logs a warning for options that are typed with their default values and have no effect.
 
     Raises:
         OptionError: If a text holds a forbidden character (`bad_character`), if a path is empty, or if a
-            number is infinite or beyond all sense.
-        TypeError: If a field has no argument: that is our mistake, not the user's.
+            number is infinite or absurdly large.
+        TypeError: If a field has no argument, which is our mistake, not the user's.
     """
     hints = hints_of(cls)
     records = _list_records(cls)
@@ -493,6 +524,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             continue
         declared = field.metadata.get("declared")
         argument = option.replace("-", "_")
+        # an option without help is not declared to every parser; its record then holds the default
         if not hasattr(args, argument) and declared is not None and not declared.help:
             values[field.name] = default_of(cls, field)
             continue
@@ -515,7 +547,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """Return the values of an option record, nested records included, by their public names."""
+    """Return the values of an option record, including nested records, by public name."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -524,9 +556,9 @@ def option_values(options: Any) -> dict[str, Any]:
 
 
 def override_options(options: T, values: Mapping[str, Any]) -> T:
-    """Return an option record with other values by public name, in nested records too.
+    """Return a copy of an option record with some values replaced, by public name, in nested records too.
 
-    Names that no field has are left out. Raises OptionError as `read_options` does.
+    Unknown names are ignored. Raises OptionError if a value is not allowed.
     """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
@@ -554,10 +586,9 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with synonyms replaced, such as "va" with "av", so that equal meanings compare equal.
+    """Replace synonyms among values, such as "va" by "av", so that values of equal meaning compare equal.
 
-    `values` have public names. The fact `same_as` of an option maps each synonym to the value that replaces
-    it.
+    `values` are keyed by public name. The fact `same_as` of an option maps each synonym to its replacement.
     """
     info = info_of(cls)
     plain = dict(values)
@@ -574,7 +605,7 @@ def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the public names of a record's given options with a fact, nested records included."""
+    """Return the public names of the given options that have a fact, including those of nested records."""
     names: list[str] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

@@ -26,10 +26,10 @@ OTHER_KINDS = {
 
 
 def check_output_name(option: str, name: str, is_new: bool = True) -> None:
-    """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
+    """Raise OptionError if file and folder names cannot begin with `name`.
 
-    With `is_new`, names that Windows cannot have are rejected on every machine: LoRAs and runs are copied
-    from one to another. A run that has begun under such a name can continue.
+    With `is_new`, names that are invalid on Windows are rejected on every machine, because LoRAs and runs are
+    copied between machines. A run that was started under such a name can continue.
     """
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
@@ -144,19 +144,19 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
-    """Ask whether to overwrite, without the offer of another name; None if there is no terminal."""
+    """Ask whether to overwrite, without offering another name; None if there is no terminal."""
     return ask_at_console(question, offers_name=False)
 
 
 def ask_to_replace(
     paths: Sequence[Path], yes: bool, ask: Callable[[str], Answer | None] = ask_yes_or_no
 ) -> None:
-    """Ask whether files that exist may be replaced; do nothing if there are none, or `yes` is set.
+    """Ask whether existing files may be replaced; do nothing if no file exists or `yes` is set.
 
-    `ask` is as `ask_yes_or_no`.
+    `ask` asks a question and returns the answer, or None if nobody can answer.
 
     Raises:
-        OutputError: If the answer is no, or if there is nobody to ask.
+        OutputError: If the answer is no, or if nobody can answer.
     """
     existing = [path for path in paths if path.exists()]
     if not existing or yes:

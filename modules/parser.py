@@ -57,14 +57,14 @@ _Group = argparse._ActionsContainer
 
 
 class _Word(str):
-    """A word of the command line with an identity of its own, even if other words are equal."""
+    """A word of the command line that can be told apart from other words with the same text."""
 
 
 class Parser(argparse.ArgumentParser):
     """Parser of a script's options.
 
-    A mistake gives one message, with the option or value that was probably meant, and exit code 2. Help shows
-    defaults, and colors on a terminal.
+    A mistake causes a single message, with the option or value that was probably meant, and exit code 2. The
+    help shows defaults, and is colored on a terminal.
     """
 
     # option -> the flag that messages show for it if none is typed, for scripts with names of their own
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
         # whether other arguments, or a file, may replace those that are parsed before records are read
         self.changes_values = False
-        texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
+        texts = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         return short_help(self)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
+        """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
         self._reject_open_line(words)
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _reject_open_line(self, words: Sequence[str]) -> None:
-        """Refuse a command that ends in a line-continuation mark of another shell, such as ` or ^."""
+        """Reject a command that ends in the line-continuation character of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *words][-2:]
         if last not in _LINE_ENDS:
             return
@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _find_typed_names(self) -> dict[str, str]:
-        """Return the flags that were not typed, each with the flag of the same option that was typed."""
+        """Map each flag that was not typed to the typed flag of the same option."""
         names: dict[str, str] = {}
         for action in self._actions:
             shown = self.typed_flags.get(action.dest)
@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
             self._all_typed.add(flag)
 
     def _reject_joined(self, words: Sequence[str]) -> None:
-        """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
+        """Reject two numbers typed as one word, as people write sizes: 832x480."""
         parts: list[str] = []
         for word in words:
             parts += word.split("=", 1) if word[:2] == "--" else [word]
@@ -192,10 +192,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
     def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
-        """Return the words, with those that belong to no option placed after flags of `by_place` options.
+        """Insert flags of `by_place` options in front of words that belong to no option.
 
-        `takers` are the `by_place` options. The first free word goes to the first one without a value, and so
-        on; an option of several values takes all words.
+        `takers` are the `by_place` options. The first free word goes to the first option without a value, and
+        so on; an option that takes several values gets all remaining words.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         parsed, unused = self._parse_without_required(typed)
@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
         return [*used, *joined]
 
     def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
-        """Return argparse's result, and the words that it leaves, also if options are missing."""
+        """Parse even if required options are missing; return the result and the remaining words."""
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
@@ -234,7 +234,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._respell(words), namespace)
 
     def _respell(self, words: Sequence[str]) -> list[str]:
-        """Correct usual spellings: hyphens in place of underscores, and `12 GB` as two words."""
+        """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
         for place in range(len(spelled) - 1, 0, -1):
@@ -282,10 +282,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def _reject_unknown(self, words: Sequence[str]) -> None:
-        """Exit with a message on all words that look like options and are none of this script."""
+        """Exit with a message about all words that look like options but are not options of this script."""
         messages: dict[str, None] = {}  # each once, in order
         end = words.index("--") if "--" in words else None
         for before, word in pairwise(["", *words[:end]]):
+            looks_like_option = word.startswith("-") or _DASHES.match(word) is not None
+            if not looks_like_option or word.partition("=")[0] in self._option_string_actions:
+                continue
             for message in (self._explain_dash(word), self._explain_unknown(before, word)):
                 if message:
                     messages[message] = None
@@ -302,9 +305,9 @@ class Parser(argparse.ArgumentParser):
         return f"{name} begins with a typographic dash, not with --. Write {plain}"
 
     def _explain_unknown(self, before: str, word: str) -> str:
-        """Explain a word that looks like an option and is not one; "" for any other word.
+        """Explain a word that looks like an option but is not one; "" for any other word.
 
-        `before` is the previous word.
+        `before` is the preceding word.
         """
         flags = self._option_string_actions
         name = word.partition("=")[0]
@@ -343,7 +346,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{shown} is no choice. Use {', '.join(choices)}.{near}")
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
-        """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
+        """Count an option's values as argparse does, but name the expected values if there are too few."""
         names = action.metavar
         try:
             return super()._match_argument(action, arg_strings_pattern)
@@ -358,7 +361,7 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert a word as argparse does, but explain an option's values in plain words."""
+        """Convert a word as argparse does, but explain the allowed values in plain words."""
         try:
             value = super()._get_value(action, arg_string)
         except argparse.ArgumentError:
@@ -372,7 +375,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _explain_number(action: argparse.Action, word: str) -> str:
-    """Return a message on a word that is not a number, for an option that takes numbers."""
+    """Return the message about a word that is not a number, for an option that takes numbers."""
     parts = word.split(",")
     point = f"write a decimal point: {'.'.join(parts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
@@ -392,7 +395,7 @@ def _explain_number(action: argparse.Action, word: str) -> str:
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Return other flags of options that were typed, each with the flag to show; see `name_as_typed`."""
+    """Map the flags by which messages call typed options to the flags that the user typed."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 
@@ -408,11 +411,11 @@ def add_options(
 ) -> None:
     """Declare the options of records, and of the records in them, to a parser.
 
-    An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
-    `without` are options that the script does not have, whose record holds the default. `defaults` and
-    `settings` (of `add_argument`, such as `help`. `flags` for further spellings. `refused` as in `option`)
-    are the script's own. `refused` says why the script refuses an option. `group` is where a record without a
-    title goes.
+    An optional record in a record (`Record | None`) is declared only if it is passed itself. All mappings are
+    by public name. `without` are options that the script does not have; their records hold the default.
+    `defaults` and `settings` replace those of the declaration; `settings` are arguments of `add_argument`,
+    such as `help`, or `flags` (additional spellings) and `refused` (see `option`). `refused` gives the reason
+    why the script rejects an option. `group` takes the options of records without a title.
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
@@ -427,7 +430,7 @@ def add_options(
 
 
 class _ScriptChanges(NamedTuple):
-    """Changes of a script to the options in its records, by public name; see `add_options`."""
+    """Changes that a script makes to the declared options of its records, by public name."""
 
     without: Collection[str]
     defaults: Mapping[str, Any]
@@ -491,10 +494,10 @@ def _add_field(
 
 
 def _list_checked_info(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
-    """Return the facts by which the value of a field is checked.
+    """Return the declared facts by which the value of a field is checked.
 
-    default: What the script has if the option is not typed. If the record has another default, it is the fact
-    `usual`.
+    `default` is the script's value if the option is not typed; if it differs from the record's default, it is
+    stored as the fact `usual`.
     """
     info = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]
@@ -517,7 +520,7 @@ def _list_rejections(cls: type[Options]) -> list[tuple[str, Rejection]]:
 
 
 def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Rejection) -> None:
-    """Declare an option of other programs, with a help that says why it is refused or not needed."""
+    """Declare an option of other programs; its help says why it is rejected or not needed."""
     tail = "" if refusal.reason else f"not needed: {refusal.instead}"
     text = "; ".join(part for part in (refusal.help, tail) if part)
     text = text or refusal.reason.replace("%", "%%")
@@ -529,7 +532,7 @@ def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Reject
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """Return the parser's group with a title, which is added if it is not there."""
+    """Return the parser's group with a title; add the group if it does not exist."""
     for group in parser._action_groups:
         if group.title == title:
             return group
@@ -541,7 +544,7 @@ def _add_option(
 ) -> argparse.Action:
     """Declare an option to a group of the parser.
 
-    `settings` are those of `add_argument`, also those of the script.
+    `settings` are the arguments of `add_argument`, including those that the script changes.
     """
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))

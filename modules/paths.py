@@ -35,10 +35,10 @@ _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-
 
 
 def expand_path(text: str, base: Path | None = None) -> Path:
-    """Return the path with `~` resolved; a relative one is in the folder `base`.
+    """Return the path with `~` resolved; a relative path is taken to be in the folder `base`.
 
-    Quotation marks around it are removed, as file managers copy paths with them, unless there is a file of
-    the name with them. Raises ValueError, saying why, if no file can have that name.
+    Quotation marks around the text are removed, because file managers copy paths with them, unless a file
+    whose name includes them exists. Raises ValueError with the reason if no file can have the name.
     """
     if "\0" in text:
         raise ValueError("it holds the character NUL (\\u0000), which no file's name can have")
@@ -59,7 +59,8 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
     r"""Return whether a path is on a share of another machine (\\machine\share) that a base is not on.
 
-    Windows logs in there as soon as the path is looked at, so a path from a file of somebody else is not.
+    Windows logs in to such a machine as soon as it accesses the path, so paths in files that somebody else
+    wrote must be checked before they are accessed.
     """
     return path.drive.startswith("\\\\") and path.drive.lower() != base.drive.lower()
 
@@ -90,8 +91,8 @@ def path_from(folder: Path, path: Path) -> str:
 def number_key(name: str) -> tuple[tuple[str | int, ...], str, str]:
     """Return a sort key of a file's name that compares numbers as numbers and ignores case.
 
-    `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are padded with zeros to
-    one width keep the order that they have as texts. The suffix counts last.
+    `2.png` comes before `10.png`, and `a.png` before `B.png`. Names whose numbers are zero-padded to the same
+    width keep their order as texts. The suffix is compared last.
     """
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
     # text, number, text, number, ..., text: so that texts are compared with texts, numbers with numbers
@@ -141,9 +142,9 @@ def explain_path(text: str) -> str | None:
 
 
 def explain_missing(path: Path) -> str:
-    """Return a hint, which begins with a blank, about a path that names nothing; "" if there is none.
+    """Return a hint, beginning with a blank, about a path that does not exist; "" if there is no hint.
 
-    `$MODELS/wan.safetensors` is `/wan.safetensors` if the variable is not set.
+    For example, `$MODELS/wan.safetensors` becomes `/wan.safetensors` if the variable is not set.
     """
     if path.is_absolute() and path.parent == Path(path.anchor):
         return f" It is at the very top, in {path.anchor}: is a variable that stood before it not set?"
@@ -156,7 +157,7 @@ def explain_missing(path: Path) -> str:
 def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     """Return a missing path with its first missing part replaced by the most similar name that is there.
 
-    None if no name is similar, or the rest is not there either.
+    The result is None if no name is similar, or if the remaining path does not exist below the similar name.
     """
     missing = next((ancestor for ancestor in (path, *path.parents) if path_exists(ancestor.parent)), path)
     names: list[str] = []
@@ -220,7 +221,7 @@ def hide_secrets(text: str) -> str:
 def address_identity(address: str) -> str:
     """Return a file's identity: the address without password, signature and `#...`.
 
-    Not to be shown: its query may hold a secret of a kind that is not known here.
+    Do not show it to users: the query may hold a secret of an unknown kind.
     """
     if _PLAIN.fullmatch(address):
         return address

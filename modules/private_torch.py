@@ -43,7 +43,7 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
-    """Multiply matrices in 8 bits with scales; `settings` are those of torch's `_scaled_mm`."""
+    """Multiply 8-bit matrices with scales; `settings` are further arguments of torch's `_scaled_mm`."""
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
 
@@ -51,7 +51,8 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **set
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the sums of products of int8 values, int32.
 
-    CUDA wants more than 16 rows and multiples of 32 (on Turing; later ones of 8): zeros are added there.
+    CUDA requires more than 16 rows, and sizes that are multiples of 32 (Turing) or 8 (later GPUs), so
+    matrices are padded with zeros on CUDA.
 
     Args:
         a: M K.
@@ -84,8 +85,8 @@ def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> Non
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
     """Send row i of each tensor, P ..., to process i of a group; return the rows that the P processes send.
 
-    `group` is its name. All rows are sent at the same time. Not differentiable; unlike public functions it
-    compiles.
+    `group` is the group's name. All rows are sent at the same time. Not differentiable. Unlike torch's public
+    functions, it can be compiled.
     """
     functional = torch.ops._c10d_functional
     sent = [
@@ -130,7 +131,7 @@ def has_triton_package() -> bool:
 
 
 def has_triton() -> bool:
-    """Return whether Triton is installed and works with the device here."""
+    """Return whether Triton is installed and supports this machine's device."""
     from torch.utils import _triton
 
     return _triton.has_triton()

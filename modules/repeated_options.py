@@ -83,8 +83,8 @@ def accepted_options(
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
     """Return the options of a record that differ from their defaults.
 
-    `typed` is the spelling of the given options by public name; options not in it are left out, as a script
-    may have defaults of its own. None means that all are given.
+    `typed` maps the public names of given options to their spelling; options that are not in it are left out,
+    because a script may have its own defaults. None means that all options were given.
     """
     accepted = accepted_options(type(options))
     return [
@@ -106,11 +106,15 @@ def _list_given_values(options: Any) -> Iterator[tuple[str, Any]]:
 def join_options(
     record: type[Options], chosen: Mapping[str, Any], repeated: Iterable[RepeatedOption]
 ) -> dict[str, Any]:
-    """Return the options of a command by flag: the chosen ones, then those of earlier commands that it has.
+    """Combine chosen options with those of earlier commands; return the values by flag.
 
-    `record` is that of the command. `chosen` are the value by flag; None and False leave an option out, and
-    it is not repeated either. A chosen option is spelled as the user typed it, and a `FillIn` takes the
-    repeated value.
+    Options that the command does not have are left out. A chosen value replaces that of an earlier command,
+    except that a `FillIn` is filled with the earlier value. Options are spelled as the user typed them.
+
+    Args:
+        record: Record of the command's options.
+        chosen: Chosen values by flag. None and False leave an option out; it is then not repeated either.
+        repeated: Options of earlier commands.
     """
     accepted = accepted_options(record)
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
@@ -119,9 +123,12 @@ def join_options(
         name = next(find_names(option, accepted, by_flag), None)
         if name is None:
             continue
-        default, value = joined.get(name, (accepted[name].flags[-1], option.value))
-        value = option.value if isinstance(value, FillIn) else value
-        flag = option.typed if option.typed in accepted[name].flags else default
+        flags = accepted[name].flags
+        flag, value = joined.get(name, (flags[-1], option.value))
+        if isinstance(value, FillIn):
+            value = option.value
+        if option.typed in flags:
+            flag = option.typed
         joined[name] = flag, value
     return dict(joined.values())
 
@@ -129,9 +136,9 @@ def join_options(
 def find_names(
     option: RepeatedOption, accepted: Mapping[str, AcceptedOption], by_flag: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield the public names in a record of an earlier command's option; most have one or none.
+    """Yield the public names that an earlier command's option has in a record, usually one or none.
 
-    The name of the spelling that was typed comes first.
+    The name that matches the typed spelling comes first.
     """
     spellings = (option.typed, f"--{option.name}", *option.flags)
     names = dict.fromkeys(by_flag[flag] for flag in spellings if flag in by_flag)
@@ -141,9 +148,9 @@ def find_names(
 
 
 def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
-    """Return a record with the values of earlier commands in place of its own defaults.
+    """Return a record in which values of earlier commands replace defaults.
 
-    Values that the record refuses together with its own are left out.
+    Values that the record rejects in combination with its own are left out.
     """
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

@@ -62,8 +62,8 @@ def text_form(options: Any) -> str | None:
 def text_form_option() -> Any:
     """Return the field `text_encoder_form` of a family's options, next to `fp8_text_option`."""
     return option(
-        "form in which the text encoder's linear layers are kept: fp8, int8 (rotated; as small, closer to 16 "
-        "bits) or nf4 (half of that, less exact)",
+        "storage format of the text encoder's linear layers: fp8, int8 (rotated; same size, closer to "
+        "16 bits) or nf4 (half the size, less exact)",
         choices=("fp8", "int8", "nf4"),
     )
 

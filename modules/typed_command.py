@@ -9,8 +9,8 @@ from modules.errors import OptionError
 
 # the help of an option with such a command
 AT_END = (
-    "start this command once the run has finished, stopped or failed; REELSMITH_STATE and other variables "
-    "say what happened; it has to be typed, as no file may start a program"
+    "run this command once the training has finished, stopped or failed; REELSMITH_STATE and other "
+    "variables describe the result; it must be typed, because no file may start a program"
 )
 # programs whose first word is a script
 INTERPRETERS = ("python", "bash", "sh", "zsh", "perl", "ruby", "node")

@@ -18,9 +18,9 @@ MAX_BYTES = 1 << 16
 
 
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
-    """Return the folder of these files, which need not exist.
+    """Return the folder of the user's own files of this program, which need not exist.
 
-    It is where the system wants what programs remember: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
+    It is in the system's folder for state of programs: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
     Support.
 
     Raises:
@@ -60,7 +60,7 @@ def write_user_file(name: str, text: str) -> Path:
 
 
 def read_user_file(name: str) -> str | None:
-    """Return the text of such a file; None if it is missing, unreadable, or open to other users."""
+    """Return the text of a file in the user's folder; None if missing, unreadable, or open to other users."""
     try:
         path = user_folder() / name
         status = path.lstat()
@@ -72,7 +72,7 @@ def read_user_file(name: str) -> str | None:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Return whether a file is this user's alone. On Windows its folder is."""
+    """Return whether only this user can access a file; on Windows, the folder itself ensures that."""
     if sys.platform == "win32":
         return True
     return status.st_uid == os.getuid() and not status.st_mode & 0o077

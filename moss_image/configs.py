@@ -14,7 +14,7 @@ RELEASE = ModelRelease(
     "apache-2.0",
     "https://www.apache.org/licenses/LICENSE-2.0",
 )
-AXES = 4  # of positions: reference, clock, row, column; each has a quarter of a head's channels
+AXES = 4  # axes of positions: reference, clock, row, column; each rotates a quarter of a head's channels
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MossImageConfig:
     num_heads: int
     num_layers: int
     refiner_blocks: int  # over the text alone
-    channels: int  # of the latents, which are tokens
+    channels: int  # number of latent channels; each latent position is a token
     text_dim: int  # width of the language model's states
     freq_dim: int = 256
     rope_theta: float = 10000.0

@@ -60,7 +60,7 @@ class MossImage(pictures.ModelOfImages):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     schedule: str = own.OFFICIAL
     skips: NegativeSkipChoice = NegativeSkipChoice()
     isolated: bool = True  # references attend to each other alone
@@ -93,7 +93,7 @@ class MossImage(pictures.ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return ReferenceRules(most=MAX_REFERENCES, seen_by_text=True)
 
     # layouts

@@ -12,7 +12,7 @@ from modules.text_files import read_object
 
 LABELS = ("object", "character", "text")
 CANVASES = ("single", "multi_panel", "collage")
-SPACE, FORMAT = "abs_centralized", "yxyx"  # of the boxes
+SPACE, FORMAT = "abs_centralized", "yxyx"  # how the boxes are written
 BOX_SIDES = 4
 
 

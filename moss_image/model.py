@@ -37,7 +37,7 @@ from running.run_blocks import BlockNetwork, Hidden
 
 ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
 END_ROWS = 2  # that modulate the final norm: shift and scale
-GATE_CAP, VALUE_CAP = 4.0, 25.0  # of the two halves of a feed-forward, as trained
+GATE_CAP, VALUE_CAP = 4.0, 25.0  # limits of the two halves of a feed-forward layer, as in training
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
@@ -122,7 +122,8 @@ class MossImageBlock(GroupedAttention):
         self.proj = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "qkvo"})
         self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
         self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
-        self.remembered: Sequence[Tensor] = ()  # of references in front, B R N D; see `running/memories.py`
+        # keys and values of the references in front, B R N D; see `running/memories.py`
+        self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:
         """Return query, key and value, each B L N D, of modulated tokens B L C; the first two normed."""
@@ -170,7 +171,7 @@ class MossImageBlock(GroupedAttention):
 class MossImageLayout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: Grid  # of the image's tokens; (0, 0): there is no image
+    grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
     references: tuple[Grid, ...]
     texts: int  # tokens of each text, with padding
     # real tokens of each text, which are the clock of its image and references; one number if all are alike
@@ -385,7 +386,8 @@ class MossImageModel(BlockNetwork):
         """Return the rows that modulate all blocks and the end, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
-        time = run_float32(second, functional.silu(run_float32(first, waves)))  # no SiLU behind the second
+        # no SiLU after the second layer
+        time = run_float32(second, functional.silu(run_float32(first, waves)))
         rows = run_float32(self.shared_block_modulation, time).unflatten(1, (ROWS, -1))
         end_rows = run_float32(self.video_head_modulation, time).unflatten(1, (END_ROWS, -1))
         return torch.cat([rows, end_rows], dim=1)

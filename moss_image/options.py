@@ -21,9 +21,9 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "MOSS-Image"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS, GUIDANCE = 50, 3.0
-SHIFT = 5.0  # of the noise levels of a generation; training has its own
+SHIFT = 5.0  # shift of the noise levels in generations; training has its own
 SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")
 SKIPPED = "22"  # block that the negative pass leaves out, from 0
 NO_BLOCKS = "none"
@@ -31,7 +31,7 @@ NO_BLOCKS = "none"
 EXTRAS = {name: name for name in ("moss_schedule", "negative_skip_blocks")}
 _VERSION = "Base and SFT have the same tensors and settings; --dit says which."
 _JOINT = (
-    "references attend to the picture and the text too, for LoRAs that were trained so (ai-toolkit with "
+    "references attend to the image and the text too, for LoRAs that were trained so (ai-toolkit with "
     "kv_cache off); default: to each other alone, and they are computed once for each prompt"
 )
 _SCHEDULE = (
@@ -58,14 +58,14 @@ class MossImageTextOptions(TextEncoderOptions):
 
 
 class MossImageLatentCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_latents.py besides the shared ones."""
+    """Options of moss_image_cache_latents.py in addition to the shared ones."""
 
     vae: Flux2VaeOptions
     model_version = not_needed(_VERSION)
 
 
 class MossImageTextCachingOptions(Options, title=NAME):
-    """Options of moss_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of moss_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: MossImageTextOptions = option(settings={"text_encoder": {"required": True}})
     model_version = not_needed(_VERSION)
@@ -82,19 +82,19 @@ class MossImageModelOptions(Options, title=NAME):
 
 
 class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_train_network.py besides the shared ones."""
+    """Options of moss_image_train_network.py in addition to the shared ones."""
 
     moss_schedule: str = option(f"of samples: {_SCHEDULE}", default=OFFICIAL, choices=SCHEDULES, facts=FREE)
     negative_skip_blocks: str = option(f"of samples: {_SKIPS}", default=SKIPPED, facts=FREE)
     negative_skip_start: float = option(
-        "of samples: share of the steps at which the skipping begins",
+        "of samples: fraction of the steps at which the skipping begins",
         default=0.0,
         least=0,
         most=1,
         facts=FREE,
     )
     negative_skip_end: float = option(
-        "of samples: share of the steps at which it ends", default=1.0, least=0, most=1, facts=FREE
+        "of samples: fraction of the steps at which it ends", default=1.0, least=0, most=1, facts=FREE
     )
     joint_references: bool = option(f"of edits: {_JOINT}", facts=HABIT)
 
@@ -104,17 +104,17 @@ class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
 
 
 class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
-    """Options of moss_image_generate_image.py besides the shared ones."""
+    """Options of moss_image_generate_image.py in addition to the shared ones."""
 
     moss_schedule: str = option(
         _SCHEDULE, default=OFFICIAL, choices=SCHEDULES, facts=of_request("moss_schedule")
     )
     negative_skip_blocks: str = option(_SKIPS, default=SKIPPED, facts=of_request("negative_skip_blocks"))
     negative_skip_start: float = option(
-        "share of the steps at which the skipping begins", default=0.0, least=0, most=1, facts=OF_REQUEST
+        "fraction of the steps at which the skipping begins", default=0.0, least=0, most=1, facts=OF_REQUEST
     )
     negative_skip_end: float = option(
-        "share of the steps at which it ends", default=1.0, least=0, most=1, facts=OF_REQUEST
+        "fraction of the steps at which it ends", default=1.0, least=0, most=1, facts=OF_REQUEST
     )
     joint_references: bool = option(_JOINT, facts={**OF_REQUEST, **OF_REFERENCES})
 

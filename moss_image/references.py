@@ -9,7 +9,7 @@ from torch import Tensor
 from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_frame
 
-SHOWN_PIXELS = 384 * 384  # of an image that the text encoder sees, at most
+SHOWN_PIXELS = 384 * 384  # maximum size of an image for the text encoder
 
 
 def shrink(picture: Tensor) -> Tensor:

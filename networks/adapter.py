@@ -41,7 +41,7 @@ OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 @dataclass(frozen=True)
 class NormReport:
-    """Result of `--scale_weight_norms` at a step: number of scaled modules, and the norms afterwards."""
+    """Result of `--scale_weight_norms` at a step: the number of scaled modules, and the norms afterwards."""
 
     keys_scaled: int
     mean_norm: float
@@ -70,7 +70,7 @@ class ForeignNetwork:
         unet_lr: float | None = None,
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and a name of each for logs, as `OwnNetwork` does."""
+        """Return parameter groups for the optimizer, and the name of each group for logs."""
         if not hasattr(self.module, "prepare_optimizer_params"):
             learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return [{"params": learning, "lr": learning_rate}], ["unet"]
@@ -125,7 +125,7 @@ class ForeignNetwork:
             self.module.before_optimizer_step()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """After an optimizer step, scale modules above this norm down to it (`--scale_weight_norms`).
+        """After an optimizer step, scale modules with a larger norm down to it (`--scale_weight_norms`).
 
         Returns the three numbers of a `NormReport` on `device`.
         """
@@ -185,9 +185,9 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 
 
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a file has alphas outside of its tensors, other than those of a network.
+    """Raise CheckpointError if the alphas in a file's header or PEFT settings differ from a network's alphas.
 
-    Loading sets only tensors; the scale was computed at construction.
+    Loading a state dict sets only tensors; each layer computed its scale from alpha when it was built.
 
     Args:
         path: Path of the file.
@@ -225,8 +225,8 @@ def check_network(
     Args:
         options: Options of the run.
         name: Name of the module.
-        depths: Known numbers of the model's blocks by list.
-        numbered: See `DitSpec`.
+        depths: Number of blocks in each list of the model, as far as it is known.
+        numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
         settings, _ = read_own(name, _arguments_of(options))
@@ -252,9 +252,9 @@ def make_network(
     in_dit: bool = True,
     resumed: Mapping[str, Tensor] | None = None,
 ) -> TrainableNetwork:
-    """Build the network that the options ask for, load `--network_weights`, and put it into the models.
+    """Build the network that the options ask for, load `--network_weights`, and attach it to the models.
 
-    Modules that only the file or the state has are added, see `build_network`. Parameters are on the CPU;
+    Modules that only the file or the resumed state has are added to the network. Parameters are on the CPU;
     move `.module` to the device.
 
     Args:
@@ -265,7 +265,7 @@ def make_network(
         encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
             of their learning rates.
         in_dit: Whether the DiT gets a network too.
-        resumed: Tensors of the state that will be loaded into it; None without a state.
+        resumed: Tensors of the state that will be loaded into the network; None if the run starts anew.
 
     Raises:
         OptionError: If the module or its settings cannot be used.

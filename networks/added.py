@@ -89,13 +89,13 @@ class AddedPart:
     def __init__(
         self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """Hold the change of one module; it acts after `place_on`.
+        """Hold the change of one module; it has an effect only after `place_on`.
 
         Args:
             place: Parameter that is changed.
             delta: The change, on the CPU.
             multiplier: Strength.
-            by_frozen_norms: See `Magnitudes.decompose`.
+            by_frozen_norms: Whether DoRA magnitudes refer to the norms of the frozen weight alone.
         """
         self.place = place
         self.delta = delta
@@ -136,12 +136,12 @@ class AddedPart:
 
     @property
     def is_made_full(self) -> bool:
-        """Whether the addition is held as a full matrix, not as factors."""
+        """Whether the addition is stored as a full matrix instead of factors."""
         return self._full is not None
 
     @property
     def sets_weight(self) -> bool:
-        """Return whether it takes the place of the weight and of earlier changes."""
+        """Return whether this change replaces the weight and all earlier changes."""
         return self.delta.sets_weight
 
     @property
@@ -237,7 +237,7 @@ class AddedPart:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return the input times the multiplier and the down factor, also that of a 1x1 convolution."""
+        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution)."""
         # as one product even if x is strided: torch does so for the factors that are trained, so that both
         # give the same to the last bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
@@ -245,7 +245,7 @@ class AddedPart:
         return self._masked(hidden * self.multiplier)
 
     def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return values between the factors, without those of ranks that do not act.
+        """Return the values between the factors with inactive ranks masked out.
 
         Args:
             hidden: The values.
@@ -305,12 +305,12 @@ class AddedLayer(nn.Module):
             part.place_on(device, dtype)
 
     def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Place the parts on a device and let them act."""
+        """Move the parts to a device and activate them."""
         self.place_on(device, dtype)
         self.is_on = True
 
     def switch_off(self) -> None:
-        """Stop the parts and release their tensors."""
+        """Deactivate the parts and release their tensors."""
         self.is_on = False
         for part in self.parts:
             part.release()
@@ -351,7 +351,7 @@ class AddedLayer(nn.Module):
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
-        """Run a matrix or a convolution of which a part sets the weight; earlier parts keep their biases."""
+        """Run a layer whose weight one part replaces; of the earlier parts only the biases remain."""
         plain = self._before(x)
         out = plain.clone()
         for index, part in enumerate(parts):
@@ -483,9 +483,10 @@ _STAGE_LORAS = "_stage_loras"  # attribute of a network
 
 
 def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
-    """Put the LoRAs that a family's stages have into its network, switched off: see `stage_loras_of`.
+    """Put the LoRAs of a family's generation stages into its network, switched off.
 
-    Raises as `add_loras`.
+    Raises:
+        CheckpointError: If a file does not fit the model or has magnitudes.
     """
     loras = [
         add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)
@@ -551,7 +552,7 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
 
 
 def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Delta]:
-    """Return the changes by a file for the modules of a model; warn of modules that the model lacks.
+    """Return the changes that a file makes to the modules of a model; warn of modules that the model lacks.
 
     Args:
         lora: The LoRA file.
@@ -594,7 +595,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
 def _misfit(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a file of which a model has no module.
+    """Return the error for a LoRA file if the model has none of its modules.
 
     Args:
         lora: The LoRA file.

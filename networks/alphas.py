@@ -50,7 +50,7 @@ _LONGEST = 20  # most characters of a value in a message
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings of one place, as PEFT names them: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
+    """Settings from one place, by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
 
     place: str  # for messages
     settings: Mapping[str, Any]
@@ -82,7 +82,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas of those modules that have none among their factors."""
+    """Alphas for modules that have no alpha among their factors in the file."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
     words: str  # their source, or that there are none; "" if every module has its own
@@ -98,7 +98,7 @@ def find_alphas(
     start: str,
     stacked: Mapping[str, int],
 ) -> FoundAlphas:
-    """Find alphas for modules that have none, in the header or in PEFT settings there or in a file.
+    """Find alphas for modules that have none: in the header, or in PEFT settings in the header or a file.
 
     Args:
         path: Path of the file.
@@ -108,10 +108,11 @@ def find_alphas(
         modules: Factors by module name.
         paths: Paths of these modules, as in the file.
         start: Prefix of their network in pipelines of diffusers; "" if it has none.
-        stacked: Number of factors that were joined into a module's own, each of the trained rank, by module.
+        stacked: By module, the number of factors of the trained rank that were joined into its own factors.
 
     Raises:
-        CheckpointError: If two places differ, ValueError and the like if PEFT's settings cannot be used.
+        CheckpointError: If two sources of alphas contradict each other.
+        ValueError: If PEFT's settings cannot be used; other errors of parsing may pass through as well.
     """
     ranks = _ranks_without_alpha(modules, stacked)
     if not ranks:
@@ -147,7 +148,7 @@ def find_alphas(
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each source of the file whose alpha is for other ranks than the file has."""
+    """Return a warning for each source of alphas that assumes a rank which no module in the file has."""
     shown = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -218,7 +219,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def read_folded(metadata: Mapping[str, str]) -> dict[int, float]:
-    """Return rank -> alpha / rank of the metadata `FOLDED`; {} if there are none that can be used."""
+    """Return alpha / rank by rank, from the metadata entry `FOLDED`; {} if it is missing or unusable."""
     try:
         entries = parse_json(metadata.get(FOLDED, "{}"))
         strengths = {int(rank): float(strength) for rank, strength in entries.items()}
@@ -292,17 +293,17 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
 
 
 def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
-    """Return the value of the first key that there is; None if there is none of them."""
+    """Return the value of the first of `keys` that is present; None if none is."""
     return next((values[key] for key in keys if key in values), None)
 
 
 def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas in the settings, JSON, that a file's header holds."""
+    """Return the alphas in the JSON settings of a file's header."""
     sources: list[_Source] = []
     warnings: list[str] = []
     for key in _SETTINGS:
         if key == "config" and not _has_alpha(key, metadata.get(key, "")):
-            continue  # of a model, or of anything
+            continue  # "config" may describe anything, such as the model
         try:
             settings = parse_json(metadata.get(key, "{}"))
             sources += _sources_in_json(f"its metadata ({key})", settings, start)
@@ -330,7 +331,7 @@ def _sources_in_folder(path: Path, start: str) -> _Sources:
 
 
 def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
-    """Return the settings in JSON for the network that a pipeline calls `start`, in any spelling.
+    """Return the JSON settings for the network that a diffusers pipeline calls `start`, in any spelling.
 
     Settings without an alpha may hold nested ones, as PEFT's for several adapters do.
 
@@ -514,7 +515,13 @@ def peft_alphas(
     config: Mapping[str, Any],
     stacked: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Return the alphas that PEFT settings give to modules; the arguments are those of `find_alphas`.
+    """Return the alphas that PEFT settings give to modules without an alpha of their own.
+
+    Args:
+        modules: Factors by module name.
+        paths: Paths of these modules, as in the file.
+        config: Content of PEFT's adapter_config.json.
+        stacked: By module, the number of factors of the trained rank that were joined into its own factors.
 
     Raises:
         ValueError: If the settings cannot be used.

@@ -77,7 +77,7 @@ class Change:
     def fit(
         self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
     ) -> "Change":
-        """Return the change fitted to this weight, which may be a part of the LoRA's module, or contain it.
+        """Return the change fitted to a weight, which may be a part of the LoRA's module or contain it.
 
         Args:
             relative: How the weight and the LoRA's module are related; None if they are the same.
@@ -109,7 +109,10 @@ class Change:
         return change
 
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
-        """Return a rotation of inputs fitted to a weight, which all of its rows have, or those of a part.
+        """Return an input rotation fitted to a weight.
+
+        The rotation applies to all rows of the weight, or only to the rows of one part if the LoRA's module
+        is that part.
 
         Args:
             relative: How the weight and the LoRA's module are related; None if they are the same.
@@ -138,7 +141,7 @@ class Change:
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
     def _describe_error(self, shape: list[int], expected: list[int]) -> str:
-        """Return the reason why the change does not fit, as in "it has ..."; "" if it fits.
+        """Return a clause such as "it has ..." that says why the change does not fit; "" if it fits.
 
         Args:
             shape: Shape of the change.
@@ -176,9 +179,9 @@ class Change:
         return replace(self, delta=self.delta.with_factors(factors), rows=slice(start, start + size[0]))
 
     def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
-        """Return the change for a relative of the LoRA's module.
+        """Return the change for a related weight: a part of the LoRA's module, or one that contains it.
 
-        If the numbers of rows do not match it is unchanged, and `fit` finds the wrong shape.
+        If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
         """
         height = self.shape()[0]
         weight_height = len(weight)
@@ -208,7 +211,7 @@ class Change:
 
     @property
     def sets_weight(self) -> bool:
-        """Return whether it takes the place of the weight and of all earlier changes, as in ComfyUI."""
+        """Return whether this change replaces the weight and all earlier changes, as in ComfyUI."""
         return self.delta.sets_weight and self.leaf == "weight" and self.use.multiplier != 0
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
@@ -216,8 +219,9 @@ class Change:
 
         Args:
             total: Sum of changes of these rows, changed in place.
-            block: Rows, which may be every n-th; None for all.
-            weight: These rows before any change; a change that `sets_weight` is written into it, float32.
+            block: Rows of the parameter, possibly with a step; None for all.
+            weight: These rows before any change, float32. A change that replaces the weight is written into
+                them.
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
@@ -326,9 +330,10 @@ def _sum_changes(
 
     Args:
         changes: Changes of the parameter.
-        rows: See `Change.add_to`.
-        weight: See `Change.add_to`.
-        sample: Records what each file adds; if `rows` are given, they are those of the sample.
+        rows: Rows of the parameter to compute; None for all.
+        weight: Original values of these rows. A change that replaces the weight is written into them.
+        sample: Records what each file adds to the sampled rows; None to record nothing. If `rows` is given
+            too, the rows must be the sampled ones.
     """
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for change in changes:
@@ -341,14 +346,14 @@ def _sum_changes(
 def _round_into(
     weight: Tensor, base: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0
 ) -> None:
-    """Write the sum of base and changes into these elements of a parameter.
+    """Write the sum of the base values and the changes into some elements of a parameter.
 
     Args:
         weight: Elements of the parameter, changed in place.
         base: Values of the elements before the changes.
         total: Sum of the changes.
-        at_random: Random rounding; None rounds to the nearest.
-        start: Number of the parameter's elements before these.
+        at_random: Source of stochastic rounding; None rounds to the nearest value.
+        start: Number of elements of the parameter that precede these.
     """
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
@@ -384,7 +389,7 @@ class LoraPatch:
             parameter_names: Tensor names of a model file in another layout, such as that of diffusers.
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
-            is_masked: Whether the changes stay unmerged because their ranks are masked by the noise level.
+            is_masked: Whether the changes cannot be merged because their ranks are masked by the noise level.
         """
         self._is_masked = is_masked
         self._uses = tuple(uses)
@@ -421,7 +426,10 @@ class LoraPatch:
         Args:
             name: Name of the weight.
             weight: The weight; it is not changed.
-            target: See `add_to`, as for errors.
+            target: Dtype to which the caller rounds the changed weight; None for that of the weight.
+
+        Raises:
+            CheckpointError: If a LoRA has another size.
         """
         return self.add_to(name, weight.clone(), target) if self._find(name) else weight
 
@@ -474,8 +482,8 @@ class LoraPatch:
         Args:
             name: Name of the parameter.
             device: Device of the parameter.
-            dtype: See `LoraRounding.select_random`.
-            sample: See `LoraRounding.select_random`.
+            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
+            sample: Rows on which rounding to the nearest is judged; None if no sample is needed.
         """
         if self._rounding is None or not self._rounding.select_random(dtype, sample):
             return None
@@ -506,7 +514,7 @@ class LoraPatch:
         return True
 
     def _fitting(self, name: str, weight: Tensor) -> list[Change]:
-        """Return the changes of a parameter, fitted to it. Raises as `add_to`."""
+        """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
         changes = []
         found = self._find(name)
         for key, change, _ in found:
@@ -556,7 +564,7 @@ class LoraPatch:
                 continue  # it changes only text encoders
             if id(use) in self._narrower:
                 logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
-            lacks_all = bool(keys) and not self._seen.intersection(keys)
+            lacks_all = bool(keys) and not self._seen.intersection(keys)  # reported as absent below
             if not used and not lacks_all:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
@@ -623,7 +631,7 @@ class LoraPatch:
         )
 
     def _find(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter, by its own name or those of its parts and wholes elsewhere."""
+        """Return the changes of a parameter, under its name here or that of a related module elsewhere."""
         if name not in self._found:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
@@ -654,7 +662,7 @@ class LoraPatch:
 
 
 class OriginalWeights:
-    """Original weights of all modules that some LoRAs change, for switching LoRAs; a `WeightPatch`.
+    """Keep the original weights of all modules that LoRAs change, for switching LoRAs; a `WeightPatch`.
 
     Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
     dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
@@ -664,11 +672,11 @@ class OriginalWeights:
     def __init__(
         self, uses: Sequence[LoraUse], published: Callable[[str], str] = str, rounding: str = NEAREST
     ) -> None:
-        """Prepare for switching.
+        """Prepare to keep the weights that any of the LoRAs changes.
 
         Args:
             uses: All LoRAs that may be switched to.
-            published: See `LoraPatch.bake`.
+            published: Maps the name of a parameter to its name in files.
             rounding: A value of --lora_rounding.
         """
         self._all = LoraPatch(uses)
@@ -682,7 +690,7 @@ class OriginalWeights:
         Args:
             name: Name of the weight.
             weight: The weight.
-            target: See `LoraPatch.add_to`; `switch` reads it from the network.
+            target: Unused here: `switch` reads the dtype from the network.
 
         Raises:
             CheckpointError: If a LoRA has another size.

@@ -45,7 +45,7 @@ class AveragingOptions(Options):
         "do not record it"
     )
     beta: float = option(
-        "share of the average so far at each further file; the first file keeps a large share",
+        "fraction of the average so far at each further file; the first file keeps a large share",
         default=0.95,
         least=0,
         most=1,
@@ -58,7 +58,7 @@ class AveragingOptions(Options):
         hint="such as 0.9",
     )
     sigma_rel: float | None = option(
-        "instead of --beta: width of the average as a share of the run, 0.05 to 0.28 (power function)",
+        "instead of --beta: width of the average as a fraction of the run, 0.05 to 0.28 (power function)",
         above=0,
         most=LARGEST_SIGMA,
         hint="there all files count alike; 0.2 is a good start",
@@ -74,7 +74,7 @@ class AveragingOptions(Options):
         check_output_file("--output_file", self.output_file)
 
     def files(self) -> list[Path]:
-        """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
+        """Return each file once; expands patterns such as `x-*.safetensors`, because not all shells do."""
         files: dict[Path, None] = {}
         for path in self.path:
             if path.exists():
@@ -121,7 +121,7 @@ def average_files(options: AveragingOptions) -> None:
 
 
 def _sort_by_step(files: list[Checkpoint]) -> None:
-    """Sort files by the step in their metadata, or by their time of change if one has no step."""
+    """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
         files.sort(key=lambda file: (int(steps[file.path]), file.path.name))

@@ -44,9 +44,9 @@ A_LOT = 0.1  # loss above which messages advise a higher rank
 
 @dataclass(frozen=True)
 class Baking:
-    """Settings of the conversion: the rank of plain LoRAs, and the model that a network was trained for.
+    """Settings of the conversion: the rank of the plain LoRAs, and the model that a network was trained for.
 
-    Without a rank kinds stay as they are, and only the norms that magnitudes refer to change.
+    Without a rank, modules keep their kind, and only the norms that DoRA magnitudes refer to change.
     """
 
     rank: int | None
@@ -81,12 +81,13 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each module of another kind by the best LoRA of a given rank for its change at multiplier 1.
+    """Approximate each module that is not a plain LoRA by the best LoRA of a given rank.
 
-    Other modules do not change. Memory: the LoRA, and one weight with its change in float32.
+    Changes are taken at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
+    change in float32.
 
     Raises:
-        OptionError: If there is nothing to replace, or a kind that needs its model without it.
+        OptionError: If there is nothing to replace, or if a kind depends on the model and no model is given.
         CheckpointError: If the model does not fit.
     """
     assert baking.rank is not None
@@ -169,7 +170,7 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
-    """Return the addition of factors to their weight at multiplier 1, float32."""
+    """Return what the factors add to their weight at multiplier 1, float32."""
     rows: int | None = None  # a rotation of inputs does not show them
     delta = read_delta(factors)
     if not delta.depends_on_weight:
@@ -253,7 +254,7 @@ def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Itera
 
 
 def _in_words(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
-    """Describe the loss as relative Frobenius norms: of all modules together, and of the worst one."""
+    """Describe the relative error (Frobenius norm) of all modules together, and of the worst one."""
     shares: dict[str, float] = {}
     for name, loss in losses.items():
         shares[name] = loss.lost / loss.size if loss.size else 0.0

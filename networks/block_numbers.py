@@ -25,7 +25,7 @@ _CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What --network_args say of numbered blocks, as texts; numbers once `fit` knows the model's blocks."""
+    """Settings of numbered blocks in --network_args: texts until `fit` knows the model's blocks."""
 
     texts: Mapping[str, str]
     lists: Mapping[str, tuple[float, ...]]  # by argument
@@ -34,7 +34,7 @@ class BlockSettings:
 
     @property
     def has_convolutions(self) -> bool:
-        """Whether convolutions have ranks of their own."""
+        """Whether convolutions have separate ranks."""
         return CONV_DIMS in self.texts
 
     @property
@@ -69,7 +69,7 @@ class BlockSettings:
         return replace(self, factors=tuple(factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
-        """Return the index of the block that a module lies in; None if it lies in none, or before `fit`."""
+        """Return the index of the block that contains a module; None outside of blocks, and before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def factor_of(self, path: str) -> float:
@@ -82,7 +82,7 @@ class BlockSettings:
         return bool(self.factors) and self.factor_of(path) <= self.threshold
 
     def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
-        """Return rank and alpha (None: the network's) of a module; None if no list says them."""
+        """Return the rank and alpha of a module (alpha None: the network's); None if no list gives a rank."""
         number = self.number_of(path)
         dims = self.lists.get(CONV_DIMS if is_convolution else DIMS)
         if number is None or dims is None:
@@ -119,9 +119,10 @@ def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
 
 
 def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
-    """Return the factors of a side: its numbers, or those of a curve such as sine or cosine+.25.
+    """Return the factor of each block on one side: typed numbers, or a curve such as sine or cosine+.25.
 
-    As in known trainers, numbers too many are left out, and missing ones are 1. Raises OptionError.
+    As in other trainers, surplus numbers are ignored, and missing ones are 1. Raises OptionError for other
+    texts.
     """
     curve, plus, base = text.strip().partition("+")
     if curve in _CURVES:

@@ -17,7 +17,7 @@ _NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(
 
 
 def is_of_word(name: str) -> bool:
-    """Return whether a tensor of a LoRA file is of a learned word."""
+    """Return whether a tensor of a LoRA file belongs to a learned word (a bundled embedding)."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -50,5 +50,5 @@ def bundle_word(word: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA file that are of no learned word."""
+    """Return the tensors of a LoRA file that belong to no learned word."""
     return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}

@@ -47,7 +47,7 @@ def cast_factors(layers: Sequence[LoraLayer]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Casts down factors, and up factors times their scales; both directions in a few kernels."""
+    """Cast down factors, and up factors times their scales, in few kernels (the backward pass too)."""
 
     @staticmethod
     def forward(ctx: Any, scales: list[float], dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:

@@ -127,7 +127,7 @@ class ConvertOptions(Options):
             )
 
 
-class FluxConvertOptions(Options):
+class FluxConvertOptions(Options, must_give=True):
     """Options of `networks/convert_flux_lora.py`."""
 
     src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)
@@ -166,7 +166,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to write: our dialect (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
+    """Dialect to convert to: ours (target "default"), ComfyUI's ("other") or diffusers' ("diffusers")."""
 
     target: str
     family: str | None = None  # the LoRA's family, if the user or a family's own script names it
@@ -176,7 +176,9 @@ class Conversion:
 def convert(options: ConvertOptions) -> None:
     """Convert the files of `--input` and `--input_high_noise` to one file or two.
 
-    Raises as `convert_file`, and OptionError if the files do not fit the options.
+    Raises:
+        CheckpointError: If a file is not a LoRA, or cannot be written in the target dialect.
+        OptionError: If the files do not fit the options, or the output would replace an input.
     """
     baking = None
     if options.bake is not None or options.dit:
@@ -233,7 +235,7 @@ def convert_flux(options: FluxConvertOptions) -> None:
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's module names, or back.
 
-    Tensors and metadata stay, but hashes in metadata are recomputed.
+    Tensors and metadata are unchanged, except that hashes in the metadata are recomputed.
 
     Raises:
         CheckpointError: If nothing in the file has a name to change.
@@ -270,8 +272,8 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
 def convert_z_image(options: ZImageConvertOptions) -> None:
     """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
 
-    A joined LoRA has the sum of the three ranks, and as many times the alpha. Metadata are kept; hashes are
-    recomputed.
+    A joined LoRA has the sum of the three ranks, and its alpha grows by the same factor. Metadata are kept;
+    hashes are recomputed.
 
     Raises:
         CheckpointError: If nothing in the file is of the model.
@@ -349,8 +351,8 @@ def convert_file(
         source: File of the LoRA.
         output: File to write.
         target: Dialect to write.
-        family: See `Conversion`.
-        baking: See `Conversion`.
+        family: Family of the LoRA, if the user or a family's own script names it.
+        baking: How to convert other kinds to plain LoRAs, or DoRA magnitudes, before writing.
 
     Raises:
         CheckpointError: If the file is not a LoRA, if nothing of it can be written, or if its model is
@@ -496,7 +498,7 @@ def converted(
 
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
-    """Return the metadata of a LoRA in another dialect; see `converted`."""
+    """Return the metadata of a LoRA that was converted to another dialect."""
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:

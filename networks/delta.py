@@ -45,7 +45,7 @@ class Delta:
 
     @property
     def sets_weight(self) -> bool:
-        """Return whether the module has a weight that takes the place of the model's, as in ComfyUI."""
+        """Return whether the module has a weight that replaces the model's weight, as in ComfyUI."""
         return SET in self.factors
 
     @property
@@ -55,7 +55,7 @@ class Delta:
 
     @property
     def is_part(self) -> bool:
-        """Return whether only some rows of the factors' change are the module's, see `ROWS`."""
+        """Return whether the module uses only some rows of its factors' change: those in `ROWS`."""
         return ROWS in self.factors
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class Delta:
 
     @property
     def has_input_magnitudes(self) -> bool:
-        """Return whether the norms are those of columns, which belong to all rows of a weight."""
+        """Return whether magnitudes are norms of columns, which all rows of a weight share."""
         magnitudes = self.magnitudes
         return magnitudes is not None and len(magnitudes) < magnitudes.numel()
 
@@ -85,7 +85,7 @@ class Delta:
         return self.rotation is not None or self.normalization is not None
 
     def with_factors(self, factors: Factors) -> "Delta":
-        """Return other factors of the same parts, or of some of them."""
+        """Return a copy with other factors for the same parts, or for some of them."""
         return replace(self, factors=factors)
 
     def to(self, device: torch.device) -> "Delta":
@@ -122,7 +122,7 @@ class Delta:
         return total[slice(*rows_in(self.factors))] if self.is_part else total
 
     def shape(self) -> tuple[int, ...] | None:
-        """Return the shape of `dense`, computed from the shapes of the factors; None as there.
+        """Return the shape of `dense`, computed from the shapes of the factors; None if `dense` returns None.
 
         torch's first operation on the meta device loads its compiler, which takes seconds.
 
@@ -145,7 +145,7 @@ class Delta:
         return len(range(rows)[slice(*rows_in(self.factors))]), *columns
 
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
-        """Return what is added to a weight at multiplier 1, float32, also with magnitudes; None as `dense`.
+        """Return what is added to a weight at multiplier 1, float32, magnitudes applied; None if nothing is.
 
         Args:
             weight: Weight before any change, out in (kernel); it is read only if there are magnitudes.
@@ -201,7 +201,7 @@ class Delta:
         return None if shape is None else (shape[0], math.prod(shape[1:]))
 
     def height(self) -> int | None:
-        """Return the rows of the module that the factors are for, see `ROWS`; None if they tell none."""
+        """Return the number of rows of the factors' module; None if the factors do not show it."""
         if self.is_part:
             first, last = rows_in(self.factors)
             return last - first
@@ -213,8 +213,8 @@ class Delta:
     def rows(self, rows: slice | Tensor) -> "Delta | None":
         """Return the delta of only these rows of the change, or None if that is impossible.
 
-        It is for kinds whose rows are not rows of a factor, such as LoKr, and for magnitudes by input, whose
-        norms need all rows.
+        None is returned for kinds in which a row of the change is not a row of one factor, such as LoKr, and
+        for magnitudes by input, whose norms need all rows.
 
         Args:
             rows: A slice, for views, or row indices in any order.
@@ -272,7 +272,7 @@ class Delta:
         return None
 
     def name_indivisible(self) -> str:
-        """Return the kind of its factors that have no rows of their change, as in "a LoKr"."""
+        """Return the kind, as in "a LoKr", if its factors cannot be cut into rows of the change."""
         titles = (algebra.indivisible for algebra in self.algebras if algebra.indivisible)
         return next(titles, "this network")
 
@@ -319,7 +319,7 @@ class Delta:
         return None
 
     def _find_mismatch(self) -> str | None:
-        """Return the reason why the factors have no product, of whatever size; None if they have one."""
+        """Return the reason why the factors cannot be multiplied at all; None if they can."""
         sized = without_alpha(self.factors)
         shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
         try:
@@ -368,7 +368,7 @@ def read_delta(factors: Factors) -> Delta:
 
 
 def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the algebras of the kinds that have any of these parts, even if others are absent."""
+    """Return the algebras of all kinds to which any of these parts belongs, even if others are absent."""
     parts = set(parts)
     found = (kind for kind in KINDS if not parts.isdisjoint(kind.parts))
     algebras = (kind.load_algebra() for kind in found)

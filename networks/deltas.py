@@ -73,9 +73,9 @@ def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors without parts of weights that `set_weight` replaces, and their modules.
+    """Drop the changes of weights that `set_weight` replaces; return the tensors and the affected modules.
 
-    As ComfyUI has it, only a bias keeps its change then.
+    As in ComfyUI, an affected module keeps only the change of its bias.
     """
     kept: dict[str, Factors] = {}
     replaced: list[str] = []
@@ -89,7 +89,7 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def is_number(alpha: Tensor | None) -> bool:
-    """Whether alpha is one finite number."""
+    """Return whether alpha is a single finite number."""
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def fit_depths(
     uses: Sequence[LoraUse], names: Iterable[str], model: Path | str = "the model"
 ) -> list[LoraUse]:
-    """Return LoRAs with the blocks that a model has; those for as many blocks unchanged.
+    """Map the blocks of LoRAs to those of a deeper or shallower model; LoRAs of the same depth are unchanged.
 
     Args:
         uses: LoRA files with their strengths.
@@ -50,7 +50,7 @@ def fit_depths(
 
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
-    """Return LoRAs with the blocks that a transformer's file has, as `fit_depths` does."""
+    """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
     if not any(map(is_grown, uses)):
         return [*uses]
     with open_checkpoint(model) as checkpoint:
@@ -85,13 +85,13 @@ def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
 
 
 def _numbers_in(modules: Iterable[str], starts: Iterable[str]) -> set[int]:
-    """Return the numbers of blocks in underscored names, with or without our prefix."""
+    """Return the block indices in underscored names, with or without our prefix."""
     pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, starts))})_(\d+)_")
     return {int(match[1]) for match in map(pattern.match, modules) if match}
 
 
 def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
-    """Return for how many blocks a LoRA is: as its metadata say, else by its highest one; None: unknown."""
+    """Return the number of blocks of a LoRA, from metadata or its highest block index; None if unknown."""
     highest = max(_numbers_in(lora.modules(), [grown.blocks]), default=-1)
     for key in grown.keys:
         text = lora.metadata.get(key, "")
@@ -101,7 +101,7 @@ def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
 
 
 def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> LoraFile:
-    """Return a LoRA with the blocks of a model of so many blocks. Raises CheckpointError if it cannot be."""
+    """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible."""
     numbers = _numbers_in(lora.modules(), [grown.blocks])
     source = read_depth(lora, grown)
     if not numbers or not depth or source == depth or (source is None and depth not in grown.depths[1:]):

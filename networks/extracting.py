@@ -47,7 +47,7 @@ _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
 class ExtractedModule(NamedTuple):
-    """A module that gets a LoRA of a tensor or of a part of it."""
+    """A module for which a LoRA is extracted, and the tensor (or part of one) that holds its weight."""
 
     name: str  # in LoRA files
     rank: int
@@ -99,7 +99,7 @@ QWEN = BlockWeights("Qwen-Image", ("transformer_blocks.",), "transformer_blocks.
 
 
 def extract_flux(options: ExtractOptions) -> None:
-    """Write the LoRA of a FLUX.1, FLUX.2 or Chroma model, as `_extract_blocks`."""
+    """Write the difference of two FLUX.1, FLUX.2 or Chroma models as a LoRA."""
 
     def names_of(original: Checkpoint) -> LoraNames:
         if "double_stream_modulation_img.lin.weight" in original.tensors:
@@ -116,12 +116,12 @@ def _names_of_family(family: FamilyNames) -> LoraNames:
 
 
 def extract_qwen(options: ExtractOptions) -> None:
-    """Write the LoRA of a Qwen-Image model, as `_extract_blocks`; modulation layers get one too."""
+    """Write the difference of two Qwen-Image models as a LoRA; modulation layers are included."""
     _extract_blocks(options, QWEN, lambda _: _names_of_family(QWEN_IMAGE))
 
 
 def extract_model(options: ExtractOptions) -> None:
-    """Write the LoRA of a transformer of any family, as `_extract_blocks`, or of a whole checkpoint."""
+    """Write the difference of two transformers of any family, or of two full checkpoints, as a LoRA."""
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
@@ -171,12 +171,12 @@ def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list
 def _extract_blocks(
     options: ExtractOptions, weights: BlockWeights, names_of: Callable[[Checkpoint], LoraNames]
 ) -> None:
-    """Write the LoRA of a transformer's blocks, as `_extract`.
+    """Write the difference between the blocks of two transformers as a LoRA.
 
     Args:
         options: Options of the run.
         weights: Names of the weights.
-        names_of: Returns what the metadata say about the original.
+        names_of: Returns the metadata entries about the original model.
 
     Raises:
         CheckpointError: If these tensors are missing or differ in shape.
@@ -214,7 +214,7 @@ def _extract_blocks(
 
 
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
-    """Return two models with their weights as values; warn if one is quantized."""
+    """Return two models with dequantized weights; warn if one was quantized."""
     values = Pair(in_values(original), in_values(tuned))
     quantized = []
     if values.original is not original:
@@ -231,12 +231,12 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
 
 
 def extract_full(options: ExtractOptions) -> None:
-    """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
+    """Write the difference of two Stable Diffusion checkpoints as a LoRA.
 
     A text encoder is left out if none of its values has changed by more than `min_diff`.
 
     Raises:
-        CheckpointError: If the two are not of the same model.
+        CheckpointError: If the checkpoints belong to different models.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _values_of_both(original, tuned)
@@ -331,7 +331,7 @@ class KeptChange:
 
     @property
     def share(self) -> float:
-        """Return the norm of the kept change as a share of the norm of the change."""
+        """Norm of the kept change divided by the norm of the change."""
         return max(1 - self.lost / self.total, 0.0) ** 0.5 if self.total else 1.0
 
     def add(self, change: Tensor, product: Tensor) -> None:
@@ -349,7 +349,7 @@ def _factors_of_change(
         options: Options of the run.
         pair: Files of both models.
         plan: What to extract.
-        kept: Sums up the change, and what is left of it.
+        kept: Accumulates how much of the change the LoRA keeps.
 
     Raises:
         CheckpointError: If they are equal.
@@ -387,7 +387,7 @@ def _factors_of_module(
         difference: Change of its weight.
         quantile: Quantile of the factors' values to which they are limited.
         dtype: Dtype of the factors.
-        kept: Sums up the change, and what is left of it.
+        kept: Accumulates how much of the change the LoRA keeps.
     """
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
@@ -477,7 +477,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
-                f"{checkpoint.path} is no single-file checkpoint of Stable Diffusion: it has no U-Net "
+                f"{checkpoint.path} is not a single-file checkpoint of Stable Diffusion: it has no U-Net "
                 "together with text encoders, as model.diffusion_model... and cond_stage_model... or "
                 "conditioner...\n"
                 "  Give such files to --model_org and --model_tuned.",

@@ -16,7 +16,7 @@ from networks.kinds.factors import Factors
 def make_layers(
     targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
 ) -> dict[str, nn.Module]:
-    """Build a layer for each target, with factors of the shapes that the kind gives for its weight."""
+    """Build a layer for each target; `make_shapes` maps a weight's shape to the shapes of its factors."""
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module
@@ -33,16 +33,17 @@ def _shape_of(module: Factored) -> tuple[int, ...]:
 
 
 def layer_of(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
-    """Return a layer with the rank and alpha of a file's factors.
+    """Return a layer for a module with the rank and alpha of a file's factors.
 
     Raises:
-        CheckpointError: If its factors are not for the module's weight, or have a core (LyCORIS' use_tucker)
+        CheckpointError: If the factors do not fit the module's weight, or have a core (LyCORIS' use_tucker)
             or magnitudes, which are not trained here.
     """
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
-    changed = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
-    if changed not in (shape, (shape[0], math.prod(shape[1:]))):
+    as_matrix = (shape[0], math.prod(shape[1:]))  # the form in which some files store convolutions
+    change_shape = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
+    if change_shape not in (shape, as_matrix):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
             "trained"

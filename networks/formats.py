@@ -48,7 +48,7 @@ class Formatted(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraFormat:
-    """The names of the layers in a training's LoRA files: those of `name`, for a family's model."""
+    """Naming scheme for the layers in the LoRA files of a training, for a family's model."""
 
     name: str = KNOWN
     family: FamilyNames | None = None
@@ -79,7 +79,7 @@ class LoraFormat:
             path: Path of the file.
             dtype: Dtype of the tensors in the file; None keeps that of training.
             metadata: Metadata of the file.
-            beside: See `save_network`.
+            beside: Additional tensors for the file, by name.
         """
         # converted as trained, so that there is one rounding
         converted = self.convert(_on_cpu(network))
@@ -94,7 +94,7 @@ class LoraFormat:
         """Return tensors under the names of this format.
 
         If the format has no alphas, alpha / rank is folded into the factors by powers of two. The metadata
-        say how (`FOLDED`), so that reading the file restores the alphas.
+        entry `FOLDED` records these, so that reading the file restores the alphas.
 
         Args:
             tensors: Tensors under our names, on the CPU.
@@ -127,7 +127,7 @@ class LoraFormat:
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _under_known_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under ours, or under the aliases that every tool gives to the family's LoRAs."""
+        """Return tensors under our names, or under aliases if all tools use those for the family's LoRAs."""
         if self.family is None or self.family.always_underscored != "aliases":
             return dict(tensors)
         from networks.writing import rename_to_aliases  # few families have such names
@@ -135,7 +135,7 @@ class LoraFormat:
         return rename_to_aliases(tensors, self.family)
 
     def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
-        """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""
+        """Group the tensors of modules by alpha / rank; the key None holds modules that keep their alphas."""
         # ComfyUI's names for HunyuanImage-2.1 are underscored ones, which have alphas
         keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
         groups: dict[float | None, dict[str, Tensor]] = {}
@@ -227,7 +227,7 @@ def select_format(
 def find_error(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return the reason why a format cannot hold a network, or None. Arguments: see `select_format`."""
+    """Return the reason why a format cannot hold a network; None if it can."""
     if name == KNOWN:
         return None
     own_module = OWN_MODULES.get(module)

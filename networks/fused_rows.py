@@ -11,10 +11,10 @@ from networks.module_names import FAMILIES
 
 
 def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the tensors of a file with fused rows in our order, [q; k; v].
+    """Return a checkpoint whose fused weights have their rows in our order, [q; k; v].
 
     Released shards of some models have them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
-    of other files `checkpoint` itself is returned. The files stay shared: close one of the two.
+    for other files `checkpoint` itself is returned. Both share the open files: close only one of them.
     """
     head_widths = _head_widths(checkpoint) if is_sharded(checkpoint.path) else {}
     if not head_widths:
@@ -46,7 +46,7 @@ class _Stacked:
         self._head_widths = head_widths
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that stays as it is the bytes may be in `scratch`."""
+        """Return a tensor; if its rows need no reordering, its bytes may lie in `scratch`."""
         if name not in self._head_widths:
             return self._checkpoint.borrow(name, scratch)
         rows = stack_heads(self._checkpoint.read(name), self._head_widths[name])

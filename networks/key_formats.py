@@ -166,11 +166,11 @@ def _families_of_places(
 
 
 def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[FamilyNames]:
-    """Return those of several families whose files have names of this form, and as many text encoders.
+    """Narrow the possible families down by the form of the names and by the number of text encoders.
 
-    Underscored names that are aliases (`lora_unet_input_blocks_...`) are of families whose files are named
-    so; a second text encoder (`lora_te2_...`) is of those with a prefix of that number. All families if none
-    is left.
+    Underscored aliases (`lora_unet_input_blocks_...`) occur only in files of families that use aliases, and a
+    second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
+    returned.
     """
     most = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
@@ -191,7 +191,7 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
 
 
 def _our_modules(places: Mapping[str, Place], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Return our name of the module at each path: an alias if all families have the same one."""
+    """Return our name of the module at each path: an alias if all families agree on it."""
     modules: dict[str, str] = {}
     for path in dict.fromkeys(place.path for place in places.values()):
         module = path.replace(".", "_")
@@ -205,8 +205,8 @@ def _find_family_for_texts(
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes; None if it is ambiguous.
 
-    Then several are possible whose text encoders have different names, and encoders are called as in the
-    file.
+    It is ambiguous if several families remain whose text encoders have different names; the encoders then
+    keep their names from the file.
 
     Args:
         places: Positions of the file's text encoders in their models.
@@ -233,11 +233,13 @@ def _name_texts(places: Mapping[str, TextPlace], family: FamilyNames | None) -> 
 def _rename(
     names: Mapping[str, str], first_keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names, magnitudes as columns; modules without an alpha get that of the file.
+    """Return tensors under our names; modules without an alpha get the file's common one.
+
+    Magnitudes that a file stores as vectors become columns.
 
     Args:
         names: Our name of each key.
-        first_keys: First key of each module.
+        first_keys: By our name, the first of the keys in the file that stand for it.
         tensors: Tensors of the whole file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
@@ -265,8 +267,8 @@ def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> t
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    Parts are recognized by the names of further networks in pipelines of diffusers. An alpha for all modules
-    goes into each part.
+    Parts are recognized by the prefixes of additional networks in diffusers pipelines, such as
+    `transformer_2`. An alpha that applies to all modules is copied into each part.
     """
     names = list(names)
     experts = {name: further_expert(name) for name in names}
@@ -305,7 +307,7 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA's modules, under our names, may be for, as `likely_families`."""
+    """Return the families that a LoRA may be for, judged by our names of its modules and their sizes."""
     in_dit = _read_deltas_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 

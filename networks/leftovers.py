@@ -22,10 +22,10 @@ _LEAVES = (".weight", ".bias")
 
 
 class UnusedKind(NamedTuple):
-    """Describe tensors that are left out, for messages."""
+    """Kind of tensors that are ignored: the predicate of a warning, such as "are of another network"."""
 
     words: str
-    consequence: str = ""  # if many are left out
+    consequence: str = ""  # sentence to add if many tensors are of this kind
 
 
 def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> dict[UnusedKind, list[str]]:
@@ -37,7 +37,7 @@ def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> 
 
 
 def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
-    """Return the kind of a tensor that is not a part of a LoRA, as in "tensors {words}".
+    """Return the kind of a tensor that is not part of a LoRA; its words follow "tensors" in messages.
 
     Args:
         family: Family of the LoRA; None if unknown.
@@ -47,20 +47,21 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     path = strip_starts(_IN_PEFT.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
     our_name = name if family is None else module_names.alias(name, family)
-    side = module_names.on_text_side(our_name)
-    if side:
-        return UnusedKind(f"are whole weights of {side}, no changes of them, and are ignored")
+    text_side = module_names.on_text_side(our_name)
+    if text_side:
+        return UnusedKind(f"are whole weights of {text_side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
         return UnusedKind(f"are embeddings of words and are ignored{_about_word(key)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     module, dot, part = path.rpartition(".")
+    # a known module with an unknown part: a kind of network that is not supported
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
-    if leaf and dot:
+    if leaf and dot:  # a weight or bias of an unknown module
         start = path.partition(".")[0]
         network = key[: key.index(start)] + start
         return UnusedKind(f"are of another network, {network}, and are ignored")
@@ -95,7 +96,7 @@ def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
 def kind_of_module(
     model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str
 ) -> UnusedKind:
-    """Return the kind of a part that a model lacks.
+    """Return the kind of a LoRA's part for which the model has no module.
 
     Args:
         model: Family of the model.
@@ -142,7 +143,7 @@ _ENCODERS = {
 
 
 def kind_of_text_module(name: str) -> UnusedKind:
-    """Return the kind of a part that a text encoder lacks.
+    """Return the kind of a LoRA's part for which the text encoder has no module.
 
     Args:
         name: Name such as `lora_te2_text_projection.weight`.
@@ -157,7 +158,7 @@ def kind_of_text_module(name: str) -> UnusedKind:
 
 
 def is_projection(names: Iterable[str]) -> bool:
-    """Return whether modules or weights of a text encoder are those of its projection alone."""
+    """Return whether these names of a text encoder's modules or weights all belong to its projection."""
     return all(module_of(name) == TEXT_PROJECTION for name in names)
 
 

@@ -72,8 +72,8 @@ A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 class LoraFile:
     """A network of any kind under our names, on the CPU, in the dtype of the file.
 
-    Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`. A file that holds a LoRA for each expert
-    of a model has them as `parts`, and no tensors of its own: `for_expert` returns one of them.
+    Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file holds one LoRA for each
+    expert of a model, these are its `parts`, and it has no tensors itself: `for_expert` returns one part.
     """
 
     path: Path
@@ -180,8 +180,8 @@ def read_lora(
     Args:
         path: The file or folder.
         by_expert: Allow a file that holds a LoRA for each expert; the result then has `parts`.
-        with_texts: Also read its changes of text encoders.
-        family: Family that the user gave; None if none was given.
+        with_texts: Also read the changes of text encoders in the file.
+        family: Family that the user named; None if none was named.
         with_words: Also read the trained words (embeddings) in the file.
 
     Raises:
@@ -252,7 +252,7 @@ def _read_part(
         expert: Expert of the part; None if names in the file do not show it.
         with_texts: Whether to read changes of text encoders.
         is_own: Whether the file was written by us.
-        family: See `read_lora`.
+        family: Family that the user named; None if none was named.
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
@@ -361,7 +361,7 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
 
 
 def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if underscored names in a file are those of no module.
+    """Raise CheckpointError if underscored names in a file belong to no module of the family.
 
     Args:
         path: Path of the file.
@@ -399,7 +399,7 @@ def _part_in_words(
 
 
 def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
-    """Raise CheckpointError for factors that define no change, or are of a kind that is to be read otherwise.
+    """Raise CheckpointError for factors that define no change, or that belong to an unsupported kind.
 
     Args:
         path: Path of the file.
@@ -429,7 +429,7 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
     """Return two names in a file for one weight, or for a weight and its part; None if there are none.
 
-    It is also None if one of the possible families has both.
+    The result is also None if one of the possible families has separate modules of both names.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -441,11 +441,11 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the paths of a weight and of a part of it that a file has both, in a family.
+    """Yield each pair of paths in a file that name a weight of the family and a part of that weight.
 
     Args:
         family: The model family.
-        paths: See `NativeTensors.paths`.
+        paths: By our module name, its path as the file writes it.
     """
     for name, path in paths.items():
         for relative in relatives(name.removeprefix(OURS), family):
@@ -490,9 +490,9 @@ def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
 
 
 def reject_unknown(lora: LoraFile, option: str = "") -> None:
-    """Raise CheckpointError if no known model has modules of a LoRA's names.
+    """Raise CheckpointError if no known model has modules with a LoRA's names.
 
-    Call if no module of it has found a place.
+    Call if none of the LoRA's modules was found in the model.
 
     Args:
         lora: The LoRA file.
@@ -516,8 +516,8 @@ def warn_of_unused_parts(
         path: File of the LoRA.
         unused: Unused names.
         total: Number of all names.
-        what: Plural noun, as in "4 of 24 {what}: a, b, c".
-        consequence: Sentence for the case that many are unused; may be empty.
+        what: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
+        consequence: Sentence to add if many names are unused; may be empty.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
     if consequence and len(unused) > A_FEW * total:
@@ -539,7 +539,7 @@ class LoraUse:
     exclude: str | None = None
 
     def for_expert(self, expert: str | None) -> "LoraUse":
-        """Return the use of an expert's part; warn if it is another's. Raises as `LoraFile.for_expert`."""
+        """Return a copy that uses the part for an expert; warn if the LoRA is for another expert."""
         lora = self.lora.for_expert(expert)
         warn_of_other_expert(lora, expert)
         return replace(self, lora=lora)
@@ -638,7 +638,7 @@ def warn_of_absent(
     modules: Iterable[str] = (),
     encoder: str = "",
 ) -> None:
-    """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_unused_parts`.
+    """Warn of parts of a LoRA that a model does not have, once for each kind of part.
 
     Args:
         path: File of the LoRA.
@@ -647,7 +647,7 @@ def warn_of_absent(
         what: Plural noun for the parts.
         model: Name of the model.
         modules: Names of the model's modules, without our prefix.
-        encoder: See `LoraFile.encoder`.
+        encoder: Prefix of the text encoder that the parts are for; "" for the transformer.
     """
     modules = list(modules)
     if encoder:
@@ -671,20 +671,22 @@ def warn_of_absent(
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """Return the parts of LoRAs for the transformer, or those for modules loaded with the text encoder.
 
-    Leaves out LoRAs without such parts, and parts of which patterns keep nothing while they keep some of the
-    other side.
+    LoRAs without such parts are left out. So is a LoRA whose patterns select nothing on this side; if they
+    select nothing on either side, the transformer's side keeps it, so that an error is raised once.
     """
     parts = []
     for use in uses:
         in_text: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            side = in_text if on_text_side(name.removeprefix(OURS)) else in_dit
-            side[name] = factors
+            if on_text_side(name.removeprefix(OURS)):
+                in_text[name] = factors
+            else:
+                in_dit[name] = factors
         has_text = _keeps_any(use, in_text)
         has_dit = _keeps_any(use, in_dit)
-        keeps_nothing = bool(in_dit) and not has_dit and not has_text  # the transformer's side reports it
-        is_used = has_text if is_text else has_dit or keeps_nothing
+        selects_nothing = bool(in_dit) and not has_dit and not has_text
+        is_used = has_text if is_text else has_dit or selects_nothing
         if is_used:
             tensors = use.lora.tensors
             if in_text and in_dit:
@@ -733,7 +735,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
 
 def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
-    """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
+    """Read the LoRA for an expert from a file with one or several LoRAs; warn if it is for another expert."""
     lora = read_lora(path, by_expert=True).for_expert(expert)
     warn_of_other_expert(lora, expert)
     return LoraUse(lora, multiplier)

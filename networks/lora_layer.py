@@ -75,7 +75,7 @@ class LoraLayer(nn.Module):
         alpha: float,
         heights: Sequence[int] = (),
     ) -> None:
-        """Make the factors of a frozen module; they start at a change of 0.
+        """Create the factors for a frozen module; initially their product is 0.
 
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
 
@@ -188,7 +188,7 @@ class LoraLayer(nn.Module):
         return self.cast_factors
 
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return the output with the LoRA's products added to the tensors of the frozen module in place."""
+        """Add the LoRA's product in place to the output of the frozen module, and return that output."""
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         original_x, hidden = branch(x, down)
@@ -233,7 +233,7 @@ class LoraLayer(nn.Module):
         self.lora_up.weight.mul_(ratio.sqrt())
 
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether the LoRA's products are added to the tensors of the frozen module in place.
+        """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
         Not in compiled code, which fuses the operations by itself, and not with `combine`, which needs both
         outputs more than once.
@@ -323,8 +323,8 @@ def halves(seed: int) -> tuple[int, int]:
 def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
     """Draw booleans, False with probability `share`; the same seed gives the same mask on every device.
 
-    Each element's index is hashed in integers on the device, so a mask costs no transfer, and recomputing a
-    checkpointed block draws the mask of its first pass.
+    The index of each element is hashed with integers on the device, so a mask needs no transfer, and
+    recomputing a checkpointed block draws the same mask as its first pass.
     """
     numbers = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed

@@ -95,16 +95,17 @@ class OwnNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
-        """Start from a file of any dialect; returns (and warns of) modules that only file or network has.
+        """Load initial values from a file of any dialect; return, and warn of, modules that were not loaded.
 
-        The file's alphas are loaded too.
+        These are in the file but not in the network, or the reverse. The file's alphas are loaded too.
 
         Args:
             path: Path of the file.
             modules: Modules of the model, which show its release.
 
         Raises:
-            CheckpointError: If a module has other factors or sizes here, or if no module is here.
+            CheckpointError: If a module has other factors or sizes in this network, or if the network has
+                none of the modules.
         """
         from networks import loading  # only for --network_weights
         from networks.depths import fit_depths
@@ -187,14 +188,14 @@ class OwnNetwork(nn.Module):
         unet_lr: float | None = None,
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and a name of each for logs.
+        """Return parameter groups for the optimizer, and the name of each group for logs.
 
-        Parts with rate 0 are in no group. With LoRA+ the up matrices have their own groups. The last matching
-        pattern of network_reg_lrs gives a module's rate.
+        Modules with rate 0 are in no group. With LoRA+ the up matrices have their own groups. The last
+        matching pattern of network_reg_lrs gives a module's rate.
 
         Args:
-            learning_rate: Rate of parts without one of their own.
-            unet_lr: Rate of the DiT's part; None for `learning_rate`.
+            learning_rate: Rate of modules without a rate of their own.
+            unet_lr: Rate of the DiT's modules; None for `learning_rate`.
             text_encoder_lr: Rates of the trained text encoders in order, the last one for all further ones;
                 None for `learning_rate`.
         """
@@ -203,7 +204,7 @@ class OwnNetwork(nn.Module):
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
         matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
-        for name, layer, places in zip(self.names, self.layers, matches, strict=True):
+        for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
             rate = rates[prefix]
             label = prefix
@@ -211,15 +212,15 @@ class OwnNetwork(nn.Module):
             if prefix == UNET:
                 label = "unet"
                 ratio = self.settings.loraplus_lr_ratio
-            if places:
-                pattern, rate = self.settings.reg_rates[places[-1]]
+            if matching:
+                pattern, rate = self.settings.reg_rates[matching[-1]]
                 label = f"{label} {pattern.pattern}"
             factor = getattr(layer, "rate_factor", 1.0)  # of a block that has a rate of its own
             if factor != 1:
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue
+                continue  # frozen; if all rates are 0, the groups stay: an optimizer needs at least one
             for parameter in layer.parameters():
                 if ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
@@ -230,7 +231,7 @@ class OwnNetwork(nn.Module):
         return [groups[label] for label in order], order
 
     def _select_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
-        """Return the rate of each text encoder by the prefix of its modules; see `parameter_groups`."""
+        """Return the learning rate of each text encoder by the prefix of its modules."""
         prefixes = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
         rates: dict[str, float] = {}
         for index, prefix in enumerate(prefixes):
@@ -238,7 +239,7 @@ class OwnNetwork(nn.Module):
         return rates
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
-        """Return, for each layer, the places of the patterns of network_reg_lrs that its name matches."""
+        """Return, for each layer, the indices of the patterns in network_reg_lrs that its name matches."""
         if not self.settings.reg_rates:
             return [()] * len(self.names)
         matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
@@ -267,7 +268,7 @@ class OwnNetwork(nn.Module):
 
 
 def _order_of_groups(labels: Collection[str]) -> list[str]:
-    """Return the labels of parameter groups in order; a group of LoRA+ follows that of the same modules."""
+    """Return the labels of parameter groups in order; each LoRA+ group follows the group of its modules."""
     places = {label: place for place, label in enumerate(labels)}
 
     def key(label: str) -> tuple[int, bool]:
@@ -350,7 +351,7 @@ def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping
 
 
 def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return a remedy for a module of a file that does not fit.
+    """Return advice for the user if a module of a file does not fit the network.
 
     Args:
         stored: Factors in the file.
@@ -372,7 +373,7 @@ def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
 
 
 def _read_outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
-    """Return the inputs (x kernel) and the outputs of the layer that LoRA factors are for."""
+    """Return the input size (with the kernel) and the output size of the layer that the factors are for."""
     return factors[DOWN].shape[1:], len(factors[UP])
 
 
@@ -384,8 +385,8 @@ def prefix_of(name: str) -> str:
 def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of text encoders under the prefixes that a model has.
 
-    The only or first encoder is `lora_te` in some models and `lora_te1` in others. Models with two CLIPs have
-    no `lora_te`; there the name is another model's.
+    Some models call their only or first encoder `lora_te`, others `lora_te1`. In models with two CLIPs the
+    name `lora_te` is not renamed, because it can only come from another model.
 
     Args:
         texts: Tensors of text encoders.

@@ -22,10 +22,10 @@ from modules.private_torch import disable_dynamo
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x for a frozen layer, and x @ down^T, ... R.
+    """Return x, to be passed to a frozen layer, and x @ down^T, ... R.
 
-    The frozen layer must be linear and must be the only one to use the first result: the input gradient that
-    it computes becomes the sum of both, in place.
+    The frozen layer must be linear and the only user of the first result: the gradient that it computes for
+    its input is changed in place to the sum of both gradients.
 
     Args:
         x: Input, ... in.
@@ -111,7 +111,7 @@ def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], save
 
 
 class _AddUp(torch.autograd.Function):
-    """Changes the memory of its first input, and tells autograd by the version of that tensor.
+    """Add in place to the first input; autograd notices by the version counter of that tensor.
 
     Marking the input as changed would cost a copy of its gradient if the input is a view, as outputs of
     linear layers often are. If another operation had saved it, the backward pass would raise an error.
@@ -163,9 +163,9 @@ def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 class BlockUp(nn.Module):
-    """Block-diagonal up factor, out x P R in files; only the blocks exist here: `weight`, out x R.
+    """Block-diagonal up factor, out x P R in files, of which only the blocks are stored: `weight`, out x R.
 
-    Its rows of part p multiply the pth group of R values.
+    The rows of part p multiply the pth group of R values.
     """
 
     def __init__(self, rank: int, heights: Sequence[int]) -> None:

@@ -262,14 +262,14 @@ def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropou
 
 
 def _with_keys(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of these keys, as far as there are any."""
+    """Return the entries of `values` whose keys are in `keys`."""
     return {key: values[key] for key in keys if key in values}
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
-    """Return settings whose patterns fit names in either spelling; warn of patterns that fit none.
+    """Return settings whose patterns match names with dots or underscores; warn of patterns that match none.
 
-    Patterns that fit some modules as written are unchanged; the others are tried in all spellings.
+    Patterns that match a module as written are unchanged; the others are tried in all spellings.
 
     Args:
         settings: Settings of the network.
@@ -315,7 +315,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
 
 def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
-    """Return the places of the patterns that a name matches."""
+    """Return the indices of the patterns that a name matches."""
     return tuple(place for place, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
@@ -421,7 +421,7 @@ def read_rates(argument: str, text: Any) -> ByPattern:
 
 
 def _readers_with_numbers() -> dict[str, Reader]:
-    """Return the readers of the switches of kinds that have numbers too, and of these."""
+    """Return the readers for switches of kinds that take numbers as well, and for these numbers."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
         if kind.numbers:

@@ -53,7 +53,7 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 
 def merge_dit(options: MergeOptions) -> None:
-    """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
+    """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
     # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
     # and `transformer_2/` in diffusers
     folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
@@ -133,7 +133,7 @@ def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[LoraUse]:
 
 
 def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
-    """Return the dtype to write; None: that of the base file."""
+    """Return the dtype to write; None for the dtype of the base file."""
     return None if options.save_precision is None else DTYPES[options.save_precision]
 
 
@@ -320,7 +320,7 @@ def merge_into_file(
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch that adds the LoRAs to a file: of one network, or of a whole checkpoint."""
+    """Return the patch that adds the LoRAs to the file of a single network or of a full checkpoint."""
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
@@ -356,14 +356,14 @@ def _written_tensors(
 
 
 def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
-    """Check that all LoRAs fit the model before anything is written. Raises as `merge_into_file`."""
+    """Raise CheckpointError if a LoRA does not fit the model, before anything is written."""
     for name, info in checkpoint.tensors.items():
         patch.add_to(name, hollow(info))
     patch.check()
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
-    """Raise CheckpointError if the first layer takes another number of channels; None: any number."""
+    """Raise CheckpointError if the first layer takes other than `in_channels` channels; None allows any."""
     layers = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
     channels = checkpoint.tensors[layers[0]].shape[1] if layers else None  # out x in x kernel
     if in_channels not in {None, channels}:
@@ -385,8 +385,6 @@ def _add_up(
     uses: Sequence[LoraUse], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) of all files as a LoRA, module by module.
-
-    Otherwise approximate each module's sum at the rank that it has in the first file with the module.
 
     Args:
         uses: LoRA files with their strengths.
@@ -465,10 +463,7 @@ class _LowRank(NamedTuple):
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
-        """Return factors in the form of others, if only that differs.
-
-        A matrix may have the shape of a 1x1 convolution.
-        """
+        """Return factors in the shape of `first` if they differ only as a matrix and a 1x1 convolution do."""
         inputs, outputs = self.size
         first_inputs, first_outputs = first.size
         if inputs.numel() != first_inputs.numel() or outputs != first_outputs:

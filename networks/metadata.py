@@ -120,7 +120,7 @@ def save_network(
         path: Path of the file.
         dtype: Dtype of the tensors in the file; None keeps that of training.
         metadata: Metadata of the file.
-        beside: Further tensors, by their names in the file.
+        beside: Additional tensors, by their names in the file.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
@@ -201,7 +201,7 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return the ranks, block sizes and alphas of a network in words, as far as it has any."""
+    """Describe the ranks, block sizes and alphas of a network in words; sizes that it lacks are left out."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     # infinite alphas belong to whole matrices, which are not scaled
     finite = Counter(filter(math.isfinite, alphas))
@@ -222,7 +222,7 @@ def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
 
 
 def _layers_in_words(modules: Iterable[str]) -> str:
-    """Return the kinds of layers with their numbers: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
+    """Count the layers of each kind, in words: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
     layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
     num_unlisted = len(counts) - LISTED
@@ -263,7 +263,7 @@ def _alphas_of_settings(checkpoint: Checkpoint, native: "NativeTensors", part: s
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return a word and its numbers, only the extremes of many; "" if there are none."""
+    """Return a word with its numbers, or with their range if they are many; "" if there are none."""
     if not numbers:
         return ""
     if len(numbers) > LISTED:

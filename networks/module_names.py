@@ -38,7 +38,7 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
-    """Return the families that know most of the names; only the one named `hint` if it is among them."""
+    """Return the families that know the largest number of names; only `hint` if it is among them."""
     if not names:
         return []
     hinted = [family for family in FAMILIES if family.name == hint]
@@ -54,10 +54,10 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
-    """Return the families whose LoRAs the scripts of a family take.
+    """Return the families whose LoRAs the scripts of a family accept.
 
-    A variant in a folder of its own (FLUX.1 Kontext, Stable Diffusion XL) takes those of the folder around:
-    those of its own names if there are any, else all.
+    A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) accepts the families of its parent folder:
+    only the one with the variant's name if it exists, else all.
 
     Args:
         name: Name of a family that has scripts.
@@ -77,15 +77,15 @@ _LONG = 16
 
 
 def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for; several if nothing tells them apart.
+    """Return the families that a LoRA may be for; several if nothing distinguishes them.
 
     Args:
         names: Names of the LoRA's modules, with underscores.
-        size_of: Maps a name to the rows and columns of its change; None if they are unknown.
+        size_of: Maps a name to the rows and columns of its change, or to None if they are unknown.
         hint: Family that the metadata or the user names.
 
     Returns:
-        The families, or [] if none has such names.
+        The families, or [] if no family has modules with these names.
     """
     names = list(names)
     families = _families_knowing(names, hint)
@@ -114,7 +114,7 @@ def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, 
 
 
 def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> bool:
-    """Return whether a LoRA's modules can have these sizes in the family. Arguments as `likely_families`."""
+    """Return whether the sizes of a LoRA's modules are possible in the family."""
     return _rate_agreement(family, [], _known_sizes(names, size_of)) != _CONTRADICTS
 
 
@@ -128,16 +128,16 @@ _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Return the agreement of module sizes and block numbers with a family's released models."""
+    """Rate how well module sizes and block numbers agree with a family's released models."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    if not family.released:  # neither widths nor numbers of blocks are known: nothing can contradict
+    if not family.released:  # without known widths and block counts, nothing can contradict
         level = _rate_agreement_of_numbers(numbers, {})
     for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
             level = max(level, _rate_agreement_of_numbers(numbers, dict(lists)))
-    if level == _CONTRADICTS and rules:
+    if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
         first = rules[0]
         rows, columns = first.size
         fitting_width = columns / first.columns if first.columns else rows / first.rows
@@ -147,7 +147,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
 
 
 def _rate_agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
-    """Return how well block numbers agree with a released model; `depths` has its block count by list."""
+    """Rate how well block numbers agree with a released model; `depths` is its number of blocks by list."""
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
             return _CONTRADICTS
@@ -169,7 +169,7 @@ def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[i
 
 
 class _Rule(NamedTuple):
-    """The size of a module's change, and the one in the family, in widths of a block; 0: unknown."""
+    """Size of a module's change, and the expected rows and columns in block widths; 0 allows any."""
 
     size: tuple[int, int]
     rows: float
@@ -217,8 +217,8 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    A parameter that is not a module's weight counts as a module: `blocks.0.modulation`. A module that is
-    stacked in another layout gets its path there.
+    A parameter that is not a module's weight counts as a module: `blocks.0.modulation`. If a module is part
+    of a stacked one in another layout, the path is the one in that layout.
     """
     tables = _tables(family)
     return _find(tables.ours, name) or (_find(tables.renamed, name) if family.joined else None)
@@ -318,9 +318,9 @@ class Relative:
 
 @cache
 def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
-    """Return the modules of other layouts that are part of this one or contain it, in one family or in all.
+    """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
 
-    A name may be ours in one family and another layout's in another family: both give relatives.
+    A name may be ours in one family and belong to another layout in a second one; both give relatives.
     """
     distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
@@ -349,7 +349,7 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
 
 
 class PartPath(NamedTuple):
-    """A part of a module in another layout, and its path there."""
+    """Part of a module, and its path in another layout."""
 
     path: str
     part: WeightPart
@@ -359,7 +359,7 @@ class PartPath(NamedTuple):
 def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     """Return the parts of a module in the family's other layout, in the order of their rows.
 
-    Of a module that the other layout stacks, they are ours.
+    If the other layout stacks several of our modules into this one, these modules are returned.
     """
     found = _tables(family).parts.all(name)
     parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
@@ -376,7 +376,7 @@ Entry = TypeVar("Entry")
 
 
 class _Found(NamedTuple, Generic[Entry]):
-    """What a table has for a name, and the number in the name."""
+    """Entry of a table for a name, and the number in the name."""
 
     entry: Entry
     number: str  # "" if its template has none
@@ -408,13 +408,13 @@ class _Table(Generic[Entry]):
 
 
 def _find(table: _Table[str], name: str) -> str | None:
-    """Return the path in a table of paths, with the number of the name; None for unknown names."""
+    """Look a name up in a table of paths and fill in its block number; None for unknown names."""
     found = table.first(name)
     return None if found is None else found.entry.replace("{n}", found.number)
 
 
 class _Template(NamedTuple):
-    """A name with one of its numbers replaced by `{n}`, and that number; "": as it is."""
+    """A name with one of its numbers replaced by `{n}`, and that number; "" if none was replaced."""
 
     text: str
     number: str
@@ -473,7 +473,7 @@ class _TensorPlace(NamedTuple):
 
 
 def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
-    """Return the place of an underscored name in any layout; None if the family has no such name."""
+    """Find an underscored name in any layout of a family; None if the family does not have it."""
     tables = _tables(family)
     for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
         found = table.first(name)
@@ -485,7 +485,7 @@ def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    For families whose weights are cut in the same way in both layouts.
+    Use it only for families whose weights are divided into modules in the same way in both layouts.
     """
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
@@ -495,9 +495,9 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
-    """Return the places of modules, (list, place in a block), by underscored names.
+    """Return the position of each module, (index of the list, index in a block), by underscored name.
 
-    Those of a transformer begin with `lora_unet_`.
+    Names of a transformer's modules begin with `lora_unet_`.
     """
     numbered = list(TEXTS_NUMBERED)
     if family is not None:

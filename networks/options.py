@@ -26,11 +26,11 @@ _WITHOUT_ALPHA: Mapping[str, Any] = {
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """What is added to the frozen model in training steps only."""
+    """Options for additions to the frozen model that are active only in training steps."""
 
     training_adapter: Path | None = option(
-        "LoRA file that the model has only in training steps, such as one that undoes a distillation: "
-        "samples, the validation loss and what is saved are without it",
+        "LoRA file that is applied only in training steps, such as one that reverses a distillation; "
+        "samples, the validation loss and saved files do not include it",
         place="there",
         facts=FREE,
     )
@@ -79,13 +79,13 @@ class NetworkOptions(Options, title="network"):
         facts=IDENTITY,
     )
     network_dropout: float | None = option(
-        f"share of the values between the two factors that is set to zero during training{_DROPOUTS}",
+        f"fraction of the values between the two factors that is set to zero during training{_DROPOUTS}",
         least=0,
         below=1,
         facts=HABIT,
     )
     network_args: tuple[str, ...] | None = option(
-        "further settings, e.g. rank_dropout=0.1 \"exclude_patterns=[r'.*ffn.*']\"",
+        "additional settings, e.g. rank_dropout=0.1 \"exclude_patterns=[r'.*ffn.*']\"",
         metavar="KEY=VALUE",
         facts=IDENTITY,
     )
@@ -96,15 +96,16 @@ class NetworkOptions(Options, title="network"):
         "take the rank and alpha of each module from --network_weights", needs="network_weights", facts=FREE
     )
     scale_weight_norms: float | None = option(
-        "largest norm of a module: after each step, larger ones are scaled down (1 is a good start)",
+        "maximum norm of a module: larger norms are scaled down after each step (1 is a good start)",
         above=0,
         hint="leave it out for no limit",
         facts=HABIT,
     )
     lora_format: str | None = option(
-        "names of the layers in saved files. known: those of the known tuners (lora_unet_..., with "
-        "alphas); comfyui: those of ComfyUI; diffusers: those of diffusers' pipelines. Default: known, "
-        "for LTX-2 comfyui, which are the names of its official code. Every script here reads all of them",
+        "layer names in saved files. known: those of musubi-tuner and sd-scripts (lora_unet_..., with "
+        "alphas); comfyui: those of ComfyUI; diffusers: those of the pipelines of diffusers. Default: "
+        "known, for LTX-2 comfyui, which are the names of its official code. All scripts read every "
+        "format",
         choices=(KNOWN, COMFYUI, DIFFUSERS),
         facts=FREE,
     )
@@ -142,5 +143,5 @@ class NetworkOptions(Options, title="network"):
 
     @property
     def decomposes(self) -> bool:
-        """Return whether the norms of frozen weights are learned: these are to be as in the merged model."""
+        """Return whether weight norms are learned; they must then be taken from the merged model."""
         return any(kind.magnitudes for kind in self.variants)

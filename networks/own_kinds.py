@@ -13,7 +13,7 @@ from networks.names.layouts import LoraRules
 
 @dataclass(frozen=True)
 class NetworkArguments:
-    """What the options say of a network: `--network_dim` and so on; None: the default."""
+    """Values of the options that describe a network, such as `--network_dim`; None means the default."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -51,7 +51,7 @@ WITH_FILE = {
 
 
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
-    """Read the settings of one of our modules, and what its kind reads of `--network_args` for its layers.
+    """Read the settings of one of our network modules, and the settings that only its kind has.
 
     Raises:
         OptionError: For a setting that is unknown or out of range, or that only LoRAs have.

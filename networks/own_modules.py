@@ -27,7 +27,7 @@ logger = getLogger(__name__)
 
 
 class PlacedModule(NamedTuple):
-    """A module of a network, and its path there."""
+    """A module of a network, and its path in the network."""
 
     path: str
     module: LoraModule
@@ -92,7 +92,7 @@ def _choose(
     start: str,
     optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Choose modules.
+    """Return the modules to train, each with its rank and alpha, by our name.
 
     Args:
         candidates: Modules by path.
@@ -104,15 +104,15 @@ def _choose(
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
         name = start + path.replace(".", "_")
-        places = find_by_pattern(settings.reg_ranks, name)
-        matches.append(places)
-        size = _size(path, module, settings)
-        if places:
-            _, rank = settings.reg_ranks[places[-1]]
-            size = LoraSize(int(rank), settings.alpha)
-        is_optional = any(part in f".{path}" for part in optional)
-        if is_optional and _select_rank_of_kind(path, settings) is not None:
-            is_optional = False
+        matching = find_by_pattern(settings.reg_ranks, name)
+        matches.append(matching)
+        if matching:  # a pattern wins over the rank of the kind; the last pattern over earlier ones
+            _, rank = settings.reg_ranks[matching[-1]]
+            size: LoraSize | None = LoraSize(int(rank), settings.alpha)
+        else:
+            size = _size(path, module, settings)
+        has_own_rank = _select_rank_of_kind(path, settings) is not None  # which asks for an optional module
+        is_optional = not has_own_rank and any(part in f".{path}" for part in optional)
         if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
             size = None
         if settings.blocks is not None and settings.blocks.is_left_out(path):
@@ -153,7 +153,7 @@ def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[Pl
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
-    """Raise OptionError for numbers of blocks that a model does not have.
+    """Raise OptionError for block numbers that a model does not have.
 
     Args:
         settings: Settings of the network.
@@ -222,15 +222,15 @@ def build_network(
     encoders: Mapping[str, nn.Module],
     begun: Mapping[str, Tensor] | None = None,
 ) -> OwnNetwork:
-    """Build one of our networks on the modules that the settings choose.
+    """Build one of our networks on the modules that the settings select.
 
     Args:
         name: Name of the module, one of OWN_MODULES.
         typed: Settings as the user typed them.
         dit: The transformer; None if only text encoders are trained.
         encoders: Text encoders that are trained, by their `lora_prefix`.
-        begun: Tensors under our names with which the network starts. Modules that are neither default nor
-            left out by `typed.arguments` are added, with their own rank and alpha.
+        begun: Initial tensors, under our names. Their modules are added to the network, with the rank and
+            alpha of the tensors, unless `typed.arguments` exclude them.
 
     Raises:
         OptionError: For wrong settings, or if no module is left.
@@ -275,10 +275,10 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
-    """Give the LoRAs of a DiT the masks of their rule; those of text encoders see no noise and have none.
+    """Add rank masks to the LoRAs of a DiT; text encoders see no noise level, so their LoRAs have no masks.
 
     Raises:
-        OptionError: If only text encoders learn.
+        OptionError: If only text encoders are trained.
     """
     if settings.rank_rule is None:
         return
@@ -299,13 +299,13 @@ def _joining_layers(
     begun: Mapping[str, Tensor],
     by_name: Mapping[str, PlacedModule],
 ) -> dict[str, nn.Module]:
-    """Return the layers that `begun` adds to those of a network, see `build_network`.
+    """Return the layers that the initial tensors add to those of a network.
 
     Args:
         layers: Layers of the network by name.
         name: Name of the network's module.
         settings: Settings of the network.
-        begun: Tensors with which the network starts.
+        begun: Initial tensors, under our names.
         by_name: All modules that can have a LoRA, by name.
     """
     kind = OWN_MODULES[name].kind
@@ -401,9 +401,9 @@ def build_from_tensors(
     dit: nn.Module,
     encoders: Mapping[str, nn.Module],
 ) -> OwnNetwork:
-    """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
+    """Build one of our networks with the modules, ranks and alphas of a file's tensors, but not their values.
 
-    Modules that the model does not have are logged.
+    Modules of the file that the model does not have are logged.
 
     Args:
         name: Name of the module, one of OWN_MODULES.
@@ -451,12 +451,16 @@ def build_from_tensors(
 
 
 def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
-    """Return the settings that count together with those of a file; warn of the others."""
+    """Return the settings that still apply if modules and ranks come from a file; warn of ignored ones."""
     rules = OWN_MODULES[name].rules
-    allowed = {*WITH_FILE, *({} if rules is None else rules.encoders)}
+    allowed = {*WITH_FILE}
+    if rules is not None:
+        allowed.update(rules.encoders)
     from_file = {key for key, value in typed.arguments.items() if value is not None and key not in allowed}
     checked = {key: value for key, value in typed.arguments.items() if key in from_file}
-    read_own(name, NetworkArguments(arguments=checked))
+    read_own(
+        name, NetworkArguments(arguments=checked)
+    )  # only for its errors: ignored values must be valid too
     for key in sorted(from_file):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "

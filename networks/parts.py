@@ -43,7 +43,7 @@ class PlacedFactors(NamedTuple):
 def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
     """Return the rows of a part in a fused weight; None if they do not fit.
 
-    height, whole_height: numbers of rows.
+    `height` and `full_height` are the numbers of rows of the part and of the fused weight.
     """
     if part.index is None or part.index == SWAPPED:
         if height != full_height:
@@ -57,10 +57,10 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
 
 
 def default_rows(part: WeightPart, full_height: int) -> slice | None:
-    """Return the rows of a part in a fused weight by published heights; None if these do not fit.
+    """Return the rows of a part in a fused weight of the published sizes; None if these do not fit.
 
-    It serves rotations of inputs, whose tensors do not show how many rows a module has. If the two halves of
-    a weight are swapped, the answer is all rows, because the rotation is the same for each row.
+    Used for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
+    weight are swapped, all rows are returned, because the rotation is the same for each row.
     """
     if not is_cut(part):
         return slice(0, full_height)
@@ -79,7 +79,7 @@ def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
     """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
 
     Args:
-        tensors: Tensors under our names, with our prefix; others are unchanged.
+        tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
         height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     return fuse(cut(tensors, height), height)
@@ -88,9 +88,9 @@ def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
 def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
     """Split LoRAs for fused modules into LoRAs for their parts; warn of LoRAs that cannot be split.
 
-    Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up
-    factor. Parts that the model does not have are left out. Other modules, those that cannot be split, and
-    those without any part in the model are unchanged.
+    Each part gets the full down factor and alpha, and its rows of the up factor. Parts that the model does
+    not have are left out. Modules that are not fused, that cannot be split, or that have no part in the model
+    are unchanged. The arguments are those of `for_model`.
     """
     modules = deltas.group_by_module(tensors)
     apart: dict[str, Factors] = {}
@@ -107,12 +107,12 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
 def _heights_of_parts(
     name: str, modules: Collection[str], height: Callable[[str], int | None]
 ) -> dict[Relative, int | None]:
-    """Return the rows of the parts of a module that have no LoRA of their own; None if the model lacks one.
+    """Return the rows of those parts of a module that have no separate LoRA; None for parts the model lacks.
 
     Args:
         name: Name of the module.
         modules: Modules with LoRAs.
-        height: See `for_model`.
+        height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     heights: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
@@ -190,7 +190,7 @@ def _height_to_cut(delta: Delta) -> int | None:
 
 
 def _places_of_parts(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
-    """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
+    """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
     places: dict[Relative, slice | Tensor] = {}
     for relative, height in heights.items():
         rows = part_rows(relative.part, height, full_height)
@@ -216,14 +216,15 @@ def fuse(
     height: Callable[[str], int | None] | None = None,
     family: FamilyNames | None = None,
 ) -> dict[str, Tensor]:
-    """Join the LoRAs for parts of a module to one for the module; warn of LoRAs that cannot be joined.
+    """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
 
-    Without `height` every part is joined, and heights come from the parts, also those in other blocks; if no
-    block has the last part of a weight, its height is that of all published models. The change of the weight
-    stays the same. The rank is the sum of the parts' ranks, or their rank if they share one down factor.
+    Without `height` all parts are joined, and the number of rows is inferred from the parts, including those
+    in other blocks; if no block has the last part of a weight, the published models give the number.
+    The change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they
+    share one down factor.
 
     Args:
-        tensors: Tensors under our names, with our prefix; others are unchanged.
+        tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
         height: Returns the number of rows of a fused module's weight; None if the model lacks the module,
             whose parts then do not change.
         family: Family of the modules; None for any.
@@ -317,7 +318,7 @@ def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]
 
 
 def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
-    """Return factors for a weight of this height, or the reason why there are none.
+    """Return factors for a weight with `height` rows, or the reason why the parts cannot be joined.
 
     Args:
         pieces: Factors of the parts.
@@ -346,7 +347,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
 
 
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
-    """Return the one rotation of the parts of a weight, or the reason why there is none."""
+    """Return the rotation that all parts of a weight share, or the reason why they do not share one."""
     first = pieces[0]
     siblings = _find_siblings(first.part.ours, {first.part.theirs})
     joined_paths = {piece.part.theirs for piece in pieces}
@@ -361,7 +362,7 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether factors are those of a LoRA for a matrix, also with magnitudes, without a core."""
+    """Return whether these are the factors of a LoRA or DoRA for a matrix, without a core."""
     further = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
     return not further and factors[UP].ndim == 2
 
@@ -384,10 +385,10 @@ def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
 
 
 def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
-    """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows.
+    """Return a single LoRA whose up factor is block-diagonal: each part's up factor lies in the part's rows.
 
     Args:
-        placed: Factors with their rows, in the order of the rows, which is that of the ranks.
+        placed: Factors with their rows, in the order of the rows; ranks are joined in the same order.
         height: Number of rows of the weight.
     """
     scales = [strength(part.factors) for part in placed]
@@ -410,7 +411,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
 
 
 def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
-    """Return an up factor with those of parts as blocks.
+    """Return an up factor that has the parts' up factors as blocks.
 
     Args:
         placed: Factors with their rows.
@@ -439,7 +440,7 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
-    """Return one tensor of a weight's rows from those of its parts; rows of parts without one are 0."""
+    """Stack a tensor of the parts to one with the weight's rows; rows of parts without the tensor are 0."""
     having = [part for part in placed if name in part.factors]
     first = having[0].factors[name]
     stacked = first.new_zeros(height, *first.shape[1:])
@@ -449,7 +450,7 @@ def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tens
 
 
 def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) -> Factors | str:
-    """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
+    """Join parts that are not all plain LoRAs; return the factors, or the reason why there are none."""
     slices: list[slice] = []
     for piece in pieces:
         part_height = read_delta(piece.factors).height()
@@ -477,7 +478,7 @@ def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
 
 
 def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
-    """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
+    """Return the full change of a weight with `height` rows, float32, or the reason why there is none.
 
     Args:
         placed: Factors with their rows, in the order of the rows.
@@ -539,13 +540,13 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
+    """Replace parts that are marked by `ROWS`, which files cannot hold, by factors of their own.
 
-    Factors whose blocks of rows lie between the parts are cut (LoKr), others become whole differences, in the
-    dtype of their factors.
+    Factors whose blocks of rows do not straddle two parts are cut (LoKr); others become full differences, in
+    the dtype of their factors.
 
     Raises:
-        CheckpointError: For magnitudes by input: they belong to the whole layer.
+        CheckpointError: For magnitudes by input, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROWS in factors for factors in modules.values()):
@@ -621,10 +622,10 @@ def stack_rows(
 def mend_split_alphas(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Return a LoRA's tensors with the alphas that it was trained with, for files of sd-scripts' `split_qkv`.
+    """Restore the alphas of a LoRA that was trained with sd-scripts' `split_qkv`; return all tensors.
 
-    These files join the parts' factors to one of k times the rank, but keep the alpha of one part, so that
-    alpha / rank would be k times too small. Block-diagonal up factors show them.
+    Such a file joins the factors of k parts to one with k times the rank, but keeps the alpha of one part, so
+    that alpha / rank would be k times too small. Block-diagonal up factors reveal these modules.
     """
     mended = dict(tensors)
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
@@ -636,9 +637,10 @@ def mend_split_alphas(
         up = factors[UP]
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
-            continue
+            continue  # the alpha was adapted to the joined rank already
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
-        num_parts = len({part.index for part in parts} - {None, SWAPPED})  # each with some of its rows
+        # an index of None or SWAPPED stands for the full weight, not for some of its rows
+        num_parts = len({part.index for part in parts} - {None, SWAPPED})
         heights = fused_heights(num_parts, len(up), down.shape[1])
         if heights and diagonal_blocks(up, heights) is not None:
             mended[f"{name}.alpha"] = alpha * len(heights)

@@ -44,7 +44,7 @@ def in_any_spelling(pattern: str) -> str:
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
-    """Return a sentence about a pattern that fits none of these names, with the most similar parts of names.
+    """Return a sentence about a pattern that matches none of these names, with the most similar names.
 
     Args:
         pattern: The pattern.
@@ -61,7 +61,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
 
 
 def _parts(words: list[str]) -> Iterator[str]:
-    """Yield the runs of words that begin with a word, not a number."""
+    """Yield all runs of consecutive words that begin with a word instead of a number."""
     for start, word in enumerate(words):
         for end in range(start + 1, min(start + MAX_WORDS, len(words)) + 1):
             if word != "N":

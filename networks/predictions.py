@@ -29,7 +29,7 @@ MAX_SAID = 60  # characters of a value of metadata in a message
 
 @dataclass(frozen=True)
 class Prediction:
-    """What metadata say that the model predicts; those of a LoRA are about the model it was trained on."""
+    """Prediction type of a model by its metadata; a LoRA's metadata describe its base model."""
 
     velocity: bool | None  # None: they do not say it
     zero_terminal_snr: bool

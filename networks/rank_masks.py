@@ -44,11 +44,11 @@ class RankMask:
         self.rows = rows.repeat(1, self.num_parts)
 
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return values between the factors with those of the ranks that do not act set to 0.
+        """Return the values between the factors with those of inactive ranks set to 0.
 
         Args:
-            hidden: Values, B ... R, or B R ... if `axis` is 1. B is S, or S times the rows that each sample
-                has.
+            hidden: Values, B ... R, or B R ... if `axis` is 1. B is the number of samples S, or a multiple of
+                S if each sample has several rows.
             axis: Axis of the ranks.
         """
         rows = self.rows
@@ -70,11 +70,11 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
 
 
 def set_levels(network: nn.Module, levels: Tensor) -> None:
-    """Set the levels of the next pass of a network; do nothing if it has no masks.
+    """Set the noise levels for the next forward pass of a network; do nothing if it has no rank masks.
 
     Args:
         network: The network.
-        levels: Noise level of each sample, S; a single one is for all.
+        levels: Noise level of each sample, S; a single level applies to all samples.
     """
     # its own fields: a module looks for what it lacks in three more places, in each step of every training
     masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
@@ -83,7 +83,7 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
 
 
 def set_level(network: nn.Module, level: float, device: torch.device) -> None:
-    """Set the same level for all samples of the next pass, as `set_levels`.
+    """Set one noise level for all samples of the next forward pass.
 
     Args:
         network: The network.
@@ -95,14 +95,14 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
 
 
 def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
-    """Return the rule that a LoRA was trained with, as its metadata say; None if all ranks act.
+    """Return the rank rule in a LoRA's metadata; None if all ranks are always active.
 
     Args:
         metadata: Metadata of the file.
         path: Path of the file, for messages.
 
     Raises:
-        CheckpointError: If its numbers cannot be read.
+        CheckpointError: If the numbers of the rule cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
     asked = [kind for kind in VARIANTS if kind.switch in arguments]
@@ -111,9 +111,9 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
-    """Return how many LoRAs of the trained rank were joined to one of this rank, as those of q, k and v are.
+    """Return how many LoRAs of the trained rank were joined to one of this rank, such as 3 for q, k and v.
 
-    It is 1 if modules have ranks of their own: such files are joined nowhere here.
+    The result is 1 for files whose modules have different ranks, because those are never joined.
     """
     trained = metadata.get("ss_network_dim", "")
     arguments = metadata.get("ss_network_args", "")
@@ -123,7 +123,7 @@ def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
 
 
 def has_rule(paths: Iterable[Path]) -> bool:
-    """Return whether any of these LoRA files was trained with a rule; only their headers are read."""
+    """Return whether any of these LoRA files was trained with a rank rule; only headers are read."""
     for path in paths:
         with open_checkpoint(path) as checkpoint:
             if rule_of(checkpoint.metadata) is not None:

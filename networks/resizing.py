@@ -66,7 +66,7 @@ class ResizeOptions(Options):
         least=1,
     )
     new_conv_rank: int | None = option(
-        "likewise for convolutions; default: --new_rank", least=1, hint="a rank"
+        "the same for convolutions; default: --new_rank", least=1, hint="a rank"
     )
     dynamic_method: str | None = option(
         f"give each module a rank of its own. {RATIO}: the directions that are larger than the largest one "
@@ -297,15 +297,15 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
 def _resize_module(
     names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
 ) -> ResizedModule:
-    """Return a module with factors of its new rank. Raises CheckpointError as `_read_product`."""
+    """Return a module with factors of its new rank; raise CheckpointError if its factors do not fit."""
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
     sizes = decomposed.sizes.numpy()
     old_rank = len(tensors[names.down])
-    most = options.new_rank
+    max_rank = options.new_rank
     if product.kernel and options.new_conv_rank is not None:
-        most = options.new_conv_rank
-    rank = select_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
+        max_rank = options.new_conv_rank
+    rank = select_rank(sizes, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param)
     kept = sizes[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
@@ -359,21 +359,21 @@ def _share(part: Any, whole: Any) -> float:
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the entries about ranks with their new values, and a comment on what was done."""
+    """Return the changed metadata entries: ranks, alphas, and a comment that describes the change."""
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
     rank, alpha = _common_sizes(linear or modules, options)
     old_rank = metadata.get("ss_network_dim")
     if not old_rank:
         old_rank = str(max(module.old_rank for module in modules))
-    done = f"dimension is resized from {old_rank} to {rank}"
+    comment = f"dimension is resized from {old_rank} to {rank}"
     if options.dynamic_method is not None:
-        done = f"Dynamic resize with {options.dynamic_method}: {options.dynamic_param:g} from {old_rank}"
-    before = metadata.get("ss_training_comment", "")
+        comment = f"Dynamic resize with {options.dynamic_method}: {options.dynamic_param:g} from {old_rank}"
+    earlier_comment = metadata.get("ss_training_comment", "")
     changed = {
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_training_comment": f"{done}; {before}",
+        "ss_training_comment": f"{comment}; {earlier_comment}",
     }
     arguments = _read_arguments(metadata)
     if convolutions and "conv_dim" in arguments:

@@ -60,10 +60,10 @@ MARKS = re.compile(
 
 
 def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Bring XLabs', fused and numbered factors into the usual arrangement; leave other tensors as they are.
+    """Convert XLabs', fused and numbered factors to one LoRA for each module; other tensors are unchanged.
 
-    The change of the weights stays the same: numbered factors become one LoRA whose up factor is
-    block-diagonal, with as many times the rank and alpha.
+    The change of the weights stays the same: n numbered factors become one LoRA with n times the rank and
+    alpha, whose up factor is block-diagonal.
     """
     default: dict[str, Tensor] = {}
     family_name = ""
@@ -99,8 +99,8 @@ def _in_flux(match: re.Match[str]) -> list[str]:
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
-    A LoRA that was joined from theirs, with a block-diagonal up factor, is theirs again, of their rank.
-    Layers whose change is not a matrix, or whose factors do not fit it, stay whole.
+    A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
+    with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
     """
     apart = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
@@ -147,8 +147,8 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
 def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer; () if its factors cannot be split.
 
-    Queries are as wide as their input, so that the change's size shows the rows of keys and values, which may
-    have fewer heads.
+    Queries have as many rows as the layer has inputs, and keys and values, which may have fewer heads, share
+    the remaining rows equally.
     """
     size = read_delta(factors).size()
     if size is None:
@@ -156,15 +156,16 @@ def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     full_height, width = size
     if not _fit_rows(factors, full_height):
         return ()
-    leading = () if layer == "kv" else (width,)
-    rows, remainder = divmod(full_height - sum(leading), 2)
-    if remainder or rows <= 0 or width % rows:
+    query_rows = () if layer == "kv" else (width,)
+    key_rows, remainder = divmod(full_height - sum(query_rows), 2)
+    # the heads of keys and values are queries' heads divided by a whole number
+    if remainder or key_rows <= 0 or width % key_rows:
         return ()
-    return (*leading, rows, rows)
+    return (*query_rows, key_rows, key_rows)
 
 
 def _fit_rows(factors: Factors, height: int) -> bool:
-    """Return whether the factors that are cut by rows all have the rows of the whole layer."""
+    """Return whether all factors that are cut by rows have the rows of the full layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
     by_rows = (read_delta(factors).row_parts() or set()) | factors.keys() & {"diff", SET, *OF_BIAS}
@@ -172,7 +173,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Join numbered factors, each set of a module to one LoRA."""
+    """Join the numbered factors of each module to one LoRA."""
     default = dict(tensors)
     stacked: dict[str, int] = {}
     single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
@@ -193,7 +194,7 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
-    """Return whether numbered factors are LoRAs of the parts of a layer that some model fuses.
+    """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
 
     PEFT's adapters may have numbers as names.
     """
@@ -207,12 +208,12 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
 def _order_pieces(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return the factors of each number in order.
+    """Return the factors of a module, sorted by their numbers.
 
     Args:
         keys: Keys of the factors by number.
         tensors: Tensors by name.
-        alpha: Alpha of factors without one.
+        alpha: Alpha for factors without one.
     """
     shared = {} if alpha is None else {"alpha": alpha}
     pieces: list[Factors] = []
@@ -223,7 +224,7 @@ def _order_pieces(
 
 
 def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
-    """Return the keys of numbered factors: module -> number -> our name of the factor -> key."""
+    """Group the keys of numbered factors: module -> number -> our name of the factor -> key."""
     modules: dict[str, dict[int, dict[str, str]]] = {}
     for key in keys:
         matches = (pattern.fullmatch(key) for pattern in _NUMBERED)

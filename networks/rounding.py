@@ -36,11 +36,11 @@ MAX_METADATA = 300  # characters
 
 
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of 16 bits that a changed weight is rounded to; None if it stays in float32.
+    """Return the 16-bit dtype that a changed weight is rounded to; None if it stays in float32.
 
     Args:
         stored: Dtype of the weight when it is changed.
-        target: Dtype in the network or file that the weight is for; None for the same.
+        target: Dtype of the weight in the network or file that receives it; None for `stored`.
     """
     for dtype in _DROPPED_BITS:  # the coarser one first
         if dtype in {stored, target}:
@@ -52,7 +52,8 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 class RoundingLoss:
     """Sums over elements of a weight: of the change c by a file, and the error e of rounding to the nearest.
 
-    The share that is kept is <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
+    The fraction of the change that survives rounding is <c + e, c> / <c, c>: the projection of the rounded
+    change on the exact one.
     """
 
     lost: float = 0.0  # of e c
@@ -83,7 +84,7 @@ class SampledRows:
         self._total = torch.zeros_like(self.weight)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a tensor that has them all. A single number has none."""
+        """Return the sampled rows of a tensor with all rows; a scalar is returned unchanged."""
         return tensor[self.rows] if tensor.ndim else tensor
 
     def note(self, path: Path, total: Tensor) -> None:
@@ -98,7 +99,7 @@ class SampledRows:
         self._total = total.clone()
 
     def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
-        """Return the share of each file that rounding the weight to the nearest numbers of a dtype loses."""
+        """Return how much of each file's change is lost by rounding the weight to the nearest value."""
         exact = self.weight + self._total
         error = exact.to(dtype).float() - exact
         sums = []
@@ -128,14 +129,14 @@ class RandomRounding:
     noise: Tensor  # _NOISE even random numbers below one step of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
-        """Round float32 values in place to numbers of the dtype.
+        """Round float32 values in place to values of the dtype, at random.
 
-        Each chunk uses a part of the noise that begins at its own position, because drawing new numbers takes
-        longer than the rest of merging.
+        All chunks share one block of noise, each from a position of its own, because drawing new numbers
+        takes longer than the rest of merging.
 
         Args:
             values: The values.
-            start: Number of the weight's elements before these.
+            start: Number of elements of the weight that precede these.
         """
         flat = values.view(-1)
         for first in range(0, len(flat), _CHUNK):
@@ -146,9 +147,9 @@ class RandomRounding:
             self._round_with(chunk, self.noise[offset : offset + len(chunk)])
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
-        """Round all values of a small weight by the best of a few draws: that which keeps most.
+        """Round all values of a small weight several times at random, and keep the draw that loses least.
 
-        In few elements, chance loses or adds 1 % of the change and more.
+        With few elements, a single draw may lose or add 1 % of the change and more by chance.
 
         Args:
             values: The values.
@@ -189,10 +190,10 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
 
 
 class LoraRounding:
-    """How the changed weights of a model are rounded, as `--lora_rounding` says, and what that keeps.
+    """Decide how changed weights are rounded, by the value of `--lora_rounding`, and record the losses.
 
-    Whether rounding to the nearest keeps enough is decided for each weight while it is merged, on a sample
-    of its rows. So no weight is read twice, and one that loses nothing is rounded to the nearest.
+    Whether rounding to the nearest is good enough is decided for each weight while it is merged, on a sample
+    of its rows. So no weight is read twice, and stochastic rounding is used only where it helps.
     """
 
     def __init__(self, rule: str) -> None:
@@ -213,11 +214,11 @@ class LoraRounding:
         return self._rule != STOCHASTIC
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Return whether a weight is to be rounded at random, and remember it for `words`.
+        """Return whether a weight is to be rounded at random, and count it for the report.
 
         Args:
-            dtype: Dtype of the result, from `narrow_dtype`.
-            sample: Sample of a weight in 16 bits, if `needs_samples`.
+            dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
+            sample: Sampled rows of the weight if `needs_samples`, else None.
         """
         self._num_changed += 1
         if dtype is None:
@@ -244,6 +245,7 @@ class LoraRounding:
         """
         key = dtype, device
         if key not in self._noise:
+            # the noise fills the bits that rounding drops; one block serves all weights of the dtype
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
             noise = torch.randint(
                 1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32
@@ -277,7 +279,7 @@ class LoraRounding:
         return {METADATA_KEY: self.words()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log what `words` says, once.
+        """Log the summary of `words`, once.
 
         Args:
             num_unmerged: Number of weights in 8 or 4 bits next to which LoRAs are added.

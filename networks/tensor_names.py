@@ -158,9 +158,9 @@ def split_key(key: str) -> Place | None:
 
 
 def split_end(key: str) -> tuple[str, str]:
-    """Split a key into what names its module and our name of its part.
+    """Split a key into the path of its module and our name for the rest.
 
-    `x.lora_A.default.weight` gives `x` and `lora_down.weight`; the part is "" if the end is unknown.
+    `x.lora_A.default.weight` gives `x` and `lora_down.weight`; the second is "" if the ending is unknown.
     """
     match = _FACTOR.search(key)
     if match is not None:
@@ -172,7 +172,7 @@ def split_end(key: str) -> tuple[str, str]:
 
 
 def in_default_spelling(key: str) -> str:
-    """Return a tensor's name in a file with our name of its part, if a kind of network has others."""
+    """Replace the ending of a tensor's name in a file by ours if a kind of network spells it differently."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key)
     return key
@@ -212,7 +212,7 @@ def dialect_in_words(dialect: str) -> str:
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert whose network, a further one of a pipeline, a name begins with; None if with none."""
+    """Return the expert if a key begins with the diffusers name of a second expert's network; else None."""
     for bare in without_starts(key):
         for start, expert in _FURTHER.items():
             if bare.path.startswith(start):
@@ -238,7 +238,7 @@ def split_text(key: str) -> TextPlace | None:
 def name_text(place: TextPlace, family: FamilyNames | None) -> str | None:
     """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
 
-    The layers identify the encoder, whatever number a program gives it.
+    The names of the layers identify the encoder, because programs number encoders differently.
     """
     path, part = split_end(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", place.path))
     if not part:
@@ -272,7 +272,7 @@ def _text_layer(path: str) -> tuple[str, str]:
 
 
 def _text_prefix(place: TextPlace, kind: str, family: FamilyNames | None) -> str | None:
-    """Return our prefix of an encoder; None if its name is that of another kind of encoder."""
+    """Return our prefix for an encoder; None if the file's name for it belongs to another kind of encoder."""
     encoders = _OF_ALL if family is None else family.encoders
     prefixes = [prefix for prefix, layers in encoders if layers == kind]
     label = place.start.rstrip("_.-").replace("lycoris_", "lora_")
@@ -289,7 +289,7 @@ def _text_prefix(place: TextPlace, kind: str, family: FamilyNames | None) -> str
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
-    """Describe what precedes or follows the path of a known module, or else how all names begin.
+    """Describe unknown names: what surrounds the path of a known module, or else how all names begin.
 
     Args:
         paths: Paths with their prefixes.

@@ -29,13 +29,13 @@ logger = getLogger(__name__)
 def uses_for(
     uses: Iterable[LoraUse], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[LoraUse]:
-    """Return the parts of LoRAs for one network, named as for its own file; skip LoRAs without such parts.
+    """Return the parts of LoRAs for one network, under transformer names; skip LoRAs without such parts.
 
     Args:
         uses: LoRA files with their strengths.
         prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
-        prefixes: Prefixes of all text encoders of the model, as for `rename_texts`; None if the LoRAs have
-            these names already (`for_encoders`).
+        prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
+            after `for_encoders`.
     """
     parts = []
     for use in uses:
@@ -82,7 +82,7 @@ class TextLoras:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left to add."""
+        """Return whether no LoRA changes a text encoder or a module that is loaded with one."""
         return not self._uses and not self._on_side
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
@@ -107,7 +107,7 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Add the encoder's LoRAs to its weights; do nothing if that is done, or if it has none.
+        """Add the encoder's LoRAs to its weights, unless that was done before or there are none.
 
         Raises:
             CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
@@ -136,7 +136,7 @@ class TextLoras:
 
 
 def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
-    """Return the family whose prompts may have the learned words of LoRAs.
+    """Return a copy of the family whose prompts may contain the learned words of LoRAs.
 
     Args:
         family: The model family.
@@ -177,7 +177,7 @@ class TensorPiece:
 
 
 def is_full(names: Iterable[str]) -> bool:
-    """Whether tensor names are those of a whole Stable Diffusion checkpoint: a U-Net and text encoders."""
+    """Return whether tensor names belong to a full Stable Diffusion checkpoint: U-Net and text encoders."""
     starts = {name.partition(".")[0] for name in names}
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
 
@@ -215,7 +215,7 @@ class FullPatch:
             uses: LoRA files with their strengths.
             names: Names of all tensors in the file.
             model: File of the checkpoint, for messages.
-            rounding: See `LoraPatch`; it is that of all networks together.
+            rounding: Rounding of changed 16-bit weights, whose report covers all networks together.
         """
         names = list(names)
         texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
@@ -232,7 +232,7 @@ class FullPatch:
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Add the changes to the tensor, in place, piece by piece."""
+        """Add the changes to the tensor in place, one piece (the weight of one module) at a time."""
         for piece, patch in self._of(name):
             patch.add_to(piece.name, piece.of(tensor), target)
         return tensor
@@ -252,10 +252,10 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
     Args:
         uses: LoRA files with their strengths.
         model: Name of the model, for messages.
-        prefixes: Prefixes of the model's encoders, as for `rename_texts`.
+        prefixes: Prefixes of the model's text encoders in LoRA files.
 
     Raises:
-        CheckpointError: If nothing of a LoRA is left.
+        CheckpointError: If a LoRA has no part for these encoders.
     """
     fitting: list[LoraUse] = []
     for use in uses:

@@ -59,7 +59,7 @@ class MergeOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options to extract a LoRA; without `OF_FULL` those of a transformer's own scripts."""
+    """Options to extract a LoRA; scripts of a single transformer leave out those in `OF_FULL`."""
 
     model_org: Path = option(
         "the model before fine-tuning: a file, or of a transformer a folder", place="there", required=True
@@ -103,7 +103,7 @@ class FullExtractWords(Options):
 _MERGED: Mapping[str, Any] = {"place": "safetensors", "spares": ("models", *FLUX_OUTPUTS)}
 
 
-class FluxMergeOptions(Options):
+class FluxMergeOptions(Options, must_give=True):
     """Options of `networks/flux_merge_lora.py`."""
 
     save_precision: str | None = option(

@@ -21,9 +21,9 @@ from networks.rank_masks import rule_of
 def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put changes of quantized weights round their layers, switched on.
+    """Wrap layers with quantized weights so that the changes of LoRAs are added to their outputs.
 
-    Call before networks and compilation.
+    Call before a network is attached and before compilation.
 
     Args:
         dit: The transformer.
@@ -58,10 +58,10 @@ def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]
 
 
 def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
-    """Return the changes by T-LoRAs in a loaded network, for `add_unmerged`; warn of parts that it lacks.
+    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
 
     Raises:
-        CheckpointError: If a file does not fit, or changes more than the weights of layers.
+        CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
     """
     patch = LoraPatch(uses, is_masked=True)
     for place in places(dit).values():

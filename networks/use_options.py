@@ -24,10 +24,10 @@ AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
 def lora_rounding_option(
     needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the field of --lora_rounding. Arguments: as `option` has them."""
+    """Return the field of --lora_rounding; the arguments are those of `option`."""
     return option(
-        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small "
-        "LoRAs; auto: so where the nearest loses over 1 %%",
+        "rounding of 16-bit weights after merging LoRAs; stochastic: at random, which preserves weak "
+        "LoRAs; auto: at random if rounding to nearest loses more than 1 %%",
         default=AUTO,
         choices=(AUTO, NEAREST, STOCHASTIC),
         needs=needs,
@@ -37,12 +37,12 @@ def lora_rounding_option(
 
 
 def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
-    """Raise OptionError if --lora_rounding is given, and no LoRA is merged.
+    """Raise OptionError if --lora_rounding is given although no LoRA is merged.
 
     Args:
         rounding: Value of --lora_rounding.
-        files: The files.
-        option: Option that names LoRAs.
+        files: LoRA files that are merged.
+        option: Option that names LoRAs, for the message.
     """
     if rounding != AUTO and not any(files):
         raise OptionError(
@@ -128,7 +128,7 @@ def require_files(option: str, paths: Sequence[Path], folders: str | None = None
 def multipliers_for(
     files: Sequence[Path], multipliers: Sequence[float], option: str, warns: bool = False
 ) -> tuple[float, ...]:
-    """Return one multiplier per file: the given ones, then 1.0.
+    """Return one multiplier per file; files without a given multiplier get 1.0.
 
     Args:
         files: The files.

@@ -31,12 +31,12 @@ Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names
 def in_dialect(
     tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
 ) -> TranslatedModules:
-    """Convert ours to the names of ComfyUI ("other") or diffusers: `diffusion_model.<path>.lora_A.weight`.
+    """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
-    Both factors are multiplied by sqrt(alpha / rank), alpha is left out; other kinds keep their factors and
-    alphas. Only ComfyUI reads these, except files of one kind that `NetworkKind.write_for_diffusers` writes.
-    A whole difference of a matrix becomes a LoRA of full rank for diffusers, which is exact. Module paths
-    come from the list of the family's real modules.
+    In LoRAs both factors are multiplied by sqrt(alpha / rank), and alpha is left out; other kinds keep their
+    factors and alphas. Only ComfyUI reads other kinds, except for files that
+    `NetworkKind.write_for_diffusers` writes. For diffusers the full difference of a matrix becomes a LoRA of
+    full rank, which is exact. Module paths come from the list of the family's real modules.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
     their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
@@ -64,8 +64,10 @@ def in_dialect(
     plain: dict[str, Factors] = {}
     remaining: dict[str, Factors] = {}
     for name, factors in modules.items():
-        is_plain = is_cut and factors.keys() <= deltas.OF_LOW_RANK
-        (plain if is_plain else remaining)[name] = factors
+        if is_cut and factors.keys() <= deltas.OF_LOW_RANK:
+            plain[name] = factors
+        else:
+            remaining[name] = factors
     written = in_dialect(deltas.ungroup(plain), family, "diffusers")
     for name in written.left_out:
         remaining[name] = plain[name]
@@ -146,7 +148,7 @@ def write_modules(
         modules: Factors by module name, ours.
         start: Prefix of the names in that dialect.
         pieces_of: Maps a module (without our prefix) and its factors to factors by path in the dialect, or to
-            the reason why they have no form there.
+            the reason why the dialect cannot express them.
         form_of: Returns the form of the factors in the dialect.
     """
     written: dict[str, Tensor] = {}
@@ -177,11 +179,11 @@ def write_modules(
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them.
 
-    Biases are whole differences there. An alpha of 0 means the rank, and is written so.
+    ComfyUI takes biases as full differences. An alpha of 0 means the rank and is written as the rank.
     """
     form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
-    if form.keys() <= {*LORA, "diff", MAGNITUDES}:
+    if form.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
@@ -192,7 +194,7 @@ def in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_diffusers(factors: Factors) -> Form:
-    """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
+    """Return the tensors of a module as diffusers and PEFT read them, or why they cannot read it."""
     delta = read_delta(factors)
     rotation = delta.rotation
     if rotation is not None:
@@ -245,7 +247,7 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> Form:
-    """Return the tensors as `_in_diffusers`, with alpha / rank folded in by `deltas.split_strength`."""
+    """Return the tensors as diffusers reads them, with alpha / rank folded into both factors exactly."""
     if DOWN not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_strength(factors)
@@ -253,7 +255,7 @@ def _in_toolkit(factors: Factors) -> Form:
 
 
 def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
-    """Return the factors of each part of a module by its path in diffusers, or why there are none."""
+    """Return the factors of each part of a module by its path in diffusers, or why it cannot be split."""
     path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
@@ -274,7 +276,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    """Return the factors of each part of a fused weight, or why there are none.
+    """Return the factors of each part of a fused weight, or the reason why it cannot be split.
 
     Args:
         factors: Factors of the module, by name of the part.
@@ -324,7 +326,7 @@ def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether any value but those of the down factor and alpha differs from 0, or one is set."""
+    """Return whether the factors change anything: their down factor and alpha alone do not."""
     return SET in factors or any(
         bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"}
     )
@@ -336,11 +338,12 @@ def in_target(
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
     Args:
-        native: Tensors of the family's own modules, see `in_own_form`.
-        family: The model family.
-        target: The target.
-        start: See `in_dialect`.
+        native: Tensors for modules in the family's own layout, from `in_own_form`.
+        family: The model family; None if unknown.
+        target: The target dialect.
+        start: Prefix of names in diffusers, which is the network in the pipeline.
     """
+    # modules that ComfyUI cannot read are taken out first, then the rest is written
     without_form: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items() if target == "other" else ():
         reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
@@ -366,7 +369,7 @@ def in_target(
 def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
     """Return a LoRA under the names of the layout that stacks modules, as ComfyUI reads them.
 
-    A part that cannot be stacked, as its factors are no plain LoRA, is left out.
+    A part that cannot be stacked, because its factors are not a plain LoRA, is left out.
     """
     modules = deltas.group_by_module(fuse(native, family=family))
     apart = {
@@ -384,10 +387,10 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return our LoRA on the modules that the family's model has here: parts joined, or stacks split.
+    """Return our LoRA for the modules of the family's model in our layout: parts joined, or stacks split.
 
     Raises:
-        CheckpointError: If a part of a joined layer has no form of its own.
+        CheckpointError: If a part of a joined layer cannot be expressed by factors of its own.
     """
     if family is not None and family.joined:
         return resolve_rows(take_apart(tensors, family))
@@ -396,9 +399,9 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Convert modules that another layout stacks or names otherwise to the family's own.
+    """Convert modules that another layout stacks or names differently to the family's own modules.
 
-    Modules that cannot be split stay whole, with a warning.
+    A module that cannot be split is left unsplit, with a warning.
     """
     apart: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
@@ -421,7 +424,7 @@ def rename_to_aliases(
     Args:
         tensors: Tensors by name.
         family: The model family.
-        change: `to_alias`, or `alias` for the way back.
+        change: `to_alias`, or `alias` for the reverse direction.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -18,12 +18,12 @@ Settings = dict[str, Any] | None
 def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    """Build the wheel, with all code below `reelsmith`. Returns its file name."""
+    """Build the wheel, with all code below `reelsmith`, and return its file name."""
     return _build(lay_out_package, build_meta.build_wheel, wheel_directory, config_settings)
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    """Build the source distribution, as the checkout is laid out. Returns its file name."""
+    """Build the source distribution, with the layout of the checkout, and return its file name."""
     return _build(lay_out_sources, build_meta.build_sdist, sdist_directory, config_settings)
 
 

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def package_name(name: str) -> str:
-    """Return the name that a room or root module has inside the installed package."""
+    """Return the name of a room or root module inside the installed package."""
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
@@ -43,8 +43,8 @@ def rewrite_imports(source: str, ours: Collection[str]) -> str:
     `ours` are top-level names of the checkout.
 
     Raises:
-        ValueError: For `import modules.errors` if the text uses the name `modules` that this binds: in the
-            package it would bind `reelsmith`.
+        ValueError: If the text has `import modules.errors` and uses the name `modules`: in the package, this
+            import would bind `reelsmith` instead.
     """
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -64,15 +64,15 @@ class OwnImport(NamedTuple):
     """An import of one of our modules."""
 
     line: int
-    offset: int  # of the name in its line, in bytes
+    offset: int  # position of the name in its line, in bytes
     name: str
     is_bound: bool  # whether it binds the top-level name
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
-    """Yield each import of ours.
+    """Yield each import of one of our modules.
 
-    `lines` are those of the source.
+    `tree` and `lines` are those of one source; `ours` are the top-level names of our modules.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,16 +88,15 @@ def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> I
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Replace commands in texts by console commands.
+    """Replace commands in a source's texts by the installed console commands.
 
-    `wan_cache_latents` takes the place of `python wan_cache_latents.py`, `reelsmith compare` that of `python
-    tools/compare.py`. A launcher's command names the module: `accelerate launch ... -m
+    `python wan_cache_latents.py` becomes `wan_cache_latents`, and `python tools/compare.py` becomes
+    `reelsmith compare`. A launcher's command names the module: `accelerate launch ... -m
     reelsmith.wan_train_network`.
 
-    A literal that is the path of a script and nothing else stays, because it is not a text but a word of a
-    command: code finds the script by this path, and `command_words` translates it when the command is shown.
-    Only a script with a console command of its own loses its ending there, because either form names that
-    script.
+    A literal that consists of a script's path alone stays, because it is not a text but a word of a command:
+    code finds the script by this path, and `command_words` translates it when the command is shown. Only a
+    script with a console command of its own loses its ending there, because either form names that script.
     """
     names = "|".join(sorted(scripts))
     rooms = "|".join(SCRIPT_ROOMS)
@@ -118,10 +117,10 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Add the function `run` to a script, which does the work of its `__main__`, for the console command.
+    """Add a function `run` to a script, for the console command; it does what the script's `__main__` does.
 
     Raises:
-        ValueError: If the script does not end with that.
+        ValueError: If the script does not end with a `__main__` block.
     """
     block = MAIN_BLOCK.search(source)
     if block is None:
@@ -161,7 +160,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 def lay_out_package(root: Path, folder: Path) -> None:
     """Copy the files to install into `folder`/reelsmith, with their imports and texts rewritten.
 
-    Raises ValueError, naming the file, if one of them cannot be rewritten.
+    Raises ValueError, with the name of the file, if one of them cannot be rewritten.
     """
     _copy_texts(root, folder)
     package = folder / "reelsmith"
@@ -206,7 +205,7 @@ def _copy_texts(root: Path, folder: Path) -> None:
 
 
 def entry_points(root: Path) -> dict[str, str]:
-    """Return the console commands: `reelsmith`, and the scripts of models by their names."""
+    """Return the console commands: `reelsmith`, and one for each script of a model."""
     targets = {"reelsmith": "reelsmith.commands:main"}
     for command in find_commands(root):
         if has_own_command(command.script):

@@ -47,7 +47,7 @@ PROGRAM = "program.zip"  # in it: set_up.py and this file, of one version, whate
 NOTES_OF_VERSION = (FILES, DIGESTS)
 LOCK = "update.lock"
 GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
-# of the user or of this machine, wherever a zip file has them
+# names that belong to the user or the machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MAX_FILES, MAX_BYTES = 50_000, 2 << 30
 MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
@@ -64,18 +64,18 @@ OFFLINE = re.compile(
 
 @dataclass(frozen=True)
 class FileChange:
-    """What an update from a zip file does to a folder: paths relative to it, with /."""
+    """What an update from a zip file changes in a folder; paths are relative to it, with /."""
 
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
-    digests: dict[str, str] = field(default_factory=dict)  # of what the update puts there
+    digests: dict[str, str] = field(default_factory=dict)  # digests of the files that the update writes
     # a file of `replaced` that the user had changed -> the name under which it is kept
     beside: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class UpdateNote:
-    """The commits around the last update of a clone. after: None as earlier versions noted it."""
+    """The commits before and after the last update of a clone; `after` is None in older notes."""
 
     before: str
     after: str | None
@@ -83,7 +83,7 @@ class UpdateNote:
 
 @dataclass(frozen=True)
 class CloneMove:
-    """A change of a clone's files from those of one commit to those of another."""
+    """A change of a clone's files from one commit to another."""
 
     before: str
     after: str
@@ -94,7 +94,7 @@ def update(root: Path, file: Path | None) -> None:
     """Update the checkout in `root`, from a zip file or, without one, from where git cloned it.
 
     Raises:
-        UserError: If that cannot be done; then nothing has changed, or `go_back` undoes it.
+        UserError: If the update fails; then nothing has changed, or `go_back` undoes the change.
     """
     is_clone = (root / ".git").exists()
     if is_clone and file is not None:
@@ -118,8 +118,8 @@ def go_back(root: Path) -> None:
     """Return to the version before the last update.
 
     Raises:
-        UserError: If there was none, if work of the user's own would be lost, or if git refuses; then nothing
-            has changed.
+        UserError: If there was no update, if the user's own changes would be lost, or if git fails. Nothing
+            has changed then.
     """
     with _only_change(root):
         is_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
@@ -136,12 +136,12 @@ def go_back(root: Path) -> None:
 
 
 def repair(root: Path) -> None:
-    """Put right what an update or a `go_back` that was killed has left; do nothing if there is nothing.
+    """Repair the state after an update or a `go_back` that was killed; do nothing otherwise.
 
-    A zip file's update is undone, that of a clone finished.
+    An update from a zip file is undone; an update of a clone is finished.
 
     Raises:
-        UserError: If that cannot be done, or if an update is running.
+        UserError: If the repair fails, or if an update is running.
     """
     if any((root / NOTES / name).exists() for name in (BACK, f"{BACK}.part", f"{BACK}.old", NEW)):
         with _only_change(root):
@@ -149,7 +149,7 @@ def repair(root: Path) -> None:
 
 
 def note_version(root: Path) -> None:
-    """Note what the files here are, if that is not noted: so an update finds what the user changes later."""
+    """Record digests of the files here, unless recorded: an update can then detect the user's changes."""
     note = root / NOTES / DIGESTS
     if note.exists() or (root / ".git").exists():
         return
@@ -169,10 +169,10 @@ def note_version(root: Path) -> None:
 
 @contextmanager
 def _only_change(root: Path) -> Iterator[None]:
-    """Let one process at a time change a folder.
+    """Let only one process at a time change the folder.
 
     Raises:
-        UserError: If another one does.
+        UserError: If another process is changing it.
     """
     try:
         (root / NOTES).mkdir(exist_ok=True)
@@ -201,7 +201,7 @@ def _repair(root: Path) -> None:
 
 
 def _keep_program(root: Path) -> None:
-    """Copy the code that undoes an update, so that it can run while the folder has files of two versions."""
+    """Copy the code that undoes an update, so that it runs while the folder mixes two versions."""
     source, part = Path(__file__).parent.parent, root / NOTES / "program.part"
     with zipfile.ZipFile(part, "w") as archive:
         archive.write(source / "set_up.py", "__main__.py")
@@ -228,7 +228,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
     """Let git change the files to those of another commit; the next start finishes it if it is killed.
 
     Raises:
-        UserError: If git refuses.
+        UserError: If git fails.
     """
     kept = root / NOTES / BACK
     _keep_program(root)
@@ -258,10 +258,10 @@ def _end_move(root: Path, move: CloneMove) -> None:
 
 
 def _finish_clone(root: Path, words: Sequence[str]) -> None:
-    """Finish an update of a clone, or a way back, that was killed while git changed the files.
+    """Finish an update or a return of a clone that was killed while git changed the files.
 
     Raises:
-        UserError: If git may be at work still, or refuses.
+        UserError: If git may still be running, or fails.
     """
     if len(words) < 2 or not all(map(OBJECT.fullmatch, words[:2])):  # killed before it began
         shutil.rmtree(root / NOTES / BACK)
@@ -286,10 +286,10 @@ def _list_differing(root: Path, commit: str) -> set[str]:
 
 
 def _read_commits(root: Path) -> UpdateNote:
-    """Return what the last update noted.
+    """Return the commits that the last update recorded.
 
     Raises:
-        UserError: If it noted nothing that can be read.
+        UserError: If there is no readable record.
     """
     path = root / NOTES / COMMIT
     if not path.is_file():
@@ -304,7 +304,7 @@ def _read_commits(root: Path) -> UpdateNote:
 
 
 def _reject_own_commits(root: Path, note: UpdateNote) -> None:
-    """Raise UserError if the branch has commits that it alone holds, or is not the one of the update."""
+    """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
     if _git(root, "rev-parse", "HEAD") == note.after:
         return
     branch = _git(root, "branch", "--show-current")
@@ -348,7 +348,7 @@ def _git(root: Path, *words: str) -> str:
     """Return the output of git.
 
     Raises:
-        UserError: If there is no git, or with its last words if it fails.
+        UserError: If git is missing, or fails; the message then ends with its last line of output.
     """
     program = shutil.which("git")
     if program is None:
@@ -413,7 +413,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
 
 
 def _put(root: Path, source: Path, name: str) -> None:
-    """Copy a file to a path relative to `root`, whole or not at all."""
+    """Copy a file to a path relative to `root`, completely or not at all."""
     part = root / NOTES / NEW / "file.part"
     part.parent.mkdir(parents=True, exist_ok=True)
     (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -422,7 +422,7 @@ def _put(root: Path, source: Path, name: str) -> None:
 
 
 def _find_name_beside(root: Path, name: str) -> str:
-    """Return a name that no file has for the user's own version of a file."""
+    """Return an unused name for the user's own version of a file."""
     names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MAX_FILES))]
     return next(free for free in names if not os.path.lexists(root / free))
 
@@ -435,10 +435,11 @@ def _tell_beside(beside: Mapping[str, str]) -> None:
 
 
 def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
-    """Yield the files that the new version lacks, without those that it has in another spelling.
+    """Yield the files that the new version lacks, except those that it has in another spelling.
 
-    A disk of Windows or macOS takes `Docs/a.md` and `docs/a.md`, and both forms of an accent, for one name:
-    removing the old one would remove the new file. Where a disk tells them apart, both are listed.
+    On a disk of Windows or macOS, `Docs/a.md` and `docs/a.md` are one file, and so are names with either
+    Unicode form of an accent: removing the old one would remove the new file. If the disk distinguishes them,
+    both are listed.
     """
     new_names = {fold_name(name): name for name in files}
     for name in gone:
@@ -448,7 +449,7 @@ def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterato
 
 
 def _is_listed(root: Path, name: str) -> bool:
-    """Return whether each part of a path stands in its folder in this very spelling."""
+    """Return whether each part of a path exists with exactly this spelling."""
     folder = root
     for part in PurePosixPath(name).parts:
         if not folder.is_dir() or part not in os.listdir(folder):
@@ -458,10 +459,10 @@ def _is_listed(root: Path, name: str) -> bool:
 
 
 def _unpack(file: Path, folder: Path) -> list[str]:
-    """Unpack a version into a folder, and return its files.
+    """Unpack a zip file with a version into a folder, and return its files.
 
     Raises:
-        UserError: If it is none, or is damaged.
+        UserError: If the file is not a version of Reelsmith, or is damaged.
     """
     try:
         with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
@@ -489,7 +490,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
 
 
 def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> str:
-    """Return the folder of a zip file with a version in it, with / at its end; "" for none."""
+    """Return the folder inside a zip file that holds the version, with a final /; "" for the top level."""
     tops = [name.removesuffix(PROJECT) for name in members if PurePosixPath(name).name == PROJECT]
     top = min(tops, key=len, default="")
     try:
@@ -504,7 +505,7 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
 
 
 def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
-    """Raise UserError for a zip file that is too large, or that names places which are not of a version."""
+    """Raise UserError for a zip file that is too large, or has paths that no version has."""
     entries = list(entries)
     if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
@@ -533,7 +534,7 @@ def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequenc
 
 
 def _find_error(name: str) -> str:
-    """Return why a file of a version cannot have this path, relative to the folder; empty if it can."""
+    """Return why no file of a version can have this relative path; "" if one can."""
     parts = PurePosixPath(name).parts
     if not parts or name != "/".join(parts) or name.startswith("/") or ".." in parts or "\\" in name:
         return "it leads out of the folder"
@@ -547,10 +548,10 @@ def _find_error(name: str) -> str:
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return what the files of the new version change.
+    """Return what the new version would change.
 
     Raises:
-        UserError: If a folder is in a file's place.
+        UserError: If a folder has the path of a new file, or a file that of a new folder.
     """
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
@@ -563,6 +564,7 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
     gone = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
     known = _read_digests(root)
     replaced = sorted([*replaced, *gone])
+    # without digests of the old version nobody can tell which files the user has changed
     own = [name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)]
     return FileChange(
         replaced=replaced,
@@ -573,13 +575,13 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
 
 
 def _is_blocked(root: Path, name: str) -> bool:
-    """Return whether no file can be put at a path: a folder has its name, or a file that of its folder."""
+    """Return whether a path is blocked: a folder has its name, or a file has the name of its folder."""
     folders = [parent for parent in PurePosixPath(name).parents if parent.parts]
     return (root / name).is_dir() or any((root / parent).is_file() for parent in folders)
 
 
 def _read_files(root: Path) -> list[str]:
-    """Return the files of the version that the last zip file brought; none if that is not known."""
+    """Return the files of the version in the last zip file; [] if they are not known."""
     note = root / NOTES / FILES
     if not note.is_file():
         return []
@@ -594,7 +596,7 @@ def _read_files(root: Path) -> list[str]:
 
 
 def _read_digests(root: Path) -> dict[str, str]:
-    """Return the digests of the files of the version that is here, by folded name; none if not known."""
+    """Return the digests of the current version's files by folded name; {} if they are not known."""
     note = root / NOTES / DIGESTS
     lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -614,7 +616,7 @@ def _digest(path: Path) -> str:
 
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
-    """Copy the files that an update replaces. Nothing has changed before all of them are there."""
+    """Copy the files that an update replaces. The update begins only after all are copied."""
     full, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     part.mkdir()
     for name in change.replaced:
@@ -633,9 +635,10 @@ def _keep_for_return(root: Path, change: FileChange) -> None:
 
 
 def _undo_zip(root: Path, is_repair: bool = False) -> None:
-    """Undo the last update from a zip file, also one that stopped half way; run again if this one stops.
+    """Undo the last update from a zip file, even an incomplete one. If interrupted, it can run again.
 
-    is_repair: What the user changed since then is kept under another name, not refused.
+    With `is_repair`, files that the user has changed since are kept under another name; otherwise they are an
+    error.
     """
     kept = root / NOTES / BACK
     if not (kept / PLAN).is_file():
@@ -675,7 +678,7 @@ def _read_change(path: Path) -> FileChange:
     """Return what the last update changed.
 
     Raises:
-        UserError: If its note is damaged.
+        UserError: If its record is damaged.
     """
     try:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
@@ -713,7 +716,7 @@ def _reject_own_work(own: Sequence[str]) -> None:
 
 
 def _tell_left_over(root: Path, files: Iterable[str]) -> None:
-    """Name the files of Python in this version's folders that are not of it: older ones, or the user's."""
+    """Print which Python files in this version's folders do not belong to it: old ones, or the user's."""
     rooms = {PurePosixPath(name).parts[0] for name in files if name.endswith("/__init__.py")}
     ours = set(map(fold_name, files))
     found = sorted(

@@ -33,7 +33,7 @@ HELP = {"-h", "--help"}
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: its names, its options, and its suffix for a file's name."""
+    """One tool: its names, its options, and its suffix for file names."""
 
     name: str
     aliases: tuple[str, ...]  # other names, in lower case
@@ -54,14 +54,14 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 @dataclass(frozen=True)
 class Chain:
-    """Options of one run: its files, and the tools with their options in the order of work."""
+    """Options of one run: its files, and the tools in order with their options."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
     def added(self) -> str:
-        """Text for names of results, from the tools."""
+        """Text of all tools for the names of results."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
@@ -71,19 +71,19 @@ class Chain:
 
     @property
     def needs_video(self) -> bool:
-        """Whether a tool needs several frames, so that single images are refused."""
+        """Whether a tool needs several frames, so that single images are rejected."""
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, so that the result must hold no picture of the source."""
+        """Return whether a tool hides something, so that the result must not contain the original image."""
         return hiding_tool(self.tools) is not None
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
-    """Read the command line of a tool's script, `--then` and further tools included.
+    """Parse the command line of a tool's script, including `--then` and further tools.
 
-    Ends the program, as argparse does, if it cannot be understood. Raises OptionError.
+    Invalid options end the program as in argparse. Raises OptionError.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -93,7 +93,8 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
     _add_then(parser)
-    for later in later_tools:  # their help is not to wait for what the first tool lacks
+    # print the help of a later tool even if required options of the first one are missing
+    for later in later_tools:
         if HELP & set(later):
             read_tool(later, before)
     args = _parse(parser, chosen, first)
@@ -124,14 +125,14 @@ def _add_then(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class NamedTools:
-    """Tools that an option names, in the order of work."""
+    """The tools that an option names, in order."""
 
     option: str  # for messages
     tools: tuple[ToolOptions, ...]
 
     @property
     def labels(self) -> list[str]:
-        """Labels for progress bars, with the option that names the tools."""
+        """Labels for progress bars, which name the option with the tools."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
@@ -146,16 +147,16 @@ class NamedTools:
 
 
 def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
-    """Read tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+    """Parse tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    If a word is not understood, the program exits as argparse does.
+    Invalid words end the program as in argparse.
 
     Args:
         texts: Words of the option.
-        option: Option that the texts were given to, for messages.
+        option: Option with the texts, for messages.
 
     Raises:
-        OptionError: If a tool or a value cannot be used.
+        OptionError: If a tool or a value is not valid.
     """
     tools = []
     for text in texts:
@@ -170,16 +171,16 @@ def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
 
 
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
-    """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
+    """Parse the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    Without a model the downloaded one is used. The program ends if help is asked for.
+    Without a model option, the downloaded model is used. Asking for help ends the program.
 
     Args:
         words: The name and the options.
         before: Words before the name in a command, for messages.
 
     Raises:
-        OptionError: If the tool is unknown or an option cannot be used.
+        OptionError: If the tool is unknown or an option is not valid.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
@@ -207,7 +208,7 @@ def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a tool's options; --model is the downloaded one if not given. Raises OptionError without one."""
+    """Parse a tool's options; --model defaults to the downloaded model. Raises OptionError without one."""
     _list_flags(parser)["--model"].required = False
     args = parser.parse_args(words)
     if args.model is None:
@@ -218,10 +219,10 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool of that name, in small or capital letters.
+    """Return the tool with a name, ignoring case.
 
     Raises:
-        OptionError: If there is none.
+        OptionError: If there is no such tool.
     """
     for tool in TOOLS:
         if name.lower().removesuffix(".py") in {tool.name.lower(), *tool.aliases}:
@@ -236,14 +237,14 @@ def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
 
 
 def tool_names() -> str:
-    """Return the names of all tools as a list in words."""
+    """Return the names of all tools as a list for messages."""
     names = [tool.name for tool in TOOLS]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Prefix a UserError of the block with the tool's name, at most once; an empty name does nothing."""
+    """Prefix a UserError of the block with the tool's name, unless it has the prefix or the name is empty."""
     try:
         yield
     except UserError as error:
@@ -266,7 +267,7 @@ def tool_in_words(tool: Tool, options: Any) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Split the value of --post into words; quotes protect blanks, backslashes are ordinary characters."""
+    """Split the value of --post into words; quotes protect blanks, backslashes are plain characters."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
@@ -276,7 +277,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
-    """Cut a list at each `mark`."""
+    """Split a list at each `mark`."""
     parts: list[list[str]] = [[]]
     for word in words:
         if word == mark:
@@ -287,7 +288,7 @@ def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
 
 
 def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    """Split each `flag=value` in two."""
+    """Split each `flag=value` into two words."""
     parts: list[str] = []
     for word in words:
         parts += word.split("=", 1) if word.startswith(f"{flag}=") else [word]
@@ -306,15 +307,15 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
-    """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
+    """Return the downloaded model for a tool, and log it; None for a mode that the tool does not have.
 
     Args:
-        tool: Its name in `TOOLS`.
+        tool: Name of the tool in `TOOLS`.
         mode: Value of --mode, "" for tools without it.
-        folders: Where models are downloaded to; the first folder with all files of the first task is used.
+        folders: Folders of downloaded models; the first one with all files of the first task is used.
 
     Raises:
-        OptionError: With the download command if no folder has them.
+        OptionError: If no folder has the files; the message contains the download command.
     """
     from downloads.catalogue import model_sets  # only without --model
 
@@ -322,7 +323,7 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     models = {model_set.task: model_set.components[0] for model_set in sets if model_set.family == "tools"}
     tasks = [task for task in TASKS.get(mode, (mode,)) if task in models]
     if not tasks:
-        return None  # the tool says so itself
+        return None  # the tool reports the unknown mode
     for task in tasks:
         model = models[task]
         for folder in folders:

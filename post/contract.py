@@ -21,7 +21,7 @@ from modules.media.encoding import Picture, Pixels
 
 @dataclass(frozen=True)
 class Clip:
-    """Facts about a stream of pictures that are known before its first picture is read."""
+    """Info about a stream of images that is known before its first image is read."""
 
     path: Path  # path of the video, for messages
     width: int
@@ -32,23 +32,24 @@ class Clip:
 
 
 class Stage(Protocol):
-    """A loaded tool, which may process several clips, one after the other."""
+    """A loaded tool, which may process several clips in turn."""
 
     @property
     def name(self) -> str:
-        """The tool's name, for messages: upscaler."""
+        """The tool's name for messages, such as upscaler."""
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip that the stage makes of a clip.
+        """Return the properties of the stage's result for a clip.
 
-        Raises MediaError or OptionError if it cannot use the clip, for example if pictures are too small.
+        Raises MediaError or OptionError if the stage cannot process the clip, for example if images are too
+        small.
         """
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the results in playing order, with a bounded number of pictures in memory.
+        """Yield the results in playing order, with a bounded number of images in memory.
 
-        Pictures that a stage does not change keep their pixels, whatever their dtype. Its summary of the clip
-        is logged when the last picture has gone through.
+        Images that a stage does not change keep their pixels, whatever their dtype. A summary of the clip is
+        logged after the last image.
 
         Raises:
             UserError: If the result must not be kept; nothing is written then.
@@ -56,7 +57,7 @@ class Stage(Protocol):
 
 
 def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
-    """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; they are copied as 8 or 16 bits."""
+    """Return pixels (H W 3) as 1 3 H W float32, 0..1, on the device; they are copied as 8 or 16 bits."""
     writable = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
     is_deep = writable.dtype == np.uint16
     white = 255.0
@@ -71,7 +72,7 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
-    """Clamp and round an image 1 3 H W, 0..1, and return it as H W 3 in 16 or 8 bits on the host."""
+    """Clamp and round an image 1 3 H W, 0..1, and return it as H W 3 in 8 or 16 bits on the host."""
     values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
     if is_deep:  # with a sign, as in `to_tensor`
         values = torch.where(values < 32768, values, values - 65536)

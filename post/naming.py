@@ -24,7 +24,7 @@ NAMED = 3  # files that a message names
 
 @dataclass(frozen=True)
 class FileJob:
-    """One file to work on, and where the result goes."""
+    """One file to process, and the path of its result."""
 
     source: Path
     output: Path
@@ -32,16 +32,16 @@ class FileJob:
 
 
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs, sorted by name; empty if results exist and must not be overwritten.
+    """Return the jobs sorted by name; empty if results exist and must not be overwritten.
 
     Args:
         chain: The run with its tools.
-        ask: Asks the user about existing results; returns None if nobody can answer.
+        ask: Asks the user about existing results; returns None if there is nobody to ask.
 
     Raises:
         OptionError: If a file is missing, or if a result would replace an input or another result.
         MediaError: If an input is not a supported file.
-        OutputError: If results exist and nobody can answer.
+        OutputError: If results exist and there is nobody to ask.
     """
     sources = list_sources(chain)
     if chain.run.output is None:
@@ -61,7 +61,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: results must not be written into a dataset's folder."""
+    """Raise OptionError if a source has a caption: results must not be added to a dataset's folder."""
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(
@@ -72,7 +72,7 @@ def _check_caption(path: Path, chain: Chain) -> None:
 
 
 def _check_output(job: FileJob, jobs: Sequence[FileJob]) -> None:
-    """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
+    """Raise OutputError if a result would replace an input or a folder, even under a different name."""
     if job.output.is_dir():
         raise OutputError(f"{job.output} is a folder. Choose another --output.")
     if not job.output.exists():
@@ -127,7 +127,7 @@ def list_sources(chain: Chain) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file is a single picture, by its ending; animations are videos."""
+    """Return whether a file is a single image, judged by its suffix; animations count as videos."""
     try:
         return path.suffix.lower() in image_suffixes() and not is_animation(path)
     except MediaError:  # reading the file will say what is wrong
@@ -145,7 +145,7 @@ def name_output(chain: Chain, source: Path) -> Path:
     """Return the path of a file's result.
 
     Raises:
-        OptionError: If it cannot be written to --output.
+        OptionError: If the result cannot be written to --output.
     """
     run = chain.run
     suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
@@ -166,7 +166,7 @@ def name_output(chain: Chain, source: Path) -> Path:
 
 
 def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
-    """Log if results have another suffix than the user gave."""
+    """Log if results get a different suffix than the one that the user gave."""
     form = chain.run.format
     output = chain.run.output_path
     if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
@@ -181,10 +181,10 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
 
 
 def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return the jobs to do, after asking the user about existing results.
+    """Return the jobs to run, after asking the user about existing results.
 
     Raises:
-        OutputError: If a result exists and nobody can answer.
+        OutputError: If a result exists and there is nobody to ask.
     """
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
@@ -204,13 +204,13 @@ def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None
 
 
 def _name_outputs(jobs: Sequence[FileJob]) -> str:
-    """Return the paths of the results, or of the first few, for a message."""
+    """Return the paths of the first results, for a message."""
     names = ", ".join(str(job.output) for job in jobs[:NAMED])
     return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:
-    """Return the jobs with free names for the results that exist."""
+    """Return the jobs with unused names for results that exist."""
     used_outputs = {job.output for job in jobs if job not in existing}
     renamed = []
     for job in jobs:

@@ -12,10 +12,10 @@ from modules.options import Options, option
 
 
 class ToolRunOptions(Options, title="input and output"):
-    """The input, and the place of the result."""
+    """The input file and where to write the result."""
 
     input: Path = option(
-        "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
+        "a video, an image, or a folder: then each video and each image in it is worked on by itself",
         place="there",
         hint="a video, a picture, or a folder",
         required=True,
@@ -39,13 +39,13 @@ class ToolRunOptions(Options, title="input and output"):
         """Return --output as a path.
 
         Raises:
-            OptionError: For a name that no file can have.
+            OptionError: If no file can have this name.
         """
         return None if self.output is None else to_path("--output", self.output)
 
     @property
     def means_folder(self) -> bool:
-        """Whether --output ends like a folder, so that it is one even before it exists."""
+        """Whether --output ends like a folder, and therefore is one even before it exists."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
 
@@ -65,7 +65,7 @@ AUTO = "auto"
 
 
 def auto_or_number(text: str) -> int | None:
-    """Parse a whole number; `auto` gives None."""
+    """Parse an integer; `auto` becomes None."""
     if text.lower() == AUTO:
         return None
     try:
@@ -75,7 +75,7 @@ def auto_or_number(text: str) -> int | None:
 
 
 class UpscalerOptions(Options, title="upscaling"):
-    """How pictures are enlarged."""
+    """How images are upscaled."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth, .safetensors)"}}
@@ -85,14 +85,14 @@ class UpscalerOptions(Options, title="upscaling"):
     )
     scale: float = option("size of the result: width and height times this", default=2, above=0)
     tile: int | None = option(
-        "size of the pieces that pictures are cut into, in pixels of the input; 0: never; auto, the default: "
-        "only if memory does not hold the whole picture",
+        "size of the pieces that images are cut into, in pixels of the input; 0: never; auto, the "
+        "default: only if memory does not hold the whole image",
         type=auto_or_number,
         least=0,
     )
     tile_overlap: int = option("pixels that pieces share; they are blended there", default=32, least=0)
     batch_size: int | None = option(
-        "pictures that are computed at once; auto, the default: one on a CPU, several small ones on a GPU",
+        "images that are computed at once; auto, the default: one on a CPU, several small ones on a GPU",
         type=auto_or_number,
         least=1,
     )
@@ -113,7 +113,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
 class InterpolationOptions(Options, title="interpolation"):
-    """The number of new pictures between two, and the way in which they are made."""
+    """The number of new images between two, and how they are generated."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "folder with the GIMM-VFI files and those of its optical flow"}}
@@ -130,10 +130,10 @@ class InterpolationOptions(Options, title="interpolation"):
         "compute flow at this part of the size: 0.5 for 2K, 0.25 for 4K", default=1.0, above=0, most=1
     )
     scene_threshold: float = option(
-        "from this distance of two pictures on, 0 to 1, a new scene begins: the picture before it is "
+        "from this distance of two images on, 0 to 1, a new scene begins: the image before it is "
         "repeated instead of mixed with it. The distance is sqrt(structure * colors): 1 minus the best "
-        "correlation of small gray copies moved against each other, and the part of colors that changes. "
-        "Lower finds more cuts; 0 turns it off",
+        "correlation of small gray copies moved against each other, and the part of colors that "
+        "changes. Lower finds more cuts; 0 turns it off",
         default=0.25,
         least=0,
         most=1,
@@ -154,12 +154,12 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def part(self) -> Fraction:
-        """Factor on the size at which motion is estimated, as an exact fraction."""
+        """Scale at which motion is estimated, as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
-        """Number of which image sides must be multiples, so that --ds_factor gives multiples of 32."""
+        """Number that image sides must be a multiple of, so that --ds_factor gives multiples of 32."""
         step = ALIGNMENT / self.part
         return step.numerator  # the smallest whole multiple of the step
 
@@ -170,7 +170,7 @@ _BLUR = "blur"
 
 
 class BlurOptions(Options, title="what is blurred"):
-    """Things to blur, and the form of the blur."""
+    """What to blur, and the shape of the blur."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a detector: YuNet or YOLO as .onnx, RetinaFace as .pth or .safetensors"}}
@@ -224,8 +224,8 @@ class BlurOptions(Options, title="what is blurred"):
         "frames that are blurred before something is first found", default=10, least=0, most=MAX_HELD
     )
     detection_size: int = option(
-        "pictures are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its file "
-        "leaves it open), 0 for their full size: larger finds smaller faces and takes longer",
+        "images are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its "
+        "file leaves it open), 0 for their full size: larger finds smaller faces and takes longer",
         default=640,
     )
     allow_none: bool = option(
@@ -250,7 +250,7 @@ YUNET = "yunet"
 
 
 class FacefixOptions(Options, title="faces"):
-    """The faces to restore, and the strength of the restoration."""
+    """Which faces to restore, and how strongly."""
 
     network: ToolNetworkOptions = option(
         settings={

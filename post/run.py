@@ -60,7 +60,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     """Process the files in turn; if one of several fails, report it and continue with the others.
 
     Raises:
-        UserError: At the end if a file failed, with the exit code of the failures if it is the same for all.
+        UserError: At the end if a file failed, with the exit code of the failures if they all share it.
     """
     done = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
@@ -82,8 +82,8 @@ FOLDER = "frames"
 def write_frames(path: Path, folder: Path, most: int | None) -> None:
     """Write a video's frames, or the first `most`, to `folder`/frames as PNG; an image gives one PNG.
 
-    The folder appears when all are written. The video is read no further than necessary, with few frames in
-    memory.
+    The folder appears only when all frames are written. No more of the video is read than necessary, and few
+    frames are in memory.
 
     Raises:
         OutputError: If `folder`/frames exists.
@@ -132,13 +132,13 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
     """Run all stages on an image, and write a PNG.
 
-    Tools process the colors of a transparent image. Its transparency is resized with it and kept.
+    Tools process the colors of a transparent image. Its alpha channel is resized with it and kept.
 
     Args:
         stages: The loaded stages.
         job: File to read and file to write.
         done: Descriptions of the tools, for the metadata.
-        hides: Whether to leave out metadata that may hold a small copy of the image.
+        hides: Whether to omit metadata that may contain a thumbnail of the image.
 
     Raises:
         UserError: If the image cannot be read, processed or written.
@@ -170,7 +170,7 @@ def run_video(
 ) -> None:
     """Run all stages on a video.
 
-    Reading and writing have a thread each. The output appears only when it is complete.
+    Reading and writing run in separate threads. The output appears only when it is complete.
 
     Args:
         stages: The loaded stages.

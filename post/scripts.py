@@ -7,7 +7,7 @@ from post.chain_options import read_chain
 
 
 def tool_script(tool: str, about: str | None) -> Script:
-    """Return the `Script` of a tool. about: the script's docstring."""
+    """Return the `Script` of a tool; `about` is the script's docstring."""
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
         chain = read_chain(tool, about or "", argv)

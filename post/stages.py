@@ -38,16 +38,16 @@ TOOLS: dict[type, tuple[Check, Make]] = {
 
 @dataclass(frozen=True)
 class NamedStage:
-    """A stage, and its name in messages; empty: messages do not name it."""
+    """A stage and its name in messages; with an empty name messages do not mention it."""
 
     stage: Stage
     label: str = ""
 
 
 def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
-    """Read the headers of all model files. labels: see `NamedStage`.
+    """Read the headers of all model files; for `labels` see `NamedStage`.
 
-    Raises UserError if a file does not fit, or if --compile cannot be followed on the device.
+    Raises UserError if a file does not fit, or if --compile is not possible on the device.
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label):
@@ -76,9 +76,9 @@ def make_stages(
 
 
 def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
-    """Return the clips between the stages, from the first input to the last result.
+    """Return the clips between the stages, from the input to the final result.
 
-    Raises MediaError or OptionError if a stage cannot use its input.
+    Raises MediaError or OptionError if a stage cannot process its input.
     """
     clips = [clip]
     for named in stages:
@@ -90,9 +90,14 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
 def lead_through(
     stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
 ) -> Iterator[Picture]:
-    """Yield the results of the last stage. clips: the result of `results`.
+    """Yield the results of the last stage.
 
     Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
+
+    Args:
+        stages: The stages in order.
+        pictures: Images of the input.
+        clips: Result of `results`.
     """
     foreign: list[BaseException] = []
     pictures = _note_errors(pictures, clips[0], "", foreign)
@@ -104,7 +109,7 @@ def lead_through(
 def _note_errors(
     pictures: Iterator[Picture], clip: Clip, label: str, foreign: list[BaseException]
 ) -> Iterator[Picture]:
-    """Pass pictures on; prefix errors with the tool's name, unless an earlier stage raised them."""
+    """Pass images on; prefix errors with the tool's name, unless an earlier stage raised them."""
     try:
         with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
             yield from pictures
@@ -116,10 +121,10 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError, with a remedy, if memory runs out in the block.
+    """Raise MemoryPlanError with a remedy if memory runs out in the block.
 
     Args:
-        what: The things too large.
+        what: What needs too much memory, for the message.
     """
     try:
         yield
@@ -128,7 +133,7 @@ def _explain_memory(what: str) -> Iterator[None]:
             raise
         raise MemoryPlanError(
             f"there is too little memory for {what} ({short_reason(error)}).\n"
-            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller pictures, or close "
+            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller images, or close "
             "other programs."
         ) from error
 
@@ -140,7 +145,7 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 
 @dataclass
 class PostTools:
-    """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
+    """The tools of a run, loaded for the first decoded video and kept until the end."""
 
     selected: NamedTools
     device: torch.device
@@ -161,11 +166,11 @@ class PostTools:
         check_tools(self.selected.tools, self.selected.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if there is a single frame, and a tool works between frames.
+        """Raise OptionError if there is a single frame but a tool works on several.
 
         Args:
-            frames: The frames.
-            label: Names the frames in the message.
+            frames: Number of frames.
+            label: Name of the frames in the message.
         """
         for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
@@ -175,7 +180,7 @@ class PostTools:
                 )
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the tools' results for frames, and their frame rate; the first call loads the networks.
+        """Return the processed frames and their frame rate; the first call loads the networks.
 
         Args:
             frames: The frames.
@@ -187,9 +192,9 @@ class PostTools:
         """
         first = next(frames)
         alpha = None
-        if is_single:  # of videos no frame has transparency
+        if is_single:  # frames of videos have no alpha channel
             first, alpha = split_alpha(first)
-        self.check_length(1 if is_single else 2, "the video")
+        self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
@@ -202,7 +207,7 @@ class PostTools:
 
 
 def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:
-    """Return the facts of a clip that begins with a frame. rate: None for a single frame."""
+    """Return the properties of a clip that starts with a frame; `rate` is None for a single frame."""
     height, width = frame.shape[:2]
     return Clip(
         path=Path("the video"),

@@ -18,15 +18,15 @@ LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has a
 
 
 class Closed(Exception):
-    """Signal that nobody reads a queue any more."""
+    """Signal that the reader of a queue has stopped."""
 
 
 class StreamStopped(Exception):
-    """Signal to a writer that the run has failed: it must remove its output."""
+    """Signal to a writer that the run has failed, so that it must remove its output."""
 
 
 class Pipe(Generic[T]):
-    """A queue between two threads that either may end; it keeps no reference to a taken item."""
+    """A queue between two threads, either of which may end it; it keeps no reference to a taken item."""
 
     def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
@@ -39,7 +39,7 @@ class Pipe(Generic[T]):
         """Append an item; wait while the queue is full.
 
         Raises:
-            Closed: If nobody takes items any more.
+            Closed: If the reader has stopped.
         """
         with self._changed:
             while len(self._items) >= self._depth and not self._is_closed:
@@ -53,7 +53,7 @@ class Pipe(Generic[T]):
         """End the input.
 
         Args:
-            error: Drop the waiting items and raise this where items are taken.
+            error: Error to raise in the reader, which then drops the waiting items.
         """
         with self._changed:
             if error is not None:
@@ -63,7 +63,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the output: no item will be taken any more, and waiting items are dropped."""
+        """End the output: no more items will be taken, and waiting items are dropped."""
         with self._changed:
             self._items.clear()
             self._is_closed = True
@@ -88,8 +88,8 @@ class Pipe(Generic[T]):
 def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]:
     """Iterate over `source` in a thread; yields an iterator over its items, which raises its errors.
 
-    At most `depth` items wait, and one more is in the thread's hands. The thread has ended, and a generator
-    is closed, when the block ends.
+    At most `depth` items wait, and one more is being processed by the thread. When the block ends, the thread
+    has ended, and a generator is closed.
     """
     pipe: Pipe[T] = Pipe(depth)
 
@@ -125,7 +125,11 @@ def write_behind(
 
     At most DEPTH items wait. `write` has returned when the block ends. Its errors are raised by the function
     or at the end of the block. If the block fails, the iterator raises StreamStopped, so that `write` can
-    remove its output. last_wait: seconds that it gets to finish if Ctrl-C comes when it has all items.
+    remove its output.
+
+    Args:
+        write: Function to call in the thread.
+        last_wait: Seconds that `write` gets to finish if Ctrl-C comes after it has received all items.
     """
     pipe: Pipe[T] = Pipe()
     errors: list[BaseException] = []

@@ -29,14 +29,19 @@ SHARE = 0.8  # share of the host's free memory to use; the system kills programs
 
 
 def round_up(number: int, step: int) -> int:
-    """Return the next multiple of `step` that is at least `number`."""
+    """Round a number up to the next multiple of `step`."""
     return -(-number // step) * step
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
-    """Extend pictures B C H W to the right and below by their mirror images, to multiples of `step`.
+    """Extend images B C H W to multiples of `step` with their mirror images at the right and bottom.
 
-    repeats_edge: whether the last row and column come twice. Works for pictures smaller than `step` too.
+    It also works for images smaller than `step`.
+
+    Args:
+        images: Images, B C H W.
+        step: Number that the sides become multiples of.
+        repeats_edge: Whether the last row and column are repeated.
     """
     for axis in (-2, -1):
         size = images.shape[axis]
@@ -47,7 +52,7 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
 
 
 def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
-    """Return the source index of each of `length` places in a row of `size` with mirrored ends."""
+    """Return the source index of each of `length` positions in a row of `size` with mirrored ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
     forth = torch.arange(length) % period
     back = period - forth - (1 if repeats_edge else 0)
@@ -57,9 +62,14 @@ def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
     """Return (start, end) of equal tiles that cover 0..length and overlap by at least `overlap`.
 
-    tile: their largest size, more than `overlap`. Tiles are as few as possible, then as small as possible,
-    because overlaps are computed twice. All numbers are multiples of `step` if `length` is; `overlap` is
-    rounded up to a multiple.
+    The number of tiles is minimal, then their size, because overlaps are computed twice. All numbers are
+    multiples of `step` if `length` is; `overlap` is rounded up to a multiple.
+
+    Args:
+        length: Length to cover.
+        tile: Largest size of a tile, more than `overlap`.
+        overlap: Smallest overlap.
+        step: Number that all positions are multiples of.
     """
     overlap = round_up(overlap, step)
     tile = max(tile // step * step, overlap + step)
@@ -75,8 +85,15 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
 def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
     """Return run(images), computed tile by tile and blended linearly where tiles overlap.
 
-    images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor:
-    scale of the results. Values on which overlapping tiles agree are unchanged, to the bit.
+    Values on which overlapping tiles agree are bit-identical.
+
+    Args:
+        run: Function to apply.
+        images: Images, B C H W, with H and W multiples of `step`.
+        tile: Largest tile in pixels of `images`; see `cut`.
+        overlap: Overlap in pixels of `images`; see `cut`.
+        step: See `cut`.
+        factor: Scale of the results.
     """
     if tile == FULL:
         return run(images)
@@ -98,14 +115,14 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
 
 
 class _Joined(NamedTuple):
-    """Tiles, or strips of tiles, that are joined along an axis."""
+    """Tiles, or strips of tiles, that are being joined along an axis."""
 
     room: Tensor  # for the whole result
     filled: int  # place up to which it is
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
-    """Blend a tile, or a strip of tiles, into the result from place `start` of an axis."""
+    """Blend a tile, or a strip of tiles, into the result from position `start` of an axis."""
     end = start + tile.shape[axis]
     if joined is None:
         if end == length:
@@ -132,7 +149,7 @@ def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
 
 
 def room_on(device: torch.device) -> int | None:
-    """Return the free bytes of a device less a safety margin; None if unknown."""
+    """Return the free bytes of a device minus a safety margin; None if unknown."""
     if device.type == "cuda":
         return spare_bytes(device)
     room = host_room() if device.type == "cpu" else None
@@ -140,20 +157,21 @@ def room_on(device: torch.device) -> int | None:
 
 
 def min_tile(step: int, overlap: int) -> int:
-    """Return the smallest side of a tile: twice the overlap, and a multiple of the network's step."""
+    """Return the smallest side of a tile: twice the overlap, rounded up to the network's step."""
     return round_up(max(LEAST, 2 * overlap), step)
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the first sentence of an error's message; its type if it has none."""
+    """Return the first sentence of an error's message, or its type if it has no message."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 @dataclass
 class Fitting:
-    """Run a network on batches of pictures as large as memory allows; remember their sizes for a clip.
+    """Run a network on batches of images as large as memory allows, and remember the sizes for a clip.
 
-    If memory runs out, batches are halved; then, if `is_auto`, pictures are cut into ever smaller tiles.
+    If memory runs out, batches are halved; after that, if `is_auto`, images are cut into smaller and smaller
+    tiles.
     """
 
     device: torch.device
@@ -165,9 +183,14 @@ class Fitting:
     factor: int = 1
 
     def __call__(self, run: Run, images: Tensor, finish: Run = lambda result: result) -> Tensor:
-        """Return finish(run(images)). images: B C H W, H and W multiples of `step`.
+        """Return finish(run(images)), in smaller batches or tiles if necessary.
 
-        finish: applied to untiled results of one or more pictures. Raises MemoryPlanError if nothing fits.
+        Raises MemoryPlanError if nothing fits.
+
+        Args:
+            run: The network.
+            images: Images, B C H W, with H and W multiples of `step`.
+            finish: Applied to untiled results of one or more images.
         """
         while True:
             try:
@@ -182,7 +205,7 @@ class Fitting:
             free_memory(self.device)
 
     def _shrink_batch(self, images: Tensor, reason: str) -> None:
-        """Choose a smaller batch or smaller tiles. reason: why `images` failed, for MemoryPlanError."""
+        """Choose a smaller batch or smaller tiles; `reason` is why `images` failed, for MemoryPlanError."""
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = min(self.tile or longest, longest)
@@ -212,10 +235,10 @@ def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) 
     Args:
         options: Options of the run.
         device: Device of the run.
-        what: Its name, for the log.
+        what: Name of the network, for the log.
 
     Raises:
-        OptionError: For an unknown dtype and for fp8.
+        OptionError: If the dtype is unknown or fp8.
     """
     return half_where_fast(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 
@@ -223,7 +246,7 @@ def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) 
 class Guarded:
     """A network with float32 inputs and outputs that may compute in half precision.
 
-    In half precision, pictures of a batch whose result is NaN or infinite are computed again in float32.
+    Images of a batch whose result in half precision is NaN or infinite are computed again in float32.
     """
 
     def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
@@ -242,7 +265,7 @@ class Guarded:
         self.what = what
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: B C H W in float32. Raises CheckpointError if a result is not finite in float32 either."""
+        """Run images, B C H W float32. Raises CheckpointError if a result is not finite in float32 either."""
         result = self._run(images.to(self.dtype)).float()
         if self.dtype == torch.float32:
             return result
@@ -271,7 +294,7 @@ DEFAULT = Compilation()
 
 
 def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
-    """Raise OptionError if --dtype or --compile is not possible; call before anything is loaded."""
+    """Raise OptionError if --dtype or --compile is not possible, before anything is loaded."""
     select_compute_dtype(options.dtype, "--dtype", torch.float32)
     check_compilation(DEFAULT if options.compile else None, device)
 
@@ -281,8 +304,12 @@ def compile_parts(
 ) -> None:
     """Compile the `forward` of parts of a network in place, if --compile is given.
 
-    parts: preferably the blocks of a list, which share one compilation; else the whole network. Compilation
-    happens at the first call. Call `check_network` before.
+    Compilation happens at the first call. Call `check_network` before.
+
+    Args:
+        options: Options of the run.
+        parts: Preferably the blocks of a list, which share one compilation, or else the whole network.
+        choice: How to compile.
     """
     if not options.compile:
         return

@@ -19,15 +19,15 @@ from project.media import WRITTEN
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
 MAX_FILES = 100_000  # with more, the checks are made again
-MAX_BYTES = 1000  # of the remembered file
+MAX_BYTES = 1000  # maximum size of the file
 
 
 def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> None:
-    """Remember that the checks of a folder have found nothing. A folder that cannot be written is left alone.
+    """Record that the checks of a folder found no errors; do nothing if the folder is read-only.
 
     Args:
         folder: The described folder.
-        commands: Of its run, with the options that were typed.
+        commands: Commands of the folder's run, with the options that were typed.
         model_files: Paths of the model's files.
     """
     mark = _mark(folder, commands, model_files)
@@ -41,7 +41,7 @@ def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_file
 
 
 def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> bool:
-    """Return whether the checks have found nothing since anything that they read has changed.
+    """Return whether the checks found no errors and nothing that they read has changed since.
 
     The arguments are those of `remember_checked`.
     """
@@ -54,7 +54,7 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
 
 
 def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> str | None:
-    """Return a fingerprint of what the checks read; None if they read more than is looked at here."""
+    """Return a fingerprint of the files that the checks read; None if they also read files elsewhere."""
     try:
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):
@@ -70,7 +70,7 @@ def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence
 
 
 def _reads_elsewhere(value: object) -> bool:
-    """Return whether a dataset names a folder or list outside of its own folder."""
+    """Return whether a dataset refers to a folder or list outside its own folder."""
     if isinstance(value, dict):
         return any(_is_outside(key, inner) or _reads_elsewhere(inner) for key, inner in value.items())
     return isinstance(value, list) and any(map(_reads_elsewhere, value))

@@ -48,14 +48,14 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Facts about a model from its family's record."""
+    """What the record of a model's family says about the model."""
 
     references: int  # most pictures that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
     hears: bool  # it learns the sound of clips
     pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
     learns_clips: bool  # False: it learns pictures alone
-    min_seconds: float  # of a clip; nothing is learned of shorter ones
+    min_seconds: float  # minimum length of a clip; shorter ones are not used
     learns_audios: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularization pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
@@ -77,9 +77,9 @@ class ModelChoice:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return the facts of a model; imports its family.
+    """Return what its family's record says about a model. Imports the family.
 
-    `files` are its files by option; they need not exist.
+    `files` maps each option to the model's file; the files need not exist.
     """
     family = _make_family_for_caching(model)
     rules = family.references
@@ -124,14 +124,14 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _has_latents(family: Any, fact: str) -> bool:
-    """Return a fact of the latents, as has_alpha; one that only the VAE's file can tell is false."""
+    """Return a flag of the latents, such as has_alpha; false if only the VAE's file could tell."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, fact))
     return False
 
 
 def _make_family_for_caching(model: ModelSet) -> Any:
-    """Return the record of a model's family for its command that caches latents, without encoders."""
+    """Return the family's record as the command that caches latents uses it, without loading encoders."""
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
     for _, option, _ in entry.encoders:  # the facts here need no encoder
@@ -144,7 +144,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log nothing below warnings during the block: making a family would log that files are not given."""
+    """Log only warnings during the block: building a family would log that files are not given."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -179,7 +179,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
-    """Check a trigger word that is what a run trains, as its script does. Raises OptionError."""
+    """Check the trigger word that a run learns, as its training script does. Raises OptionError."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -198,7 +198,7 @@ def _names_of(parser: argparse.ArgumentParser) -> set[str]:
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
     """Return those options of a command that have one of the names, with their values.
 
-    `files` are the paths that stand for words such as {vae}. An option whose file is not among them is left
+    `files` maps placeholders such as {vae} to paths. An option whose placeholder is missing there is left
     out.
     """
     selected: list[str] = []
@@ -215,14 +215,14 @@ def script_family(words: Sequence[str]) -> str:
     """Return the family of a command that caches latents.
 
     Raises:
-        KeyError: If it is none.
+        KeyError: If the command is not one that caches latents.
     """
     scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     return scripts[words[1]]
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
-    """Return the family's rule for models of few steps; None if this is not such a model."""
+    """Return the family's rule for few-step models; None if this model is not one."""
     if not knows_few_steps(family):
         return None
     reason = None
@@ -247,7 +247,7 @@ class TransformerKind(NamedTuple):
 
 
 def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
-    """Return the kind of a transformer by its name or metadata; None if neither says."""
+    """Return the kind of a transformer from its file name or metadata; None if neither shows it."""
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
@@ -291,7 +291,7 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
 
 
 def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
-    """Return the kinds of results that a model makes: `clips and sound`."""
+    """Return the kinds of results that a model generates, such as `clips and sound`."""
     if facts.learns_layers:
         kinds = ["layers"]
     elif facts.needs_reference:
@@ -308,10 +308,11 @@ def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
 def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
-    `memory` is the GiB of the card. `before_asking` raises errors that would make questions useless.
+    `memory` is the card's memory in GiB. `before_asking` is called before the first question, and raises
+    errors that would make all questions pointless.
 
     Raises:
-        OptionError: If the model is unknown, or nobody can be asked.
+        OptionError: If the model is unknown, or if it is not named and there is no terminal to ask on.
     """
     models = find_models()
     if options.family is None:
@@ -379,7 +380,7 @@ def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float
 
 
 def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
-    """Return the models of a family that its name and --task leave to choose from."""
+    """Return the models that match the named family and --task, from which the user still has to choose."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
         tasks = _read_tasks(typed_task, of_family)
@@ -400,7 +401,7 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     `text` is what was given as --task, which fits all of `tasks`; None means nothing.
 
     Raises:
-        OptionError: If several are as good.
+        OptionError: If several tasks match equally well.
     """
     if text is not None:
         return tasks[0]
@@ -442,10 +443,10 @@ def _read_trigger(text: str) -> str:
 
 
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
-    """Read the name of a task in any spelling; several if the training's own name stands for all of them.
+    """Read the name of a task in any spelling; return several if a training script's name covers several.
 
     Raises:
-        OptionError: If there is none, or if it is not clear.
+        OptionError: If no task has this name, or if it is ambiguous.
     """
     plain = plain_name(text)
     exact = [model for model in tasks if is_task_spelling(text, model.task)]
@@ -478,7 +479,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the plain spellings of a task: its own, and that of its training script."""
+    """Return the normalized spellings of a task: its own name, and the one in its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
 
@@ -487,13 +488,13 @@ def _training_script(model: ModelSet) -> str:
 
 
 def _training_task(model: ModelSet) -> str:
-    """Return the --task of a model's training script, which several sets may share; "" if it has none."""
+    """Return the --task of the model's training script, "" if it has none. Several sets may share one."""
     words = shlex.split(model.commands["train"])
     return words[words.index("--task") + 1] if "--task" in words else ""
 
 
 def _find_page_of_undescribed(plain: str, family: str) -> str:
-    """Return a hint at the page of a task that `new` does not describe; "" if the text is no such task."""
+    """Return a hint at the page of a task that `new` cannot set up; "" if the text is not such a task."""
     for model in model_sets():
         if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
@@ -501,7 +502,7 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of families: what each makes, the size of its download, and what fits the card."""
+    """Return a table of families: what each generates, the size of its download, and what fits the card."""
     rows = []
     for family in families_of(models):
         tasks = [model for model in models if model.family == family]
@@ -523,7 +524,7 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -
 
 
 def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
-    """Return a numbered table whose last column says what fits the card, and a line below it for a CPU."""
+    """Return a numbered table whose last column says what fits the card; for a CPU, a line below it."""
     if memory:
         where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
         return _numbered((*head, where), rows)

@@ -18,11 +18,16 @@ CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pict
 def describe_control_pairs(
     place: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
 ) -> str | None:
-    """Return a line about a folder of control pictures: how many pairs there are, and what learns them.
+    """Return a line about a folder of control images that is not used, and what could learn its pairs.
 
-    `pictures` are those that the folder may belong to. `kind` is what is trained, without them.
-    `control_kind` is what learns them. Returns None if the folder has another name, cannot be listed, or has
-    no control picture of any picture.
+    Args:
+        place: The folder that may hold control images.
+        pictures: Images that the control images may belong to.
+        kind: What is trained; it does not use control images.
+        control_kind: What could be trained on the pairs.
+
+    Returns:
+        The line; None if the folder has another name, cannot be listed, or has no control image of any image.
     """
     if not CONTROLS.fullmatch(place.name):
         return None

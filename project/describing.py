@@ -58,7 +58,7 @@ SITUATIONS = {
 ENOUGH = 10  # files, of which a tenth is held back for validation
 MAX_READ = 240  # frames; the last of them is the end image of a sample
 MAX_OF_SUBJECT = 80  # characters of a caption in a prompt
-AUDIO_FRAMES = 121  # length of a sample of sound alone: five seconds
+AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Choice:
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
-    frames: int  # of a clip; 1: pictures only
-    files: dict[str, str]  # of the model, by option
+    frames: int  # frames of each clip; 1 if there are only images
+    files: dict[str, str]  # files of the model, by option
     held: Mapping[str, str]  # option of a network that a named file has -> that file
     kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
     trigger: str | None
-    tags: TagLists | None  # of captions that are lists of tags, if the model was trained on such
+    tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
     places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
-    training: Mapping[str, Any]  # its keys of the training
+    training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # files for validation, if there are enough
 
     @property
@@ -105,13 +105,13 @@ class Choice:
 
     @property
     def has_subsets(self) -> bool:
-        """Return whether dataset.toml is in the form of the image guides."""
+        """Return whether dataset.toml uses [[datasets.subsets]], the layout of image training guides."""
         asked = needs_subsets(self.data) or any(map(needs_subsets, self.places.values()))
         return bool(self.content.regularising) or self.tags is not None or asked
 
     @property
     def varies_texts(self) -> bool:
-        """Return whether captions are encoded in each step: they vary, or what encodes them learns."""
+        """Return whether captions are encoded at each step: they vary, or the text encoder is trained."""
         varied = VARYING_TEXTS & self.data.keys() or any(
             VARYING_TEXTS & keys.keys() for keys in self.places.values()
         )
@@ -122,12 +122,12 @@ class Choice:
 
     @property
     def has_small_encoders(self) -> bool:
-        """Return whether text encoders in 8 bits are taken."""
+        """Return whether text encoders are used in 8 bits."""
         return 0 < self.memory < SMALL
 
     @property
     def needs_float32(self) -> bool:
-        """Return whether the run is one of a CPU that computes bfloat16 many times slower than float32."""
+        """Return whether the run is on a CPU, where bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
 
     def inside(self, path: Path) -> str:
@@ -136,7 +136,7 @@ class Choice:
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return width and height: those of the file in the middle by area, or less to keep the usual area."""
+    """Return width and height: those of the file with the median area, reduced to the default area."""
     default_width, default_height = model.data["resolution"]
     middle = _find_middle_by_area(model, media)
     if middle is None:
@@ -168,7 +168,7 @@ def _area(size: Sequence[int]) -> int:
 
 
 def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
-    """Return the clips and pictures that a model learns from."""
+    """Return the clips and images that a model is trained on."""
     visible = [item for item in media if item.kind != "audio"]
     if not learns_stills_of_clips(model):
         visible = [item for item in visible if not is_too_short(item, model)] or visible
@@ -179,7 +179,7 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
-    # the shape of a panorama is that of no other file
+    # no other file has the shape of a panorama
     default = [item for item in learned if not is_narrow(item)] or learned
     ranked = sorted(default, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
@@ -194,7 +194,7 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return the number of frames to take of each clip: the usual one, or one that 3 of 4 clips reach."""
+    """Return the number of frames to take of each clip: the default, or fewer if 1 in 4 clips is shorter."""
     default = model.data["frames"]
     lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
@@ -214,17 +214,17 @@ def lengths_of(model: ModelSet) -> ClipLengths:
 
 
 def shortest_clip(model: ModelSet) -> int:
-    """Return the frames of the shortest clip that a model learns."""
+    """Return the number of frames of the shortest clip that a model can be trained on."""
     return int(model.data.get("least_frames", lengths_of(model).shortest))
 
 
 def learns_stills_of_clips(model: ModelSet) -> bool:
-    """Return whether a single frame of a clip is learned like a picture."""
+    """Return whether the model learns a single frame of a clip as an image."""
     return not model.data.get("from_image", False) and "least_frames" not in model.data
 
 
 def is_too_short(item: Media, model: ModelSet) -> bool:
-    """Return whether an item is a clip that has fewer frames than the shortest that a model learns."""
+    """Return whether an item is a clip with too few frames for the model."""
     return item.seconds is not None and count_frames(item, model) < shortest_clip(model)
 
 
@@ -234,7 +234,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 
 
 def describe_dataset(choice: Choice) -> str:
-    """Return dataset.toml: for each folder a table of its clips, one of its pictures or one of its sounds."""
+    """Return the text of dataset.toml: for each folder, a table for its clips, its images or its sounds."""
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _format_toml_table("[general]", _make_general_keys(choice))
@@ -261,9 +261,9 @@ def describe_dataset(choice: Choice) -> str:
 
 
 def _describe_subsets(choice: Choice) -> list[str]:
-    """Return the tables of dataset.toml in the image guides' form.
+    """Return the tables of dataset.toml with [[datasets.subsets]].
 
-    This form has regularization pictures and shuffled tags.
+    Only this layout has regularization images and shuffled tags.
     """
     shortest = min(choice.size)
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
@@ -290,7 +290,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
 
 
 def _make_general_keys(choice: Choice) -> dict[str, Any]:
-    """Return the keys of dataset.toml that all its tables share."""
+    """Return the keys of the [general] table of dataset.toml."""
     keys: dict[str, Any] = {}
     if not choice.is_of_audio:
         keys["resolution"] = choice.size
@@ -305,7 +305,7 @@ def _make_general_keys(choice: Choice) -> dict[str, Any]:
 
 
 def _clip_keys(choice: Choice) -> dict[str, Any]:
-    """Return the keys that say which frames are cut from clips."""
+    """Return the keys that select which frames of the clips are used."""
     frames = choice.frames
     single_length = frames == 1 or not learns_stills_of_clips(choice.model)
     keys: dict[str, Any] = {
@@ -345,7 +345,7 @@ def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
 
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
-    """Return whether a file of this kind in a folder has no caption."""
+    """Return whether any file of this kind in a folder has no caption."""
     # a run without a file that cannot be read asks for its caption too
     if any(path.parent == place for path in choice.content.unreadable):
         return True
@@ -354,9 +354,9 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 
 
 def describe_samples(choice: Choice) -> str:
-    """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it.
+    """Return prompts.txt: the subject in two situations that no caption mentions, and a prompt without it.
 
-    Of a network that sees control pictures: captions with the control pictures of their pictures.
+    For a network with control images, the prompts are captions together with their control images.
     """
     released_values = _released_values(choice.model)
     if choice.content.controls:
@@ -365,7 +365,7 @@ def describe_samples(choice: Choice) -> str:
         return _describe_layer_samples(choice, released_values)
     captions = [item.caption for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
-    # without those of regularization pictures, which name the class alone
+    # without the names of regularization folders, which only name the class
     names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
@@ -415,7 +415,7 @@ def _describe_layer_samples(choice: Choice, released_values: str) -> str:
 
 
 def _select_situations(captions: Sequence[str]) -> list[str]:
-    """Return two situations that no caption has, or the first two if fewer than two are left."""
+    """Return two situations that no caption mentions, or the first two if fewer than two are left."""
     lower = [caption.lower() for caption in captions]
     new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
     return (new if len(new) > 1 else list(SITUATIONS.values()))[:2]
@@ -424,7 +424,7 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 def _sample_size(choice: Choice) -> str:
     """Return the sample options for width, height and frames.
 
-    Sounds have only a length, and models of pictures no frames.
+    Sounds only have a length; image models have no number of frames.
     """
     if choice.is_of_audio:
         return f"--f {AUDIO_FRAMES}"
@@ -446,7 +446,7 @@ def _find_subject(captions: Sequence[str]) -> str:
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
-    """Return the trigger word and the tags that all captions have, as a prompt has them."""
+    """Return the trigger word and the tags that all captions share, joined as in a prompt."""
     words = [] if trigger is None or trigger in tags.shared else [trigger]
     length = 0
     for tag in map(as_words, tags.shared):
@@ -457,15 +457,15 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text on one line that a line of prompts does not take for options or a comment."""
+    """Return a text on one line, so that prompts.txt does not read parts of it as options or a comment."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
 
 def _released_values(model: ModelSet) -> str:
-    """Return sample options from the model's command to generate: steps, guidance, shift, negative prompt.
+    """Return the sample options in the model's generation command: steps, guidance, shift, negative prompt.
 
-    All other values are the family's defaults, which samples and generation share.
+    All other values default to the family's, for samples as for generation.
     """
     characters = {"--negative_prompt": "n"}
     shared = {**COUNTS, **VALUES}
@@ -480,12 +480,12 @@ def _released_values(model: ModelSet) -> str:
 
 
 def _start_options(choice: Choice) -> list[str]:
-    """Return the options of a first and last frame, for all samples, if the model begins with them."""
+    """Return the options for the first and last frame of all samples, if the model starts from frames."""
     return [_write_frames(choice)] if choice.model.data.get("from_image") else [""]
 
 
 def _list_reference_options(choice: Choice) -> list[str]:
-    """Return a line of --ci options for each picture whose references can all be read."""
+    """Return a line of --ci options for each image all of whose references can be read."""
     references = choice.content.references
     lines = []
     for item in choice.media:
@@ -498,9 +498,9 @@ def _list_reference_options(choice: Choice) -> list[str]:
 
 
 def _write_frames(choice: Choice) -> str:
-    """Write the first frame of a clip, and a last one if the model takes it. Returns their options.
+    """Write the first frame of a clip, and the last one if the model takes it; return their options.
 
-    A --dry_run writes none.
+    With --dry_run nothing is written.
     """
     clip = next(item.path for item in choice.media if item.is_clip)
     folder = choice.folder / "output"
@@ -522,7 +522,7 @@ def _write_frames(choice: Choice) -> str:
 def list_commands(choice: Choice) -> list[list[str]]:
     """Return the commands of a run, in the folder: download, two checks, latents, texts, training.
 
-    Texts that vary are encoded by the training alone.
+    Texts that vary are not cached: the training encodes them.
     """
     model = choice.model
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
@@ -547,7 +547,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the words of a model's command, with the option of sounds alone if there are only sounds."""
+    """Return the words of a model's command, with the audio-only option if the folder holds only sounds."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()
@@ -559,7 +559,7 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
-    """Return run.toml: the training's options, as its --config_file takes them, and the commands."""
+    """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
     values = choice.kind.change(_model_values(choice), choice.memory)
     values |= _read_options(choice.kind.find_words(choice.model)[1:], {})
     values |= _run_values(choice)
@@ -577,7 +577,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
 
 
 def _describe_targets(choice: Choice) -> list[str]:
-    """Return comments with the options that keep the steps of a distilled model, in the form of keys."""
+    """Return commented-out keys with the options that preserve the few steps of a distilled model."""
     few_steps = choice.facts.few_steps
     if few_steps is None or not choice.kind.has_targets:
         return []
@@ -627,7 +627,7 @@ def _training_words(choice: Choice) -> list[str]:
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of typed options by name.
 
-    `files` are the paths for words such as {vae}. A flag is True.
+    `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     """
     values: dict[str, Any] = {}
     name = ""
@@ -641,7 +641,7 @@ def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, A
 
 
 def _read_number(word: str) -> int | float | str:
-    """Return a word as a number if it is one."""
+    """Return a word converted to a number if it is one, else unchanged."""
     number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
     if number is None:
         return word
@@ -649,7 +649,7 @@ def _read_number(word: str) -> int | float | str:
 
 
 def _run_values(choice: Choice) -> dict[str, Any]:
-    """Return the training's options that say how long it is, what it saves and where."""
+    """Return the training's options for its length, and for what it saves and where."""
     steps = choice.options.max_train_steps
     times = derive_times(steps, choice.kind.saves_models)
     values: dict[str, Any] = {

@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 class EndCommand:
     """Start a command when the block ends, if `describe` was called in it.
 
-    An error of the block is passed on.
+    An error raised in the block is passed on.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        """words: of the command; none: nothing is started."""
+        """Store the words of the command; if there are none, nothing is started."""
         self._words = words
         self._info: Callable[[], EndedRun] | None = None
 
     def describe(self, facts: Callable[[], EndedRun]) -> None:
-        """Have the command started in the end, as the run begins.
+        """Register the command to start when the block ends; call this once the run begins.
 
-        `facts` are those of the run at that time.
+        `facts` returns what is known of the run when the command starts.
         """
         self._info = facts
 
@@ -43,10 +43,13 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
-    """Return the known facts of a run, from the files that its training has written.
+    """Return what is known of a run, from the files that its training has written.
 
-    `output` and `name` are those of the training. `steps` is the total; None if it is not known. `began` is
-    when the run began, in seconds since 1970. Older files are of an earlier run.
+    Args:
+        output: Output folder of the training.
+        name: Name of the trained files.
+        steps: Total number of steps; None if it is not known.
+        began: When the run began, in seconds since 1970. Older files are ignored as those of an earlier run.
     """
     story = _read_story(output, name, began)
     page = wait_for_page(history_path(output, name))
@@ -70,7 +73,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
 
 
 def _read_story(output: Path, name: str, began: float) -> Story:
-    """Return the history of a training; an empty one if it has written none."""
+    """Return the history of a training; an empty one if the training has not written any."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):

@@ -129,7 +129,7 @@ def write_project(options: NewOptions) -> None:
 
 
 def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
-    """Raise OutputError if a file that is to be written is there, and is not to be replaced."""
+    """Raise OutputError if a file to write already exists and may not be overwritten."""
     existing = [path for path in paths if path.exists()]
     if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(
@@ -169,12 +169,12 @@ def _gather_choice(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Return all that the three files are made of: looks at the folder, and checks named model files.
+    """Look at the folder, check the named model files, and return all that the three files are made of.
 
-    `kind` is that of the run.
+    `kind` is what the run trains.
     """
     model = model_choice.model
-    if 0 < memory < describing.SMALL:
+    if 0 < memory < describing.SMALL:  # use the text encoders in 8 bits
         small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
         model = small[model.family, model.task]
     typed = typed_files(options)
@@ -231,7 +231,7 @@ def _gather_choice(
 
 
 def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
-    """Return the choice without the values of a project that the script of its training refuses."""
+    """Return the choice without those values of the foreign project that the training script rejects."""
 
     def write(training: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(choice, training=training)
@@ -242,12 +242,14 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
-    """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
+    """Return what to train: the typed kind, else a control network if the folder has pairs, else a LoRA.
 
-    `chosen` is the model and the trigger word. `asked` is what of another trainer's project asks for it.
+    `chosen` holds the model and the trigger word. `asked` is the setting of another trainer's project that
+    asks for this kind; "" if it was typed.
 
     Raises:
-        OptionError: If the model cannot have what is typed, or an embedding no such word.
+        OptionError: If this kind cannot be trained for the model, or the trigger word does not suit an
+            embedding.
     """
     model = chosen.model
     if options.trains is None:
@@ -309,11 +311,15 @@ def _write_content(content: FolderContent) -> None:
 
 
 def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
-    """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
+    """Return the errors in the files of dataset.toml that would end a run, found by the check of `run`.
 
-    `dataset` is the text of dataset.toml. `remarks` gets lines about odd things that end no run. Nothing is
-    found for pictures that a --dry_run does not write. Missing captions are left out, as other lines report
-    them, except those of files that cannot be read.
+    Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
+    report them, except for files that cannot be read.
+
+    Args:
+        choice: The chosen model and its material.
+        dataset: Text of dataset.toml.
+        remarks: Lines about oddities that do not end a run are appended to it.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
@@ -348,7 +354,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
 
 
 def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
-    """Return the line about the command that trains, and what has to be done before it."""
+    """Return the line with the command that trains, and what has to be done first."""
     command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
@@ -366,7 +372,7 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
     """Return lines about the folder, the model, and how well they fit.
 
-    `remarks` are about the model's choice.
+    `remarks` are lines about how the model was chosen.
     """
     lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
@@ -428,7 +434,7 @@ def _count_media(media: Sequence[Media]) -> str:
 
 
 def _describe_model(choice: describing.Choice) -> str:
-    """Return the line about what the model makes, its download, and whether it fits the card."""
+    """Return the line about what the model generates, its download, and whether it fits the card."""
     model = choice.model
     existing = {f"--{name}" for name, path in choice.files.items() if Path(path).exists()}
     missing = [part for part in model.components if part.option and part.option not in existing]
@@ -445,7 +451,7 @@ def _describe_model(choice: describing.Choice) -> str:
 
 
 def _describe_lengths(choice: describing.Choice) -> list[str]:
-    """Return lines about clips that are too short, and pictures that the model does not learn."""
+    """Return lines about clips that are too short, and about images if the model is not trained on images."""
     model = choice.model
     frames = choice.frames
     clips = [item for item in choice.media if item.is_clip]
@@ -469,7 +475,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return media without a caption that have no trigger word or name of a folder in its place."""
+    """Return media without a caption, for which neither a trigger word nor a folder's name stands in."""
     if choice.trigger:
         return []
     content = choice.content
@@ -479,7 +485,7 @@ def _find_bare(choice: describing.Choice) -> list[Path]:
 
 
 def _describe_captions(choice: describing.Choice) -> list[str]:
-    """Return lines about media without captions: what replaces these, or two ways to get some."""
+    """Return lines about media without captions: what is used instead, or two ways to get captions."""
     trigger = choice.trigger
     suffix = choice.content.captions
     bare = _find_bare(choice)
@@ -511,7 +517,7 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
 
 
 def _describe_tags(choice: describing.Choice) -> list[str]:
-    """Return lines about captions that are lists of tags: what is done with them."""
+    """Return lines about captions that are lists of tags, and how they are treated."""
     tags = choice.tags or find_tags(_texts_of(choice.content))
     if tags is None:
         return []
@@ -550,9 +556,9 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
 
 
 def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
-    """Return media without a caption for which the trigger word stands.
+    """Return media without a caption for which the trigger word stands in.
 
-    `bare` are those without either.
+    `bare` are the media that have neither a caption nor a replacement.
     """
     content = choice.content
     lacking = [item.path for item in choice.media if item.caption is None]
@@ -561,9 +567,9 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 
 
 def _describe_again(choice: describing.Choice, **more: str) -> str:
-    """Return the command for this description again.
+    """Return the command that describes this folder again.
 
-    `more` is the options with other values.
+    `more` are options to change or add.
     """
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]

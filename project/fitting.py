@@ -17,26 +17,27 @@ FP8 = {"--fp8_base", "--fp8_scaled"}
 
 
 def needs_image(model: ModelSet) -> bool:
-    """Return whether the model's command to generate edits a picture."""
+    """Return whether the model's generation command needs an image to edit."""
     return "--control_image_path" in model.commands["generate"].split()
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    """Return the bytes of a model's transformers as a training holds them; 0 for unknown sizes."""
+    """Return the size in bytes of a model's transformers during a training; 0 if it is unknown."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    """Return the files with the network that is trained; a checkpoint has all networks of a model."""
+    """Return the components with the trained network; a single checkpoint may hold all networks."""
     return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
 
 def is_small(model: ModelSet, memory: float) -> bool:
     """Return whether the released transformer leaves half of a card of `memory` GiB free.
 
-    A step of training needs less, samples need it: the VAE decodes them while the network stays there. Of
-    SDXL at 1024x1024 a step of rank 16 takes 6.2 GiB by --plan, and a sample 5.3 of the network, its LoRA and
-    the optimizer with 3.3 of the VAE: too much for 8 GiB, unless weights are in 8 bits (2.1 GiB less).
+    A training step needs less; samples need that much, because the VAE decodes them while the network stays
+    on the card. For SDXL at 1024x1024, --plan shows 6.2 GiB for a step at rank 16. A sample needs 5.3 GiB for
+    the network, its LoRA and the optimizer, and 3.3 GiB for the VAE: too much for 8 GiB, unless weights are
+    in 8 bits (2.1 GiB less).
     """
     return transformer_bytes(model) <= memory / 2 * 2**30
 
@@ -52,16 +53,17 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
     words = shlex.split(model.data["fp8"])
     if not FP8 & {*words}:
         return words
+    # of two transformers only the active one is on the card
     networks = len(transformers_of(model)) if "--offload_inactive_dit" in words else 1
-    size = transformer_bytes(model) / networks / 2 / 2**30
-    form = INT8 if size + BESIDE_INT8 <= memory else NF4
-    return [form, *(word for word in words if word not in FP8)]
+    size_in_int8 = transformer_bytes(model) / networks / 2 / 2**30  # GiB; int8 halves the 16 bits of the file
+    weights = INT8 if size_in_int8 + BESIDE_INT8 <= memory else NF4
+    return [weights, *(word for word in words if word not in FP8)]
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:
-    """Return the models of the family that are half as large at most, with the same inputs.
+    """Return the family's models with the same inputs that are at most half as large.
 
-    An empty list if this one fits on a card of `memory` GiB in 8 bits.
+    The list is empty if this model fits on a card of `memory` GiB in 8 bits.
     """
     if not memory or is_small(model, memory) or _left_over(model, memory) <= 0:
         return []
@@ -91,14 +93,14 @@ def describe_fit(model: ModelSet, memory: float) -> str:
 
 
 def _left_over(model: ModelSet, memory: float) -> float:
-    """Return the GiB of a network in 8 bits that a card of `memory` GiB has no room for."""
+    """Return how many GiB of the network in 8 bits do not fit on a card of `memory` GiB."""
     is_in_8_bits = not model.data["fp8"]  # as released
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)
 
 
 def find_memory() -> float:
-    """Return the GiB of this machine's smallest NVIDIA card, from the driver; 0 if there is none."""
+    """Return the memory of this machine's smallest NVIDIA card in GiB, from the driver; 0 without a card."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0.0

@@ -22,7 +22,7 @@ KIND = "folders"
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """Remembered facts of a folder."""
+    """What is remembered about a folder."""
 
     models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
 
@@ -30,15 +30,15 @@ class KnownFolder:
 def remember_folder(folder: Path, models: Path | None = None) -> None:
     """Remember that the user has described a folder, or has read what its run does.
 
-    `models` is the folder that its download fills, of a description. Without a place to keep it, the folder
-    is asked about again.
+    `models` is the download folder in the description. If nothing can be stored on this machine, the user is
+    asked about the folder again.
     """
     info = {"models": None if models is None else str(real_path(models))}
     remember_info(KIND, folder, info)
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
-    """Return the remembered facts of a folder; None if another folder is in its place, or none are known."""
+    """Return what is remembered about a folder; None if nothing is, or if another folder took its place."""
     try:
         info = recall_info(KIND, folder)
         models = info["models"]
@@ -48,9 +48,9 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the user's file about a folder, as far as there is a place for it.
+    """Write the user's file about a folder, if files can be stored on this machine.
 
-    `kind` is as in `user_file_of`.
+    `kind` is what is remembered; see `user_file_of`.
     """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -59,7 +59,7 @@ def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
-    """Return the facts in the user's file about a folder; empty if another folder has taken its place.
+    """Return the content of the user's file about a folder; {} if another folder took its place.
 
     Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
     """
@@ -74,14 +74,14 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 def user_file_of(kind: str, folder: Path) -> str:
     """Return the name of the user's file about a folder.
 
-    `kind` is that of what is remembered.
+    `kind` names what is remembered, and begins the file's name.
     """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
 
 
 def identify_folder(folder: Path) -> dict[str, str | int]:
-    """Return the numbers that tell a folder from another one in its place. Raises OSError."""
+    """Return numbers that change if another folder takes this one's place. Raises OSError."""
     status = folder.stat()
     return {
         "folder": os.path.normcase(real_path(folder)),

@@ -35,20 +35,22 @@ TABLE_KEY = "image_table_file or video_table_file in dataset.toml takes it"
 
 @dataclass
 class ListedCaptions:
-    """Captions that lists have for the files of a folder."""
+    """Captions of a folder's files, read from lists."""
 
-    by_path: dict[Path, str] = field(default_factory=dict)  # of a clip, picture or sound
+    # captions by the path of their clip, image or audio file
+    by_path: dict[Path, str] = field(default_factory=dict)
     lists: dict[Path, int] = field(default_factory=dict)  # list -> how many files it has captions for
-    paths: set[Path] = field(default_factory=set)  # of all lists; those without captions have a line
+    # all lists that were read; those without captions are reported
+    paths: set[Path] = field(default_factory=set)
     lines: list[str] = field(default_factory=list)  # about lists, and rows in them, that are not read
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
-    """Return the captions that lists in folders have for media.
+    """Read the captions in the lists of some folders.
 
     Args:
-        files: Folder -> its media.
-        ignored: Names of files that are no lists.
+        files: The media of each folder.
+        ignored: Names of files that are not lists.
     """
     listed = ListedCaptions()
     by_name = _by_name([path for media in files.values() for path in media])
@@ -104,7 +106,8 @@ def _add_rows(
 ) -> None:
     """Add the captions of a list.
 
-    `rows` are the names as the list has them, and captions. `by_name` are those of `_by_name`.
+    `rows` are pairs of a file name, as the list spells it, and a caption. `by_name` is the result of
+    `_by_name`.
     """
     missing: list[str] = []
     without_text: list[str] = []
@@ -133,7 +136,7 @@ def _add_rows(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is a text that a caption file may hold. `place` is for messages."""
+    """Return whether a caption can be written to a caption file. `place` is for messages."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:
@@ -144,7 +147,7 @@ def _is_text(caption: Any, place: str) -> bool:
 
 
 def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]]) -> Path | None:
-    """Return the file that a list in a folder names: by its path, its name, or its name without suffix."""
+    """Find the file that a list means by a path, a file name, or a name without suffix."""
     inside = Path(os.path.normpath(folder / name.replace("\\", "/")))
     for path in (inside, folder / inside.name):
         candidates = by_name.get(path, ())
@@ -156,12 +159,18 @@ def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]])
 def _read_rows(
     path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions of a list.
+    """Yield the file names and captions in a list.
 
-    `subject` is the file that a JSON file of its name is about.
+    Args:
+        path: The list.
+        subject: For a JSON file with the name of a media file: that media file.
+        names: Names of the media in the list's folder.
+        remarks: Lines about rows that are left out or read in another way are appended to it.
 
-    `names` are those of the media in its folder. `remarks` gets lines about what is read in another way.
-    Raises DatasetError, OSError or ValueError if it cannot be read.
+    Raises:
+        DatasetError: If a table lacks a column.
+        OSError: If the file cannot be read.
+        ValueError: If its content cannot be parsed.
     """
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
@@ -172,9 +181,9 @@ def _read_rows(
 
 
 def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions in the content of a JSON file.
+    """Yield the file names and captions in the content of a JSON file.
 
-    `subject` is as `_read_rows` takes it.
+    `subject` is explained in `_read_rows`.
     """
     if isinstance(content, dict) and subject is not None:
         yield subject.name, _first_text(content)
@@ -198,7 +207,7 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
     """Yield the rows of a table. `path` is for messages only.
 
     Raises:
-        DatasetError: If it lacks a column.
+        DatasetError: If the table lacks a column.
     """
     columns = column_names(table)
     by_lower_name = {name.lower(): name for name in reversed(columns)}
@@ -218,9 +227,10 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
 
 @contextlib.contextmanager
 def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
-    """Yield a table as `read_columns` reads it: in UTF-8, and with the names of its columns in line 1.
+    """Yield a table in the form for `read_columns`: in UTF-8, with the names of its columns in line 1.
 
-    Spreadsheets write other encodings, and lists made by hand begin with the first file.
+    A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
+    line of column names.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].is_text:
         yield path
@@ -253,9 +263,9 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Return the text of a table with a first line of columns.
+    """Return the text of a table, with a first line of column names added if it is missing.
 
-    `names` are those of the media in its folder.
+    `names` are the names of the media in its folder.
     """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text

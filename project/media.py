@@ -52,7 +52,7 @@ REFERENCES = re.compile(
     re.IGNORECASE,
 )
 SHOWN = 3  # names in a line
-FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+FEW_PIXELS = 256  # minimum shorter side: smaller images are enlarged, and the model learns their blur
 FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
 MAX_FOLDERS = 1000  # that are looked into for media that are left out
@@ -64,10 +64,10 @@ AUDIO_HELP = (
 
 @dataclass(frozen=True)
 class Media:
-    """A clip, a picture or a sound."""
+    """A clip, an image or an audio file."""
 
     path: Path
-    kind: Literal["video", "image", "audio"]  # of its table in dataset.toml
+    kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
     size: tuple[int, int]  # width, height; of a sound 0, 0
     seconds: Fraction | None  # None: a picture, or a file that does not say
     caption: str | None  # on one line; None: there is none
@@ -96,17 +96,18 @@ class FolderContent:
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
-    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)  # of a picture, from back to front
+    # layers of an image, from back to front
+    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     captions: str = CAPTIONS  # suffix of their files
 
 
 @dataclass
 class SortedFolders:
-    """Sub-folders by what is done with their media."""
+    """Subfolders, grouped by how their media are used."""
 
     learned: list[Path]  # the folder itself comes first
-    sources: list[Path]  # of references, which pictures are made from
+    sources: list[Path]  # folders of references, from which images are made
     regularising: dict[Path, str]  # with the reason why they seem to be that
 
 
@@ -121,16 +122,21 @@ def collect_content(
     hearing: str = "",
     silent: str = "",
 ) -> FolderContent:
-    """Return the media of a folder and of its sub-folders, with references if the model edits.
+    """Return the media of a folder and its subfolders, with references if the model edits images.
 
-    `name` is that of the model, for messages. `kind` is what is trained. `control_kind` is what would learn
-    control pictures. `edits` is the name of a model of its family that edits, if this one does not. `hearing`
-    are models that learn sounds alone. `silent` is the task of the family that learns clips without their
-    sound.
+    Args:
+        folder: The described folder.
+        facts: What its family's record says about the model.
+        name: Name of the model, for messages.
+        kind: What is trained.
+        control_kind: What could be trained on control images; None if the model has nothing of the kind.
+        edits: Name of a model of the family that edits images, if this one does not.
+        hearing: Models that can be trained on audio alone.
+        silent: Task of the family that is trained on clips without their audio.
 
     Raises:
-        DatasetError: If there are no media, no references for a model that needs them, no control pictures
-            for what sees them, or no sound for a model that learns it.
+        DatasetError: If the folder has no media, or lacks references, control images or audio that the
+            training needs.
     """
     content = FolderContent()
     content.masks = read_kept_masks(folder)
@@ -170,9 +176,9 @@ def collect_content(
 def _collect_media(
     folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelInfo"
 ) -> list[Path]:
-    """Add the media of the learned folders, with captions, and lines about other files. Returns the sounds.
+    """Add the media of the training folders with captions, and lines about other files; return the audio.
 
-    The lines about lists of captions come before those about the files.
+    Lines about lists of captions come before those about the files.
     """
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     files = {place: _files_in(place, suffixes) for place in places.learned}
@@ -189,7 +195,7 @@ def _collect_media(
 
 
 def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
-    """Return the folders in a folder that are not learned, not for regularization and not of references."""
+    """Return subfolders that are used neither for training, nor for regularization, nor as references."""
     sorted_folders = {*places.learned, *places.regularising}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -202,10 +208,10 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control pictures: in the folder, in those learned, or next to it.
+    """Return a line for each folder of control images in, or next to, the folder and its training folders.
 
-    `kind` is what is trained. `control_kind` is what learns control pictures; None means nothing of the model
-    does, and there is no line.
+    `kind` is what is trained. `control_kind` is what could be trained on control images; None if nothing
+    could, and then no line is returned.
     """
     if control_kind is None:
         return {}
@@ -225,9 +231,9 @@ def _describe_control_pairs(
 def _describe_unused_sources(
     places: SortedFolders, name: str, edits: str, described: Collection[Path]
 ) -> list[str]:
-    """Return lines about folders of references, for a model that does not edit.
+    """Return lines about folders of references, for a model that does not edit images.
 
-    `described` are the folders that another line is about.
+    `described` are folders about which there is a line already.
     """
     inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
     return [
@@ -241,7 +247,7 @@ def _describe_unused_sources(
 
 
 def _describe_numbered(media: Sequence[Media]) -> list[str]:
-    """Return a line about pictures that are named like references of other pictures, if there are any."""
+    """Return a line about images whose names look like references of other images, if there are any."""
     numbered = _find_numbered(media)
     if not numbered:
         return []
@@ -250,9 +256,9 @@ def _describe_numbered(media: Sequence[Media]) -> list[str]:
 
 
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
-    """Return the folders with media to learn, with what they are made from, and for regularization.
+    """Sort the subfolders into those for training, for references and for regularization.
 
-    Adds the names of the learned and regularizing ones, and lines about those that are left out.
+    The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]
     places = SortedFolders(learned=[], sources=[], regularising={})
@@ -287,7 +293,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
-    """Return folders of regularization pictures that lie next to a folder of folders with kohya's names."""
+    """Return folders of regularization images next to a folder whose subfolders have kohya's names."""
     if not content.names or _name_of(folder) is not None:
         return {}
     outer: dict[Path, str] = {}
@@ -307,9 +313,9 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 def _describe_regularising(
     place: Path, reason: str, content: FolderContent, facts: "ModelInfo", kind: RunKind
 ) -> list[str]:
-    """Return a line about a folder of regularization pictures, and note the folder if the model takes it.
+    """Return a line about a folder of regularization images, and note the folder if it is used.
 
-    `reason` says why it is one. `kind` is what is trained.
+    `reason` explains why its images are for regularization. `kind` is what is trained.
     """
     images = _files_in(place, image_suffixes())
     if not images:
@@ -339,7 +345,7 @@ def _describe_regularising(
 
 
 def _leads_back(link: Path, folder: Path) -> bool:
-    """Return whether a link leads to the folder that it is in, or to one around that."""
+    """Return whether a link points to the folder that holds it, or to a parent of that folder."""
     real_folder = real_path(folder)
     return real_path(link) in (real_folder, *real_folder.parents)
 
@@ -349,13 +355,13 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _name_of(folder: Path) -> FolderName | None:
-    """Return the repeats and words in a folder's name (`10_ohwx man`, as image trainers); None if none."""
+    """Return the repeats and the words in a folder's name, such as `10_ohwx man`; None for other names."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
 
 def _why_regularization(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
-    """Return the reason to take a folder's pictures for regularization; None if there is none."""
+    """Return the reason to use a folder's images for regularization; None if there is none."""
     if place == folder:
         return None
     for path in (place, place.parent):
@@ -400,7 +406,7 @@ def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _find_captions(places: Sequence[Path]) -> str:
-    """Return the suffix of most caption files."""
+    """Return the suffix that most caption files have."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
     for place in places:
@@ -412,7 +418,7 @@ def _find_captions(places: Sequence[Path]) -> str:
 
 
 def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
-    """Return lines about folders whose names mean something to image trainers."""
+    """Return lines about folders whose names have a meaning for image trainers."""
     lines = []
     for place in places:
         if place in names:
@@ -426,7 +432,7 @@ def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) ->
 
 
 def _describe_lists(content: FolderContent) -> list[str]:
-    """Return lines about lists of captions. To be called once the media have theirs."""
+    """Return lines about lists of captions. Call this after captions have been assigned to the media."""
     lines = []
     single_files = []  # JSON files about one file each share a line
     for path, count in content.listed.lists.items():
@@ -448,7 +454,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
 
 
 def _describe_deep(folders: Sequence[Path]) -> list[str]:
-    """Return lines about folders inside sub-folders that hold media, each with advice."""
+    """Return lines with advice about media in folders below the subfolders, which are not searched."""
     lines = []
     waiting = list(folders)
     visited = 0
@@ -467,7 +473,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
 
 
 def _list_media(folder: Path, place: Path, content: FolderContent, facts: "ModelInfo") -> list[Path]:
-    """Add the clips and pictures in a place of a folder, and lines about other files. Returns its sounds."""
+    """Add the clips and images in a folder, and lines about its other files; return its audio files."""
     try:
         paths = sorted(place.iterdir())
     except OSError as error:
@@ -499,10 +505,10 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
 
 
 def read_kept_masks(folder: Path) -> dict[Path, Path]:
-    """Return the folders of masks that a training of a folder learns by, by those of their media.
+    """Return the folder of masks for each folder of media.
 
-    The dataset.toml of the folder names them: somebody has chosen them, on the page or by hand. Before there
-    is one, they are those that this program has made, as nobody makes masks for nothing.
+    If the folder has a dataset.toml, it names them. Otherwise they are the masks that this program has made,
+    because somebody asked for them.
     """
     if not (folder / WRITTEN[0]).exists():
         media = [folder, *_folders(folder)]
@@ -523,7 +529,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder has masks that this program has made, or that were drawn on its page."""
+    """Return whether a folder has masks that this program generated, or that were drawn in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
@@ -532,16 +538,16 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return the line that makes dataset.toml use the masks in a place.
+    """Return the line that makes dataset.toml use the masks in a folder.
 
-    `folder` is that of dataset.toml.
+    `folder` is the folder of dataset.toml.
     """
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
 
 def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: FolderContent) -> list[str]:
-    """Return lines about the files that OneTrainer lays next to the pictures in a place of a folder."""
+    """Return lines about the files that OneTrainer puts next to images."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.masks.get(real_path(place)) != real_path(place):
@@ -554,14 +560,14 @@ def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: 
 
 
 def _is_material(path: Path) -> bool:
-    """Return whether a path is a file of the user's material: visible, and not written by us or a system."""
+    """Return whether a path is the user's own file: not hidden, and not written by us or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
     is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
     return not is_written and not is_of_system and not path.is_dir()
 
 
 def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo") -> None:
-    """Add clips and pictures, and lines about those that cannot be read, and captions that are not UTF-8."""
+    """Add clips and images, and lines about files that cannot be read and captions that are not UTF-8."""
     remarks: list[str] = []
     for path in paths:
         try:
@@ -574,7 +580,7 @@ def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo"
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
-    """Return the pictures that have layers, which are noted, and add a line about those without."""
+    """Return the images that have layers, note the layers, and add a line about images without any."""
     layers = group_layers(paths, content.captions)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
@@ -586,7 +592,7 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
 
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
-    """Note a clip, picture or sound that cannot be read."""
+    """Note a media file that cannot be read."""
     content.lines.append(fault(f"left out: {error}"))
     if path.is_file():  # no run looks at a link without a file
         content.unreadable.append(path)
@@ -595,10 +601,9 @@ def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
 def _describe_other_files(
     other_files: Mapping[str, Sequence[Path]], media: Sequence[Path], content: FolderContent
 ) -> list[str]:
-    """Return lines about captions without a file, and about files that are left out.
+    """Return lines about captions without a media file, and about files that are left out.
 
-    `other_files` are counted by suffix; clips and pictures are not among them. `media` are the files that
-    captions may belong to.
+    `other_files` holds all files except media, by suffix. `media` are the files that captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
@@ -619,7 +624,7 @@ def _describe_other_files(
 
 
 def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwners) -> str:
-    """Return the line about caption files that belong to no file."""
+    """Return the line about caption files without a media file."""
     for path in paths:
         owner = owners.find(path.stem)
         if owner is not None:
@@ -630,7 +635,7 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return the reason why files of one kind, which are not media, are left out."""
+    """Return the reason why files with one suffix, which are not media, are left out."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -641,7 +646,7 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 
 def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInfo") -> None:
-    """Take sounds if there is nothing else and the model learns sounds alone; else add a line about them."""
+    """Use audio files if there are no other media and the model supports that; else add a line about them."""
     if facts.pairs_audios:
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
@@ -662,10 +667,10 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInf
 
 
 def _measure(path: Path, content: FolderContent, facts: "ModelInfo", remarks: list[str]) -> Media:
-    """Return a clip or picture with its caption.
+    """Return a clip or an image with its size and caption.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the file cannot be read.
     """
     caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
@@ -677,9 +682,9 @@ def _measure(path: Path, content: FolderContent, facts: "ModelInfo", remarks: li
 
 
 def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str | None:
-    """Return the caption of a file on one line: of its caption file, else of a list; None if there is none.
+    """Return a file's caption on one line, from its caption file or a list; None if there is none.
 
-    `remarks` gets a line about a file that is not UTF-8.
+    If the caption file is not UTF-8, a line about it is appended to `remarks`.
     """
     place = caption_path(path, content.captions)
     try:
@@ -701,9 +706,9 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
 
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
-    """Put the first frame of each clip in its place, as a picture that `new` writes.
+    """Replace each clip by its first frame, as an image that `new` writes.
 
-    `name` is that of the model.
+    `name` is the name of the model.
     """
     images: list[Media] = []
     for clip in content.media:
@@ -721,7 +726,7 @@ def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
 
 
 def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Media | None:
-    """Note the first frame of a clip to be written. Returns its picture; None if the clip is left out."""
+    """Note that the first frame of a clip is to be written; return the image, None if it is left out."""
     try:
         height, width, _ = first_frame(clip.path).shape
     except MediaError as error:
@@ -741,7 +746,7 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
 
 
 def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
-    """Return the path for the first frame of a clip, which no other clip has."""
+    """Return a path for the first frame of a clip that no other clip uses."""
     inside = clip.parent.relative_to(folder)
     path = folder / FIRST_FRAMES / inside / f"{clip.stem}.png"
     while path in content.first_frames:
@@ -750,13 +755,13 @@ def _first_frame_path(folder: Path, content: FolderContent, clip: Path) -> Path:
 
 
 def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: str) -> None:
-    """Note the caption of a clip as that of its picture."""
+    """Assign the caption of a clip to its first frame."""
     content.new_captions.pop(caption_path(clip, content.captions), None)
     content.new_captions[caption_path(picture, content.captions)] = caption
 
 
 def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
-    """Find the folder of references for each folder of pictures: in it, or next to it or to all of them."""
+    """Find each folder's references: in the folder, next to it, or next to the described folder."""
     for place in places.learned:
         _find_references_of(place, _list_sources(place, folder, places), content)
     for source in places.sources:
@@ -766,7 +771,7 @@ def _find_references(folder: Path, places: SortedFolders, content: FolderContent
 
 
 def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path]:
-    """Return the folders that may have references of a learned folder: in it, or next to it or to all."""
+    """Return folders that may hold a training folder's references: in it, or next to it or its parent."""
     absolute = folder.absolute()
     outer_sources = []
     if not places.sources:
@@ -776,10 +781,11 @@ def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
-    """Return whether pictures of a folder have control pictures in a folder that is called so.
+    """Return whether images of a folder have control images in a folder with such a name.
 
-    That folder is inside of it. One next to it may belong to another folder: it counts if it has a control
-    picture of each picture, if no other media are there, and not if a new word is asked for.
+    The control folder is inside the folder. One next to it may belong to another folder: it counts only if it
+    has a control image for each image, if there are no other media next to it, and if no trigger word is
+    given.
     """
     places = _sort_folders(folder, FolderContent())
     parent = folder.absolute().parent
@@ -798,7 +804,7 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
 
 
 def _list_other_media(folder: Path, source: Path) -> list[Path]:
-    """Return what is next to a folder and a folder of control pictures that the latter may be made from."""
+    """Return other media next to a folder, to which a neighboring folder of control images may belong."""
     parent = source.parent
     others = [
         place
@@ -811,7 +817,7 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
 
 
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
-    """Find the folder of control pictures for each folder of pictures: the first that has one of any."""
+    """Find the control images of each folder of images: the first folder that has any of them."""
     for place in places.learned:
         images = [item.path.stem for item in content.media if item.path.parent == place]
         for source in _list_sources(place, folder, places):
@@ -825,7 +831,7 @@ def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) 
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Leave out clips, which have no control pictures.
+    """Leave out clips, which cannot have control images.
 
     `kind` is what is trained.
     """
@@ -837,7 +843,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 
 
 def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
-    """Take the first folder that has a reference of any picture of a folder."""
+    """Use the first of the folders that has a reference for any image of a folder."""
     media = [item for item in content.media if item.path.parent == place]
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
@@ -855,7 +861,7 @@ def _find_references_of(place: Path, sources: Sequence[Path], content: FolderCon
 
 
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
-    """Return the pictures, by stem, that a folder has no reference of."""
+    """Return the stems of images for which a folder has no reference."""
     with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # it cannot be listed
         folder = ControlFolder(source, {*stems})
@@ -867,7 +873,7 @@ def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
 
 
 def find_equal(media: Iterable[Media]) -> list[list[Path]]:
-    """Return groups of files with equal bytes."""
+    """Return groups of files with identical content."""
     by_size: dict[int, list[Path]] = {}
     for item in media:
         with contextlib.suppress(OSError):
@@ -884,7 +890,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
-    """Return the references of a medium in a folder; empty if there are none or their names do not fit."""
+    """Return a file's references in a folder; empty if there are none or their names do not fit."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -901,7 +907,7 @@ def why_unused(path: Path) -> str:
 
 
 def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
-    """Return lines about references that cannot be read, of the pictures of a folder."""
+    """Return lines about references of a folder's images that cannot be read."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":
@@ -914,7 +920,7 @@ def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
-    """Return pictures without captions that are named like references of another: cat_0, cat_input."""
+    """Return uncaptioned images whose names look like references of another image: cat_0, cat_input."""
     stems = {item.path.stem for item in media if item.kind == "image"}
     numbered = []
     for item in media:
@@ -925,7 +931,7 @@ def _find_numbered(media: Sequence[Media]) -> list[Path]:
 
 
 def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
-    """Return the message that shows how pictures and their references are to be laid out."""
+    """Return the message that shows where images and their references have to be stored."""
     numbered = _find_numbered(media)
     advice = ""
     if numbered:
@@ -940,7 +946,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 
 def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
-    """Return lines about media that are trained on, but perhaps not as they should be."""
+    """Return lines about media that are used, but are perhaps unsuitable."""
     least = facts.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
     visible = [item for item in long_enough if item.kind != "audio"]
@@ -967,12 +973,12 @@ def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
 
 
 def is_narrow(item: Media) -> bool:
-    """Return whether a picture is far longer than wide, or wider than long."""
+    """Return whether an image is far taller than wide, or far wider than tall."""
     return max(item.size) > LONG * min(item.size)
 
 
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
-    """Return lines about clips and pictures that are small or narrow."""
+    """Return lines about clips and images that are small or narrow."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
@@ -986,7 +992,7 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
 
 
 def _describe_equal(media: Sequence[Media]) -> list[str]:
-    """Return lines about the first groups of equal files, and how many more groups there are."""
+    """Return lines about the first groups of identical files, and how many more groups there are."""
     groups = find_equal(media)
     lines = []
     for paths in groups[:SHOWN]:
@@ -1000,7 +1006,7 @@ def _describe_equal(media: Sequence[Media]) -> list[str]:
 
 
 def _name_among(paths: Sequence[Path]) -> list[str]:
-    """Return the names of some files, with their folder if it differs."""
+    """Return the names of some files, with their folders if they are not all in one."""
     if len({path.parent for path in paths}) == 1:
         return [path.name for path in paths[:SHOWN]]
     return [f"{path.parent.name}/{path.name}" for path in paths[:SHOWN]]
@@ -1025,11 +1031,11 @@ def _require_media(
     has_audios: bool,
     kind: RunKind,
 ) -> None:
-    """Raise DatasetError if a folder lacks what a model learns.
+    """Raise DatasetError if a folder lacks the media that a training needs.
 
-    `name` is that of the model. `kind` is what is trained. `alone` and `instead` are what else could be done
-    with such a folder. `has_audios` says that sounds lie next to the clips, which `audio_directory` in
-    dataset.toml joins with them.
+    `name` is the name of the model, and `kind` what is trained. `alone` and `instead` say what else could be
+    done with the folder. With `has_audios`, audio files lie next to the clips; `audio_directory` in
+    dataset.toml adds them to the clips.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
     if not content.media:

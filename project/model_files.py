@@ -17,7 +17,7 @@ def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option.
 
     Raises:
-        OptionError: If there are two for one option.
+        OptionError: If one option has two files.
     """
     texts: dict[str, str] = {}
     for typed in options.model_files:
@@ -48,10 +48,10 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
-    """Return the path that --model_file gives.
+    """Return the path that --model_file gives for an option.
 
     Raises:
-        OptionError: If there is no such file.
+        OptionError: If the file does not exist.
     """
     path = to_path(f"--model_file {name}", text)
     if not path.exists():
@@ -67,9 +67,10 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 
 
 def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
-    """Return the networks that a named file of the model has too, unless a file is named for them.
+    """Return the networks that another typed file of the model contains and that have no file of their own.
 
-    `typed` are as `typed_files` returns them. The result has that file, as typed, by the network's option.
+    `typed` is the result of `typed_files`. The result maps the option of each such network to the typed file
+    that contains it.
     """
     holders = {}
     for part in model.components:
@@ -92,9 +93,9 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, which its commands do not name then.
+    """Return a model without some of its files, which its commands then omit.
 
-    `names` are those of options.
+    `names` are the options of these files.
     """
     placeholders = {f"{{{name}}}" for name in names}
     commands = {}
@@ -102,7 +103,7 @@ def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
         words: list[str] = []
         for word in shlex.split(command):
             if word in placeholders:
-                words.pop()  # its option
+                words.pop()  # removes the option of this value, too
             else:
                 words.append(word)
         commands[step] = shlex.join(words)

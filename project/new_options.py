@@ -18,13 +18,13 @@ from project.options import (
 
 
 class NewOptions(Options):
-    """Content of the project files for a folder."""
+    """Options that decide what the project files of a folder contain."""
 
     key_files = (DATASET_FILE, MODEL_FILES, TRAINING_TABLE)
 
     folder: Path = option(
-        "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
-        "of what each picture is made from; for control networks, of their control pictures",
+        "clips, images or both, with captions in .txt files; for models that edit, with a folder "
+        "control of what each image is made from; for control networks, of their control images",
         positional=True,
         place="folder",
         hint="the one with clips or pictures",
@@ -42,9 +42,10 @@ class NewOptions(Options):
         "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
     )
     train: str | None = option(
-        "what is trained: a LoRA; lllite or controlnet: a network that follows control pictures; embedding: "
-        "the trigger word alone; whole: the model itself, for a domain with hundreds of files. Without it a "
-        "LoRA, or with a folder control or conditioning of the pictures' names the model's control network",
+        "what is trained: a LoRA; lllite or controlnet: a network that follows control images; "
+        "embedding: the trigger word alone; whole: the model itself, for a domain with hundreds of "
+        "files. Without it a LoRA, or with a folder control or conditioning of the images' names the "
+        "model's control network",
         choices=KIND_NAMES,
     )
     whole_model: bool = option("--train whole", excludes="train", hint="both say what is trained")
@@ -83,5 +84,5 @@ class NewOptions(Options):
 
     @property
     def trains(self) -> str | None:
-        """Return the name of the kind of run that is typed."""
+        """Return the name of the kind of run that was typed."""
         return FULL_MODEL if self.whole_model else self.train

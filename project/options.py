@@ -19,7 +19,7 @@ RUN_FILE = "run.toml"
 ON_END = "--on_end"
 FULL_MODEL = "whole"
 KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", FULL_MODEL)  # of `project.kinds.composing.KINDS`
-MODELS = Path("models")  # of the working folder
+MODELS = Path("models")  # folder of models in the working folder
 MAX_OF_WORD = 200  # characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with
 CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
@@ -32,7 +32,7 @@ WRITE_CAPTIONS = [
 
 
 def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
-    """Return the family whose JSON captions the model of these commands knows; "" for sentences."""
+    """Return the family whose JSON captions the model of these commands expects; "" for plain sentences."""
     scripts = {Path(word).name for words in commands for word in words if word.endswith(".py")}
     for name in caption_formats():
         entry = FAMILIES[name]
@@ -42,7 +42,7 @@ def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
 
 
 def make_caption_words(commands: Iterable[Sequence[str]]) -> list[str]:
-    """Return the command that writes captions in the folder of a run, in the form that its model knows."""
+    """Return the command that writes captions in a run's folder, in the form that its model expects."""
     format = find_caption_format(commands)
     return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS
 
@@ -76,13 +76,13 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def times_of_steps(steps: int) -> dict[str, int]:
-    """Return the options of a training that follow from its number of steps: saves, states and samples."""
+    """Return the options that follow from a training's number of steps: those for saves, states, samples."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
 
 
 def own_command(*words: str) -> str:
-    """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
+    """Return a command of `reelsmith` as it is typed: `new` or `run`, and its options."""
     return as_typed(["python", FRONT_SCRIPT, *words])
 
 
@@ -104,7 +104,7 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
 
 
 def as_operand(folder: Path) -> str:
-    """Return a folder as a word of a command, which a name such as --help is not."""
+    """Return a folder as an argument of a command; one that is named like an option gets a path in front."""
     return f".{os.sep}{folder}" if str(folder).startswith("-") else str(folder)
 
 

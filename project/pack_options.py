@@ -18,7 +18,7 @@ MAX_OF_NAME = 1000  # bytes
 
 
 class PackOptions(Options):
-    """Which folder to pack, and where to."""
+    """Which folder to pack, and where to write the file."""
 
     folder: Path = option(
         "folder that `new` described", positional=True, place="folder", hint="the folder that `new` described"
@@ -35,7 +35,7 @@ class PackOptions(Options):
 
 
 class UnpackOptions(Options):
-    """Which packed file to unpack, and where to."""
+    """Which packed file to unpack, and into which folder."""
 
     file: Path = option("file that `pack` wrote", positional=True, place="file")
     folder: Path | None = option(

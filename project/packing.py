@@ -40,17 +40,17 @@ from training.config_options import OTHERS_TABLE
 from training.options import TrainingOptions
 
 PIECE_BYTES = 1 << 20
-FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal folders give equal files
+FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal folders give equal archives
 LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may name files of this machine
 
 
 @dataclass(frozen=True)
 class PackSource:
-    """What run.toml says of a folder."""
+    """What run.toml says about a folder."""
 
     folder: Path
     output: Path
-    name: str  # of the LoRA
+    name: str  # name of the LoRA
     left_out: frozenset[Path]  # files and folders that are not packed
     places: MachinePaths
     own_models: tuple[str, ...]  # files of models that no download brings, as the packed folder names them
@@ -67,15 +67,15 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the file, or of the content that takes its place in the pack."""
+        """Size of the file, or of the content that replaces it in the archive."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
 def pack_folder(options: PackOptions) -> None:
-    """Write the packed file and print what it holds, what is left out, and the command for the other machine.
+    """Write the archive; print its content, what is left out, and the command for the other machine.
 
     Raises:
-        OptionError: If the folder is not described, or if its texts name places outside of it.
+        OptionError: If the folder is not described, or if its texts contain paths outside of it.
         OutputError: If the file exists or cannot be written.
     """
     folder = options.folder
@@ -111,7 +111,7 @@ def read_described(folder: Path) -> PackSource:
     """Read run.toml.
 
     Raises:
-        OptionError: If there is none, or if it is not as `new` writes it.
+        OptionError: If the file is missing, or is not in the form that `new` writes.
     """
     path = folder / RUN_FILE
     try:
@@ -146,7 +146,7 @@ def read_described(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the folder that the commands download into, as run.toml has it."""
+    """Return the folder that the commands download into, as it is written in run.toml."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -154,7 +154,7 @@ def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
 
 
 def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
-    """Return the paths of model files outside of the folder in the options of a training."""
+    """Return the paths in the training's options that are model files outside the folder."""
     values = [value for value in training.values() if isinstance(value, str)]
     values += [text for value in training.values() if isinstance(value, list) for text in map(str, value)]
     outside = MachinePaths(Path())
@@ -162,9 +162,9 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 
 
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
-    """Return the paths of model files in the packed folder by those here, and which no download brings.
+    """Map the paths of model files to those in the packed folder; list files that no download brings.
 
-    `target` is the folder that a download fills, as run.toml has it.
+    `target` is the download folder, as it is written in run.toml.
     """
     names: dict[str, str] = {} if target is None else {target: MODELS_PART}
     own: list[str] = []
@@ -187,10 +187,10 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
     """Yield the files to pack, following links.
 
-    `hidden` gets the names of files that are left out for their kind.
+    The names of files that are never packed are appended to `hidden`.
 
     Raises:
-        OptionError: For a name that the other machine could not have.
+        OptionError: If a file's name is not allowed on every system.
     """
     walked: set[Path] = set()
     for place, folders, files in os.walk(described.folder, followlinks=True):
@@ -217,7 +217,7 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
 
 
 def _find_state(described: PackSource) -> list[PackMember]:
-    """Return the files of the newest state, and the history of the run. Raises OptionError without one."""
+    """Return the files of the newest state, and the run's history. Raises OptionError without a state."""
     from training.reports.history import history_path  # with torch, which a pack without states needs not
     from training.saving.states import find_latest  # likewise
 
@@ -235,10 +235,10 @@ def _find_state(described: PackSource) -> list[PackMember]:
 def _relocate_texts(
     described: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Return the members with the paths of texts replaced, and the secret options that were left out.
+    """Return the members with the paths in their texts replaced, and the secret options that were removed.
 
     Raises:
-        OptionError: For texts that name other places of this machine.
+        OptionError: If a text contains other paths of this machine.
     """
     secret = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
@@ -270,10 +270,10 @@ def _relocate_texts(
 def _relocate_file(
     relocate: Callable[..., RelocatedText], places: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Return the text of a file as `relocate` makes it.
+    """Return the text of a file as changed by `relocate`.
 
     Raises:
-        OptionError: If it cannot be read.
+        OptionError: If the file cannot be read.
     """
     try:
         return relocate(read_text(path), places, *without)
@@ -284,7 +284,7 @@ def _relocate_file(
 
 
 def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive. `name` is that of the folder. Raises OutputError; then there is no such file."""
+    """Write the archive of the folder `name`. If OutputError is raised, no file is left behind."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)

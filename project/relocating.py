@@ -24,15 +24,15 @@ _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+
 
 @dataclass(frozen=True)
 class MachinePaths:
-    """The paths of this machine that a folder's texts may name."""
+    """The paths of this machine that a folder's texts may contain."""
 
     folder: Path  # as typed
     models: Mapping[str, str] = field(default_factory=dict)  # as the texts have them -> in the packed folder
 
     def relocate(self, text: str) -> str | None:
-        """Return a text as the packed folder has it, its path relative if it is one.
+        """Return a text for the packed folder: a path becomes relative, other texts are unchanged.
 
-        None: a path of this machine that the packed folder has nothing for. A text that is no path stays.
+        Returns None for a path of this machine to something that is not packed.
         """
         if text in self.models:
             return self.models[text]
@@ -40,7 +40,7 @@ class MachinePaths:
         if not is_rooted and ".." not in text:
             return text
         if is_rooted and not text.startswith("~") and not Path(text).is_absolute():
-            return None  # of another system
+            return None  # a path of another operating system
         try:
             path = Path(os.path.normpath(expand_path(text, self.folder)))
         except ValueError:
@@ -52,13 +52,13 @@ class MachinePaths:
 
     @functools.cached_property
     def shown(self) -> re.Pattern[str]:
-        """The pattern of a path of this machine, wherever it stands in a text."""
+        """Pattern that finds paths of this machine anywhere in a text."""
         folders = [Path(os.path.abspath(self.folder)), real_path(self.folder), Path.home()]  # noqa: PTH100
         names = {name for folder in folders for name in (str(folder), folder.as_posix()) if len(name) > 1}
         return re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted(names))})(?![\w-])")
 
     def erase(self, text: str) -> str:
-        """Return a text, such as a command, in which all known paths of this machine are replaced."""
+        """Replace all known paths of this machine in a text, such as a command."""
         short = {f"{ROOT}{os.sep}": "", f"{ROOT.as_posix()}/": "", **self.models}
         for path in sorted(short, key=len, reverse=True):
             text = text.replace(path, short[path])
@@ -74,12 +74,12 @@ class RelocatedText(NamedTuple):
 
 
 def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
-    """Return a TOML text with relative paths, its comments kept.
+    """Return a TOML text with relative paths; comments are kept.
 
-    `without` are the keys to remove, wherever they stand.
+    `without` are keys to remove from all tables.
 
     Raises:
-        ValueError: For a text that is no TOML.
+        ValueError: If the text is not TOML.
     """
     try:
         document = tomlkit.parse(text)
@@ -100,7 +100,7 @@ def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Change all texts in tables and lists. `change` gets the key, or that of the list, and the text."""
+    """Replace all texts in tables and lists by `change(key, text)`; texts in a list have the list's key."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key
@@ -113,7 +113,7 @@ def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") 
 
 
 def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
-    """Remove keys from tables, and from tables in them. Returns those that were there."""
+    """Remove keys from tables and nested tables; return the keys that were removed."""
     removed = []
     if isinstance(values, dict):
         removed = [name for name in names if name in values]
@@ -143,7 +143,7 @@ def relocate_history(text: str, places: MachinePaths) -> str:
 
 
 def find_own_names(path: Path, places: MachinePaths) -> list[str]:
-    """Return the paths of this machine in a list of files, one for each line, with the number of its line."""
+    """Return a text for each line of a list of files that contains a path of this machine."""
     found = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

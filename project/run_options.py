@@ -48,7 +48,7 @@ class RunOptions(Options):
     output_dir: Path | None = option(
         "folder for the trained files, anywhere; default: that of run.toml, in the folder", place="new folder"
     )
-    of_features: OptionsOfFeatures  # of the training
+    of_features: OptionsOfFeatures  # options that are passed to the training
     may_write: tuple[Path, ...] = option(
         "further folders that the run may write into, as caches may lie elsewhere; default: its own alone",
         default=(),
@@ -65,18 +65,18 @@ class RunOptions(Options):
 
     @property
     def end_words(self) -> list[str]:
-        """Return the words of the command to start at the end; none without --on_end."""
+        """Return the words of the command to start at the end; [] without --on_end."""
         return [] if self.on_end is None else read_command(ON_END, self.on_end)
 
     @property
     def typed_for_training(self) -> dict[str, Any]:
-        """Return the options that are handed to the training, and given, by name."""
+        """Return the typed options that are passed to the training, by name."""
         values = {"output_dir": self.output_dir, **option_values(self.of_features)}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def words(self) -> list[str]:
-        """Return the words behind `reelsmith` that run this again, as far as a file may keep them."""
+        """Return the words after `reelsmith` that repeat this run, without those that may not be stored."""
         unsaid = {"folder": None, "dry_run": None, "check": None, **dict.fromkeys(STARTING)}
         if self.models == MODELS:
             unsaid["models"] = None
@@ -85,7 +85,7 @@ class RunOptions(Options):
 
     @property
     def going_on(self) -> str:
-        """Return a note with the command that continues after an interruption."""
+        """Return the sentence with the command that continues an interrupted run."""
         return f"The same command continues: {own_command(*self.words)}"
 
 

@@ -67,7 +67,7 @@ class Project:
     folder: Path  # in which the commands run
     download: list[str]
     commands: list[list[str]]
-    files: list[str]  # of the model
+    files: list[str]  # files of the model
     output: Path
     logs: Path | None  # folder of TensorBoard's files
     name: str
@@ -78,27 +78,27 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
-        """Files that the run needs and that are not there."""
+        """Model files that the run needs and that do not exist."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
 class MediaCheck(NamedTuple):
-    """Outcome of a check of media."""
+    """Result of checking the media."""
 
-    fault_kinds: list[str]  # of faults that end the run; empty: it can begin
+    fault_kinds: list[str]  # kinds of errors that end the run; empty if it can begin
     left_out: list[str]  # files that it continues without
 
 
 def run_project(options: RunOptions) -> None:
-    """Run a described folder, with a trace for the browser. Raises and exits as `run_commands`."""
+    """Run a described folder and record its progress for the browser. Raises and exits as `run_commands`."""
     with EndCommand(options.end_words) as end, trace_run() as trace:
         run_commands(options, trace, end)
 
 
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
-    """Check, download, cache and train; end with the path of the training's page.
+    """Check, download, cache and train; finally print the path of the training's page.
 
-    Files that cannot be read are left out, and listed at the end. Exits with the code of the first command
+    Files that cannot be read are left out and listed at the end. Exits with the code of the first command
     that fails.
 
     Raises:
@@ -118,7 +118,7 @@ def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
 
 
 def _list_typed_options(options: RunOptions) -> dict[str, Any]:
-    """Return the options of the training that were typed for `run`; paths are absolute."""
+    """Return the training options that were typed after `run`, with absolute paths."""
     return {
         name: real_path(value) if isinstance(value, Path) else value
         for name, value in options.typed_for_training.items()
@@ -126,7 +126,7 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
-    """Do what `run_commands` does, once the run may only write into its folders."""
+    """Do the work of `run_commands`, once the process can only write into the run's folders."""
     if options.check:
         check_project(project)
         return
@@ -159,9 +159,9 @@ def _print_ending(project: Project, left_out: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the message for files of the model that are missing.
+    """Return the message about missing files of the model.
 
-    `models` is as `_download_words` takes it.
+    `models` is explained in `_download_words`.
     """
     size = _download_size(project.download)
     options = _download_words(project, models)
@@ -178,7 +178,7 @@ def _print_command(words: Sequence[str], folder: Path) -> None:
 
 
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
-    """Run commands and return the files that are left out, as the check of media reports them.
+    """Run the commands; return lines about the files that the check of media leaves out.
 
     Exits with the code of the first command that fails.
 
@@ -207,12 +207,12 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 
 
 def check_project(project: Project) -> None:
-    """Make all checks that a run begins with, and print what they find; cache and train nothing.
+    """Make the checks at the start of a run and print what they find; nothing is cached or trained.
 
-    Exits with 1 if there are faults that end a run.
+    Exits with code 1 if an error would end the run.
 
     Raises:
-        OptionError: For wrong options of the training.
+        OptionError: If an option of the training is wrong.
     """
     print_lines([f"In the folder {project.folder}:"])
     if project.missing:
@@ -242,9 +242,9 @@ def check_project(project: Project) -> None:
 
 
 def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
-    """Check the training's options and the media. Returns the files that are left out.
+    """Check the training's options and the media; return lines about the files that are left out.
 
-    Exits with 1 if there are faults that end the run. `words` are those of the command that checks media.
+    Exits with code 1 if an error would end the run. `words` is the command that checks media.
     """
     _check_training(project)
     outcome = _check_media(words, project.folder, project.validation)
@@ -261,8 +261,8 @@ def _run_or_exit(
 ) -> None:
     """Run a command; exit with its code if it fails.
 
-    `may_leave_out` says that a command that leaves files out has not failed, as the check has found which
-    these are. For `progress` see `run_command`.
+    With `may_leave_out`, a command that leaves files out has not failed, because the check has already
+    reported these files. `progress` is explained in `run_command`.
     """
     code = run_command(words, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
@@ -279,10 +279,11 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
 
     Args:
         place: The folder, or its run.toml.
-        typed: Options of its training, which count before those of the file.
+        typed: Typed options of the training, which override those in the file.
 
     Raises:
-        OptionError: If it is not as `new` writes it, or if results would lie outside of what is allowed.
+        OptionError: If the file is not in the form that `new` writes, or if results would be written outside
+            of the allowed folders.
     """
     folder = _find_described_folder(place)
     path = folder / RUN_FILE
@@ -312,7 +313,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
 
 
 def _extend_training(project: Project, words: Sequence[str]) -> Project:
-    """Return a project whose last command, the training, has further words."""
+    """Return the project with more words added to its last command, the training."""
     *first_commands, training = project.commands
     return replace(project, commands=[*first_commands, [*training, *words]])
 
@@ -321,7 +322,7 @@ def _find_described_folder(place: Path) -> Path:
     """Return the folder of a run.toml.
 
     Raises:
-        OptionError: For another file.
+        OptionError: If this is another file.
     """
     if place.name == RUN_FILE and not place.is_dir():
         return place.parent
@@ -331,7 +332,7 @@ def _find_described_folder(place: Path) -> Path:
 
 
 def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, Any]) -> Project:
-    """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError for wrong ones."""
+    """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
     project_table = tables[OTHERS_TABLE]
     values = {**tables["training"], **typed}
     download, *commands = [list(map(str, words)) for words in project_table["commands"]]
@@ -365,7 +366,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
 
 
 def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Return the metadata of trained files that say which model options of a training name."""
+    """Return the entries in a trained file's metadata that identify the model of a training."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
     for words in commands:
@@ -376,10 +377,10 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the run is finished, and if so print what can be done next. Loads nothing.
+    """Return whether the run is finished; if so, print what can be done next. Nothing is loaded.
 
     Raises:
-        OptionError: If the trained file is of another model.
+        OptionError: If the trained file belongs to another model.
     """
     file = project.output / f"{project.name}.safetensors"
     if not file.exists():  # a model in diffusers' layout, which says it in its U-Net
@@ -409,7 +410,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
 
 
 def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | None:
-    """Return the model that a trained file's metadata name if it is not the project's; None if it is."""
+    """Return the model in a trained file's metadata if it differs from the project's, else None."""
     released = {part.path.name for model in find_models() for part in transformers_of(model)}
     transformers = released & {Path(name).name for name in project.files}
     trained_name = metadata.get("ss_sd_model_name", "")
@@ -425,9 +426,9 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options of `run` that let it download.
+    """Return the options with which `run` may download the missing files.
 
-    `models` is the folder that --download alone may fill.
+    `models` is the folder that plain --download fills; another folder has to be named.
     """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
@@ -451,7 +452,7 @@ def _download_size(words: Sequence[str]) -> str:
 
 
 def _list_typed_values(words: Sequence[str]) -> dict[str, str]:
-    """Return each word of a command with the word behind it."""
+    """Return a dictionary from each word of a command to the word after it."""
     return dict(itertools.pairwise(words))
 
 
@@ -462,7 +463,7 @@ def _is_check_of_media(words: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files before hours of caching. Raises OptionError."""
+    """Let the training script check its options and files before the long caching. Raises OptionError."""
     words = project.commands[-1]
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],
@@ -478,14 +479,14 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check media with the script that caches latents.
+    """Check the media with the script that caches latents.
 
-    `validation` is the fraction and the seed of the training.
+    `validation` is the training's fraction of validation files and the seed that selects them.
     """
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        # with torch: loaded when a run checks
+        # imported here, because they load torch, which most commands of a project do without
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of
 
@@ -512,9 +513,9 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
 
 
 def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print what helps if a check fails.
+    """Print what to do after a check has failed.
 
-    `kinds` are those of the faults that it found.
+    `kinds` are the kinds of errors that it found.
     """
     if "--check" not in words:
         return
@@ -541,7 +542,7 @@ def _require_script(words: Sequence[str]) -> Path:
     """Return the script of a command.
 
     Raises:
-        OptionError: If it is not one that a run needs: run.toml may come from somebody else.
+        OptionError: If a run does not need this script: run.toml may come from somebody else.
     """
     script = find_own_script(words)
     if script is None or script not in _scripts_of_runs():
@@ -565,12 +566,11 @@ def _scripts_of_runs() -> set[Path | None]:
 def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
 
-    `progress` is the file in which the program is to note how far it is.
-
-    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end.
+    The program writes its progress to the file `progress`. It gets Ctrl-C directly from the terminal; this
+    process passes SIGTERM on, and waits for the program to end.
 
     Raises:
-        OptionError: If it is not one of our scripts.
+        OptionError: If the command does not run one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []

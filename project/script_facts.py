@@ -24,16 +24,16 @@ NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 class AskedOption:
     """An option of a script."""
 
-    kind: str  # of its value: switch, whole, number, text or other
+    kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
     default: Any  # None: nothing
     reaches_out: bool  # it names code, or a place outside of the program
 
     def read(self, value: Any) -> Any:
-        """Return a value of another program's file.
+        """Convert a value from another program's file to a value of this option.
 
         Raises:
-            ValueError: If the option cannot have it.
+            ValueError: If the option cannot have the value.
         """
         if self.kind == "switch":
             return read_switch(value)
@@ -54,15 +54,15 @@ class ScriptOptions:
 
     name: str
     known: Mapping[str, AskedOption]
-    refused: Mapping[str, str]  # those of other programs -> why they are refused
+    refused: Mapping[str, str]  # options of other programs -> why they are rejected
 
 
 @cache
 def ask_script(name: str) -> ScriptOptions:
-    """Return the options of a script that trains.
+    """Return the options of a training script.
 
     Raises:
-        OptionError: If there is no such script.
+        OptionError: If the script does not exist.
     """
     table = find_table(installation.find_script(name))
     if table is None:
@@ -83,7 +83,7 @@ def ask_script(name: str) -> ScriptOptions:
 
 
 def _read_default(option: DescribedOption) -> Any:
-    """Return the default of an option, which its help has as a text."""
+    """Return the default of an option, converted from the text in its help."""
     if option.kind == "switch":
         return option.default == "true"
     if option.kind in NUMBERS and option.default:
@@ -95,9 +95,9 @@ def _read_default(option: DescribedOption) -> Any:
 
 
 def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
-    """Return the message of a script that refuses its options; None if it takes them.
+    """Return the message with which a script rejects its options; None if it accepts them.
 
-    It reads them and ends, before torch loads. `folder` is where it runs.
+    The script runs in `folder`, and ends after reading its options, before torch loads.
     """
     process = _run_script(
         name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"}

@@ -10,9 +10,9 @@ from dataset.sources.captions import add_trigger
 from dataset.sources.wildcards import has_choice
 from dataset.subset_options import KEPT
 
-SHARE = 0.8  # of the captions are lists of tags in a folder of tags
+SHARE = 0.8  # fraction of lists of tags among the captions, from which a folder counts as tagged
 LEAST = 3  # tags in a list
-MAX_WORDS = 4  # of a tag
+MAX_WORDS = 4  # maximum number of words in a tag
 SENTENCE = re.compile(r"[.!?](\s|$)")
 # as in red_hair; score_7 and o_o stay
 UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")
@@ -32,41 +32,42 @@ class TagLists:
 
     @property
     def kept(self) -> int:
-        """Return the number of tags that all lists begin with; of a single list one."""
+        """Return the number of leading tags that all lists share; 1 if there is a single list."""
         return 1 if len(self.lists) == 1 else len(os.path.commonprefix(self.lists))
 
     @property
     def shared(self) -> list[str]:
-        """Return the tags that all lists have, in the order of the first one."""
+        """Return the tags that all lists contain, in the order of the first list."""
         return [tag for tag in self.lists[0] if all(tag in tags for tags in self.lists)]
 
     @property
     def joined(self) -> str | None:
-        """Return the first tag whose words are joined by underscores."""
+        """Return the first tag whose words are joined by underscores; None if there is none."""
         return next((tag for tags in self.lists for tag in tags if UNDERSCORE.search(tag)), None)
 
     def make_keys(self, trigger: str | None) -> Mapping[str, Any]:
         """Return the keys of dataset.toml that shuffle the tags.
 
         Args:
-            trigger: A word that is put in front.
+            trigger: Trigger word, which is added in front of the tags that lack it.
         """
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":
             keys["caption_separator"] = self.separator
         texts = [self.separator.join(tags) for tags in self.lists]
-        is_put = trigger is not None and any(add_trigger(text, trigger) != text for text in texts)
+        adds_trigger = trigger is not None and any(add_trigger(text, trigger) != text for text in texts)
         if self.has_kept:
             keys["keep_tokens_separator"] = KEPT
-        elif self.kept or is_put:
-            keys["keep_tokens"] = self.kept + is_put
+        elif self.kept or adds_trigger:
+            num_added = 1 if adds_trigger else 0
+            keys["keep_tokens"] = self.kept + num_added
         if self.has_choices:
             keys["enable_wildcard"] = True
         return keys
 
 
 def find_tags(captions: Iterable[str]) -> TagLists | None:
-    """Return the lists of tags of captions; None if most of these are something else."""
+    """Return the captions as lists of tags; None if too few of them are lists of tags."""
     texts = [text for text in captions if text.strip()]
     for separator in (",", " "):
         lists = [tags for text in texts if (tags := _read_list(text, separator))]
@@ -77,7 +78,7 @@ def find_tags(captions: Iterable[str]) -> TagLists | None:
 
 
 def write_blanks(tags: TagLists) -> list[str]:
-    """Return the command that writes tags with blanks, separated by commas."""
+    """Return the command that rewrites tags with blanks instead of underscores, separated by commas."""
     commas = [] if tags.separator == "," else WRITE_COMMAS
     return [*EDIT, *commas, *WRITE_BLANKS, "--edit_only"]
 
@@ -88,7 +89,7 @@ def as_words(tag: str) -> str:
 
 
 def _read_list(text: str, separator: str) -> tuple[str, ...]:
-    """Return the tags of a caption; empty if it is no list of them."""
+    """Return the tags in a caption; empty if the caption is not a list of tags."""
     tags = [tag.strip() for tag in text.replace(KEPT, separator).split(separator) if tag.strip()]
     if len(tags) < LEAST or SENTENCE.search(text):
         return ()
@@ -100,6 +101,6 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
 
 
 def _are_joined(words: Sequence[str]) -> bool:
-    """Return whether words are tags whose own words are joined by underscores, not a sentence."""
+    """Return whether words separated by blanks are tags (`red_hair`) and not a sentence."""
     joined = [word for word in words if UNDERSCORE.search(word)]
     return len(joined) * 4 >= len(words) and "," not in "".join(words)

@@ -33,7 +33,7 @@ STEPS = {
 
 
 def describe_step(words: Sequence[str]) -> str:
-    """Return the action of a command of a run: `caching latents`."""
+    """Return what a command of a run does, such as `caching latents`."""
     name = "".join(words[1:2])
     if name in kinds_by_script():
         return TRAINING
@@ -54,7 +54,7 @@ def describe_progress(progress: NotedProgress) -> str:
 class RunTrace:
     """Write a history of one `run`, which is shown until its training writes its own.
 
-    A trace that cannot be written ends no run.
+    The run continues even if the history cannot be written.
     """
 
     def __init__(self) -> None:
@@ -64,9 +64,13 @@ class RunTrace:
         self._since = 0.0  # when it began
 
     def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start a trace.
+        """Start the history.
 
-        `again` are the words after `reelsmith` that repeat the run. The rest: of its training.
+        Args:
+            again: Words after `reelsmith` that repeat the run.
+            output: Output folder of the training.
+            name: Name of the trained files.
+            steps: Number of steps of the training.
         """
         words = command_words(["python", FRONT_SCRIPT, *again])
         note = "It continues where it ended."
@@ -96,9 +100,9 @@ class RunTrace:
 
     @contextmanager
     def follow(self, words: Sequence[str]) -> Iterator[Path | None]:
-        """Yield the file in which a command of a run is to note how far it is; show that meanwhile.
+        """Yield the file to which a command of a run writes its progress; show the progress meanwhile.
 
-        None for the training, which writes a history of its own.
+        Yields None for the training, which writes a history of its own.
         """
         step = describe_step(words)
         if self._history is None or step == TRAINING:
@@ -129,7 +133,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Note how the run ended, unless its training notes that itself. `kind` is as in a history's end."""
+        """Record how the run ended, unless its training does so itself. `kind` is that of a history's end."""
         if self._history is None or not self._step:
             return
         with self._guarded():
@@ -159,7 +163,7 @@ class RunTrace:
 
 @contextmanager
 def trace_run() -> Iterator[RunTrace]:
-    """Yield a trace, and note in it how the block ends."""
+    """Yield a trace, and record in it how the block ends."""
     trace = RunTrace()
     try:
         yield trace

@@ -34,16 +34,16 @@ from training.config_options import OTHERS_TABLE
 PIECE_BYTES = 1 << 20
 MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
 ENCRYPTED = 0x1
-LATEST_NS = 1 << 62  # of the time of a file: the year 2116
+LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
 
 def unpack_folder(options: UnpackOptions) -> None:
     """Write the folder, then print the command that trains.
 
-    Then there is no folder.
+    If an error is raised, no folder is left behind.
 
     Raises:
-        OptionError: If the file is no packed folder, whole and harmless.
+        OptionError: If the file is not a complete and safe packed folder.
         OutputError: If the folder exists or cannot be written.
     """
     path = options.file
@@ -63,14 +63,14 @@ def unpack_folder(options: UnpackOptions) -> None:
     ) as error:
         reason = shorten(str(error), 200)
         raise OptionError(
-            f"{path} is no whole file of `pack` ({reason}). Copy it again, and compare its size with that "
+            f"{path} is not a complete `pack` file ({reason}). Copy it again, and compare its size with that "
             "of the file on the first machine"
         ) from None
     print_lines(_describe(folder, models, options))
 
 
 def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """Return what a packed file says of itself, once all of its members are found harmless.
+    """Return the manifest of a packed file after checking that all members are safe to write.
 
     Raises ValueError, KeyError or TypeError for a file that `pack` would not write.
     """
@@ -93,9 +93,9 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
-    """Return the paths of models that run.toml lists, with this machine's folder of models in them.
+    """Return the paths of models in run.toml, placed in this machine's folder of models.
 
-    Raises ValueError or TypeError for a file that `pack` would not write; OSError if it is too large.
+    Raises ValueError or TypeError for a file that `pack` would not write; OSError if run.toml is too large.
     """
     if archive.getinfo(RUN_FILE).file_size > MAX_OF_RUN_FILE:
         raise ValueError(f"{RUN_FILE} is too long")
@@ -104,16 +104,16 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
     others = parse_toml(text).get(OTHERS_TABLE, {})
     files = others.get("files", []) if isinstance(others, dict) else None
     if not isinstance(files, list) or not all(isinstance(path, str) for path in files):
-        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is no table with a list of files")
+        raise TypeError(f"{RUN_FILE}: [{OTHERS_TABLE}] is not a table with a list of files")
     for path in files:
         expand_path(path)
     return files
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
-    """Raise ValueError for members that lead out of the folder, are no files, or hold more than there is.
+    """Raise ValueError for members that lead out of the folder, are not files, or are larger than possible.
 
-    `size_bytes` is that of the archive.
+    `size_bytes` is the size of the archive.
     """
     names: set[str] = set()
     for entry in entries:
@@ -154,7 +154,7 @@ def _write(
     folder: Path,
     options: UnpackOptions,
 ) -> None:
-    """Write all members below a folder that appears when they are complete. Raises as `unpack_folder`."""
+    """Write all members to a folder that appears once they are complete. Raises as `unpack_folder`."""
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} is there already. Name another folder: unpack {options.file} FOLDER")
     total = sum(entry.file_size for entry in members)
@@ -179,7 +179,7 @@ def _write(
 
 @contextlib.contextmanager
 def _without_new_parents(folder: Path) -> Iterator[None]:
-    """Remove the folders above a folder that the block has made, if it fails."""
+    """If the block fails, remove the parent folders that it created."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         yield
@@ -191,12 +191,12 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _place_models(text: str, models: Path) -> str:
-    """Return a run.toml with this machine's folder of models in it.
+    """Return the text of run.toml with the paths of models changed to this machine's folder.
 
     Raises:
-        ValueError: If it is no TOML.
+        ValueError: If the text is not TOML.
     """
-    parse_toml(text)  # with limits, which the next one lacks
+    parse_toml(text)  # this parser limits size and nesting, which tomlkit does not
     try:
         document = tomlkit.parse(text)
     except (TOMLKitError, RecursionError, LookupError, TypeError, AttributeError, AssertionError) as error:
@@ -213,7 +213,7 @@ def _place_models(text: str, models: Path) -> str:
 
 
 def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
-    """Return the lines about an unpacked folder: its size, missing models, the command that trains.
+    """Return the lines about an unpacked folder: its size, missing models, and the training command.
 
     `models` are the paths that run.toml lists.
     """

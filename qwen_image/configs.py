@@ -30,12 +30,12 @@ class QwenImageConfig:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    channels: int  # of the latents
+    channels: int  # number of latent channels
     text_dim: int  # width of the language model's states
     freq_dim: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-6
-    has_layers: bool = False  # its frames are an image and the layers of it
+    has_layers: bool = False  # whether the frames are an image followed by its layers
 
     kind = "t2i"
 
@@ -49,7 +49,7 @@ LATENT = LatentSpec(
     preview_factors=PREVIEW_FACTORS,
     preview_bias=PREVIEW_BIAS,
 )
-# of Qwen-Image-Layered, whose VAE has alpha
+# statistics of Qwen-Image-Layered, whose VAE has an alpha channel
 LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
 NOISE = NoiseSpec(tokens=count_image_tokens)
 DIT = DitSpec(

@@ -56,7 +56,7 @@ from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, 
 
 logger = logging.getLogger(__name__)
 
-NEGATIVE = " "  # if nothing is said, as released
+NEGATIVE = " "  # default, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(25, 4.0, 1328)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
@@ -70,7 +70,7 @@ class QwenImage(ModelOfImages):
 
     files: QwenImageFiles
     version: Version = VERSIONS[ORIGINAL]
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = AS_TRAINED
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -106,7 +106,7 @@ class QwenImage(ModelOfImages):
 
     @property
     def references(self) -> ReferenceRules | None:
-        """How many reference images the model takes, and what sees them."""
+        """How many reference images the model takes, and which networks use them."""
         return self.version.references
 
     @property
@@ -232,7 +232,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
     files = files_of(options, version, version.use)
     if not version.has_layers:
         return QwenImage(files, version, options)
-    # the image is then given, clean and in front of its layers, in each batch
+    # each batch then has the clean image in front of its layers
     probability = float(options.remove_first_image_from_target)
     return QwenImageLayered(
         files,

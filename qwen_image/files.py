@@ -45,7 +45,7 @@ QWEN_USE = LanguageUse(
     states_key=KEY,
     model=QWEN25_VL,
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    most=1024,  # with those of the template behind the prompt
+    most=1024,  # including the template's tokens after the prompt
     before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
     "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
@@ -77,8 +77,8 @@ FILES = (
     "Qwen/Qwen-Image"
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
-LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # of Qwen-Image-Layered
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
+LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # tensor that identifies Qwen-Image-Layered
+QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
@@ -126,7 +126,7 @@ MOST = 10  # images to edit; trained with up to three
 class Version:
     """A release: names, use of the text encoder, and references."""
 
-    name: str  # of the model in caches and saved files
+    name: str  # name of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
     architecture: str  # modelspec.architecture, as musubi-tuner has it

@@ -51,9 +51,9 @@ from qwen_image.references import official_size, read_reference, taken_size
 
 VERSION = VERSIONS[LAYERED]
 SIDE = 640  # an image is made as large as the square of this side. Source: the released pipeline
-LAYERS = 4  # of an image, if nothing is said. Source: likewise
-NEGATIVE = " "  # if nothing is said, as released
-FEW_TOKENS = 256  # of an image whose noise levels are not shifted. Source: the released pipeline
+LAYERS = 4  # default number of layers of an image. Source: likewise
+NEGATIVE = " "  # default, as released
+FEW_TOKENS = 256  # number of tokens up to which noise levels are not shifted. Source: the released pipeline
 DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
@@ -69,9 +69,9 @@ class QwenImageLayered(ModelOfImages):
     """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
 
     files: QwenImageFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    layers_alone: bool = False  # the whole image is not made anew in front of the layers
+    layers_alone: bool = False  # the image in front of the layers is not generated anew
     keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -86,7 +86,7 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space of layers, with or without the whole image in front of them."""
+        """Latent space of layers, with or without the full image in front of them."""
         return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
 
     @property

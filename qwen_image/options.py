@@ -35,9 +35,9 @@ class QwenImageVersionOptions(Options):
     """Which release of Qwen-Image the files belong to; their tensors do not tell."""
 
     model_version: str | None = option(
-        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, one that "
-        "edits pictures: edit (Qwen-Image-Edit), edit-2509 or edit-2511, or one that takes a picture apart "
-        "into transparent layers: layered (Qwen-Image-Layered)",
+        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, one "
+        "that edits images: edit (Qwen-Image-Edit), edit-2509 or edit-2511, or one that splits an "
+        "image into transparent layers: layered (Qwen-Image-Layered)",
         choices=VERSIONS,
     )
     edit: bool = option("the same as --model_version edit", excludes="model_version", facts=NO_PIXELS)
@@ -60,7 +60,7 @@ class QwenImageVaeOptions(Options):
 
     file: VaeOptions = option(facts=OF_DECODING)
     vae_chunk_size = not_needed(
-        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+        "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
 
 
@@ -74,14 +74,14 @@ class QwenImageTextOptions(TextEncoderOptions):
 
 
 class QwenImageLatentCachingOptions(Options, title=NAME):
-    """Options of qwen_image_cache_latents.py besides the shared ones."""
+    """Options of qwen_image_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImageVaeOptions
     version: QwenImageVersionOptions
 
 
 class QwenImageTextCachingOptions(Options, title=NAME):
-    """Options of qwen_image_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of qwen_image_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: QwenImageTextOptions = option(settings={"text_encoder": {"required": True}})
     version: QwenImageVersionOptions
@@ -99,11 +99,11 @@ class QwenImageModelOptions(Options, title=NAME):
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
+    """Options of qwen_image_train_network.py and qwen_image_train.py in addition to the shared ones."""
 
     remove_first_image_from_target: bool = option(
-        "learn the layers alone, not the whole picture in front of them, with --model_version layered; it is "
-        "faster. Then generate with one --output_layers less",
+        "learn only the layers, without the full image before them, with --model_version layered; it "
+        "is faster. Then generate with one --output_layers less",
         facts=HABIT,
     )
 
@@ -116,27 +116,27 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
     """How pictures of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_official_size: bool = option(
-        "resize the pictures to about a megapixel in their own shape, as the model was trained (for the text "
-        "encoder smaller, from edit-2509 on); default: their own size, cut to multiples of 16",
+        "resize the images to about a megapixel in their own shape, as the model was trained (for the "
+        "text encoder smaller, from edit-2509 on); default: their own size, cut to multiples of 16",
         excludes="resize_control_to_image_size",
         facts=OF_REFERENCES,
     )
     resize_control_to_image_size: bool = option(
-        "resize the pictures to the size of the result, and crop them", facts=OF_REFERENCES
+        "resize the images to the size of the result, and crop them", facts=OF_REFERENCES
     )
     append_original_name: bool = option(
-        "add the name of the first picture to that of the result", facts={**NO_PIXELS, **OF_REFERENCES}
+        "add the name of the first image to that of the result", facts={**NO_PIXELS, **OF_REFERENCES}
     )
     mask_path: str | None = option(
-        "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
-        "must have the size of the result",
+        "an image that is white where the first one is changed; the rest of it stays as it is. That "
+        "image must have the size of the result",
         excludes="rcm_threshold",
         facts=of_request(MASK),
     )
     rcm_threshold: float | None = option(
-        "keep what an edit does not change in its place: at each step, what differs from the first picture "
-        "by less than this is set back to it; 0.01 to 0.1 is usual. That picture must have the size of the "
-        "result",
+        "keep what an edit does not change in its place: at each step, what differs from the first "
+        "image by less than this is set back to it; 0.01 to 0.1 is common. That image must have the "
+        "size of the result",
         above=0,
         below=math.inf,
         hint="such as 0.05",
@@ -177,18 +177,18 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
 
 
 class QwenImageLayerOptions(Options, title="layers"):
-    """How --model_version layered takes a picture apart."""
+    """How --model_version layered splits an image into layers."""
 
     output_layers: int = option(
-        "number of layers that --model_version layered takes the picture apart into, from back to front",
+        "number of layers that --model_version layered takes the image apart into, from back to front",
         default=4,
         least=1,
         most=MAX_LAYERS,
         facts=of_request(LAYER_COUNT),
     )
     remove_first_image_from_target: bool = option(
-        "make the layers alone, for a LoRA that was trained with this option: there is no whole picture in "
-        "front of them",
+        "make the layers alone, for a LoRA that was trained with this option: there is no whole image "
+        "in front of them",
         facts=OF_REFERENCES,
     )
     cfg_norm: bool = option(
@@ -197,13 +197,13 @@ class QwenImageLayerOptions(Options, title="layers"):
         facts=OF_REFERENCES,
     )
     automatic_prompt_lang_for_layered = unsupported(
-        "captions are not written while generating: tools/caption_dataset.py captions pictures",
+        "captions are not written while generating: tools/caption_dataset.py captions images",
         choices=("en", "cn"),
     )
 
 
 class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_generate_image.py besides the shared ones."""
+    """Options of qwen_image_generate_image.py in addition to the shared ones."""
 
     vae_enable_tiling: bool = option("another spelling of --vae_tiling", facts=OF_DECODING)
     embedded_cfg_scale = not_needed(

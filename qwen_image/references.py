@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # are multiples of OFFICIAL_STEP. Source: the released pipelines
 MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384
 OFFICIAL_STEP = 32
-STEP = 16  # of images that keep their size
+STEP = 16  # images that keep their size are cropped to multiples of this
 AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 

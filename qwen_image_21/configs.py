@@ -25,7 +25,7 @@ class QwenImage21Config:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    channels: int  # of the latents
+    channels: int  # number of latent channels
     text_dim: int  # width of the language model's states
     axes: tuple[int, int, int]  # channels of a head that encode a token's time, row and column
     freq_dim: int = 256

@@ -60,7 +60,7 @@ class QwenImage21(pictures.ModelOfImages):
     """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: QwenImage21Files
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
     keeps_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
 
@@ -180,7 +180,7 @@ class QwenImage21(pictures.ModelOfImages):
         if turbo is not None:
             logger.warning(
                 "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
-                "pictures get worse",
+                "images get worse",
                 len(turbo.levels),
                 prepared.steps,
             )

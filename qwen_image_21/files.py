@@ -35,8 +35,8 @@ from qwen_image_21.options import BLANK, NAME
 from qwen_image_21.references import lay_on_white, read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
-KEY = "vl_embed"  # of musubi-tuner's caches
-MOST_TOKENS = 8192  # of a prompt; trained positions reach so far
+KEY = "vl_embed"  # key in musubi-tuner's caches
+MOST_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEXT_USE = LanguageUse(
     name="vl",
@@ -67,7 +67,7 @@ TEXT_USE = LanguageUse(
         read=read_shown,
         show=lay_on_white,
         hash_images=hash_images,
-        fewest=1,  # their sizes are settled, and those of their latents
+        fewest=1,  # no limits: the images already have their final sizes
         most=1 << 40,
         between=" ",
         always=False,
@@ -85,9 +85,9 @@ FILES = (
 )
 CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
 MARK = "txt_in.text_norm.weight"
-QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
+QUERY = "transformer_blocks.0.attn.to_q.weight"  # their dtype is that of the file
 CUTS = joined_tensors(QWEN_IMAGE_21)
-# of Turbo, before the shift, if no model_index.json states them. Source: the release's model_index.json
+# noise levels of Turbo before the shift, if no model_index.json states them. Source: that of the release
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
 MAX_LEVELS = 1000
 

@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
     start: int  # in the prefix
     end: int
-    is_text: bool  # each sees those before it; else they are a reference, all of which see all of it
+    is_text: bool  # text tokens attend to earlier ones; tokens of a reference attend to the entire reference
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Prefix:
 
     texts: int  # real tokens of its text
     slots: tuple[int, ...]  # rising: how many of these stand before each reference
-    grids: tuple[Grid, ...]  # of the references
+    grids: tuple[Grid, ...]  # grid of each reference
 
     @property
     def segments(self) -> list[Segment]:
@@ -97,15 +97,15 @@ class Prefix:
 class QwenImage21Tokens:
     """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
 
-    grid: Grid  # of the image's tokens
+    grid: Grid  # rows and columns of the image's tokens
     picture: int  # how many of them there are, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
-    # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
+    # one list for each sample, or a single one if all are alike; numbers, so that compiled code accepts any
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
     rows: Tensor  # B S 4C float32: scales and gates of all blocks
     time: Tensor  # B 1 C float32, the embedded time of the image
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
@@ -141,7 +141,8 @@ class QwenImage21Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
-        self.remembered: Sequence[Tensor] = ()  # of the prefix, B P N D; see `running/memories.py`
+        # keys and values of the prefix, B P N D; see `running/memories.py`
+        self.remembered: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Return the attention of tokens x, B L+P C."""
@@ -155,13 +156,14 @@ class QwenImage21Attention(nn.Module):
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
         """Return the attention of the tokens to each other, B L+P N D. `heads` are query, key and value."""
-        second, part = tokens.second, tokens.part
+        second, part = tokens.second, tokens.part  # a second text; this process's part of the tokens
         if part is not None:
             heads = part.gather_tokens(*heads)
         if second is None:
             attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
             return attended if part is None else part.gather_heads(attended)
         assert tokens.second_rotary is not None
+        # the image attends with each text separately; then both results are combined
         first_heads = tuple(map(second.without, heads))
         second_heads = tuple(map(second.alone, heads))
         attended = self.attend_heads(first_heads, tokens.rotary, tokens, tokens.segments)
@@ -323,8 +325,8 @@ class QwenImage21LastNorm(nn.Module):
 class QwenImage21Layout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: Grid  # of the image's tokens; (0, 0): there is no image
-    prefixes: tuple[Prefix, ...]  # of each sample
+    grid: Grid  # rows and columns of the image's tokens; (0, 0) without an image
+    prefixes: tuple[Prefix, ...]  # prefix of each sample
     has_prefix: bool  # else the table is of the image alone
 
 
@@ -537,23 +539,24 @@ class QwenImage21Model(BlockNetwork):
         return nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
     def _make_sample_table(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
-        """Return the pairs of a sample's tokens, L+P 1 D/2 2."""
+        """Return the rotary (cosine, sine) pairs of a sample's tokens, image first, L+P 1 D/2 2."""
         widths = self.config.axes
 
-        def axis(first: int, size: int, width: int) -> Tensor:
-            places = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(places, width, self.config.rope_theta))
+        def axis(first: int, size: int, width: int) -> Tensor:  # consecutive positions on one axis
+            positions = torch.arange(first, first + size, dtype=torch.float64)
+            pairs = turns(angles_at(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
-        def picture(grid: Grid, time: int) -> Tensor:
+        def picture(grid: Grid, time: int) -> Tensor:  # rows and columns are counted from the middle
             rows, columns = grid
             time_width, row_width, column_width = widths
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
             return on_grid([axis(time, 1, time_width), along_rows, along_columns])
 
+        # text tokens advance the position by one, an image by the length of its longer side
         place = 0
-        before = 0  # tokens of the text
+        before = 0  # text tokens so far
         tables = []
         for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
             tables.append(torch.cat([axis(place, slot - before, width) for width in widths], dim=1))

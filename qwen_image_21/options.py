@@ -20,7 +20,7 @@ from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_opti
 from qwen_image.options import MASK
 
 NAME = "Qwen-Image-2.1"
-SIDE = 1024  # of images, where nothing is said
+SIDE = 1024  # default width and height of images
 STEPS = 40
 BLANK = " "  # what an empty prompt is written as, as released
 NO_TEXT = ("", '""', "''")
@@ -34,7 +34,7 @@ class QwenImage21VaeOptions(Options):
 
     file: VaeOptions = option(facts=OF_DECODING)
     vae_chunk_size = not_needed(
-        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+        "an image goes through the VAE at once; --vae_tiling takes less memory.", type=int
     )
 
 
@@ -52,13 +52,13 @@ class QwenImage21TextOptions(TextEncoderOptions):
 
 
 class QwenImage21LatentCachingOptions(Options, title=NAME):
-    """Options of qwen_image_21_cache_latents.py besides the shared ones."""
+    """Options of qwen_image_21_cache_latents.py in addition to the shared ones."""
 
     vae: QwenImage21VaeOptions
 
 
 class QwenImage21TextCachingOptions(Options, title=NAME):
-    """Options of qwen_image_21_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of qwen_image_21_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: QwenImage21TextOptions = option(settings={"text_encoder": {"required": True}})
 
@@ -75,31 +75,31 @@ class QwenImage21ModelOptions(Options, title=NAME):
 
 
 class QwenImage21TrainingOptions(QwenImage21ModelOptions, title=NAME):
-    """Options of qwen_image_21_train_network.py besides the shared ones."""
+    """Options of qwen_image_21_train_network.py in addition to the shared ones."""
 
 
 class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
     """How pictures of --control_image_path are resized, and which parts of the first must not change."""
 
     resize_control_to_image_size: bool = option(
-        "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
+        "resize the images to the size of the result, and crop them; default: to about a megapixel in "
         "their own shape, as the model was trained",
         facts=OF_REFERENCES,
     )
     resize_control_to_official_size: bool = option(
-        "resize the pictures to about a megapixel, which is the default",
+        "resize the images to about a megapixel, which is the default",
         excludes="resize_control_to_image_size",
         facts=OF_REFERENCES,
     )
     mask_path: Path | None = option(
-        "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
-        "must have the size of the result",
+        "an image that is white where the first one is changed; the rest of it stays as it is. That "
+        "image must have the size of the result",
         facts=of_request(MASK),
     )
 
 
 class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
-    """Options of qwen_image_21_generate_image.py besides the shared ones."""
+    """Options of qwen_image_21_generate_image.py in addition to the shared ones."""
 
     dtype: str | None = option(
         "another spelling of --dit_dtype",
@@ -107,8 +107,8 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
         excludes="dit_dtype",
     )
     no_kv_cache: bool = option(
-        "compute the prompt and the pictures to edit anew in each step: slower, but their keys and values, "
-        "half a megabyte for each of their tokens, are not kept",
+        "compute the prompt and the images to edit again in each step: slower, but their keys and "
+        "values, half a megabyte for each of their tokens, are not kept",
         facts=OF_REQUEST,
     )
     references: QwenImage21ReferenceOptions

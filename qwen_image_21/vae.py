@@ -37,14 +37,14 @@ WHAT = "the VAE of Qwen-Image-2.1"
 OPTION = "--vae"
 FILES = "qwen_image_2.1_vae_bf16.safetensors of Comfy-Org, or the folder vae of Qwen/Qwen-Image-2.1"
 CLASSES = ("AutoencoderKLQwenImage21",)  # in a config.json next to the file
-FOLDER = "vae"  # in a whole release
+FOLDER = "vae"  # path in the folder of a release
 STRIDE = 16  # height and width of one latent pixel, in pixels
 PIXEL_CHANNELS = 4  # red, green, blue, alpha
 LARGEST = 1e6  # mean or deviation of latents; float32 has room for these
 OPAQUE = 1.0  # alpha of an image without transparency, in -1..1
 
 # fmt: off
-# of the latents, per channel. Source: the defaults of diffusers' AutoencoderKLQwenImage21
+# statistics of the latents, per channel. Source: defaults of diffusers' AutoencoderKLQwenImage21
 MEAN = (
     0.5126, 0.7721, -0.0631, 1.3506, -0.7855, -2.1025, -0.3458, 1.3722, 1.8873, -1.7177, -0.651, 0.2732,
     0.7562, -0.6163, -1.0277, 3.8363, 2.021, 0.0472, 0.932, 2.0087, 2.4954, -0.1391, -1.4249, 1.8464,
@@ -71,7 +71,7 @@ class VaeLevel:
     width_in: int
     width_out: int
     blocks: int
-    factors: Factors  # of its shortcut: frames, rows and columns that become one, or that one becomes
+    factors: Factors  # frames, rows and columns that the shortcut merges into one, or expands one into
 
 
 @dataclass(frozen=True)

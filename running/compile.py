@@ -36,9 +36,9 @@ NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
-    """Compile the `forward` that every block has now. Call after LoRA and before checkpointing.
+    """Compile the current `forward` of every block. Call after LoRA and before checkpointing.
 
-    Compilation runs at the first call of a block. Call `check_compilation` before.
+    Compilation runs when a block is first called. Call `check_compilation` before.
     """
     if spec.compiles_each_size:
         choice = replace(choice, dynamic=False, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
@@ -47,7 +47,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
 
 
 def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
-    """Compile the `forward` of parts of a network in place."""
+    """Compile the current `forward` of each part of a network in place."""
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     mode = NO_GRAPHS.get(choice.mode, choice.mode)

@@ -20,7 +20,7 @@ INDEX = "https://pytorch.org/get-started/locally"
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact about the environment, and whether Reelsmith can run with it."""
+    """One finding about the environment, and whether Reelsmith can run with it."""
 
     name: str
     text: str
@@ -28,19 +28,21 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Return the findings about this environment, a line each.
+    """Return the findings about this environment, one line each.
 
     Args:
-        folder: Folder of models and caches, for its disk.
+        folder: Folder of models and caches, whose disk is checked.
     """
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
     free = shutil.disk_usage(folder).free / _GB
-    few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
+    too_little = ""
+    if free < FEW_GB:
+        too_little = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB"
     return [
         Finding("Python", python),
         *_examine_packages(),
         *_examine_torch(),
-        Finding("disk", f"{free:.0f} GB free in {folder}{few}"),
+        Finding("disk", f"{free:.0f} GB free in {folder}{too_little}"),
     ]
 
 
@@ -78,7 +80,7 @@ def _examine_packages() -> Iterator[Finding]:
 
 
 def _examine_torch() -> Iterator[Finding]:
-    """Yield torch, its device, its compiler and the attention packages; nothing without torch."""
+    """Yield findings about torch, its device, compiler and attention packages; nothing without torch."""
     if importlib.util.find_spec("torch") is None:
         return
     try:
@@ -87,7 +89,7 @@ def _examine_torch() -> Iterator[Finding]:
         from modules.attention.attend import BACKENDS
         from modules.devices import select_device
         from running.compile import missing_for_inductor
-    except Exception as error:  # a build for another system raises OSError, a damaged one anything
+    except Exception as error:  # a build for another system raises OSError, a damaged one any error
         verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it again: {INDEX}"
         yield Finding("torch", verdict, is_fit=False)
         return
@@ -97,9 +99,9 @@ def _examine_torch() -> Iterator[Finding]:
     if device.type == "cuda":
         for number in range(torch.cuda.device_count()):
             info = torch.cuda.get_device_properties(number)
-            half = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"
+            dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
             size = f"{info.total_memory / _GB:.0f} GB, capability {info.major}.{info.minor}"
-            yield Finding(f"GPU {number}", f"{info.name}, {size}: {half}")
+            yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
     else:
         yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
     missing = missing_for_inductor(device)
@@ -119,11 +121,11 @@ def _examine_torch() -> Iterator[Finding]:
 
 
 def _without_cuda(kind: str, reason: str | None) -> Finding:
-    """Return the finding for a torch without CUDA.
+    """Return the finding for a torch that does not see a CUDA device.
 
     Args:
-        kind: Build of torch.
-        reason: Why torch does not see a card that the machine has.
+        kind: Type of the device that torch uses instead.
+        reason: Why torch does not see the machine's GPU, if it has one.
     """
     if reason is not None:
         return Finding("GPU", reason, is_fit=False)

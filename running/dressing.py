@@ -27,13 +27,13 @@ class Checkpointing:
 def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, all_weights: bool = False
 ) -> HostWeights | None:
-    """Return host memory for swapped weights, or None.
+    """Return host memory for swapped weights, or None if no weights are swapped.
 
     Args:
         spec: Names of the network's blocks.
         swap: Options of block swap.
         device: Device of the run.
-        all_weights: Whether to hold all weights, for a network that takes turns.
+        all_weights: Whether to hold all weights, for a network that shares its device with another by turns.
     """
     if not (all_weights or swap.number or swap.img_in_txt_in_offloading):
         return None
@@ -51,7 +51,7 @@ def dress(
     in_pieces: bool = False,
     blocks: BlockPlace | None = None,
 ) -> None:
-    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
+    """Prepare a loaded network to run: computation in pieces, compilation, checkpointing, swap, sharding.
 
     Args:
         dit: The transformer.
@@ -61,7 +61,7 @@ def dress(
         host: Host memory that the network was loaded with.
         checkpointing: How to checkpoint; None keeps all activations.
         in_pieces: Whether token-wise parts are computed in pieces.
-        blocks: Where the blocks are, as the network was loaded with.
+        blocks: Place that the blocks were loaded into, if they are split over processes.
 
     Raises:
         OptionError: If the network has fewer blocks than are to be swapped.

@@ -11,11 +11,11 @@ from running.run_blocks import Hidden, run_blocks
 
 
 class Remembers(Protocol):
-    """Protocol of a block's attention that keeps keys and values from one call of the network to the next.
+    """Attention of a block that reuses keys and values of earlier network calls.
 
-    It sets `remembered` during a call whose tokens are to be remembered; in other calls it appends
-    `remembered` to the keys and values of the current tokens. The tensors are not part of the record of
-    tokens, because a different key or number in each block would make torch compile every block separately.
+    In a call whose tokens are to be remembered it sets `remembered`; in other calls it appends `remembered`
+    to the keys and values of the current tokens. The tensors are not part of the record of tokens, because a
+    different key or number in each block would make torch compile every block separately.
     """
 
     remembered: Sequence[Tensor]  # keys, rotated, and values; empty: nothing is remembered
@@ -29,7 +29,7 @@ Attention = TypeVar("Attention", bound=Remembers)
 def remember(
     dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention], overrides: Overrides = NO_OVERRIDES
 ) -> dict[Attention, Sequence[Tensor]]:
-    """Run the blocks on tokens that are to be remembered; return their keys and values by attention.
+    """Run the blocks on tokens to remember; return the keys and values of each attention.
 
     Args:
         dit: The transformer.
@@ -46,7 +46,7 @@ def remember(
 def remembering(
     memory: Mapping[Attention, Sequence[Tensor]], attentions: Sequence[Attention]
 ) -> Iterator[None]:
-    """Have blocks remember something until the end of the block, and nothing afterwards."""
+    """Let the attentions use remembered keys and values during the `with` block, and none afterwards."""
     try:
         for attention, keys_values in memory.items():
             attention.remembered = keys_values

@@ -57,9 +57,9 @@ class SwapOptions(Options):
 
     # None and 0: none. `AUTO`: as many as memory requires
     blocks_to_swap: int | str | None = option(
-        "keep that many of the transformer's blocks in host memory and copy each to the device before it "
-        "runs; a number, or auto; at most all but one. Exact, and costs little time if a block computes "
-        "longer than its copy takes",
+        "keep this many transformer blocks in host memory and copy each to the device before it runs; "
+        "a number, or auto; at most all but one. Results stay the same, and it costs little time if "
+        "computing a block takes longer than copying it",
         type=number_or_auto,
         metavar="N",
         least=0,
@@ -72,9 +72,9 @@ class SwapOptions(Options):
         "costs little time"
     )
     block_swap_ring_size: int = option(
-        "how many swapped blocks are on the device at a time, including the one that computes; they count "
-        "towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take unevenly "
-        "long",
+        "number of swapped blocks on the device at a time, including the one being computed; they "
+        "count toward the blocks that --blocks_to_swap leaves there. More than 2 helps if copy times "
+        "vary",
         default=SLOTS,
         least=SLOTS,
         only_with="blocks_to_swap",
@@ -87,18 +87,18 @@ class SwapOptions(Options):
 
     @property
     def is_auto(self) -> bool:
-        """Return whether the number of blocks is not chosen yet; choose it with `dataclasses.replace`."""
+        """Return whether the number of blocks still has to be chosen; `set_blocks_to_swap` sets it."""
         return self.blocks_to_swap == AUTO
 
     @property
     def typed(self) -> str:
-        """Return the first option in use, as a user would type it; "": none is."""
+        """Return the first swap option in use, as a user types it; "" if none is used."""
         if self.blocks_to_swap:
             return f"--blocks_to_swap {self.blocks_to_swap}"
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
 
     def reject_trained(self, steps_in_backward: bool) -> None:
-        """Raise OptionError if the swapped weights themselves cannot learn.
+        """Raise OptionError if weights that are to be swapped are trained in a way that does not support it.
 
         Args:
             steps_in_backward: Whether each weight is stepped during the backward pass
@@ -159,12 +159,12 @@ class PlanOptions(Options):
 
     @property
     def is_planning(self) -> bool:
-        """Whether --plan is given, so that the command predicts its memory and exits."""
+        """Whether --plan is given, so that the command only predicts its memory and exits."""
         return self.plan is not None
 
     @property
     def cards(self) -> tuple[int, float]:
-        """Return the number of cards to plan for and the GiB of each; 0 GiB: those of this machine's card."""
+        """Return the number of GPUs to plan for and the GiB of each; 0 GiB stands for this machine's GPU."""
         count, _, size = (self.plan or "0").rpartition("x")
         return int(count or 1), float(size)
 
@@ -188,7 +188,7 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def joined(self) -> JoinedWays:
-        """Return what the ways that are on have joined."""
+        """Return what the active ways to run the transformer have contributed."""
         return join_ways(self)
 
 
@@ -213,7 +213,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     @functools.cached_property
     def joined(self) -> JoinedWays:
-        """Return what the ways that are on have joined."""
+        """Return what the active ways to run the transformer have contributed."""
         return join_ways(self)
 
 
@@ -221,7 +221,7 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the options of generation that keep the model as a training did, by flag."""
+    """Return the generation options that load the model in the same form as a training did, by flag."""
     swap = speed.swap
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size

@@ -34,9 +34,9 @@ _RUNNER = "_runner"  # under which a network carries its own
 class Hidden:
     """The hidden state of one forward pass: `x` goes through the blocks, `tokens` are their other inputs.
 
-    Blocks replace `x` here, so that nothing else refers to it: a block's input is freed when it is done. An
-    `x` handed from function to function would stay on the device until the last of them returns (1.4 GiB for
-    Wan 14B at 1280x720, 81 frames).
+    Blocks replace `x` here so that nothing else refers to it, and a block's input is freed when the block is
+    done. An `x` passed from function to function would stay on the device until the last of them returns (1.4
+    GiB for Wan 14B at 1280x720, 81 frames).
     """
 
     x: Tensor  # B L C
@@ -53,12 +53,12 @@ Runner = Callable[[nn.Module, Hidden, Overrides], None]  # has the blocks of the
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks of a DiT in the way that its runner says; `hidden` is changed in place."""
+    """Run the blocks of a DiT with its runner; `hidden` is changed in place."""
     runner_of(dit)(dit, hidden, overrides)
 
 
 def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
-    """Run a block of the second stream; return what is added to `x` behind the next block."""
+    """Run a block of the side stream; return the hint to add to `x` after the next block."""
     hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
     if hidden.side_scales is not None:
         hint = hint * hidden.side_scales[:, number, None, None]
@@ -66,23 +66,23 @@ def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
 
 
 def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run all blocks one after the other, except `overrides.skip_blocks`: those pass their input through.
+    """Run all blocks in order, except `overrides.skip_blocks`, which pass their input through.
 
-    Blocks of `overrides.skip_self_attention` get inputs that say so, made by the model's record of tokens.
-    Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
-    given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
+    Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention. Blocks are
+    numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream gets that
+    stream and `x`; it returns the stream and a hint, which is added to `x` after the next block.
     """
     spec = spec_of(dit)
     lists = spec.blocks(dit)
     blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
     in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
-    hint = None
+    hint = None  # what the last side block adds to `x` after the next block
     for index in spec.order([len(blocks_of_list) for blocks_of_list in lists.values()]):
         block = blocks[index]
         if in_side_list[index]:
-            if hidden.side is not None:
-                number = index - len(lists[spec.block_lists[0]])
-                hint = _run_side_block(block, hidden, number)
+            if hidden.side is not None:  # this call uses the side stream
+                side_index = index - len(lists[spec.block_lists[0]])
+                hint = _run_side_block(block, hidden, side_index)
             continue
         if hidden.between is not None:
             hidden.between(index, hidden)
@@ -92,6 +92,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
             hidden.x = block(hidden.x, tokens)
         addition = hidden.added[index] if hidden.added else None
         if addition is not None:
+            # additions are for the first tokens; the remaining ones get zeros
             missing = hidden.x.shape[1] - addition.shape[1]
             hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
         if hint is not None:
@@ -102,7 +103,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
 
 
 class BlockNetwork(nn.Module):
-    """A DiT. `embed` says what it takes, `unembed` what it predicts; some derive further inputs for both."""
+    """Base of all DiTs. `embed` prepares the inputs of the blocks, `unembed` makes the prediction."""
 
     spec: DitSpec
     dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
@@ -111,7 +112,7 @@ class BlockNetwork(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the blocks compute: that of the parameter `dtype_of`."""
+        """Dtype in which the blocks compute: that of the parameter named by `dtype_of`."""
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
@@ -128,29 +129,29 @@ class BlockNetwork(nn.Module):
 
 
 def runner_of(dit: nn.Module) -> Runner:
-    """Return the runner that was set on a DiT; by default the one that runs all blocks in order."""
+    """Return the runner of a DiT; by default it runs all blocks in order."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 
 def set_runner(dit: nn.Module, runner: Runner) -> None:
-    """Replace the runner of the network's blocks. It is given the network and need not hold it."""
+    """Replace the runner of the network's blocks. The runner gets the network as an argument."""
     setattr(dit, _RUNNER, runner)
 
 
 def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
-    """Return the files of LoRAs that only some stages have, each with the option that names it.
+    """Return the files of LoRAs that apply only to some stages, each with the option that names it.
 
-    A network has them as its field `stage_files`; most have none.
+    They are the network's field `stage_files`, which most networks do not have.
     """
     files: Sequence[tuple[Path, str]] = getattr(dit, "stage_files", ())
     return files
 
 
 def spec_of(dit: nn.Module) -> DitSpec:
-    """Return the `spec` that a network's class states.
+    """Return the `spec` of a network's class.
 
     Raises:
-        TypeError: If it states none.
+        TypeError: If the class has none.
     """
     spec = getattr(dit, "spec", None)
     if not isinstance(spec, DitSpec):

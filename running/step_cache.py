@@ -49,19 +49,19 @@ Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
 
 
 class Rule(Protocol):
-    """Decides for one pass of each step. It remembers what it needs between steps."""
+    """Rule that decides whether to skip one pass of each step. It keeps its own state between steps."""
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
         """Return whether to skip the pass. Called once at every step that has this pass.
 
-        The first answer is no: there is nothing to add yet.
+        The first answer is no, because there is no residual to add yet.
         """
         ...
 
 
 @dataclass(eq=False)
 class Branch:
-    """The rule and residual of one pass of a step."""
+    """The rule and the residual of one pass of a step."""
 
     rule: Rule
     residual: Tensor | None = None  # B L C
@@ -69,7 +69,7 @@ class Branch:
 
 @dataclass(eq=False)
 class StepCache:
-    """The passes of one section of a video."""
+    """The step cache of one section of a video."""
 
     make_rule: Callable[[], Rule]
     passes: int = 0
@@ -80,7 +80,7 @@ class StepCache:
         self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
 
     def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-        """Run the blocks by `inner`, or add the residual of their last run to `hidden.x`."""
+        """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
         turn = overrides.turn
         if turn is None:
             inner(dit, hidden, overrides)
@@ -91,26 +91,27 @@ class StepCache:
         branch = branches[turn.which]
         self.passes += 1
         skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, overrides))
-        if agree_among(dit, skips):  # a device may differ in the last digit
+        # processes must decide alike, but their signals may differ in the last digit
+        if agree_among(dit, skips):
             assert branch.residual is not None
             self.skipped += 1
             hidden.x = hidden.x + branch.residual
             return
-        branch.residual = None  # room for the input, which is kept while the blocks run
+        branch.residual = None  # frees memory for the input, which is kept while the blocks run
         before = hidden.x
         inner(dit, hidden, overrides)
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
-        """Forget the residuals, so that the next pass is computed."""
+        """Drop the residuals, so that the next pass is computed."""
         self._branches.clear()
 
 
 def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
     """Return the blocks' residual, B L C.
 
-    It is kept in bfloat16 if the network computes in it, also if the residual stream is float32 (Wan): half
-    the memory, and the rounding of 0.2 % is far below what changes between steps.
+    It is kept in bfloat16 if the network computes in bfloat16, even if the residual stream is float32 (Wan):
+    this halves the memory, and the rounding of 0.2 % is far below what changes between steps.
     """
     computes_in = getattr(dit, "compute_dtype", None)
     return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
@@ -119,24 +120,25 @@ def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
 def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     """Return the modulated input of the first block's attention, B L C, without running the block.
 
-    If the block is swapped its weights are brought to the device: they usually are there already, since the
-    pass before fetched ahead, and stay for the next pass. Likewise if it is split over processes.
+    If the block is swapped, its weights are brought to the device. Usually they are there already, because
+    the previous pass prefetched them, and they stay for the next pass. A block that is split over processes
+    is gathered in the same way.
     """
     spec = spec_of(dit)
     assert spec.modulated_input is not None
     swap = swap_of(dit)
     if swap is not None:
         swap.bring(0, overrides.skip_blocks)
-    first = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
+    first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
-        gather_block(first)
-    signal: Tensor = getattr(first, spec.modulated_input)(hidden.x, hidden.tokens)
-    return signal
+        gather_block(first_block)
+    modulated: Tensor = getattr(first_block, spec.modulated_input)(hidden.x, hidden.tokens)
+    return modulated
 
 
 @contextmanager
 def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Overrides], None]) -> Iterator[DitAt]:
-    """Yield `dit_at` whose networks have `run` around the runner of their blocks.
+    """Yield `dit_at` with `run` wrapped around the block runner of each network.
 
     At the end, also after an exception, every network has its own runner again.
 
@@ -144,26 +146,28 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
         dit_at: Returns the network to call at a timestep.
         run: Runs the blocks; its first argument is the network's own runner.
     """
-    # with the networks alone: a runner that fetches swapped weights would keep those of one that is freed
-    dressed = weakref.WeakSet[nn.Module]()
+    # networks only, not their runners: a runner that fetches swapped weights would keep those of a freed
+    # network alive
+    wrapped = weakref.WeakSet[nn.Module]()
 
-    def at(timestep: float) -> nn.Module:
+    def wrapped_dit_at(timestep: float) -> nn.Module:
         dit = dit_at(timestep)
-        if dit not in dressed:
+        if dit not in wrapped:
             set_runner(dit, functools.partial(run, runner_of(dit)))
-            dressed.add(dit)
+            wrapped.add(dit)
         return dit
 
     try:
-        yield at
+        yield wrapped_dit_at
     finally:
-        for dit in dressed:
-            dressing = cast("functools.partial[None]", runner_of(dit))
-            set_runner(dit, dressing.args[-1])  # `run` may be a partial too, with arguments of its own
+        for dit in wrapped:
+            wrapper = cast("functools.partial[None]", runner_of(dit))
+            # the network's own runner is the last argument; if `run` is a partial, its arguments come first
+            set_runner(dit, wrapper.args[-1])
 
 
 class MagCacheRule:
-    """Decides for one pass of each step; looks at no tensor."""
+    """The rule of MagCache, for one pass of each step. It reads no tensors."""
 
     def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
         """Start without skipped passes.
@@ -180,19 +184,20 @@ class MagCacheRule:
         self._forget()
 
     def skips(self, turn: Turn, signal: Signal) -> bool:
-        """Return whether the error summed since the last computed pass allows another skip.
+        """Return whether the error accumulated since the last computed pass allows another skip.
 
-        The first steps (`retention` of all, at least one) and the last step are never skipped.
+        The first steps (the fraction `retention`, at least one) and the last step are never skipped.
         """
-        last = self._last
+        last_step = self._last
         self._last = turn.step
-        first = max(int(self._retention * turn.num_steps), 1)
-        may_skip = first <= turn.step < turn.num_steps - 1
-        if last is None or not may_skip:
+        first_skippable = max(int(self._retention * turn.num_steps), 1)
+        may_skip = first_skippable <= turn.step < turn.num_steps - 1
+        if last_step is None or not may_skip:
             self._forget()
             return False
-        # the steps' ratios, multiplied, say how the residual has changed in size; 1 would be no error
-        for step in range(last + 1, turn.step + 1):  # several if steps lacked this pass: it has aged by all
+        # the product of the ratios is the predicted change in size of the residual; 1 means no error. Several
+        # ratios are due if some steps had no such pass
+        for step in range(last_step + 1, turn.step + 1):
             self._ratio *= self._ratios[step]
             self._error += abs(1 - self._ratio)
             self._skipped += 1
@@ -206,20 +211,20 @@ class MagCacheRule:
 
 
 def resample(ratios: Sequence[float], count: int) -> list[float]:
-    """Return `count` ratios, each the nearest to one of `count` evenly spaced places, both ends included."""
+    """Return `count` ratios sampled at evenly spaced positions, both ends included, without interpolation."""
     if count == 1:
         return [ratios[-1]]
     return [ratios[round(index * (len(ratios) - 1) / (count - 1))] for index in range(count)]
 
 
 class TeaCacheRule:
-    """Decides for one pass of each step. The host waits for one number of each."""
+    """The rule of TeaCache, for one pass of each step. The host waits for one number per step."""
 
     def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
         """Start without skipped passes.
 
         Args:
-            threshold: Sum of changes from which a pass is computed again.
+            threshold: Sum of changes at which a pass is computed again.
             coefficients: Coefficients of the polynomial, highest power first.
         """
         self._threshold, self._coefficients = threshold, coefficients
@@ -254,7 +259,7 @@ def relative_change(before: Tensor, now: Tensor) -> Tensor:
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    """Evaluate a polynomial; the coefficient of the highest power comes first."""
+    """Evaluate a polynomial, whose coefficient of the highest power comes first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient
@@ -275,9 +280,9 @@ Measure = Callable[[Turn, Signal, Tensor], None]
 def measure_pass(
     measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
-    """Run all blocks, and pass what entered them and their residual to `measure`.
+    """Run all blocks, and pass their input and their residual to `measure`.
 
-    Passes outside the steps of a video, and passes that leave out blocks, are not measured.
+    Passes outside of the steps of a video, and passes that skip blocks, are not measured.
     """
     before = hidden.x
     inner(dit, hidden, overrides)
@@ -289,7 +294,7 @@ def measure_pass(
 
 
 class Ratios:
-    """Changes of the size of the blocks' residual from step to step."""
+    """Measured ratios of the size of the blocks' residual from step to step."""
 
     def __init__(self) -> None:
         self._sizes: dict[Hashable, tuple[int, Tensor]] = {}  # by pass: step, and B L float32
@@ -300,7 +305,7 @@ class Ratios:
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
-        """Note the mean over all tokens of the ratio of sizes."""
+        """Record the ratio of sizes to the previous step, averaged over all tokens."""
         sizes = residual.norm(dim=-1, dtype=torch.float32)
         step, before = self._sizes.get(turn.which, (None, sizes))
         if step == turn.step - 1:
@@ -309,7 +314,7 @@ class Ratios:
         self._sizes[turn.which] = turn.step, sizes
 
     def result(self, num_steps: int) -> list[float]:
-        """Return the mean ratio of each step; the first, and a step that was not measured, has 1."""
+        """Return the mean ratio of each step; the first step and steps without a measurement have 1."""
         by_step = {step: [float(ratio) for ratio in ratios] for step, ratios in self._found.items()}
         return [
             math.fsum(by_step[step]) / len(by_step[step]) if step in by_step else 1.0
@@ -318,7 +323,7 @@ class Ratios:
 
 
 class Changes:
-    """Changes of the first block's input and of the blocks' residual from step to step."""
+    """Measured changes of the first block's input and of the blocks' residual from step to step."""
 
     def __init__(self) -> None:
         self._before: dict[Hashable, tuple[int, Tensor, Tensor]] = {}
@@ -342,9 +347,9 @@ class Changes:
         return [(float(change), float(residual)) for change, residual in self._found]
 
     def result(self) -> list[float]:
-        """Return the fitted polynomial's coefficients, highest power first; nothing if points are too few.
+        """Return the coefficients of the fitted polynomial, highest power first; () with too few points.
 
-        Powers up to 4; fewer if there would be less than three points for each coefficient.
+        The highest power is 4, or less if there would be fewer than three points per coefficient.
         """
         points = self.points
         power = min(MAX_POWER, len(points) // POINTS_EACH - 1)

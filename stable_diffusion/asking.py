@@ -35,18 +35,18 @@ from stable_diffusion.sampling_options import (
 logger = logging.getLogger(__name__)
 
 SEEDS_END = 2**32  # drawn seeds are below it
-SIDE = 8  # pixels of one latent: sides are multiples of it
+SIDE = 8  # pixels per latent: sides are multiples of this
 
 
 @dataclass
 class Seeds:
-    """Source of the seeds of a run: given ones first, then drawn ones.
+    """Source of a run's seeds: the given seeds first, then random ones.
 
     Attributes:
         random: Generator that seeds are drawn from.
         single: Value of --seed, if the run generates only one image.
-        round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; seeds of its
-            further images are drawn from it.
+        round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; the seeds of
+            its further images are drawn from this one.
     """
 
     random: Random
@@ -58,7 +58,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's pictures: first those in `line_seeds`, then drawn ones without end."""
+        """Yield the seeds of a line's images: first those in `line_seeds`, then random ones without end."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -107,7 +107,7 @@ class Asking:
     num_lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedImage]:
-        """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
+        """Yield the requested images of each line; lines that cannot be used are added to `failures`."""
         for line in lines:
             images: list[AskedImage] = []
             self.num_lines += 1
@@ -120,7 +120,7 @@ class Asking:
             yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return the seeds of a line's pictures, and the line with its `{...}` variants expanded."""
+        """Return the seeds of a line's images, and the line with its `{...}` groups replaced by choices."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
             seeds = self.seeds.for_line(None)
@@ -170,7 +170,7 @@ class Asking:
 
 
 def _check_parts(parts: int) -> None:
-    """Raise OptionError if a mask has no use: no picture to repaint and no regions."""
+    """Raise OptionError if a mask has no use: there is no image to repaint, and no regions."""
     if parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
@@ -179,7 +179,7 @@ def _check_parts(parts: int) -> None:
 
 
 def check_line(options: GenImgOptions, line: Line) -> None:
-    """Raise OptionError if a line has faults that can be found without a model."""
+    """Raise OptionError if a line has errors that can be found without a model."""
     if line.is_plain:
         return
     split_seeds(line.text)
@@ -196,7 +196,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Override the options by those of a line.
+    """Return the options with those of a line in their place.
 
     Raises:
         OptionError: If a value cannot be used.
@@ -206,7 +206,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the strengths of --am in a line; None: those of the command line."""
+    """Return the strengths of --am in a line; None stands for those of the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
@@ -269,11 +269,11 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: as given, else those of the input picture, else those of the model."""
+    """Return width and height: the given ones, else those of the input image, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
-    # a picture's size is cut down to multiples that the VAE can make
+    # the size of an image is rounded down to multiples that the VAE supports
     return (
         sampling.width or max(width // SIDE, 1) * SIDE,
         sampling.height or max(height // SIDE, 1) * SIDE,
@@ -297,9 +297,9 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
 def _warn_of_unused(
     values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
 ) -> None:
-    """Warn of options that have no effect without `name`, on the command line or in a picture's line.
+    """Warn of options that have no effect without `name`, on the command line or in an image's line.
 
-    The options that need it begin with the same two letters.
+    These options begin with the same two letters as `name`.
 
     Args:
         values: Options of the line.

@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 # names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023,
 # arXiv 2303.09522 (P+).
 def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
-    """Return the cross-attentions of a U-Net: name in XTI files (IN01, MID, OUT03) -> diffusers' module path.
+    """Map the names of cross-attentions in XTI files (IN01, MID, OUT03) to module paths in diffusers.
 
     Args:
-        names: Diffusers' names of the U-Net's tensors.
+        names: The U-Net's tensors, by their names in diffusers.
     """
     levels = range(count(names, r"down_blocks\.\d+"))
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
@@ -56,11 +56,12 @@ class LayerTexts:
     """Give each cross-attention its own part of the context while a batch is made."""
 
     unet: Any
-    paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
+    # paths of the transformers around them, in the order of the context; () if all share it
+    paths: Sequence[str]
 
     @contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
-        """Set the U-Net up for a batch; it is put back at the end. Enter it before `Regions`."""
+        """Change the U-Net for a batch and restore it at the end. Enter this before `Regions`."""
         with ExitStack() as stack:
             for place, path in enumerate(self.paths):
                 for name, module in self.unet.get_submodule(path).named_modules():
@@ -71,7 +72,7 @@ class LayerTexts:
 
 
 def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    """Return a cross-attention that attends to part `place` of the context, of `places` equal parts."""
+    """Return a cross-attention that attends to part `place` of a context of `places` equal parts."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C

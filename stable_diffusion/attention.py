@@ -12,7 +12,7 @@ from modules.speed_options import AttentionChoice
 
 @dataclass(frozen=True)
 class ChosenAttention:
-    """Compute the attention layers of a U-Net's transformers: a processor of diffusers'."""
+    """Attention processor, in the form of diffusers, for the transformers of a U-Net."""
 
     choice: AttentionChoice
 
@@ -23,9 +23,7 @@ class ChosenAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
     ) -> Tensor:
-        """Return B L C.
-
-        These U-Nets have no masks.
+        """Return the attention's output, B L C.
 
         Args:
             attn: Attention module of diffusers, whose calls have these argument names.

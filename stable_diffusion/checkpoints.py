@@ -32,7 +32,7 @@ def read_levels(names: Collection[str]) -> tuple[int, ...]:
     Args:
         names: Names of the released tensors.
     """
-    last_blocks = []  # of all levels but the last
+    last_blocks = []  # last blocks of all levels except the last one
     block_numbers = {0}
     for name in names:
         block = re.match(r"input_blocks\.(\d{1,4})\.", name)
@@ -58,8 +58,10 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
             continue
         for released_part, our_part in RESIDUAL:
             paths[f"{released}.{released_part}"] = f"{ours}.{our_part}"
-    for smaller, larger, down, up in unet_samplers(layers):
-        paths |= {smaller: down, **dict.fromkeys(larger, up)}
+    for sampler in unet_samplers(layers):
+        paths[sampler.released_down] = sampler.down
+        paths[sampler.released_up] = sampler.up
+        paths[sampler.released_up_alone] = sampler.up
 
     def translate(name: str) -> str:
         start = name
@@ -73,11 +75,12 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
 
 
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
-    """Make one of diffusers' networks on the meta device, with a CheckpointError in place of its errors."""
+    """Build one of diffusers' networks on the meta device; turn its errors into a CheckpointError."""
     try:
         with on_meta_device():
             return build(**config)
-    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+    # errors of many classes, which all mean that the dimensions do not fit together
+    except Exception as error:
         raise CheckpointError(
             f"{path}: diffusers cannot build a network of these dimensions ({type(error).__name__}: "
             f"{error}). The file or the config.json next to it is damaged: copy or download it again.",
@@ -87,15 +90,15 @@ def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Pa
 
 UnetSizes = Mapping[str, Any]
 
-GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
-SD1_HEADS = 8  # of each attention, as released
-HEAD_WIDTH = 64  # of the later kinds
+GROUPS = 32  # number of groups in all group norms, as released; the tensors do not show it
+SD1_HEADS = 8  # number of heads in each attention, as released
+HEAD_WIDTH = 64  # head width of the later kinds of models
 SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
-USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
+USES = (4, 9)  # input channels of a U-Net: for images, and for inpainting
 
 
 class UnetDepths(NamedTuple):
-    """Numbers of transformer layers next to each residual block of each level; 0: no attention."""
+    """Numbers of transformer layers after each residual block of each level; 0 for no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
@@ -110,7 +113,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         pooled: Width of SDXL's pooled text state; 0 for other kinds.
 
     Raises:
-        CheckpointError: If tensors that tell a dimension are missing or make no sense.
+        CheckpointError: If tensors that determine a dimension are missing or contradictory.
     """
     names = checkpoint.tensors
     sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
@@ -160,9 +163,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
 
 
 def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
-    """Return the path of the first attention in the deepest level of the down path that has one.
+    """Return the first attention in the deepest level of the down path that has any.
 
-    None if there is none, or none in the middle.
+    Returns None if no level has one, or if the middle has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     levels = [level for level, of_level in enumerate(depths.down) if any(of_level)]
@@ -170,7 +173,7 @@ def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths
 
 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
-    """Read how deep the attention of each block is.
+    """Count the transformer layers of each block.
 
     Args:
         sources: Tensors by diffusers' name.
@@ -206,7 +209,7 @@ def _select_block_type(depths: Sequence[int], way: str) -> str:
 
 
 def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the numbers of transformer layers: one for each level if its blocks are alike, as released."""
+    """Return the numbers of transformer layers: one per level if its blocks have the same number."""
     by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
     if all(len(depths) == 1 for depths in by_level):
         return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
@@ -221,16 +224,16 @@ def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[in
 # The VAE: names in released files and diffusers' folders, dimensions.
 VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
 
-VAE_GROUPS = 32  # of all group norms, as released
+VAE_GROUPS = 32  # number of groups in all group norms, as released
 LEVELS = 4  # resolutions: 8 pixels are one latent pixel
 LATENT_CHANNELS = 4
 CONFIG_CLASSES = {"AutoencoderKL"}
 GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
 
-# what files of a VAE alone carry besides: the loss of its training, averages
+# tensors that files of a VAE may contain in addition: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
 
-_OLD_ATTENTION: dialects.Names = (  # of diffusers before 0.17
+_OLD_ATTENTION: dialects.Names = (  # names in diffusers before 0.17
     (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
     (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
     (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
@@ -339,7 +342,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
-    """Let convolutions of a network with kernels above 1x1 compute in at most `bands` bands of rows."""
+    """Make convolutions with kernels larger than 1x1 compute in at most `bands` bands of rows."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]
@@ -355,8 +358,9 @@ class _Bands:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C H W."""
         conv = self.conv
-        pad_rows, pad_columns = (int(size) for size in conv.padding)  # of zeros, on each side
-        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result
+        pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
+        # number of rows of the result
+        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
         if rows < 2 * self.most:
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
@@ -373,7 +377,7 @@ class _Bands:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the rows of x that rows `start` to `end` of the result depend on, with zeros beyond x."""
+        """Return the rows of x on which rows `start` to `end` of the result depend, zero outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

@@ -28,7 +28,7 @@ class ModelKind:
     size: int  # usual width and height, pixels
     # without --clip_skip: the layer of the released text encoder whose states are used, from the end
     clip_skip: int
-    lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
+    lora_prefixes: tuple[str, ...]  # prefix of each text encoder's modules in LoRA files
 
 
 SD1 = ModelKind(
@@ -97,7 +97,7 @@ class Model:
     predicts_velocity: bool  # v-prediction; else noise
     zero_terminal_snr: bool  # as the file itself says
     device: torch.device
-    dtype: torch.dtype  # of the U-Net and of the text encoders
+    dtype: torch.dtype  # dtype of the U-Net and the text encoders
     vae_dtype: torch.dtype
 
     @property
@@ -108,24 +108,24 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings that all pictures of a batch share. Hashable, so that prompts are grouped by it."""
+    """Settings that all images of a batch share. Hashable, because prompts are grouped by them."""
 
     width: int  # pixels, multiples of 8
     height: int
     steps: int
     scale: float
     negative_scale: float | None = None  # None: no third pass with the empty text
-    strength: float = 0.8  # of image to image, and of the second stage where --highres_fix_strength is silent
+    strength: float = 0.8  # strength of image to image, and of a second stage without --highres_fix_strength
     sizes: SizeOptions = SizeOptions()
     multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
-    parts: int = 1  # of the prompt, between " AND "
+    parts: int = 1  # number of parts of the prompt, separated by " AND "
     deep_shrink: DeepShrinkOptions | None = None
     gradual_latent: GradualLatentOptions | None = None
 
 
 @dataclass(frozen=True)
 class AskedImage:
-    """One picture that is asked for: variants are chosen, numbers settled, files found."""
+    """One requested image, with its variants selected, its settings resolved and its files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
@@ -153,14 +153,15 @@ class TextState:
 class UnetCall:
     """One call of the U-Net, which `Idea`s see and may change before it is made."""
 
-    step: int  # of the sampler's own list
+    step: int  # index of the step in the sampler's own list
     num_steps: int  # in that list
     timestep: float
     sample: Tensor  # R c h w, scaled as the sampler wants it
     context: Tensor  # R L C
     negative_rows: int  # how many of the rows, from the end, belong to negative or empty texts
     added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds, time_ids
-    residuals: Any = None  # of ControlNets: (one tensor for each skip, one for the middle)
+    # residuals of ControlNets: (one tensor for each skip connection, one for the middle)
+    residuals: Any = None
 
 
 # Looks at a call of the U-Net, may set up modules for it, and returns it, changed or not.
@@ -169,7 +170,7 @@ Idea = Callable[[UnetCall], UnetCall]
 
 @dataclass(frozen=True, eq=False)
 class SecondStart:
-    """Hold the images or the latents that the second stage begins with, one for each picture."""
+    """The images or latents from which the second stage starts, one for each requested image."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them

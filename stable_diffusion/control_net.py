@@ -47,7 +47,7 @@ class ControlNets:
     """The ControlNets of a run."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
-        """Hold loaded ControlNets for a model.
+        """Store loaded ControlNets for a model.
 
         Args:
             networks: Diffusers' ControlNetModels on the model's device.
@@ -60,11 +60,11 @@ class ControlNets:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
-        """Yield the hook that adds residuals for pictures of this size; None if they have no guides.
+        """Yield the hook that adds residuals for images of this size; None if they have no guides.
 
         Raises:
-            OptionError: For a wrong number of guides.
-            MediaError: If one cannot be read.
+            OptionError: If an image has a wrong number of guides.
+            MediaError: If a guide cannot be read.
         """
         if not any(image.guides for image in pictures):
             yield None
@@ -86,14 +86,15 @@ class ControlNets:
         yield control
 
     def _compute_residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
-        # guides: B 3 H W; row r of the call belongs to picture r modulo B
+        # guides: B 3 H W; row r of the call belongs to image r modulo B
         network = self._networks[number]
         dtype = self._model.dtype
         rows = len(call.sample)
         # the contexts of a prompt's parts stand one after the other; the last part is used
         tokens = call.context.shape[1] // parts
         down, middle = network(
-            call.sample[:, : network.config.in_channels].to(dtype),  # without mask and masked picture
+            # without the channels of mask and masked image
+            call.sample[:, : network.config.in_channels].to(dtype),
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
             encoder_hidden_states=call.context[:, -tokens:].to(dtype),
             controlnet_cond=guides.repeat(rows // len(guides), 1, 1, 1),
@@ -201,7 +202,7 @@ class BatchGuides:
         self.guides = self._read()
 
     def _read(self) -> tuple[Tensor, ...]:
-        """Return the guides: for each model B 3 H W float32 in 0..1."""
+        """Return the guides for each model, B 3 H W float32 in 0..1."""
         guides = []
         for number, use in enumerate(self._uses):
             images = []
@@ -213,7 +214,7 @@ class BatchGuides:
         return tuple(guides)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return each model's guides, B 3 H W in 0..1, read again if latents have grown (Gradual Latent)."""
+        """Return each model's guides, B 3 H W in 0..1, at the present size of Gradual Latent's latents."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -223,12 +224,12 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Return whether a model acts in the step of a call: it does in the first `ratio` of the steps."""
+    """Return whether a model acts in the step of a call, which is one of the first `ratio` of the steps."""
     return call.step / call.num_steps <= use.ratio
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Return an image, H W 3, at a size.
+    """Resize an image, H W 3, or replace it by its edges.
 
     Args:
         image: The image.
@@ -238,5 +239,5 @@ def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int
     """
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
-    # drawn at the picture's size, so that lines stay one pixel wide
+    # edges are drawn at the final size, so that lines are one pixel wide
     return image if canny is None else draw_edges(image, *canny)

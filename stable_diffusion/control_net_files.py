@@ -109,7 +109,7 @@ def load_control_net(
 
 
 def _reject_similar(bare: Checkpoint) -> None:
-    """Raise CheckpointError for a file of another kind that guides a U-Net."""
+    """Raise CheckpointError for a file that guides a U-Net but is not a ControlNet."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
@@ -121,7 +121,7 @@ def _reject_similar(bare: Checkpoint) -> None:
 def _read_control_net(
     path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
 ) -> LoadPlan[dict[str, Any]]:
-    """Plan how to load an open file.
+    """Plan how to load a ControlNet from an open file.
 
     Args:
         path: Path as the user gave it.
@@ -129,7 +129,7 @@ def _read_control_net(
         unet: Configuration of the U-Net.
         words: Name of the U-Net's model.
     """
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be next to it
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # the file may contain a whole model too
     _reject_similar(bare)
     translate = name_translator(bare.tensors)
     sources = {}
@@ -150,7 +150,7 @@ def _read_control_net(
 
 
 def _read_unseen(path: Path) -> dict[str, Any]:
-    """Read the settings that tensors do not show: the order of colors, and whether residuals are averaged.
+    """Read the settings that tensors do not show: the color order, and whether residuals are averaged.
 
     A diffusers folder states both. For single files, residuals are averaged if the name contains "shuffle",
     as for the released model.
@@ -173,7 +173,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name stays, to be reported as unexpected."""
+    """Return diffusers' name of a tensor; an unknown name is unchanged, and later reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -194,7 +194,7 @@ class _Levels:
 
     @property
     def attentions(self) -> list[str]:
-        """Return the module paths of the attentions that there are."""
+        """Return the module paths of the existing attentions."""
         return [
             f"{block}.attentions.0"
             for block, has_attention in zip(self.blocks, self.attends, strict=True)
@@ -212,7 +212,7 @@ class _Levels:
 def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the configuration of ControlNetModel: sizes as in the file, the rest as of the U-Net."""
+    """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
     wrong = CheckpointError(
         f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
         f"such network. Give {GIVE} to {OPTION}.",

@@ -37,11 +37,11 @@ class TrainedControlNet(nn.Module):
     """A ControlNet next to the U-Net of a training."""
 
     def __init__(self, network: ControlNetModel, own_rate: float | None) -> None:
-        """Take a network to train.
+        """Store the network to train.
 
         Args:
             network: ControlNetModel of diffusers.
-            own_rate: Learning rate of the parts that a U-Net does not have; None for that of all parts.
+            own_rate: Learning rate of the layers that a U-Net does not have; None uses the common rate.
         """
         super().__init__()
         self.network = network
@@ -53,7 +53,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the groups of the optimizer, and their names: the copy, and the parts of its own."""
+        """Return the parameter groups and their names: layers copied from the U-Net, and new layers."""
         if self.own_rate is None:
             return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
         rates = {"control_net copy": learning_rate, "control_net own": self.own_rate}
@@ -65,7 +65,7 @@ class TrainedControlNet(nn.Module):
     def see_call(
         self, controls: Tensor | None, strength: float, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return what it adds to the features of a call of the U-Net; {} without control pictures.
+        """Return the residuals as arguments for a call of the U-Net; {} without control images.
 
         Args:
             controls: Control images, B 3 H W in 0..1.
@@ -103,15 +103,15 @@ def make_control_net(
     unet: Any,
     with_values: bool,
 ) -> TrainedControlNet:
-    """Make a ControlNet for a U-Net: a copy of its first half, or with the values of a file.
+    """Build a ControlNet for a U-Net: a copy of its first half, or one loaded from a file.
 
     Args:
         path: File to start from; None copies the U-Net.
-        own_rate: Learning rate of the parts that the U-Net does not have.
-        checkpoints: Whether its blocks are computed again in the backward pass, as the U-Net's are.
+        own_rate: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        checkpoints: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
-        with_values: Whether the values are read.
+        with_values: Whether to read the weights of `path`; otherwise the U-Net is copied in any case.
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
@@ -120,18 +120,19 @@ def make_control_net(
         network = copy_unet(unet)
     else:
         network = load_control_net(path, unet.config, kind.words, device=CPU, dtype=torch.float32, base=unet)
+    # the U-Net has one processor for all its layers, which computes the chosen kind of attention
     network.set_attn_processor(next(iter(unet.attn_processors.values())))
     if checkpoints:
         network.enable_gradient_checkpointing()
     trained = TrainedControlNet(network.train(), own_rate)
-    unet.beside = BesideUnet(trained.see_call)
+    unet.beside = BesideUnet(trained.see_call)  # calls of the U-Net then add the ControlNet's residuals
     return trained
 
 
 def copy_unet(unet: Any) -> ControlNetModel:
     """Return a ControlNet with the weights of the first half of a U-Net; its outputs begin with zeros.
 
-    As diffusers' `from_unet`, which does not take a number of layers for each level.
+    This is like diffusers' `from_unet`, which does not support a number of layers for each level.
     """
     parameters = inspect.signature(ControlNetModel.__init__).parameters
     config = {name: value for name, value in unet.config.items() if name in parameters}
@@ -150,7 +151,7 @@ def describe_control_net(
     own_rate: float | None,
     checkpoints: bool,
 ) -> MadeNetwork:
-    """Return a ControlNet as the network that a training makes. The arguments: see `make_control_net`."""
+    """Describe a ControlNet as a network that a training makes. For the arguments see `make_control_net`."""
 
     def check() -> None:
         if path is not None:
@@ -180,7 +181,7 @@ def _write(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a ControlNet: of XL under the names of diffusers, of 1.x and 2.x under the released ones."""
+    """Write a ControlNet: for XL with diffusers' names, for 1.x and 2.x with the released names."""
     assert isinstance(module, TrainedControlNet)
     state = module.network.state_dict()
     names = {name: name for name in state}

@@ -38,8 +38,8 @@ def weights_option() -> Any:
 def rate_option() -> Any:
     """Return the option for the learning rate of the parts that the U-Net does not have."""
     return option(
-        "learning rate of the parts that the U-Net does not have: the control picture's embedding and the "
-        "outputs, which begin with zeros",
+        "learning rate of the parts that the U-Net does not have: the control image's embedding and "
+        "the outputs, which are initialized to zero",
         default=1e-4,
         least=0,
         below=1000.0,
@@ -62,7 +62,7 @@ def say_generation(
         flag: Option for the file.
         file: The trained file.
         sample: Values of the sample, by the names of `Request`.
-        _: Ignored.
+        _: Ignored; other kinds of networks need it.
     """
     words = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

@@ -28,7 +28,8 @@ def vae_class() -> type[Any]:
 def scheduler_class(name: str) -> type[Any]:
     """Return a scheduler of diffusers by its file and class, such as ddim.DDIMScheduler.
 
-    The package itself has no class whose own way needs scipy, if scipy is missing.
+    The class is imported from its own file: the package leaves out classes that need scipy if scipy is
+    missing.
     """
     file, _, class_name = name.partition(".")
     found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)

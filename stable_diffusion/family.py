@@ -85,12 +85,12 @@ from stable_diffusion.whole_folders import make_folder_writer
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
-LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
+LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
-_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
+_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of images are multiples of this
 # least squares fits of latents in model space to colors (R, G, B), which all known tools use
 _COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
@@ -155,15 +155,15 @@ class StableDiffusion(ModelOfImages):
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
-    chunks: int = 1  # of 75 tokens that are read of a caption
+    chunks: int = 1  # number of 75-token chunks of each caption
     clip_skip: int | None = None
-    sampler: str = DEFAULT_SAMPLER  # of a training's samples
-    options: Any = NO_OPTIONS  # of a training
+    sampler: str = DEFAULT_SAMPLER  # sampler for a training's samples
+    options: Any = NO_OPTIONS  # set for trainings only
     tells_cut: bool = False  # warn of prompts that are not read to their end
-    learning_texts: LearningTexts | None = None  # of a training of all weights
+    learning_texts: LearningTexts | None = None  # set for full training only
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
@@ -243,7 +243,8 @@ class StableDiffusion(ModelOfImages):
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
         names |= {key: path.name for key, path in paths.items() if path is not None}
-        if self.options is NO_OPTIONS:  # of pictures: by the model's name its settings are read again
+        # for generations: the model's name, from which its settings are read again
+        if self.options is NO_OPTIONS:
             return names | {"model_type": kind.name}
         return names | self._metadata_of_training
 
@@ -254,7 +255,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return the facts of a training that known trainers write under other names than our options'."""
+        """Return the metadata that known trainers write under names other than those of our options."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
@@ -269,7 +270,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _resolution(self) -> str:
-        """Return the size for the metadata of files: of --resolution, else that of the released model."""
+        """Return the size for the metadata of files: --resolution, else the size of the released model."""
         typed = None if self.options is NO_OPTIONS else self.options.resolution
         sides = re.findall(r"\d+", typed or "")
         if not sides:
@@ -277,16 +278,16 @@ class StableDiffusion(ModelOfImages):
             sides = [str(LARGE_SD2 if is_large else self.kind.size)]
         return f"{sides[0]}x{sides[-1]}"
 
-    # control pictures
+    # control images
 
     @property
     def _seeing(self) -> MadeNetwork | None:
-        """Return the made network that sees control pictures."""
+        """Return the trained network that takes control images."""
         made = self.made_network
         return None if made is None or made.in_texts else made
 
     def check_table(self, table: MediaTable) -> None:
-        """Check a table of the dataset: control images are used only by a network that sees them."""
+        """Check a table of the dataset: only some trained networks use control images."""
         if self._seeing is not None:
             table = control_pictures.check_controls(table, self._seeing.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -297,12 +298,12 @@ class StableDiffusion(ModelOfImages):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Keep the control image of a request; only a network that sees one can use it."""
+        """Keep the control image of a request only if the trained network uses it."""
         sees = self._seeing is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the control image of a sample as conditions; empty without a network that sees one."""
+        """Return the control image of a sample as conditions; empty if no trained network uses it."""
         return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
 
     # files
@@ -342,7 +343,7 @@ class StableDiffusion(ModelOfImages):
         return [*encoders]
 
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model whose texts may have the words that LoRA files bring along.
+        """Return the model with the trained words that LoRA files contain.
 
         Args:
             files: Words by LoRA file.
@@ -358,13 +359,13 @@ class StableDiffusion(ModelOfImages):
         return replace(self, bundled=words)
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
-        """Return the model whose text encoders have rows for a word that is learned."""
+        """Return the model with rows for a trained word in its text encoders."""
         assert self.learning_texts is not None  # as for each training
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
 
     def word_network(self, word: WordToLearn) -> MadeNetwork:
-        """Return the network of the vectors of a word that is learned."""
+        """Return the network that holds the vectors of a trained word."""
         from stable_diffusion.inversion_learning import Inversion  # only to train one
 
         return Inversion(word, self.files).describe()
@@ -378,7 +379,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Learning rates of text encoders and blocks, and how long the text encoders learn."""
+        """Learning rates of text encoders and blocks, and how long the text encoders are trained."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
@@ -396,7 +397,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Return what writes trained networks as a checkpoint: one file, or a folder in diffusers' layout."""
+        """Return the writer of trained networks as a checkpoint: a single file or diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
@@ -408,7 +409,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _trained_marks(self) -> Marks:
-        """Return what the trained model predicts, by the checkpoint and the options."""
+        """Return what the trained model predicts, as the checkpoint and the options state."""
         predicts_v = self.noise.predicts_v
         return Marks(self.kind, predicts_v, predicts_v and self.noise.table[-1] == 1)
 
@@ -420,7 +421,7 @@ class StableDiffusion(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: states of texts, B L C; of SDXL the pooled state and sizes.
+        """Return the conditions for training: text states B L C and, for SDXL, the pooled state and sizes.
 
         Raises:
             CacheError: If texts were made for another length or by other text encoders.
@@ -462,7 +463,7 @@ class StableDiffusion(ModelOfImages):
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Predict noise or v, B 4 1 h w, from states of texts B L C, and of SDXL pool2 B C and sizes B 6."""
+        """Predict noise or v, B 4 1 h w, from text states B L C and, for SDXL, pool2 B C and sizes B 6."""
         device = noisy.device
         dtype = dtype_of(dit)
         names = sorted(self.text_keys - {POOLED})
@@ -486,7 +487,7 @@ class StableDiffusion(ModelOfImages):
         result: Tensor = output.unsqueeze(2)
         return result
 
-    # generation: the pictures of gen_img.py
+    # for generations: the images of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request whose texts are read as gen_img.py reads them.
@@ -513,7 +514,7 @@ class StableDiffusion(ModelOfImages):
         return replace(prepared, prompts=marked)
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
-        """Return texts whose brackets are weights, all with the number of chunks that the longest takes.
+        """Return texts with their weights marked, each with the number of chunks of the longest one.
 
         Args:
             texts: The texts.
@@ -533,7 +534,7 @@ class StableDiffusion(ModelOfImages):
 
     @cached_property
     def _counting(self) -> list[TowerEncoder]:
-        """Return text encoders of which only the tokenizers are loaded."""
+        """Return text encoders with only their tokenizers loaded."""
         return make_encoders(
             self.files,
             self.chunks,
@@ -545,7 +546,8 @@ class StableDiffusion(ModelOfImages):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
 
-        Its posterior is drawn from the stream of the seed, which the noise continues: as gen_img.py does.
+        The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
+        gen_img.py.
         """
         generator = torch.Generator().manual_seed(seed)
         latents: Tensor = encoders.vae.encode(byte_clips(frames), [generator])
@@ -568,7 +570,7 @@ class StableDiffusion(ModelOfImages):
         return (yield replace(section, solver=solver))
 
     def _begin(self, prepared: Prepared) -> SeenSolver:
-        """Return the solver of a picture, with its start noise."""
+        """Return the solver for an image, and its start noise."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
         predicts_v = self.noise.predicts_v
@@ -578,7 +580,8 @@ class StableDiffusion(ModelOfImages):
         solver = begin_sampling(scheduler, prepared.steps, [generator], left_out)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
         if source is not None and source.needs_vae:
-            torch.randn(channels, height, width, generator=generator)  # of the posterior: `encode_source`
+            # skips the numbers that sampled the posterior in `encode_source`
+            torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
         return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
 
@@ -611,7 +614,7 @@ def family_for_training(
     """Return the model of a training.
 
     Raises:
-        OptionError: For options that the checkpoint contradicts.
+        OptionError: If the options contradict the checkpoint.
     """
     files = TrainingFiles(
         kinds,
@@ -648,7 +651,7 @@ def family_for_training(
 
 
 def with_inversion(model: StableDiffusion) -> StableDiffusion:
-    """Return the model of a training of textual inversion, whose word its options name."""
+    """Return the model for training a textual inversion of the word in its options."""
     from stable_diffusion.inversion_learning import MODULE, learn_alone  # only to train one
 
     made = learn_alone(model.word_network(model.options.word), model.options)
@@ -659,7 +662,7 @@ def with_inversion(model: StableDiffusion) -> StableDiffusion:
 def with_control_net(
     model: StableDiffusion, path: Path | None, own_rate: float | None, checkpoints: bool
 ) -> StableDiffusion:
-    """Return the model of a training of a ControlNet. The arguments: see `make_control_net`."""
+    """Return the model for training a ControlNet. For the arguments see `make_control_net`."""
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
     made = describe_control_net(
@@ -689,7 +692,7 @@ def family_for_generation(
     """Return the model of a generation.
 
     Raises:
-        OptionError: For options that the checkpoint contradicts.
+        OptionError: If the options contradict the checkpoint.
     """
     dtype = torch.float32
     if options.fp16:
@@ -717,7 +720,7 @@ def family_for_generation(
 
 
 def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) -> None:
-    """Raise OptionError for weightings of the loss of another prediction."""
+    """Raise OptionError for loss weightings that do not suit what the model predicts."""
     weights = options.loss_weights
     if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise OptionError(

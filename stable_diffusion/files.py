@@ -57,7 +57,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """Facts about a checkpoint in addition to its tensors' sizes."""
+    """What is known about a checkpoint in addition to the sizes of its tensors."""
 
     kind: ModelKind
     predicts_velocity: bool
@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the checkpoint says that its model predicts; "" if it says nothing or noise."""
+        """Return what the model predicts according to the checkpoint; "" for noise or if it is not stated."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""

@@ -68,7 +68,7 @@ _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transfo
 
 
 def read_folder_marks(folder: Path) -> Marks:
-    """Return the folder's kind of model, by its parts and their configurations.
+    """Return the kind of model in a folder, judged by its parts and their configurations.
 
     Raises CheckpointError that names another model's kind, or the missing part.
     """
@@ -90,7 +90,7 @@ def read_folder_marks(folder: Path) -> Marks:
 
 
 def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError for other noise than that of Stable Diffusion: no other is made here."""
+    """Raise CheckpointError if the noise schedule is not Stable Diffusion's, the only one supported."""
     for name, default in _NOISE.items():
         declared = schedule.get(name, default)
         is_same = declared == default
@@ -136,7 +136,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
 
 
 def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
-    """Plan how to load the VAE of a folder with config.json and weights; files: closes opened files."""
+    """Plan how to load the VAE of a folder with config.json and weights; `files` closes opened files."""
     checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
@@ -177,7 +177,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
     """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
 
     Raises:
-        CheckpointError: If there are none, or as `open_checkpoint` does.
+        CheckpointError: If there are no weights, or as in `open_checkpoint`.
     """
     for endings in (_ENDINGS, _OLD_ENDINGS):
         for stem in stems:
@@ -201,7 +201,7 @@ def _read_kind(folder: Path) -> ModelKind:
         if (folder / "text_encoder").is_dir():
             return SDXL
         raise CheckpointError(
-            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes pictures of the "
+            f"--ckpt {folder} is the refiner of Stable Diffusion XL, which only finishes images of the "
             "base model, or its folder text_encoder is missing.\n  Give the folder of the base model.",
             folder,
         )
@@ -224,7 +224,7 @@ def _name_parts(folder: Path) -> str:
 
 
 def _read_config(folder: Path, network: Any) -> dict[str, Any]:
-    """Return the settings of a network's config.json that its class in diffusers takes.
+    """Return the settings in a network's config.json that its class in diffusers accepts.
 
     Raises CheckpointError.
     """
@@ -251,7 +251,7 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError if a U-Net's settings do not describe its levels: trainings count its blocks."""
+    """Raise CheckpointError if a U-Net's settings lack the number of its blocks, which trainings need."""
     down, up = config["down_block_types"], config["up_block_types"]
     layers, text_width = config["layers_per_block"], config["cross_attention_dim"]
     has_names = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
@@ -270,7 +270,7 @@ def _check_levels(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _are_counts(value: object, length: int) -> bool:
-    """Return whether a value is a list of so many whole numbers."""
+    """Return whether a value is a list of `length` whole numbers."""
     return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 

@@ -101,7 +101,7 @@ def _of_gen_img(**settings: Any) -> Any:
 
 
 class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
-    """Options that both scripts have besides the shared ones."""
+    """Options of both generation scripts, in addition to the shared ones."""
 
     ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
     vae: Path | None = option(VAE_HELP, often=True)
@@ -155,7 +155,7 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     crop_top = _of_gen_img(type=int)
     crop_left = _of_gen_img(type=int)
     batch_size = unsupported(
-        "each picture is computed by itself here: --num_images makes several. For batches use gen_img.py",
+        "each image is computed by itself here: --num_images makes several. For batches use gen_img.py",
         type=int,
     )
     network_merge = not_needed("LoRAs are always merged into the weights.")

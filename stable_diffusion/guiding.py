@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 # and Zisserman 2014, arXiv 1409.1556.
 OPTION = "--vgg16_guidance_model"
 RELEASE = "torchvision's vgg16-397923af.pth"
-VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # its weights, of the same names
+VGG_REPOSITORY, VGG_FILE = "timm/vgg16.tv_in1k", "model.safetensors"  # weights with the same names
 _START = "features."
-# statistics of the pictures it was trained on, RGB in 0..1: torchvision's documentation of the weights
+# statistics of the images it was trained on, RGB in 0..1. Source: torchvision's documentation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -54,7 +54,7 @@ _Layer = tuple[int, int] | str
 
 
 class Vgg16(nn.Module):
-    """The layers up to the one whose features are compared."""
+    """VGG16, up to the layer whose features are compared."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Vgg16(nn.Module):
 
 
 def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
-    """Load the layers up to that number; on the meta device they are compared and not read.
+    """Load VGG16 up to layer `last`; on the meta device only the shapes are checked.
 
     Raises:
         CheckpointError: If the file holds something else.
@@ -121,7 +121,7 @@ CLIP = ClipUse(
     release=f"config.json and model.safetensors of a whole CLIP, as of {CLIP_REPOSITORY}",
 )
 _PROJECTION = "text_projection.weight"  # P C
-# of data in a sample, as a square root: below it, with --zero_terminal_snr, a sample is noise alone
+# minimum square root of the fraction of data: below it, with --zero_terminal_snr, a sample is pure noise
 MIN_SHARE = 0.01
 
 Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
@@ -129,7 +129,7 @@ Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, sca
 
 @dataclass(frozen=True, eq=False)
 class FullClip:
-    """Both towers of a CLIP."""
+    """CLIP with both towers, for text and images."""
 
     text: ClipText
     projection: Tensor
@@ -137,7 +137,7 @@ class FullClip:
 
     @torch.no_grad()
     def encode_text(self, ids: Sequence[int]) -> Tensor:
-        """Return the vector of a text, 1 P.
+        """Return the CLIP vector of a text, 1 P.
 
         Args:
             ids: Token ids of the text, with start and end token.
@@ -148,7 +148,7 @@ class FullClip:
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """The networks that steer the pictures of a run; each picture is made by itself."""
+    """The networks that steer the images of a run; each image is generated separately."""
 
     options: GuideOptions
     model: Model
@@ -156,7 +156,7 @@ class Guides:
     vgg: Vgg16 | None
 
     def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedImage) -> Guidance:
-        """Wrap guidance so that the networks steer one picture.
+        """Wrap guidance so that the networks steer one image.
 
         Args:
             guidance: Guidance to wrap.
@@ -164,7 +164,7 @@ class Guides:
             picture: The image to steer.
 
         Raises:
-            MediaError: If the guide picture cannot be read.
+            MediaError: If the guide image cannot be read.
         """
         measure = self._measure(picture)
         model = self.model
@@ -206,7 +206,7 @@ class Guides:
         return steered
 
     def _measure(self, picture: AskedImage) -> Measure:
-        """Return the sum of all measures by which the networks steer a picture."""
+        """Return the function whose gradient steers an image: the sum of all networks' measures."""
         options = self.options
         clip = self.clip
         measures: list[Measure] = []
@@ -221,7 +221,7 @@ class Guides:
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
     def _read_clip_tokens(self, picture: AskedImage) -> list[int]:
-        """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
+        """Return the tokens of the text for CLIP: start, as many as fit, end; weights are ignored."""
         text = picture.clip_prompt
         if text is None:
             text = " ".join(split_parts(picture.prompt))
@@ -252,7 +252,8 @@ def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
 def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
     """Return a measure of pixels: the mean squared difference between their features and a picture's."""
     image = read_picture(path)
-    features: dict[torch.Size, Tensor] = {}  # of the picture, by size, as the pictures of Gradual Latent grow
+    # features of the guide image, by size, because Gradual Latent enlarges the images
+    features: dict[torch.Size, Tensor] = {}
 
     def measure(pixels: Tensor) -> Tensor:
         size = pixels.shape[-2:]
@@ -266,10 +267,10 @@ def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
 
 
 def check_guides(options: GuideOptions) -> GuideOptions:
-    """Find the networks that guide, from the hub if no option names them, and read their headers.
+    """Find the guiding networks, download those that no option names, and read their headers.
 
-    Returns the options with their paths. Raises CheckpointError or OptionError, DownloadError if the hub does
-    not give them.
+    Returns the options with the paths filled in. Raises CheckpointError, OptionError, or DownloadError if a
+    download fails.
     """
     clip = options.clip_guidance_model
     vgg = options.vgg16_guidance_model
@@ -292,7 +293,7 @@ def check_guides(options: GuideOptions) -> GuideOptions:
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:
-    """Load the networks that the options name, after `check_guides`; None: there are none."""
+    """Load the networks that the options name, after `check_guides`; return None if there are none."""
     if not options.uses_clip and not options.vgg16_guidance_scale:
         return None
     clip = None

@@ -37,7 +37,7 @@ class UpscalingModule:
     takes_latents: bool
 
     def upscale(self, model: Model, stage: Made, width: int, height: int, vae_batch: int) -> SecondStart:
-        """Enlarge a stage's result to a size in pixels; return pictures or latents.
+        """Enlarge the result of a stage to a size in pixels; return images or latents.
 
         Raises:
             OptionError: If the module fails or returns something else.
@@ -76,7 +76,7 @@ class UpscalingModule:
             what = type(result).__name__
         raise OptionError(
             f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
-            f"pictures, or latents of {_in_words(shape)}"
+            f"images, or latents of {_in_words(shape)}"
         )
 
 
@@ -85,7 +85,7 @@ def _in_words(shape: Sequence[int]) -> str:
 
 
 def _are_images(result: Any, count: int) -> bool:
-    """Return whether a module returned a list of this many pictures."""
+    """Return whether a module returned a list of `count` images."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
     return all(isinstance(image, Image) for image in result)
@@ -99,7 +99,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
         args: Arguments as `key=value`, several joined by `;`.
 
     Raises:
-        OptionError: If it cannot be used.
+        OptionError: If the module cannot be used.
     """
     hint = f" Or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, OTHER_NAMES.get(name, name), OURS, hint)
@@ -134,7 +134,7 @@ def read_args(text: str) -> dict[str, str]:
     return args
 
 
-FIRST, SECOND = "0", "1"  # in file names, before a picture's number
+FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 def make_images(
     maker: Maker, highres: Highres | None, pictures: Sequence[AskedImage]
 ) -> Iterator[SavedStage]:
-    """Generate a batch: yield the images to save of each stage as soon as they are finished.
+    """Generate a batch; yield each stage's images that are to be saved, as soon as they are finished.
 
     Args:
         maker: Makes the images.
@@ -199,7 +199,7 @@ def make_images(
     second = [replace(image, settings=settings) for image in pictures]
     if options.highres_fix_disable_control_net:
         second = [replace(image, guides=()) for image in second]
-    # another seed: the noise must not be that of the first stage, which made the picture
+    # another seed: with the first stage's noise, the second would add the same pattern once more
     reseeded = [replace(image, seed=image.seed + 1 if image.seed < 2**64 - 1 else 0) for image in second]
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
 DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
-LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
+LOUD = 3.0  # a vector that exceeds the mean norm by this factor drowns out the other words of a prompt
 
 _OF_OBJECTS = """
 a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {}; a photo of a clean {};
@@ -92,10 +92,10 @@ class LearntRows(nn.Module):
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Do nothing: texts are encoded before a pass, so that no pass is without the word."""
+        """Do nothing: texts are encoded before a pass, so no pass can do without the word."""
 
     def tell_norms(self) -> None:
-        """Log the norm of each row next to the mean norm of the table's rows; warn of rows that are loud."""
+        """Log the norm of each row and the mean norm of the table; warn of rows that are much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
             default = self.default_norms[name]
@@ -142,12 +142,12 @@ def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadat
 
 
 def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command of a sample unchanged: the file of the LoRA next to the word brings the word."""
+    """Return the command of a sample unchanged, because the LoRA's file also contains the word."""
     return base
 
 
 class Inversion:
-    """The textual inversion of a training: its word, and what its vectors begin with."""
+    """The textual inversion of a training: its word, and the initial values of its vectors."""
 
     def __init__(self, word: WordToLearn, files: TrainingFiles) -> None:
         self.asked = word
@@ -160,7 +160,7 @@ class Inversion:
         return SEVERAL if self.files.kind is SDXL else (SINGLE,)
 
     def describe(self) -> MadeNetwork:
-        """Return it as a network that a training makes next to a LoRA."""
+        """Describe this inversion as a network that is trained next to a LoRA."""
         word = self.word
         encoders = "both text encoders" if self.files.kind is SDXL else "the text encoder"
         return MadeNetwork(
@@ -184,16 +184,16 @@ class Inversion:
         )
 
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
-        """Make the rows, and let the text encoders read them.
+        """Create the rows, and let the text encoders use them.
 
         Random rows are drawn from torch's generator.
 
         Args:
             encoders: Networks of the text encoders.
-            with_values: Whether rows have values; otherwise all are zero, as on a device without values.
+            with_values: Whether to initialize the rows; otherwise they are zero, as on the meta device.
 
         Raises:
-            UserError: As `check` does.
+            UserError: As in `check`.
         """
         networks = [cast(ClipText, network) for network in encoders.children()]
         tables = [cast(GrowingEmbedding, network.embeddings.token_embedding) for network in networks]
@@ -239,7 +239,7 @@ class Inversion:
         return starts
 
     def _read_init_word(self, number: int) -> list[int]:
-        """Return the ids of the initial words in a text encoder. Raises OptionError if it knows none."""
+        """Return the token ids of the initial words in a text encoder. Raises OptionError if it has none."""
         words: ClipWords = self.files.tokenizers[number]
         ids = words.tokenize(self.asked.init_word or "")
         if not ids or words.end in ids:
@@ -250,7 +250,7 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> LearnedWord | None:
-        """Read the vectors to start with, from a textual inversion or a LoRA; None without a file.
+        """Read the initial vectors from a textual inversion or a LoRA; None without a file.
 
         Raises:
             CheckpointError: If the file does not fit the text encoders or the options.
@@ -278,7 +278,7 @@ class Inversion:
         return word
 
     def check(self) -> None:
-        """Raise UserError if the word is a token already, or for what the vectors shall begin with."""
+        """Raise UserError if the word is already a token, or its vectors cannot be initialized as asked."""
         for number in range(len(self.names)):
             if len(self.files.tokenizers[number].tokenize(self.word.text)) == 1:
                 raise OptionError(
@@ -290,10 +290,10 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a sentence about captions without the word.
+        """Return a sentence about captions that lack the word.
 
         Raises:
-            DatasetError: If none has it.
+            DatasetError: If no caption has the word.
         """
         found = with_words(lambda text: [], self.word.list_ids(0))
         without = [caption for caption in captions if not found(caption)]
@@ -313,7 +313,7 @@ class Inversion:
 
 
 def learn_alone(network: MadeNetwork, options: InversionOptions) -> MadeNetwork:
-    """Return the network of a word as what a training of textual inversion makes."""
+    """Return the network of a word as the only network of a training."""
     sentences: tuple[str, ...] = ()
     if options.use_object_template:
         sentences = OBJECT_SENTENCES
@@ -328,7 +328,7 @@ def learn_alone(network: MadeNetwork, options: InversionOptions) -> MadeNetwork:
 
 
 def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
-    """Return the vectors of a word that a LoRA file brings along; None for a file without them.
+    """Return the vectors of a word in a LoRA file; None if the file has none.
 
     Args:
         path: File of the LoRA.
@@ -336,7 +336,7 @@ def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
         option: Option that names the file.
 
     Raises:
-        CheckpointError: For vectors that cannot be read.
+        CheckpointError: If the vectors cannot be read.
     """
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
@@ -353,13 +353,13 @@ def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
 def _say_generation(
     options: InversionOptions, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a file.
+    """Return the command that generates with a trained file.
 
     Args:
         options: Options of the run.
-        file: The file.
+        file: The trained file.
         sample: Values of the sample, by the names of `Request`.
-        _: Ignored.
+        _: Ignored; other kinds of networks need it.
     """
     words = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),

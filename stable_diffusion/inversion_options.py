@@ -17,15 +17,16 @@ FLAGS = WordFlags(
 
 
 class InversionOptions(Options, title="textual inversion"):
-    """The word that is learned, how it begins, and in which sentences it is learned."""
+    """The word to learn, how its vectors are initialized, and the sentences it is learned in."""
 
     token_string: str | None = option(
-        "the new word, as it stands in captions and sample prompts; it must be no token of the text encoders",
+        "the new word, as written in captions and sample prompts; it must not be a token of the text "
+        "encoders",
         often=True,
         facts=IDENTITY,
     )
     num_vectors_per_token: int = option(
-        "vectors of the word; each takes one of the 75 places of a caption",
+        "number of vectors of the word; each takes up one of the 75 tokens of a caption",
         default=1,
         least=1,
         most=MAX_VECTORS,
@@ -34,19 +35,19 @@ class InversionOptions(Options, title="textual inversion"):
         facts=IDENTITY,
     )
     init_word: str | None = option(
-        "known words whose vectors it begins with, one after the other; default: random vectors",
+        "existing words whose vectors initialize the new ones, in this order; default: random vectors",
         often=True,
         facts=FREE,
         acts_if={"--weights has the first vectors": lambda options: options.weights is None},
     )
     weights: Path | None = option("file of a textual inversion to continue with", facts=FREE)
     use_object_template: bool = option(
-        'learn "a photo of a WORD" and 26 further sentences in place of captions, one drawn for each picture',
+        'learn "a photo of a WORD" and 26 other sentences instead of captions, one drawn for each image',
         facts=IDENTITY,
     )
     use_style_template: bool = option(
-        'learn "a painting in the style of WORD" and 18 further sentences in place of captions; ignored with '
-        "--use_object_template",
+        'learn "a painting in the style of WORD" and 18 other sentences instead of captions; ignored '
+        "with --use_object_template",
         facts=IDENTITY,
         acts_if={"--use_object_template comes first": lambda options: not options.use_object_template},
     )
@@ -61,7 +62,7 @@ class InversionOptions(Options, title="textual inversion"):
         """Return the new word.
 
         Raises:
-            OptionError: If there is none.
+            OptionError: If no word is given.
         """
         if self.token_string is None:
             raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")

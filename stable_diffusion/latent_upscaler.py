@@ -23,11 +23,11 @@ ARGS = "--highres_fix_upscaler_args"
 WIDTH = 128
 NUM_BLOCKS = 20
 BLOCKS_OF_A_GROUP = 4  # each group adds its input to its output
-LATENT_SCALE = 0.18215  # of Stable Diffusion 1.x and 2.x: a latent is the autoencoder's times this
+LATENT_SCALE = 0.18215  # factor from the autoencoder's latents to those of Stable Diffusion 1.x and 2.x
 
 
 class LatentRefinerBlock(nn.Module):
-    """Two normalized convolutions next to a shortcut."""
+    """Two normalized convolutions with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class LatentRefiner(nn.Module):
 
 @dataclass(frozen=True)
 class LatentUpscaler:
-    """Enlarges pictures to latents of the size that is wanted."""
+    """Enlarges images to latents of the requested size."""
 
     refiner: LatentRefiner
 
@@ -90,9 +90,9 @@ class LatentUpscaler:
         batch_size: int,
         vae_batch_size: int,
     ) -> Tensor:
-        """Return the latents of the enlarged pictures, B 4 h w, as the U-Net sees them.
+        """Return the latents of the enlarged images, B 4 h w, in model space.
 
-        The mean of the autoencoder's distribution is taken, so that nothing is drawn.
+        The mean of the autoencoder's posterior is used, so the result is not random.
         """
         del latents, dtype
         scale = getattr(vae.config, "scaling_factor", LATENT_SCALE)

@@ -104,7 +104,7 @@ _LONG_NAMES = {
 
 
 def find_option(word: str) -> prompt_lines.LineOption | None:
-    """Return an option of a line by its letters, large or small, its key, or a long name."""
+    """Find an option of a line by its letters, in upper or lower case, its key, or a long name."""
     by_key = {option.key: option for option in LINE_OPTIONS.values()}
     option = LINE_OPTIONS.get(word.lower()) or by_key.get(word)
     if option is not None:
@@ -144,10 +144,10 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
-    """Return the seeds of a line's --d, which are needed before its variants are chosen; None without them.
+    """Return the seeds in a line's --d; None without it. Choosing the line's variants needs them first.
 
     Raises:
-        OptionError: If they cannot be read.
+        OptionError: If the seeds cannot be read.
     """
     for part in prompt_lines.split_line(line).options:
         word, _, text = part.partition(" ")
@@ -176,14 +176,15 @@ _EACH = re.compile(r"[eE]\$\$")
 
 
 def enumerates(text: str) -> bool:
-    """Return whether a text has an `{e$$...}` group, which makes several pictures."""
+    """Return whether a text has an `{e$$...}` group, for each choice of which an image is generated."""
     return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
 def expand(text: str, random: Random) -> list[str]:
-    """Return the texts that a prompt stands for: one, or one for each choice of its `{e$$...}` groups.
+    """Replace the `{...}` groups of a prompt: `{e$$...}` by each choice in turn, others by a random one.
 
-    All variants of a group are expanded from the same state of `random`. Equal texts are returned once.
+    Returns one text, or several if there are `{e$$...}` groups. For each of these texts `random` starts from
+    the same state. Equal texts are returned once.
 
     Raises:
         OptionError: If there are more than MAX_VARIANTS texts.
@@ -216,7 +217,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
 
 
 def _read_group(content: str) -> tuple[list[str], int, int, str]:
-    """Return a group's options, the least and the largest number of them to take, and their separator."""
+    """Return a group's choices, the minimum and maximum number of them to take, and their separator."""
     counts = _COUNTS.match(content)
     if counts is None:
         return content.split("|"), 1, 1, JOINER
@@ -236,15 +237,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input pictures in the order of use; an empty tuple for each kind without any."""
+    """Input images in the order of use; an empty tuple for each kind without any."""
 
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
     guides: tuple[Path, ...] = ()
-    guides_at_once: int = 1  # of each picture that is made: one for each ControlNet
+    guides_at_once: int = 1  # number of guides of each image: one for each ControlNet
 
     def image(self, number: int) -> Path | None:
-        """Return the picture that the `number`th picture of a run begins with, counted from 0."""
+        """Return the input image of the run's image `number`, counted from 0; files are used in turn."""
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
@@ -252,7 +253,7 @@ class Inputs:
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
-        """Return the guides of the `number`th picture: one for each ControlNet, or a single one for all."""
+        """Return the guides of image `number`: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
         first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
@@ -305,10 +306,10 @@ class Line:
 
     label: str  # in messages: "line 3"
     text: str
-    # from an input picture's metadata, in place of options in the text; it has no variants
+    # from an input image's metadata, instead of options in the text; such a prompt has no variants
     negative_prompt: str | None = None
-    image_number: int | None = None  # the input picture that it belongs to; None: the next one
-    pictures: int | None = None  # how many are made of it; None: as the options say
+    image_number: int | None = None  # the input image that the line belongs to; None for the next one
+    pictures: int | None = None  # number of images to generate; None for the number in the options
 
     @property
     def is_plain(self) -> bool:
@@ -317,11 +318,11 @@ class Line:
 
 
 def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
-    """Return the lines of a run that takes them from --from_file, --prompt or its input pictures.
+    """Return the lines of a run from --from_file, --prompt or the metadata of its input images.
 
     Raises:
-        OptionError: If there are none.
-        MediaError: If an input picture cannot be read.
+        OptionError: If there are no lines.
+        MediaError: If an input image cannot be read.
     """
     prompts = options.prompts
     if prompts.from_file is not None:
@@ -353,7 +354,7 @@ def import_prompter(name: str) -> ModuleType:
     The working folder is searched too. The code in the module runs, because the user asked for it.
 
     Raises:
-        OptionError: If it cannot be imported or has no get_prompter.
+        OptionError: If the module cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
         reason = rejects_code()

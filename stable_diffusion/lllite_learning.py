@@ -30,13 +30,13 @@ from stable_diffusion.sdxl.options import SdxlLlliteTrainingOptions
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite"  # as other programs call it
-WIDTH, RANK = 32, 64  # of the released files
+WIDTH, RANK = 32, 64  # sizes of the released files
 WEIGHTS = "--network_weights"
 CPU = torch.device("cpu")
 
 
 class TrainedLllite(Lllite):
-    """The modules of a training. They change the inputs of the U-Net's layers wherever it is called."""
+    """The trained modules. They change the inputs of the U-Net's layers in every call of the U-Net."""
 
     def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
@@ -51,12 +51,12 @@ class TrainedLllite(Lllite):
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
-        """Take the control pictures of the next call of the U-Net, B 3 H W in 0..1; None: it has none."""
+        """Set the control images of the next call of the U-Net, B 3 H W in 0..1; None for a call without."""
         self.controls = None if controls is None else controls * 2 - 1
         self.strength = strength
 
     def hang_into(self, unet: nn.Module, path: Path) -> None:
-        """Put the modules in front of their layers.
+        """Attach the modules to the inputs of their layers.
 
         Args:
             unet: The U-Net.
@@ -72,14 +72,14 @@ class TrainedLllite(Lllite):
         unet.beside = BesideUnet(self.see_call)  # type: ignore[assignment]
 
     def see_call(self, controls: Tensor | None, strength: float, _: Mapping[str, Any]) -> dict[str, Any]:
-        """See the pictures of a call of the U-Net; return no further arguments for it."""
+        """Set the control images of a call of the U-Net; return {}, as the call needs no arguments."""
         self.see(controls, strength)
         return {}
 
     def _change_input(
         self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Return the changed inputs of a layer, as its forward pre-hook; None without a control picture."""
+        """Forward pre-hook of a layer: return its changed inputs; None without a control image."""
         strength = self.multiplier * self.strength
         if self.controls is None or strength == 0:
             return None
@@ -91,9 +91,9 @@ class TrainedLllite(Lllite):
 
 
 def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
-    """Make the modules for a U-Net and hang them into it.
+    """Build the modules for a U-Net and attach them to its layers.
 
-    New ones do nothing at first: both weight and bias of `up` are zero.
+    New modules have no effect at first: weight and bias of `up` are zero.
 
     Args:
         options: Options of the run.
@@ -102,7 +102,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
 
     Raises:
         CheckpointError: If the file does not fit the U-Net.
-        OptionError: If it has other sizes than the options.
+        OptionError: If the file has other sizes than the options.
     """
     path = options.network_weights
     if path is None:
@@ -142,7 +142,7 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
 
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
-    """Return ControlNet-LLLite as the network that a training makes."""
+    """Describe ControlNet-LLLite as a network that a training makes."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return MadeNetwork(

@@ -26,7 +26,7 @@ from stable_diffusion.contract import SDXL
 from stable_diffusion.names import SDXL as SDXL_NAMES
 
 PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
-_OTHER_PREFIX = "lllite_"  # of other models than SDXL
+_OTHER_PREFIX = "lllite_"  # prefix of files for other models than SDXL
 WHAT = "a ControlNet-LLLite for Stable Diffusion XL"
 # parts of the U-Net with modules, by their released names; in each transformer layer these layers have one
 _BLOCKS = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "input_blocks_8_1", "middle_block_1")
@@ -40,13 +40,13 @@ class LllitePart:
     """Dimensions of the module of one layer."""
 
     convolutions: tuple[tuple[int, int], ...]  # (channels, kernel and stride), one after the other
-    width: int  # of the layer's input
-    rank: int  # of what it is projected down to
+    width: int  # width of the layer's input
+    rank: int  # width to which the input is projected down
     is_convolution: bool  # the layer's input is R C h w, else R L C
 
     @property
     def reduction(self) -> int:
-        """Return the number of pixels of the control picture that become one token, in each direction."""
+        """Return how many pixels of the control image, in each direction, become one token."""
         product = 1
         for _, stride in self.convolutions:
             product *= stride
@@ -67,14 +67,14 @@ class LlliteModule(nn.Module):
         self.conditioning1 = nn.Sequential(*layers[:-1])  # no activation after the last
         self.down = nn.Sequential(self._make_layer(part.width, part.rank), nn.ReLU())
         self.mid = nn.Sequential(self._make_layer(part.rank + channels, part.rank), nn.ReLU())
-        self.dropout = nn.Dropout(dropout)  # of the training; files have none
+        self.dropout = nn.Dropout(dropout)  # dropout in training; files have none
         self.up = nn.Sequential(self._make_layer(part.rank, part.width))
 
     def _make_layer(self, width: int, out: int) -> nn.Module:
         return nn.Conv2d(width, out, kernel_size=1) if self.part.is_convolution else nn.Linear(width, out)
 
     def embed(self, controls: Tensor) -> Tensor:
-        """Embed control pictures: B 3 H W in -1..1 -> B L E, or B E h w if the layer convolves."""
+        """Embed control images B 3 H W in -1..1 as B L E, or as B E h w if the layer is a convolution."""
         height, width = controls.shape[2:]
         step = self.part.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
@@ -86,7 +86,7 @@ class LlliteModule(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return what is added to the layer's input `x`, given the embedding of the control image."""
-        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
+        # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
         if len(x) != len(embedding):
@@ -133,7 +133,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
 
 
 def find_layer_path(name: str) -> str | None:
-    """Return the path of a layer in diffusers' U-Net, by the name of its module; None if SDXL has no such."""
+    """Return the path in diffusers' U-Net of the layer that a module changes; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 
@@ -145,7 +145,7 @@ def _get_layer(unet: nn.Module, path: str | None) -> Any:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return the channels that a layer takes, also if its weight is stored in few bits; None for none."""
+    """Return the input channels of a layer, even if its weight is quantized; None for other modules."""
     name = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
     width: int | None = getattr(layer, name, None)
     return width
@@ -186,7 +186,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, Lllit
         option: Option that names the file.
 
     Raises:
-        CheckpointError: If it is another file.
+        CheckpointError: If the file is something else.
     """
     names = {name.partition(".")[0] for name in checkpoint.tensors if name.startswith(PREFIX)}
     if not names:

@@ -35,7 +35,7 @@ class Lllites:
     """The LLLites of a run."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
-        """Hold loaded LLLites for a model.
+        """Store loaded LLLites for a model.
 
         Args:
             networks: Networks on the model's device.
@@ -58,11 +58,11 @@ class Lllites:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
-        """Attach the modules while a batch of this size is made; yield the hook, or None if it has no guides.
+        """Attach the modules while a batch is generated; yield the hook, None if the batch has no guides.
 
         Raises:
             OptionError: For a wrong number of guides.
-            MediaError: If one cannot be read.
+            MediaError: If a guide cannot be read.
         """
         if not any(image.guides for image in pictures):
             yield None
@@ -79,7 +79,7 @@ class Lllites:
 
 
 class _LlliteBatch:
-    """The guides of a batch and their embeddings, while the U-Net makes it."""
+    """The guides of a batch and their embeddings, while the batch is generated."""
 
     def __init__(self, uses: Sequence[ControlUse], guides: BatchGuides, dtype: torch.dtype) -> None:
         self._uses = uses
@@ -91,7 +91,7 @@ class _LlliteBatch:
         self._embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Choose the guides for a call of the U-Net, which is returned unchanged."""
+        """Select the guides for a call of the U-Net, and return the call unchanged."""
         images = self._guides.at(call, self._dtype)
         self._acting = []
         for use, use_images in zip(self._uses, images, strict=True):
@@ -101,7 +101,7 @@ class _LlliteBatch:
     def change_input(
         self, number: int, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Return the changed inputs of a layer, as its forward pre-hook; None if LLLite `number` is idle."""
+        """Forward pre-hook of a layer: return its changed inputs; None if LLLite `number` is inactive."""
         images = self._acting[number] if self._acting else None
         if images is None:
             return None
@@ -138,7 +138,7 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     """Load the LLLites of a run onto the model's device, after `check_lllites`; None if there are none.
 
     Raises:
-        CheckpointError: If one is damaged or does not fit the U-Net.
+        CheckpointError: If a file is damaged or does not fit the U-Net.
     """
     if not options.control_net_lllite_models:
         return None

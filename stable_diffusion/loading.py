@@ -53,7 +53,7 @@ class OpenedCheckpoint:
 
 
 def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
-    """Load the plan of `open_release`, after `check_attention`, in evaluation mode; its files are still open.
+    """Load what `open_release` has planned, in evaluation mode. Its files must still be open.
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
@@ -134,8 +134,8 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         files: Closes the files.
 
     Raises:
-        OptionError: If an option contradicts them.
-        CheckpointError: If they cannot be used.
+        OptionError: If an option contradicts the files.
+        CheckpointError: If the files cannot be used.
     """
     path = find_checkpoint(options.ckpt)
     if path.is_dir():
@@ -176,10 +176,10 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
 
 
 def find_checkpoint(ckpt: Path) -> Path:
-    """Return the file or folder that --ckpt names; `owner/name`, if not here, is fetched from the hub.
+    """Return the file or folder that --ckpt names; `owner/name` is downloaded if it is not a local path.
 
     Raises:
-        CheckpointError: If it is missing, or the folder is not one of diffusers.
+        CheckpointError: If it is missing, or if a folder is not in diffusers' layout.
     """
     if ckpt.is_dir():
         if (ckpt / "unet").is_dir() or (ckpt / "model_index.json").is_file():
@@ -219,7 +219,7 @@ def read_chosen_vae(
         files: Closes what is opened.
 
     Raises:
-        CheckpointError: If it is missing or another network.
+        CheckpointError: If the VAE is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
         inner = path / "vae"
@@ -241,13 +241,13 @@ def _find_pooled_width(texts: tuple[TextPlan, ...]) -> int:
 
 
 def _check_together(release: OpenedCheckpoint) -> None:
-    """Raise CheckpointError if the U-Net does not fit the samplers' channels or the text encoders' states."""
+    """Raise CheckpointError if the U-Net's channels do not match the samplers or the text encoders."""
     config = release.unet.config
     path = release.path
     channels = config.get("in_channels", 4)
     if channels not in checkpoints.USES:
         raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (pictures) and 9 "
+            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (images) and 9 "
             f"(inpainting) can be used.\n  Give {GIVE}.",
             path,
         )
@@ -276,7 +276,7 @@ _Part = tuple[Any, LoadPlan[Any], torch.dtype, str]  # a network, how it is load
 
 
 def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: torch.dtype) -> list[_Part]:
-    """Make all networks on the meta device: our text encoders, then diffusers' U-Net and VAE."""
+    """Build all networks on the meta device: our text encoders, then diffusers' U-Net and VAE."""
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
@@ -291,7 +291,7 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 
 
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
-    """Fill networks from the open files; on the meta device nothing is read, but all is compared."""
+    """Load weights from the open files; on the meta device only names and shapes are checked."""
     for network, plan, dtype, what in parts:
         filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=what)
         filled.requires_grad_(False)
@@ -308,7 +308,7 @@ def _select_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:
-    """Raise OptionError, naming the option, if xformers is asked for and does not work here."""
+    """Raise OptionError if xformers is requested but does not work here."""
     if not options.xformers and not options.diffusers_xformers:
         return
     try:

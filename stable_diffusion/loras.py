@@ -35,7 +35,7 @@ Multipliers = tuple[float, ...]
 
 
 class ChosenLoras:
-    """The LoRAs of a model whose strengths can be chosen, in the order of `--network_weights`."""
+    """The LoRAs of a model whose strengths can be changed, in the order of `--network_weights`."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ChosenLoras:
         use: Callable[[Multipliers], None],
         layers: Sequence[Mapping[str, AddedPart]] | None,
     ) -> None:
-        """Hold LoRAs whose strengths can be chosen.
+        """Store LoRAs whose strengths can be changed.
 
         Args:
             defaults: Strengths of the command line.
@@ -52,9 +52,9 @@ class ChosenLoras:
         """
         self._defaults = defaults
         self._use = use
-        self._current: Multipliers | None = None  # None: none are set throughout
-        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None: they are folded into
-        # weights, so that nothing can be done with what a single one adds
+        # strengths that the model has now; None while they are being changed
+        # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
+        # weights, where the parts of single LoRAs cannot be told apart
         self.layers = None if layers is None else tuple(layers)
         self.choose(None)
 
@@ -84,7 +84,7 @@ class ChosenLoras:
         return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
-        """Let the LoRAs act with these strengths, see `settle`, until the next choice."""
+        """Apply the LoRAs with these strengths until the next call; `settle` explains the arguments."""
         strengths = self.settle(multipliers, part)
         if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
@@ -97,10 +97,10 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
+    prefix: str = ""  # prefix of the network's modules in LoRA files; "" for the U-Net
 
     def published(self, name: str) -> str:
-        """Return a parameter's name in files."""
+        """Return the name that a parameter has in files."""
         return published_parameter(name) if self.prefix else name
 
     def published_module(self, path: str) -> str:
@@ -108,10 +108,10 @@ class _Target:
 
 
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
-    """Read the files of `--network_weights`; show their metadata if the options ask for it.
+    """Read the files of `--network_weights`; log their metadata if the options ask for it.
 
     Raises:
-        CheckpointError: If one is not a LoRA, or for a model that is not Stable Diffusion.
+        CheckpointError: If a file is not a LoRA, or is one of a model other than Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -135,10 +135,10 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
 
 
 def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
-    """Return the trained words that LoRAs bring along.
+    """Return the trained words in the files of LoRAs.
 
     Raises:
-        CheckpointError: As `read_bundled` does.
+        CheckpointError: As in `read_bundled`.
     """
     return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
@@ -147,7 +147,7 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     """Compare LoRAs with the headers of the checkpoint, before it is loaded.
 
     Raises:
-        CheckpointError: If a LoRA is of another kind or size, or fits nothing.
+        CheckpointError: If a LoRA belongs to another kind or size of model, or fits no layer.
     """
     check_kind(loras, release.kind)
     uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
@@ -166,7 +166,7 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
-    """Compare LoRAs with the kind of a checkpoint; warn if a LoRA's metadata name another kind.
+    """Compare LoRAs with the kind of a checkpoint; warn if a LoRA's metadata state another kind.
 
     Raises:
         CheckpointError: If a LoRA has the text width of another kind.
@@ -191,7 +191,7 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
 def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
 ) -> ChosenLoras | None:
-    """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
+    """Add the files of `--network_weights` to a model; return those whose strengths can be changed.
 
     Args:
         options: Options of the run.
@@ -237,7 +237,7 @@ def load_networks(
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
-    """Fold LoRAs permanently into the weights of the networks. rounding: value of --lora_rounding."""
+    """Fold LoRAs permanently into the weights of the networks. `rounding` is the value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:
@@ -247,7 +247,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -
 
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
-    """Log how many modules a LoRA changes, and how many of them are computed again at each step."""
+    """Log how many modules a LoRA changes, and how many of these changes are computed at each step."""
     anew = sum(part.is_made_full for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")
@@ -259,7 +259,7 @@ def _make_folding(
 ) -> Callable[[Multipliers], None]:
     """Return a function that folds LoRAs of some strengths into the networks' original weights.
 
-    rounding: value of --lora_rounding.
+    `rounding` is the value of --lora_rounding.
     """
     originals = []
     for target in targets:

@@ -27,7 +27,7 @@ from stable_diffusion.text import ImageVectors, Texts
 
 
 class MakesIdeas(Protocol):
-    """A maker of an `Idea` for each batch; it may set up modules for as long as the batch is made."""
+    """Creates an `Idea` for each batch, and may change modules while the batch is generated."""
 
     def for_batch(
         self, pictures: Sequence[contract.AskedImage], width: int, height: int
@@ -36,16 +36,16 @@ class MakesIdeas(Protocol):
 
 
 class _Texts(NamedTuple):
-    """States of the texts of a batch, one entry for each picture."""
+    """States of a batch's texts, with one entry for each image."""
 
     prompts: list[contract.TextState]
     negative: list[contract.TextState] | None  # None: nothing is guided away from
-    blank: list[contract.TextState] | None  # of the empty text, for the third pass of --negative_scale
+    blank: list[contract.TextState] | None  # states of the empty text, for the third pass of --negative_scale
 
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """Makes pictures with a loaded model, batch by batch."""
+    """Generates images with a loaded model, batch by batch."""
 
     model: contract.Model
     texts: Texts
@@ -53,7 +53,7 @@ class Maker:
     vae_batch_size: float | None = None
     networks: ChosenLoras | None = None
     ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
-    regions: Regions | None = None  # of prompts with several parts
+    regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
 
@@ -86,7 +86,7 @@ class Maker:
             wants_images: Whether images are returned instead of latents.
 
         Raises:
-            UserError: If an input cannot be used.
+            UserError: If an input image cannot be used.
         """
         for image in pictures:
             starting.check_start(self.model, image, start)
@@ -112,7 +112,7 @@ class Maker:
     def _make_group(
         self, pictures: Sequence[contract.AskedImage], start: contract.SecondStart | None
     ) -> Tensor:
-        """Return latents B 4 h w of pictures with texts of equal lengths."""
+        """Return the latents, B 4 h w, of images with texts of equal length."""
         settings = pictures[0].settings
         options = self.sampling
         gradual = settings.gradual_latent
@@ -154,7 +154,7 @@ class Maker:
         texts: _Texts,
         picture: contract.AskedImage,
     ) -> Tensor:
-        """Return the denoised latents. picture: any of the group, as all have the same settings."""
+        """Return the denoised latents. `picture` is any of the group, because all have the same settings."""
         sampler = beginning.sampler
         settings = picture.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
@@ -211,7 +211,7 @@ class Maker:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
     def _list_avoided(self, picture: contract.AskedImage) -> list[str]:
-        """Return the negative text, with three passes also the empty one; [] without guidance."""
+        """Return the negative text, and with three passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
@@ -226,7 +226,7 @@ class Maker:
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
         def join(picture: contract.AskedImage, texts: Sequence[str]) -> contract.TextState:
-            """Join the states of a picture's texts, one for each of its parts, to those of one text."""
+            """Join the states of an image's texts, one for each part of its prompt, into one state."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(parts) == 1:
                 return parts[0]
@@ -234,7 +234,7 @@ class Maker:
             return join_parts(parts, regions.read(picture, settings.width, settings.height))
 
         def join_avoided(number: int) -> list[contract.TextState] | None:
-            """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""
+            """Return the states of the negative (0) or empty (1) texts, repeated for each part of prompts."""
             if len(avoided[0]) <= number:
                 return None
             pairs = zip(pictures, avoided, strict=True)
@@ -281,7 +281,7 @@ class Maker:
 def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
     """Return SDXL's size conditions, 1 6: original height and width, crop top and left, height and width.
 
-    Original sizes default to the picture's size, those of negative texts to the prompt's.
+    The original size defaults to the image's size; with `negative`, to the original size for the prompt.
     """
     sizes = settings.sizes
     height = settings.height if sizes.original_height is None else sizes.original_height
@@ -296,7 +296,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
 
 
 def _list_vision_paths(pictures: Sequence[contract.AskedImage]) -> list[Path]:
-    """Return the image that CLIP sees for each picture. Raises OptionError if one has none."""
+    """Return the image whose CLIP vector each generated image uses. Raises OptionError if one has none."""
     paths = [image.image for image in pictures if image.image is not None]
     if len(paths) < len(pictures):
         raise OptionError(
@@ -306,6 +306,6 @@ def _list_vision_paths(pictures: Sequence[contract.AskedImage]) -> list[Path]:
 
 
 def _pick(start: contract.SecondStart, places: Sequence[int]) -> contract.SecondStart:
-    """Return the start images or latents of the pictures at these places of the batch."""
+    """Return the start images or latents at these positions of the batch."""
     images = None if start.images is None else [start.images[place] for place in places]
     return contract.SecondStart(images, None if start.latents is None else start.latents[places])

@@ -31,7 +31,7 @@ ARGS = "--highres_fix_upscaler_args"
 
 @dataclass
 class ModelUpscaler:
-    """Enlarge pictures by the factor of a network, which is loaded for the first pictures."""
+    """Enlarge images by the factor of an upscaling network, which is loaded when it is first needed."""
 
     options: UpscalerOptions
     _stages: dict[torch.device, Stage] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class ModelUpscaler:
         batch_size: int,
         vae_batch_size: int,
     ) -> list[Image.Image]:
-        """Return the pictures, enlarged; the caller fits them to the size it wants."""
+        """Return the enlarged images; the caller resizes them to the final size."""
         del latents, dtype, batch_size, vae_batch_size, width, height
         stage = self._stages.get(vae.device)
         if stage is None:
@@ -79,7 +79,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
 
 def _as_words(args: Mapping[str, str]) -> list[str]:
-    """Return the settings as words of a command line."""
+    """Return the settings in the form of a command line."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):
         words.append("--compile")

@@ -7,6 +7,7 @@ transformer block: SDXL has several in a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from contract.families import FamilyEntry, Marks
 from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, with_endings
@@ -39,42 +40,61 @@ ENDS = (
 ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
 
 
-def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (LDM path, our path, whether the block is an attention rather than a residual block).
+class BlockPaths(NamedTuple):
+    """Paths of one block of a U-Net: a residual block or an attention."""
+
+    released: str  # in LDM
+    ours: str
+    is_attention: bool
+
+
+class SamplerPaths(NamedTuple):
+    """Paths of a downsampler, and of the upsampler that stands at the same index in the up path."""
+
+    released_down: str  # in LDM
+    released_up: str  # in LDM, if the upsampler's level has attentions, which come before it
+    released_up_alone: str  # in LDM, if the level has none
+    down: str
+    up: str
+
+
+def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
+    """Yield the paths of all residual blocks of a U-Net and of the attentions that may follow them.
 
     Args:
-        layers: Number of residual blocks of each level on the way down.
+        layers: Number of residual blocks of each level of the down path.
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers, layers[::-1], strict=True)):
         for layer in range(left):
             down += 1
-            yield f"input_blocks.{down}.0", f"down_blocks.{level}.resnets.{layer}", False
-            yield f"input_blocks.{down}.1", f"down_blocks.{level}.attentions.{layer}", True
-        down += 1  # it makes the features smaller
+            yield BlockPaths(f"input_blocks.{down}.0", f"down_blocks.{level}.resnets.{layer}", False)
+            yield BlockPaths(f"input_blocks.{down}.1", f"down_blocks.{level}.attentions.{layer}", True)
+        down += 1  # the downsampler
         for layer in range(right + 1):
-            yield f"output_blocks.{up}.0", f"up_blocks.{level}.resnets.{layer}", False
-            yield f"output_blocks.{up}.1", f"up_blocks.{level}.attentions.{layer}", True
+            yield BlockPaths(f"output_blocks.{up}.0", f"up_blocks.{level}.resnets.{layer}", False)
+            yield BlockPaths(f"output_blocks.{up}.1", f"up_blocks.{level}.attentions.{layer}", True)
             up += 1
-    yield "middle_block.0", "mid_block.resnets.0", False
-    yield "middle_block.1", "mid_block.attentions.0", True
-    yield "middle_block.2", "mid_block.resnets.1", False
+    yield BlockPaths("middle_block.0", "mid_block.resnets.0", False)
+    yield BlockPaths("middle_block.1", "mid_block.attentions.0", True)
+    yield BlockPaths("middle_block.2", "mid_block.resnets.1", False)
 
 
-def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str], str, str]]:
-    """Yield for each level but the last the LDM paths of downsampler and upsampler, then our paths of both.
+def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
+    """Yield the paths of the samplers of each level; the last level has none.
 
-    The upsampler's LDM path is the first of its pair if it follows an attention, else the second.
+    `layers` is the number of residual blocks of each level of the down path.
     """
-    down = up = 0
+    down = up = 0  # index in LDM's lists of input and output blocks
     for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
         down += left + 1
         up += right + 1
-        yield (
-            f"input_blocks.{down}.0.op",
-            (f"output_blocks.{up - 1}.2.conv", f"output_blocks.{up - 1}.1.conv"),
-            f"down_blocks.{level}.downsamplers.0.conv",
-            f"up_blocks.{level}.upsamplers.0.conv",
+        yield SamplerPaths(
+            released_down=f"input_blocks.{down}.0.op",
+            released_up=f"output_blocks.{up - 1}.2.conv",
+            released_up_alone=f"output_blocks.{up - 1}.1.conv",
+            down=f"down_blocks.{level}.downsamplers.0.conv",
+            up=f"up_blocks.{level}.upsamplers.0.conv",
         )
 
 
@@ -82,9 +102,9 @@ def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     """Return the names of all modules of a U-Net.
 
     Args:
-        levels: Number of residual blocks of each level.
+        levels: Number of levels.
         transformer: Index of the transformer block, or `{n}`.
-        plain: Levels on the way up that have no attention in the released models.
+        plain: Levels of the up path that have no attention in the released models.
     """
     pairs: list[tuple[str, str]] = [*ENDS]
     inside = [
@@ -97,10 +117,13 @@ def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
             pairs += [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in inside]
         else:
             pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in RESIDUAL]
-    for level, (smaller, larger, down, up) in enumerate(unet_samplers(layers)):
-        pairs.append((smaller, down))
-        default_first = larger[::-1] if level in plain else larger
-        pairs += [(path, up) for path in default_first]
+    for level, sampler in enumerate(unet_samplers(layers)):
+        pairs.append((sampler.released_down, sampler.down))
+        # both paths of the upsampler are read; the one in the released models comes first
+        released_paths = [sampler.released_up, sampler.released_up_alone]
+        if level in plain:
+            released_paths.reverse()
+        pairs += [(path, sampler.up) for path in released_paths]
     return tuple(pairs)
 
 

@@ -26,7 +26,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class ControlUse:
-    """Settings for one ControlNet or ControlNet-LLLite."""
+    """Settings of one ControlNet or ControlNet-LLLite."""
 
     path: Path
     # edges of the guide image are drawn: where the gray image changes by more than the second number, or by
@@ -52,8 +52,8 @@ class ControlOptions(Options, title="ControlNet"):
         "files of ControlNet-LLLite, for Stable Diffusion XL"
     )
     control_net_preps: tuple[str, ...] | None = option(
-        "how the guide picture of each model is prepared: none, or canny_63_191 (its edges, found with these "
-        "two thresholds)",
+        "how the guide image of each model is prepared: none, or canny_63_191 (its edges, found with "
+        "these two thresholds)",
         needs=_MODELS,
     )
     control_net_multipliers: tuple[float, ...] | None = option(
@@ -62,7 +62,8 @@ class ControlOptions(Options, title="ControlNet"):
         needs=_MODELS,
     )
     control_net_ratios: tuple[float, ...] | None = option(
-        "share of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if not given",
+        "fraction of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if "
+        "not given",
         least=0,
         most=1,
         needs=_MODELS,
@@ -88,7 +89,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """The networks with preparation, strength and fraction of steps; missing values have defaults."""
+        """Each network with its preparation, strength and fraction of steps; missing values get defaults."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -123,7 +124,7 @@ def check_control(
     shrinks: bool,
     compared_by: str | None = None,
 ) -> None:
-    """Check against other options.
+    """Check these options against others.
 
     Args:
         options: Options of ControlNets.
@@ -132,7 +133,7 @@ def check_control(
         compared_by: Option that compares the guide images by CLIP or VGG16; None if none does.
 
     Raises:
-        OptionError: If pictures are missing or the options do not work together.
+        OptionError: If guide images are missing, or the options cannot be combined.
     """
     if compared_by is not None and options.uses:
         raise OptionError(
@@ -165,16 +166,16 @@ _CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
 
 
 class GuideOptions(Options, title="guidance by other networks"):
-    """Strengths with which CLIP and VGG16 steer pictures (0: off), and the files of these networks."""
+    """Strengths with which CLIP and VGG16 steer images (0: off), and the files of these networks."""
 
     clip_guidance_scale: float = option(
-        "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
+        "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,
     )
     clip_image_guidance_scale: float = option(
-        "how strongly CLIP steers the picture towards that of --guide_image_path; about 100",
+        "how strongly CLIP steers the image toward that of --guide_image_path; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,
@@ -185,7 +186,7 @@ class GuideOptions(Options, title="guidance by other networks"):
         needs=_CLIP_SCALES,
     )
     vgg16_guidance_scale: float = option(
-        "how strongly VGG16 steers the picture towards that of --guide_image_path; about 100",
+        "how strongly VGG16 steers the image toward that of --guide_image_path; about 100",
         default=0.0,
         least=0,
         hint=_SCALE_HINT,
@@ -220,7 +221,7 @@ def _count_words(number: int, word: str) -> str:
 
 
 class AddedNetworkOptions(Options, title="LoRA and other networks"):
-    """LoRAs and their like, in the order of their weights."""
+    """LoRAs and similar networks, in the order of --network_weights."""
 
     network_module: tuple[str, ...] | None = option(
         "kinds of the files, such as networks.lora; needless, as the files say what they are",
@@ -294,7 +295,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files, none if the option is not given."""
+        """The files; () if the option is not given."""
         return self.network_weights or ()
 
     @property
@@ -304,7 +305,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def num_merged(self) -> int:
-        """Number of files, from the first on, that are merged into the weights."""
+        """Number of files, counted from the first, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
@@ -313,7 +314,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:
-        """Raise OptionError if a prompt chooses more strengths than there are networks to choose them for."""
+        """Raise OptionError if a prompt gives more strengths than there are adjustable networks."""
         if len(multipliers) > self.num_adjustable > 0:
             merged = (
                 f", without the {self.num_merged} that are folded into the model" if self.num_merged else ""

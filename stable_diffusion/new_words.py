@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class NewWord:
-    """The word stands for all of its vectors; with 1, 2, ... behind it, for one of those after the first."""
+    """A new word: it stands for all of its vectors; followed by 1, 2, ..., for a single later vector."""
 
     text: str
-    count: int = 1  # of its vectors
+    count: int = 1  # number of the word's vectors
 
     def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the ids of the word and of its single vectors.
+        """Return the token ids of the word and of its single vectors.
 
         Args:
             vocabulary: Number of rows of the table without the word.
@@ -28,10 +28,10 @@ class NewWord:
 
 
 class GrowingEmbedding(nn.Embedding):
-    """A frozen table of token embeddings with V further rows, which are kept outside of it and may learn."""
+    """A frozen table of token embeddings with V additional rows, which are stored separately."""
 
     def __init__(self, table: nn.Embedding, count: int) -> None:
-        """Take the table's weight. The further rows are zero until `rows` returns others."""
+        """Wrap the table's weight. The additional rows are zero until `rows` is set."""
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.count = count
         self.rows: Callable[[], Tensor] = self._make_zeros  # V C
@@ -40,7 +40,7 @@ class GrowingEmbedding(nn.Embedding):
         return self.weight.new_zeros(self.count, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids, B L C."""
+        """Return the embeddings of token ids, B L C."""
         places = ids - self.num_embeddings
         is_new = places >= 0
         old = super().forward(ids.masked_fill(is_new, 0))

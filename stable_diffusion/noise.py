@@ -17,17 +17,18 @@ from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 
-MAX_SNR = 1000.0  # a larger one counts as this: that of the first timestep would dwarf all others
+# larger values are clamped to this, because that of the first timestep would dwarf all others
+MAX_SNR = 1000.0
 
 
 @dataclass(frozen=True)
 class VariedNoise:
-    """Change the noise of a training: an offset for each channel, then coarser noise on top."""
+    """Change the noise of a training: add an offset to each channel, then coarser noise."""
 
     offset: float | None = None
-    offset_is_random: bool = False  # a share of the offset is drawn for each batch
+    offset_is_random: bool = False  # whether a random fraction of the offset is used for each batch
     adaptive_scale: float = 0.0  # added to the offset, times the mean of the latents' channel
-    levels: int = 0  # of coarser noise
+    levels: int = 0  # number of levels of coarser noise
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,7 +69,7 @@ class VariedNoise:
 
 
 def read_noise_changes(options: VariedNoiseOptions) -> VariedNoise | None:
-    """Return the changes to the noise that the options state; None if they state none."""
+    """Return the changes to the noise that the options ask for; None if there are none."""
     if options.noise_offset is None and not options.multires_noise_iterations:
         return None
     return VariedNoise(
@@ -92,7 +93,7 @@ def make_noise_spec(
     weights: LossWeightOptions | None = None,
     vary: VariedNoise | None = None,
 ) -> NoiseSpec:
-    """Return the conventions of a model that predicts noise, or v.
+    """Return the noise conventions of a model that predicts noise or v.
 
     Args:
         predicts_v: Whether the U-Net predicts v instead of noise.
@@ -124,7 +125,7 @@ def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -
     Args:
         weights: Options of the factors.
         shares: `alphas_cumprod` of the betas before they are rescaled for a zero terminal SNR, as in known
-            trainers; with rescaled betas the last factor would divide by zero.
+            trainers; with rescaled betas the SNR of the last timestep is 0, by which some factors divide.
         predicts_v: Whether the U-Net predicts v instead of noise.
     """
     if not weights.has_any:

@@ -16,7 +16,7 @@ _SPEED = "precision, speed and memory"
 
 
 class ModelOptions(Options, title="model"):
-    """The checkpoint, and the way in which its networks are loaded and run."""
+    """The checkpoint, and how its networks are loaded and run."""
 
     ckpt: Path = option("checkpoint: a single file, or a folder in the layout of diffusers", required=True)
     vae: Path | None = option(
@@ -44,14 +44,14 @@ class ModelOptions(Options, title="model"):
     no_half_vae: bool = option("the VAE computes in float32", title=_SPEED, only_with=("fp16", "bf16"))
     vae_slices: int | None = option("the VAE works in this many bands, to save memory", title=_SPEED, least=1)
     vae_batch_size: float | None = option(
-        "pictures that the VAE takes at once; below 1: this share of --batch_size; usually all",
+        "images that the VAE takes at once; below 1: this share of --batch_size; usually all",
         title=_SPEED,
         above=0,
         hint="of pictures, or a share of the batch below 1, such as 0.5",
     )
     xformers: bool = option("attention by the package xformers", title=_SPEED, often=True)
     sdpa: bool = option(
-        "attention by torch itself, which is usual",
+        "attention by torch itself, which is common",
         title=_SPEED,
         excludes=("xformers", "diffusers_xformers"),
         often=True,
@@ -64,8 +64,8 @@ _IMAGES = "input pictures"
 _IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
 
 
-class ImageInputOptions(Options, title="prompts"):
-    """Where prompts, input pictures and seeds come from."""
+class ImageInputOptions(Options, title="prompts", must_give=True):
+    """Where prompts, input images and seeds come from."""
 
     prompt: str | None = option(
         "what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'", often=True
@@ -90,12 +90,12 @@ class ImageInputOptions(Options, title="prompts"):
         often=True,
     )
     no_preview: bool = option(
-        "with --interactive: do not open pictures in a viewer",
+        "with --interactive: do not open images in a viewer",
         needs="interactive",
         hint="no other mode shows pictures",
     )
     images_per_prompt: int = option(
-        "pictures of each prompt, with different seeds", default=1, least=1, often=True
+        "images of each prompt, with different seeds", default=1, least=1, often=True
     )
     n_iter: int = option("how many times all prompts are made", default=1, least=1)
     shuffle_prompts: bool = option(
@@ -103,21 +103,21 @@ class ImageInputOptions(Options, title="prompts"):
         excludes="from_module",
         hint="the module decides which prompt is next",
     )
-    batch_size: int = option("pictures that are made at once", default=1, least=1, often=True)
+    batch_size: int = option("images that are made at once", default=1, least=1, often=True)
     seed: int | None = option(
-        "seed of a single picture; the seeds of several pictures are drawn from it; random if not given",
+        "seed of a single image; the seeds of several images are drawn from it; random if not given",
         often=True,
     )
     iter_same_seed: bool = option("all prompts of a round have the same seeds: only the prompt differs")
     image_path: Path | None = option(
-        "image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those in "
-        "the metadata of the pictures are used",
+        "image to image: an image, or a folder whose images are used in turn. Without a prompt, those "
+        "in the metadata of the images are used",
         title=_IMAGES,
         **_IMAGE,
         often=True,
     )
     mask_path: Path | None = option(
-        "a picture, or a folder of them. With --image_path, inpainting: white is repainted. For prompts "
+        "an image, or a folder of them. With --image_path, inpainting: white is repainted. For prompts "
         "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
         **_IMAGE,
         flags=("--mask_path", "--mask_image"),
@@ -125,8 +125,8 @@ class ImageInputOptions(Options, title="prompts"):
         often=True,
     )
     guide_image_path: tuple[Path, ...] | None = option(
-        "pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then one "
-        "for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each picture",
+        "images, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then "
+        "one for each for the next image, and so on. For guidance by CLIP or VGG16: one for each image",
         **_IMAGE,
         title=_IMAGES,
         often=True,
@@ -137,7 +137,7 @@ class ImageInputOptions(Options, title="prompts"):
         if not self.interactive and all(source is None for source in sources):
             raise OptionError(
                 "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
-                "--image_path with pictures whose metadata holds their prompts"
+                "--image_path with images whose metadata holds their prompts"
             )
         check_seed("--seed", self.seed)
         if self.from_module is not None and self.from_module.endswith(".py"):
@@ -145,7 +145,7 @@ class ImageInputOptions(Options, title="prompts"):
 
 
 class ImageOutputOptions(Options, title="output"):
-    """Where pictures are written, and under which names."""
+    """Where images are written, and under which names."""
 
     outdir: Path = option(
         "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
@@ -154,11 +154,11 @@ class ImageOutputOptions(Options, title="output"):
         "number the files: im_000001.png and so on, after those that are there",
         excludes="use_original_file_name",
     )
-    use_original_file_name: bool = option("image to image: name files as the input pictures are named")
+    use_original_file_name: bool = option("image to image: name files as the input images are named")
 
 
 class TextOptions(Options, title="text"):
-    """How texts become conditions."""
+    """How prompts are encoded."""
 
     clip_skip: int | None = option(
         "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
@@ -180,7 +180,7 @@ class TextOptions(Options, title="text"):
         "files of textual inversion; the name of a file, without its ending, is the word for it"
     )
     clip_vision_strength: float | None = option(
-        "Stable Diffusion XL with --image_path: the picture as CLIP sees it, times this number, replaces "
+        "Stable Diffusion XL with --image_path: the image as CLIP sees it, times this number, replaces "
         "the prompt's pooled state"
     )
     XTI_embeddings: tuple[Path, ...] | None = option(

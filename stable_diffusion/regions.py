@@ -61,14 +61,14 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
 
 
 def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return regions B P H W at another size (rows, columns), bilinear: B P h w."""
+    """Resize regions B P H W to another size (rows, columns) by bilinear interpolation."""
     if regions.shape[-2:] == size:
         return regions
     return functional.interpolate(regions, size, mode="bilinear", align_corners=False)
 
 
 def part_weights(regions: Tensor) -> Tensor:
-    """Return regions ... P H W divided by their sum; 1 / P where no part has a region."""
+    """Normalize regions, ... P H W, so that the parts sum to 1 at each pixel; 1 / P where all are 0."""
     total = regions.sum(-3, keepdim=True)
     shared = torch.full_like(regions, 1 / regions.shape[-3])
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
@@ -83,10 +83,10 @@ def split_parts(prompt: str) -> list[str]:
 
 
 def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
-    """Return the state of a prompt from those of its parts.
+    """Join the states of a prompt's parts into one.
 
-    The contexts are one after the other (P*L C); the pooled vectors, which act on the whole picture, are
-    averaged by the areas of the parts.
+    The contexts are concatenated to P*L C. The pooled vectors, which affect the entire image, are averaged,
+    weighted by the areas of the parts.
 
     Args:
         states: States of the parts, of equal length.
@@ -102,7 +102,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 
 
 def check_regions(parts: int, loras: int, is_folded: bool) -> None:
-    """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
+    """Raise OptionError if parts of a prompt and LoRAs cannot be assigned to the regions of a mask.
 
     Args:
         parts: Parts of the prompt.
@@ -124,7 +124,7 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
 
 
 class Regions:
-    """Make the regions of a run's pictures, and put them into the U-Net while a batch is made."""
+    """Read the regions of images, and apply them in the U-Net while a batch is generated."""
 
     def __init__(
         self,
@@ -148,9 +148,9 @@ class Regions:
         """Return the regions of an image's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises:
-            OptionError: If an image with a mask has not as many LoRAs as parts, or if they are folded into
-                the weights.
-            MediaError: If its mask cannot be read.
+            OptionError: If an image with a mask does not have one LoRA for each part, or if LoRAs are folded
+                into the weights.
+            MediaError: If the mask cannot be read.
         """
         parts = picture.settings.parts
         if picture.mask is None:
@@ -160,9 +160,9 @@ class Regions:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
-        """Put the regions of a batch into the U-Net until the batch is made; yield None if there is one part.
+        """Apply a batch's regions in the U-Net until the batch is done; yield None if prompts have one part.
 
-        The context of every row of a call has all parts, one after the other: R P*L C.
+        The context of a call holds all parts of each row, one after the other: R P*L C.
         """
         if pictures[0].settings.parts == 1:
             yield None
@@ -181,14 +181,14 @@ class Regions:
 
 
 class _Batch:
-    """The regions of one batch while its U-Net runs."""
+    """The regions of one batch while it is generated."""
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
         self._regions = regions
         self.parts = regions.shape[1]
         self._means = regions.mean((-2, -1))  # B P
-        self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
+        self._size: tuple[int, int] | None = None  # size of the features in the current transformer
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
         self._weights: dict[tuple[int, int], Tensor] = {}
 
@@ -201,7 +201,7 @@ class _Batch:
         return call
 
     def enter(self, unet: Any, changes: contextlib.ExitStack) -> None:
-        """Set up a U-Net, until `changes` close."""
+        """Change a U-Net; closing `changes` restores it."""
         for name, module in unet.named_modules():
             if isinstance(module, Transformer2DModel):
                 hook = module.register_forward_pre_hook(self._see_size, with_kwargs=True)
@@ -224,7 +224,7 @@ class _Batch:
         """Return a cross-attention with a separate pass for each part of the context."""
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
-            # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the picture
+            # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the image
             rows = len(hidden_states)
             parts = self.parts
             context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
@@ -261,7 +261,7 @@ class _Batch:
         return self._size
 
     def _resize_masks(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Return masks or weights at a size of features, B P h w float32; `by_size` remembers them."""
+        """Return masks or weights resized to the features, B P h w float32; `by_size` caches them."""
         if size not in by_size:
             resized = resize(self._regions, size)
             by_size[size] = part_weights(resized) if by_size is self._weights else resized
@@ -269,7 +269,7 @@ class _Batch:
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
-    """Restore the forward of a module; None means that it had only that of its class."""
+    """Restore the forward of a module; None if it only had its class's method."""
     if forward is None:
         del module.forward
     else:

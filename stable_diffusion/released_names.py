@@ -9,7 +9,7 @@ from stable_diffusion.files import UNET, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, PROJECTION, SD1_TEXT, SD2_TEXT
 
-# of each text encoder of a kind: beginning of its names, whether it is an OpenCLIP
+# for each text encoder of a kind: the prefix of its names, and whether it is OpenCLIP
 TEXTS: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
     SD1: ((SD1_TEXT, False),),
     SD2: ((SD2_TEXT, True),),
@@ -31,10 +31,10 @@ _VAE = (
 
 
 def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield (released name, our name) of each weight of a U-Net.
+    """Yield the released name and our name of each weight of a U-Net.
 
     Args:
-        layers: Number of residual blocks of each level on the way down.
+        layers: Number of residual blocks of each level of the down path.
         names: Names of the U-Net's weights.
     """
     paths = {ours: released for released, ours in (*ENDS, *ADDED)}
@@ -43,12 +43,13 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
             paths[ours] = released
         else:
             paths |= {f"{ours}.{our_part}": f"{released}.{part}" for part, our_part in RESIDUAL}
-    for smaller, (behind_attention, alone), down, up in unet_samplers(layers):
-        attention = up.replace("upsamplers.0.conv", "attentions.")
-        follows = any(name.startswith(attention) for name in names)
-        paths |= {down: smaller, up: behind_attention if follows else alone}
+    for sampler in unet_samplers(layers):
+        attentions = sampler.up.replace("upsamplers.0.conv", "attentions.")
+        has_attention = any(name.startswith(attentions) for name in names)
+        paths[sampler.down] = sampler.released_down
+        paths[sampler.up] = sampler.released_up if has_attention else sampler.released_up_alone
     for name in names:
-        start = name
+        start = name  # shortened until it is the path of a renamed module
         while start not in paths:
             start = start.rpartition(".")[0]
         yield f"{UNET}{paths[start]}{name.removeprefix(start)}", name
@@ -66,13 +67,13 @@ def released_vae_name(name: str) -> str:
 
 
 def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor of a released file, whose VAE attends by 1x1 convolutions."""
+    """Return the shape of a tensor in a released file: its VAE has 1x1 convolutions as attention layers."""
     is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
     return (*shape, 1, 1) if is_attention and len(shape) == 2 else shape
 
 
 def released_text_names(kind: ModelKind, number: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Return the weights of a text encoder that a tensor of a released file joins, by its name.
+    """Return, for each tensor of a released file, which of a text encoder's weights it joins.
 
     Args:
         kind: Kind of the checkpoint.
@@ -99,7 +100,7 @@ _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{
 
 
 def _name_layer(start: str, number: int, source: int) -> dict[str, list[str]]:
-    """Return the tensors of a layer of OpenCLIP.
+    """Return the tensors of one layer of OpenCLIP and the weights that each joins.
 
     Args:
         start: Prefix of the layers in the file.

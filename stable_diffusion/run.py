@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageFiles:
-    """Writes the pictures of a run."""
+    """Writes the images of a run."""
 
     options: ImageOutputOptions
     kind: ModelKind
@@ -60,21 +60,21 @@ class ImageFiles:
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
 
     def save(self, picture: AskedImage, image: Image, digit: str, number: int) -> Path:
-        """Write a picture under a free name, completely or not at all.
+        """Write an image under an unused name, completely or not at all.
 
         Args:
-            picture: What was asked for.
+            picture: The request that the image belongs to.
             image: The image.
             digit: Text for the stage in the name; empty if there is one stage.
             number: Index of the image in its batch.
 
         Returns:
-            Its path.
+            The path of the file.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the file cannot be written.
         """
-        # under the names of the image guides
+        # keys that common image generation guides use
         settings = picture.settings
         texts: dict[str, object] = {
             "prompt": picture.prompt,
@@ -105,7 +105,7 @@ class ImageFiles:
         return path
 
     def _yield_names(self, picture: AskedImage, digit: str, number: int) -> Iterator[str]:
-        """Yield names without suffix, the best first."""
+        """Yield names without suffix, the preferred one first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
@@ -118,7 +118,7 @@ class ImageFiles:
         return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
 
     def _yield_numbered(self, start: str) -> Iterator[str]:
-        """Yield numbered names, beginning after the last existing file, whoever wrote it."""
+        """Yield numbered names, starting after the last existing file of any program."""
         if start not in self._last:
             names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
             self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
@@ -128,7 +128,7 @@ class ImageFiles:
 
     @contextmanager
     def _free(self, names: Iterator[str]) -> Iterator[Path]:
-        """Claim the first name that no file has and no other run is writing."""
+        """Claim the first name that neither a file nor another run uses."""
         for name in names:
             path = self.options.outdir / f"{name}.png"
             if path.exists():
@@ -145,7 +145,7 @@ def _named(stem: str, digit: str) -> Iterator[str]:
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the system's command that opens a file; None if there is none, or no screen."""
+    """Return the system's command that opens a file; None without such a command or a screen."""
     if platform == "win32":
         return "explorer"
     if platform == "darwin":
@@ -179,7 +179,7 @@ class Run:
     files: ImageFiles
 
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
-        """Generate the images of lines, batch by batch, and write them; failures of lines are recorded.
+        """Generate and write the images of lines, batch by batch; errors of lines are added to `failures`.
 
         Returns:
             The paths.
@@ -232,8 +232,8 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         load: Loads the checkpoint and returns a `Maker`.
 
     Raises:
-        UserError: If something fails; with several prompts only after the images of all usable ones are
-            generated.
+        UserError: If something fails. With several prompts it is raised after the images of all usable
+            prompts are generated.
     """
     freeze_libraries()
     device = select_device(options.device)
@@ -275,7 +275,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
 
 def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
-    """Make the pictures of the lines that a module of --from_module yields."""
+    """Generate the images of the lines that the module of --from_module yields."""
     asking = run.asking
     lines_of_round = module_lines(
         module,
@@ -297,7 +297,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
 def _make_lines(
     options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
 ) -> list[Path]:
-    """Make the pictures of a fixed list of lines. All are checked before `start` loads a model."""
+    """Generate the images of a fixed list of lines. All are checked before `start` loads a model."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):
@@ -321,7 +321,7 @@ def _make_lines(
 
 
 def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
-    """Yield the lines of --n_iter rounds; each begins when its first line is asked for."""
+    """Yield the lines of --n_iter rounds; a round begins when its first line is requested."""
     prompts = run.options.prompts
     asking = run.asking
     for number in range(1, prompts.n_iter + 1):

@@ -79,7 +79,7 @@ def make_scheduler(
     settings |= {name: value for name, value in optional.items() if name in accepted}
     with _no_warnings_to_developers():
         scheduler = made_class(**settings)
-    if class_name == LMS:  # its own way takes scipy, which may not be installed
+    if class_name == LMS:  # this class needs scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
@@ -100,7 +100,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide FutureWarning and DeprecationWarning of diffusers, which users can do nothing about."""
+    """Hide FutureWarning and DeprecationWarning of diffusers, on which users cannot act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -125,26 +125,26 @@ def _make_zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-MIN_SHARE = 2**-24  # of the data at the last timestep, squared
+MIN_SHARE = 2**-24  # squared fraction of data at the last timestep
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
 @dataclass
 class SchedulerSolver:
-    """A solver around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
+    """A solver that wraps a scheduler of diffusers for one batch. Samples in the loop are B 4 1 h w.
 
-    All random numbers of a step come from the pictures' own generators, so that none depends on its batch.
+    All random numbers of a step come from the images' own generators, so no image depends on its batch.
     """
 
     scheduler: Any
-    generators: Sequence[torch.Generator]  # one for each picture, on the CPU
+    generators: Sequence[torch.Generator]  # one for each image, on the CPU
     first: int = 0  # the index in `schedule` that denoising begins at
-    # wraps a step; it is given the scheduler's own step. None: that step alone
+    # wraps a step, and gets the scheduler's own step as an argument; None for the plain step
     around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Return noise levels and timesteps as the scheduler lists them. Some list several for one step."""
+        """Return noise levels and timesteps in the scheduler's order. Some have several per step."""
         timesteps = self.scheduler.timesteps.float()
         places = timesteps.long().clamp(0, TRAINED["num_train_timesteps"] - 1).to("cpu")
         shares = self.scheduler.alphas_cumprod.to("cpu").double()[places]
@@ -157,7 +157,7 @@ class SchedulerSolver:
 
     @property
     def timesteps_of_steps(self) -> tuple[float, ...]:
-        """Return the timestep at which each step begins. A step may take several calls of the network."""
+        """Return the timestep at which each step begins. A step may call the network several times."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])
 
@@ -171,7 +171,7 @@ class SchedulerSolver:
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Add noise to clean latents, B 4 h w, of the level before the step with that index.
+        """Add noise to clean latents, B 4 h w, at the noise level before step `index`.
 
         Call only before the first step, for `first`, or right after a step, for the next one.
         """
@@ -203,7 +203,7 @@ class SchedulerSolver:
 
 
 def count_left_out(steps: int, strength: float | None) -> int | None:
-    """Return the number of steps that image-to-image skips; None without a picture.
+    """Return the number of steps that image-to-image skips; None without an input image.
 
     Args:
         steps: Number of steps.
@@ -215,7 +215,7 @@ def count_left_out(steps: int, strength: float | None) -> int | None:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], left_out: int | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to this many steps and return its solver; earlier steps are forgotten.
+    """Set a scheduler to a number of steps, without state of earlier runs, and return its solver.
 
     If all steps are skipped, the solver begins at `schedule.num_steps`.
 
@@ -225,8 +225,8 @@ def begin_sampling(
         generators: Generator of each image.
         left_out: Number of steps that image-to-image skips; None to begin from noise.
     """
-    if "skip_prk_steps" in scheduler.config:  # of PNDM alone
-        # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
+    if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
+        # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
         scheduler.register_to_config(skip_prk_steps=left_out is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
@@ -240,7 +240,7 @@ def begin_sampling(
 
 @dataclass
 class SeenSolver:
-    """A `SchedulerSolver` for one picture, whose samples in the loop are inputs of the U-Net.
+    """A `SchedulerSolver` for one image, whose samples in the loop are inputs of the U-Net.
 
     Some schedulers scale a sample for the U-Net; the unscaled sample is kept here.
     """
@@ -256,7 +256,7 @@ class SeenSolver:
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the start latents of a picture, scaled for the U-Net, and the first step.
+        """Return the start latents of an image, scaled for the U-Net, and the first step.
 
         Args:
             clean: Clean latents of the image, 1 4 1 h w.
@@ -274,7 +274,7 @@ class SeenSolver:
             noisy: Input of the U-Net at the noise level.
             output: Output of the U-Net.
         """
-        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # of the data
+        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # fraction of data in the sample
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:
@@ -351,7 +351,7 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
 
 
 def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments that pass the residuals of ControlNets to the U-Net; none without ControlNets."""
+    """Return the arguments that pass the residuals of ControlNets to the U-Net; {} without ControlNets."""
     if call.residuals is None:
         return {}
     skips, middle = call.residuals
@@ -364,7 +364,7 @@ def _pass_residuals(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
 def make_conditions(
     states: Sequence[TextState], device: torch.device, sizes: Tensor | None = None, negative: bool = False
 ) -> Conditions:
-    """Return the conditions of one pass.
+    """Return the conditions of one pass of the U-Net.
 
     Args:
         states: States of each image's text, of equal lengths.
@@ -389,10 +389,10 @@ def is_guided(scale: float, negative_scale: float | None) -> bool:
 
 
 def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
-    """Return classifier-free guidance: u + s (c - u), u of the negative text, c of the prompt.
+    """Return classifier-free guidance, u + s (c - u), with u for the negative text and c for the prompt.
 
-    With negative_scale k, and r of the empty text: r + s (c - r) - k (u - r). Without negative conditions it
-    is c alone. Source: Ho and Salimans 2022, arXiv 2207.12598.
+    With a negative_scale k, it is r + s (c - r) - k (u - r), with r for the empty text. Without negative
+    conditions it is c. Source: Ho and Salimans 2022, arXiv 2207.12598.
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:

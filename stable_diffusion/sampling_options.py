@@ -15,35 +15,35 @@ TRAINED_STEPS = 1000  # timesteps that all models know
 MAX_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels; no memory holds more
-DEFAULT_STRENGTH = 0.8  # of image to image
+DEFAULT_STRENGTH = 0.8  # default strength of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
 STRENGTH_HINT = "0 keeps the picture, 1 replaces it"
 _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """How the start noise of some pictures is changed."""
+    """How, and how often, the start noise is changed."""
 
     pyramid_noise_prob: float | None = option(
-        "probability that a picture begins with pyramid noise, which adds coarser noise; usually 0",
+        "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
         least=0,
         most=1,
         needs="pyramid_noise_discount_range",
     )
     pyramid_noise_discount_range: tuple[float, ...] | None = option(
-        "discount of each coarser level of pyramid noise, drawn for each picture between these two numbers",
+        "discount of each coarser level of pyramid noise, drawn for each image between these two numbers",
         nargs=2,
         needs="pyramid_noise_prob",
     )
     noise_offset_prob: float | None = option(
-        "probability that a picture begins with noise with an offset, which makes pictures darker or "
+        "probability that an image begins with noise with an offset, which makes images darker or "
         "brighter as a whole; usually 0",
         least=0,
         most=1,
         needs="noise_offset_range",
     )
     noise_offset_range: tuple[float, ...] | None = option(
-        "amount of the noise offset, drawn for each picture between these two numbers",
+        "amount of the noise offset, drawn for each image between these two numbers",
         nargs=2,
         needs="noise_offset_prob",
     )
@@ -58,7 +58,7 @@ class StartNoiseOptions(Options):
 
 
 class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
-    """SDXL's conditions of sizes and crops; None: the picture's own size, and 0."""
+    """SDXL's size and crop conditions; None stands for the image's own size, and for no crop."""
 
     original_height: int | None = option("original height; usually the height", least=1)
     original_height_negative: int | None = option(
@@ -73,7 +73,7 @@ class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL")
 
 
 class SamplingOptions(Options, title="sampling"):
-    """Defaults of sampler, guidance, noise and sizes; the line of a prompt may override them."""
+    """Sampler, guidance, noise and sizes; a prompt line may override them."""
 
     width: int | None = option(
         "width, a multiple of 8; usually 512, for XL 1024",
@@ -123,7 +123,7 @@ class SamplingOptions(Options, title="sampling"):
 
 
 def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
-    """Raise OptionError if a sampler cannot make so many steps, or so few from noise."""
+    """Raise OptionError if a sampler does not support this number of steps."""
     if steps > MAX_STEPS:
         raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MAX_STEPS} at most; 20 to 50 are usual")
     if sampler == "pndm" and steps < PNDM_STEPS:
@@ -138,10 +138,10 @@ DEEPEST = 8
 
 
 class HighresOptions(Options, title="highres fix: two stages"):
-    """The first stage makes a small picture, the second makes a large one from it."""
+    """The first stage generates a small image, from which the second generates a large one."""
 
     highres_fix_scale: float | None = option(
-        "make pictures in two stages: first at this share of width and height, such as 0.5",
+        "make images in two stages: first at this share of width and height, such as 0.5",
         above=0,
         most=1,
         hint="the first stage's share of the whole, such as 0.5 where other programs say 2",
@@ -156,17 +156,15 @@ class HighresOptions(Options, title="highres fix: two stages"):
         hint=STEPS_HINT,
     )
     highres_fix_strength: float | None = option(
-        "share of the steps in the second stage, 0 to 1; usually --strength",
+        "fraction of the steps in the second stage, 0 to 1; usually --strength",
         least=0,
         most=1,
         needs="highres_fix_scale",
         hint=STRENGTH_HINT,
     )
-    highres_fix_save_1st: bool = option(
-        "also write the pictures of the first stage", needs="highres_fix_scale"
-    )
+    highres_fix_save_1st: bool = option("also write the images of the first stage", needs="highres_fix_scale")
     highres_fix_latents_upscaling: bool = option(
-        "enlarge the latents instead of the picture", needs="highres_fix_scale"
+        "enlarge the latents instead of the image", needs="highres_fix_scale"
     )
     highres_fix_upscaler: str | None = option(
         "enlarge by a module with create_upscaler: one of your own, or stable_diffusion.model_upscaler, "
@@ -250,15 +248,20 @@ class Unsharp(NamedTuple):
     ksize: int
     sigma: float
     strength: float
-    target_x: bool  # of the step's result; else only of what it begins with
+    target_x: bool  # whether to sharpen the step's result; else the sample that the step begins with
 
 
 def read_unsharp(option: str, text: str) -> Unsharp:
-    """Read `ksize,sigma,strength,target-x`, such as `3,0.5,0.5,1`. Raises OptionError."""
+    """Read `ksize,sigma,strength,target-x`, such as `3,0.5,0.5,1`; the last part may be omitted.
+
+    Raises OptionError if the text cannot be read.
+    """
     try:
-        ksize, sigma, strength, *target_x = text.split(",")
-        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, target_x))]
-        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target)
+        ksize, sigma, strength, *rest = text.split(",")
+        target_x = ",".join(rest).strip() if rest else "1"
+        if target_x not in ("0", "1"):
+            raise ValueError(f"target-x is {target_x}")
+        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target_x == "1")
         is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
         if is_odd and 0 < unsharp.sigma < math.inf and math.isfinite(unsharp.strength):
             return unsharp

@@ -30,7 +30,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True, eq=False)
 class DeepShrinks:
-    """Set up Deep Shrink for batches that want it. Without it the U-Net has no hooks."""
+    """Set up Deep Shrink for batches that use it. Otherwise the U-Net has no hooks."""
 
     unet: Any
 
@@ -39,7 +39,7 @@ class DeepShrinks:
         """Set the U-Net up for a batch and restore it at the end; yield None without Deep Shrink.
 
         Raises:
-            OptionError: If the U-Net is not that deep.
+            OptionError: If the U-Net does not have a block at the given depth.
         """
         shrink = pictures[0].settings.deep_shrink
         if shrink is None:
@@ -74,7 +74,7 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
-    """Return the modules of the U-Net's first half as its published blocks are numbered."""
+    """Return the modules of the U-Net's first half in the order of the published blocks."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]
@@ -82,7 +82,7 @@ def input_blocks(unet: Any) -> list[nn.Module]:
 
 
 def make_smaller(features: Tensor, ratio: float) -> Tensor:
-    """Return features B C h w with sides times `ratio`, rounded down but at least 1; bicubic, in float32."""
+    """Resize features B C h w by `ratio`, with sides rounded down but at least 1; bicubic, in float32."""
     height, width = features.shape[-2:]
     if min(height, width) * ratio < 1:
         size = smaller_size((height, width), ratio)
@@ -91,12 +91,12 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
-    """Return a size times a ratio, at least 1 on each side."""
+    """Return a size times a ratio, with sides of at least 1."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 
 def resize_like(features: Tensor, size: Size) -> Tensor:
-    """Return features B C h w in that size, bicubic, in float32; unchanged if they have it."""
+    """Return features B C h w resized to `size`, bicubic, in float32; unchanged if they have it."""
     if tuple(features.shape[-2:]) == size:
         return features
     return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
@@ -104,13 +104,13 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """An `Idea` that decides before each call whether Deep Shrink's hooks in the U-Net act."""
+    """An `Idea` that decides before each call whether Deep Shrink's hooks in the U-Net are active."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
     depth: int | None = None  # where features are made smaller in this call
     has_acted: bool = False
-    size: Size = (0, 0)  # of the sample
+    size: Size = (0, 0)  # size of the sample
     # of the skips that the running output block takes, in the order in which it takes them
     skips: list[Size] = field(default_factory=list)
 
@@ -125,7 +125,7 @@ class _Shrinking:
         self.size = height, width
         if self.depth is None or call.residuals is None:
             return call
-        # a ControlNet sees the whole size: what it adds has to be of the features' size
+        # a ControlNet runs at full size, so its residuals have to be resized to the features' size
         skips, middle = call.residuals
         sizes = self._list_feature_sizes()
         fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
@@ -151,7 +151,7 @@ class _Shrinking:
         return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
     def enter_output(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Fit the features to an output block's first skip, and note the sizes of the remaining ones."""
+        """Resize features to an output block's first skip connection, and store the sizes of the others."""
         if self.depth is None:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
@@ -164,7 +164,7 @@ class _Shrinking:
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
-        """Fit the features to the skip that the next layer of the output block takes."""
+        """Resize features to the skip connection of the output block's next layer."""
         if self.depth is None:
             return None
         size = self.skips[layer + 1]
@@ -203,7 +203,7 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
 # kohya-ss, "Gradual Latent", 2023; the steps: Karras et al. 2022, arXiv 2206.00364, in the ancestral form of
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")
-STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
+STEP = 8  # sides of the small latents are multiples of this, because the U-Net halves them repeatedly
 NEARLY = 1 - 1e-6  # a ratio that is 1 except for the rounding of its sum
 
 
@@ -216,10 +216,10 @@ def scale_size(full: Size, ratio: float) -> Size:
 
 
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
-    """Map the index of each step that enlarges the latents to the size ratio after it.
+    """Return the size ratio after each step that enlarges the latents, by index of the step.
 
     Args:
-        timesteps: Timesteps of the steps to run, falling; indices count in them.
+        timesteps: Decreasing timesteps of the steps to run, to which indices refer.
         gradual: Options of Gradual Latent.
     """
     growth: dict[int, float] = {}
@@ -240,7 +240,7 @@ def begin_small(
 ) -> tuple[Tensor, SchedulerSolver]:
     """Return the start latents, B C 1 h w, at their first size, and the sampler that enlarges them later.
 
-    If no step is made, both are returned unchanged.
+    If there are no steps, both are returned unchanged.
 
     Raises:
         OptionError: If the blur of an unsharp mask is larger than the latents.
@@ -284,7 +284,7 @@ def begin_small(
 
 
 def check_batch(pictures: Sequence[AskedImage], sampler: str) -> None:
-    """Raise OptionError if a batch with Gradual Latent cannot be made."""
+    """Raise OptionError if a batch cannot be generated with Gradual Latent."""
     if sampler not in SAMPLERS:
         raise OptionError(
             f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
@@ -299,7 +299,7 @@ def check_batch(pictures: Sequence[AskedImage], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GrowingSteps:
-    """Wraps the steps of euler_a: some enlarge the sample first, so that noise is drawn at its new size."""
+    """Wraps the steps of euler_a; some enlarge the sample first, so noise is drawn at the new size."""
 
     scheduler: Any
     full: Size
@@ -308,7 +308,7 @@ class GrowingSteps:
     s_noise: float
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample, larger if this step makes it grow.
+        """Return the next sample, which is larger if this step enlarges it.
 
         Args:
             step: Takes a step of the sampler.
@@ -351,7 +351,7 @@ class GrowingSteps:
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
-    """Return latents B C 1 h w in that size, bicubic; unchanged if they have it."""
+    """Resize latents B C 1 h w, bicubic; they are unchanged if they already have this size."""
     if _size(latents) == size:
         return latents
     return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)
@@ -360,7 +360,7 @@ def resize_latents(latents: Tensor, size: Size) -> Tensor:
 def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
     """Return x + (x - blur(x)) * strength for latents B C 1 h w.
 
-    The blur is Gaussian, of `ksize` by `ksize` latents, which are mirrored at the edges.
+    The blur is Gaussian, `ksize` by `ksize`, and mirrors the latents at the edges.
     """
     places = torch.arange(unsharp.ksize, dtype=torch.float32) - unsharp.ksize // 2
     row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)

@@ -28,7 +28,7 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 #
 # All numbers come from the picture's own generator, and none is drawn by what is not asked for, so that a
 # picture depends neither on its batch nor on these options if they are left out.
-LEVELS = 6  # of pyramid noise at most, as in training with it
+LEVELS = 6  # maximum number of levels of pyramid noise, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 MIN_STEP, MAX_STEP = 2.0, 4.0
 
@@ -51,7 +51,7 @@ def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Gener
 
 
 def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Add a normal number times `amount` to each channel of C h w: "Offset Noise", Guttenberg 2023."""
+    """Add a normally distributed offset, times `amount`, to each channel of C h w (Guttenberg 2023)."""
     return noise + amount * _draw((len(noise), 1, 1), noise, generator)
 
 
@@ -123,7 +123,7 @@ class Inpainting:
         return ((1 - self.mask) * original + self.mask * painted).unsqueeze(2)
 
 
-CHANNELS = 4  # of latents
+CHANNELS = 4  # number of latent channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,17 +136,17 @@ class Beginning:
 
 
 def is_masked(picture: AskedImage) -> bool:
-    """Return whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
+    """Return whether an image is inpainted; with several prompt parts, a mask shows their regions instead."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
 def find_strength(picture: AskedImage, start: SecondStart | None) -> float | None:
-    """Return how much of an image is denoised anew; None for images that start from noise."""
+    """Return the fraction of the steps that an input image goes through; None for a start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
 def check_start(model: Model, picture: AskedImage, start: SecondStart | None) -> None:
-    """Raise OptionError if a mask is given without a picture, or an inpainting checkpoint gets no mask."""
+    """Raise OptionError for a mask without an image, or for an inpainting checkpoint without a mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
@@ -166,17 +166,17 @@ def begin(
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
 ) -> Beginning:
-    """Encode the input pictures, draw their start noise and blend both.
+    """Encode the input images, draw their start noise and blend both.
 
     Args:
         model: The loaded model.
-        pictures: Images; all have an input image or none has, and likewise a mask.
-        start: Latents or images to start from, as many as images; None without.
+        pictures: Requested images; all have an input image or none has, and likewise a mask.
+        start: Latents or images to start from, one for each requested image; None for none.
         sampler: The sampler.
         noise_options: Options of the noise.
 
     Raises:
-        MediaError: If an input picture or a mask cannot be read.
+        MediaError: If an input image or a mask cannot be read.
     """
     settings = pictures[0].settings
     generators = sampler.generators
@@ -224,7 +224,7 @@ def begin(
 
 
 def _start_pixels(pictures: Sequence[AskedImage], start: SecondStart | None) -> Tensor | None:
-    """Return the images that the pictures start from, B 3 H W; None if they start from latents or noise."""
+    """Return the pixels of the input images, B 3 H W; None for a start from latents or noise."""
     images = None if start is None else start.images
     if start is None:
         images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
@@ -235,7 +235,7 @@ def _start_pixels(pictures: Sequence[AskedImage], start: SecondStart | None) -> 
 
 
 def _read_masks(pictures: Sequence[AskedImage]) -> Tensor:
-    """Return the masks of pictures, B 1 H W: 1 is repainted."""
+    """Return the masks of images, B 1 H W, with 1 for the area to repaint."""
     settings = pictures[0].settings
     masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
@@ -253,7 +253,7 @@ def latent_size(settings: ImageSettings) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB, upright.
+    """Read an image as RGB, rotated upright.
 
     Raises:
         MediaError: If it cannot be read.
@@ -262,7 +262,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """Return the pixels of a picture at that size (Lanczos), 1 3 H W, float32."""
+    """Return the pixels of an image resized by Lanczos, 1 3 H W, float32."""
     resized = fit(picture.convert("RGB"), width, height)
     values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)
     return 2 * values.permute(2, 0, 1)[None] - 1
@@ -277,9 +277,9 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Sample the posteriors of pictures, each with its own generator: latents B 4 h w, float32, scaled.
+    """Sample the posteriors of images, each with its own generator; return scaled latents, B 4 h w float32.
 
-    Pictures are encoded one by one, so that none depends on its batch.
+    Images are encoded one by one, so that none depends on its batch.
     """
     samples = []
     for image, generator in zip(pixels, generators, strict=True):
@@ -294,7 +294,7 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
-    """Return the pictures of latents B 4 h w.
+    """Decode latents B 4 h w into images.
 
     Args:
         model: The loaded model.
@@ -312,10 +312,10 @@ def decode_latents(
 
 
 def to_image(pixels: Tensor, label: str) -> Image.Image:
-    """Return pixels 3 H W as a picture. NaN becomes black, with a warning that names the picture."""
+    """Convert pixels 3 H W to an image. NaN becomes black, with a warning that names the image."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
-            "%s: the picture has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
+            "%s: the image has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
             "try --no_half_vae, then --bf16 instead of --fp16",
             label,
         )
@@ -325,7 +325,7 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return the number of pictures that the VAE takes at once.
+    """Return the number of images that the VAE processes at once.
 
     Args:
         size: Value of --vae_batch_size; None for all images.

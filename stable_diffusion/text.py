@@ -52,15 +52,15 @@ class Texts:
         layers: Sequence[str] = (),
         bundled: Sequence[LearnedWord] = (),
     ) -> None:
-        """Teach the encoders the words of embeddings, which adds rows to their networks.
+        """Add the words of embeddings to the encoders, whose networks get new rows.
 
         Args:
             towers: Text encoders of the checkpoint.
             kind: Kind of the checkpoint.
             options: Options of texts.
             layers: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has states for
-                each of them, one after the other.
-            bundled: Words that LoRAs bring along.
+                each of these, one after the other.
+            bundled: Words in the files of LoRAs.
 
         Raises:
             OptionError: If an encoder lacks the layer of --clip_skip.
@@ -69,7 +69,7 @@ class Texts:
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
         self._known = [*list_ids(words, 0, 0)]  # all words that embeddings and LoRAs have brought
-        self._copies = max(len(layers), 1)  # of a text's states
+        self._copies = max(len(layers), 1)  # number of copies of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
@@ -78,21 +78,21 @@ class Texts:
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
-        """Return the number of chunks of 75 tokens that are read of a text; at least 1."""
+        """Return the number of chunks of 75 tokens that a text has, within the limit; at least 1."""
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
         """Return the states of a text.
 
-        They are remembered: do not change them in place.
+        The states are cached: do not change them in place.
 
-        Weights multiply each encoder's states separately. The pooled state (SDXL) is the last encoder's, of
-        the first chunk and without weights.
+        Weights multiply each encoder's states separately. The pooled state (SDXL) is that of the last encoder
+        for the first chunk, without weights.
 
         Args:
             text: The text.
-            chunks: Number of chunks to which the text is padded; None for as many as it needs.
-            networks: Further values that the result depends on, such as multipliers of LoRAs in the text
+            chunks: Number of chunks to which the text is padded; None for no padding.
+            networks: Other values on which the result depends, such as multipliers of LoRAs in the text
                 encoders.
         """
         chunks = self.chunks(text) if chunks is None else chunks
@@ -114,8 +114,8 @@ class Texts:
     def _encode_chunks(
         self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the states of a text in one encoder, as one row, and its pooled states if they are used."""
-        is_pooled = self._kind is SDXL
+        """Return a text's states in one encoder, joined to one row, and pooled states if they are used."""
+        is_pooled = self._kind is SDXL  # only SDXL uses pooled states, of its last encoder
         rows = [
             tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
             for chunk in chunks
@@ -137,11 +137,12 @@ class Texts:
         for chunk_states in states.chunk(len(ids)):
             text_states = join_chunks(chunk_states)
             copies.append(weigh_states(text_states, weights, self._mode))
+        # all cross-attentions share the states unless a word has vectors for each of them
         repeats = self._copies // len(ids)
         return torch.cat(copies * repeats), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
-        """Return a text's ids, K 77: once, or for each cross-attention if its words' vectors differ."""
+        """Return a text's ids, K 77: once, or once per cross-attention if a word has vectors for each."""
         if tower.strides is None:
             return [ids]
         strides = tower.strides[ids]
@@ -150,7 +151,7 @@ class Texts:
         return [ids + place * strides for place in range(self._copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return each encoder's chunks of a text, at most --max_embeddings_multiples; warn if it has more."""
+        """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
         warn_of_unknown(text, self._known)
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
@@ -162,13 +163,13 @@ class Texts:
 def warn_of_unused(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
 ) -> None:
-    """Warn of a text whose end is not read.
+    """Warn of a text that is cut off.
 
     Args:
         parts: Parts of the text with their weights.
         tokenize: Returns the tokens of a text.
         count: Number of chunks of the text.
-        most: Number of chunks that are read.
+        most: Maximum number of chunks.
     """
     if count > most:
         logger.warning(
@@ -191,7 +192,7 @@ def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
 
 
 def join_chunks(states: Tensor) -> Tensor:
-    """Return the states of all chunks as one row of 75 K + 2, without start and end states between them.
+    """Join the states of K chunks to 75 K + 2, without the start and end states between chunks.
 
     Args:
         states: States of each chunk, K 77 C.
@@ -200,9 +201,10 @@ def join_chunks(states: Tensor) -> Tensor:
 
 
 def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
-    """Multiply states by weights; with mode "original" or "abs", restore their mean by scaling.
+    """Multiply states by weights; the modes "original" and "abs" then restore their mean by scaling.
 
-    The result is computed in float32 and rounded once. If all weights are 1, the same states are returned.
+    The result is computed in float32 and rounded once. If all weights are 1, the states are returned
+    unchanged.
 
     Args:
         states: States, L C.
@@ -266,8 +268,9 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
 def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """Return the layer to take states from, counted from the last layer of the loaded network.
 
-    --clip_skip counts in the loaded network, as in the known script; its default counts in the released one.
-    So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
+    --clip_skip counts layers of the loaded network, as in the known script, but its default counts layers of
+    the released one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last
+    layer.
     """
     check_layer(clip_skip, tower.network.num_layers, kind)
     return default_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
@@ -302,10 +305,10 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """Vectors of pictures in place of pooled states. The image tower is on the device only while it works."""
+    """Image vectors in place of pooled states. The image tower is on the device only while in use."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
-        """Find the image tower's files; they are loaded with the first picture. Raises as `check_vision`."""
+        """Find the image tower's files, which are loaded for the first image. Raises as `check_vision`."""
         self._path = check_vision(model.kind, model.path, tokenizer_cache_dir)
         self._model = model
         self._strength = strength
@@ -313,9 +316,9 @@ class ImageVectors:
         self._vectors: dict[Path, Tensor] = {}
 
     def replace_pooled(self, states: Sequence[TextState], pictures: Sequence[Path]) -> list[TextState]:
-        """Return the states of prompts with the vectors of pictures, one for each, as their pooled states.
+        """Return the states of prompts with their pooled states replaced by vectors of images, one for each.
 
-        Each picture is seen by itself, so that its vector depends on no other, and once in a run.
+        Each image is encoded alone, so its vector does not depend on others, and only once in a run.
 
         Raises:
             CheckpointError: If the tower's files are damaged or do not fit the model.
@@ -336,7 +339,7 @@ class ImageVectors:
         ]
 
     def _load_tower(self) -> ClipVision:
-        """Load the image tower. Raises CheckpointError if its vectors are not as wide as the pooled state."""
+        """Load the image tower. Raises CheckpointError if its vectors do not fit the pooled state."""
         model = self._model
         tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
         logger.info("CLIP vision conditioning: %s", self._path)
@@ -355,10 +358,10 @@ class ImageVectors:
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return the file of bigG's image tower for a checkpoint of a kind.
+    """Return the file of the bigG image tower for a checkpoint.
 
     Raises:
-        OptionError: If the kind is not SDXL.
+        OptionError: If the checkpoint is not SDXL.
         DownloadError: As `find_image_tower` does.
     """
     if kind is not SDXL:
@@ -370,7 +373,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return bigG's image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
+    """Find the bigG image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
 
     If it is in none of these, it is downloaded.
 

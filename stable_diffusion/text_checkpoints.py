@@ -40,7 +40,7 @@ USE = ClipUse(
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
-PROJECTION = "text_projection.weight"  # of the pooled state, in our network
+PROJECTION = "text_projection.weight"  # projection of the pooled state, in our network
 _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 
@@ -56,7 +56,7 @@ def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a single file.
 
     Raises:
-        CheckpointError: If one is missing or its tensors make no sense.
+        CheckpointError: If a text encoder is missing or its tensors are contradictory.
     """
     if kind is SD1:
         return (_read_clip_l(checkpoint, SD1_TEXT),)
@@ -100,18 +100,18 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 
 
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
-    """Return a tensor of a released file made of our weights: the inverse of how `read_texts` makes them.
+    """Compute a tensor of a released file from our weights: the inverse of the conversion in `read_texts`.
 
     Args:
         name: Name of the tensor in the file.
-        weights: Our weights: one, or queries, keys and values of OpenCLIP.
+        weights: Our weights: a single one, or OpenCLIP's queries, keys and values.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined
 
 
 def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
-    """Return the tensors below a prefix, by names without it."""
+    """Return the tensors with a prefix, by their names without it."""
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         raise CheckpointError(
             f"--ckpt {checkpoint.path} is incomplete: its text encoder {what} ({prefix}...) is missing.\n"
@@ -122,7 +122,7 @@ def _select_part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:
-    """Leave the last layer out, which SD 2.x does not use, unless the file has left it out already."""
+    """Leave out the last layer, which SD 2.x does not use, unless the file lacks it already."""
     config = plan.config
     if config.num_layers == SD2_LAYERS:
         return plan

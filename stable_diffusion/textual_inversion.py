@@ -43,7 +43,7 @@ _NAMES_OF_SEVERAL = (SEVERAL, ("text_encoders_0", "text_encoders_1"))
 
 @dataclass(frozen=True, eq=False)
 class LearnedWord:
-    """Content of a file."""
+    """A learned word with its vectors, as read from a file."""
 
     path: Path
     word: str
@@ -67,7 +67,7 @@ def read_words(
         option: Option that names `paths`.
 
     Raises:
-        CheckpointError: If one is missing or of another kind, or if two have the same name.
+        CheckpointError: If a file is missing or of another kind, or if two have the same name.
     """
     plain = [_read_word(path, option, path.stem, _read_content(path, option)) for path in paths]
     words = (*plain, *(_read_extended(path, layers) for path in extended))
@@ -83,7 +83,7 @@ def read_words(
 
 
 def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
-    """Return the words that LoRA files bring along; log which file brings which.
+    """Read the words in LoRA files; log which file contains which word.
 
     Args:
         files: Contents of each word by LoRA file.
@@ -105,7 +105,7 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 
 
 def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
-    """Return the words of files, and those that LoRAs bring; warn of one that is there already."""
+    """Join the words of files and those in LoRAs; warn of words in LoRAs that exist already."""
     chosen = {word.word.lower(): word for word in words}
     for word in bundled:
         first = chosen.setdefault(word.word.lower(), word)
@@ -122,12 +122,12 @@ def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -
 def add_words(
     towers: Sequence[TextTower], kind: ModelKind, words: Sequence[LearnedWord]
 ) -> tuple[TextTower, ...]:
-    """Return text encoders that know these words.
+    """Return text encoders with these words added to their vocabularies.
 
-    Their networks get rows for them.
+    The networks are changed in place: they get rows for the words.
 
     Raises:
-        CheckpointError: If vectors do not fit an encoder, or if it has a token of that name already.
+        CheckpointError: If vectors do not fit an encoder, or if a token with a word's name exists already.
     """
     if not words:
         return tuple(towers)
@@ -147,16 +147,18 @@ def add_words(
 
 
 def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
-    """Return a text encoder that knows words.
+    """Return a text encoder with learned words added to its vocabulary.
 
     Args:
         tower: The text encoder.
-        words: The words.
-        index: Index of the encoder, which is that of the words' vectors.
+        words: The words to add.
+        index: Index of the encoder in the checkpoint, which selects the vectors of each word.
     """
     embeddings = tower.network.embeddings
     ids = list_ids(words, index, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
+    # a word of --XTI_embeddings has as many vectors for each cross-attention, one layer after the other:
+    # the stride leads from a vector's row to that for the next cross-attention
     strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
         if word.layers > 1:
@@ -165,7 +167,7 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
 
 
 def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
-    """Return a table of token embeddings with the words' vectors as further rows.
+    """Return a table of token embeddings with the words' vectors as additional rows.
 
     Args:
         table: The table.
@@ -199,7 +201,7 @@ def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return derived names and their ids: those of each word's single vectors, and the names in the files."""
+    """Return additional names and their ids: those of a word's single vectors, and the names in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]
@@ -213,7 +215,7 @@ def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) ->
 def with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
-    """Return a tokenizer that maps `words` to their ids, and the text between them by `tokenize`."""
+    """Return a tokenizer that maps `words` to their ids and leaves the text between them to `tokenize`."""
     names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
     ids = [list(words[name]) for name in names]
     pattern = re.compile("|".join(f"({_marked(name)}|{_alone(name)})" for name in names), re.IGNORECASE)
@@ -232,12 +234,12 @@ def with_words(
 
 
 def _marked(name: str) -> str:
-    """Return the pattern of a name as ComfyUI's prompts mark it: `embedding:folder/NAME.safetensors`."""
+    """Return the pattern for a name marked as in ComfyUI: `embedding:folder/NAME.safetensors`."""
     return rf"(?<!\w)embedding:\s*(?:[^\s,()\[\]:]*[/\\])?{_alone(name)}(?:\.(?:safetensors|sft|pt|bin)\b)?"
 
 
 def warn_of_unknown(text: str, known: Iterable[str]) -> None:
-    """Warn of words that a prompt marks as embeddings, as ComfyUI does, and that nothing has loaded.
+    """Warn of words that a prompt marks as embeddings, in ComfyUI's way, but that are not loaded.
 
     Args:
         text: The text.
@@ -262,11 +264,12 @@ def _alone(name: str) -> str:
 
 
 def _count(word: LearnedWord) -> int:
+    """Return the number of vectors that a word has for each cross-attention."""
     return len(word.vectors[0]) // word.layers
 
 
 def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: ModelKind) -> None:
-    """Raise CheckpointError if vectors do not fit text encoders of these widths, or are too many."""
+    """Raise CheckpointError if vectors do not fit text encoders of these widths, or if there are too many."""
     for word in words:
         vector_widths = [vectors.shape[1] for vectors in word.vectors]
         if list(widths) != vector_widths:
@@ -294,7 +297,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
-    """Return a word of this name, with the content of its file."""
+    """Return a word called `name` with the vectors in its file's content."""
     tensors, token = _select_tensors(path, option, content)
     vectors = _to_rows(path, option, tensors)
     if len({len(rows) for rows in vectors}) > 1:
@@ -337,7 +340,7 @@ def _not_extended(path: Path, why: str) -> CheckpointError:
 
 
 def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError if this cannot be."""
+    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError for other shapes."""
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
@@ -355,7 +358,7 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in order, and the word that the file names, or None."""
+    """Return the vectors for each text encoder, in order, and the word in the file; None if it has none."""
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
         words = _list_tensors(inner)

@@ -38,8 +38,8 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
         are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
 
     Raises:
-        OptionError: If the option names a file.
-        CheckpointError: If there is no tokenizer or it cannot be read.
+        OptionError: If --tokenizer_cache_dir names a file.
+        CheckpointError: If a tokenizer is missing or cannot be read.
     """
     loaded: dict[Path, ClipWords] = {}
     words = []
@@ -61,7 +61,7 @@ def fetch_tokenizer_files(
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
         if file is None:
-            # that of the first encoder serves for both
+            # both encoders share the tokenizer of the first
             file = fetched[0][1] if fetched else _download(source, cache, checkpoint)
         fetched.append((source, file))
     return fetched
@@ -70,7 +70,7 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return the possible places of each text encoder's tokenizer, and its file; None: it is not here.
+    """Return the possible places of each text encoder's tokenizer, and its file; None if it is missing.
 
     Arguments and OptionError: as for `find_tokenizers`.
     """
@@ -87,7 +87,7 @@ def find_tokenizer_files(
 
 
 def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
-    """Return the first tokenizer in or next to one of these places; None if there is none."""
+    """Return the first tokenizer in, or next to, one of these paths; None if there is none."""
     for place in places:
         file = files.find(None, place)
         if file is not None:
@@ -96,9 +96,9 @@ def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
 
 
 def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) -> None:
-    """Copy the tokenizer in or next to a checkpoint next to another file, if there is none.
+    """Copy the tokenizer of a checkpoint, in or next to it, next to another file that has none.
 
-    Of several tokenizers the first one is copied, as its vocabulary is that of the others.
+    If there are several, only the first one is copied, because all have the same vocabulary.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -106,7 +106,7 @@ def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) ->
         are_open_clip: For each encoder whether it is OpenCLIP.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If the tokenizer cannot be written.
     """
     if any(file is not None for _, file in find_tokenizer_files(None, target, are_open_clip)):
         return
@@ -163,7 +163,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
-DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # of (x) and [x]
+DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
 MOST = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
@@ -187,7 +187,7 @@ class _Bracket:
     """A bracket that opens a weighted part, or one that closes it."""
 
     kind: str  # "(" or "["
-    weight: float  # of one that opens: the closing one may set it
+    weight: float  # weight of an opening bracket, which the closing bracket may set
     closes: bool = False
 
 
@@ -195,13 +195,14 @@ _Event = str | _Bracket | None  # a text, a bracket, or BREAK
 
 
 def parse_weights(text: str) -> tuple[Part, ...]:
-    """Return the parts of a prompt, without marks and without empty parts.
+    """Split a prompt into parts with weights; brackets are removed, and empty parts are left out.
 
-    Neighbors of equal weight are one part, so that a text without marks is one part: itself. Takes time in
-    proportion to the length. Raises nothing.
+    Adjacent parts of equal weight are joined, so a text without brackets is one part. The time is
+    proportional to the length. Any text is accepted.
     """
     parts: list[Part] = []
-    products = {"(": [1.0], "[": [1.0]}  # of the open brackets, from the outermost on
+    # products of the weights of the open brackets, from the outermost inward
+    products = {"(": [1.0], "[": [1.0]}
     begins_chunk = False
     for event in _split_at_marks(text):
         if event is None:
@@ -223,7 +224,7 @@ def parse_weights(text: str) -> tuple[Part, ...]:
 
 
 def _split_at_marks(text: str) -> list[_Event]:
-    """Return the texts and marks of a prompt in their order, each opening bracket with its weight."""
+    """Return the texts and brackets of a prompt in order, each opening bracket with its weight."""
     events: list[_Event] = []
     opened: dict[str, list[_Bracket]] = {"(": [], "[": []}
     place = 0
@@ -282,13 +283,13 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
                 chunks.append(([], []))
             chunks[-1][0].append(token)
             chunks[-1][1].append(part.weight)
-    if len(chunks) > 1 and not chunks[-1][0]:  # nothing but blanks behind BREAK
+    if len(chunks) > 1 and not chunks[-1][0]:  # only blanks after BREAK
         chunks.pop()
     return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
 
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
-    """Return the end of a text that does not fit into `most` chunks, in whole words. Tokenizes many times."""
+    """Return the end of a text, in whole words, that does not fit into `most` chunks. This is slow."""
     words: list[Part] = []
     begins_chunk = False
     for part in parts:

@@ -56,13 +56,13 @@ from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
 WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
-# of each encoder, by the number of encoders that a model has
+# keys of each encoder's states in caches, by the number of encoders of a model
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """Tokenizer and settings that are loaded with the network of a text encoder."""
+    """Tokenizer and settings that are loaded together with a text encoder's network."""
 
     words: ClipWords
     pad: int
@@ -74,8 +74,9 @@ class LearningTexts:
     """How a training treats text encoders and captions."""
 
     dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
-    fills_captions: bool = True  # up to whole chunks; else to the longest caption of a batch
-    word: NewWord | None = None  # that is learned
+    # whether captions are padded to whole chunks; else to the longest caption of a batch
+    fills_captions: bool = True
+    word: NewWord | None = None  # the word that is trained
 
 
 class TowerEncoder:
@@ -99,11 +100,11 @@ class TowerEncoder:
         Args:
             files: Files of the checkpoint.
             number: Index of the encoder in the checkpoint.
-            chunks: Number of 75-token chunks that are read.
-            clip_skip: Value of the option; None for the layer that the model was trained with.
+            chunks: Number of 75-token chunks to which texts are padded or cut.
+            clip_skip: Value of --clip_skip; None for the layer that the model was trained with.
             tells_cut: Whether to warn of prompts that are cut off.
             learning: How the weights are trained; None if they are frozen.
-            bundled: Words that LoRAs bring along.
+            bundled: Words in the files of LoRAs.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -115,7 +116,7 @@ class TowerEncoder:
         self._clip_skip = clip_skip
         self._tells_cut = tells_cut
         self._dtype = files.dtype
-        self._fills = True
+        self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
         self._bundled = bundled
         if learning is not None:
@@ -129,7 +130,7 @@ class TowerEncoder:
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
-        """Return whether an output depends on a weight: not of layers behind the one whose states are used.
+        """Return whether an output depends on a weight; layers after the one that is used do not matter.
 
         Reads the header of the checkpoint once.
         """
@@ -142,14 +143,14 @@ class TowerEncoder:
 
     @cached_property
     def _num_used(self) -> int:
-        """Return the number of layers up to the one whose states are used."""
+        """Return the number of layers up to and including the one whose states are used."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             return plan.network.config.num_layers + 1 - self._select_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return the facts on which an output depends in addition to the text. Reads a few MB."""
+        """Return what an output depends on in addition to the text. Reads a few MB."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
@@ -168,12 +169,12 @@ class TowerEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, with start and end token.
+        """Return a function that counts the tokens of a text, including start and end token.
 
         Weights are not loaded.
 
         Raises:
-            CheckpointError: If there is no tokenizer here; none is downloaded.
+            CheckpointError: If there is no local tokenizer; none is downloaded.
         """
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
@@ -216,7 +217,7 @@ class TowerEncoder:
         return network, LoadedWords(words, pad, layer)
 
     def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
-        """Return a tokenizer that knows new words.
+        """Return a tokenizer with the new words.
 
         Args:
             words: The new words.
@@ -236,13 +237,13 @@ class TowerEncoder:
         return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
-        """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
+        """Return the layer to use, counted from the end. Raises OptionError if it does not exist."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks to read for a prompt with marks; at least 1.
+        """Return the number of chunks of a prompt with weights; at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
@@ -268,15 +269,15 @@ class TowerEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
-        Prompts with marks (`Prompt.marked_chunks`) are read as gen_img.py does. All texts of a call have
-        equally many chunks, or without filling the length of the longest of them.
+        Prompts with weights (`Prompt.marked_chunks`) are read as in gen_img.py. All texts of a call are
+        padded to the same number of chunks, or, if captions are not filled up, to the longest text.
         """
         if not prompts:
             return []
         loaded = self._loaded.get()[1]
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
-        length = None  # of the states that are used; None: all
+        length = None  # number of states that are used; None for all
         if not self._fills and prompts[0].marked_chunks is None:
             length = max(len(chunks[0].ids) for chunks in texts) + 2
         states, pooled = self._read_rows(
@@ -294,7 +295,7 @@ class TowerEncoder:
         return results
 
     def _read_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Return the states of rows of ids, B*K 77 C, and their pooled states if these are used."""
+        """Return the states of rows of token ids, B*K 77 C, and their pooled states if these are used."""
         network, loaded = self._loaded.get()
         ends = None
         if POOLED in self.keys:
@@ -313,7 +314,7 @@ class TowerEncoder:
         return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
 
     def _make_row(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
-        """Return the 77 ids that the network reads of a chunk."""
+        """Return the 77 token ids of a chunk."""
         row = tokenizers.fill_chunk(chunk.ids, start=loaded.words.start, end=loaded.words.end, pad=loaded.pad)
         assert len(row) == CLIP_TOKENS
         return row
@@ -324,7 +325,7 @@ class TowerEncoder:
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int:
-    """Return the number of characters of a text that its first `most` tokens cover, in whole words."""
+    """Return how many characters of a text its first `most` tokens cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     number = bisect_right(ends, most, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0
@@ -338,13 +339,13 @@ def make_encoders(
     learning: LearningTexts | None = None,
     bundled: Sequence[LearnedWord] = (),
 ) -> list[TowerEncoder]:
-    """Make the encoders of a checkpoint, one or two.
+    """Create the one or two text encoders of a checkpoint.
 
     Args:
         files: The checkpoint.
         chunks: Number of 75-token chunks to which texts are padded or cut.
         clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
-        tells_cut: Warn about texts that are cut off.
+        tells_cut: Whether to warn about texts that are cut off.
         learning: The encoders that are trained; None if all are frozen.
         bundled: Words whose vectors a LoRA file brings along.
     """

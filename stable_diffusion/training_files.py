@@ -65,22 +65,22 @@ class TrainingFiles:
     tokenizer_cache_dir: Path | None = None
     says_v2: bool = False  # --v2
     says_v: bool = False  # --v_parameterization
-    dtype: torch.dtype = torch.float32  # of the U-Net and of the text encoders
+    dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
     # kind -> script for it, with its verb, for a checkpoint of another kind
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
 
     @cached_property
     def path(self) -> Path:
-        """Return the checkpoint; one of the hub is downloaded. Raises as `loading.find_checkpoint`."""
+        """Return the path of the checkpoint, downloaded if necessary. Raises as `loading.find_checkpoint`."""
         return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
 
     @cached_property
     def marks(self) -> Marks:
-        """Return the facts about the checkpoint's model, by its header.
+        """Return what the checkpoint's header says about its model.
 
         Raises:
-            CheckpointError: If this script does not take it.
-            OptionError: If it contradicts --v2.
+            CheckpointError: If this script does not support the model.
+            OptionError: If the model contradicts --v2.
         """
         path = self.path
         if path.is_dir():
@@ -103,7 +103,7 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return the checkpoint and --vae, those that are single files, by their names in metadata."""
+        """Return those of the checkpoint and --vae that are single files, by their keys in metadata."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
@@ -127,7 +127,7 @@ class TrainingFiles:
             if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
                 raise CheckpointError(
                     f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
-                    "picture too; gen_img.py makes pictures with it. Give the checkpoint for pictures that "
+                    "image too; gen_img.py makes images with it. Give the checkpoint for images that "
                     "it was made from.",
                     self.path,
                 )
@@ -159,7 +159,7 @@ class TrainingFiles:
             return checkpoint.path
 
     def load_unet(self, placement: Placement, spec: DitSpec) -> nn.Module:
-        """Load the U-Net as a placement says, in evaluation mode, without gradients.
+        """Load the U-Net according to a placement, in evaluation mode, without gradients.
 
         Raises:
             CheckpointError: If the file is damaged.
@@ -201,7 +201,7 @@ class TrainingFiles:
 
     @contextmanager
     def opened_vae(self) -> Iterator[LoadPlan[checkpoints.VaeSizes]]:
-        """Open the VAE alone: of --vae, or of the checkpoint."""
+        """Open only the VAE: that of --vae, or of the checkpoint."""
         with ExitStack() as files:
             if self.vae is not None:
                 yield loading.read_chosen_vae(self.vae, "--vae", self.kind, files)
@@ -212,12 +212,12 @@ class TrainingFiles:
                 yield checkpoints.read_vae(checkpoint, "--ckpt", self.marks.kind.latent_scale)
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return the facts that latents depend on besides the pixels."""
+        """Return what latents depend on in addition to the pixels."""
         with self.opened_vae() as plan:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
     def load_vae(self, device: torch.device) -> "DiffusersVae":
-        """Load the VAE, in float32: that of SDXL overflows in float16."""
+        """Load the VAE in float32, because that of SDXL overflows in float16."""
         with self.opened_vae() as plan:
             network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(
@@ -244,7 +244,7 @@ class TrainingFiles:
 
 @dataclass(frozen=True, eq=False)
 class DiffusersVae:
-    """Turns pictures into latents, which are not scaled, and back. Each picture is computed by itself."""
+    """Encodes images as unscaled latents, and decodes them. Each image is computed separately."""
 
     network: Any  # diffusers' AutoencoderKL
 
@@ -312,7 +312,7 @@ def _list_level_parts(path: str, kind: str, count: int) -> list[tuple[str, int]]
 
 @dataclass(frozen=True)
 class _Sides:
-    """Number of blocks on each side of a U-Net, and the number of the first block."""
+    """Number of blocks of each part of a U-Net: down, middle and up, and the number of the first block."""
 
     first: int  # number of input_blocks.0
     down: int
@@ -328,7 +328,7 @@ class _Sides:
         return self.first_middle + self.middle
 
     def number_of(self, released: str) -> int:
-        """Return the trainers' number of a block, named as in released files, such as output_blocks.3.0."""
+        """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
         side, place, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,
@@ -340,26 +340,27 @@ class _Sides:
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
-    """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
+    """Return the blocks of a U-Net with the numbers that known trainers give them, as in released files.
 
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = count_layers(config)
-    blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
+    # residual blocks, the first convolution, and a sampler after each level but the last
+    blocks = sum(layers) + len(layers)
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
 
-    numbers = [(ours, sides.number_of(released)) for released, ours, _ in unet_blocks(layers)]
-    for smaller, larger, our_down, our_up in unet_samplers(layers):
-        numbers.append((our_down.removesuffix(".conv"), sides.number_of(smaller)))
-        numbers.append((our_up.removesuffix(".conv"), sides.number_of(larger[0])))
+    numbers = [(block.ours, sides.number_of(block.released)) for block in unet_blocks(layers)]
+    for sampler in unet_samplers(layers):
+        numbers.append((sampler.down.removesuffix(".conv"), sides.number_of(sampler.released_down)))
+        numbers.append((sampler.up.removesuffix(".conv"), sides.number_of(sampler.released_up)))
     rates = (
         ("down_lr_weight", sides.first, sides.down),
         ("mid_lr_weight", sides.first_middle, sides.middle),
         ("up_lr_weight", sides.first_up, sides.up),
     )
-    if is_xl:  # what comes before the first block, and behind the last
+    if is_xl:  # layers before the first block and after the last one have numbers too
         outputs = sides.first_up + sides.up
         numbers += [(ours, 0) for ours in ("time_embedding", "add_embedding")]
         numbers += [("conv_in", sides.first), ("conv_norm_out", outputs), ("conv_out", outputs)]

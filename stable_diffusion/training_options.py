@@ -18,8 +18,8 @@ TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
-DEFAULT_SAMPLER = "ddim"  # of known trainers
-STEPS, GUIDANCE_SCALE = 30, 7.5  # of pictures, as known trainers have their samples
+DEFAULT_SAMPLER = "ddim"  # default of known trainers
+STEPS, GUIDANCE_SCALE = 30, 7.5  # defaults for images, as in the samples of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
 
 
@@ -27,8 +27,8 @@ class VariedNoiseOptions(Options, title="noise"):
     """Changes to the noise that the model learns to predict."""
 
     noise_offset: float | None = option(
-        "add a random number times this to each channel of the noise, for darker and lighter pictures; 0.05 "
-        "is usual",
+        "add a random number times this to each channel of the noise, for darker and lighter images; "
+        "0.05 is common",
         least=0,
         most=10,
         hint="0.05 is usual",
@@ -44,7 +44,7 @@ class VariedNoiseOptions(Options, title="noise"):
         hint="0.005 is usual",
     )
     multires_noise_iterations: int | None = option(
-        "levels of coarser noise that are added (pyramid noise); 6 to 10 are usual",
+        "levels of coarser noise that are added (pyramid noise); 6 to 10 are common",
         least=0,
         most=100,
         hint="6 to 10 are usual",
@@ -62,10 +62,10 @@ class VariedNoiseOptions(Options, title="noise"):
 
 
 class LossWeightOptions(Options, title="loss"):
-    """Factors on the losses of timesteps, by their ratio of signal to noise (SNR). Several multiply."""
+    """Factors on the loss at each timestep, by its signal-to-noise ratio (SNR). Several multiply."""
 
     min_snr_gamma: float | None = option(
-        "limit the weight of nearly clean samples: their SNR counts as this at most; 5 is usual",
+        "limit the weight of nearly clean samples: their SNR counts as this at most; 5 is common",
         least=0,
         hint="5 is usual",
     )
@@ -91,7 +91,7 @@ class LossWeightOptions(Options, title="loss"):
 
 
 class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
-    """Options that both training scripts have besides the shared ones."""
+    """Options that both training scripts have in addition to the shared ones."""
 
     # resume compares its name
     ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -111,7 +111,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         "train the last timestep on noise alone; for models that predict v", facts=HABIT
     )
     sample_sampler: str = option(
-        "how samples are made, as gen_img.py --sampler",
+        "sampler for samples, as gen_img.py --sampler",
         default=DEFAULT_SAMPLER,
         choices=SAMPLERS,
         facts={**FREE, **OF_SAMPLES},
@@ -125,7 +125,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         """Number of 75-token chunks of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
-    # of a training of all weights
+    # set for full training only
 
     @property
     def is_full(self) -> bool:
@@ -139,17 +139,17 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def text_rates(self) -> Mapping[str, float | None]:
-        """Return the learning rates of text encoders that learn by name; None: --learning_rate."""
+        """Return the learning rates of the trained text encoders by name; None stands for --learning_rate."""
         return {}
 
     @property
     def block_rates(self) -> tuple[float, ...]:
-        """Return the learning rates of the U-Net's blocks; (): all have --learning_rate."""
+        """Return the learning rates of the U-Net's blocks; () if all have --learning_rate."""
         return ()
 
     @property
     def text_steps(self) -> int | None:
-        """Return the number of steps during which text encoders learn; None: to the end."""
+        """Return the number of steps in which text encoders are trained; None for all steps."""
         return None
 
     @property
@@ -159,14 +159,14 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
 
 class LatentCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache latents, besides the shared ones."""
+    """Options of the scripts that cache latents, in addition to the shared ones."""
 
     ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
     vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
-    """Options of the scripts that cache texts, besides the shared ones."""
+    """Options of the scripts that cache texts, in addition to the shared ones."""
 
     ckpt: Path = option(
         CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True

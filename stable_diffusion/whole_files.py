@@ -44,7 +44,7 @@ Plans = Mapping[str, LoadPlan[Any]]  # by the names of networks
 
 @dataclass(frozen=True)
 class PartTensor:
-    """A tensor of the file that is made of weights of one network."""
+    """A tensor of the file that is computed from the weights of one network."""
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
@@ -53,11 +53,11 @@ class PartTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Writes checkpoints of one training. The source stays open, so that nobody can take it away."""
+    """Writes checkpoints of one training. The source file stays open, in case it is deleted meanwhile."""
 
     networks: Mapping[str, nn.Module]  # that learn
     parts: Mapping[str, PartTensor]  # by the names in the file: all that learns, and parts of a folder
-    plans: Plans = field(default_factory=dict)  # of a folder
+    plans: Plans = field(default_factory=dict)  # load plans of a folder's networks
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
     marks: Sequence[str] = ()  # names of empty tensors, by which a file says what its model predicts
@@ -96,7 +96,7 @@ class CheckpointFiles:
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Return a tensor of the file.
+        """Compute a tensor of the file.
 
         Args:
             name: Name of the tensor.
@@ -110,7 +110,7 @@ class CheckpointFiles:
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
-    """Return a weight of a network: from its state if it learns, else from the file of its plan."""
+    """Return a weight of a network: from `states` if it is trained, else from its source file."""
     if network in states:
         return states[network][name]
     plan = plans[network]
@@ -163,9 +163,9 @@ def make_writer(
 
 
 def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callable[[Path], None]:
-    """Return what puts the tokenizer of a source next to a trained file, where it is looked for.
+    """Return a function that copies the source's tokenizer next to a trained file, where it is looked for.
 
-    With --tokenizer_cache_dir nothing is done: commands that are printed have it too.
+    With --tokenizer_cache_dir the function does nothing, because printed commands have this option too.
     """
     if checkpoint.tokenizer_cache_dir is not None:
         return lambda _: None
@@ -174,18 +174,18 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
-    """Return the plan of each network of a checkpoint by the name that a training has for it."""
+    """Return the load plan of each network of a checkpoint, by the network's name in a training."""
     texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 
 
 def _list_marks(marks: Marks) -> list[str]:
-    """Return the names of the empty tensors by which a file says what its model predicts."""
+    """Return the names of the empty tensors that state what a file's model predicts."""
     return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
 
 
 def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
-    """Return how each tensor of a single file is made of a network's weights, by its name in the file."""
+    """Return how each tensor of a single file is computed from a network's weights, by the tensor's name."""
     weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
     for weight in network.state_dict():
@@ -197,7 +197,7 @@ def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, Par
 
 
 def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor]:
-    """Return all tensors of the single file of a folder's networks."""
+    """Return how each tensor of a single file is computed from the networks of a folder."""
     unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
     for number, text in enumerate(release.texts):
@@ -211,14 +211,14 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
 
 
 def list_weights(plan: LoadPlan[Any]) -> list[str]:
-    """Return the weights of a text encoder that its network has. Files have more, such as position_ids."""
+    """Return the weights of a text encoder's network. Files have more tensors, such as position_ids."""
     with on_meta_device():
         known = ClipText(plan.config).state_dict().keys()
     return [name for name in plan.sources if name in known]
 
 
 def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:
-    """Return a tensor of a single file, which joins weights of a folder's network."""
+    """Compute a tensor of a single file from the weights of a folder's network."""
     plan = plans[network]
     hollow = []
     for weight in weights:

@@ -78,14 +78,14 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Writes folders of one training. The source stays open, so that nobody can take it away."""
+    """Writes folders of one training. The source stays open, in case it is deleted meanwhile."""
 
     networks: Mapping[str, nn.Module]  # that learn
     plans: Plans
     files: Mapping[str, NetworkFile]  # by the names of networks
     texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
     opened: ExitStack  # keeps the files of the plans open
-    form: SavedForm  # of each network
+    form: SavedForm  # form of each network's file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a folder, completely or not at all.
@@ -162,14 +162,15 @@ def make_folder_writer(
         CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
-    release = opened.enter_context(replace(checkpoint, vae=None).opened())  # its own VAE, not that of --vae
+    # the checkpoint's own VAE, not that of --vae
+    release = opened.enter_context(replace(checkpoint, vae=None).opened())
     plans = list_plans(release)
     files = {network: _plan_file(network, plans) for network in plans}
     return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened, form)
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:
-    """Return the file of a network: of text encoders with the names of the package transformers."""
+    """Return the file of a network; text encoders have the names of the package transformers."""
     plan = plans[network]
     if network in (DIT, VAE_PART):
         folder = _UNET_FOLDER if network == DIT else network
@@ -193,7 +194,7 @@ def _text_name(weight: str) -> str:
 
 
 def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Marks) -> dict[str, bytes]:
-    """Return the content of settings and tokenizers by their names in the folder."""
+    """Return the content of the files with settings and tokenizers, by their path in the folder."""
     schedule = _describe_schedule(checkpoint.path, release.marks, marks)
     settings = {
         f"{_UNET_FOLDER}/config.json": _describe("UNet2DConditionModel", _simplify(release.unet.config)),
@@ -227,7 +228,7 @@ def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a U-Net with one number of layers or heads if all levels have as many."""
+    """Return a U-Net's settings, with a single number of layers or heads if it is equal in all levels."""
     simple = dict(config)
     for name in ("layers_per_block", "attention_head_dim"):
         value = config.get(name)
@@ -237,7 +238,7 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the scheduler's settings: those of a folder whose model predicts the same, else as released."""
+    """Return the scheduler's settings: the source folder's if it predicts the same, else released ones."""
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])
@@ -250,7 +251,7 @@ def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str
 
 
 def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> dict[str, Any]:
-    """Return the list of the parts, with further settings of the source if that is a folder.
+    """Return the content of model_index.json, with the other settings of the source if that is a folder.
 
     Args:
         source: File or folder of the source checkpoint.
@@ -285,7 +286,7 @@ def _text_class(number: int) -> str:
 
 
 def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return the settings of a text encoder by their names in the package transformers."""
+    """Return the settings of a text encoder, named as in the package transformers."""
     ours = asdict(config)
     names = {
         "vocab_size": "vocabulary",
@@ -323,7 +324,7 @@ def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
     """Return the vocabulary and the merges of a tokenizer, by their files' names.
 
     Raises:
-        CheckpointError: If they cannot be read.
+        CheckpointError: If the files cannot be read.
     """
     merges = find_merges(file)
     if merges is not None:

@@ -22,7 +22,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
 
 
 class OfFullCheckpoint:
-    """What the options of every script that trains a whole checkpoint say of it."""
+    """What the options of all full training scripts have in common."""
 
     full_bf16: bool
 
@@ -49,10 +49,10 @@ IF_TRAINED: Mapping[str, Callable[[Any], bool]] = {
 
 
 def read_block_rates(text: str | None) -> tuple[float, ...]:
-    """Return the numbers of --block_lr.
+    """Return the learning rates in --block_lr.
 
     Raises:
-        OptionError: If they are no learning rates.
+        OptionError: If they are not learning rates.
     """
     if text is None:
         return ()

@@ -94,9 +94,9 @@ print(digest.hexdigest())
 """
 
 
-def copy_tree(target: Path) -> None:
-    """Copy all files that git knows, or would take, into a new folder."""
-    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+def copy_tree(target: Path, *parts: str) -> None:
+    """Copy all files that git knows, or would take, into a new folder; or some files and folders alone."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *parts]
     listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         source = ROOT / name

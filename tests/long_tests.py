@@ -11,6 +11,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,16 @@ def write_durations(durations: Mapping[str, float], path: Path = DURATIONS) -> N
 
 def read_heavy(path: Path = HEAVY_TESTS) -> dict[str, str]:
     """Return why tests may take more than HEAVY seconds, by their names."""
-    return dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    return {name: value for name, value in _parse(path).items() if isinstance(value, str)}
+
+
+def read_budgets(path: Path = HEAVY_TESTS) -> dict[str, int]:
+    """Return how many cases of the default tier that start a script or take long files may have."""
+    return dict(_parse(path)["budgets"])
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 class Measuring:

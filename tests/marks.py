@@ -6,12 +6,17 @@ not marked `slow`. Everything: the rest too. `tests/durations.toml` says what ea
 `tests/heavy.toml` why a case of the default tier may take more than HEAVY seconds.
 `slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
 `long` marks a test whose cases take longer than LONG.
+
+Of cases that start a script or take long, one of each kind is in the default tier. Two cases are of one kind
+if shared code does the same for both, and what is the family's own in them is shown by a test of the default
+tier that stays: the comment beside the mark `slow` names it. `tests/heavy.toml` says how many such cases a
+file may have, and MAX_COSTLY how many all files together.
 """
 
 import functools
 import inspect
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any
@@ -33,6 +38,8 @@ COMPILES = "nothing_compiled"  # the fixture of tests that compile
 LONG = 0.15  # seconds of processor time that a case of the fast tier may take
 CASES = 2  # of a test in the fast tier: the first and the last
 HEAVY = 2.0  # seconds of processor time that a case of the default tier may take
+COSTLY_OF_A_FILE = 15  # cases of a file that start a script or take long, if heavy.toml has no line of it
+MAX_COSTLY = 2_980  # such cases of all files: lower it after each cut
 
 
 def set_marks(items: Iterable[pytest.Item]) -> None:
@@ -58,6 +65,16 @@ def set_marks(items: Iterable[pytest.Item]) -> None:
     for cases in quick.values():
         for item in spread(cases):
             item.add_marker("fast")
+
+
+def count_costly(items: Iterable[pytest.Item]) -> Counter[str]:
+    """Return how many cases of each file start a script or take long, but for slow ones."""
+    counted = Counter[str]()
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if {"script", "long"} & marks and not {"slow", "gpu"} & marks:
+            counted[item.nodeid.partition("::")[0]] += 1
+    return counted
 
 
 def spread(cases: Sequence[pytest.Item]) -> list[pytest.Item]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,8 +11,8 @@ import run_tests
 from tests import long_tests
 from tests.browser import test_light
 from tests.commands import ROOT
-from tests.long_tests import Measuring, read_durations, read_heavy, write_durations
-from tests.marks import CASES, spread, starts_script
+from tests.long_tests import Measuring, read_budgets, read_durations, read_heavy, write_durations
+from tests.marks import CASES, COSTLY_OF_A_FILE, MAX_COSTLY, count_costly, spread, starts_script
 from tests.warm_processes import CAN_BE_WARM, WarmServer
 
 # What is left is for collecting in two processes, ruff, and files that nobody has measured yet.
@@ -39,6 +40,34 @@ def test_a_heavy_test_is_there_and_says_what_else_would_not_notice(name: str) ->
     file, _, function = name.partition("::")
     assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
     assert len(read_heavy()[name].split()) >= 5
+
+
+def test_no_file_has_more_costly_cases_than_its_budget(request: pytest.FixtureRequest) -> None:
+    """Of what is collected now: all files in a run of the default tier."""
+    counted, budgets = count_costly(request.session.items), read_budgets()
+    over = {file: n for file, n in counted.items() if n > budgets.get(file, COSTLY_OF_A_FILE)}
+    assert over == {}, "leave one case of each kind in the default tier, or say in heavy.toml what each shows"
+    assert sum(counted.values()) <= MAX_COSTLY
+
+
+def test_costly_cases_are_counted_by_their_files_but_for_slow_ones() -> None:
+    items = []
+    for name, marks in (
+        ("tests/a/test_a.py::test_a[1]", ["script"]),
+        ("tests/a/test_a.py::test_a[2]", ["script", "slow"]),
+        ("tests/a/test_a.py::test_b", ["long", "script"]),
+        ("tests/test_b.py::test_c", ["fast"]),
+        ("tests/test_b.py::test_d", ["long"]),
+    ):
+        found = [SimpleNamespace(name=mark) for mark in marks]
+        items.append(SimpleNamespace(nodeid=name, iter_markers=lambda found=found: found))
+    assert count_costly(cast(list[pytest.Item], items)) == {"tests/a/test_a.py": 2, "tests/test_b.py": 1}
+
+
+@pytest.mark.parametrize("file", sorted(read_budgets()))
+def test_a_budget_is_of_a_file_and_above_what_any_file_may_have(file: str) -> None:
+    assert (ROOT / file).is_file(), "remove its line in tests/heavy.toml"
+    assert read_budgets()[file] > COSTLY_OF_A_FILE
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 11])
@@ -71,7 +100,6 @@ def test_a_copy_of_a_warm_process_counts() -> None:
     """One that has ended: its process waits for it, not the test's."""
     import subprocess
     import sys
-    from types import SimpleNamespace
 
     burn = f"subprocess.run([sys.executable, '-S', '-c', {'for _ in range(6_000_000): pass'!r}])"
     code = f"import subprocess, sys; {burn}; print(flush=True); input()"

@@ -24,7 +24,7 @@ from modules.parser import Parser, add_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate one clip for each prompt, LoRA file and strength, and join them to a grid.
+    """Generate one clip for each prompt, LoRA file and strength, and join them in a grid.
 
     Options that this command does not know are passed to the family's generation script.
     """
@@ -50,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
-    """Return the files that the patterns of an option name."""
+    """Return the files that match the patterns of an option."""
     return expand_patterns(tuple(map(Path, patterns or ())), option)
 
 
 def _with_lora_option(words: list[str]) -> list[str]:
-    """Return the words of the command line, with the option --lora before files that come first."""
+    """Return the command line; if it begins with files, --lora is put in front of them."""
     begins_with_file = bool(words) and not words[0].startswith("-")
     return ["--lora", *words] if begins_with_file else words
 
 
 def _lora_words(options: CompareOptions) -> list[str]:
-    """Return the options with which the generation script checks and loads the files."""
+    """Return the options with which the generation script checks and loads the LoRA files."""
     words = ["--lora_weight", *map(str, options.lora)]
     if options.lora_high_noise:
         words += ["--lora_weight_high_noise", *map(str, options.lora_high_noise)]
@@ -69,7 +69,7 @@ def _lora_words(options: CompareOptions) -> list[str]:
 
 
 def _reject_generation_options(parser: Parser, words: Sequence[str]) -> None:
-    """End with a message if an option of generation is given that a comparison sets itself."""
+    """Exit with a message if a generation option is given that the comparison sets itself."""
     names = {word.partition("=")[0] for word in words}
     for option in ("--lora", "--lora_high_noise"):
         option_of_generation = option.replace("lora", "lora_weight")

@@ -17,7 +17,7 @@ from modules.script_options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what this environment has and lacks. Exit with 1 if something necessary is missing."""
+    """Print what this environment has and lacks. Exits with code 1 if something necessary is missing."""
     parse_options(__doc__, argv)  # it has none
 
     from running.doctor import examine  # it imports torch, if there is one

@@ -14,7 +14,7 @@ from modules.output_files import check_place, reject_replacing
 
 
 class ShareOptions(Options):
-    """Which page to copy, and where to."""
+    """Which page to copy, and where to write the copy."""
 
     page: Path = option(
         "page of a training, a comparison, a check or a report: an .html file",
@@ -30,7 +30,7 @@ class ShareOptions(Options):
 
     @property
     def copy(self) -> Path:
-        """Path of the copy: --output, or the page's name with `-shared` at its end."""
+        """Path of the copy: --output, or the page's name followed by `-shared`."""
         return self.output or self.page.with_name(f"{self.page.stem}-shared.html")
 
 

@@ -9,7 +9,7 @@ from modules.errors import UserError
 def explain_bad_step(
     step: int, loss: float, norm: float, keys: Sequence[str], *, remedy: str = "", before: int = 0
 ) -> UserError:
-    """Return the error for a step whose loss or gradient norm is not finite.
+    """Return the error for a step whose loss or gradient norm is NaN or infinite.
 
     Args:
         step: Number of the optimizer step.
@@ -17,7 +17,7 @@ def explain_bad_step(
         norm: Norm of the gradients.
         keys: Keys of the items of this process.
         remedy: Advice at the end of the message; may be empty.
-        before: Number of such steps in a row that were skipped before.
+        before: Number of consecutive such steps that were skipped before this one.
     """
     listed = ", ".join(keys)
     items = f" The items of this process in that step: {listed}." if listed else ""

@@ -61,7 +61,7 @@ SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once wou
 
 
 class Where(Enum):
-    """Name the place of one part of a table's items: of their latents, or of their texts."""
+    """Where the latents, or the texts, of a table's items come from."""
 
     OWN = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
@@ -76,7 +76,7 @@ class Where(Enum):
 
 @dataclass(frozen=True)
 class TablePlan:
-    """Hold the places of a table's latents and texts."""
+    """Where the latents and the texts of a table come from."""
 
     table: DatasetTable
     latents: Where
@@ -84,12 +84,12 @@ class TablePlan:
 
     @property
     def is_own(self) -> bool:
-        """Whether latents and texts come from ordinary cache files, so that no store is opened for them."""
+        """Whether latents and texts come from ordinary cache files, which need no store."""
         return self.latents is self.texts is Where.OWN
 
     @property
     def can_be_planned(self) -> bool:
-        """Whether --plan can count the items from files alone: nothing is encoded live or kept in memory."""
+        """Whether --plan can count the items from files: nothing is encoded live or kept in memory."""
         return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
 
 
@@ -103,24 +103,24 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    All processes of a training call this, and share the work.
+    All processes of a training call this and share the work.
 
     Args:
         family: The model family.
         config: The dataset, as read from its file.
         options: Options of caching; None for a script that trains from caches alone.
         device: Device for encoding.
-        texts: Encoders that work while training; their outputs are not cached.
+        texts: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
 
     Raises:
-        UserError: If something cannot be cached in this way, or a file cannot be used.
+        UserError: If items cannot be cached in this way, or a file cannot be used.
     """
     plans = plan_tables(family, config, options, () if texts is None else texts.keys)
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options=options, device=device, stores=stores)
-    # those in memory that have entries, or will have those of other processes
+    # a store in memory may be empty here and get its entries from other processes
     memory_stores = [
         store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
     ]
@@ -136,6 +136,7 @@ def prepare_sources(
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
+    # the encoder, or caches in memory, are of this process: others cannot read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
         family.latent,
@@ -171,10 +172,10 @@ def _fill(
                 dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
             )
             report = cache(family, DatasetConfig(config.path, tables), caching, stores)
-            conclude(replace(report, foreign=0))  # files of other programs are no surprise here
+            conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
         elif kind == "latents" and options.vae_batch_size > 1:
             logger.warning(
-                "--vae_batch_size %d has no effect: this run caches no pictures, because their caches are "
+                "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
                 "there, or because they change each time",
                 options.vae_batch_size,
             )
@@ -183,7 +184,7 @@ def _fill(
 def plan_tables(
     family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, live: Collection[str] = ()
 ) -> list[TablePlan]:
-    """Decide where latents and texts of each table are; nothing is encoded.
+    """Decide where the latents and texts of each table come from; nothing is encoded.
 
     Args:
         family: The model family.
@@ -192,8 +193,8 @@ def plan_tables(
         live: Names of text tensors that are encoded at each step; the others come from caches.
 
     Raises:
-        DatasetError: If pictures that change each time are to be cached.
-        OptionError: If npz files are asked for and the family has none.
+        DatasetError: If images that change each time are to be cached.
+        OptionError: If npz files are requested but the family has none.
     """
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
@@ -212,7 +213,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
-                f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "
+                f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
                 "their latents cannot be cached: leave out these keys, or --cache_latents"
             )
         return Where.LIVE
@@ -226,7 +227,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Return the stores that the planned tables are read from; tables with ordinary caches have none."""
+    """Return the stores from which the planned tables are read; tables with ordinary caches have none."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -248,16 +249,16 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
 
 
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
-    """Return the tables whose sources are read while training, by index.
+    """Return the tables whose sources are read during training, by index.
 
     Args:
         tag: The family's `cache_tag`.
-        plans: Where latents and texts of each table are.
-        needs_captions: Whether all tables are listed, with captions.
+        plans: Where latents and texts of each table come from.
+        needs_captions: Whether to list all tables, with captions.
 
     Raises:
         DatasetError: If captions are missing.
-        MediaError: If the header of a picture cannot be read.
+        MediaError: If the header of an image cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
     full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
@@ -267,7 +268,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         if not (is_live or needs_captions):
             continue
         config = DatasetConfig(plan.table.config_path, (plan.table,))
-        # caching in this run has described the others
+        # tables that this run has cached were logged then
         with quiet() if plan.latents.is_made else nullcontext():
             sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
@@ -287,23 +288,24 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
 def _warn_of_live(
     family: Caches, config: DatasetConfig, tables: LiveTables, encoders: Sequence[TextEncoder]
 ) -> None:
-    """Log the remarks about pictures and captions that are encoded while training, as caching logs them.
+    """Log the same warnings about images and captions encoded during training that caching logs.
 
     Args:
         family: The model family.
         config: The dataset, as read from its file.
-        tables: Tables that are read while training.
+        tables: Tables that are read during training.
         encoders: Encoders of the captions; empty if captions are cached.
     """
     images: list[MediaSource] = []
-    lists: list[DatasetTable] = []
+    tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
         live = tables.get(table.index)
-        if live is not None and live.sizes is not None:
+        if live is not None and live.sizes is not None:  # its images are encoded during training
             images += live.sources.values()
-            lists += [table] if table.directory is None else []
-    if lists:
-        warn_unused(DatasetConfig(config.path, tuple(lists)), images)
+            if table.directory is None:
+                tables_of_lists.append(table)
+    if tables_of_lists:
+        warn_unused(DatasetConfig(config.path, tuple(tables_of_lists)), images)
     latent, fps = family.latent, family.defaults.fps
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
@@ -323,7 +325,7 @@ def _size(source: MediaSource) -> Size:
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
-    """Give the entries of each process to all others, a few at a time."""
+    """Send the entries of each process to all others, a few at a time."""
     from dataset.caching.loop import join_processes  # only with caches in memory
 
     with join_processes("cpu") as share:
@@ -340,7 +342,7 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the encoders that stay loaded, which also encode the empty prompt if a target asks for it.
+    """Return the encoders that stay loaded; they also encode the empty prompt if a target asks for it.
 
     Returns:
         The encoders; None if all texts come from caches.
@@ -355,7 +357,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
 
 
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
+    """Return the encoders that stay loaded because captions vary, because they learn, or without caches.
 
     Returns:
         The encoders; None if all texts come from caches.
@@ -401,7 +403,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
 
 
 def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
-    """Return the text encoders if all weights of some of them learn; None if none learns.
+    """Return the text encoders if some of them are fully fine-tuned; otherwise None.
 
     Raises:
         OptionError: If their outputs are to be cached.
@@ -424,7 +426,7 @@ def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
 def _learns_in_spite_of_caches(
     family: Family, options: TrainingOptions, learning: Sequence[LearningEncoder]
 ) -> bool:
-    """Return whether text encoders learn though --cache_text_encoder_outputs is given; log what is left out.
+    """Return whether text encoders are trained despite --cache_text_encoder_outputs; log which are not.
 
     Args:
         family: The model family.
@@ -443,7 +445,7 @@ def _learns_in_spite_of_caches(
             names,
         )
         return True
-    # they do not learn because all texts are cached, as the guides' commands have it
+    # common guides cache all texts and do not ask to train text encoders, so these are left out
     if options.parts is None or not options.parts.trains_dit:
         raise OptionError(
             f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
@@ -463,7 +465,7 @@ def _may_learn(options: TrainingOptions) -> bool:
 
 
 def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
-    """Return the text encoders; if one is missing, raise OptionError with `why` they are needed."""
+    """Return the text encoders; if one is missing, raise OptionError with the reason `why` it is needed."""
     try:
         return family.text_encoders()
     except OptionError as error:
@@ -473,10 +475,10 @@ def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
 def _select_learning_encoders(
     family: Family, options: TrainingOptions, able: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
-    """Return the encoders that get a network, of those that can learn.
+    """Return the encoders that get a network, out of those that can be trained.
 
     Raises:
-        OptionError: If nothing but text encoders is to be trained, and none can be.
+        OptionError: If only text encoders are to be trained, but none can be.
     """
     if not _may_learn(options) or options.network is None or options.parts is None:
         return []
@@ -499,7 +501,7 @@ def _select_learning_encoders(
 
 
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return LoRA prefix -> whether to train it, for the text encoders that are trained only on request."""
+    """Return whether to train each text encoder that is trained only on request, by its LoRA prefix."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:
@@ -512,10 +514,10 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
 
 
 class LiveMedia:
-    """The media encoders of a family, kept while training, for pictures."""
+    """The media encoders of a family, which stay loaded during training to encode images."""
 
     def __init__(self, family: Caches, device: torch.device) -> None:
-        """Load the encoders. Raises CheckpointError if they cannot be."""
+        """Load the encoders. Raises CheckpointError if that fails."""
         self._family = family
         self._encoders = load_encoders(family, device)
 
@@ -523,11 +525,11 @@ class LiveMedia:
         """Encode the items of a batch that are not cached.
 
         Args:
-            items: Items of the batch, in its order; items with cached latents are skipped.
+            items: Items of the batch in order; items with cached latents are skipped.
             stream: Parts of the seed for random crops, flips and the posterior sample.
 
         Returns:
-            Position in the batch -> tensors on the CPU, without a batch dimension.
+            Tensors of each encoded item on the CPU, without a batch dimension, by position in the batch.
 
         Raises:
             MediaError: If an image cannot be read.
@@ -540,14 +542,14 @@ class LiveMedia:
                 groups.setdefault(media.group, []).append((place, media))
         encoded: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
-            # the names seed the posterior sample, which is another one each time
+            # keys seed the posterior sample, which must be different each time
             keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
             encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
         return encoded
 
     def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
         source = item.kind.sources[item.source_stem]
-        # items for validation have a copy of the table that changes nothing
+        # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers

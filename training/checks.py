@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 def check_before_loading(
     family: Family, options: TrainingOptions, learner: Learner, others: OtherFamilies = NO_OTHERS
 ) -> None:
-    """Check everything about a run that can be known before networks are loaded.
+    """Check everything about a run that can be checked before networks are loaded.
 
     Args:
         family: The model family.
@@ -57,7 +57,7 @@ def check_before_loading(
         others: Models besides the trained one.
 
     Raises:
-        UserError: If the run is impossible.
+        UserError: If the run is not possible.
     """
     sampling = others.sampling
     family.check_given_files()
@@ -92,7 +92,7 @@ def check_before_loading(
 
 
 def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
-    """Raise CheckpointError if all weights are to be trained of a transformer whose file has 8 or 4 bits."""
+    """Raise CheckpointError if a transformer with weights in 8 or 4 bits is to be fully fine-tuned."""
     for path in () if options.full_dit is None else family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
@@ -113,11 +113,11 @@ def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
 
 
 def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
-    """Raise UserError if the optimizer or its schedule cannot be made; both are, for a stand-in of a weight.
+    """Raise UserError if the optimizer or its schedule cannot be created, tried with a stand-in weight.
 
     Args:
         options: Options of the run.
-        total_steps: Steps of the whole run; None if they are unknown, so that no length is too long.
+        total_steps: Steps of the whole run; None if unknown, so that no schedule is too long.
     """
     with quiet():
         stand_in: Mapping[str, object] = {
@@ -160,9 +160,9 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
 
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
-    """Return the learning rates of the parts of the networks, by the option that gives each.
+    """Return the learning rates of the parts of the networks, by the option that sets each.
 
-    Parts with rate 0 do not learn. Facts that only the loaded networks show are left out.
+    Parts with rate 0 are not trained. Parts that only the loaded networks reveal are left out.
     """
     base, parts = options.optimizer.learning_rate, options.parts
     rates = {"--learning_rate": base}
@@ -173,13 +173,13 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
     if parts is not None and trains_texts:
         by_encoder = {f"--text_encoder_lr {rate:g}": rate for rate in parts.text_encoder_lr or ()}
         rates = rates | by_encoder if parts.trains_dit else by_encoder or rates
-    if options.network is not None:
+    if options.network is not None and options.network.network_args:
         rates |= _list_network_rates(options.network, base, trains_texts)
     return {option: rate for option, rate in rates.items() if rate > 0}
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args give, by argument.
+    """Return the learning rates that --network_args sets, by argument.
 
     Args:
         network: The network.
@@ -223,7 +223,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
 
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
-    """Check the module, its settings, and the LoRAs that the networks start from."""
+    """Check the network module, its settings, and the LoRAs that the networks start from."""
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
@@ -262,7 +262,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if exactly one of the --network_weights file and the network rotates its inputs."""
+    """Raise OptionError if only one of the --network_weights file and the network rotates inputs."""
     in_file = kind_of_files(lora.tensors, ROTATING)
     trained = network.kind if network.kind in ROTATING else None
     if in_file is trained:
@@ -283,12 +283,12 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 def select_lora_format(
     family: Family, lora: NetworkOptions | None, texts: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
-    """Return the format of saved LoRAs, as `select_format`; None if no LoRA is trained.
+    """Return the format of saved LoRAs, as `select_format` does; None if no LoRA is trained.
 
     Args:
         family: The model family.
         lora: Options of the LoRA; None if none is trained.
-        texts: Text encoders that learn, as far as they are known.
+        texts: Text encoders that are trained, as far as they are known.
     """
     if lora is None:
         return None
@@ -298,7 +298,7 @@ def select_lora_format(
 
 
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
-    """Return a lower bound for the bytes of one saved model; 0 if it is not known."""
+    """Return a lower bound for the bytes of one saved model; 0 if it is unknown."""
     network = options.network
     if network is None and trains_checkpoint(family):
         precision = options.saving.save_precision
@@ -313,9 +313,9 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
 
 
 def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
-    """Return a lower bound for the bytes of a trained transformer, and of its state if one is saved with it.
+    """Return a lower bound for the bytes of a trained transformer, and of its state if that is saved too.
 
-    Counted are the weights of blocks, whose names most files have as the network.
+    Only weights of blocks are counted, whose names are the same in most files as in the network.
 
     Args:
         family: The model family.
@@ -326,14 +326,15 @@ def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -
 
     with open_checkpoint(file) as checkpoint:
         tensors = bare_names(checkpoint).tensors
-    starts = tuple(f"{name}." for name in family.dit.block_lists)
-    elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(starts))
-    in_bf16 = options.full_dit is not None and options.full_dit.full_bf16
-    kept_bytes = 2 if in_bf16 else 4
-    saved = options.saving.save_precision
-    file_bytes = kept_bytes if saved is None else DTYPES[saved].itemsize
-    state_bytes = kept_bytes if options.saving.saves_state_at_end else 0
-    return elements * (file_bytes + state_bytes)
+    prefixes = tuple(f"{name}." for name in family.dit.block_lists)
+    num_elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(prefixes))
+    # bytes of an element: in training, in the saved model, in the state
+    trains_bf16 = options.full_dit is not None and options.full_dit.full_bf16
+    training_bytes = 2 if trains_bf16 else 4
+    precision = options.saving.save_precision
+    file_bytes = training_bytes if precision is None else DTYPES[precision].itemsize
+    state_bytes = training_bytes if options.saving.saves_state_at_end else 0
+    return num_elements * (file_bytes + state_bytes)
 
 
 def list_unused_options(
@@ -344,9 +345,9 @@ def list_unused_options(
     family_options: Any = None,
     parts: LearningParts | None = None,
 ) -> list[str]:
-    """Return one line for each given option that has no effect together with the others.
+    """Return one line for each given option that has no effect in combination with the others.
 
-    Most are found without the model (`list_without_effect`); this adds those that depend on it.
+    Most of them are found without the model (`list_without_effect`); this adds those that depend on it.
 
     Args:
         options: Options of the run.
@@ -354,7 +355,7 @@ def list_unused_options(
         shifts_table: See `NoiseSpec.table_is_shifted`.
         tables: Tables of the dataset, whose keys may replace options.
         family_options: The model's own options.
-        parts: Parts of a whole checkpoint that are trained.
+        parts: Parts of a full checkpoint that are trained.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
@@ -369,7 +370,7 @@ def list_unused_options(
 
 
 def judge_rate(options: TrainingOptions, learner: Learner) -> str:
-    """Return the learning rate, and the usual one if it is far from that.
+    """Return the learning rate as text; if it is far from the usual one, add that.
 
     Args:
         options: Options of the run.
@@ -382,9 +383,10 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
     default = learner.default_rate
-    finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
+    finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
+    # the usual rates are those of Adam; Adafactor with a fixed rate is common for full models
     is_comparable = "adam" in name or (is_full and name == "adafactor")
-    if not is_comparable or finds_rate or default.low <= rate <= default.high:
+    if not is_comparable or finds_rate_itself or default.low <= rate <= default.high:
         return text
-    how = "LOW" if rate < default.low else "HIGH"
-    return f"{text}, which is {how} for {learner.has_rate_of}: {default.usual} is usual"
+    level = "LOW" if rate < default.low else "HIGH"
+    return f"{text}, which is {level} for {learner.has_rate_of}: {default.usual} is usual"

@@ -41,11 +41,11 @@ class ConfigOptions(Options):
 
 
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
+    """Read options from the TOML file `name` (".toml" may be omitted), converted as on the command line.
 
-    Tables are flattened, except for `reelsmith`, which is not for training; the last of equal keys wins. An
-    empty text is no value. A key that is similar to no option is ignored with a warning: it may be another
-    tool's.
+    Tables are flattened, except for `reelsmith`, which is not for training; of equal keys, the last one wins.
+    An empty text counts as no value. A key that resembles no option is ignored with a warning, because it may
+    belong to another tool.
 
     Raises:
         UserError: If the file is missing or is not TOML.
@@ -90,7 +90,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 
 
 def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
-    """Raise OptionError if a file has lines appended to another file than a log: to a shell's, they run."""
+    """Raise OptionError if a file asks to append to a file that is not a log, such as a shell script."""
     is_appended = getattr(action, "reach", "") == APPENDS["reach"]
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
         raise OptionError(
@@ -101,12 +101,12 @@ def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a value is an empty text, or a list of such, which pages write for "not given"."""
+    """Return whether a value is an empty text or a list of empty texts, which pages write for "not given"."""
     return value == "" or (isinstance(value, list) and value != [] and all(item == "" for item in value))
 
 
 def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options that a file may give, by their name and their other spellings."""
+    """Return the options that a file may set, by their name and their alternative spellings."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
     for action in named.values():
@@ -117,12 +117,12 @@ def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.A
 
 
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value that names code to import, unless an installed package has the code.
+    """Raise OptionError for a value that names code to import, unless an installed package provides it.
 
     Args:
         parser: The parser of the script.
         values: Values by destination.
-        place: The file that the values come from, for the message.
+        place: The file with the values, for the message.
     """
     from modules.installed import require_installed  # not for --help
 
@@ -140,10 +140,10 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
 
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
-    """Write options as TOML, to be read by `read_config_file`.
+    """Write options as TOML that `read_config_file` can read.
 
     Raises:
-        OptionError: If the file is there already or cannot be written.
+        OptionError: If the file already exists or cannot be written.
     """
     reject_outside("output_config", path)
     if path.exists():
@@ -158,7 +158,7 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def toml_value(value: Any) -> str:
-    """Return a value as TOML: lists, booleans and numbers as such, anything else as a quoted string."""
+    """Return a value as TOML: lists, booleans and numbers unchanged, anything else as a quoted string."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):
@@ -195,7 +195,7 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
-    """Convert a TOML value to that of the command line."""
+    """Convert a TOML value to the type that the command line would give."""
     if action.nargs == 0:  # a switch, which other programs also write as 0 or 1
         if not isinstance(value, (bool, int)) or value not in (0, 1):
             raise _explain_wrong_value(path, action, value)
@@ -229,7 +229,7 @@ def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _explain_wrong_value(path: Path, action: argparse.Action, value: Any) -> OptionError:
-    """Return the error for a value of another type, or in another number, than the option takes."""
+    """Return the error for a value whose type or number of values does not fit the option."""
     kind = bool if action.nargs == 0 else action.type
     names: dict[Any, str] = {
         bool: "true or false",

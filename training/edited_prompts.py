@@ -27,10 +27,10 @@ LONGEST = 600  # letters of a fault in the warning
 
 
 def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler of the prompts that are in the file now; the same one if the file has not changed.
+    """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
 
-    Texts that are new are encoded, with encoders that are loaded for it and freed. If the file cannot be
-    used, the samples stay as they are and a warning says why.
+    New texts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
+    samples do not change, and a warning gives the reason.
 
     Args:
         sampler: The current sampler.
@@ -47,7 +47,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
         return sampler
     sampler = replace(sampler, source=replace(before, text=text, fault=fault))
     if text == before.text and not fault:
-        return sampler  # it can be read again
+        return sampler  # an earlier error of reading is gone; the text is the same
     edited = sampler
     if not fault:
         try:
@@ -74,7 +74,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
 
 
 def _read_prompts(path: Path, before: str) -> tuple[str, str]:
-    """Return the text of a prompt file, and why it cannot be read.
+    """Return the text of a prompt file, and the reason if it cannot be read.
 
     Args:
         path: Path of the file.
@@ -92,15 +92,15 @@ def _read_prompts(path: Path, before: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler of the text of its source. Raises as `parse_requests`, and what encoders raise."""
+    """Return a sampler for the edited prompt file. Raises as `parse_requests` and the encoders do."""
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
     earlier: dict[int, Sample] = {}
     requests: dict[int, Prepared] = {}
     for number in source.numbers_of(len(entries)):
-        equal = [sample for sample in sampler.samples if sample.entry == entries[number]]
-        if equal:
-            earlier[number] = replace(equal[0], index=number)
+        unchanged = [sample for sample in sampler.samples if sample.entry == entries[number]]
+        if unchanged:
+            earlier[number] = replace(unchanged[0], index=number)
         else:
             requests[number] = all_prepared[number]
     new_texts = session.count_new(wanted_texts(prepared) for prepared in requests.values())

@@ -43,12 +43,12 @@ TRAINING_ADAPTER = "--training_adapter"
 
 @dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by the index of their expert, with the LoRAs that are switched on when they work.
+    """Networks by index of their expert, with the LoRAs that are active while they work.
 
     Attributes:
         copies: Host copies of networks that take turns on the device; empty if all stay there.
-        loras: LoRAs of --training_adapter in networks that are trained, of --sample_lora in those that
-            generate samples.
+        loras: LoRAs of --training_adapter in trained networks, of --sample_lora in networks that generate
+            samples.
     """
 
     networks: Sequence[nn.Module]
@@ -58,8 +58,8 @@ class ExpertNetworks:
     def at(self, expert: int) -> nn.Module:
         """Return the network of an expert, on the device.
 
-        If experts take turns, it replaces the other networks there; their weights are not copied back to the
-        host, because they are frozen.
+        If experts take turns, it replaces the other networks there; their weights are frozen and need no copy
+        back to the host.
         """
         network = self.networks[expert]
         if self.copies and not self.copies[network].is_here:
@@ -72,7 +72,7 @@ class ExpertNetworks:
 def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
     """Read --training_adapter for one of the trained experts.
 
-    Returns None if it is not given, or if the file says that it is for another of the trained experts.
+    Returns None if the option is not given, or if the file is for another one of the trained experts.
     """
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
@@ -89,12 +89,12 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:
-    """Return the module of the network that is trained; empty if the model itself is."""
+    """Return the module of the trained network; "" if the model itself is trained."""
     return "" if options.network is None else options.network.network_module or family.lora_module
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
-    """Return the options of the network that learns in an expert, with the files for this expert."""
+    """Return the options of the network that is trained in an expert, with the files for this expert."""
     network, by_expert = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network
@@ -104,7 +104,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for options that the given transformers cannot serve."""
+    """Raise OptionError for options that the given transformers do not support."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
     if len(experts) == 1:
         if by_expert.lora_per_expert:
@@ -139,12 +139,12 @@ def note_experts(
     times: Sequence[TimestepOptions],
     samples_with_others: bool = False,
 ) -> None:
-    """Log the noise levels on which the transformers are trained; warn of one distilled to few steps.
+    """Log the noise levels at which the transformers are trained; warn about few-step transformers.
 
     Args:
         family: The model family.
         options: Options of the run.
-        times: Options of the timesteps of the tables, see `list_times`.
+        times: Timestep options of the tables, see `list_times`.
         samples_with_others: Whether samples also use transformers that are not trained.
     """
     experts, default = family.experts, family.defaults.experts
@@ -171,7 +171,7 @@ def note_experts(
 
 
 def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
-    """Warn if a transformer that was distilled to few steps would lose them."""
+    """Warn if a transformer that was distilled to few steps would lose this ability."""
     is_adapted = options.frozen.training_adapter is not None
     if is_adapted or options.joined.keeps_steps or not knows_few_steps(family):
         return
@@ -197,7 +197,7 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
 
 
 def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
-    """Warn if --network_weights of an expert is for another one."""
+    """Warn if --network_weights of an expert is for another expert."""
     if network is None or network.network_weights is None:
         return
     if (network.network_module or family.lora_module) in OWN_MODULES:
@@ -213,27 +213,28 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
         options: Options of the run.
         boundary: Timestep at which the two transformers meet.
     """
-    below = "--max_timestep"
-    above = "--min_timestep"
-    counted = round(boundary)
+    option_for_low_noise = "--max_timestep"
+    option_for_high_noise = "--min_timestep"
+    bound = round(boundary)
     if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
-        below, above, counted = above, below, NUM_TIMESTEPS - counted
+        option_for_low_noise, option_for_high_noise = option_for_high_noise, option_for_low_noise
+        bound = NUM_TIMESTEPS - bound
     logger.warning(
         "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
         "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
         "high noise).",
         boundary,
-        below,
-        counted,
-        above,
-        counted,
+        option_for_low_noise,
+        bound,
+        option_for_high_noise,
+        bound,
     )
 
 
 def expert_metadata(
     family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], part: str
 ) -> dict[str, str]:
-    """Return the metadata on the transformers that a file was trained in; nothing if there is one.
+    """Return the metadata about the transformers that a file was trained in; empty if there is only one.
 
     Args:
         family: The model family.
@@ -248,18 +249,18 @@ def expert_metadata(
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
-    values = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
-    metadata = {TRAINED_EXPERT: values[name]}
-    files = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
-    if part in files and not options.metadata.no_metadata:
-        metadata["ss_sd_model_name"] = files[part]
+    value_by_name = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
+    metadata = {TRAINED_EXPERT: value_by_name[name]}
+    file_names = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
+    if part in file_names and not options.metadata.no_metadata:
+        metadata["ss_sd_model_name"] = file_names[part]
     return metadata
 
 
 def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert that the only transformer of a run is trained as; None if that is not clear.
 
-    If it is not said which one the transformer is, the range of timesteps decides.
+    If the file does not tell, the range of timesteps decides.
 
     Args:
         family: The model family.
@@ -307,9 +308,19 @@ def dress(
     host: HostWeights | None = None,
     blocks: BlockPlace | None = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it when a LoRA is attached.
+    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
 
-    If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
+    If the blocks' inputs are kept on the host, memory is short, so feed-forward layers are computed in pieces
+    too.
+
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        loop: Options of the training loop.
+        device: Device of the run.
+        compilation: How to compile; None does not compile.
+        host: Host memory of swapped weights.
+        blocks: Place that the blocks were loaded into, if they are split over processes.
     """
     on_host = loop.gradient_checkpointing_cpu_offload
     checkpointing: dressing.Checkpointing | None = None
@@ -325,13 +336,13 @@ def dress(
         in_pieces=on_host,
         blocks=blocks,
     )
-    dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
+    dit.train(loop.gradient_checkpointing)  # only checkpointing depends on the mode: there is no dropout
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
-    """Return the quantization, with the products to use on the device.
+    """Return the quantization with the matrix products to use on the device.
 
-    Loads nothing.
+    Nothing is loaded.
 
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.
@@ -352,7 +363,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
 
 
 def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:
-    """Raise OptionError if --mixed_precision does not go with the dtype that the model computes in."""
+    """Raise OptionError if --mixed_precision does not fit the dtype in which the model computes."""
     precision = options.accelerator.mixed_precision
     autocast = AUTOCAST.get(precision)
     if autocast is None or dtype in {autocast, torch.float32}:

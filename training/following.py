@@ -45,7 +45,7 @@ OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """The command of a training, whose options the commands before and after it repeat."""
+    """The command line of a training, from which the commands before and after it are derived."""
 
     script: str = "the training script"
     script_options: Sequence[ScriptOption] = ()
@@ -55,19 +55,19 @@ class TrainingCommand:
 
     @property
     def typed(self) -> dict[str, str]:
-        """Return the flags of the options that were typed, by public name."""
+        """Return the flags of the typed options, by public name."""
         return {option.name: option.flag for option in self.script_options if option.is_changed}
 
     @property
     def spellings(self) -> Mapping[str, str]:
-        """Return the flags of shared options of generation; see `FamilyEntry.spellings`."""
+        """Return the flags of shared generation options; see `FamilyEntry.spellings`."""
         return {} if self.entry is None else self.entry.spellings
 
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
         """Return the commands that make missing caches.
 
-        They have what follows from the checkpoint; not the files of the caches that are there, which may be
-        of another model.
+        They contain the options that follow from the checkpoint, but not the files of existing caches, which
+        may be of another model.
         """
         if self.entry is None:
             return NO_COMMANDS
@@ -88,7 +88,7 @@ class TrainingCommand:
         assert self.entry is not None
         if not with_caches:
             return self.entry.generation_words(self.family_options, sample, self.typed)
-        with quiet():  # a record that is made again warns again
+        with quiet():  # creating the record again would repeat its warnings
             filled = fill_options(self.family_options, self.recalled)
         typed_before = {option.name: option.typed for option in self.recalled}
         return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
@@ -98,21 +98,21 @@ NO_COMMAND = TrainingCommand()
 
 
 def describe_elsewhere(network: NetworkOptions | None) -> str | None:
-    """Return the effect of such a network's file in other programs; None if they read it unchanged."""
+    """Return how other programs treat such a network's file; None if they read it unchanged."""
     if network is None:
         return None
     return next((kind.elsewhere for kind in network.kinds if kind.elsewhere), None)
 
 
 def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
-    """Return the kind of a network of which other programs need plain LoRAs; None if they do not."""
+    """Return the kind of a network that other programs read only as a plain LoRA; None for other networks."""
     kinds = [] if network is None else network.kinds
     return next((kind for kind in kinds if kind.plain_title), None)
 
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Make the command lines that can follow a run."""
+    """The command lines that can follow a run."""
 
     plan: TrainingPlan
     command: TrainingCommand
@@ -132,8 +132,8 @@ class NextSteps:
         """Return the commands that can follow: resume, generate, convert or extract, start again.
 
         Args:
-            saved: The newest usable file, see `Story.usable_file`; None if nothing has been saved. The
-                commands then name the file that the end of the run will save.
+            saved: The newest usable file, see `Story.usable_file`. With None, if nothing is saved yet, the
+                commands name the file that the end of the run will save.
             is_finished: Whether the run has done all its steps.
         """
         file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
@@ -158,7 +158,7 @@ class NextSteps:
         return [*commands, _command("This run, as it was started", self._words())]
 
     def _needs_conversion(self, network: NetworkOptions) -> bool:
-        """Return whether the tool of `converted_for` does not read the run's files as they are."""
+        """Return whether the tool `converted_for` cannot read the run's files directly."""
         lora_format = self.plan.lora_format
         has_known_names = lora_format is None or lora_format.name == KNOWN
         if not self.converted_for or has_known_names:
@@ -169,8 +169,8 @@ class NextSteps:
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.plan.options.network
-        ending = self.converted_for.lower()
-        ending = ending if ending.isalpha() else "converted"
+        tool = self.converted_for.lower()
+        ending = tool if tool.isalpha() else "converted"  # of the output's name
         title = f"Convert the LoRA for {self.converted_for}"
         note = ""
         words = ["--target", "other" if self.converted_for else "default"]
@@ -186,7 +186,7 @@ class NextSteps:
 
     @property
     def _can_extract(self) -> bool:
-        """Return whether a LoRA can be extracted: of whole checkpoints only between single files."""
+        """Return whether a LoRA can be extracted; with full checkpoints this needs single files."""
         family = self.plan.family
         return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.plan.names.ending))
 
@@ -207,7 +207,7 @@ class NextSteps:
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
-        """Return the command that continues; if there is no state, a new run that begins with the result."""
+        """Return the command that resumes or, without a state, a new run that starts from the result."""
         title = "Continue after a stop"
         ending = ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
@@ -265,7 +265,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
-        """Return the advice after a run failed: the command that continues from its newest state, if any."""
+        """Return the advice after a failed run: the command that resumes from its newest state, if any."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
@@ -297,7 +297,7 @@ class NextSteps:
         return _command("Generate with it", [*launcher, *words, *of_sample], note)
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
-        """Return the files saved with one: of the expert for much noise, and of the others."""
+        """Return the files saved together with a file: that of the high-noise expert, and the others."""
         average = self.plan.joined.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
         files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
@@ -312,11 +312,11 @@ class NextSteps:
         return high_files, other_files
 
     def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
-        """Return a command with the trained files of one transformer and the LoRAs of samples.
+        """Add the trained files of one transformer, and the LoRAs of samples, to a command.
 
         Args:
             words: Words of the command.
-            ending: Ending of the options for that transformer.
+            ending: Suffix of the options for that transformer.
             files: The trained files.
         """
         words = [*words]
@@ -336,7 +336,7 @@ class NextSteps:
         return words
 
     def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
-        """Return a command with a trained file in place of a transformer.
+        """Replace a transformer in a command by a trained file.
 
         Args:
             words: Words of the command.
@@ -356,7 +356,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
-    """Return the words of shared options that make a sample, given by the names of `Request`.
+    """Return the command-line words that reproduce a sample, given by the field names of `Request`.
 
     Args:
         sample: Values of the sample.
@@ -399,16 +399,16 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
 
 
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the caption and the files of the first training item, by the names of `Request`.
+    """Return the caption and the files of the first training item, by the field names of `Request`.
 
-    What only some families use is under `example`, an `ExampleItem`; the options that made the caches
+    What only some families use is under `example`, an `ExampleItem`; the options that made the caches are
     under `cached_with`.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)
     takes_references = item.table.references is not None
     return {
-        # a longer one floods the console, and systems limit what may be typed
+        # a longer caption would flood the console, and systems limit the length of a command
         "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
         "control_images": example.controls if takes_references else (),
         "example": example,

@@ -25,7 +25,7 @@ Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> how many captions hav
 
 
 def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
-    """Return the entries `ss_*` of an image trainer's file in addition to those of every training."""
+    """Return the additional `ss_*` entries of an image trainer's file."""
     options, items = plan.options, plan.training
     model_type = plan.family.metadata.get("model_type")
     validation = options.validation
@@ -74,7 +74,7 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
 
 
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
-    """Return the learning rates of a LoRA's parts, in the form that image trainers write.
+    """Return the learning rates of a LoRA's parts, in the format of image trainers.
 
     Args:
         rate: Learning rate of the transformer's part.
@@ -95,11 +95,11 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
 
 
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Count the captions that contain each tag, a part between commas, by the names of the items' folders.
+    """Count the captions with each tag, a part between commas, by the name of the items' folder.
 
-    A caption counts once, however often its item is repeated. A table whose captions are not on this machine
-    (its caches were copied) is left out. A folder keeps its MOST_TAGS most frequent tags, because they are
-    written into a file's header.
+    A caption counts once, however often its item is repeated. Tables whose captions are not on this machine,
+    because only their caches were copied, are left out. Only the MOST_TAGS most frequent tags of a folder are
+    kept, because they are written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
 
@@ -134,7 +134,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class _ImageCounts:
-    """Numbers of the pictures of some tables; with repeats, except for `of_table`."""
+    """Counts of the images in some tables; repeats are included, except in `of_table`."""
 
     of_table: Mapping[int, int]  # by the table's index
     num_learned: int
@@ -145,8 +145,8 @@ class _ImageCounts:
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     of_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # by whether they are regularization pictures
-    differences: list[float] = []  # of width / height, between bucket and picture
+    totals = {False: 0, True: 0}  # key: whether the images are regularization images
+    differences: list[float] = []  # between the aspect ratios of bucket and image
     for item in items:
         table = item.table
         width = item.bucket[0]
@@ -169,7 +169,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
-    """Return the entries on the numbers of pictures: in total, by folder, by size."""
+    """Return the numbers of images: in total, by folder, and by size."""
     counted = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
@@ -186,7 +186,7 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
 
 
 def _free_name(name: str, names: Mapping[str, Any]) -> str:
-    """Return a name, numbered if it is taken: several datasets may have one folder."""
+    """Return a name that is not taken, numbered if necessary: several datasets may use one folder."""
     number = 1
     free = name
     while free in names:
@@ -200,7 +200,7 @@ def _free_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _settings_of(table: DatasetTable) -> dict[str, Any]:
-    """Return the settings of a table under the names of the known trainers' options."""
+    """Return the settings of a table under the option names of known trainers."""
     changes, augmentation = table.changes, table.augmentation
     buckets = table.buckets if table.enable_bucket else None
     return {
@@ -236,7 +236,7 @@ def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
 def _describe_datasets(
     tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
 ) -> list[dict[str, Any]]:
-    """Return the entry `ss_datasets`: a dictionary for each dataset, with one for each of its subsets."""
+    """Return the entry `ss_datasets`: one dictionary per dataset, which contains one per subset."""
     groups: dict[int, list[DatasetTable]] = {}
     for table in tables:
         groups.setdefault(table.batch_group, []).append(table)

@@ -88,7 +88,7 @@ def read_image_training(
     argv: Sequence[str] | None,
     learner: type[Options] = TrainedNetworkOptions,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
-    """Read the options of a script that trains an image model; return what `read_training` does.
+    """Read the options of a script that trains an image model; returns the same as `read_training`.
 
     The program ends after --output_config.
 
@@ -133,7 +133,7 @@ def read_image_training(
 
 
 class ImageModelOptions(Options, title="model"):
-    """Files of the model, which fields of the families' records read."""
+    """Files of the model, read by fields of the families' records."""
 
     pretrained_model_name_or_path: Path | None = option(
         "checkpoint of the model that is trained, with its transformer or U-Net", often=True
@@ -142,7 +142,7 @@ class ImageModelOptions(Options, title="model"):
 
 
 class OtherNames(Options, title="other names"):
-    """Other names of options; `_translate` puts them into those that records read."""
+    """Alternative option names; `_translate` moves their values to the options that records read."""
 
     use_8bit_adam: bool = option("--optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option("--optimizer_type Lion")
@@ -196,7 +196,7 @@ def image_training_parser(
 
 
 def _translate(args: argparse.Namespace) -> None:
-    """Put the values of other option names into the options that the records read."""
+    """Move the values of alternative option names to the options that the records read."""
     for name, optimizer in OPTIMIZERS.items():
         if getattr(args, name):
             if args.optimizer_type:
@@ -234,7 +234,7 @@ def _translate(args: argparse.Namespace) -> None:
 
 
 def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
-    """Return the options whose values were given by `OtherNames`.
+    """Return the options whose values were set by an alternative name in `OtherNames`.
 
     Args:
         args: Parsed arguments.
@@ -251,7 +251,7 @@ def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> s
 
 
 def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:
-    """Give each tokenizer that no option names the folder of --tokenizer_cache_dir that holds it."""
+    """Set each tokenizer that no option names to its folder in --tokenizer_cache_dir."""
     if args.tokenizer_cache_dir is None or not folders:
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
@@ -270,7 +270,7 @@ def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> No
 
 
 def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Write the options that differ from their defaults, and end the program."""
+    """Write the options that differ from their defaults, and exit."""
     if args.config_file is None:
         raise OptionError("--output_config writes to the file that --config_file names: give both")
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
@@ -308,7 +308,7 @@ SAMPLERS = (
 
 
 class OtherModels(Options, title="for other models"):
-    """Options of trainers of Stable Diffusion."""
+    """Options of Stable Diffusion trainers that other models do not use."""
 
     v2 = unsupported(CLIP)
     v_parameterization = unsupported(EPSILON)
@@ -330,7 +330,7 @@ class OtherModels(Options, title="for other models"):
 
 
 class DeepspeedOptions(Options, title="DeepSpeed"):
-    """Options of trainers with DeepSpeed."""
+    """Options of trainers that use DeepSpeed."""
 
     deepspeed = unsupported(DEEPSPEED)
     zero_stage = unsupported(DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))
@@ -343,7 +343,7 @@ class DeepspeedOptions(Options, title="DeepSpeed"):
 
 
 class NotNeeded(Options, title="not needed"):
-    """Options for behavior that is always on here."""
+    """Options for behavior that is always enabled here."""
 
     lowram = not_needed("weights are read in pieces, straight to the device.")
     highvram = not_needed("no cache of the device is emptied between steps.")
@@ -352,7 +352,7 @@ class NotNeeded(Options, title="not needed"):
 
 
 class NotNeededByFlows(Options, title="not needed"):
-    """Further such options of models that learn a flow."""
+    """Options for behavior that is always enabled here, of flow models."""
 
     no_half_vae = not_needed("the VAE's precision is chosen so that nothing overflows.", "VAE in float32")
     sample_sampler = not_needed(
@@ -368,7 +368,7 @@ CODE = "only safetensors files are written: other forms can hold code"
 
 
 class OfLoraFiles(Options, title="not built"):
-    """Options on the file and the dtype of what is trained that other trainers have for LoRAs."""
+    """Options of other trainers about the file and the dtype of a trained LoRA."""
 
     save_model_as = unsupported(CODE, default="safetensors", choices=("ckpt", "pt", "safetensors"))
     offload_optimizer_device = unsupported(DEEPSPEED, choices=("cpu", "nvme"))
@@ -380,10 +380,10 @@ _TEXTS_STAY = "the text encoders are not trained. Leave it out, or train a LoRA"
 
 
 class OfManyWeights(Options, title="many weights"):
-    """Options of image trainers in which more weights learn than in a LoRA."""
+    """Options of image trainers that train more weights than a LoRA."""
 
     blockwise_fused_optimizers: bool = option(
-        "--fused_backward_pass, which steps each weight by itself instead of each block"
+        "--fused_backward_pass, which steps each weight separately instead of each block"
     )
     skip_latents_validity_check: bool = option("--skip_cache_check")
     fused_optimizer_groups = not_needed(
@@ -394,7 +394,7 @@ class OfManyWeights(Options, title="many weights"):
 
 
 class OfFullModels(OfManyWeights, title="full fine-tuning"):
-    """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
+    """Options of image trainers for full models, and LoRA options that do not apply to them."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
@@ -408,7 +408,7 @@ FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
 class NotForNoise(Options, title="not built"):
-    """Options of other trainers that models of noise do not have here."""
+    """Options of other trainers that are not supported here for models that predict noise."""
 
     weighted_captions = unsupported(
         "captions are read as they are; weights of words are for generation (gen_img.py)"
@@ -439,9 +439,9 @@ _rejected_by_noise = {
 
 
 def read_as_known(args: argparse.Namespace) -> None:
-    """Read two options as known trainers of these models do.
+    """Interpret two options as the known trainers of these models do.
 
-    Equal bounds of timesteps are this one timestep. A file without a name is called "last".
+    Equal minimum and maximum timesteps mean this one timestep. A file without a name is called "last".
     """
     if args.output_name is None and args.output_dir is not None:
         args.output_name = UNNAMED
@@ -452,10 +452,10 @@ def read_as_known(args: argparse.Namespace) -> None:
 
 
 class OfFullCheckpoints(Options, title="full fine-tuning"):
-    """Options of trainers of whole checkpoints, whose text encoders may learn, and those for LoRAs."""
+    """Options of trainers of full checkpoints, which may train text encoders, and LoRA options."""
 
     fused_optimizer_groups: int | None = option(
-        "--fused_backward_pass, which steps each weight by itself instead of so many groups of weights",
+        "--fused_backward_pass, which steps each weight separately instead of groups of weights",
         least=0,
         facts=HABIT,
     )
@@ -475,7 +475,7 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
 
 
 def _read_groups(args: argparse.Namespace) -> None:
-    """Read --fused_optimizer_groups as --fused_backward_pass. Raises OptionError if both are given."""
+    """Treat --fused_optimizer_groups as --fused_backward_pass. Raises OptionError if both are given."""
     groups = args.fused_optimizer_groups
     if groups:
         if args.fused_backward_pass:
@@ -493,7 +493,7 @@ def _read_groups(args: argparse.Namespace) -> None:
 
 
 def _read_full_checkpoint(args: argparse.Namespace) -> None:
-    """Read the options of a whole checkpoint. Raises OptionError if a single file is to be cut."""
+    """Interpret the options of a full checkpoint. Raises OptionError if a single file is to be sharded."""
     if args.max_shard_size is not None and args.save_model_as not in FOLDERS:
         raise OptionError(
             f"{SHARD_SIZE} {args.max_shard_size}: ComfyUI, web UIs and diffusers read a checkpoint with "
@@ -556,10 +556,10 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
 
 
 def _reject_loras(called: str) -> dict[str, str]:
-    """Return why options of LoRAs are refused, by name.
+    """Return why LoRA options are rejected, by name.
 
     Args:
-        called: Name of the network that is trained.
+        called: Name of the trained network.
     """
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
@@ -612,7 +612,7 @@ def beside_transformer(
 
 
 def _read_beside(args: argparse.Namespace) -> None:
-    """Read the options of a network next to the U-Net: text encoders do not learn."""
+    """Interpret the options of a network alongside the U-Net, whose text encoders are not trained."""
     read_as_known(args)
     args.network_train_unet_only = True
 
@@ -629,7 +629,7 @@ _REJECTED_FOR_WORDS = {
 
 
 def word_trainer(**settings: Any) -> ImageTrainerDefaults:
-    """Return the differences of a script that trains textual inversion for a model of noise.
+    """Return the defaults of a script that trains textual inversion for a model that predicts noise.
 
     Args:
         settings: Fields of `ImageTrainerDefaults` to replace.
@@ -641,7 +641,7 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
 
 
 def _read_word(args: argparse.Namespace) -> None:
-    """Read the options of textual inversion: text encoders learn, and files are called after the word."""
+    """Interpret the options of textual inversion: text encoders are trained, the word names the files."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
         why = find_error(word)

@@ -30,15 +30,15 @@ _ADVICE: Mapping[str, str] = {
 
 
 def is_of_kohya_page(key: str) -> bool:
-    """Whether a key comes from the GUI kohya_ss and names no option of a training script."""
+    """Return whether a key comes from the GUI kohya_ss and is not an option of a training script."""
     return key in _ADVICE
 
 
 def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
-    """Return the advice for a key of the kohya_ss page, with the values of all keys of the same file.
+    """Return advice about a key of the kohya_ss GUI.
 
     Returns:
-        The advice; None if the value has no effect, or if network_args set the same thing.
+        The advice; None if the value has no effect, or if network_args sets the same thing.
     """
     value, arguments = values[key], values.get("network_args")
     is_declared = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)

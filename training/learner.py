@@ -26,9 +26,9 @@ FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 
 
 class MakeNetwork(Protocol):
-    """Put the network that learns into a loaded model, and return it.
+    """Function that adds the trained network to a loaded model.
 
-    `with_values` says whether it begins with the values of its file; the other arguments are those of
+    `with_values` is whether the network starts with the values of its file; the other arguments are those of
     `networks.adapter.make_network`.
     """
 
@@ -43,13 +43,13 @@ class MakeNetwork(Protocol):
         resumed: Mapping[str, Tensor] | None = None,
         with_values: bool = True,
     ) -> TrainableNetwork:
-        """Return the network, whose modules are joined to those of the model."""
+        """Return the network, whose modules are attached to those of the model."""
         ...
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What a run trains, as those read it who check, load, save and describe the run."""
+    """What a run trains, for the code that checks, loads, saves and describes the run."""
 
     called: str  # "LoRA", "ControlNet-LLLite"
     has_rate_of: str  # "a LoRA": what `default_rate` is usual for
@@ -98,7 +98,7 @@ def find_learner(family: Trains, network: NetworkOptions | None) -> Learner:
 
 
 def _describe_made(made: MadeNetwork) -> Learner:
-    """Return the network of a family's own as what a run trains."""
+    """Describe a family's own network as what a run trains."""
     reads_captions = made.in_texts and not made.sentences
     return Learner(
         called=made.called,
@@ -129,7 +129,7 @@ def _make_lora(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a LoRA, see `MakeNetwork`. module: that the family's LoRAs are made by."""
+    """Make a LoRA, see `MakeNetwork`; `module` is the network module of the family's LoRAs."""
     return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
 
 
@@ -144,7 +144,7 @@ def _make_own(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network of the family's own, see `MakeNetwork`; what it is made of is in its record."""
+    """Make a network of the family's own, see `MakeNetwork`; its settings are in the record `made`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
         module = made.make(nn.ModuleDict(encoders) if made.in_texts else dit, with_values)
@@ -152,9 +152,9 @@ def _make_own(
 
 
 def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
-    """Check the tables of a made network: its control images, or that all images show what it learns.
+    """Check the tables of a made network: control images, or images that all show what it learns.
 
-    With sentences in place of captions, images need none. See `Learner.check_data`.
+    Images need no captions if sentences replace them. See `Learner.check_data`.
     """
     if not made.in_texts:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone
@@ -164,7 +164,7 @@ def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetC
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
-                f"{table.name}: {made.called} learns nothing from regularization pictures, as their captions "
+                f"{table.name}: {made.called} learns nothing from regularization images, as their captions "
                 "lack the word. Leave them out"
             )
         if kept in table.attributes:

@@ -65,9 +65,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
-    """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
+    """Load the networks with their trained part, create its optimizer, and restore the state of --resume.
 
-    The text encoders that stay are loaded already; those that learn get a part of the network.
+    Text encoders that stay loaded are loaded before; those that are trained get a part of the network.
 
     Args:
         plan: The plan of the run.
@@ -104,7 +104,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
 
 @dataclass(frozen=True)
 class LoadedNetworks:
-    """Hold the networks of a run, dressed, with the part of them that is trained."""
+    """The networks of a run, ready to run, with the trained part of them."""
 
     dits: experts.ExpertNetworks
     sample_dits: experts.ExpertNetworks  # see `TrainedModel`
@@ -113,7 +113,7 @@ class LoadedNetworks:
 
 
 def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
-    """Load the networks one after the other, add the trained part to each, and dress it."""
+    """Load the networks in turn, add the trained part to each, and prepare it to run."""
     loading = Loading(plan, swap)
     encoders = {} if plan.texts is None else plan.texts.taught_networks
     besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
@@ -142,7 +142,7 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
 
 
 def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
-    """Warn of words in a LoRA that a training continues from, and that are in none of its files."""
+    """Warn about words in a LoRA that training continues from, if none of its files will contain them."""
     with open_checkpoint(lora) as checkpoint:
         words = {word_of(name) for name in checkpoint.tensors} - {""}
     learned = {word_of(name) for beside in besides for name in beside.tensors()}
@@ -157,7 +157,7 @@ def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
 
 
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Load the networks that only samples are made with; return all that samples need, by their experts.
+    """Load the networks that only samples use; return all networks of samples, by expert.
 
     Args:
         loading: Loads the networks.
@@ -199,13 +199,13 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    """Put the run together: what feeds the loop, judges its batches, and hears requests from outside."""
+    """Create the run from its parts: the feed, the loss rule, and the requests from outside."""
     plan = model.plan
     options = plan.options
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model)  # validation does without
+    rule = _add_targets(rule, model)  # after `Validation`, which has no targets but the clip
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -237,7 +237,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 
 
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
-    """Return the rule with all that predictions are compared with besides the clip."""
+    """Return the rule with all targets of predictions besides the clip added."""
     plan = model.plan
     joined = plan.joined
     return replace(
@@ -289,7 +289,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 @dataclass(frozen=True)
 class UndressedNetwork:
-    """Hold a network that is loaded and frozen, before LoRAs are added and its blocks are dressed."""
+    """A network that is loaded and frozen, before LoRAs are added and its blocks are prepared to run."""
 
     dit: nn.Module
     family: Family
@@ -299,13 +299,13 @@ class UndressedNetwork:
 
     @property
     def expert(self) -> Expert:
-        """The expert that this network is."""
+        """The network's expert."""
         return self.family.experts[self.index]
 
 
 @dataclass
 class Loading:
-    """Loads networks one after the other. Those that take turns wait in host memory from the beginning."""
+    """Load networks one after the other. Networks that take turns wait in host memory from the start."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
@@ -331,9 +331,9 @@ class Loading:
         return alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
-        """Load the network of an expert, frozen, with what is merged into those that learn or make samples.
+        """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
-        A network to train gets the training dtype. Its trained part is added before it is dressed.
+        A network to train gets the training dtype. Its trained part is added before `dress`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
@@ -371,7 +371,7 @@ class Loading:
     def _read_merged(
         self, network: NetworkOptions | None, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read the LoRAs to merge for an expert: a patch (None if none), and T-LoRAs, which wrap layers."""
+        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers."""
         merge = self.plan.joined.merge
         if network is None or merge is None:
             return None, ()
@@ -392,10 +392,10 @@ class Loading:
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
     def dress(self, network: UndressedNetwork) -> None:
-        """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
+        """Add the frozen LoRAs; compile, checkpoint and swap the blocks.
 
         Raises:
-            MemoryPlanError: If the device has no room for the next network.
+            MemoryPlanError: If the device has too little memory for the next network.
         """
         device = self.plan.accelerator.device
         dit, family = network.dit, network.family
@@ -409,7 +409,7 @@ class Loading:
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
     def dress_blocks(self, network: UndressedNetwork) -> None:
-        """Compile, checkpoint and swap the blocks of a network; share its tokens between processes."""
+        """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
         experts.dress(
@@ -424,7 +424,7 @@ class Loading:
         finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
-        """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
+        """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
         is_compiled = options.speed.compilation.choice is not None
@@ -459,17 +459,16 @@ def _require_room(size: int, room: int) -> None:
 
 @dataclass
 class Learners:
-    """Make the trained part of each network, one after the other, and join them."""
+    """Create the trained part of each network in turn, and join them."""
 
     plan: TrainingPlan
     besides: Sequence[LearnerBeside] = ()  # that learn too
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
-        """Put the network into a DiT, or choose the trained parameters of the DiT itself.
+        """Add the network to a DiT, or select the trained parameters of the DiT itself.
 
-        If there is a network, this DiT shares that of the DiTs before, unless each expert has its own
-        (--lora_per_expert).
+        All DiTs share one network, unless each expert has its own (--lora_per_expert).
         """
         options, device = self.plan.options, self.plan.accelerator.device
         learner = self.plan.learner
@@ -501,7 +500,7 @@ class Learners:
         self.parts.append(trainable)
 
     def join(self) -> Trainable:
-        """Return all that learns as one."""
+        """Return all trained parts as one."""
         if len(self.parts) == 1:
             trainable = self.parts[0]
         else:
@@ -517,7 +516,7 @@ class Learners:
         return trainable
 
     def _list_beside(self) -> dict[str, Tensor]:
-        """Return what else the file of a LoRA holds when it is saved."""
+        """Return what a LoRA's file contains besides the LoRA."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
     def _train_full(self, dit: nn.Module) -> Trainable:
@@ -535,7 +534,7 @@ class Learners:
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
-        """Return the tensors of the state to resume that belong to the network of an expert."""
+        """Return the tensors in the state to resume that belong to the network of an expert."""
         saved = self.plan.saved
         if saved is None:
             return {}
@@ -545,7 +544,7 @@ class Learners:
         return {**saved.network}
 
     def _list_rates(self) -> Rates:
-        """Return the learning rates of a network: of all, of the DiT's part, and of each text encoder."""
+        """Return the learning rates of a network: overall, of the DiT's part, and of each text encoder."""
         options, texts = self.plan.options, self.plan.texts
         rate, parts = options.optimizer.learning_rate, options.parts
         if parts is None:
@@ -560,7 +559,7 @@ class Learners:
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
-    """Return the way in which weights are stepped: all at once, one by one, or inside the backward pass."""
+    """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)

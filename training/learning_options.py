@@ -43,7 +43,7 @@ _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
 class FullDitOptions(Options, title="full fine-tuning"):
-    """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
+    """Which weights of the DiT are trained, the dtype that they are kept in, and when they are stepped."""
 
     trainable_modules: tuple[str, ...] = option(
         "train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains all",
@@ -55,7 +55,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
     fused_backward_pass: bool = option(
         "step each weight as soon as its gradient is complete and free the gradient: saves the memory "
         "for all gradients; needs one process, no accumulation, an optimizer such as Adafactor; "
-        "--max_grad_norm clips each weight's gradient by itself",
+        "--max_grad_norm clips the gradient of each weight separately",
         often=True,
         facts=HABIT,
     )
@@ -108,7 +108,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
     @property
     def offloads_states(self) -> bool:
-        """Return whether the states of the optimizer wait in host memory."""
+        """Return whether the optimizer's states are kept in host memory."""
         return self.offload_optimizer_device == HOST
 
     @property
@@ -118,7 +118,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a saved file, in bytes; 0: a model is not cut."""
+        """Return the largest size of a saved file in bytes; 0 if a model is not sharded."""
         return 0 if self.max_shard_size is None else read_shard_size(SHARD_SIZE, self.max_shard_size)
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class FullDitOptions(Options, title="full fine-tuning"):
 
 
 class ExpertTrainingOptions(Options, title="two transformers"):
-    """Trained parts of each transformer, and where one waits while another works."""
+    """Trained parts of each transformer, and where a transformer waits while the other one works."""
 
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "
@@ -160,7 +160,7 @@ LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step onl
 
 
 class OptimizerOptions(Options, title="optimizer"):
-    """Options of the optimizer: which one, with which arguments."""
+    """The optimizer and its arguments."""
 
     optimizer_type: str = option(
         "AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
@@ -175,7 +175,7 @@ class OptimizerOptions(Options, title="optimizer"):
         facts=IDENTITY,
     )
     learning_rate: float = option(
-        "how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+        "step size of the optimizer; 1e-4 is common for a LoRA, 1 for Prodigy",
         default=2.0e-6,
         least=0,
         below=LARGEST_RATE,
@@ -208,7 +208,7 @@ class OptimizerOptions(Options, title="optimizer"):
 
 
 class PartsOptions(Options, title="what is trained"):
-    """Networks that get a LoRA: the DiT, the text encoders, or both; and their learning rates."""
+    """Networks that get a LoRA (the DiT, the text encoders, or both), and their learning rates."""
 
     network_train_unet_only: bool = option(
         "put the network into the transformer only",
@@ -238,9 +238,9 @@ class PartsOptions(Options, title="what is trained"):
         facts=CHANGEABLE,
     )
     fused_backward_pass: bool = option(
-        "step each weight as soon as its gradient is complete and free the gradient; needs one process, "
-        "no accumulation, an optimizer such as Adafactor; --max_grad_norm clips each weight's gradient by "
-        "itself",
+        "step each weight as soon as its gradient is complete and free the gradient; needs one "
+        "process, no accumulation, an optimizer such as Adafactor; --max_grad_norm clips the gradient "
+        "of each weight separately",
         facts=HABIT,
     )
 
@@ -255,12 +255,16 @@ class PartsOptions(Options, title="what is trained"):
         return not self.network_train_unet_only
 
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
-        """Return a learning rate for each of this many text encoders that can learn.
+        """Return a learning rate for each text encoder that can be trained.
 
-        One value is for all of them, none means --learning_rate.
+        A single value applies to all of them; without a value it is --learning_rate.
+
+        Args:
+            count: Number of these text encoders.
+            learning_rate: Learning rate of the run.
 
         Raises:
-            OptionError: If there are too many.
+            OptionError: If there are too many values.
         """
         rates = self.text_encoder_lr or (learning_rate,)
         if len(rates) > max(count, 1):
@@ -290,7 +294,7 @@ _WITHOUT_CLASS = {"--lr_scheduler_type replaces it": lambda options: not options
 
 
 def _of_curves(*curves: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the `acts_if` of an option that only these curves use."""
+    """Return the `acts_if` condition of an option that only these curves use."""
     why = f"only --lr_scheduler {', '.join(curves)} uses it"
     return {why: lambda options: not options.lr_scheduler_type and options.lr_scheduler in curves}
 
@@ -299,7 +303,7 @@ OF_STEPS = "steps, or a fraction of the run such as 0.05 or 5%"
 
 
 class LrScheduleOptions(Options, title="learning-rate schedule"):
-    """Options of the learning rate over the run. Steps below 1 are fractions of the run."""
+    """Options of the learning rate schedule. Steps below 1 are fractions of the run."""
 
     lr_scheduler: str = option(
         ", ".join((*CURVES, ADAFACTOR)), default="constant", often=True, acts_if=_WITHOUT_CLASS
@@ -333,7 +337,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         "power of polynomial", default=1, least=0, below=1000, acts_if=_of_curves("polynomial")
     )
     lr_scheduler_timescale: int | None = option(
-        "time scale of inverse_sqrt; the warm-up steps when not given",
+        "time scale of inverse_sqrt; default: the warm-up steps",
         least=1,
         acts_if=_of_curves("inverse_sqrt"),
     )

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wishes:
-    """Hold what all processes agree to do after a step: requests of the clock and of files."""
+    """What all processes agree to do after a step: requests of the clock and of files."""
 
     saves: bool
     samples: bool
@@ -54,7 +54,8 @@ class Wishes:
 def train(run: TrainingRun) -> bool:
     """Train from `run.progress` to the last step.
 
-    Returns False if the run was asked to end before.
+    Returns:
+        False if the run was asked to end earlier.
     """
     progress, plan = run.progress, run.steps
     with run.requests.listen():
@@ -88,7 +89,7 @@ def train(run: TrainingRun) -> bool:
 
 
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> bool:
-    """Take a step and do the work due after it. Returns whether the run has to end here."""
+    """Take a step and do the work due after it. Returns whether the run has to end now."""
     wishes = take_step(run, group, micro_batches)
     progress = run.progress
     if run.memory is not None:
@@ -100,7 +101,7 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
-    """Whether all processes have agreed to end the run before its last step."""
+    """Return whether all processes have agreed to end the run before its last step."""
     return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
@@ -112,14 +113,14 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
-    # before any weight is stepped
+    # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
         for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
-    if not run.options.is_fused:  # else most weights are stepped already
+    if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
     is_alone = run.steps.everyone == 1
@@ -144,7 +145,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
 
 
 def _common_wishes(previous: StepReport | None) -> Wishes:
-    """Return the requests that any process read during the previous step: all processes know of these."""
+    """Return the requests that any process read during the previous step, so that all processes know them."""
     if previous is None:
         return Wishes(saves=False, samples=False)
     _, saves, samples = previous.row[WISHES]
@@ -154,9 +155,9 @@ def _common_wishes(previous: StepReport | None) -> Wishes:
 def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     """Return the parameters that a step on the micro-batches of `group` changes.
 
-    These are all but those of an expert that gets no batch of it, those of the sound if no clip has any, and
-    those of parts that have stopped learning. It depends on the whole group, not on this process' share of
-    it, and costs no wait for the device.
+    These are all except those of an expert without a batch in it, those of audio if no clip has any, and
+    those of parts whose training has ended. The result depends on the whole group, not on this process's
+    share of it, and does not wait for the device.
     """
     trainable = run.model.trainable
     keys = [(run.progress.epoch, index) for index in group]
@@ -172,7 +173,7 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
 
 
 def _read_wishes(run: TrainingRun) -> Wishes:
-    """Return the saves and samples that clock and files request of this process; note a request to stop."""
+    """Return this process's requests of clock and files for saves and samples; record a request to stop."""
     requests = run.requests
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked
@@ -189,7 +190,7 @@ class _StepGate:
     reason: str = ""  # why the step is not taken; "": it is
 
     def allows(self, gradient_norm: Tensor) -> bool:
-        """Return whether the step is taken, and count it if not."""
+        """Return whether the step is taken, and count it if it is skipped."""
         run = self.run
         try:
             reasons = (hook(run, self.step, gradient_norm) for hook in run.joined.on.before_step)
@@ -203,7 +204,7 @@ class _StepGate:
 
 
 def _find_kind(run: TrainingRun, group: range) -> str:
-    """Return the kind of a step on the micro-batches of `group`: its transformers, and whether it has sound.
+    """Return the kind of a step: its transformers, and whether it has audio.
 
     Norms of different kinds are not compared.
     """
@@ -225,8 +226,8 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
         gate: Decides whether the step is taken; if not, only the learning rates advance.
 
     Returns:
-        The norms that end a row, 1-D each: those of --scale_weight_norms, if they are limited, and the norm
-        of the gradients before clipping.
+        The norms for the end of a row, 1-D each: those of --scale_weight_norms, if they are limited, and the
+            norm of the gradients before clipping.
     """
     model = run.model
     if gate is None:
@@ -246,7 +247,7 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
 
 
 def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes of all items of a step, sorted: steps with equal ones take as long."""
+    """Return the sorted sizes of all items of a step; steps with equal sizes take equally long."""
     batches = run.feed.order.epoch(run.progress.epoch)
     return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
@@ -261,22 +262,24 @@ class _Losses(NamedTuple):
 def _accumulate(
     run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Accumulate the gradients of this process' share of the group.
+    """Accumulate the gradients of this process's share of the group.
 
-    Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
+    Returns:
+        This process's part of the step's row (see `reports/logs.py`), on the device, and the keys of its
+            items.
     """
     steps = run.steps
     row = torch.zeros(RowLayout(len(run.row_numbers)).size, device=run.device)
     keys: tuple[str, ...] = ()
-    divisor = len(group) * steps.peers  # gradients of peers, who have the same loss, are summed too
-    # the first use sets it up; a process without a micro-batch in this step needs that too
+    divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
+    # the first call initializes the scaler, even in a process that has no micro-batch in this step
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
-            # for the others, which gather the blocks from this process
+            # such a pass adds nothing here; other processes gather the blocks' parts from this one
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
@@ -292,7 +295,7 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a micro-batch on the device, with the states of its texts; its number seeds the networks."""
+    """Return a micro-batch on the device with its texts encoded; its number seeds the networks."""
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
         run.memory.see_batch(noisy_batch.noise.numel())
@@ -305,14 +308,14 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 def _propagate(
     run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
 ) -> _Losses:
-    """Run a micro-batch forward and backward through an expert, so that its gradients are added.
+    """Run a micro-batch forward and backward through an expert to accumulate its gradients.
 
     Args:
         run: The run.
         expert: Index of the expert.
         noisy_batch: Batch with noise and timesteps.
         divisor: Number by which the loss is divided.
-        is_void: Whether zeros are added, for processes that need the passes of this one.
+        is_void: Whether to add zeros, for processes that need the passes of this one.
     """
     dit = run.model.dits.at(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -332,7 +335,7 @@ def _propagate(
 
 
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
-    """Return the experts that run in a pass: that of the micro-batch; in lockstep those of all processes.
+    """Return the experts that run in a pass: the micro-batch's own, or in lockstep those of all processes.
 
     Args:
         run: The run.
@@ -350,7 +353,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
 def _add_parts(
     run: TrainingRun, row: Tensor, expert: int, *, loss: Tensor, losses: tuple[Tensor, ...]
 ) -> None:
-    """Add the losses of a micro-batch to a row, if the run has several parts: experts, or picture and sound.
+    """Add the losses of a micro-batch to a row, if the run has several parts: experts, or images and audio.
 
     Args:
         run: The run.
@@ -369,7 +372,7 @@ def _add_parts(
 
 
 def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
-    """Add further numbers of a micro-batch to a row."""
+    """Add other numbers of a micro-batch to a row."""
     layout = RowLayout(len(run.row_numbers))
     first = run.row_numbers.index(names[0])
     places = slice(first, first + len(names))
@@ -378,7 +381,7 @@ def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: T
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
-    """Log a step, if there is one.
+    """Log a step; None logs nothing.
 
     Raises:
         UserError: If its loss or gradient norm is NaN or infinite, before anything made from it is saved.
@@ -391,7 +394,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
-    if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
+    if math.isfinite(loss):  # infinite ones are normal while a gradient scaler searches its scale
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
@@ -411,7 +414,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
 
 
 def _mean_parts(parts: Sequence[str], row: Sequence[float]) -> dict[str, float]:
-    """Return the mean loss of each part that had micro-batches in a step, by its name."""
+    """Return the mean loss of each part that had micro-batches in a step, by name."""
     layout = RowLayout(len(parts))
     sums = row[layout.part_losses]
     counts = row[layout.part_counts]
@@ -472,23 +475,23 @@ def _is_due(every: int | None, count: int) -> bool:
 def _after_epoch(run: TrainingRun) -> None:
     """Do the work due at the end of an epoch: save, then sample.
 
-    An epoch cut short by --max_train_steps stays unfinished.
+    An epoch cut short by --max_train_steps counts as unfinished.
     """
     progress = run.progress
     epoch = progress.epoch + 1
-    is_full = progress.position >= run.steps.num_batches
+    is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
     _note(run, run.readings.flush())
     mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
     run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
-    if is_full:
+    if is_complete:
         progress.epoch = epoch
         progress.position = 0
     is_last = progress.step >= run.steps.total_steps
-    # the last epoch is saved as the final file
-    saves = is_full and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
+    is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
+    saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
     if saves and run.saver is not None:
         run.reporter.note_pause(SAVING)
         with run.logs.clock.pause(SAVING):
@@ -520,10 +523,10 @@ class SamplingStopped(Exception):
 
 
 def _sample(run: TrainingRun) -> None:
-    """Make the pending samples.
+    """Generate the pending samples.
 
     If the run is asked to end meanwhile, it ends at this step and the samples stay pending: the resumed run
-    makes them with the weights of the same step.
+    generates them with the weights of the same step.
     """
     progress = run.progress
     if run.sampler is not None:
@@ -543,9 +546,10 @@ def _sample(run: TrainingRun) -> None:
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Make the pending samples, of the prompts that are in their file now.
+    """Generate the pending samples from the prompts that are in their file now.
 
-    Returns False if the run was asked to end before they were finished.
+    Returns:
+        False if the run was asked to end before they were finished.
     """
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
@@ -579,7 +583,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
 
 @contextlib.contextmanager
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
-    """Use --sample_lora, and the average of the weights if it is sampled, during the block."""
+    """Activate --sample_lora, and the moving average of the weights if samples use it, during the block."""
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
@@ -599,9 +603,9 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     recent = run.progress.losses
     running = sum(recent) / len(recent) if recent else None
     run.logs.values(validation.logged(losses, occasion, running), step)
-    # levels are on the page and in the trackers
-    earlier = run.reporter.validations  # losses by their steps
-    before = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
+    # the console gets only the mean; losses of single levels are on the page and in the trackers
+    earlier = run.reporter.validations  # losses by step
+    previous = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
-    logger.info("Step %d: validation loss %s%.5f%s", step, before, loss, lowest)
+    logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
     run.reporter.note_validation(step, losses)

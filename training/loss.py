@@ -27,7 +27,7 @@ MASK = "alpha_mask"
 
 @dataclass(frozen=True)
 class NoisyAudio:
-    """Hold the random numbers of a batch's sound. Where a sample has none, its weight is 0."""
+    """The random numbers for a batch's audio. The weight of a sample without audio is 0."""
 
     noise: Tensor  # B C T M float32
     sigmas: Tensor  # B
@@ -48,7 +48,7 @@ class NoisyAudio:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Hold a batch with all its random numbers drawn. B: samples."""
+    """A batch with all its random numbers drawn. B is the number of samples."""
 
     batch: Batch
     noise: Tensor  # B C F H W float32
@@ -65,7 +65,7 @@ class NoisyBatch:
 
     @property
     def joint(self) -> Joint:
-        """Return the shapes of picture and sound, whose latents the network gets as one tensor."""
+        """Return the shapes of images and audio, whose latents the network gets as one tensor."""
         assert self.audio is not None
         _, *image = self.noise.shape
         _, *audio = self.audio.noise.shape
@@ -99,7 +99,7 @@ class NoisyBatch:
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
-        """Copy to the device, without waiting if pinned. Whole numbers stay on the host."""
+        """Copy to the device, asynchronously if pinned. Integer tensors stay on the host."""
         # its streams keep the source alive until it is read; other devices do not promise that
         is_ordered = device.type == "cuda"
         return self.moved(lambda tensor: send(tensor, device, is_ordered))
@@ -107,7 +107,7 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class LossRule:
-    """Hold how a prediction is judged."""
+    """How a prediction is compared and weighted."""
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
@@ -132,17 +132,17 @@ PLAIN_LOSS = LossRule()
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
-    """Return numbers of samples, B, in a shape that goes with a tensor whose first dimension is B."""
+    """Reshape numbers of samples, B, to broadcast with a tensor whose first dimension is B."""
     return numbers.view(-1, *([1] * (like.ndim - 1)))
 
 
 def sample_errors_outside(
     spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule
 ) -> tuple[Tensor]:
-    """Return the mean error of each sample's picture, B, as far as masks leave places out.
+    """Return the mean error of each sample's images outside of its mask, B.
 
-    Errors are multiplied by 1 - mask before the mean over all elements. differences, given frames: as of
-    `sample_errors`; the batch has masks.
+    Errors are multiplied by 1 - mask before the mean over all elements. Differences and given frames are
+    those of `sample_errors`; the batch has masks.
     """
     if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)
@@ -199,7 +199,7 @@ def sample_errors(
 
 
 def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
-    """Return the weight of each place, B 1 F H W or B 1 1 H W; None without masks.
+    """Return the weight of each position, B 1 F H W or B 1 1 H W; None without masks.
 
     Args:
         batch: The batch.

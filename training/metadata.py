@@ -114,7 +114,7 @@ def _alpha_in_words(network: NetworkOptions) -> str | float | None:
 
 
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:
-    """Return the entries on the training that only some runs have."""
+    """Return the metadata entries about the training that only some runs have."""
     options, frozen = plan.options, plan.options.frozen
     values: dict[str, Any] = {}
     if options.loss != L2 or options.is_for_images:
@@ -245,7 +245,7 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
 
 
 def _list_flow_values(options: TrainingOptions) -> dict[str, Any]:
-    """Return the entries on noise levels that models of a flow have."""
+    """Return the metadata entries about noise levels that flow models have."""
     times = options.timesteps
     return {
         "ss_weighting_scheme": times.weighting_scheme,

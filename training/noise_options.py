@@ -110,16 +110,16 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
     )
     preserve_distribution_shape: bool = option(
-        "draw again outside min_timestep..max_timestep instead of squeezing the range"
+        "redraw timesteps outside min_timestep..max_timestep instead of rescaling the distribution"
     )
     num_timestep_buckets: int | None = option(
-        "spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",
+        "stratified sampling: each run of N samples takes one timestep from each of N equal parts, shuffled",
         least=1,
         most=1_000_000,
         hint="leave it out for independent draws, 10 to 1000 are usual",
     )
     timestep_focus: float | None = option(
-        "draw this share of the samples from --timestep_focus_range",
+        "draw this fraction of the samples from --timestep_focus_range",
         above=0,
         below=1,
         hint="0.3 to 0.6 are usual; for all samples use --timestep_sampling uniform with --min_timestep and "
@@ -164,7 +164,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def drawn_by(self) -> tuple[str, str]:
-        """Sampler of timesteps and weighting scheme, which together decide the distribution."""
+        """Sampler of timesteps and weighting scheme, which determine the distribution together."""
         return self.timestep_sampling, self.weighting_scheme
 
     @property
@@ -194,7 +194,7 @@ _OF_HUBER = {
 
 
 class LossOptions(Options, title="loss"):
-    """The loss of one element, and the threshold above which Huber losses grow linearly."""
+    """The loss of one element, and the threshold above which Huber losses become linear."""
 
     loss_type: str = option(
         "l2: squared error; l1: absolute error; huber, smooth_l1: squared below a threshold, else absolute",
@@ -226,7 +226,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """How an output is compared with the velocity. Video models always compare the output."""
+    """How an output is compared with the velocity. Video models always compare the raw output."""
 
     model_prediction_type: str = option(
         "what is compared with the velocity; raw: the output of the model, as it was trained; additive: "

@@ -81,13 +81,13 @@ NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):
-    """Options of a network that is trained, with those of features that it has part in."""
+    """Options of a trained network, including those of features that extend it."""
 
     at_network: OptionsAtNetwork
 
 
-class TrainingOptions(Options):
-    """All options but the family's own."""
+class TrainingOptions(Options, must_give=True):
+    """All options except the family's own."""
 
     loop: run_options.LoopOptions = option(facts=FREE)
     validation: run_options.ValidationOptions = option(facts=FREE)
@@ -162,9 +162,9 @@ class TrainingOptions(Options):
 
     @functools.cached_property
     def joined(self) -> JoinedRun:
-        """Return the run that features have joined, as far as options alone say. Raises OptionError.
+        """Return the run that features have joined, as far as options alone decide. Raises OptionError.
 
-        It is never begun: see `begin_run` in `features/composing.py`.
+        It is never started: see `begin_run` in `features/composing.py`.
         """
         return join_run(self)
 
@@ -259,7 +259,7 @@ OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend"
 
 
 class ScriptOption(NamedTuple):
-    """Hold a given option of a run, and the words to type for it."""
+    """A given option of a run, and the words to type for it."""
 
     name: str
     text: str
@@ -269,12 +269,12 @@ class ScriptOption(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """The option as it was typed, without its value; as `--name` if it was not typed."""
+        """The option as typed, without its value; `--name` if it was not typed."""
         return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
 
 
 def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:
-    """Return the options that a parser read, in its order. Keys and tokens are left out."""
+    """Return the options that a parser read, in order. Keys and tokens are left out."""
     values: dict[str, Any] = {}
     for record in records:
         values |= option_values(record)
@@ -294,7 +294,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
         value: Its value.
         typed_flags: Flags on the command line, by the option's name.
     """
-    # the value if nothing is typed: the default, or that of another option (`not_given`)
+    # the value when the option is not given: its default, or one taken from another option (`not_given`)
     default = getattr(action, "not_given", action.default)
     texts = value_words(value)
     are_numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
@@ -303,7 +303,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
-    # changed, though a command line was read and did not have it: it follows from other options
+    # a changed option that is not on the command line follows from other options
     follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
     return ScriptOption(
         name=action.dest,
@@ -316,7 +316,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
 
 @dataclass(frozen=True)
 class TrainerChanges:
-    """What a script changes of the shared options, by public name; see `add_options`."""
+    """How a script changes shared options, by public name; see `add_options`."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -336,15 +336,18 @@ def read_training(
     shared: Sequence[type[Options]] = (),
     changes: TrainerChanges = NO_CHANGES,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
-    """Read the options of a script that trains: the shared ones, the family's, and both as words.
+    """Read the shared options and the family's options of a training script.
 
     Args:
         doc: See `training_parser`.
         record: Class of the family's own options.
         argv: Command line; None for that of the process.
         learner: See `training_parser`.
-        shared: Further records of shared options.
+        shared: More records of shared options.
         changes: Changes of shared options by the script.
+
+    Returns:
+        Shared options, the family's options, and both as they would be typed.
     """
 
     def build_parser() -> Parser:
@@ -365,10 +368,10 @@ def read_training(
 
 
 def log_idle(args: argparse.Namespace, *records: Options) -> None:
-    """Log in one line which options of a --config_file do nothing, as another one is not given.
+    """Log in one line which options of a --config_file have no effect because another one is not given.
 
-    Files that other programs write name all options, with their usual values. Where it has another value, the
-    option is refused, or has a line of its own (`list_unused_options`).
+    Files of other programs name all options with their defaults. An option with another value is rejected, or
+    has its own line (`list_unused_options`).
     """
     idle = [name for record in records for name in list_idle(record, args.options_of_file)]
     if idle:
@@ -402,7 +405,7 @@ def training_parser(
 
 
 def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError if a queued job's config file sends data away: the page shows only the job's line."""
+    """Raise OptionError if a queued job's config file sends data away, which the page does not show."""
     if not os.environ.get(FROM_QUEUE):
         return
     for action in parser._actions:
@@ -418,20 +421,20 @@ def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
 def read_arguments(
     parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse, then do as `fill_arguments`. Ends the program for a wrong command line, as argparse does."""
+    """Parse the command line and call `fill_arguments`. Exits for a wrong command line, as argparse does."""
     return fill_arguments(CommandLine(parser, parser.parse_args(argv)), environment)
 
 
 def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
-    """Return all arguments: command line over --config_file over `accelerate launch` over defaults.
+    """Return all arguments: the command line overrides --config_file, `accelerate launch` and defaults.
 
-    The launcher sets precision and compiling.
+    They take precedence in this order. The launcher sets precision and compilation.
 
     Raises:
-        OptionError: If a value in the file is wrong, or an option is refused.
+        OptionError: If a value in the file is not valid, or if an option is rejected.
     """
     parser, typed = command
-    # the file that --output_config writes is not there yet
+    # with --output_config the file is written instead of read
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
     default = {"mixed_precision": "no", "dynamo_backend": "NO"}
     prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in default.items()}
@@ -442,7 +445,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     args = argparse.Namespace(**{**vars(typed), **untyped})
     args.options_of_file = frozenset(from_file) - args.typed_options
     reject_unsupported(parser, args)
-    if is_limited():  # `run`: also the words of its commands are from a file
+    if is_limited():  # started by `run`, whose command line comes from a file too
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
         unchanged = {
@@ -457,6 +460,6 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
             f"--max_train_steps {args.max_train_steps} is ignored because --max_train_epochs "
             f"{args.max_train_epochs} replaces it."
         )
-    if hasattr(args, "trainable_modules"):  # the DiT itself learns: `read_options` is to make no network
+    if hasattr(args, "trainable_modules"):  # full fine-tuning: `read_options` must not create a network
         del args.network_module
     return args

@@ -22,7 +22,7 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """Hold the models of a run besides the trained one."""
+    """The models of a run besides the trained one."""
 
     sampling: Family | None = None  # that samples are made with, if it has transformers that are not trained
     # the trained model with another transformer; all other options are equal
@@ -33,7 +33,7 @@ NO_OTHERS = OtherFamilies()
 
 
 def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
-    """Raise CheckpointError if a transformer has weights of other shapes than the trained one.
+    """Raise CheckpointError if a transformer's weights have other shapes than those of the trained one.
 
     Only headers of files are compared. Weights that one of the two lacks are ignored.
 

@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Hold all facts of a run before it loads a network. Only `progress` changes while it trains."""
+    """Everything known about a run before it loads a network. Only `progress` changes during training."""
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
@@ -100,7 +100,7 @@ class TrainingPlan:
 
 
 def _name_files(family: Family, options: TrainingOptions, joined: JoinedRun) -> Names:
-    """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
+    """Return the names of the run's files: one per expert if each has its own LoRA."""
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     full_dit = options.full_dit
     ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
@@ -108,7 +108,7 @@ def _name_files(family: Family, options: TrainingOptions, joined: JoinedRun) -> 
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
-    """Return whether the model itself learns, and each process has a part of it."""
+    """Return whether the full model is trained and each process holds a part of it."""
     return options.full_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
 
 
@@ -122,7 +122,7 @@ def make_plan(
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
-    """Find state, items and steps; check what can be known before loading.
+    """Find state, items and steps; check everything that can be checked before loading.
 
     Args:
         family: The model family.
@@ -182,7 +182,8 @@ def make_plan(
         changes = check_resumable(saved, settings, options, saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
-        steps = _plan_steps(options, order, accelerator.num_processes, progress)  # they may begin anew
+        # the changes may have started a new plan in the middle of the run
+        steps = _plan_steps(options, order, accelerator.num_processes, progress)
     if options.start is not None and options.start.is_given:
         begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
@@ -212,7 +213,7 @@ def make_plan(
 
 
 def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:
-    """Raise UserError for items that what has joined the run cannot learn; log what is learned of none."""
+    """Raise UserError for items that a joined feature cannot learn; log features that no item uses."""
     for read in (*joined.read_captions, *learner.read_captions):
         from training.word_captions import check_captions  # only to learn a word
 
@@ -222,14 +223,14 @@ def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[Trainin
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode pictures or captions by itself."""
+    """Return whether the training may encode images or captions itself."""
     subsets = [table for table in config.datasets if table.group is not None]
     is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
     return is_changing or options.is_for_images or options.caching is not None
 
 
 def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that work while training."""
+    """Return the text encoders that run during training."""
     if not _may_encode(options, config):
         return None
     from training.caching_inside import find_live_texts  # most runs read caches alone
@@ -246,7 +247,7 @@ def _find_sources(
     commands: CachingCommands,
     needs: Collection[str],
 ) -> BatchSources:
-    """Return the sources of those parts of batches that `texts` does not encode. needs: see `JoinedRun`."""
+    """Return the sources of the parts of batches that `texts` does not encode; `needs`: see `JoinedRun`."""
     if _may_encode(options, config):
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
@@ -269,11 +270,10 @@ def _find_sources(
 def join_processes(
     family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
-    """Start processes, and check the options against the device.
+    """Start the processes, and check the options against the device.
 
-    Yields the accelerator, and `OtherProcesses`, which is None for a single process.
-
-    During the block no other run can take the name of this one, and the processes watch each other.
+    Yields the accelerator, and `OtherProcesses`, which is None for a single process. During the block no
+    other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
     if accelerator.num_processes == 1:
@@ -315,8 +315,8 @@ def join_processes(
         if accelerator.is_main_process:
             try:
                 stack.enter_context(hold_name(*options.saving.place))
-            except OutputError as refusal:
-                error = refusal
+            except OutputError as name_error:
+                error = name_error
         (code,) = broadcast_object_list([None if error is None else error.exit_code])
         if error is not None:
             raise error
@@ -360,19 +360,19 @@ def _find_items(
     view: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
-    """Find the caches by their names and check them.
+    """Find the caches by name and check them.
 
     Args:
         family: The model family.
         config: The dataset, as read from its file.
         sources: Where batches are read from.
         accelerator: The processes of the run.
-        has_live_texts: Whether texts are encoded while training.
-        view: Further conditions, as in `Batch.view`.
+        has_live_texts: Whether texts are encoded during training.
+        view: Additional conditions, as in `Batch.view`.
         trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
     Raises:
-        CacheError: With the caching commands if there are none.
+        CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
@@ -388,8 +388,9 @@ def _find_items(
         trusts_index=True,
     )
     items = require_items(listed, commands)
+    # the index of the caches records which items were compared with this model before
     new_items = [item for item in items if item.file_name not in item.kind.compared]
-    if new_items:  # of the others the index of their caches says that their latents are of this model
+    if new_items:
         check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(
         family,
@@ -426,7 +427,7 @@ def _split_items(
 
 
 def _check_validating(options: ValidationOptions) -> None:
-    """Raise OptionError if a run without validation items is to validate; warn of options that do nothing."""
+    """Raise OptionError if a run without validation items is to validate; warn about unused options."""
     remedy = "give --validation_split, or `validation = true` in a table"
     if options.validate_every_n_steps is not None:
         raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
@@ -448,7 +449,7 @@ def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
 
 
 def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
-    """Raise OptionError for a table with batches of several samples, if the family takes one at a time."""
+    """Raise OptionError for a table with a batch size above 1 if the family needs single samples."""
     reason = family.can.one_sample
     larger = next((table for table in config.datasets if table.batch_size > 1), None)
     if reason and larger is not None:
@@ -459,7 +460,7 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
 
 
 def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
-    """Return the identities of a model's text encoders by name, if its checkpoint has them."""
+    """Return the identities of a model's text encoders by name, if its checkpoint contains them."""
     encoders = family.text_encoders() if family.can.bring_texts else []
     return {encoder.name: encoder.identity for encoder in encoders}
 
@@ -467,7 +468,7 @@ def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
 def _warn_of_missing(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
-    """Warn if no item has references or masks, though the tables or --masked_loss ask for them."""
+    """Warn if no item has references or masks although the tables or --masked_loss ask for them."""
     takes_references = any(table.references or table.clip_references for table in config.datasets)
     if takes_references and learn_no_references(items, sources.stores):
         logger.warning("%s", NO_REFERENCE)
@@ -479,7 +480,7 @@ def _warn_of_missing(
 
 
 def _note_rejected(items: Sequence[TrainingItem]) -> None:
-    """Log the tables with worse ones, in a run that does not use them."""
+    """Log the tables with rejected items in a run that does not use them."""
     tables = {item.table.index: item.table for item in items}.values()
     names = [table.name for table in tables if table.worse_directory is not None]
     if names:
@@ -510,13 +511,13 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
 
 
 def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
-    """Put a new run's progress to the step where it begins.
+    """Move a new run's progress to the step where it starts.
 
     Args:
         options: Options of the run.
         progress: Current step and epoch.
         plan: The plan of the run.
-        is_resumed: Whether a saved state says where to continue instead.
+        is_resumed: Whether a saved state decides where to continue instead.
 
     Raises:
         OptionError: If the run has no such step.

@@ -175,9 +175,9 @@ def describe_run(options: TrainingOptions, learner: Learner, num_validation: int
     """
     lines = []
     if num_validation:
-        most = options.validation.max_validation_steps
-        measured = num_validation if most is None else min(num_validation, most)
-        limit = "" if most is None else f" (--max_validation_steps {most})"
+        max_steps = options.validation.max_validation_steps
+        measured = num_validation if max_steps is None else min(num_validation, max_steps)
+        limit = "" if max_steps is None else f" (--max_validation_steps {max_steps})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
     rate = judge_rate(options, learner)
     if "HIGH" in rate or "LOW" in rate:

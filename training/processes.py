@@ -34,7 +34,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     Raises:
         OptionError: If the device does not support this precision.
     """
-    reject_other_splits()  # before accelerate looks for the packages that split a model
+    reject_other_splits()  # first, because accelerate would import the packages that split a model
     _check_environment()
     has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_processes:
@@ -42,20 +42,20 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     patience = timedelta(minutes=DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
     try:
         accelerator = Accelerator(
-            # if launched as several processes without a GPU, accelerate would let each of them train alone
+            # otherwise accelerate would let each of several processes without a GPU train alone
             cpu=has_processes and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
-            # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
+            # always 1, whatever the launcher sets: the loop accumulates itself, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except ValueError as error:
         raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
-    # afterwards: for compiled float32 models accelerate allows TF32
+    # set after creating the accelerator, which allows TF32 for compiled float32 models
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.cuda_allow_tf32
     torch.backends.cudnn.benchmark |= options.cuda_cudnn_benchmark
-    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would continue without it
+    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would ignore it silently
         raise OptionError(
             f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "
             "bf16 or no"
@@ -126,10 +126,11 @@ def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor]
     """
     if split:
         parameters = list(parameters)
-        parts = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
-        torch.distributed.all_reduce(parts)
+        # each process has some rows of the split gradients, and all of the others
+        split_square = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
+        torch.distributed.all_reduce(split_square)
         unsplit = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
-        return (parts + unsplit.square()).sqrt()
+        return (split_square + unsplit.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
@@ -160,7 +161,7 @@ def largest_of_processes(value: int, processes: int, device: torch.device) -> in
 
 
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
-    """Yield runs of parameters of one dtype, each at most BUCKET_ELEMENTS long."""
+    """Yield groups of consecutive parameters of one dtype, with at most BUCKET_ELEMENTS elements each."""
     bucket: list[Parameter] = []
     size = 0
     for parameter in parameters:

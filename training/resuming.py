@@ -106,9 +106,9 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
 def first_progress(
     options: TrainingOptions, saved: states.SavedState | states.ForeignState | None
 ) -> Progress:
-    """Return the progress at which the run begins.
+    """Return the progress at which the run starts.
 
-    A resumed run keeps its seed; if none is given, all processes share a random one.
+    A resumed run keeps its seed. If no seed is given, all processes share a random one.
     """
     if isinstance(saved, states.SavedState):
         with states.one_error(saved.folder):
@@ -127,26 +127,26 @@ def first_progress(
 
 
 def _claim(options: TrainingOptions, progress: Progress) -> None:
-    """Give each feature that is on what it remembered.
+    """Give each active feature its remembered state.
 
-    What a feature that is off remembered stays in the states of the run.
+    States of inactive features are kept unchanged.
 
     Raises:
-        TypeError: For values of another type.
+        TypeError: If values have a wrong type.
     """
     for kind in options.joined.remembers:
         progress.of(kind)
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of a record that states record as one of these kinds: identity, habit."""
+    """Return the values of a record that states record as one of these kinds: identity or habit."""
     names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
     return {name: value for name, value in public_config(options).items() if name in names}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Hold the settings of a run that a resumed one is compared with, by words that a user knows."""
+    """The settings of a run that a resumed run is compared with, under names that users know."""
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
@@ -156,7 +156,7 @@ class RunSettings:
 def settings_of(
     family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan
 ) -> RunSettings:
-    """Return the settings that a resumed run is compared with."""
+    """Return the settings for comparing a resumed run with its saved state."""
     config = public_config(options) | {"network_module": module_of(family, options)}
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
     identity |= _flagged(config, "identity")
@@ -190,7 +190,7 @@ def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
-    """Return the names of the files of options that states record by these, by the options' flags."""
+    """Return the names of files that states record as a setting, by the options' flags."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
     return {
         f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
@@ -215,7 +215,7 @@ def describe_adapter(path: Path, strength: float, with_content: bool = False) ->
 
 
 def epoch_digest(order: BatchOrder) -> str:
-    """Return 12 hexadecimal digits of a hash of the first epoch's order: a changed dataset changes them."""
+    """Return 12 hexadecimal digits of a hash of the first epoch's order, which changes with the dataset."""
     digest = hashlib.sha256()
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
@@ -287,7 +287,7 @@ def check_resumable(
 def _reject_differences(
     saved: states.SavedState, differences: Mapping[str, tuple[str, str]], may_change: bool
 ) -> None:
-    """Raise OptionError for settings that a resumed run must have as the saved run.
+    """Raise OptionError for settings that must be the same in a resumed run.
 
     Args:
         saved: The saved state.
@@ -327,10 +327,10 @@ def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str
 
 
 def take_over(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
-    """Note the changes in the run's progress; begin a new plan of steps if they need one.
+    """Apply the changes to the run's progress, and start a new plan of steps if necessary.
 
-    If the clips changed, the current epoch begins again in their order; if only the size of a step changed,
-    it continues with the clips that are left.
+    If the clips changed, the current epoch starts again in their order; if only the size of a step changed,
+    it continues with the remaining clips.
     """
     logger.info("--resume_changed: %d differ from the saved run:", len(changes))
     for change in changes.values():
@@ -351,7 +351,7 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
 
 
 def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
-    """Return an identity in which settings of equal meaning are equal, however they were typed.
+    """Normalize an identity, so that settings with equal meaning are equal, however they were typed.
 
     Args:
         identity: Settings that identify the run.

@@ -117,7 +117,7 @@ def prepare_run(
     """
     end = end or RunEnd(options.joined)
     learner = find_learner(family, options.network)
-    config = read_config(options, family, learner)  # faults in it are reported before anything is started
+    config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
         end.is_due = accelerator.is_main_process
@@ -148,9 +148,9 @@ def prepare_run(
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap)
-        # nothing can be missing any more
+        # everything is loaded, so that an error cannot leave the folder without the earlier results
         _set_earlier_aside(plan, reporter.history.path)
-        accelerator.wait_for_everyone()  # before any writes samples there
+        accelerator.wait_for_everyone()  # no process may write samples before that
         publisher = None if plan.joined.storage is None else plan.joined.storage.make_publisher()
         saver = make_saver(
             model,

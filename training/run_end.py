@@ -23,7 +23,7 @@ OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class EndedRun:
-    """Hold what the command can read about the run."""
+    """What the command can find out about the run."""
 
     folder: Path  # --output_dir
     name: str  # --output_name
@@ -76,12 +76,12 @@ def exit_code_of(error: BaseException | None) -> int:
 
 
 def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> dict[str, str]:
-    """Return the variables that say how a run has ended.
+    """Return the environment variables that describe how a run has ended.
 
     Args:
-        facts: What is known of the run.
+        facts: What is known about the run.
         code: Exit code of this program.
-        error: Error that ended the run; None if it has completed.
+        error: Error that ended the run; None if it completed.
     """
     state = FAILED
     if code == INTERRUPTED:

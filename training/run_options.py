@@ -21,10 +21,10 @@ TOO_LARGE_A_SEED = 2**64
 
 @functools.cache  # options are parsed more than once, and the seed of a text is logged once
 def read_seed(text: str) -> int:
-    """Return the number of --seed: itself, or that of a text, as generation scripts have it.
+    """Return the number of --seed: the number itself or that of a text, as in generation scripts.
 
     Raises:
-        ArgumentTypeError: For a number that is longer than any seed.
+        ArgumentTypeError: If the number is longer than any seed.
     """
     try:
         seed = text_to_seed(text)
@@ -36,11 +36,11 @@ def read_seed(text: str) -> int:
 
 
 class LoopOptions(Options, title="training run"):
-    """Length and data of a training. `dataset_config` is None only if no data are trained on."""
+    """Length and data of a training. `dataset_config` is None only for commands without data."""
 
     key_files = (DATASET_FILE,)
 
-    dataset_config: Path | None = option("TOML file that describes the data sets", type=Path, often=True)
+    dataset_config: Path | None = option("TOML file that describes the datasets", type=Path, often=True)
     max_train_steps: int = option(
         "optimizer steps in total; a resumed run continues the count",
         default=1600,
@@ -52,7 +52,7 @@ class LoopOptions(Options, title="training run"):
         "passes over the data; replaces --max_train_steps", least=1, most=MAX_STEPS, often=True
     )
     max_data_loader_n_workers: int = option(
-        "readers of cache files, at most the number of CPUs; 0: none",
+        "number of workers that read cache files, at most the number of CPUs; 0: none",
         default=8,
         least=0,
         most=1024,
@@ -62,8 +62,8 @@ class LoopOptions(Options, title="training run"):
         "readers of short epochs are always kept.", "keep the readers from one epoch to the next"
     )
     seed: int | None = option(
-        "seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "
-        "when not given",
+        "seed for data order, noise, timesteps, dropout and LoRA weights, a number or any text; "
+        "random by default",
         type=read_seed,
         least=0,
         below=TOO_LARGE_A_SEED,
@@ -115,7 +115,7 @@ class LoopOptions(Options, title="training run"):
 
 
 class StartOptions(Options, title="beginning later"):
-    """Where the run begins without a saved state. The data and noise of the steps before are left out."""
+    """Where the run starts without a saved state. Data and noise of earlier steps are skipped."""
 
     initial_epoch: int | None = option(
         "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
@@ -123,7 +123,7 @@ class StartOptions(Options, title="beginning later"):
         least=1,
         excludes="initial_step",
     )
-    initial_step: int | None = option("likewise, begin after this many steps", least=0)
+    initial_step: int | None = option("the same, but skip this many steps", least=0)
     skip_until_initial_step = not_needed("the data before the initial step are always left out.")
 
     @property
@@ -136,7 +136,7 @@ class ValidationOptions(Options, title="validation"):
     """Options of the loss on held-out items, at fixed noise and timesteps."""
 
     validation_split: float = option(
-        "share of the source files kept out of training for a validation loss",
+        "fraction of the source files reserved for the validation loss",
         default=0.0,
         least=0,
         below=1,
@@ -144,16 +144,16 @@ class ValidationOptions(Options, title="validation"):
         often=True,
     )
     validate_every_n_steps: int | None = option(
-        "how often to compute the validation loss; after each epoch when not given, or about every 50 "
+        "how often to compute the validation loss; by default after each epoch, or about every 50 "
         "steps if epochs are shorter",
         least=1,
     )
     validate_every_n_epochs: int | None = option("also compute it every N epochs", least=1)
     max_validation_steps: int | None = option(
-        "most batches of each validation; all when not given", least=1, hint="leave it out for all batches"
+        "maximum number of batches per validation; default: all", least=1, hint="leave it out for all batches"
     )
     validation_seed: int | None = option(
-        "another choice of source files and another noise; the same for all runs when not given",
+        "seed for the selection of validation files and for their noise; default: the same for all runs",
         least=0,
         below=TOO_LARGE_A_SEED,
         hint="leave it out for the usual choice",
@@ -172,7 +172,7 @@ class ValidationOptions(Options, title="validation"):
 
 
 class SampleOptions(Options, title="samples while training"):
-    """When to make samples, and from which prompts."""
+    """When samples are generated, and from which prompts."""
 
     sample_prompts: Path | None = option(
         "file of prompts for samples (txt, toml, json); a file OUTPUT_NAME.sample asks for them any time",
@@ -180,8 +180,8 @@ class SampleOptions(Options, title="samples while training"):
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option("make samples every N steps", least=1, often=True)
-    sample_every_n_epochs: int | None = option("make samples every N epochs", least=1, often=True)
+    sample_every_n_steps: int | None = option("generate samples every N steps", least=1, often=True)
+    sample_every_n_epochs: int | None = option("generate samples every N epochs", least=1, often=True)
     sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
         "let files named sample, save and stop in --output_dir act on every run of the folder; files "
@@ -214,7 +214,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def are_made(self) -> bool:
-        """Return whether samples can be made: a run with prompts can be asked for them at any time."""
+        """Return whether samples can be generated: a run with prompts can be asked for them at any time."""
         return self.sample_prompts is not None
 
     @property
@@ -232,7 +232,7 @@ class LogOptions(Options, title="logs"):
 
     no_page: bool = option(
         "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
-        "each time that samples are made"
+        "each round of samples"
     )
 
 
@@ -247,7 +247,7 @@ class AcceleratorOptions(Options, title="precision and processes"):
     """
 
     mixed_precision: str = option(
-        "autocast; when not given, the setting of accelerate launch, else no",
+        "autocast; without this option, the setting of accelerate launch, else no",
         default="no",
         choices=PRECISIONS,
         refused={"fp8": "weights in 8 bits are --fp8_base, and --fp8_scaled where the model's page has it"},

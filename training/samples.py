@@ -56,7 +56,7 @@ BIT_RATE = 8_000_000  # of the known tuners' samples
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold one prompt of the file with everything encoded. `index` counts the prompts of the file."""
+    """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
 
     index: int
     entry: Mapping[str, Any]  # of the file
@@ -69,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Hold the prompts and pictures of a run's samples, and the part of them that this process makes."""
+    """The prompts and images of a run's samples, and which of them this process generates."""
 
     path: Path
     process: int
@@ -89,7 +89,7 @@ Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[
 
 @dataclass(frozen=True)
 class Sampler:
-    """Make this process' share of the samples."""
+    """Generate this process's share of the samples."""
 
     samples: Sequence[Sample]
     source: PromptSource
@@ -576,11 +576,11 @@ def _with_full_size(
 
 
 def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
-    """Return the solver of a prompt; None, with a warning, for samplers of other models.
+    """Return the solver of a prompt; None, with a warning, for a sampler of other models.
 
     Args:
         values: Values of the prompt.
-        own: Solvers of the model, instead of those of every model.
+        own: Solvers of the model, which replace those of every model.
     """
     name = values.get("sample_sampler")
     if name is None:

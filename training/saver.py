@@ -171,12 +171,12 @@ def take_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # moments of split weights are marked as split, in `optimizer` itself
+    # this process has only its rows of the moments of split weights: mark these as split, in place
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
-        rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
-        for key, value in rows.items():
-            values[key] = as_split(weight, value)
+        moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
+        for key, moment in moments.items():
+            values[key] = as_split(weight, moment)
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
@@ -199,7 +199,7 @@ def restore(model: TrainedModel) -> None:
     """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
-        if step:  # begun later
+        if step:  # the run starts in the middle, without a state
             model.schedule.go_to(step)
         return
     with states.one_error(saved.folder):
@@ -258,6 +258,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
         fill_state(saved, parts, _stepped_rows(model), device)
     for name, module in trainable.modules.items():
         states.load_module(module, saved.parts[name])
+    # with --resume_changed, the learning rates and the schedule of this run replace those of the state
     is_changed = bool(model.plan.changes)
     optimizer = saved.optimizer
     if is_changed:
@@ -278,7 +279,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 def _with_rates_of_now(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return saved groups of the optimizer with the learning rates that follow from the settings of now."""
+    """Return saved parameter groups of the optimizer with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
         rates = {name: group[name] for name in RATES if name in group and name in saved_group}
@@ -287,7 +288,7 @@ def _with_rates_of_now(
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
-    """Return name -> split weight, if the optimizer keeps states for this process' rows only; else {}."""
+    """Return the split weights for which the optimizer holds only this process's rows, by name, or {}."""
     if not steps_numbers(type(model.optimizer)):
         return {}
     names = model.trainable.names

@@ -105,7 +105,7 @@ def training_script(
             make_sampling = getattr(room, "family_for_samples", lambda options: None)
             make_other = cache(
                 lambda dit: entry.make_family("training", replace(family_options, dit=dit))
-            )  # once, with what it logs
+            )  # cached, so that it logs only once
             code = train_network(
                 model,
                 options,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """Hold how far a run has come: the only record of it that changes."""
+    """How far a run has come: the only part of it that changes and is saved."""
 
     seed: int
     session_id: int
@@ -39,14 +39,14 @@ class Progress:
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any]) -> "Progress":
-        """Return the progress that `as_state` recorded; what features remember waits for them."""
+        """Return the progress that `as_state` recorded; values of features wait until they ask for them."""
         own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
         progress = cls(**{name: value for name, value in values.items() if name in own})
         progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
         return progress
 
     def as_state(self) -> dict[str, Any]:
-        """Return plain values, with those of features next to the run's own."""
+        """Return plain values: the run's own and those of its features."""
         values = asdict(replace(self, of_features={}, unclaimed={})) | self.unclaimed
         del values["of_features"], values["unclaimed"]
         for record in self.of_features.values():
@@ -68,7 +68,7 @@ class Progress:
 
 
 def check_types(record: Any) -> None:
-    """Raise TypeError for a field of a dataclass whose value is not of its type: a state may be edited."""
+    """Raise TypeError if a field of a dataclass has a value of another type, because states may be edited."""
     for name, hint in get_type_hints(type(record)).items():
         hints = get_args(hint) if type(None) in get_args(hint) else [hint]
         kinds = [get_origin(item) or item for item in hints]
@@ -81,7 +81,7 @@ def check_types(record: Any) -> None:
 
 @dataclass
 class StepPlan:
-    """Hold the plan of a run's steps. `total_steps` includes the steps before a resume."""
+    """The plan of a run's steps. `total_steps` includes the steps before a resume."""
 
     num_batches: int  # micro-batches of an epoch
     processes: int
@@ -143,13 +143,13 @@ class StepPlan:
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
+        """Yield (epoch, micro-batch) in the order in which a process needs them.
 
         Args:
             process: Index of this process.
-            epoch: Epoch to begin in.
-            position: Micro-batch to begin with.
-            num_epochs: Stop after this many epochs.
+            epoch: First epoch.
+            position: First micro-batch.
+            num_epochs: Number of epochs after which to stop.
         """
         end = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
         for number in range(epoch, end):

@@ -40,7 +40,7 @@ from training.training_run import TrainingRun
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
 LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
-SHOWN_NAMES = 6  # most parts of one learning rate that are named
+SHOWN_NAMES = 6  # maximum number of parts that are named per learning rate
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
@@ -60,16 +60,17 @@ def count_saves(
     models = 0
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
-        left = plan.total_steps // every - first_step // every
-        if options.save_last_n_steps is not None:
-            left = min(left, options.save_last_n_steps // every + 1)
-        models += left
+        num_saves = plan.total_steps // every - first_step // every
+        if options.save_last_n_steps is not None:  # a number of steps
+            num_saves = min(num_saves, options.save_last_n_steps // every + 1)
+        models += num_saves
     if options.save_every_n_epochs is not None:
         every = options.save_every_n_epochs
-        left = (plan.num_epochs - 1) // every - first_epoch // every
-        if options.save_last_n_epochs is not None:
-            left = min(left, options.save_last_n_epochs)
-        models += max(0, left)
+        # the last epoch is saved as the final model
+        num_saves = (plan.num_epochs - 1) // every - first_epoch // every
+        if options.save_last_n_epochs is not None:  # a number of saves
+            num_saves = min(num_saves, options.save_last_n_epochs)
+        models += max(0, num_saves)
     states = models if options.save_state else 0
     return models + 1, states + options.saves_state_at_end
 
@@ -104,7 +105,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines about what is learned, and how.
+    """Return the lines about what is trained and how.
 
     Args:
         run: The run.
@@ -137,19 +138,21 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
         learner: See `judge_rate`.
     """
     default = options.optimizer.learning_rate
-    names: dict[float, list[str]] = {}
+    names_by_rate: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
-        names.setdefault(group.get("lr", default), []).append(name)
+        names_by_rate.setdefault(group.get("lr", default), []).append(name)
     judged = judge_rate(options, learner)
-    is_replaced = options.network is None and bool(names) and default not in names
-    if len(names) < 2 and not is_replaced and (default != 0 or default in names):
+    # in full fine-tuning all parts may have rates other than --learning_rate
+    is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
+    has_one_rate = len(names_by_rate) < 2
+    if has_one_rate and not is_replaced and (default != 0 or default in names_by_rate):
         return judged
-    parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
+    parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
     return parts if default == 0 or is_replaced else f"{judged}\n{parts}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:
-    """Return names with commas, the first and the last ones of many."""
+    """Join names with commas; of many names only the first and the last ones."""
     shown = [*names] if len(names) <= SHOWN_NAMES else [*names[: SHOWN_NAMES - 2], "...", names[-1]]
     return ", ".join(shown)
 
@@ -208,13 +211,18 @@ def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torc
 
 
 def _describe_model(plan: TrainingPlan) -> str:
-    """Return the model's facts in the metadata of the family, in words."""
+    """Describe the model by the family's metadata."""
     starts = ("architecture", "task", "sd_model_name")
     return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
-    """Name the trained network with its rank (of a file: its `sizes`), or the trained parts of the model."""
+    """Name the trained network with its rank, or the trained parts of the model.
+
+    Args:
+        plan: The plan of the run.
+        sizes: Ranks and alphas of a network that continues from a file; they replace the options.
+    """
     network, full_dit = plan.learner.lora, plan.options.full_dit
     if plan.learner.words:
         return plan.learner.words
@@ -307,7 +315,7 @@ def _describe_speed(clock: StepClock) -> str:
 
 
 def _describe_peak(run: TrainingRun) -> str:
-    """Return the most memory of the device that was in use."""
+    """Return the peak device memory of the run."""
     return peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
 
 

@@ -31,14 +31,14 @@ Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, d
 
 @dataclass
 class Strength:
-    """The strength that networks have now."""
+    """The current strength of networks."""
 
     value: float = 1.0
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that a save writes."""
+    """A file that a save writes, with its content."""
 
     write: Write
     ending: str = (
@@ -49,7 +49,7 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Trainable:
-    """Hold the parameters for the optimizer, with functions on their modules for the loop."""
+    """The trained parameters, and what the training loop does with their modules."""
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
@@ -101,7 +101,7 @@ class Trainable:
         return sizes_of([file.network.module.state_dict() for file in files if file.network is not None])
 
     def start_epoch(self) -> None:
-        """Put the networks into training mode, and tell foreign networks that an epoch begins."""
+        """Put the networks into training mode, and notify foreign networks of the start of an epoch."""
         for network in self.all_networks:
             if not network.module.training:  # the walk over its modules takes longer than a short epoch
                 network.module.train()
@@ -109,7 +109,7 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze the parts that have learned for their number of steps.
+        """Freeze the parts whose number of training steps is over.
 
         Args:
             step: Number of steps taken.
@@ -125,7 +125,7 @@ class Trainable:
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     def as_base(self) -> contextlib.AbstractContextManager[None]:
-        """Switch all networks off during the block, so that DiTs act as loaded. Not for trained DiTs."""
+        """Disable all networks during the block, so that DiTs act as loaded. Not for trained DiTs."""
         return self.at_strength(0.0)
 
     @contextlib.contextmanager
@@ -171,7 +171,7 @@ def train_network(
     lora_format: LoraFormat | None = None,
     list_beside: ListTensors = dict,
 ) -> Trainable:
-    """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
+    """Move a network that is attached to its DiT to the device in float32; return it as a `Trainable`.
 
     Args:
         network: The network.
@@ -180,10 +180,10 @@ def train_network(
         device: Device of the run.
         learner: What the run trains, see `find_learner`.
         lora_format: Format of its files; None writes the names of the network itself.
-        list_beside: Returns what else a file of a LoRA holds when it is saved.
+        list_beside: Returns what else a LoRA's file contains when it is saved.
 
     Raises:
-        OptionError: If it has no parameters to train, or modules that the format cannot hold.
+        OptionError: If it has no parameters to train, or modules that the format does not support.
     """
     if lora_format is not None:
         lora_format.check(network.module)
@@ -214,10 +214,10 @@ def train_network(
 
 
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
-    """Train one network in a further DiT: `network`, made for it, computes with the trained parameters.
+    """Train one network in another DiT too: `network`, created for it, uses the trained parameters.
 
     Raises:
-        OptionError: If the networks begin with different values: then they depend on the DiT's weights.
+        OptionError: If the networks start with different values, because these depend on the DiT's weights.
     """
     network.module.to(device=device, dtype=torch.float32)
     tie_network(trainable.modules["network"], network.module)
@@ -225,7 +225,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
 
 
 def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
-    """Join the trained parts of experts, by their names. Each writes a file of its own."""
+    """Join the trained parts of experts by name. Each writes its own file."""
     modules: dict[str, nn.Module] = {}
     group_names: list[str] = []
     for expert, part in parts.items():
@@ -287,7 +287,7 @@ def train_dit(
 
 
 def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
-    """Return whether --trainable_modules chooses a weight.
+    """Return whether --trainable_modules selects a weight.
 
     Args:
         name: Name of the weight.
@@ -297,7 +297,7 @@ def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
 
 
 def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
-    """Raise OptionError: no weight of the DiT has one of these parts in its name."""
+    """Raise OptionError because no weight of the DiT has one of these parts in its name."""
     some = next(iter(dit.state_dict()))
     raise OptionError(
         f"--trainable_modules {' '.join(name_parts)}: no weight has that in its name. Use parts of names "
@@ -306,7 +306,7 @@ def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
 
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtypes of a trained DiT's weights in its file: see `DitFormat.load`, else as they are."""
+    """Return the dtypes of a trained DiT's weights in its file (`DitFormat.load`), else the current ones."""
     of_file: Any = getattr(dit, "saved_dtypes", {})
     return {name: of_file.get(name, tensor.dtype) for name, tensor in dit.state_dict().items()}
 
@@ -324,7 +324,7 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
 
 
 def open_unused(dit: nn.Module) -> OpenedTensors | None:
-    """Open the tensors of the transformer's file that it does not have, see `UnusedTensors`."""
+    """Open the tensors in the transformer's file that the network does not use, see `UnusedTensors`."""
     unused: UnusedTensors | None = getattr(dit, "unused_tensors", None)
     return None if unused is None else unused.opened()
 
@@ -350,7 +350,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    tensors = dit.state_dict()  # no copies; an average may be in their place
+    tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
     infos |= unused_infos(unused, dtype)

@@ -54,9 +54,9 @@ if sys.platform == "win32":
 
 
 def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
-    """Return the files of a run with the request of each.
+    """Return the request files of a run, with their requests.
 
-    `my_lora.sample` asks the run `my_lora`; with also_plain, `sample` asks any run in the folder.
+    `my_lora.sample` asks the run `my_lora`; with `also_plain`, `sample` asks any run in the folder.
     """
     starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
     return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
@@ -64,11 +64,11 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 
 @dataclass
 class Requests:
-    """Collect the requests to a run from outside: signals, request files, and a clock.
+    """Collect requests to a run from outside: signals, request files, and a clock.
 
-    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it at once. Files may also ask for
-    samples and saves, and the clock asks for saves. A file is removed only after its request was served: if
-    the run is killed before, the next run serves it.
+    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it immediately. Files may also ask
+    for samples and saves, and the clock asks for saves. A file is removed only after its request was served,
+    so that the next run serves it if this one is killed before.
     """
 
     paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
@@ -149,7 +149,7 @@ class Requests:
                 if path.lstat().st_mtime_ns == changed:
                     path.unlink()
             except FileNotFoundError:
-                pass  # taken away meanwhile
+                pass  # someone else removed it in the meantime
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._passed[path] = changed
@@ -157,7 +157,7 @@ class Requests:
 
 @dataclass
 class TrainedModel:
-    """Hold the loaded networks of a plan with the optimizer, its schedule and what features add."""
+    """The loaded networks of a plan with the optimizer, its schedule and what features add."""
 
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
@@ -205,9 +205,9 @@ class TrainedModel:
 
 @dataclass
 class TrainingRun:
-    """Hold everything that the loop works with.
+    """Everything that the loop works with.
 
-    The plan's progress, the network, the optimizer and the schedule change while training.
+    The plan's progress, the network, the optimizer and the schedule change during training.
     """
 
     model: TrainedModel
@@ -221,6 +221,20 @@ class TrainingRun:
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
+    # of the model's plan, which was made before networks were loaded
+    plan: TrainingPlan = field(init=False)
+    options: TrainingOptions = field(init=False)
+    joined: JoinedRun = field(init=False)
+    family: Family = field(init=False)
+    steps: StepPlan = field(init=False)
+    progress: Progress = field(init=False)  # the object is changed while training, never replaced
+    device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
+
+    def __post_init__(self) -> None:
+        plan = self.model.plan
+        self.plan, self.options, self.joined = plan, plan.options, plan.joined
+        self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress
+        self.device = plan.accelerator.device
 
     @functools.cached_property
     def parameters(self) -> list[Parameter]:
@@ -229,7 +243,7 @@ class TrainingRun:
 
     @functools.cached_property
     def of_audio(self) -> frozenset[Tensor]:
-        """Return the parameters that only clips with sound reach."""
+        """Return the parameters that only clips with audio train."""
         audio = audio_of(self.family)
         if audio is None or audio.is_inside:
             return frozenset()
@@ -238,7 +252,7 @@ class TrainingRun:
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        """Return the parts with losses of their own: experts, or picture and sound."""
+        """Return the parts that have separate losses: experts, or images and audio."""
         experts = self.family.experts
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
@@ -252,36 +266,6 @@ class TrainingRun:
         return (*self.parts, *further)
 
     @property
-    def plan(self) -> TrainingPlan:
-        """What was known before networks were loaded."""
-        return self.model.plan
-
-    @property
-    def options(self) -> TrainingOptions:
-        """Options of the run."""
-        return self.model.plan.options
-
-    @property
-    def joined(self) -> JoinedRun:
-        """What the features of the run have contributed."""
-        return self.model.plan.joined
-
-    @property
-    def family(self) -> Family:
-        """The model family."""
-        return self.model.plan.family
-
-    @property
-    def steps(self) -> StepPlan:
-        """Number of steps and epochs."""
-        return self.model.plan.steps
-
-    @property
-    def progress(self) -> Progress:
-        """Current step and epoch."""
-        return self.model.plan.progress
-
-    @property
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.plan.accelerator.is_main_process
@@ -290,11 +274,6 @@ class TrainingRun:
     def has_scaler(self) -> bool:
         """Return whether gradients of fp16 are scaled: an infinite norm then lowers the scale."""
         return self.model.scaler.is_enabled()
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which steps are computed; swapped weights may be elsewhere."""
-        return self.model.plan.accelerator.device
 
     @property
     def autocast(self) -> Autocast:

@@ -14,18 +14,17 @@ from training.options import TrainingOptions
 def list_without_effect(
     options: TrainingOptions, family_options: Any = None, more_reasons: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Return one line for each given option that has no effect together with the others.
+    """Return one line for each given option that has no effect in combination with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on several records.
 
     Args:
         options: Options of the training.
         family_options: The record of the model's own options.
-        more_reasons: Option name -> reason, for options without effect because of the model or the data.
+        more_reasons: Reason by option name, for options without effect because of the model or the data.
     """
     reasons = dict(more_reasons or {})
-    if _replaces_rate(options.parts):
-        assert options.parts is not None
+    if options.parts is not None and _replaces_rate(options.parts):
         rates = {"--unet_lr": options.parts.unet_lr, "--text_encoder_lr": options.parts.text_encoder_lr}
         given = [flag for flag, rate in rates.items() if rate is not None]
         replacing = f"{' and '.join(given)} replace{'s' * (len(given) == 1)} it"
@@ -40,17 +39,15 @@ def list_without_effect(
 
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
-    """Return the options of a record that act on samples alone, with the reason, in a run that makes none."""
+    """Return why options of a record that affect only samples have no effect in a run without samples."""
     if options.samples.are_made:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"
     return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
 
 
-def _replaces_rate(parts: PartsOptions | None) -> bool:
-    """Return whether every part that learns has a learning rate of its own."""
-    if parts is None:
-        return False
+def _replaces_rate(parts: PartsOptions) -> bool:
+    """Return whether every trained part has its own learning rate."""
     dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
     texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
     return dit_is_replaced and texts_are_replaced

@@ -30,22 +30,23 @@ STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of 
 
 
 class Validation:
-    """The items of a plan that are not trained on, and the noise levels at which their loss is measured."""
+    """The validation items of a plan, and the noise levels at which their loss is measured."""
 
     def __init__(self, plan: TrainingPlan, loss: LossRule) -> None:
         self.plan = plan
         self.loss = loss
         self.checks = CacheChecks()
         self.process = plan.accelerator.process_index // plan.steps.peers
-        # as image trainers do: four levels between the bounds of the timesteps
         self.is_of_images, times = plan.options.is_for_images, plan.options.timesteps
         low = times.lowest
         width = times.highest - times.lowest
-        levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         if self.is_of_images:
-            levels = [int(low + width * place / 5) / NUM_TIMESTEPS for place in range(1, 5)]
+            # as image trainers do: four levels between the bounds of the timesteps
+            levels = [int(low + width * fifth / 5) / NUM_TIMESTEPS for fifth in range(1, 5)]
+        else:
+            levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         lowest = min(expert.lowest for expert in plan.family.experts)
-        # above the last band there is still the end, which is pure noise
+        # an expert that starts above the last level is measured at pure noise
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
@@ -88,7 +89,7 @@ class Validation:
         return losses
 
     def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
-        """Return the sums over this process' items of their losses at each noise level, then their number."""
+        """Return the sums over this process's items of their losses per noise level, then their number."""
         steps = self.plan.steps
         measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = measured[self.process :: steps.processes]
@@ -98,15 +99,16 @@ class Validation:
         sums[-1] = len(items)
         if not (items or lacks_item):
             return sums
-        # all items by one network, then by the next: bringing one to the device takes longer than reading
+        # one network after the other: moving a network to the device takes longer than reading all items
         for expert in sorted(set(experts)):
             dit = dit_at(expert)
-            places = [place for place, index in enumerate(experts) if index == expert]
-            sigmas = [self.sigmas[place] for place in places]
-            for item in track(items, f"validation, {len(places)} noise levels", len(items), unit="item"):
+            level_indices = [level for level, level_expert in enumerate(experts) if level_expert == expert]
+            sigmas = [self.sigmas[level] for level in level_indices]
+            title = f"validation, {len(level_indices)} noise levels"
+            for item in track(items, title, len(items), unit="item"):
                 losses = self._losses(item, sigmas, dit, autocast)
-                sums[places] += torch.tensor(losses, dtype=torch.float64)
-            if lacks_item:  # for the others, which gather the blocks from this process
+                sums[level_indices] += torch.tensor(losses, dtype=torch.float64)
+            if lacks_item:  # other processes gather the blocks' parts from this one
                 self._losses(measured[-1], sigmas, dit, autocast)
         return sums
 
@@ -139,7 +141,7 @@ class Validation:
         if self.process == 0:
             plan.sources.encoders.warn(batch.made_by)
         if plan.sources.tables:
-            place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
+            place = RunPlace(0, 0, 1, 1)  # the same wildcards each time, and complete captions
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
         if plan.texts is not None:
             with autocast():

@@ -23,7 +23,7 @@ def train_full(
     texts: LiveTexts | None,
     writes: bool = True,
 ) -> Trainable:
-    """Train all weights, or those that options choose: of the transformer, and of text encoders that learn.
+    """Train all or selected weights of the transformer, and of the text encoders that are trained.
 
     Args:
         family: The model family.
@@ -33,7 +33,7 @@ def train_full(
         writes: Whether files are written; the source of the checkpoint is then opened.
 
     Raises:
-        OptionError: If nothing learns.
+        OptionError: If no weight is trained.
     """
     assert options.full_dit is not None
     rate, name_parts = options.optimizer.learning_rate, options.full_dit.name_parts
@@ -54,13 +54,13 @@ def train_full(
 
 @dataclass
 class _Groups:
-    """Collect trained weights in groups of the optimizer, by their names in logs."""
+    """Collect trained weights into groups of the optimizer, by their names in logs."""
 
     params: dict[str, list[Parameter]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, rate: float, parameter: Parameter) -> None:
-        """Let a weight learn at a rate, or freeze it if the rate is 0."""
+        """Train a weight at a rate, or freeze it if the rate is 0."""
         parameter.requires_grad_(rate != 0)
         if rate != 0:
             self.params.setdefault(name, []).append(parameter)
@@ -124,7 +124,7 @@ def _train_checkpoint(
 
 
 def _select_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
-    """Return the group and the learning rate of one of the transformer's weights."""
+    """Return the group name and the learning rate of one of the transformer's weights."""
     if not parts.blocks:
         return DIT, usual
     assert spec.numbered is not None  # the family has rates of blocks

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
-    """Warn of captions that what learns in text encoders does not learn from. Raises DatasetError."""
+    """Warn about captions without a word that text encoders are to learn. Raises DatasetError."""
     captions = [
         _complete(item.kind.caption(item.source_stem, number), item.table)
         for item in items
@@ -28,7 +28,7 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
 def check_source_captions(
     read: ReadCaptions, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
 ) -> str:
-    """Return a warning about the captions of the sources of tables; "" if there is none.
+    """Return a warning about the captions of the tables' sources; "" if there is nothing to warn about.
 
     Raises:
         DatasetError: As `check_captions` does.
@@ -45,7 +45,7 @@ def check_source_captions(
 
 
 def _complete(caption: str, table: DatasetTable) -> str:
-    """Return a caption with what is added to it at each step, if captions vary."""
+    """Return a caption with the additions of each step, if captions vary."""
     if not table.changes.is_raw:  # the source has it as it is trained
         return caption
     if not table.changes.wildcards:

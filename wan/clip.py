@@ -94,7 +94,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     dim, _, patch, _ = shape("patch_embedding.weight")
     if dim % CLIP_HEAD_WIDTH:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim} is no multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H.",
+            f"{checkpoint.path}: width {dim} is not a multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H",
             checkpoint.path,
         )
     side = math.isqrt(shape("pos_embedding")[-2] - 1)

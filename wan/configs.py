@@ -10,9 +10,9 @@ class VaeRelease:
 
     name: str
     models: str  # whose latents these are
-    channels: int  # of the latents
+    channels: int  # number of latent channels
     stride: tuple[int, int, int]  # pixels of a latent: frames, height, width
-    mean: tuple[float, ...]  # of the latents, per channel
+    mean: tuple[float, ...]  # statistics of the latents, per channel
     std: tuple[float, ...]
     file: str  # in the folder of the official release
     copies: str  # published files with the same tensors, for messages
@@ -78,7 +78,7 @@ RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by t
 FUN_CONTROL = "fun-control"  # model kind of Wan2.1 Fun-Control
 VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
 VACE_DIM = 96  # channels of its control, see `wan.vace`
-HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
+HEAD_WIDTH = 128  # that of all released sizes, because the tensors of a file do not show it
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,16 @@ class WanTask:
     # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one; vace: see `VACE`
     kind: str
     has_control: bool
-    dim: int  # of the released checkpoint; if a file has another, this is logged and the file used
+    dim: int  # width of the released model; a file with another width is used, and this is logged
     steps: int
     frames: int
     sizes: tuple[tuple[int, int], ...]  # width, height as trained
-    repositories: tuple[str, ...]  # of the release, on the hub
+    repositories: tuple[str, ...]  # repositories of the release on the hub
     version: str = "2.1"
     flow_shift: float = 5.0
     guidance: float = 5.0
-    high_noise_guidance: float | None = None  # of the second expert; None: there is one expert
+    # guidance scale of the high-noise expert; None if there is one expert
+    high_noise_guidance: float | None = None
     boundary: float | None = None  # timestep from which on the high-noise expert works
     fps: float = 16.0
     keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
@@ -378,7 +379,8 @@ NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT  # no cut between the two given frames
+# the addition asks for no cut between the two given frames
+FIRST_LAST_NEGATIVE_PROMPT = "镜头切换，" + NEGATIVE_PROMPT
 
 IMAGE_480P_FLOW_SHIFT = 3.0  # i2v at 480x832 or 832x480
 FIRST_LAST_FLOW_SHIFT = 16.0

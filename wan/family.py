@@ -84,13 +84,13 @@ class Wan(OneTransformer):
     # caching: i2v, flf2v, vace, one_frame, or None for text-to-video caches; training: one_frame for samples
     image_kind: str | None = None
     rope: str = "default"
-    precision: torch.dtype = torch.float32  # of time embedding, modulation and rotation by position
+    precision: torch.dtype = torch.float32  # dtype of time embedding, modulation and rotary embedding
     keep_file_dtypes: bool = False
     text_as_image_tokens: bool = False
     image_noise: float = 0.0
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     boundary: float | None = None  # timestep from which on the high-noise expert works; None: there is none
-    noise: NoiseSpec = FLOW  # of a training
+    noise: NoiseSpec = FLOW  # set for trainings only
 
     can: ClassVar = Abilities(
         tell_few_steps=True,
@@ -440,7 +440,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
     """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
-    return Wan(files, image_kind=VACE)  # captions may be those of items with references
+    return Wan(files, image_kind=VACE)  # captions may belong to items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:

@@ -172,7 +172,8 @@ OFFICIAL = {
 }
 OFFICIAL_EXPERTS = {"dit": "low_noise_model", "dit_high_noise": "high_noise_model"}
 OFFICIAL_DIT = (
-    "diffusion_pytorch_model*.safetensors"  # of releases with one transformer, in the folder itself
+    # files of releases with a single transformer, in the folder itself
+    "diffusion_pytorch_model*.safetensors"
 )
 
 # The folders of a pipeline of diffusers, where the *second* transformer is for little noise.
@@ -188,7 +189,8 @@ class WanRelease(NamedTuple):
     """Files in a release's folder by the names of `WanFiles`, and the boundary of its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
-    boundary: float | None = None  # of its experts, as a timestep; None: it says nothing
+    # timestep at which the experts change; None if the release does not state it
+    boundary: float | None = None
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
@@ -261,7 +263,7 @@ class _NamedDit(NamedTuple):
     option: str
     path: Path
     name: str | None  # the expert that its file's name says; None: it says nothing
-    use: str  # the expert that it is given for
+    use: str  # expert for which the file is given
 
 
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
@@ -369,7 +371,7 @@ def find_boundary(
             "or use --task t2v-A14B or i2v-A14B"
         )
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    boundary = options.experts.timestep_boundary  # as a timestep, or as a share of noise
+    boundary = options.experts.timestep_boundary  # a timestep, or a fraction of noise
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:

@@ -284,7 +284,8 @@ class WanModel(BlockNetwork):
         grid = (frames, rows, columns)
         time, modulation = self._embed_times(timesteps, overrides.given_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
-        merges = None if text_is_image else self.attention  # every row is needed if some are the image
+        # equal padding rows are merged, unless the first rows of the text stand for the image
+        merges = None if text_is_image else self.attention
         texts = [text] if overrides.away is None else [text, overrides.away.text["text"]]
         embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
         image_tokens = None

@@ -27,7 +27,7 @@ _DIFFUSERS_ATTENTION = (
     ("norm_k", "norm_k"),
 )
 
-# of a block: (in diffusers, ours)
+# names inside a block: (in diffusers, ours)
 _BLOCK = (
     *(
         (f"{diffusers}.{theirs}", f"{official}.{ours}")

@@ -77,9 +77,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
     if target in controls:
-        raise ValueError(
-            f"the picture and a control image are both at {target}. Give the picture another place"
-        )
+        raise ValueError(f"the image and a control image are both at {target}. Give the image another place")
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(place for place, _ in pairs), tuple(image for _, image in pairs))
 
@@ -307,7 +305,7 @@ def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
 def note_clips() -> None:
     """Warn that --one_frame is given although the caches hold videos."""
     logger.warning(
-        "--one_frame is given, but the caches are not those of single pictures: videos are learned, and "
+        "--one_frame is given, but the caches are not those of single images: videos are learned, and "
         "samples are pictures. Cache again with %s, or leave --one_frame out",
         CACHE_AGAIN,
     )

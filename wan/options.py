@@ -38,7 +38,7 @@ def check_one_frame(task: WanTask) -> None:
     able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
-            f"--task {task.name} has no condition for single pictures from control images (--one_frame, "
+            f"--task {task.name} has no condition for single images from control images (--one_frame, "
             f"--one_frame_inference). Use --task {', '.join(able[:-1])} or {able[-1]}"
         )
 
@@ -62,7 +62,7 @@ class WanExpertOptions(Options):
     dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
     # resume compares where the experts begin
     timestep_boundary: float | None = option(
-        "from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
+        "noise level from which --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
         above=0,
         below=MAX_TIMESTEP,
         hint="a share of noise, such as 0.875, or a timestep, such as 875",
@@ -72,12 +72,13 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
+# in caches of single images: positions in time of the images and their control images
+PLACES_KEY = "f_indices"
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
 class WanLatentCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_latents.py besides the shared ones."""
+    """Options of wan_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions
     vae_cache_cpu: bool = option(_CACHE_CPU)
@@ -93,8 +94,8 @@ class WanLatentCachingOptions(Options, title="Wan"):
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
     vace: bool = option(
-        "cache for VACE, of items that have them: control videos (control_directory), masks whose white "
-        "parts are made new (control_mask_directory), and references (reference_directory)",
+        "cache for VACE, for items that have them: control videos (control_directory), masks whose "
+        "white parts are regenerated (control_mask_directory), and references (reference_directory)",
         excludes=("clip", "i2v"),
         often=True,
     )
@@ -108,7 +109,7 @@ class WanLatentCachingOptions(Options, title="Wan"):
 
 
 class WanTextCachingOptions(Options, title="Wan"):
-    """Options of wan_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of wan_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: WanTextOptions = option(settings={"t5": {"required": True}})
 
@@ -125,7 +126,7 @@ class WanModelOptions(Options, title="Wan"):
         often=True,
     )
     dit: Path | None = option(  # resume compares its name
-        "transformer checkpoint; of a model with two experts the one for low noise", facts=FREE, often=True
+        "transformer checkpoint; for a model with two experts, the low-noise expert", facts=FREE, often=True
     )
     dit_dtype: str | None = dit_dtype_option()
     experts: WanExpertOptions = option(facts=FREE)
@@ -133,15 +134,15 @@ class WanModelOptions(Options, title="Wan"):
         "keep every tensor of the transformer in the dtype its file has", facts=HABIT
     )
     text_as_image_tokens: bool = option(
-        "Fun-Control without a start image: use text tokens in place of image features, as older tuners did; "
-        "for LoRAs trained that way",
+        "Fun-Control without a start image: use text tokens in place of image features, as older "
+        "trainers did; for LoRAs trained that way",
         facts=HABIT,
     )
     vace: Path | None = option(
-        "the blocks of VACE alone, as a file next to a text-to-video --dit that has none", facts=FREE
+        "file with only the VACE blocks, for a text-to-video --dit without them", facts=FREE
     )
     vace_high_noise: Path | None = option(
-        "likewise next to --dit_high_noise; it may be the same file", needs="vace", facts=FREE
+        "the same for --dit_high_noise; it may be the same file", needs="vace", facts=FREE
     )
     vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
@@ -181,7 +182,7 @@ class WanModelOptions(Options, title="Wan"):
 
 
 class WanTrainingOptions(WanModelOptions, title="Wan"):
-    """Options of wan_train_network.py besides the shared ones."""
+    """Options of wan_train_network.py in addition to the shared ones."""
 
     sample_dit_other: Path | None = option(
         "training one transformer of a model with two: the file of the other one, for samples only. It "
@@ -189,8 +190,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
         facts={**FREE, **OF_SAMPLES},
     )
     first_frame_probability: float | None = option(
-        "ti2v-5B: share of the batches of clips that are trained from image to video, with the first frame "
-        "given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
+        "ti2v-5B: fraction of the batches of clips that are trained from image to video, with the "
+        "first frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
         least=0,
         most=1,
         facts=IDENTITY,
@@ -239,7 +240,7 @@ MAX_REFERENCES = 8  # each is a latent frame more; the release was trained with 
 
 
 class WanGenerationOptions(WanModelOptions, title="Wan"):
-    """Options of wan_generate_video.py besides the shared ones."""
+    """Options of wan_generate_video.py in addition to the shared ones."""
 
     ckpt_dir: Path | None = option(
         "folder of the official release or of a pipeline of diffusers: VAE, T5, CLIP and, without --dit, the "
@@ -260,14 +261,14 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     from_file: Path | None = option(facts=NO_PIXELS)
     interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(
-        "mask of --src_video, a video or a picture: white is made new, black is kept (a loss mask of a "
-        "training is white where it learns); without it everything is made new",
+        "mask of --src_video, a video or an image: white is regenerated, black is kept (loss masks of "
+        "a training are white where the network learns); without it, everything is regenerated",
         flags=("--src_mask", "--vace_video_mask"),
         facts=of_request(MASK),
         title="VACE",
     )
     vace_scale: tuple[float, ...] = option(
-        "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
+        "strength of VACE: one number, or one for each VACE layer; 0 is text to video",
         default=(1.0,),
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
         least=-MAX_HINT_SCALE,
@@ -277,8 +278,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         nargs="+",
     )
     one_frame_inference: str | None = option(
-        "make one image from --control_image_path: places in time, 'target_index=1,control_index=0+2', or "
-        "default, which is one control image at 0",
+        "generate one image from --control_image_path: positions in time, "
+        "'target_index=1,control_index=0+2', or default, which is one control image at 0",
         facts=of_request(ONE_FRAME),
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",
@@ -311,7 +312,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         """Raise OptionError if an option is given that only VACE uses."""
         task = TASKS[self.task]
         can_make_one_frame = task.takes_image and not task.has_control
-        # prompt lines may ask for one frame too
+        # prompt lines may ask for one frame too, which uses control images
         reads_lines = self.from_file is not None or self.interactive
         one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
         control_images = None if one_frame else self.control_image_path

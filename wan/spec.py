@@ -20,7 +20,7 @@ from wan.configs import VACE
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
-TEXT_KEYS = frozenset({"t5"})  # of the entries that the text encoder makes
+TEXT_KEYS = frozenset({"t5"})  # keys of the cache entries that the text encoder writes
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.1299, -0.1692, 0.2932),
@@ -108,7 +108,7 @@ class WanTokens:
     time: Tensor  # B S C in the model's `precision`
     modulation: Tensor  # B S 6 C likewise
     num_given: int  # tokens in front that hold clean frames; S is 2 where there are such
-    dtype: torch.dtype  # of activations between layers
+    dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
     part: "TokenPart | None" = None  # the tokens that this process has; None: all

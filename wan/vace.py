@@ -37,7 +37,7 @@ class VaceRequest:
     """Inputs of VACE for a request, in addition to its video and its references."""
 
     mask: Path | None
-    scales: tuple[float, ...]  # of the hints, one a layer
+    scales: tuple[float, ...]  # strength of each layer's hints
 
     def add_to(self, prepared: Prepared) -> Prepared:
         """Return the prepared request with these settings, also in the metadata of its files.
@@ -82,7 +82,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             raise OptionError(
                 f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
                 "a clip that has it, gray elsewhere, and --src_mask one that is black there and white "
-                "elsewhere; to show what something looks like, give the picture to --src_ref_images"
+                "elsewhere; to show what something looks like, give the image to --src_ref_images"
             )
     references = divide(request.control_images)
     mask = None

@@ -42,7 +42,7 @@ class WanVaeConfig:
     encoder: tuple[VaeLayer, ...]
     decoder: tuple[VaeLayer, ...]
     patch: int = 1  # rows and columns of pixels that the first layer takes as channels of one place
-    colors: int = 3  # of pixels: 4 with alpha
+    colors: int = 3  # number of pixel channels: 4 with alpha
 
 
 class TimeMemory:
@@ -79,7 +79,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalize x, B C ... `out` receives the result; None makes a new tensor."""
-        # a length rounded to 16 bits would scale the whole pixel wrongly
+        # in 16 bits, rounding would scale all channels of a pixel wrongly
         exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
         out = torch.empty_like(x) if out is None else out
@@ -95,7 +95,7 @@ class WanCausalConv(nn.Conv3d):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, (TIME_KERNEL, 3, 3), padding=(0, 1, 1))
 
-    def forward(  # type: ignore[override]  # a stream needs its memory besides the next frames
+    def forward(  # type: ignore[override]  # a stream needs its memory in addition to the next frames
         self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
     ) -> Tensor:
         """Convolve the next frames of a clip, x B C T H W to B C' T H W.

@@ -51,7 +51,7 @@ _OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, wher
     "encoder.downsamples.0.downsamples.0.residual.2.weight",
 }
 _Layer = tuple[str, int, int]  # down or up, level, index in it
-_RESAMPLER = 1 << 30  # its index there: behind all residual blocks
+_RESAMPLER = 1 << 30  # index of the resampler: after all residual blocks
 _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 
 
@@ -183,7 +183,7 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
-    has_alpha = config.colors == 4 and config.patch == 1  # of Qwen-Image-Layered
+    has_alpha = config.colors == 4 and config.patch == 1  # tensor that identifies Qwen-Image-Layered
     if colors != 3 * config.patch**2 and not has_alpha:
         raise _make_vae_error(path, f"takes {colors} channels")
     frame_stride, side_stride, _ = release.stride

@@ -17,7 +17,7 @@ Z_IMAGE = ModelRelease(
 )
 PATCH = 2  # latent pixels along each side of a token
 TOKEN_STEP = 32  # texts and images are padded to multiples of so many tokens
-TIME_SCALE = 1000.0  # of the share of data, which the network takes
+TIME_SCALE = 1000.0  # the network takes the fraction of data times this
 
 
 @dataclass(frozen=True)

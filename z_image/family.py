@@ -55,7 +55,7 @@ Z_IMAGE_USE = LanguageUse(
     states_key=KEY,
     model=QWEN3,
     source=qwen_tokenizer("--text_encoder_tokenizer", "Tongyi-MAI/Z-Image-Turbo"),
-    most=512,  # with those of the template
+    most=512,  # including the template's tokens
     before=_BEFORE,
     after=_AFTER,
     states=(-2,),
@@ -63,9 +63,9 @@ Z_IMAGE_USE = LanguageUse(
 )
 
 
-FLOW_SHIFT = 3.0  # where nothing is said
+FLOW_SHIFT = 3.0  # default
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
-# of a transformer whose name says no release: those of musubi-tuner
+# defaults for a transformer whose name does not show its release: those of musubi-tuner
 DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
@@ -73,7 +73,7 @@ BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
 CALLED_BASE = r"(^|--)z[-_ ]?image([-_](base|bf16|fp16|fp32|fp8\w*))*$"
 logger = logging.getLogger(__name__)
 
-UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
+UNIT = 1000  # timesteps per unit of noise; the model takes the fraction of data, 1 - timestep / UNIT
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ZImage(ModelOfImages):
     """Description of Z-Image for one run, built by the `family_for_...` functions below."""
 
     files: ZImageFiles
-    options: Any = NO_OPTIONS  # of a training
+    options: Any = NO_OPTIONS  # set for trainings only
     attends_in_float32: bool = False
     even_steps: bool = False  # the noise levels of diffusers
 

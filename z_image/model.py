@@ -17,7 +17,7 @@ from modules.devices import numbers_on
 from modules.layers.norms import RMSNorm, in_own_dtype
 from z_image.configs import DIT, TIME_SCALE, TOKEN_STEP, ZImageConfig
 
-PART = "2-1"  # of the layers for patches of 2 x 2 latent pixels of one frame
+PART = "2-1"  # part of the names of layers for patches of 2 x 2 latent pixels of one frame
 
 
 class ZImageAttention(GroupedAttention):

@@ -10,7 +10,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
-CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
+CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # default, as in the official pipeline
 _VAE: Mapping[str, Any] = {"vae": {"help": "FLUX.1's autoencoder: file or folder"}}
 
 
@@ -24,13 +24,13 @@ class ZImageTextOptions(TextEncoderOptions):
 
 
 class ZImageLatentCachingOptions(Options, title=NAME):
-    """Options of zimage_cache_latents.py besides the shared ones."""
+    """Options of zimage_cache_latents.py in addition to the shared ones."""
 
     vae: VaeOptions = option(settings=_VAE)
 
 
 class ZImageTextCachingOptions(Options, title=NAME):
-    """Options of zimage_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of zimage_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: ZImageTextOptions = option(settings={"text_encoder": {"required": True}})
 
@@ -48,18 +48,18 @@ class ZImageModelOptions(Options, title=NAME):
 
 
 class ZImageTrainingOptions(ZImageModelOptions, title=NAME):
-    """Options of zimage_train_network.py and zimage_train.py besides the shared ones."""
+    """Options of zimage_train_network.py and zimage_train.py in addition to the shared ones."""
 
 
 class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
-    """Options of zimage_generate_image.py besides the shared ones."""
+    """Options of zimage_generate_image.py in addition to the shared ones."""
 
     even_steps: bool = option(
         "noise levels evenly down to 0 before the shift, as diffusers has them; default: down to 1/1000, as "
         "the known tuner",
     )
     cfg_trunc_ratio: float = option(
-        "leave guidance out once the noisy picture holds this share of data, 0 to 1 (--ctr in a prompt "
+        "leave guidance out once the noisy image holds this share of data, 0 to 1 (--ctr in a prompt "
         "line); cfg_truncation of the official pipeline",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),

@@ -50,23 +50,23 @@ class StoredForm(Protocol):
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return the form that `quantise` gives a weight of this shape, on the meta device."""
+        """Return, on the meta device, what `quantise` would return for a weight of this shape."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight's value, out x in, in memory of its own."""
+        """Return the weight's values, out x in, in new memory."""
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Compute x W^T + b, in autocast's dtype if it is on, else in that of x. Differentiable in x and b.
 
-        Implementations must not keep a 16-bit copy of the weight for the backward pass; `multiply_value`
-        works for any form.
+        Implementations must not save a 16-bit copy of the weight for the backward pass; `multiply_value` is
+        an implementation for any form.
         """
         ...
 
     def cut(self, stored: "Stored", first: int, count: int) -> "Stored | None":
-        """Return some rows of a weight; None if the form cannot be cut there."""
+        """Return `count` rows of a weight, from `first` on; None if the form cannot be cut at these rows."""
         ...
 
     def join(self, parts: Sequence["Stored"]) -> "Stored | None":
@@ -179,7 +179,7 @@ def multiply_value(
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: autocast's if it is on, else that of its input."""
+    """Return the dtype that a layer computes in: autocast's if it is enabled, else that of its input."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
-    """Return whether a dtype is a floating point number of 8 bits."""
+    """Return whether a dtype is an 8-bit floating point type."""
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
@@ -52,7 +52,7 @@ def quantise(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor
 
 
 def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
-    """Return max|weight| / 448, one number or one per row; 1 for zeros."""
+    """Return the scale max|weight| / 448, one number or one per row; it is 1 if all weights are 0."""
     peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     if not by_row:
         peak = peak.amax().reshape(1)
@@ -138,7 +138,7 @@ class Fp8:
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         """Return `count` rows from `first` on.
 
-        Scales of blocks of rows are cut too if whole blocks are taken; one for the whole weight stays.
+        Scales of blocks of rows are cut too, which requires full blocks; a scale for the full weight stays.
         """
         scale = stored.tensors[1]
         part = stored.weight[first : first + count].contiguous()
@@ -165,7 +165,7 @@ class Fp8:
         return Stored(self, shape, (weight, torch.cat(scales)))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return the chosen form if it is fp8 too, so that weights of a file compute as the options say."""
+        """Return the form that options ask for if it is fp8 too: it decides how a file's weights compute."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -190,7 +190,7 @@ def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add the device's `product` for --fp8_fast. Raises as `select_product`."""
+    """Add the device's `product` for --fp8_fast. Raises OptionError if the device has none."""
     if not quantization.fp8_matmul:
         return quantization
     from checkpoints.stored.fp8_products import select_product  # of no use without the units

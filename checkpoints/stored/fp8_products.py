@@ -60,8 +60,9 @@ def row_scaled_product(
 ) -> Tensor:
     """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers.
 
-    It is rounded to bfloat16, for float16 too: except for Hopper, GPUs have no other result of row-wise
-    scales. Up to FEW_TOKENS rows are computed as by `tensor_scaled_product`.
+    The result is rounded to bfloat16 even if `dtype` is float16, because only Hopper GPUs support other
+    results with row-wise scales. Up to FEW_TOKENS rows are left to `tensor_scaled_product`, because torch
+    lacks row-wise kernels for some sizes of so few rows.
     """
     if len(a) <= FEW_TOKENS:
         return tensor_scaled_product(a, b, scale_a, scale_b, bias=bias, dtype=dtype, fast_sums=fast_sums)
@@ -81,10 +82,11 @@ def tensor_scaled_product(
     fast_sums: bool,
     piece: int = PIECE,
 ) -> Tensor:
-    """Compute a `Product` with scales applied afterwards, where torch has no row-wise scales (Windows).
+    """Compute a `Product` with scales applied afterwards, if torch has no row-wise scales (Windows).
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
-    second rounding of 2^-9, which is small compared with that to e4m3. `piece` is as for `quantize_rows`.
+    second rounding of 2^-9, which is small compared with the rounding to e4m3. `piece` is the number of
+    values that have a float32 copy at a time.
     """
     no_scale = torch.ones(1, device=a.device)
     sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
@@ -137,7 +139,7 @@ def select_product(
     reasons = []
     for product in products:
         try:
-            for tokens in (STEP, FEW_TOKENS + STEP):  # a tile of few and one of more, with bias
+            for tokens in (STEP, FEW_TOKENS + STEP):  # few and many tokens are computed differently
                 tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
                 rows = torch.ones(tokens, 1, device=device)
                 columns = torch.ones(1, STEP, device=device)
@@ -168,12 +170,12 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Return whether `fp8_linear` supports this layer and input.
 
     It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
-    tokens. Depends on shapes and dtypes only.
+    tokens. Only shapes and dtypes matter, not values.
 
     Args:
-        x: ... K.
-        weight: N K.
-        scale: One number, N 1, or None.
+        x: Input, ... K.
+        weight: Weight, N K.
+        scale: One number, or one per row (N 1), or None.
     """
     rows, columns = weight.shape
     is_by_tensor = scale is None or scale.numel() == 1

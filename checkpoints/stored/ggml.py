@@ -55,7 +55,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _unpack_six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the 8 scales and 8 minima of 6 bits in 12 bytes of Q4_K and Q5_K, each B 8."""
+    """Unpack the 8 scales and 8 minima, of 6 bits each, from 12 bytes of Q4_K or Q5_K blocks: each B 8."""
     first = packed[:, :4]
     second = packed[:, 4:8]
     third = packed[:, 8:]
@@ -108,9 +108,10 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GGUF weight: how a block is laid out, and the function that makes its values.
+    """A GGUF quantization type: the layout of a block, and the function that decodes it.
 
-    `weights` and `size` are the weights and bytes of a block, `halves` the offsets of its float16 numbers.
+    `weights` and `size` are the numbers of weights and bytes in a block, `halves` the offsets of its float16
+    numbers.
     """
 
     name: str
@@ -128,7 +129,7 @@ class Kind:
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
-        """Return whether all float16 numbers of rows of bytes are finite."""
+        """Return whether all float16 numbers in packed rows of bytes are finite."""
         blocks = packed.reshape(-1, self.size)
         return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 
@@ -149,7 +150,7 @@ KINDS = {  # by the number in files
 
 @cache  # equal kinds are one object
 def kind_of_package(number: int) -> Kind | None:
-    """Return the quantization of this number that only the package `gguf` reads; None if there is none.
+    """Return the quantization type with this number if the package `gguf` can decode it, else None.
 
     Raises:
         ImportError: If the package is missing.
@@ -163,7 +164,7 @@ def kind_of_package(number: int) -> Kind | None:
         return None
 
     def values(blocks: Tensor) -> Tensor:
-        if type(blocks) is not Tensor:  # of a plan, which has no values
+        if type(blocks) is not Tensor:  # a fake tensor of a memory plan has no values
             return torch.empty(len(blocks), weights, device=blocks.device)
         weights_of_blocks = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
         return torch.from_numpy(weights_of_blocks).to(blocks.device)

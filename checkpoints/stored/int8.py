@@ -82,7 +82,7 @@ class Int8:
         return out
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows from `first` on with their scales."""
+        """Return `count` rows, from `first` on, with their scales."""
         codes, scale = _pair(stored.tensors)
         rows = slice(first, first + count)
         return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
@@ -168,7 +168,7 @@ class _Int8Product(torch.autograd.Function):
 def _multiply_in_int8(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function from rows to the gradients of their inputs, multiplied in int8."""
+    """Return a function that maps a slice of rows to the gradients of their inputs, multiplied in int8."""
     # column-major, as int8 units need it; freed with the function that is returned
     columns = codes.t().contiguous().t()
 
@@ -182,7 +182,7 @@ def _multiply_in_int8(
 def _multiply_dequantised(
     gradients: Tensor, codes: Tensor, scale: Tensor, group: int
 ) -> Callable[[slice], Tensor]:
-    """Return a function from rows to the gradients of their inputs, multiplied in 16 bits."""
+    """Return a function that maps a slice of rows to the gradients of their inputs, multiplied in 16 bits."""
     plain = _by_parts(lambda part: _scale_codes(codes, scale, part), codes, gradients.dtype)
 
     def product(part: slice) -> Tensor:
@@ -251,9 +251,9 @@ def _split_rows(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Apply `make` to parts of the rows of x, and return the result in a dtype.
+    """Apply `make` to groups of rows of x, and return the joined result in a dtype.
 
-    `columns` is those of x if None.
+    `columns` is the number of columns of the result; None for that of x.
     """
     parts = _split_rows(x)
     if len(parts) == 1:

@@ -42,8 +42,8 @@ def _make_value_pairs(device: torch.device) -> Tensor:
 class Nf4:
     """The nf4 form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
 
-    Companions: maxima of the blocks as codes, uint8; float32 maxima of the nested blocks, their 256 values
-    and the mean.
+    The maximum of each block is quantized again, in nested blocks. Companions: the maxima as 8-bit codes
+    (uint8), the float32 maximum of each nested block, the 256 values of the codes, the mean of the maxima.
     """
 
     expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation
@@ -65,13 +65,15 @@ class Nf4:
             codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
             packed[start // 2 : start // 2 + len(codes)] = codes
             peaks[start // BLOCK : start // BLOCK + len(block_peaks)] = block_peaks
+        # the maxima themselves are rounded to 8 bits, in nested blocks
         offset = peaks.mean()
         values = nested_values(weight.device)
         blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
-        nested = blocks.abs().amax(1)
-        codes = _find_nearest(blocks / nested.clamp_min(1e-30)[:, None], values).to(torch.uint8)
+        nested_peaks = blocks.abs().amax(1)
+        scaled = blocks / nested_peaks.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
+        peak_codes = _find_nearest(scaled, values).to(torch.uint8)
         shape = (rows, columns)
-        companions = (codes.view(-1)[: len(peaks)], nested, values, offset.view(1))
+        companions = (peak_codes.view(-1)[: len(peaks)], nested_peaks, values, offset.view(1))
         return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> Stored:
@@ -83,7 +85,7 @@ class Nf4:
         return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight in `dtype`: values of the codes times the maxima of their blocks."""
+        """Return the weight in `dtype`: the values of the codes times the maxima of their blocks."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
@@ -130,8 +132,8 @@ def prepare(quantization: Quantization, device: torch.device) -> Quantization:
 def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run.
 
-    If bitsandbytes is installed, its kernel allocates the value alone, and so does the dry run. Torch's
-    formulas, used without it, need several float32 copies of a weight.
+    The kernel of bitsandbytes allocates only the resulting value, and so does the dry run if bitsandbytes is
+    installed. Torch's formulas, used without it, need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return quantization
@@ -141,7 +143,7 @@ def rehearsed(quantization: Quantization) -> Quantization:
 def _allocate_value(
     packed: Tensor, peaks: Tensor, block: int, kind: str, shape: Shape, dtype: torch.dtype
 ) -> Tensor:
-    """Replace bitsandbytes' operation in a dry run: allocate the result for the same arguments."""
+    """Stand in for bitsandbytes' operation in a dry run: allocate its result for the same arguments."""
     return packed.new_empty(shape, dtype=dtype)
 
 

@@ -23,17 +23,17 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class RowForm:
-    """A form whose tensors all have N rows or one. `make` returns the values of some rows in float32."""
+    """A form whose tensors all have N rows or one; `make` decodes some rows to float32."""
 
     name: str
     companions: tuple[str, ...] = ()
     make: Callable[..., Tensor] = torch.Tensor.float
-    rotation: int = 0  # columns that are rotated together ; 0: none
+    rotation: int = 0  # number of columns that are rotated together; 0: none
     stays = True
 
     @property
     def how(self) -> str:
-        """Words for the log."""
+        """Description of the form for the log."""
         return f"in {self.name}"
 
     def quantise(self, weight: Tensor) -> Stored:
@@ -45,7 +45,7 @@ class RowForm:
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight; if it is padded, only the rows and columns of `shape`."""
+        """Return the weight's values; rows and columns of padding, beyond `shape`, are left out."""
         assert tensors[0] is not None
         out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         if out.device.type == "meta":
@@ -53,6 +53,7 @@ class RowForm:
         step = max(1, _PIECE // max(1, shape[1]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
+            # companions of one row apply to all rows
             parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
             values = self.make(*parts)
             if self.rotation:
@@ -65,7 +66,7 @@ class RowForm:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows from `first` on; companions of one row are for all rows and stay whole."""
+        """Return `count` rows, from `first` on; companions of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -104,7 +105,7 @@ class RowForm:
 
 
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales as rows x columns from tiles of 128 x 4, which are stored as 32 lines of 16 numbers.
+    """Rearrange scales to rows x columns from tiles of 128 x 4, which are stored as 32 lines of 16 numbers.
 
     Row 32 a + b of a tile is stored in line b, from column 4 a on. `scales` have rows and columns rounded up
     to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
@@ -188,7 +189,7 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function that decodes rows of bitsandbytes' nf4 or fp4.
 
-    `values` are those of the codes 0 to 15.
+    `values` are the numbers that the codes 0 to 15 stand for.
     """
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:

@@ -43,13 +43,13 @@ class NoCaptionError(Exception):
     """The reason why an image or clip gets no caption. The run continues with the next one."""
 
     def __init__(self, reason: str, server_failed: bool = False) -> None:
-        """server_failed: the server gave no answer in repeated attempts."""
+        """Keep the reason; `server_failed` says that repeated attempts got no answer from the server."""
         super().__init__(reason)
         self.server_failed = server_failed
 
 
 def select_frames(num_frames: int, most: int) -> tuple[int, ...]:
-    """Return the indices of the frames to show: the middle one of each of `most` equal parts, or all.
+    """Return the indices of the frames to show: the middle frame of each of `most` equal parts, or all.
 
     Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
     """
@@ -76,7 +76,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
-    """Scale a frame down, in its proportions, to at most `max_pixels` pixels; smaller ones are unchanged."""
+    """Shrink a frame to at most `max_pixels` pixels; its aspect ratio, and smaller frames, are unchanged."""
     height, width = frame.shape[:2]
     if height * width <= max_pixels:
         return frame
@@ -92,9 +92,10 @@ def answer_in_batches(
     item_bytes: int,
     answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionPlace, str | Exception]]],
 ) -> Answers:
-    """Yield what a model here answers for each place, in order; threads read files ahead.
+    """Yield the answer of a local model for each place, in order, while threads read files ahead.
 
-    `item_bytes` is that of the frames of a place. `answer_batch` answers for at most `batch_size` places.
+    `item_bytes` is the memory that the frames of a place take. `answer_batch` answers for at most
+    `batch_size` places.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []
@@ -112,19 +113,19 @@ def answer_in_batches(
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
-    """Return the question for a source: that of its own, that of the options, or the default for its kind."""
+    """Return the question for a source: its own, else that of the options, else the default for its kind."""
     if place.question is not None:
         return place.question
     return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
 
 
 def caption_in(answer: str, was_cut: bool) -> str:
-    """Return the caption in a model's answer: one line without thoughts, quotation marks and special tokens.
+    """Extract the caption from a model's answer: one line without reasoning, quotes and special tokens.
 
-    `was_cut` says that the answer was ended by --max_new_tokens.
+    `was_cut` says that --max_new_tokens ended the answer.
 
     Raises:
-        NoCaptionError: If it is empty.
+        NoCaptionError: If no caption is left.
     """
     caption = take_answer(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
     if not caption:

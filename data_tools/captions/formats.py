@@ -36,10 +36,10 @@ _WRONG = "Your last answer was wrong: {fault}. Write the whole object again, wit
 
 @dataclass
 class ObjectAsker:
-    """Ask a model for captions that are JSON objects, and check what it answers.
+    """Ask a model for captions that are JSON objects, and check its answers.
 
-    prompt: what is asked besides; None: the usual sentence. tells_plain: the model is given the caption that
-    is there, if it is no object.
+    `prompt` is an additional request; None stands for the default sentence. With `tells_plain`, an existing
+    caption that is plain text is passed to the model.
     """
 
     format: CaptionFormat
@@ -61,10 +61,11 @@ class ObjectAsker:
         return "\n".join(lines)
 
     def read_answer(self, answer: str) -> str:
-        """Return the caption in an answer, with the words of the options in its texts.
+        """Return the JSON caption in an answer, with the trigger word, prefix and suffix of the options.
 
         Raises:
-            NoCaptionError: If there is no object in it, or one that the model was not trained with.
+            NoCaptionError: If the answer has no JSON object, or an object in a form that the model was not
+                trained with.
         """
         start, end = answer.find("{"), answer.rfind("}")
         if start < 0 or end < start:
@@ -81,7 +82,7 @@ class ObjectAsker:
         return write_object(reword_object(caption, self.wording, self.format.main))
 
     def around(self, answerer: Answerer) -> Answerer:
-        """Return an answerer whose captions are checked. A wrong answer is asked for once more."""
+        """Wrap an answerer so that its captions are checked; an invalid answer is requested once more."""
 
         def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
             asked = {
@@ -118,7 +119,7 @@ def write_object(caption: dict[str, Any]) -> str:
 
 
 def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
-    """Return a caption with texts replaced in all its values, and words put around the text of key `main`."""
+    """Apply replacements to all texts of a JSON caption, and put words around the text of its key `main`."""
     replacing = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:

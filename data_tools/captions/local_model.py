@@ -56,9 +56,9 @@ class LocalModel:
     batch_size: int
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Return a caption, or why there is none, for each place, in order.
+        """Return a caption, or the reason why there is none, for each place, in order.
 
-        If a batch fails, its images and clips are asked about one by one.
+        If a batch fails, its images and clips are processed one by one.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
@@ -175,9 +175,9 @@ class LocalModel:
 class RowNoise:
     """Add noise to the scores of the next token, so that the largest score is a random draw.
 
-    With Gumbel noise, the largest of `scores / temperature + noise` is a draw from their softmax (Maddison et
-    al. 2014, arXiv 1411.0030). Each row has its own generator, seeded by its name, so that its tokens do
-    not depend on the batch.
+    With Gumbel noise, the largest of `scores / temperature + noise` is a draw from the softmax of the scores
+    (Maddison et al. 2014, arXiv 1411.0030). Each row has its own generator, seeded by its name, so that its
+    tokens do not depend on the batch.
     """
 
     def __init__(self, temperature: float, seed: int, names: Sequence[str]) -> None:
@@ -203,7 +203,8 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
     Raises:
-        CheckpointError: If the folder holds an unusable model, DownloadError as `find_model_folder`.
+        CheckpointError: If the folder holds an unusable model.
+        DownloadError: If --model names a repository that cannot be downloaded.
     """
     device = select_device(options.device)
     dtype = select_compute_dtype(options.dtype, "--dtype", None)
@@ -246,10 +247,10 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 
 
 def _load_processor(folder: Path, model_type: str) -> Any:
-    """Load the processor, which makes a model's inputs from texts and images.
+    """Load the processor, which turns texts and images into a model's inputs.
 
     Raises:
-        CheckpointError: If it takes no images.
+        CheckpointError: If the processor takes no images.
         InstallationError: If a package is missing.
     """
     from transformers import AutoProcessor

@@ -19,7 +19,7 @@ KEY = "the key of this name in the dataset's TOML does the same without touching
 
 
 class CaptionModelOptions(Options, title="a model that runs here"):
-    """A vision-language model that runs here."""
+    """Options of a vision-language model that runs on this machine."""
 
     model: str | None = option(
         "folder of a vision-language model for transformers (config.json, safetensors), or the name of "
@@ -157,7 +157,7 @@ class WordingOptions(Options, title="the text that is written"):
 
 
 class WritingOptions(Options, title="what to do"):
-    """Captions to write, for each program that makes some."""
+    """Options that all programs share which write captions: which captions, and how their text is changed."""
 
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"
@@ -180,7 +180,7 @@ class WritingOptions(Options, title="what to do"):
 
 
 class CaptioningOptions(WritingOptions, title="what to do"):
-    """Captions to write, their maker, and changes to them."""
+    """Options of captioning: which captions to write, which model writes them, and how they are changed."""
 
     key_files = (DATASET_FILE,)
 
@@ -191,8 +191,8 @@ class CaptioningOptions(WritingOptions, title="what to do"):
         "the texts in the objects"
     )
     convert_plain: bool = option(
-        "also turn captions that are sentences into such objects, from the picture and the sentences; these "
-        "are kept next to the new ones as .bak",
+        "also turn captions that are sentences into such objects, from the image and the sentences; "
+        "these are kept next to the new ones as .bak",
         needs="caption_format",
     )
     edit_only: bool = option(

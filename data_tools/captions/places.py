@@ -39,8 +39,8 @@ MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "han
 class CaptionList:
     """A JSONL list whose captions are written one by one; the file is complete at any moment.
 
-    Only changed lines are rewritten, and they keep their other values. If the file has changed on disk, it is
-    read again first, so that edits by other programs stay.
+    Only changed lines are rewritten, and their other values are kept. If the file has changed on disk, it is
+    read again first, so that edits by other programs are not lost.
     """
 
     def __init__(self, table: DatasetTable) -> None:
@@ -94,8 +94,8 @@ class CaptionList:
 
         Args:
             changes: (old values, new values) by the path in the line.
-            is_foreign: A person wrote the replaced values; then the first write of a run keeps the old list
-                as .bak. Raises OutputError.
+            is_foreign: Whether a person wrote the replaced values; then the first write of a run keeps the
+                old list as .bak. Raises OutputError if the list cannot be written.
         """
         for _ in range(TRIES):
             try:
@@ -181,7 +181,7 @@ def _key_of(entry: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class CaptionPlace:
-    """The place of a source's caption, which may not exist yet."""
+    """File or list entry that holds, or will hold, the caption of a source."""
 
     source: MediaSource
     file: Path  # a text file, or the list
@@ -207,12 +207,12 @@ class CaptionPlace:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
 
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
-        """Write a caption atomically and return True; return False if it has changed meanwhile.
+        """Write a caption atomically and return True; return False if the caption has changed meanwhile.
 
-        `is_foreign` says that a person wrote the caption that is replaced. `record` is that of the folder.
+        `is_foreign` says that a person wrote the replaced caption. `record` is the record of the folder.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the caption cannot be written.
         """
         if self.lines is not None:
             record.add(self.name, text)
@@ -232,12 +232,10 @@ class CaptionPlace:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
-    """Return the places of the captions of all sources, each once.
+    """Return the place of each caption in a dataset.
 
-    With `texts`, captions in files are read too.
-
-    Sources are listed as for caching, without control media and masks. A caption that tables share is one
-    place.
+    Sources are listed as for caching, without control media and masks. A caption that several tables share is
+    returned once. With `texts`, the captions in files are read too.
 
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
@@ -257,7 +255,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
         if source.caption_path is not None:
             place = _place_in_file(source, source.caption_path, texts)
         else:
-            assert source.table.jsonl_file is not None  # a source without a caption file is of a list
+            assert source.table.jsonl_file is not None  # else the source would have a caption file
             place = _place_in_list(source, lists[source.table.jsonl_file])
         places.setdefault((place.file, place.entry), place)
     return list(places.values())
@@ -292,7 +290,7 @@ def _place_in_list(source: MediaSource, lines: CaptionList) -> CaptionPlace:
 
 
 def say_missing_keys(config: DatasetConfig) -> list[str]:
-    """Return a message for each table that lacks the key for the place of its captions."""
+    """Return a message for each table without the key that says where its captions are."""
     return [
         f"{table.name} has no caption_extension, so its captions are {EXTENSION} files next to its "
         f"{table.kind}s. "
@@ -359,7 +357,7 @@ class MadeCaptions:
         return self._of_pass if self._pass == what else set()
 
     def begin_pass(self, what: str) -> None:
-        """Record that a pass over all captions begins, unless the last one recorded is the same."""
+        """Record that a pass over all captions begins, unless it continues the last recorded pass."""
         if self._pass != what:
             self._append({"begin": what})
 
@@ -386,7 +384,7 @@ def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
 
 
 class WhichCaptions(NamedTuple):
-    """Captions to make besides the missing ones."""
+    """Which existing captions to make again, in addition to the missing ones."""
 
     ours: bool  # that this program wrote and nobody has edited
     all: bool  # also hand-written ones; both also empty ones
@@ -400,10 +398,10 @@ def plan_captions(
     rewritten: WhichCaptions,
     pass_id: str,
 ) -> tuple[dict[CaptionPlace, str], int]:
-    """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
+    """Return the captions to make, with reasons, and how many an interrupted run has already made again.
 
-    `pass_id` identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
-    be kept as .bak). Nothing is written.
+    Nothing is written. Reasons are MISSING, EMPTY, OURS, and FOREIGN (the old caption will be kept as .bak).
+    `pass_id` identifies runs with equal options.
     """
     jobs = {}
     num_done = 0
@@ -418,7 +416,7 @@ def plan_captions(
 
 
 def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
-    """Return the reason to make a caption; None if the present one stays."""
+    """Return the reason to make a caption; None if the existing caption is kept."""
     if not place.has_caption:
         return MISSING
     if place.caption is None:  # not read, or a line with a list of captions, which a person wrote

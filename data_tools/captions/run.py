@@ -69,7 +69,7 @@ SERVER_GONE = 5  # images or clips in a row for which a server failed again and 
 
 @dataclass(frozen=True)
 class CaptionMaker:
-    """What makes captions, and which of them are written."""
+    """The model or server that makes captions, and the selection of captions to write."""
 
     name: str  # for people
     pass_id: str  # equal for runs with equal options
@@ -147,7 +147,7 @@ def _pass_of(options: CaptioningOptions) -> str:
 
 
 def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
-    """Write the missing captions of a dataset, and those that the maker is to make again.
+    """Write the missing captions of a dataset, and those that are to be made again.
 
     With `dry_run`, print what would be made instead. The model is loaded only if there is something to write.
     Each caption is written as soon as it is made, so the same command continues after a kill.
@@ -232,10 +232,10 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
 
 
 def look_at(place: CaptionPlace, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames of a file that are shown, as `read_shown`.
+    """Return the frames of a source that are shown to the model.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the file cannot be read.
     """
     source = place.source
     media = replace(source, control=(), mask=None, origins=source.origins[:1])
@@ -245,7 +245,7 @@ def look_at(place: CaptionPlace, num_frames: int, max_pixels: int) -> Frames:
 
 
 def _take_waiting(config: DatasetConfig) -> None:
-    """Put the captions into their lists that a killed run of an earlier version left next to them."""
+    """Move captions that a killed run of an earlier version left next to lists into these lists."""
     for table in config.datasets:
         if table.jsonl_file:
             waiting = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
@@ -281,7 +281,7 @@ def _show_start(
 
 
 def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
-    """Return the function that answers: of the local model, which is loaded, or of a server."""
+    """Return the function that makes captions: with a server, or with the local model, which is loaded."""
     if options.api.api_base is None:
         return load_model(options.model, ask).answer
     return ApiServer(options.api, ask).answer
@@ -295,7 +295,7 @@ def _make_captions(
 ) -> tuple[list[Failure], int]:
     """Make captions, and write each one when it arrives.
 
-    Returns the failures, and how many captions were left alone because they changed meanwhile.
+    Returns the failures, and the number of captions that were not replaced because they changed meanwhile.
 
     Raises:
         UserError: If the server or the model fails again and again.
@@ -339,10 +339,10 @@ class _Rejections:
         self._of_server = 0
 
     def add(self, error: NoCaptionError) -> None:
-        """Count a refusal.
+        """Count a source without a caption.
 
         Raises:
-            UserError: If the server or the model fails again and again.
+            UserError: If the server fails many times in a row, or if the first sources all get no caption.
         """
         self._total += 1
         self._of_server = self._of_server + 1 if error.server_failed else 0
@@ -363,7 +363,7 @@ def _print(lines: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Edit:
-    """A caption that changes."""
+    """The change of one caption."""
 
     place: CaptionPlace
     old: str
@@ -376,12 +376,12 @@ def edit_captions(
 ) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    With `dry_run`, print the changes instead. `format` is that of captions that are JSON objects. A caption
-    that would become empty does not change.
+    With `dry_run`, print the changes instead. `format` is the format of captions that are JSON objects. A
+    caption that would become empty is not changed.
 
     Raises:
-        DatasetError: If the dataset cannot be used, or at the end if captions would become empty.
-        OptionError: For words around an object without its format.
+        DatasetError: If the dataset cannot be used, or at the end if captions would have become empty.
+        OptionError: If words are to be put around a JSON object whose format is unknown.
     """
     places = find_places(config, texts=True)
     records = read_made(places)
@@ -435,7 +435,7 @@ def _list_edits(
     """Yield the captions that `wording` changes."""
 
     def reword_text(place: CaptionPlace, caption: str) -> str:
-        """Return a caption with the words; an object has them in its texts."""
+        """Apply the wording options to a caption: to a plain text, or to the texts in a JSON object."""
         content = read_if_object(caption)
         if content is None:
             return reword(caption, wording)
@@ -458,7 +458,7 @@ def _list_edits(
 def _check_words_around(
     place: CaptionPlace, content: Mapping[str, Any], wording: WordingOptions, format: CaptionFormat | None
 ) -> None:
-    """Raise OptionError if words are to stand around an object, and it is not known where in it."""
+    """Raise OptionError if words are to be put around a JSON caption without a known main text."""
     if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
         return
     what = f"{place.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
@@ -480,9 +480,9 @@ def _edit_line(
     is_several: bool,
     reword_text: Callable[[CaptionPlace, str], str],
 ) -> _Edit | None:
-    """Return the edit of a line of a list; None if nothing changes.
+    """Return the edit of a line in a list; None if nothing changes.
 
-    `is_several` says that it may have "captions".
+    `is_several` says that the line may have several captions under the key "captions".
     """
     old: dict[str, Any] = {}
     new: dict[str, Any] = {}

@@ -102,9 +102,9 @@ class ApiServer:
         self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Yield a caption, or the reason why there is none, for each place, as they arrive.
+        """Yield a caption, or the reason why there is none, for each place, in the order of arrival.
 
-        Requests that are open when the caller stops are abandoned.
+        Requests that are pending when the caller stops are abandoned.
         """
         done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
         waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
@@ -141,8 +141,8 @@ class ApiServer:
         """Return the caption of an image or clip.
 
         Raises:
-            NoCaptionError: If the server gives none.
-            UserError: If it refuses the key or the model, or if there is no server.
+            NoCaptionError: If the server returns no caption.
+            UserError: If the server rejects the key or the model, or cannot be reached.
         """
         body = self._make_body(prompt_for(place, self.ask), frames)
         reason = ""
@@ -182,7 +182,7 @@ class ApiServer:
         return body
 
     def _request(self, body: Mapping[str, Any]) -> str:
-        """Request a caption once and return it. Raises _TryAgain if a retry may help, else as `describe`."""
+        """Send one request and return the caption. Raises _TryAgain if a retry may help."""
         parameters: dict[str, Any] = {}
         for key, value in body.items():
             name = OTHER_NAMES[key] if key in self._replaced else key
@@ -215,7 +215,7 @@ class ApiServer:
         raise NoCaptionError(f"the server answers {status}: {message}")
 
     def _explain_connection_error(self, error: BaseException) -> UserError | _TryAgain:
-        """Return the exception for a failed connection: a server that never answered is not there."""
+        """Return the exception for a failed connection: fatal if the server has never answered."""
         cause = error
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
@@ -231,7 +231,7 @@ class ApiServer:
         return _TryAgain(f"the connection broke: {why}", math.nan)
 
     def _post(self, parameters: Any) -> tuple[int, float, str]:
-        """Make a request; return status, seconds to wait (NaN if the server gives none), and text.
+        """Send a request; return status, seconds to wait (NaN if the server names none), and text.
 
         Raises the errors of requests, and NoCaptionError if the answer is too long.
         """
@@ -264,7 +264,7 @@ class ApiServer:
             return answer.status_code, wait, content.decode("utf-8", "replace")
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Put the key into a request. Passed as `auth`, so that requests sends no entry of netrc."""
+        """Add the key to a request. Passed as `auth`, so that requests does not send an entry of netrc."""
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request

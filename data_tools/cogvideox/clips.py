@@ -81,7 +81,7 @@ class PreparedItem:
 
     @property
     def facts(self) -> Path:
-        """Path of the file with size and number of frames, written last: it marks the clip as done."""
+        """Path of the file with size and number of frames; written last, it marks the clip as done."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
@@ -117,9 +117,9 @@ class PreparedItem:
 def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[PreparedItem]:
     """Return an item for each row of the data, in order.
 
-    Names are UUIDs derived from the seed, the path of the clip, and the row's number among rows of that clip:
-    reruns find their files again, also after rows were added. Raises DatasetError, listing all faults, if
-    data is wrong or a clip is missing.
+    Names are UUIDs derived from the seed, the path of the clip, and the row's number among the rows of that
+    clip, so that reruns find their files again, even after rows were added. Raises DatasetError, listing all
+    errors, if the data are invalid or a clip is missing.
     """
     root = source.data_root
     name = f"--data_root {root}"
@@ -215,10 +215,10 @@ def write_texts(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write the results for a caption: embeddings, if any, the note of their origin, and last the caption.
+    """Write the results for a caption: embeddings, if any, a note on their origin, and last the caption.
 
-    `tensors` have their keys in caches; a single one is stored alone, as trainers of this form read it.
-    Raises OutputError, or CacheError if a value is NaN.
+    `tensors` have the keys that they have in caches. A single tensor is stored without a dictionary, as other
+    trainers expect. Raises OutputError, or CacheError if a value is NaN.
     """
     path = item.file(EMBEDS)
     item.file(PROMPTS).unlink(missing_ok=True)
@@ -243,7 +243,7 @@ def prepare_clips(
     options: PrepareOptions,
     show_progress: bool,
 ) -> list[Failure]:
-    """Read, encode (if there is an encoder) and write all clips; return the failures.
+    """Read, encode (if an encoder is given) and write all clips; return the failures.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -306,7 +306,7 @@ class Moments:
 def _encode_batch(
     clips: Sequence[Clip], encode: EncodeMoments | None, device: torch.device, settings: EncodingOptions
 ) -> list[Moments]:
-    """Encode clips of one shape, and their first frames if the settings ask for it."""
+    """Encode clips of one shape, and also their first frames if the settings ask for them."""
     if encode is None:
         return [Moments() for _ in clips]
     of_clips = _encode_clips(clips, encode, device, settings)
@@ -319,9 +319,9 @@ def _encode_batch(
 def _encode_clips(
     clips: Sequence[Clip], encode: EncodeMoments, device: torch.device, settings: EncodingOptions
 ) -> list[Tensor]:
-    """Encode clips of one shape; returns moments on the CPU in the dtype to save.
+    """Encode clips of one shape; return the moments of their latents on the CPU in the dtype to save.
 
-    On a CPU, clips are encoded one by one, which is as fast and makes results independent of the batch.
+    On a CPU, clips are encoded one by one, which is equally fast and makes results independent of the batch.
     """
     step = 1 if settings.use_slicing or device.type == "cpu" else len(clips)
     encoded: list[Tensor] = []
@@ -339,10 +339,10 @@ def _encode_clips(
 
 
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
-    """Read the chosen frames of a clip at the chosen size: F H W 3.
+    """Read the selected frames of a clip at the selected size: F H W 3.
 
-    `name` is that of the item; seeds the random choices, so that they are the same in every run. `threads` is
-    their number for decoding.
+    The item's `name` seeds the random choices, so that they are the same in every run. `threads` is the
+    number of threads for decoding.
 
     Raises:
         MediaError: If the clip cannot be read or is too short.
@@ -373,9 +373,9 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
 
 def select_frames(available: int, buckets: Sequence[int], most: int) -> int | None:
-    """Return the bucket nearest to min(available, most), the first of equally near ones.
+    """Return the bucket nearest to min(available, most); the first one wins a tie.
 
-    Only buckets of at most `available` frames are taken; None if there is none.
+    Only buckets of at most `available` frames are considered; the result is None if there is none.
     """
     fitting = [bucket for bucket in buckets if bucket <= available]
     return min(fitting, key=lambda bucket: abs(bucket - min(available, most)), default=None)

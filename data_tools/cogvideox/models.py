@@ -66,12 +66,13 @@ class PipelineNetworks:
 
 
 def find_maker(options: EncodingOptions) -> PipelineNetworks:
-    """Describe the networks of the pipeline --model_id; from the hub, the transformer is not downloaded.
+    """Describe the networks of the pipeline --model_id; of a repository, the transformer is not downloaded.
 
     Raises:
-        CheckpointError: If a part is missing or of another model.
-        OptionError: For a wrong number of tokens.
-        InstallationError: If a package is missing, DownloadError.
+        CheckpointError: If a part is missing or belongs to another model.
+        OptionError: If the number of tokens is not possible.
+        InstallationError: If a package is missing.
+        DownloadError: If the repository cannot be downloaded.
     """
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     folder = find_model_folder("--model_id", str(options.model_id), patterns)
@@ -102,7 +103,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
 def _make_of_family(
     name: str, folder: Path, options: EncodingOptions, texts: Mapping[str, str]
 ) -> PipelineNetworks:
-    """Describe the networks of a family, made as its caching scripts make them."""
+    """Describe the networks of a family, built in the same way as by its caching scripts."""
     entry = FAMILIES[name]
     dtype = dtype_name(DTYPES[options.dtype])
     words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
@@ -200,10 +201,10 @@ class CogTextEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts tokens, including the end token; loads only the tokenizer.
+        """Return a function that counts tokens, including the end token; only the tokenizer is loaded.
 
         Raises:
-            CheckpointError: If the tokenizer does not give the offsets of tokens in a text.
+            CheckpointError: If the tokenizer does not return the offsets of tokens in a text.
         """
         tokenizer = self._load_tokenizer()
         if not tokenizer.is_fast:

@@ -37,7 +37,7 @@ class ClipSourceOptions(Options, title="clips and captions"):
 
 
 class ShapeOptions(Options, title="frames and sizes"):
-    """Which frames of a clip are taken, and their size."""
+    """Options for the frames of a clip: which ones are used, and at which size."""
 
     height_buckets: tuple[int, ...] = option(
         "heights in pixels; a clip gets the nearest size",
@@ -63,7 +63,7 @@ class ShapeOptions(Options, title="frames and sizes"):
     max_num_frames: int = option("most frames of a clip", default=FRAMES, least=1, most=MOST_FRAMES)
     target_fps: int = option("frames a second of the clips that are written", default=8, least=1, most=1000)
     random_flip: float | None = option(
-        "share of clips to mirror, left to right, from 0 to 1; default: none", least=0, most=1
+        "fraction of clips to mirror, left to right, from 0 to 1; default: none", least=0, most=1
     )
     video_reshape_mode: str | None = option(
         "resize until a clip covers its size, and cut out the center or a random part (none: as "

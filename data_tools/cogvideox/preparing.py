@@ -124,10 +124,10 @@ def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
 
 
 def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
-    """Return the options with frame buckets rounded down, with a warning, to numbers that the VAE takes.
+    """Return the options with frame buckets rounded down, with a warning, to lengths that the VAE accepts.
 
     Raises:
-        OptionError: If it does not take a height or width.
+        OptionError: If the VAE does not accept a height or width.
     """
     if maker is None:
         return shape
@@ -213,7 +213,7 @@ def _encode_captions(
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
 
-    Captions are written last, when all encoders have added to the file.
+    Captions are written last, when all encoders have added their results.
 
     Raises:
         CheckpointError: If an encoder cannot be loaded.

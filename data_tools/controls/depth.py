@@ -34,8 +34,8 @@ class DepthModel:
     def draw(self, image: Frame) -> Frame:
         """Return the depth map of an image, H W 3, at its size, H W 3: from black (far) to white (near).
 
-        The nearest place of each picture is white and the farthest black, as in the maps that ControlNets of
-        depth were trained with.
+        The nearest point of each image is white and the farthest black, as in the maps that depth ControlNets
+        were trained with.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
@@ -45,7 +45,7 @@ class DepthModel:
             depth = self.network(**inputs).predicted_depth.float()  # 1 h w
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         if _gives_distances(self.network.config):
             depth = 1 / depth.clamp(min=MIN_DISTANCE)

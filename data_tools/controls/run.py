@@ -26,9 +26,9 @@ FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pi
 
 
 class ControlImageOptions(Options, title="what to make"):
-    """Pictures, the kind of their control pictures, and the folder of these."""
+    """Options for making control images: the images, the kind of control image, and the output folder."""
 
-    folder: Path = option("folder of pictures", positional=True, place="folder")
+    folder: Path = option("folder of images", positional=True, place="folder")
     canny: tuple[int, ...] | None = option(
         "draw edges; behind the folder. Two numbers are Canny's thresholds, low and high; default: "
         f"{EDGE_THRESHOLDS[0]} {EDGE_THRESHOLDS[1]}, as --control_net_preps canny of gen_img.py",
@@ -73,7 +73,7 @@ class ControlImageOptions(Options, title="what to make"):
 
 @dataclass
 class Plan:
-    """What is to be done for the pictures of a folder."""
+    """What to do for each image of a folder."""
 
     jobs: list[tuple[Path, Path]] = field(default_factory=list)  # picture, its control picture to write
     done: list[Path] = field(default_factory=list)  # made before, in the same way
@@ -82,17 +82,18 @@ class Plan:
 
 
 def make_control_images(options: ControlImageOptions) -> None:
-    """Write a control picture for each picture of a folder that has none.
+    """Write a control image for each image of a folder that has none.
 
-    Each is complete or not there, so the same command continues after a stop.
+    Each one is written completely or not at all, so the same command continues an interrupted run.
 
     Raises:
-        UserError: If nothing can be done, and DatasetError at the end if pictures could not be read.
+        UserError: If nothing can be done.
+        DatasetError: At the end, if images could not be read.
     """
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
-        raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
+        raise OptionError(f"{options.folder}: control images need a folder of their own. Give --output")
     images = _find_images(folder)
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
@@ -135,7 +136,7 @@ def _find_images(folder: Path) -> list[Path]:
 
 
 def _reject_equal_stems(pictures: Sequence[Path]) -> None:
-    """Raise DatasetError if two pictures would have the same control picture."""
+    """Raise DatasetError if two images would share one control image."""
     by_stem: dict[str, Path] = {}
     for path in pictures:
         first = by_stem.setdefault(path.stem.casefold(), path)
@@ -163,9 +164,9 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 
 
 def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> Plan:
-    """Return what to do.
+    """Plan which control images to make.
 
-    With `overwrite`, make again what this program has made.
+    With `overwrite`, control images that this program has made are made again.
     """
     existing: dict[str, Path] = {}
     if output.is_dir():
@@ -188,7 +189,7 @@ def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> 
 
 
 def _read_way(path: Path) -> str | None:
-    """Return how this program made a control picture; None if it did not make it."""
+    """Return the method by which this program made a control image; None if it did not make it."""
     try:
         return read_tags(path).get(MADE)
     except MediaError:  # another program's file, which the training reports
@@ -196,7 +197,7 @@ def _read_way(path: Path) -> str | None:
 
 
 def _warn_of_kept(plan: Plan) -> None:
-    """Warn of control pictures that stay although they were made in another way."""
+    """Warn of control images that are kept although they were made by another method."""
     for paths, why in (
         (plan.other_way, "made with other options. --overwrite makes them again"),
         (plan.foreign, "not made by this program. Move them away, or give another --output, to replace them"),

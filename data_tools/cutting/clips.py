@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
-from data_tools.cutting.scenes import ChangeDetector, SceneChange
+from data_tools.cutting.scenes import SceneChange, SceneDetector
 from modules.media.encoding import Picture, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
@@ -37,7 +37,7 @@ class ImageMeasures:
 
 @dataclass
 class VideoLook:
-    """Facts about a completely read video. Two hours take some 60 MB, most of it for the samples."""
+    """Facts about a fully decoded video. Two hours take about 60 MB, mostly for the samples."""
 
     width: int
     height: int
@@ -51,14 +51,14 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
-        """Return the measures of the sampled pictures from number `begin` to before `end`."""
+        """Return the measures of the sampled frames from number `begin` up to, but not including, `end`."""
         first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
         last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]
 
 
 def look_at(
-    info: SourceInfo, frames: Iterable[Picture], detector: ChangeDetector, black_threshold: float
+    info: SourceInfo, frames: Iterable[Picture], detector: SceneDetector, black_threshold: float
 ) -> VideoLook:
     """Read all pictures of a video; measure some, and find the scene changes."""
     look = VideoLook(info.width, info.height)
@@ -157,7 +157,7 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
 
 
 def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
-    """Return the fewest pieces of equal time that are all short enough; [] if there are none."""
+    """Divide a scene into as few pieces of equal duration as possible; [] if no division fits the limits."""
     seconds = look.time(end) - look.time(first)
     num_frames = end - first
     least = 1
@@ -192,7 +192,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return the reason why a clip is left out for its content; empty if it is kept."""
+    """Return the reason why the content of a clip excludes it; "" if the clip is kept."""
     samples = look.samples_between(first, end)
     if not samples:
         return ""

@@ -4,13 +4,10 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.options import CodecOptions
-from modules.options import Options, option
+from modules.options import Options, not_needed, option
 from modules.text_files import real_path
 
-OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-# of each detector: its usual threshold, and the largest that means something
-THRESHOLDS = {OWN: (0.25, 1.0), CONTENT: (27.0, 255.0), ADAPTIVE: (3.0, 255.0)}
 LIST_NAME = "clips.jsonl"
 NO_LIMIT = "0 for no limit"
 
@@ -18,31 +15,16 @@ NO_LIMIT = "0 for no limit"
 class SceneOptions(Options, title="scenes"):
     """How scenes are found."""
 
-    detector: str = option(
-        "what finds scenes: our own measure (hard cuts, dissolves, black or plain pictures between), or "
-        "PySceneDetect with its ContentDetector or AdaptiveDetector (hard cuts), a package to install: "
-        "pip install scenedetect-headless (the package scenedetect brings opencv-python, which clashes with "
-        "opencv-python-headless)",
-        default=OWN,
-        choices=tuple(THRESHOLDS),
+    scene_threshold: float = option(
+        "how much has to change at a cut; a lower one finds more", default=0.25, above=0, most=1
     )
-    scene_threshold: float | None = option(
-        "how much has to change at a cut; a lower one finds more. Default: "
-        + ", ".join(f"{usual:g} ({name})" for name, (usual, _) in THRESHOLDS.items())
+    detector = not_needed(
+        "scenes are always found by this tool's own measure, which also finds dissolves.",
+        "what finds scenes",
+        values=("own",),
+        default="own",
+        choices=("own", "pyscenedetect", "pyscenedetect-adaptive"),
     )
-
-    def __post_init__(self) -> None:
-        default, most = THRESHOLDS[self.detector]
-        if not 0 < self.threshold <= most:
-            raise OptionError(
-                f"--scene_threshold {self.threshold:g}: --detector {self.detector} takes numbers "
-                f"above 0 and up to {most:g}; {default:g} is usual, a lower one finds more"
-            )
-
-    @property
-    def threshold(self) -> float:
-        """Threshold of the detector: the option's, else the detector's default."""
-        return THRESHOLDS[self.detector][0] if self.scene_threshold is None else self.scene_threshold
 
 
 class LengthOptions(Options, title="lengths"):
@@ -55,8 +37,8 @@ class LengthOptions(Options, title="lengths"):
         least=0,
         hint=NO_LIMIT,
     )
-    min_frames: int = option("likewise, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
-    max_frames: int = option("likewise, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
+    min_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
+    max_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
     trim_frames: int = option(
         "frames to leave out at both ends of each scene, of transitions", default=0, least=0
     )
@@ -71,22 +53,22 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Which clips are left out for their content."""
+    """Options that exclude clips because of their content."""
 
     static_threshold: float = option(
-        "a clip is static if no part of the picture changes its brightness (0 to 1) by that much",
+        "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
         default=0.012,
         above=0,
         most=1,
     )
     black_threshold: float = option(
-        "a clip is black if in half of its pictures nearly all pixels are darker than that (0 to 1)",
+        "a clip is black if in half of its images nearly all pixels are darker than that (0 to 1)",
         default=0.1,
         above=0,
         most=1,
     )
     blur_threshold: float = option(
-        "with --drop_blurred: a clip is blurred if most of its pictures are less sharp than that",
+        "with --drop_blurred: a clip is blurred if most of its images are less sharp than that",
         default=0.002,
         above=0,
         most=1,
@@ -108,11 +90,11 @@ class ClipFormat(CodecOptions, title="video format"):
         hint="0 is lossless except for the conversion of colors",
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
-    no_audio: bool = option("write no sound; without this option the main sound of a source is cut with it")
+    no_audio: bool = option("write no audio; without this option the main audio of a source is cut with it")
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Videos to cut, the way to cut them, and the place of clips and list."""
+    """Options of cutting: which videos, how, and where the clips and their list go."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",

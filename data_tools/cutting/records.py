@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class WrittenClip:
-    """A clip of a record."""
+    """A clip that is, or will be, written, with its file name and size."""
 
     name: str
     clip: PlannedClip
@@ -53,7 +53,7 @@ class CutRecord:
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
     def changes(self, source: Path, options: CuttingOptions) -> str:
-        """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; empty if none."""
+        """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; "" if there is none."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
             for name, value in _deciding(options).items()
@@ -79,7 +79,7 @@ def start_record(
         source=str(source),
         size_bytes=status.st_size,
         modified=status.st_mtime_ns,
-        width=look.width // 2 * 2,  # an odd row or column cannot be encoded
+        width=look.width // 2 * 2,  # even: encoders cannot take an odd row or column
         height=look.height // 2 * 2,
         options=_deciding(options),
         clips=tuple(written),
@@ -90,11 +90,11 @@ def _deciding(options: CuttingOptions) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)
-    return values | {"scene_threshold": options.scenes.threshold}
+    return values
 
 
 def read_records(output: Path) -> dict[str, CutRecord]:
-    """Return the records of an output folder by the path of their source.
+    """Read the records of an output folder, by the path of the source.
 
     Raises:
         DatasetError: If a record is damaged.
@@ -114,7 +114,7 @@ def read_records(output: Path) -> dict[str, CutRecord]:
 
 
 def _parse_record(text: str) -> CutRecord:
-    """Return the record of a file. Raises errors of many kinds if it is damaged."""
+    """Parse the text of a record; a damaged one raises many kinds of errors."""
     content = parse_json(text)
     if content.pop("version") != VERSION:
         raise ValueError("it is of another version")
@@ -141,16 +141,16 @@ def write_record(output: Path, record: CutRecord) -> None:
 class ClipList:
     """The list of clips: JSONL with one line per clip, for `video_jsonl_file` tables.
 
-    Existing lines are kept, with all that users have added. Cutting takes hours, in which captions may be
-    written into the list, so it is read again before each write. Records note which lists have got their
-    lines, so that a line that a user removes is not added again.
+    Existing lines are kept, with everything that users have added. Cutting takes hours, in which captions may
+    be written into the list, so it is read again before each write. Each record notes the lists that already
+    have its lines, so that a line that a user removes is not added again.
     """
 
     def __init__(self, path: Path, output: Path) -> None:
-        """Read the list if there is one.
+        """Read the list if it exists.
 
         Raises:
-            OutputError: If it cannot be read.
+            OutputError: If the list cannot be read.
         """
         self._path, self._output = path, output
         self._was_there = path.exists()
@@ -161,7 +161,7 @@ class ClipList:
 
     @property
     def captioned(self) -> set[str]:
-        """Return the clips whose line has a caption now.
+        """Return the clips whose lines currently have a caption.
 
         Raises:
             OutputError: If the list cannot be read.
@@ -172,8 +172,8 @@ class ClipList:
     def add(self, record: CutRecord, is_new: bool) -> None:
         """Add the lines of a source; existing lines of its clips are kept.
 
-        `is_new` says that it was cut in this run, so that its lines are written at once. Otherwise a user may
-        have removed clips.
+        With `is_new` the source was cut in this run, and the list is written at once. Otherwise lines are
+        added only for clips that still exist, because a user may have removed some.
         """
         if is_new or str(self._path) not in record.lists or not self._was_there:
             with self._lock:
@@ -182,9 +182,10 @@ class ClipList:
             self.write()
 
     def write(self, removed: Collection[Path] = ()) -> None:
-        """Write the list with added lines and without those of `removed` clips; completely or not at all.
+        """Write the list with the added lines and without the lines of `removed` clips, atomically.
 
-        Raises OutputError, also if the list cannot be read again.
+        Raises:
+            OutputError: If the list cannot be read again or written.
         """
         with self._lock:
             if not (self._unlisted or removed):
@@ -228,7 +229,7 @@ class ClipList:
 
 
 def _line_of(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
-    """Return the line of a clip: its path in the output folder, and facts. Captions are added later."""
+    """Return the list entry of a clip: its path and its properties. Captions are added later."""
     clip = written.clip
     return {
         "video_path": str(output / written.name),

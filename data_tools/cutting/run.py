@@ -16,7 +16,7 @@ from threading import Event
 from data_tools.cutting.clips import PlannedClip, VideoLook, look_at, plan_clips
 from data_tools.cutting.options import CuttingOptions
 from data_tools.cutting.records import MARK, ClipList, CutRecord, read_records, start_record, write_record
-from data_tools.cutting.scenes import load_detector
+from data_tools.cutting.scenes import SceneDetector
 from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
@@ -42,7 +42,7 @@ MICRO = 1_000_000
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source to cut."""
+    """A source to cut, with its stem."""
 
     source: Path  # absolute
     stem: str  # beginning of the names of its clips
@@ -50,7 +50,7 @@ class CuttingJob:
 
 
 class CuttingStopped(Exception):
-    """Signal to a thread that it has to stop."""
+    """Raised in a thread that has to stop."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def cut_footage(options: CuttingOptions) -> None:
         UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
     started = time.monotonic()
-    load_detector(options.scenes)  # first: it says what is missing before anything is read
     sources = find_videos(options.input, options.output)
     output = real_path(options.output)
     list_path = real_path(options.list_path)
@@ -138,7 +137,7 @@ def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> l
 
 
 def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float) -> None:
-    """Show how many sources were cut, and their clips."""
+    """Show the numbers of sources that were cut and of their clips."""
     new = [result for result in results if result.is_new]
     num_clips = sum(len(result.record.clips) for result in results if result.record is not None)
     num_written = sum(result.written for result in new)
@@ -153,13 +152,13 @@ def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float)
 
 
 def find_videos(path: Path, output: Path) -> dict[Path, str]:
-    """Return a video, or all videos below a folder sorted by path, each with a stem.
+    """Return a video, or all videos below a folder sorted by path, each with a unique stem.
 
-    The stem, made of the path below the folder, names the clips, unless another source has it. Files in
-    `output` and in other folders that clips were cut into are left out.
+    The stem begins the names of the clips and is made of the path below the folder. Files in `output`, and in
+    other folders that clips were cut into, are left out.
 
     Raises:
-        MediaError: If there is no video.
+        MediaError: If no video is found.
     """
     if not path.is_dir():
         return {real_path(path): readable_stem(path.stem)}
@@ -225,7 +224,7 @@ class Workshop:
         return CutResult(self._finish(record), clips, written=num_written)
 
     def _finish(self, record: CutRecord) -> CutRecord:
-        """Record that all clips of a source are written, with their sizes; return the record."""
+        """Record that all clips of a source are written, with their file sizes; return the record."""
         clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size
@@ -237,14 +236,14 @@ class Workshop:
     def _look_at(self, path: Path) -> VideoLook:
         """Read all pictures of a video once."""
         info = source_info(path)
-        detector = load_detector(self.options.scenes)(float(info.rate))
+        detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
         with contextlib.closing(self._frames(path, "scenes of")) as frames:
             return look_at(info, frames, detector, self.options.choice.black_threshold)
 
     def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
         """Record how a source is cut, and remove the clips of an earlier cut.
 
-        `why` says why it is cut again.
+        `why` is the reason for cutting again.
         """
         record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
         if job.record is not None:
@@ -256,8 +255,8 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        Work is a file next to a clip, a caption in the list, or a changed clip. `why` says why it is cut
-        again.
+        Work is a file next to a clip, a caption in the list, or a changed clip. `why` is the reason for
+        cutting again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]
@@ -355,7 +354,7 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 def _cut_all(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
-    """Yield each source and its result, in order; add errors to `failures`, logging those of several jobs."""
+    """Yield each source and its result, in order; collect errors in `failures`, and log them."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
         futures = [pool.submit(shop.cut, job) for job in jobs]

@@ -1,16 +1,11 @@
 """Find where scenes end and begin, picture by picture, with a bounded number of pictures in memory."""
 
-import importlib
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-from data_tools.cutting.options import CONTENT, OWN, SceneOptions
-from modules.errors import InstallationError
-from modules.media.encoding import Pixels, in_eight_bits
+from modules.media.encoding import Pixels
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
 # (first, end): frames in between belong to no scene; at a hard cut both are the first frame of the new
@@ -26,77 +21,22 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
 BEGUN = 0.08  # share of the other scene from which a picture belongs to a dissolve
-WIDTH = 256  # to which PySceneDetect itself reduces pictures
-
-
-def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
-    """Return a function that makes a detector for a given number of pictures per second.
-
-    Raises:
-        InstallationError: If PySceneDetect is asked for and missing, or older than 0.7.
-    """
-    if options.detector == OWN:
-        return lambda rate: OwnDetector(options.threshold, rate)
-    try:
-        package: Any = importlib.import_module("scenedetect")
-    except ImportError:
-        raise InstallationError(
-            f"--detector {options.detector} needs PySceneDetect: pip install scenedetect-headless (not "
-            "scenedetect: it brings opencv-python, which clashes with opencv-python-headless). Or use "
-            "--detector own."
-        ) from None
-    if not hasattr(package, "TimecodeLike"):
-        raise InstallationError(
-            f"--detector {options.detector} needs PySceneDetect 0.7 or newer, here is {package.__version__}: "
-            "pip install -U scenedetect-headless"
-        )
-    return lambda rate: PySceneDetect(package, options, rate)
-
-
-class PySceneDetect:
-    """Run a detector of PySceneDetect, with its defaults except for the threshold."""
-
-    def __init__(self, package: Any, options: SceneOptions, rate: float) -> None:
-        self._detector: Any = (
-            package.ContentDetector(threshold=options.threshold)
-            if options.detector == CONTENT
-            else package.AdaptiveDetector(adaptive_threshold=options.threshold)
-        )
-        # times at an even rate encode the numbers of the pictures, whatever the file's times are
-        self._time = lambda number: package.FrameTimecode(number, rate)
-        self._count = 0
-        self._cuts: list[Any] = []
-
-    def see(self, pixels: Pixels) -> None:
-        """Look at the next picture, H W 3."""
-        factor = min(1.0, WIDTH / pixels.shape[1])
-        size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
-        small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
-        blue_first = np.ascontiguousarray(small[..., ::-1])
-        self._cuts += self._detector.process_frame(self._time(self._count), blue_first)
-        self._count += 1
-
-    def changes(self) -> list[SceneChange]:
-        """Return the cuts, each as a change without pictures of its own."""
-        if self._count:
-            self._cuts += self._detector.post_process(self._time(self._count - 1))
-        return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]
 
 
 class _Jump(NamedTuple):
-    """A picture that differs from the one before it: a cut, or the start of a flash."""
+    """A frame that differs from its predecessor: a cut, or the start of a flash."""
 
     number: int
     before: Thumbnail
 
 
-class OwnDetector:
-    """Find hard cuts, dissolves, and pictures of one color between scenes.
+class SceneDetector:
+    """Find hard cuts, dissolves, and single-color frames between scenes.
 
-    Hard cuts: neighbors whose `scene_distance` reaches the threshold, unless the earlier scene comes back
-    within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
-    see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
-    structure or the same colors.
+    A hard cut lies between neighboring frames whose `scene_distance` reaches the threshold, unless the
+    earlier scene returns within FLASH_SECONDS. Single-color frames between a fade-out and a fade-in are a
+    separate scene. `_Dissolves` finds dissolves. Not found are wipes, dissolves of more than 2 seconds, and
+    cuts between frames of the same structure or the same colors.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -174,7 +114,7 @@ class OwnDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """End a run of one-colour pictures before `end`.
+        """End a run of single-color frames before frame `end`.
 
         `is_other` says whether another scene follows.
         """
@@ -188,9 +128,9 @@ class OwnDetector:
 class _Dissolves:
     """Find dissolves, where one scene is mixed into another.
 
-    Mixing unrelated pictures lowers the contrast: their variances add up with the squares of their shares, so
-    that half of the mean is left in the middle. And the middle picture is half way between the ends. Motion
-    does neither. A new scene begins only if the pictures at both ends differ by the threshold.
+    Mixing unrelated images lowers the contrast: their variances are added with the squares of their weights,
+    so that half of the mean variance is left in the middle. Also, the middle frame is the mean of both ends.
+    Motion does neither. A new scene begins only if the frames at both ends differ by the threshold.
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
@@ -204,9 +144,9 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`.
+        """Take the next frame into account, which has the index `number`.
 
-        `is_break` says that it follows a cut, or has one color.
+        `is_break` says that the frame follows a cut or has a single color.
         """
         self._images.append(now)
         self._variances.append(float(now.grey.var()))
@@ -218,7 +158,7 @@ class _Dissolves:
                 self._look(first, reach)
 
     def _look(self, first: int, reach: int) -> None:
-        """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
+        """Check whether the last 2 * reach + 1 frames, from index `first` on, are a dissolve."""
         offset = len(self._images) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
@@ -252,6 +192,3 @@ class _Dissolves:
             progress = ((self._images[offset + place].grey - begin) * way).sum()
             shares.append(float(progress) / length)
         return shares
-
-
-ChangeDetector: TypeAlias = OwnDetector | PySceneDetect

@@ -19,7 +19,7 @@ FINDERS = ("what", "watermark", "background", "faces", "colour")
 
 
 class FinderOptions(Options, title="what to find"):
-    """One way to find what the masks show."""
+    """Options that select the method of finding what the masks show."""
 
     what: tuple[str, ...] | None = option(
         'find this, in a few words, such as "the person"; may be given several times: what fits any of them '
@@ -89,7 +89,7 @@ class FinderOptions(Options, title="what to find"):
             )
 
     def require_one(self) -> None:
-        """Raise OptionError if nothing is to be found."""
+        """Raise OptionError if no option says what to find."""
         if not any(getattr(self, name) not in (None, False) for name in FINDERS):
             raise OptionError(
                 'Say what to find: --what "the person", --watermark, --background, --faces or --colour'
@@ -97,7 +97,7 @@ class FinderOptions(Options, title="what to find"):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Return the words of --what or --watermark; none for other finders."""
+        """Return the prompts of --what or --watermark; none for other finders."""
         return WATERMARK if self.watermark else self.what or ()
 
 
@@ -114,7 +114,7 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
         most=1000,
     )
     expand_pixels: int = option(
-        "grow what is found by so many pixels of the picture on each side", default=10, least=0, most=10_000
+        "grow what is found by so many pixels of the image on each side", default=10, least=0, most=10_000
     )
     feather_pixels: int = option(
         "then let the edge fade to black over so many pixels more", default=0, least=0, most=10_000
@@ -130,20 +130,20 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
 
 
 class MaskOptions(Options, title="what to do"):
-    """Pictures and clips, where their masks go, and what happens to masks that are there."""
+    """Options for making masks: the media, the folder of masks, and what happens to existing masks."""
 
-    folder: Path = option("folder of pictures and clips", positional=True, place="folder")
+    folder: Path = option("folder of images and clips", positional=True, place="folder")
     recursive: bool = option("also make masks for the folders below, each in its own")
     output: Path | None = option(
         f"folder for the masks; default: {FOLDER_NAME}, in the folder of the pictures",
         place="new folder",
         excludes=("beside", "recursive"),
     )
-    beside: bool = option("write NAME-masklabel.png next to the pictures, as OneTrainer does")
+    beside: bool = option("write NAME-masklabel.png next to the images, as OneTrainer does")
     mode: str = option(
-        "fill: only where there is no mask; replace: in place of any mask, hand-drawn ones too; add: to what "
-        "the mask shows; subtract: from it (without a mask: from the whole picture); blend: the mean of "
-        "both, in which the new one counts --alpha times. The mask as it was is kept in .before",
+        "fill: only where there is no mask; replace: in place of any mask, hand-drawn ones too; add: "
+        "to what the mask shows; subtract: from it (without a mask: from the whole image); blend: the "
+        "mean of both, in which the new one counts --alpha times. The mask as it was is kept in .before",
         default="fill",
         choices=("fill", "replace", "add", "subtract", "blend"),
         often=True,
@@ -163,5 +163,5 @@ class MaskOptions(Options, title="what to do"):
 
     @property
     def inverts(self) -> bool:
-        """Return whether what is found is what is not learned."""
+        """Return whether the found regions are excluded from learning instead of selected for it."""
         return self.shape.invert != self.finder.watermark

@@ -49,7 +49,7 @@ MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 
 @dataclass(frozen=True)
 class MaskPlace:
-    """A picture or clip with the place of its mask, as it was when the folder was listed."""
+    """An image or clip and the location of its mask, as found when the folder was listed."""
 
     medium: Path
     kind: Kind
@@ -59,24 +59,24 @@ class MaskPlace:
 
     @property
     def mask(self) -> Path | None:
-        """Return the mask; None: there is none."""
+        """Return the mask's path; None if there is no mask."""
         return self.masks[0] if self.masks else None
 
     @property
     def before(self) -> Path:
-        """Return the folder with the mask as it was before its last change; empty: there was none."""
+        """Return the folder with the mask as it was before its last change; it is empty if there was none."""
         return self.folder / MASKS_BEFORE / self.medium.name
 
     @property
     def is_removed(self) -> bool:
-        """Return whether a person has removed the mask, which is kept until another one is made."""
+        """Return whether a person has removed the mask, of which a copy is kept until another one is made."""
         return not self.masks and self.before.is_dir() and any(self.before.iterdir())
 
     def target(self, moves: bool) -> Path:
         """Return where to write a mask.
 
         Args:
-            moves: It has a picture for each frame.
+            moves: Whether the mask has an image for each frame of a clip.
         """
         return self.folder / (self.name if moves else f"{self.name}.png")
 
@@ -88,15 +88,15 @@ class MaskPlace:
         return {}
 
     def listed_anew(self) -> "MaskPlace":
-        """Return the place as it is now."""
+        """Return the place with the files that exist now."""
         return _list_places([(self.medium, self.kind)], self.folder)[0]
 
 
 def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
-    """Return a place for each picture and clip of a folder, sorted; folders in it are not looked into.
+    """Return a place for each image and clip in a folder, sorted; subfolders are not searched.
 
-    `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the pictures, masks lie
-    next to them.
+    `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the images itself, masks
+    lie next to the images.
 
     Raises:
         DatasetError: If the folder cannot be listed.
@@ -105,9 +105,9 @@ def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]
 
 
 def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
-    """Return the place of one picture's or clip's mask.
+    """Return the place of the mask of a single image or clip.
 
-    For `masks` see `find_mask_places`.
+    `masks` is the folder of masks; None means a folder `masks` next to the medium.
     """
     folder = medium.parent / FOLDER_NAME if masks is None else masks
     return _list_places([(medium, _kind_of(medium))], folder)[0]
@@ -161,7 +161,7 @@ def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskP
 
 
 def mask_line(folder: PurePath) -> str:
-    """Return the line of a dataset's file that makes it read a folder of masks."""
+    """Return the line for a dataset file that makes it use a folder of masks."""
     return f"mask_directory = {json.dumps(folder.as_posix(), ensure_ascii=False)}"  # as TOML quotes too
 
 
@@ -189,7 +189,7 @@ def read_frame(mask: Path, number: int) -> Gray:
 
 
 def as_gray(pixels: NDArray[np.uint8]) -> Gray:
-    """Return a picture, H W 3 or H W, in gray, H W, as the dataset does with masks."""
+    """Convert an image, H W 3 or H W, to grayscale, H W, in the same way as the dataset converts masks."""
     if pixels.ndim == 2:
         return pixels
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
@@ -200,13 +200,18 @@ class _AllBlackError(Exception):
 
 
 def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
-    """Write a mask in place of the one that is there, which is kept; return whether it was written.
+    """Write a mask and keep a copy of the existing one; return whether it was written.
 
-    `frames` are H W each; without `moves` one. If all of them are black, nothing changes, for such a mask
-    teaches nothing. `texts` are written into the PNG, of a folder into its first.
+    A mask that is black everywhere is not written, because nothing could be learned with it.
+
+    Args:
+        place: Image or clip, and the location of its mask.
+        frames: Frames of the mask, H W each. Errors of the iterator pass through.
+        moves: Whether the mask is a folder of frames; otherwise there is one frame.
+        texts: Texts to store in the PNG, or in the first PNG of the folder.
 
     Raises:
-        OutputError: If it cannot be written, and what `frames` raise.
+        OutputError: If the mask cannot be written.
     """
     target = place.target(moves)
     try:
@@ -238,7 +243,7 @@ def _write_frames(folder: Path, frames: Iterable[Gray], texts: Mapping[str, str]
 
 
 def keep_before(place: MaskPlace) -> None:
-    """Copy the mask to where `undo_change` finds it, in place of an earlier copy. Raises OutputError."""
+    """Save a copy of the mask for `undo_change`, replacing an earlier copy. Raises OutputError."""
     with atomic_folder(place.before) as temporary:
         if place.mask is None:
             return
@@ -265,16 +270,18 @@ def _delete(path: Path) -> None:
 
 
 def is_reviewed(place: MaskPlace) -> bool:
-    """Return whether a person has drawn, changed or accepted the mask; False if there is none."""
+    """Return whether a person has drawn, changed or accepted the mask; False without a mask."""
     texts = place.texts()
     return place.mask is not None and (ACCEPTED in texts or MADE not in texts)
 
 
 def accept_mask(place: MaskPlace) -> None:
-    """Note in a made mask that a person has accepted it, so that no run makes it again.
+    """Mark a generated mask as accepted by a person, so that no run makes it again.
 
     Raises:
-        DatasetError: If there is no mask, MediaError and OutputError.
+        DatasetError: If there is no mask.
+        MediaError: If the mask cannot be read.
+        OutputError: If the mask cannot be written.
     """
     mask = _require_mask(place)
     if is_reviewed(place):
@@ -285,10 +292,12 @@ def accept_mask(place: MaskPlace) -> None:
 
 
 def invert_mask(place: MaskPlace) -> None:
-    """Learn what was not learned and the reverse. The mask counts as drawn by a person from then on.
+    """Invert the mask, so that what was excluded is learned. It then counts as drawn by a person.
 
     Raises:
-        DatasetError: If there is no mask or nothing would be learned, MediaError and OutputError.
+        DatasetError: If there is no mask, or if nothing would be learned.
+        MediaError: If the mask cannot be read.
+        OutputError: If the mask cannot be written.
     """
     mask = _require_mask(place)
     inverted = (255 - gray for gray in read_frames(mask))
@@ -300,7 +309,8 @@ def remove_mask(place: MaskPlace) -> None:
     """Remove the mask; runs do not make it again unless they are asked to replace masks.
 
     Raises:
-        DatasetError: If there is no mask, OutputError.
+        DatasetError: If there is no mask.
+        OutputError: If the files cannot be changed.
     """
     mask = _require_mask(place)
     keep_before(place)
@@ -308,14 +318,18 @@ def remove_mask(place: MaskPlace) -> None:
 
 
 def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
-    """Put a mask that a person drew in place of the one that is there, or where there was none.
+    """Store a mask that a person drew, replacing an existing one.
 
-    `pixels` is H W or H W 3, white is learned. `number` is that of the one frame of a clip that it is for,
-    counted from 0; None means for the whole picture or clip.
+    Args:
+        place: Image or clip, and the location of its mask.
+        pixels: The mask, H W or H W 3; white is learned.
+        number: Index of the frame of a clip that the mask is for; None for the full image or clip.
 
     Raises:
-        DatasetError: If it has another shape than its picture or clip, if the clip has no mask with such a
-            frame, or if nothing would be learned; MediaError and OutputError.
+        DatasetError: If the shape differs from that of the image or clip, if the clip's mask has no such
+            frame, or if nothing would be learned.
+        MediaError: If an existing mask cannot be read.
+        OutputError: If the mask cannot be written.
     """
     gray = as_gray(pixels)
     mask_size, size = (gray.shape[1], gray.shape[0]), frame_size(place.medium)
@@ -336,9 +350,9 @@ def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None
 
 
 def undo_change(place: MaskPlace) -> bool:
-    """Put back the mask as it was before its last change; return whether there was a change to undo.
+    """Restore the mask as it was before its last change; return whether there was a change to undo.
 
-    A change of a run is undone too. Raises OutputError.
+    Changes by runs can be undone too. Raises OutputError if files cannot be changed.
     """
     if not place.before.is_dir():
         return False

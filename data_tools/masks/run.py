@@ -44,7 +44,7 @@ class _NothingFoundError(Exception):
 
 @dataclass
 class MaskPlan:
-    """What is to be done for the pictures and clips of some folders."""
+    """What to do for each image and clip of some folders."""
 
     jobs: list[MaskPlace] = field(default_factory=list)
     other_way: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
@@ -54,7 +54,7 @@ class MaskPlan:
 
 @dataclass
 class MaskOutcome:
-    """What came of the jobs of a run."""
+    """Results of the jobs of a run."""
 
     written: list[MaskPlace] = field(default_factory=list)
     empty: list[MaskPlace] = field(default_factory=list)  # nothing was found
@@ -63,12 +63,13 @@ class MaskOutcome:
 
 
 def make_masks(options: MaskOptions) -> None:
-    """Make masks for the pictures and clips of a folder, each complete or not there.
+    """Make masks for the images and clips of a folder.
 
-    So the same command continues after a stop.
+    Each mask is written completely or not at all, so the same command continues an interrupted run.
 
     Raises:
-        UserError: If nothing can be done, and DatasetError at the end if files could not be read.
+        UserError: If nothing can be done.
+        DatasetError: At the end, if files could not be read.
     """
     options.finder.require_one()
     folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
@@ -136,7 +137,7 @@ def _masks_of(folder: Path, options: MaskOptions) -> Path:
 
 
 def _reject_unclear(places: Sequence[MaskPlace]) -> None:
-    """Raise DatasetError if two files would have the same mask, or one has several."""
+    """Raise DatasetError if two files would share a mask, or if a file has several masks."""
     by_target: dict[tuple[Path, str], MaskPlace] = {}
     for place in places:
         first = by_target.setdefault((place.folder, place.name.casefold()), place)
@@ -163,7 +164,7 @@ def _kind_of_model(finder: FinderOptions) -> str:
 
 
 def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
-    """Return the shape of the masks, with the usual numbers of a kind of finder."""
+    """Return the shaping of the masks; options that are not given take the finder's default numbers."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")
     default_smooth = 0 if is_exact else NETWORK_SMOOTH
@@ -178,7 +179,7 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
 
 
 def _describe_way(options: MaskOptions, kind: str, shape: MaskShape) -> str:
-    """Return how masks are made, as it is written into them."""
+    """Describe how masks are made, for the text that is stored in them."""
     parts = [
         _describe_finder(options.finder, kind),
         f"threshold {shape.threshold:g}",
@@ -203,16 +204,18 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
 
 
 def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> MaskPlan:
-    """Return what to do with each place."""
+    """Decide for each place whether its mask is made, kept or changed."""
     plan = MaskPlan()
     for place in places:
         texts = place.texts()
         made_by = texts.get(MADE, "")
         if place.mask is None:
-            is_left = place.is_removed and options.mode == "fill"
-            (plan.removed if is_left else plan.jobs).append(place)
+            if place.is_removed and options.mode == "fill":  # a person did not want a mask
+                plan.removed.append(place)
+            else:
+                plan.jobs.append(place)
         elif made_by.split("\n")[-1] == way:
-            continue  # made before, in the same way
+            continue  # made before, by the same method
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:
@@ -225,9 +228,9 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
 
 
 def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
-    """Return the texts of a new mask: a line for each way that it was made, and whether a person had a part.
+    """Return the texts of a new mask: a line for each method applied to it, and whether a person edited it.
 
-    So a run that changes masks, and was stopped, does not change one twice.
+    These lines keep a run that changes masks, and was interrupted, from changing a mask twice.
     """
     old = place.texts()
     if place.mask is None or mode in ("fill", "replace"):
@@ -259,7 +262,7 @@ def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptio
 
 
 def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, int]]") -> Iterator[Values]:
-    """Yield the values of each frame; put its width and height behind `sizes`."""
+    """Yield the values that a finder returns for each frame; append the frame's size to `sizes`."""
     for frame in frames:
         sizes.append((frame.shape[1], frame.shape[0]))
         yield finder.find(frame)
@@ -291,7 +294,7 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 
 def _tell_kept(plan: MaskPlan) -> None:
-    """Warn of masks that stay, although this run would have made others."""
+    """Warn of masks that are kept although this run would have made different ones."""
     for places, why in (
         (plan.other_way, "made with other options. --overwrite makes them again"),
         (plan.by_hand, "drawn or accepted by a person. --mode replace replaces them"),

@@ -121,7 +121,7 @@ def _cannot_run(path: Path, error: Exception, remedy: str = "") -> CheckpointErr
 
 
 def _require_file(option: str, path: Path) -> None:
-    """Raise CheckpointError if there is no such file; the error of a released one names its download."""
+    """Raise CheckpointError if a file is missing; for a released file the message names its download."""
     if not path.is_file():
         raise CheckpointError(f"{option} {path}: no such file", path)
 
@@ -156,13 +156,13 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
 
 @dataclass(frozen=True)
 class ColorFinder:
-    """A color, of 0..1, and how far others may lie from it."""
+    """Finds a color, given in 0..1, and all colors within a distance of it."""
 
     colour: tuple[float, float, float]
     distance: float
 
     def find(self, frame: Frame) -> Values:
-        """Return where a picture, H W 3, has the color: H W, 1 there."""
+        """Return a map, H W, that is 1 at pixels of an image, H W 3, that have the color."""
         difference = frame.astype(np.float32) / 255 - np.array(self.colour, np.float32)
         return (np.sqrt((difference**2).sum(axis=2)) <= self.distance).astype(np.float32)
 

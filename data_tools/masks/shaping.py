@@ -21,7 +21,7 @@ Values = NDArray[np.float32]  # h w, 0..1
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How values become a mask; the numbers are those of the options of these names."""
+    """How found values become a mask; the fields are the values of the options of the same names."""
 
     threshold: float
     smooth_pixels: int
@@ -51,7 +51,7 @@ class MaskShape:
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
     def finish(self, found: Values, old: Gray | None, mode: str, alpha: float) -> Gray:
-        """Return the mask, H W, of what `find` returned and the older mask, resized; None: there is none."""
+        """Make the mask, H W, from the values that `find` returned and the resized old mask, if any."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
         before = None
@@ -62,12 +62,10 @@ class MaskShape:
 
 
 def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
-    """Return a mask in which the new one counts `alpha` times, H W, 0..1.
+    """Combine a new mask, weighted by `alpha`, with the old one: H W, 0..1.
 
-    `old` is None if there is none.
-
-    Without an old mask everything is learned, so that `subtract` begins with white; the other modes give the
-    new mask alone.
+    If there is no old mask (None), `subtract` starts from white, because without a mask everything is
+    learned; the other modes return the new mask.
     """
     scaled = np.float32(alpha) * new
     if mode == "subtract":
@@ -87,8 +85,8 @@ def to_gray(mask: Values) -> Gray:
 def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
     """Yield for each frame of a clip the median of its values and those of its neighbors.
 
-    v'[t] = median(v[t - frames], ..., v[t + frames]) at each place, where the first and the last frame stand
-    for those beyond the ends.
+    v'[t] = median(v[t - frames], ..., v[t + frames]) for each pixel; beyond the ends, the first and the last
+    frame are repeated.
 
     Raises:
         MediaError: If the frames change their size.
@@ -103,7 +101,7 @@ def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
 
 
 def _repeat_ends(values: Iterable[Values], times: int) -> Iterator[Values]:
-    """Yield the values, with the first so many times more before them and the last behind them."""
+    """Yield the values with the first one repeated `times` times before and the last one after them."""
     last = None
     for value in values:
         if last is None:

@@ -36,7 +36,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class WordFinder:
-    """A loaded model with its processor and what it is to find."""
+    """A loaded model with its processor and the prompts to find."""
 
     network: Any
     processor: Any
@@ -45,7 +45,7 @@ class WordFinder:
 
     @torch.no_grad()
     def find(self, frame: Frame) -> Values:
-        """Return how well each place of a picture, H W 3, fits the prompt that it fits best: h w, 0..1.
+        """Score how well each region of an image, H W 3, matches its best prompt: h w, 0..1.
 
         Raises:
             MemoryPlanError: If the device's memory is too small.
@@ -57,7 +57,7 @@ class WordFinder:
                 values = torch.stack([self._ask_sam(frame, prompt) for prompt in self.prompts]).amax(dim=0)
         except torch.OutOfMemoryError:
             raise MemoryPlanError(
-                "A picture does not fit into the memory of the device with this model. Give --device cpu"
+                "An image does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         return np.asarray(values.cpu().numpy(), np.float32)
 
@@ -86,7 +86,7 @@ def read_kind(folder: Path) -> str:
     """Return the kind of model in a folder.
 
     Raises:
-        CheckpointError: If it is none that is known here.
+        CheckpointError: If the kind of model is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -138,7 +138,7 @@ def load_word_finder(
     except Exception as error:  # damaged files raise errors of many libraries
         if "torchvision" in str(error).lower() and find_spec("torchvision") is None:  # as SAM 3 needs it
             raise InstallationError(
-                f"--model {folder}: transformers reads its pictures with torchvision. Run: pip install "
+                f"--model {folder}: transformers reads its images with torchvision. Run: pip install "
                 "torchvision"
             ) from None
         why = shorten(" ".join(str(error).split()), 300)

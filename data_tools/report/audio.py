@@ -31,7 +31,7 @@ WAVE_HEIGHT = 40
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Facts in the headers of a clip and of its sound."""
+    """Facts from the headers of a clip and of its audio track."""
 
     track: TrackInfo | None = None
     silent: str | None = None  # why the clip has no sound
@@ -39,7 +39,7 @@ class Heard:
 
 
 def is_heard(table: DatasetTable) -> bool:
-    """Return whether a table's clips are learned with their sound."""
+    """Return whether a table's clips are trained with their audio."""
     return table.kind == "video" and table.audio != IGNORE
 
 
@@ -67,9 +67,9 @@ def listen(source: MediaSource) -> Heard:
 
 
 def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
-    """Return the misfits of a track of sound with its clip.
+    """Return the warnings about an audio track that does not fit its clip.
 
-    `seconds` is that of the clip; None means unknown.
+    `seconds` is the duration of the clip; None means unknown.
     """
     misfits = []
     if track.start > FITS:
@@ -97,10 +97,7 @@ class AudioFindings:
 def check_audio(
     table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
 ) -> AudioFindings:
-    """Report a table's sound and its caches.
-
-    `plans` are those of its latents.
-    """
+    """Report on a table's audio and its caches; `plans` are the plans for caching the table's latents."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return the facts about a clip's sound, and how many of its caches are valid."""
@@ -145,7 +142,7 @@ def check_audio(
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
-    """Return ": 3 with 2 channels at 48000 Hz, ..." of the forms of tracks; "" if there are none."""
+    """Describe the formats of tracks as ": 3 with 2 channels at 48000 Hz, ..."; "" if there are none."""
     words = [
         f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
         for rate, channels, count in count_tracks(tracks)
@@ -154,14 +151,14 @@ def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
 
 
 def count_tracks(tracks: Iterable[TrackInfo]) -> list[tuple[int, int, int]]:
-    """Return (rate, channels, how many have both), the most frequent first."""
+    """Return (rate, channels, number of such tracks), the most frequent first."""
     counts = Counter((track.rate, track.channels) for track in tracks)
     by_frequency = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return [(rate, channels, count) for (rate, channels), count in by_frequency]
 
 
 def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
-    """Return a drawing of the sound of the first `used` kept frames of a clip; None if there is none.
+    """Draw the audio of the first `used` kept frames of a clip; None if the clip has no audio.
 
     Raises MediaError or OSError if a file cannot be read.
     """

@@ -137,7 +137,7 @@ Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its ide
 
 @dataclass(frozen=True)
 class _Identified:
-    """Encoders whose caches are compared, with lines about the recognized files."""
+    """Identities of the encoders, with which caches are compared, and report lines about their files."""
 
     media: Mapping[str, str]  # identity of the media encoders; empty if not needed
     texts: Encoders
@@ -156,12 +156,19 @@ def check_caching(
 ) -> CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
-    With `verify`, read all cache files again. parts: MEDIA checks the sources; those whose records are
-    missing or outdated are decoded. LATENTS checks their caches; it needs a family made with the options of
-    latent caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the
-    encoders' files only the captions. `validation` is the fraction and the seed for tables that do not state
-    their own. `counters` is that of the text encoders of a training that encodes captions; None means TEXTS
-    loads them.
+    Args:
+        family: Family that would cache.
+        config: The dataset.
+        workers: Number of threads.
+        skip_existing: Whether caching would skip existing files.
+        verify: Whether to read all cache files again.
+        parts: What to check. MEDIA checks the sources; those whose records are missing or outdated are
+            decoded. LATENTS checks their caches and needs a family made with the options of latent caching.
+            TEXTS checks caches of captions, and captions that are too long for an encoder; without the
+            encoders' files it checks only the captions.
+        validation: Validation fraction and seed for tables that do not state their own.
+        counters: Token counters of the text encoders if a training encodes captions itself; None loads them
+            for TEXTS.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
@@ -204,13 +211,13 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return the recipe by which caching would make latents.
+    """Return the settings with which caching would make latents.
 
-    `identity` are those of the media encoders.
+    `identity` identifies the media encoders.
     """
 
     def sections(table: MediaTable, frames: int) -> int | None:
-        # whether images are taken alone is an option of latent caching
+        # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
             return None
         return family.sections_of(table, frames)
@@ -264,7 +271,7 @@ def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
 
 
 def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores) -> None:
-    """Add a line for each text encoder: how many caches are valid, and how many are to be made."""
+    """Add a line for each text encoder: the numbers of valid caches and of caches to make."""
     captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
     plans = plan_texts(captions, encoders, stores)
     missing = Counter(name for plan in plans for name in plan.missing)
@@ -291,7 +298,7 @@ def _check_objects(findings: TableFindings, family: Caches) -> None:
 def _check_media(
     findings: TableFindings, family: Caches, recipe: Recipe, workers: int, with_latents: bool
 ) -> None:
-    """Compare the sources of a table with the model, their caches, and each other."""
+    """Check the sources of a table against the model, their caches, and one another."""
     try:
         check_resolution(findings.table, recipe.latent.pixel_step)
         if with_latents:
@@ -324,9 +331,9 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 def _check_table_audio(
     findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
-    """Add the findings about the sound of a table's clips.
+    """Add the findings about the audio of a table's clips.
 
-    `plans` are those of their latents.
+    `plans` are the plans for caching their latents.
     """
     table = findings.table
     work = AudioWork(family, [table], recipe.stores, torch.device("cpu"))
@@ -337,7 +344,7 @@ def _check_table_audio(
 
 
 def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
-    """Compare sources with their caches, decoding those without recorded facts. Returns their plans."""
+    """Compare sources with their caches, and return the plans; sources without a record are decoded."""
     table = findings.table
     plans, unreadable = _plan_sources(findings, recipe, workers)
     _count_items(findings, plans, workers)
@@ -426,7 +433,7 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
 
 
 def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
-    """Add a remark for each source that gives no item, or fewer, or whose frames change their size."""
+    """Add a warning for each source that gives too few items, or whose frames change their size."""
     remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
         ("give no item", lambda plan: plan.reason),
         ("give no item of some lengths", lambda plan: plan.short),
@@ -457,11 +464,11 @@ def check_training(
     audio: AudioSpec | None = None,
     validation: tuple[float, int] = (0.0, 0),
 ) -> CheckResult:
-    """Report the caches that a training run would see; every cache file is read and verified.
+    """Report the caches that a training run would use; every cache file is read and verified.
 
-    `accumulation` and `processes` are their product is the number of batches per optimizer step. `files` are
-    the lines about the checkpoints that the caller recognized. `text_keys` are the keys of a complete text
-    cache. `audio` is the spec of a family that learns sound.
+    The product of `accumulation` and `processes` is the number of batches per optimizer step. `files` are
+    report lines about the checkpoints. `text_keys` are the keys of a complete text cache. `audio` is the
+    audio specification of a family that is trained with sound.
     """
     cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
     encoders = SameEncoders(commands)
@@ -553,7 +560,7 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
 
 
 def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield every caption that a training reads: an item, and the number of its caption or EMPTY."""
+    """Yield every caption that a training reads, as an item and the index of its caption, or EMPTY."""
     for item in items:
         for number in range(item.captions):
             yield item, number
@@ -572,11 +579,11 @@ def _compare_sources(
     counters: Counters,
     hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache, a caption or cached sound.
+    """Add warnings about sources without a cache, a caption or cached audio.
 
-    There are none if the sources are gone: training does not need them.
+    Sources that are gone cause no warning, because training does not need them.
     """
-    if form_of(findings.table).list_addresses(findings.table):  # listing the sources would download them
+    if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
         name = form_of(findings.table).name
         findings.caches.append(f"its sources are not checked: they are in {name} at addresses")
         return

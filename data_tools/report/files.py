@@ -141,7 +141,7 @@ def _find_tags(names: Iterable[str]) -> list[str]:
 
 
 def _count_sections(caches: Iterable[tuple[str, str, LatentName]]) -> dict[int, int]:
-    """Return the number of sections, a file each, into which a model cuts items of each length."""
+    """Return, by length, into how many sections (one file each) a model divides an item."""
     num_files: Counter[tuple[str, tuple[int, int]]] = Counter()  # by item: stem and span
     for _, stem, name in caches:
         if name.span is not None and name.section is not None:
@@ -162,7 +162,7 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the states of the latents of a model by the stem of their source."""
+    """Return the state of a model's latent caches, by the stem of their source."""
     table = findings.table
     store = stores.of(table)
     caches = list(latent_names(names, tag, table.kind))
@@ -206,12 +206,13 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 
 
 def _media_state(plan: SourcePlan, has_files: bool) -> State:
-    """Return the state of the latents of a source.
+    """Return the state of a source's latent caches.
 
-    `has_files` says that there are files of its stem.
+    `has_files` says that cache files with the source's stem exist, valid or not.
     """
     if plan.outdated is not None:
         return STALE, plan.outdated
+    # nothing is valid; `missing` is None if the source's items are not known
     if plan.missing is None or (plan.missing and not plan.kept):
         if has_files:
             return STALE, "not of this file, or of other settings"
@@ -224,14 +225,14 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
 
 
 def _with_references(file: CaptionFile, source: MediaSource | None) -> CaptionFile:
-    """Return a text with the pictures that its encoder saw with it, which only the records of caches tell."""
+    """Return a text with the images that its encoder saw; only the records of caches name them."""
     if source is None or not source.control:
         return file
     return replace(file, source=source, references=source.parts[1 : 1 + len(source.control)])
 
 
 def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
-    """Return a text with the caption of its record if that names places: only the model can tell them."""
+    """Return a text with the recorded caption if it names positions, which only the model can compute."""
     if not (file.caption or "").lstrip().startswith("{"):
         return file
     record = next(iter(_first_text_records(store, [file.file_name]).values()), None)
@@ -243,7 +244,7 @@ def _as_encoded(file: CaptionFile, store: CacheStore) -> CaptionFile:
 def _compare_texts(
     sources: Sequence[MediaSource], tag: str, store: CacheStore, stores: Stores, workers: int
 ) -> dict[str, State]:
-    """Return the states of the encoded captions of a model by the stem of their source."""
+    """Return the state of a model's text caches, by the stem of their source."""
     files = list_caption_files(sources, tag)
     records = _first_text_records(store, [file.file_name for file in files[:FIRST]])
     if any(record.references for record in records.values()):
@@ -265,7 +266,7 @@ def _compare_texts(
 def _list_recorded_encoders(
     records: Mapping[str, TextRecord],
 ) -> Sequence[tuple[TextEncoder, Mapping[str, str]]]:
-    """Return the encoders that records name, with their identities; they cannot encode."""
+    """Return stand-ins for the encoders in records, with their recorded identities; they cannot encode."""
     encoders = []
     for name, record in records.items():
         keys = frozenset(map(tensor_key, record.crc32))
@@ -284,9 +285,9 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 
 
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
-    """Return the state of a file of an encoded caption.
+    """Return the state of the cache of one caption.
 
-    `records` are those of any caption, by encoder.
+    `records` are the records of some caption of the dataset, by encoder; they show which encoders are used.
     """
     if plan.file_name not in store:
         return MISSING, ""

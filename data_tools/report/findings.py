@@ -63,13 +63,13 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # of its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
-        """Add the error that makes the whole table unusable."""
+        """Add the error that makes the entire table unusable."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
         """Return the texts of `faults` or `remarks` by the stem of their source.
 
-        With `with_kind`, add kinds.
+        With `with_kind`, each text begins with its kind.
         """
         texts: dict[str | None, list[str]] = {}
         errors: list[Fault] = getattr(self, name)
@@ -123,7 +123,7 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
-    """Return words for the sizes of references in a bucket, which follow its own size; "" without any."""
+    """Describe the sizes of references in a bucket, as words that follow its own size; "" without any."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -159,7 +159,7 @@ class CheckResult:
 
     @property
     def num_held(self) -> int:
-        """Return the number of items that are kept for validation."""
+        """Number of items that are held out for validation."""
         return sum(findings.held_back.total() for findings in self.tables)
 
     @property
@@ -202,9 +202,9 @@ class _PlacedItem:
 
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held_back` with the split of a training.
+    """Fill `held_back` of each table with the sources that training would hold out for validation.
 
-    `share` and `seed` are for tables that do not state their own.
+    `share` and `seed` apply to tables that do not state their own.
     """
     places = [
         _PlacedItem(findings.table, stem, bucket) for findings in tables for stem, bucket in findings.places
@@ -216,10 +216,10 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` for the regularization images of each dataset.
+    """Set how often regularization images are repeated in an epoch, so that they match the other images.
 
     Args:
-        tables: All of a configuration.
+        tables: Findings for all tables of a configuration.
     """
     learned = Counter[int]()
     regularization = Counter[int]()
@@ -235,7 +235,8 @@ def balance(tables: Sequence[TableFindings]) -> None:
 def count_batches(tables: Iterable[TableFindings]) -> int:
     """Return the batches of an epoch, without those of validation. Subsets of a dataset share them.
 
-    With regularization images it may differ by a few: they are assumed to be spread evenly over sizes.
+    With regularization images the number is approximate, because they are assumed to be spread evenly over
+    sizes.
     """
     counts: dict[tuple[int, ...], float] = {}
     sizes: dict[tuple[int, ...], int] = {}
@@ -255,9 +256,10 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
-    """List the sources of a table with all faults of the listing, and the files next to them.
+    """List the sources of a table, with all errors of the listing and with unused files next to them.
 
-    `folders` is that of all tables. Remarks name unused files that look as if they were meant to be used.
+    `folders` knows the folders of all tables. Unused files are named if they look as if they were meant to be
+    used.
     """
     findings = TableFindings(table)
     try:
@@ -300,7 +302,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Return how many sources have each number of references; empty if none has any."""
+    """Count the sources by their number of references; empty if no source has any."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -328,9 +330,9 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 def check_captions(
     findings: TableFindings, counters: Counters = NO_COUNTERS, are_cached: bool = True
 ) -> None:
-    """Add the faults of the captions of a table's sources, except for unreadable ones.
+    """Add the errors in the captions of a table's sources; the listing has reported unreadable captions.
 
-    `are_cached` says that the outputs of text encoders are kept, so that their size is reported.
+    `are_cached` says that outputs of text encoders are cached, so that their size is reported.
     """
     missing = [source for source in findings.sources if source.caption is None and not is_unused(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
@@ -365,8 +367,8 @@ def is_unused(source: MediaSource) -> bool:
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
-    `encoding` is Python's name, or GUESS: then a file of uncertain encoding is left unchanged. Returns lines
-    about what was done.
+    `encoding` is a Python codec name, or GUESS; with GUESS, a file of uncertain encoding is not changed.
+    Returns report lines about what was done.
 
     Raises:
         OutputError: If a file cannot be written.

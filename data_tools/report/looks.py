@@ -78,7 +78,7 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Facts from reading a source; unreadable ones are None or empty. Kept small: there may be a million."""
+    """Facts from reading a source; None or empty if unreadable. Kept small, as there may be a million."""
 
     fit: Fit | None = None  # how a frame of `size` becomes what the model sees
     size: tuple[int, int] | None = None  # width, height
@@ -165,10 +165,10 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
 
 
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
-    """Decode a source and draw its frames; only a few small ones are kept in memory.
+    """Decode a source and draw its frames; only a few small frames are kept in memory.
 
-    With `hears`, draw the sound of a clip too. `problem` says what cannot be read; the frames before it are
-    shown.
+    With `hears`, the audio of a clip is drawn too. If a part cannot be read, `problem` of the result says so,
+    and the frames before it are shown.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.image_height
@@ -207,7 +207,7 @@ def _add_audio(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw frames of equal height side by side, as many as fit in `width`. `fit` None draws no crop."""
+    """Draw as many frames of equal height side by side as fit in `width`; `fit` None draws no crop."""
     widest = max(frame.shape[1] for frame in frames)
     most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
@@ -326,7 +326,7 @@ class EvenFrames:
     """Collect at most 2 * MOST_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
-        """reduce: makes the kept form of a frame; called only for frames to keep."""
+        """Prepare to collect; `reduce` makes the small version of a frame, only for frames that are kept."""
         self.frames: list[Frame] = []
         self._count = 0
         self._reduce = reduce
@@ -335,7 +335,7 @@ class EvenFrames:
     def add(self, frame: Frame) -> None:
         """Keep the frame if its number is a multiple of the step.
 
-        With too many frames the step is doubled, and every second one is dropped.
+        If too many frames are kept, the step is doubled, and every second kept frame is dropped.
         """
         if self._count % self._step == 0:
             self.frames.append(self._reduce(frame))
@@ -346,7 +346,7 @@ class EvenFrames:
 
 
 def select_evenly(items: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` items, at least one, evenly spaced from the first to the last."""
+    """Return at most `most` items (at least one), evenly spaced from the first to the last."""
     count = max(1, min(most, len(items)))
     indices = np.linspace(0, len(items) - 1, count).round().astype(int)
     return [items[index] for index in np.unique(indices)]
@@ -435,7 +435,7 @@ def _show_reference(
 ) -> ShownReference:
     """Draw a control image.
 
-    `path` is where it is here. `name` is shown below it. `image` is the fit of the image.
+    `path` is its local file, `name` the caption below the drawing, and `image` the fit of the main image.
     """
     bucket = None if image is None else image.bucket
     fit = None

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,34 +34,35 @@ LONE = "masks belong to nothing by their names, and are not read"
 
 @dataclass(frozen=True)
 class MaskShare:
-    """How much of one item a mask lets be learned."""
+    """Fraction of an item that its mask allows to be learned."""
 
     path: Path
     stem: str
-    share: float  # of its latents that lie above LEARNED
+    share: float  # of the item's latent pixels, those whose weight is above LEARNED
     is_black: bool
 
 
 def check_masks(
     findings: TableFindings, plans: Sequence[SourcePlan], latent: LatentSpec, workers: int
 ) -> None:
-    """Add how many latents the masks of a table let be learned, and remarks about masks that teach nothing.
+    """Report which fraction of latents the masks of a table allow to be learned; warn of useless masks.
 
-    At most LOOKED_AT masks are read, evenly chosen, of those that are files here.
+    At most LOOKED_AT masks are read, evenly spaced among the masks that are local files.
     """
     masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
-    plain = [plan for plan in masked if not plan.source.origins]
-    looked_at = plain[:: -(-len(plain) // LOOKED_AT) or 1]
+    local = [plan for plan in masked if not plan.source.origins]
+    step = math.ceil(len(local) / LOOKED_AT) or 1
+    looked_at = local[::step]
     measure = functools.partial(_measure, latent=latent)
     bar = Bar(len(looked_at), "Reading masks", "mask", shown=False)
     shares = [share for share in map_ahead(looked_at, measure, workers, bar) if share is not None]
     if not shares:
         return
     mean = sum(share.share for share in shares) / len(shares)
-    least = min(shares, key=lambda share: share.share)
+    lowest = min(shares, key=lambda share: share.share)
     findings.caches.append(
         f"of {count_of(len(shares), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
-        f"{LEARNED:g}), the least of {least.path.name}: {least.share:.1%}"
+        f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
     )
     for share in shares:
         if share.share == 0:
@@ -69,7 +71,7 @@ def check_masks(
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
-    """Return the share of a mask that is learned; None if it cannot be read, which caching reports."""
+    """Measure the learned fraction of a mask; None if it cannot be read, which caching reports."""
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]
@@ -92,9 +94,9 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:
-    """Add remarks about files in folders of masks that are the mask of nothing, each once.
+    """Warn once of each file in a folder of masks that belongs to no image or clip.
 
-    A folder in which no mask fits is a fault of its table already.
+    A folder in which no mask fits is reported as an error of its table already.
     """
     stems: dict[str, set[str]] = {}  # of all that a folder of masks may mask
     for findings in tables:

@@ -139,7 +139,7 @@ def _list_texts(
 
 
 def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
-    """Count for each bucket how the sources that give items are resized and cropped to it."""
+    """Count, for each bucket, the ways in which sources with items are resized and cropped to it."""
     fits: dict[Size, Counter[Fit]] = {}
     for look in findings.looks:
         if look.lengths and look.fit is not None:
@@ -154,9 +154,9 @@ def _items_per_epoch(findings: TableFindings) -> int:
 
 
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
-    """Return the numbers of a table.
+    """Return the statistics of a table.
 
-    `epoch` is the items of an epoch, of all tables.
+    `epoch` is the number of items in an epoch, of all tables together.
     """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
@@ -218,7 +218,7 @@ def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _make_distributions(looks: Sequence[Look]) -> Numbers:
-    """Return durations, rates, sizes and measures of sources that can be read."""
+    """Return the distributions of durations, rates, sizes and measures over all readable sources."""
     durations = [look.seconds for look in looks if look.seconds is not None]
     rates = Counter(round(look.fps, 3) for look in looks if look.fps)
     measures = [look.measures for look in looks if look.measures is not None]
@@ -242,7 +242,7 @@ def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
 
 
 def _count_audio(looks: Sequence[Look]) -> Numbers:
-    """Return the number of clips with and without sound, and the forms of their tracks."""
+    """Return the number of clips with and without audio, and the formats of their tracks."""
     audios = [look.audio for look in looks if look.audio is not None]
     tracks = [audio.track for audio in audios if audio.track is not None]
     return {
@@ -278,16 +278,17 @@ def summarize(values: Sequence[float]) -> Numbers | None:
 def count_bins(values: Sequence[float]) -> list[Numbers]:
     """Return a histogram: `from` (included), `to` (excluded except in the last bin), `count` of each bin.
 
-    All bins have one width (1, 2 or 5 times a power of ten), and there are at most about 16. A few far larger
-    values share the last bin, so that they do not squeeze the rest into one.
+    All bins have the same width (1, 2 or 5 times a power of ten), and there are at most about 16. A few
+    outliers share the last bin, so that they do not squeeze the remaining values into one.
     """
     if not len(values):
         return []
     numbers = np.asarray(values, np.float64)
     low = float(numbers.min())
     high = float(numbers.max())
-    default = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * default - low else default
+    # if the largest 2 % would take more than half of the range, they are outliers and share the last bin
+    usual_high = float(np.quantile(numbers, 0.98))
+    end = high if high <= 2 * usual_high - low else usual_high
     are_integers = bool((numbers == np.floor(numbers)).all())
     width = _select_bin_width((end - low) / MAX_BINS, are_integers)
     edges = _place_edges(width, low, end, high)
@@ -312,7 +313,7 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
 
 
 def _select_bin_width(least: float, are_integers: bool) -> float:
-    """Return 1, 2 or 5 times a power of ten, at least `least`; for whole numbers at least 1."""
+    """Return the smallest 1, 2 or 5 times a power of ten from `least` on; at least 1 for integers."""
     if least <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(least))
@@ -327,7 +328,7 @@ def _plain(value: float) -> float | int:
 
 
 def count_captions(sources: Iterable[MediaSource]) -> Numbers:
-    """Return statistics of captions, including prefixes and the like: lengths, words, repeated texts."""
+    """Return statistics of captions, with prefixes and suffixes applied: lengths, words, repeated texts."""
     captions = _CaptionCounts()
     for source in sources:
         captions.add(source)
@@ -388,14 +389,14 @@ class _CaptionCounts:
             self.present[trigger] += is_present
 
     def list_trigger_words(self) -> list[Numbers]:
-        """Return the trigger words, and how many captions of their tables have them."""
+        """List the trigger words, and how many captions of their tables contain them."""
         return [
             {"word": word, "captions": count, "present": self.present[word]}
             for word, count in sorted(self.triggers.items())
         ]
 
     def list_frequent_words(self) -> list[Numbers]:
-        """Return the words that most captions have, without stop words."""
+        """List the words that occur in the largest number of captions, without stop words."""
         telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
         by_frequency = sorted(telling, key=lambda item: (-self.holders[item[0]], -item[1], item[0]))
         return [
@@ -405,10 +406,10 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
-    """Return the texts that several files have, the most frequent first.
+    """List the texts that several files have, the most frequent first.
 
     Args:
-        repeated: Their paths by text.
+        repeated: Paths of the files, by text.
     """
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [

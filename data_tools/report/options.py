@@ -10,7 +10,7 @@ STDOUT = "-"  # of --json without a value
 
 
 class ReportOptions(Options, title="report"):
-    """Dataset to read, place of the report, and model."""
+    """Options of the report: the dataset, the model, and where the report is written."""
 
     key_files = (DATASET_FILE,)
 
@@ -48,7 +48,7 @@ class ReportOptions(Options, title="report"):
         choices=(4, 8, 17),
     )
     references: int = option(
-        "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "
+        "most reference images of an image that the model takes, for models that edit images; 0: it "
         "takes none, and control images are counted as those of FramePack and Fun-Control",
         default=0,
         least=0,

@@ -76,7 +76,7 @@ def write_check_page(
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    `hears` says that the model learns sound.
+    `hears` says that the model is trained with audio.
 
     Raises:
         OutputError: If the page cannot be written.
@@ -194,7 +194,7 @@ class _CardPlace:
 def _make_cards(
     tables: Sequence[TableFindings], most: int, workers: int, drawing: _CardDrawing
 ) -> list[Card]:
-    """Read at most `most` files again and return their cards, in the order of their tables."""
+    """Read at most `most` files again and return a card for each, in the order of the tables."""
     places = []
     for findings, indices in zip(tables, select_sources(tables, most), strict=True):
         errors = findings.texts_by_stem("faults")
@@ -263,9 +263,9 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
 
 
 def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
-    """Choose at most `most` sources: first with faults, then with remarks, then the rest, each evenly spaced.
+    """Select at most `most` sources: those with errors first, then those with warnings, then the others.
 
-    Returns for each table the indices of its sources in this order.
+    Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
     faulty: list[tuple[int, int]] = []  # index of the table, and of the source in it
     remarked: list[tuple[int, int]] = []
@@ -291,7 +291,7 @@ def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
 
 
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
-    """Split a caption where encoders stop reading; encoders that read the same text share an entry."""
+    """Split a caption at the points where encoders stop reading; encoders with the same limit share one."""
     if not counts:
         return [[(_shorten(caption, MAX_CHARACTERS), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
@@ -301,7 +301,7 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
-    """Split a text at each place where one of its encoders stops reading."""
+    """Split a text at each point where one of its encoders stops reading."""
     places = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(places, places[1:], strict=False):
@@ -351,7 +351,7 @@ def _describe(table: DatasetTable) -> str:
 
 
 def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers], int]:
-    """Draw what the largest buckets cut off; returns the drawings, and the number of sizes not drawn.
+    """Draw what the largest buckets cut off; return the drawings, and the number of sizes not drawn.
 
     A drawing shows the most frequent outlines of sources around the part that the bucket keeps.
     """

@@ -128,9 +128,9 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 
 
 def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return remarks that headers and listings tell.
+    """Return the warnings that headers and listings alone can reveal.
 
-    `fps` is that of the model.
+    `fps` is the frame rate of the model.
     """
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
@@ -185,7 +185,7 @@ def _measure_table(
 
 
 def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
-    """Add the facts of a source, its items, and what is remarkable about it; or why it cannot be read."""
+    """Add a source to the findings: its items and the warnings about it, or why it cannot be read."""
     findings.looks.append(look)
     if look.problem is not None:
         text = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
@@ -202,7 +202,7 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
 
 
 def _warnings_of(look: Look) -> dict[str, str | None]:
-    """Return the remarks on a source by their kind; None for kinds that do not apply."""
+    """Return the warnings about a source by their kind; None for kinds that do not apply."""
     remarks = {
         "give no item": look.none,
         "give no item of some lengths": look.short,
@@ -240,9 +240,9 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
 
 
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
-    """Return groups of measured files that are near duplicates.
+    """Group measured files that are near duplicates.
 
-    `tables` are those of one kind.
+    `tables` are all tables of images, or all tables of clips.
     """
     files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
     for findings in tables:
@@ -286,9 +286,9 @@ class _Colors:
 def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     """Return groups of two or more indices of `measures` that are near duplicates, in order.
 
-    All have hashes of equally many frames. Two match if the hashes differ in at most NEAR bits on average and
-    the colors fit; groups join chains of matches. Black ones are left out: they look the same without being
-    copies.
+    All measures have hashes of the same number of frames. Two match if their hashes differ in at most NEAR
+    bits on average and their colors agree; groups join chains of matches. Black frames are left out, because
+    they look alike without being copies.
     """
     by_key: dict[object, list[int]] = {}  # exact copies are compared once
     for index, measured in enumerate(measures):
@@ -306,7 +306,7 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
-    """Return a label for each of N measures; those of a chain of matches have the same."""
+    """Return a label for each of N measures; all measures in a chain of matches have the same label."""
     colors = _read_colors(measures)
     labels = np.arange(len(measures))
     for index, near in _find_near(measures):
@@ -341,7 +341,7 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
     """Return the bits of N hashes as -1 or 1.
 
-    A product of two rows is the number of equal bits minus that of different ones.
+    The dot product of two rows is the number of equal bits minus the number of different bits.
     """
     hashes = np.array([measured.hashes for measured in measures], np.uint64)
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)
@@ -349,7 +349,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
 
 
 def _have_same_colors(colors: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
-    """Return whether the colors of each of `near` equal those of `index` up to brightness and contrast."""
+    """Return, for each of `near`, whether its colors equal those of `index` up to brightness and contrast."""
     first = colors.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colors.pictures[near].astype(np.float32) / np.float32(255)  # N K C
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
@@ -360,7 +360,7 @@ def _have_same_colors(colors: _Colors, index: int, near: Indices) -> NDArray[np.
 
 
 class _Centered(NamedTuple):
-    """Small pictures of N files, without their mean brightness."""
+    """Thumbnails of N files with their mean brightness subtracted."""
 
     pictures: NDArray[np.float32]  # N K C
     mean: NDArray[np.float32]  # N

@@ -38,7 +38,7 @@ WINDOW = "window"  # another way to show, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
-    """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
+    """Show every item in the way that --debug_mode names; unreadable sources are failures of the report."""
     latent = family.latent
     fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
@@ -61,7 +61,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     def show_items(media: DecodedMedia, most: int | None) -> str:
         """Show at most `most` items of a source, until the user answers something other than NEXT.
 
-        Return that answer.
+        Returns that answer.
         """
         for span in media.spans[:most]:
             _log_item(media, span)
@@ -109,7 +109,7 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
 
 
 def _select_way(debug: DebugOptions, folder: Path) -> str:
-    """Return the way to show items, and log the place."""
+    """Return the function that shows items, and log where they are shown."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":

@@ -25,17 +25,17 @@ _MAX_TAGS = 1_000_000
 
 @dataclass(frozen=True)
 class Label:
-    """A tag. category: one of CATEGORIES."""
+    """A tag that a tagger knows; `category` is one of CATEGORIES."""
 
     name: str
     category: str
 
 
 def read_labels(folder: Path) -> tuple[Label, ...]:
-    """Return the tags of a tagger's folder: from its table, or else from its mapping.
+    """Read the tags of a tagger's folder from its CSV table, else from its JSON mapping.
 
     Raises:
-        CheckpointError: If there is neither, or if a line cannot be used.
+        CheckpointError: If the folder has neither, or if a line cannot be used.
     """
     for name, read in ((TABLE, _read_table), (MAPPING, _read_mapping)):
         path = folder / name
@@ -45,7 +45,7 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
             labels = read(read_text(path))
         except (OSError, ValueError, csv.Error) as error:
             why = shorten(str(error), 300)
-            raise CheckpointError(f"{path} is no list of tags: {why}", path) from None
+            raise CheckpointError(f"{path} is not a list of tags: {why}", path) from None
         if not labels:
             raise CheckpointError(f"{path} has no tags", path)
         return labels
@@ -53,7 +53,7 @@ def read_labels(folder: Path) -> tuple[Label, ...]:
 
 
 def has_mapping(folder: Path) -> bool:
-    """Return whether the tags are those of a mapping, whose taggers take and give other numbers."""
+    """Return whether the tags come from a JSON mapping; such taggers scale inputs and outputs differently."""
     return not (folder / TABLE).is_file()
 
 
@@ -90,5 +90,5 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
 
 def _make_label(name: object, category: str) -> Label:
     if not isinstance(name, str) or not name.strip() or bad_character(name) or len(name.splitlines()) > 1:
-        raise ValueError(f"{name!r} is no tag")
+        raise ValueError(f"{name!r} is not a tag")
     return Label(name, category)

@@ -49,7 +49,7 @@ class Tagger:
     memory_bytes: int | None  # that a run of the network may take
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
-        """Return the function that gives files their tags, joined by a separator."""
+        """Return the function that answers with a file's tags, joined by a separator."""
 
         def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
             yield from answer_in_batches(
@@ -81,11 +81,11 @@ class Tagger:
         return answers
 
     def probabilities(self, frames: Sequence[Frame]) -> Numbers:
-        """Return the probability of each tag, B T, in frames that `fit` returned, in batches of `batch_size`.
+        """Return the probability of each tag, B T, for frames prepared by `fit`, in batches of `batch_size`.
 
         Raises:
             CheckpointError: If the network fails.
-            MemoryPlanError: If the memory is too small.
+            MemoryPlanError: If memory runs out.
         """
         size = self.fixed_batch or self.batch_size
         parts = []
@@ -119,7 +119,7 @@ class Tagger:
         return square
 
     def as_input(self, square: Frame) -> Numbers:
-        """Return what `fit` returned as the network takes it: S S 3, or 3 S S."""
+        """Convert a frame prepared by `fit` to the layout of the network's input: S S 3, or 3 S S."""
         numbers = square.astype(np.float32)
         if self.is_of_logits:
             numbers = numbers / np.float32(127.5) - np.float32(1)
@@ -149,10 +149,11 @@ class Tagger:
 
 
 def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int) -> Tagger:
-    """Load the tagger of a folder.
+    """Load the tagger in a folder.
 
     Raises:
-        CheckpointError: If there is none, or if it is none; InstallationError without onnxruntime.
+        CheckpointError: If the folder has no model file, or if the model is not a tagger.
+        InstallationError: If onnxruntime is missing.
     """
     path = folder / MODEL
     if not path.is_file():

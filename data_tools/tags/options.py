@@ -12,13 +12,13 @@ MAX_WORDS = 10_000  # characters of a list of tags
 
 
 class TaggerOptions(Options, title="the tagger"):
-    """A tagger and how much it is given at a time."""
+    """Options of a tagger: its model and batch size."""
 
     model_dir: Path = option(
         "folder with model.onnx and selected_tags.csv, or tag_mapping.json: a WD14-like tagger",
         default=MODEL_FOLDER,
     )
-    batch_size: int = option("pictures that the tagger sees at a time", default=1, least=1, most=1024)
+    batch_size: int = option("images that the tagger sees at a time", default=1, least=1, most=1024)
     num_frames: int = option(
         "frames of a clip that are tagged, evenly spaced; their tags are joined",
         default=8,
@@ -45,12 +45,12 @@ class ThresholdOptions(Options, title="which tags are taken"):
     """Least probabilities of tags, by category."""
 
     thresh: float = option("least probability of a tag", default=0.35, least=0, most=1)
-    general_threshold: float | None = option("likewise, of what is seen; --thresh", least=0, most=1)
-    character_threshold: float | None = option("likewise, of characters; --thresh", least=0, most=1)
-    copyright_threshold: float | None = option("likewise, of series and brands; --thresh", least=0, most=1)
-    artist_threshold: float | None = option("likewise, of artists; --thresh", least=0, most=1)
-    meta_threshold: float | None = option("likewise, about the file itself; --thresh", least=0, most=1)
-    model_threshold: float | None = option("likewise, of image models; --thresh", least=0, most=1)
+    general_threshold: float | None = option("the same, of what is seen; --thresh", least=0, most=1)
+    character_threshold: float | None = option("the same, of characters; --thresh", least=0, most=1)
+    copyright_threshold: float | None = option("the same, of series and brands; --thresh", least=0, most=1)
+    artist_threshold: float | None = option("the same, of artists; --thresh", least=0, most=1)
+    meta_threshold: float | None = option("the same, about the file itself; --thresh", least=0, most=1)
+    model_threshold: float | None = option("the same, of image models; --thresh", least=0, most=1)
     use_rating_tags: bool = option("put the most probable rating first")
     use_rating_tags_as_last_tag: bool = option("put it last", excludes="use_rating_tags")
     use_quality_tags: bool = option("put the most probable quality first, if the tagger has qualities")
@@ -78,7 +78,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
     """Files to tag, and where the tags go."""
 
     folder: Path = option(
-        "folder of pictures and clips, or a dataset's file (.toml, .json)", positional=True, place="there"
+        "folder of images and clips, or a dataset's file (.toml, .json)", positional=True, place="there"
     )
     recursive: bool = option("also tag the folders below")
     caption_extension: str | None = option(

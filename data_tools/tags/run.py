@@ -88,7 +88,7 @@ def tag_folder(options: TaggingOptions) -> None:
 
 
 def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
-    """Return an answerer that also counts the tags that it gives."""
+    """Wrap an answerer so that the tags in its answers are counted in `found`."""
 
     def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
         with contextlib.closing(answerer(places, look)) as answers:
@@ -101,7 +101,7 @@ def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answere
 
 
 def _pass_of(options: TaggingOptions) -> str:
-    """Return a text that is equal for runs that write the same tags."""
+    """Return a text that identifies runs which would write the same tags."""
     records = (options.tagger, options.thresholds, options.words)
     info = [dataclasses.asdict(record) for record in records]
     info.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
@@ -110,9 +110,9 @@ def _pass_of(options: TaggingOptions) -> str:
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
-    """Return the dataset of a file, or of a folder as a file would name it.
+    """Read the dataset from a file, or make one for a folder.
 
-    `temporary` is an empty folder, in which that file is written.
+    `temporary` is an empty folder, in which the dataset file for a folder is written.
 
     Raises:
         DatasetError: If there is nothing to tag.

@@ -47,9 +47,9 @@ def check_channels(
 ) -> None:
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
-    Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes. Warns of caches without a frame rate. `stores` is that of the run. Items that are encoded
-    while training are skipped.
+    Only the header of one file for each table and size is read, because caches of two models in one folder
+    usually differ in size. Caches without a frame rate cause a warning. Items that are encoded while training
+    are skipped. `stores` are the stores of the run.
     """
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
@@ -79,7 +79,7 @@ def check_channels(
 
 
 def other_space(channels: int, latent: data.LatentSpec) -> str:
-    """Return the message for latents whose number of channels is not the model's."""
+    """Return the message about latents with another number of channels than the model has."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -89,9 +89,10 @@ def other_space(channels: int, latent: data.LatentSpec) -> str:
 def text_errors(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the changes of the table or the caption file since a caption was encoded.
+    """Yield the changes to the table or the caption file since a caption was encoded.
 
-    `is_shared` says that another program, which keeps no record, may have made the cache.
+    `number` is the index of the caption. `is_shared` says that another program, which writes no record, may
+    have made the cache.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
@@ -100,7 +101,7 @@ def text_errors(
         settings |= table.seen_settings(item.bucket[:2])
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
-        recorded = [{}]  # a file of ours without records was made with the usual keys, or by hand
+        recorded = [{}]  # our file without a record was made with the default keys, or by hand
     for recorded_settings in recorded:
         now = {**settings, **_sight_now(item, recorded_settings)}
         changed = difference({**defaults, **recorded_settings}, now)
@@ -112,7 +113,7 @@ def text_errors(
     for record in records.values():
         folders = [table.control_directory] * len(record.references)
         if CLIP in record.settings:
-            folders[0] = table.directory  # of the clip itself, or of the picture
+            folders[0] = table.directory  # the encoder saw the clip or image itself, which comes first
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
@@ -122,14 +123,14 @@ def text_errors(
         text = read_caption(path)
         if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
             continue
-        if stamp_of(path)[1] <= checks.started_ns:  # else it was edited during the run
+        if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
             yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the current values of those settings of a record that say what text encoders see of an item.
+    """Return the current values of the recorded settings that decide which media text encoders see.
 
-    If the sources are gone, its media are those of the record.
+    If the sources are gone, the recorded media are assumed.
     """
     companions = _companions_now(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
@@ -162,7 +163,7 @@ def latent_errors(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents are not what the table and the model ask for.
 
-    `record` is None if it has none. `is_shared` says that another program may have made them.
+    `record` is None if the cache has no record. `is_shared` says that another program may have made it.
     """
     table = item.table
     shape = list(tensors["latents"].shape)
@@ -217,7 +218,7 @@ def _mask_errors(
 def _find_shape_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
+    """Yield an error if latents or their loss mask do not have the shape that the table asks for."""
     shape = list(tensors["latents"].shape)
     width, height = item.bucket[:2]
     frames = item.bucket[2] if len(item.bucket) == 3 else 1
@@ -235,9 +236,9 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield a line if what goes with latents has another shape.
+    """Yield an error if tensors that accompany latents, such as references, have the wrong shape.
 
-    `shape` and `expected` are those of the latents, C F H W.
+    `shape` and `expected` are the actual and expected shape of the latents, C F H W.
     """
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
@@ -252,7 +253,7 @@ def _key_errors(
 ) -> Iterator[str]:
     """Yield the changed keys of sections, references and their factors.
 
-    `options` are those that the cache records.
+    `options` are the options in the cache's record.
     """
     sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
@@ -269,9 +270,9 @@ def _key_errors(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield a fault if the factors of a clip's references have changed.
+    """Yield an error if the factors of a clip's references have changed.
 
-    `recorded` are the count of references, then their factors.
+    `recorded` holds the number of references, then their factors.
     """
     _, *factors = recorded
     if factors != [*factors_now]:
@@ -286,7 +287,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the options of a record that are keys of a table which make its caches stale in this way."""
+    """Return the recorded options that are table keys and whose change makes caches stale in this way."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -318,7 +319,7 @@ def _source_errors(
 ) -> Iterator[str]:
     """Yield the differences between an item's sources and its record.
 
-    `folders` are those of each file in the record.
+    `folders` are the folders of the files in the record.
     """
     table = item.table
     rate = record.options.get("source_fps")
@@ -353,7 +354,7 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
 
 
 def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield a line if the clip of a folder has another number of references than its latents."""
+    """Yield an error if a clip in a folder has another number of references than its cached latents."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     if not num_cached and table.reference_directory is None:
@@ -373,7 +374,7 @@ def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
 
 
 def _references_now(item: TrainingItem) -> int | None:
-    """Return the number of an item's reference pictures, even if the model takes fewer; None: not known."""
+    """Return the number of an item's reference images, even if the model takes fewer; None if unknown."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
     companions = _companions_now(item)
@@ -404,8 +405,8 @@ _BESIDE_LATENTS = frozenset({"image", "sections"})
 class SameEncoders:
     """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
 
-    Never an error: two files with different fingerprints may hold one network, and the small difference of
-    another dtype does no harm. Files of other programs do not record their encoders.
+    A difference is never an error: two files with different fingerprints may hold the same network, and the
+    small difference of another dtype is harmless. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
@@ -458,7 +459,7 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
-    """Return a text with its fingerprints cut to their first characters."""
+    """Shorten the fingerprints in a text to their first characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 

@@ -19,7 +19,7 @@ MAX_OF_PROMPT = 1000  # characters
 
 @dataclass(frozen=True)
 class ExampleItem:
-    """Hold the files of a training item, as a generation can be given them."""
+    """Files of a training item that can be passed to generation as an example."""
 
     caption: str = ""
     picture: Path | None = None  # the item itself, if it is a picture on disk
@@ -31,7 +31,7 @@ class ExampleItem:
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
-    """Return the files and the caption of an item. What cannot be found is left out."""
+    """Return the files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
     example = ExampleItem(
         _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)

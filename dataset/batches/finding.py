@@ -79,14 +79,14 @@ def find_items(
 ) -> FoundItems:
     """Find all items by the names of their files, reading headers at most.
 
-    If a table's sources are listed (because they are encoded while training, or because its caches are shared
-    with other programs), caches of other sources are left out.
+    A table's sources are listed only if they are encoded while training, or if other programs share its
+    caches; then caches without a source are left out.
 
     Args:
         config: The dataset.
         cache_tag: End of the family's cache file names.
         latent: The family's latent space.
-        text_keys: Names of the tensors of a complete text cache.
+        text_keys: Names of the tensors that a complete text cache has.
         stores: Stores of the run, if caches are elsewhere than the tables say.
         live: Tables that are encoded while training, by index.
         audio: Spec of a family that is trained with sound.
@@ -257,9 +257,9 @@ class _AudioNames:
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape of an item's latents of sound.
+    """Return the shape of an item's audio latents.
 
-    It is () if the latents do not say their frame rate, which is an error when they are read for a batch.
+    It is () if the latents do not state their frame rate, which is reported when they are read for a batch.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
@@ -268,9 +268,9 @@ def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
-    """Return the items with the sizes of their references, which are read from headers.
+    """Return the items with the sizes of their references, read from headers.
 
-    They are read even if batches do not depend on these sizes.
+    The sizes are read even if batches do not depend on them.
     """
     sized = []
     for item in items:
@@ -335,7 +335,7 @@ class _TextNames:
             self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether a name is that of a further caption, or of an empty prompt, that the table uses."""
+        """Return whether a name belongs to an additional caption, or an empty prompt, that the table uses."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
@@ -361,7 +361,7 @@ class _TextNames:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Count the captions of each stem that has more than one: those cached without a gap in their numbers."""
+    """Count the captions of each stem with several captions, up to the first number that is not cached."""
     further: dict[str, set[int]] = {}
     for name in names:
         parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
@@ -377,9 +377,9 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 
 
 def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
-    """Return the stems of a table's current sources; None if the caches alone decide the items.
+    """Return the stems of a table's current sources; None if the caches alone determine the items.
 
-    Sources are asked if they are read while training or if other programs share the caches. The caching
+    Sources are listed if they are read while training or if other programs share the caches. The caching
     script removes our own caches when their source is gone, but never shared ones.
     """
     if kind.sources:

@@ -13,7 +13,7 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class ItemKind:
-    """Hold what all items of a table share: names of their caches, and sources that training reads."""
+    """Facts that all items of a table share: names of their caches, and sources that training reads."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
@@ -31,7 +31,7 @@ class ItemKind:
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source that is read, as its file has it.
+        """Return a caption of a source that is encoded while training, as it is in its file.
 
         `number` is EMPTY for the empty caption.
         """
@@ -69,7 +69,7 @@ class TrainingItem:
 
     @property
     def source_stem(self) -> str:
-        """Start of the name, which is that of the source."""
+        """Beginning of the cache's name, which is the stem of the source."""
         return self.file_name[: self.stem_length]
 
     @property
@@ -96,7 +96,7 @@ class TrainingItem:
 
 
 class OfSource(Protocol):
-    """Protocol of all that can be held out for validation: dataclasses with a table and a source."""
+    """Protocol of objects that can be held out for validation: dataclasses with a table and a source."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -106,7 +106,7 @@ class OfSource(Protocol):
 
     @property
     def source_stem(self) -> str:
-        """Name of the source; items of one source are held out together."""
+        """Stem of the source; all items of a source are held out together."""
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:

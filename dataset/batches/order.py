@@ -32,9 +32,9 @@ T = TypeVar("T")
 class BatchOrder:
     """Order of batches of every epoch, a function of the items' names and the seed only.
 
-    Each epoch is shuffled again: first the items within each bucket, then the batches. A bucket is a table,
-    or a group of tables, and a size; its items occur `num_repeats` times, regularization images as often as
-    `repeat_regularization` says; the last batch of a bucket may be smaller.
+    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket holds the
+    items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images
+    as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -58,14 +58,14 @@ class BatchOrder:
         unused = len(self._items) - len(used)
         if unused:
             logger.warning(
-                "%d regularization images are not used because fewer other pictures are trained in an "
+                "%d regularization images are not used because fewer other images are trained in an "
                 "epoch. More num_repeats of those would use more.",
                 unused,
             )
 
     @property
     def learning_keys(self) -> list[str]:
-        """Return the settings of tables that change the run but not its items, in words."""
+        """Describe the settings of tables that change the run but not its items."""
         return [
             f"{name} = {value} in {table.place}"
             for table in tables_of(self._items)
@@ -73,10 +73,7 @@ class BatchOrder:
         ]
 
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
-        """Return the batches of an epoch in order.
-
-        `number` is counted from 0. The last one asked for is remembered.
-        """
+        """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._last != number:
             self._last = -1
             self._batches = []  # freed before the new ones are made
@@ -95,12 +92,12 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items trained before batch `index` of an epoch, earlier epochs included."""
+        """Return the number of items trained before batch `index` of an epoch, including earlier epochs."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items that the run trains before a batch, in its group; see `batch_group`."""
+        """Return the number of items of a batch's group that the run trains before the batch."""
         batches = self.epoch(epoch)
         if not self._group_starts:
             counts: Counter[int] = Counter()
@@ -115,9 +112,12 @@ class BatchOrder:
 def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
     """Return the repeats in an epoch of each regularization image, which sum to at least `learned`.
 
-    `repeats` are those of the images' tables, in order. Images are taken with their repeats until there are
-    enough; the rest is left out. If all together are too few, they are repeated from the first on, one at a
-    time. `learned` is how many other images of the dataset are trained in an epoch.
+    Images are taken with the repeats of their tables until there are enough; the remaining images are left
+    out. If all together are too few, further repeats are added one at a time, from the first image on.
+
+    Args:
+        repeats: Repeats of each image, from its table, in order.
+        learned: Number of other images in an epoch.
     """
     if not repeats or not learned:
         return [0] * len(repeats)
@@ -146,7 +146,7 @@ G = TypeVar("G", bound=Grouped)
 
 
 def count_batches(items: Sequence[Grouped]) -> int:
-    """Return the number of batches of an epoch: of each group as many as its items, repeated, fill."""
+    """Return the number of batches in an epoch: each group fills batches with its repeated items."""
     return _count_batches(repeat_items(items))
 
 
@@ -205,10 +205,10 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 
 
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
-    """Return a list shuffled as `random.shuffle` does it.
+    """Return a shuffled list, in the order of `random.shuffle`.
 
-    `draw_bits` is `getrandbits` of the generator. Written out, as later Pythons must give the same batches;
-    it is a fifth faster too.
+    `draw_bits` is `getrandbits` of the generator. The algorithm is written out because later versions of
+    Python must give the same batches; it is also a fifth faster.
     """
     shuffled = list(values)
     for place in range(len(shuffled) - 1, 0, -1):
@@ -226,10 +226,10 @@ S = TypeVar("S", bound=OfSource)
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
     """Split items into those for training and those for validation.
 
-    The latter are tables marked `validation`, and a fraction of the sources of all other tables. Sources are
-    chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0 takes at
-    least one source and leaves at least one. Subsets of the image guides' form are split each by itself, by
-    their own fraction and seed if they state any.
+    Validation gets the tables marked `validation`, and a fraction of the sources of all other tables. Sources
+    are selected by name only, so that all crops of a clip, in all tables, are on the same side. A fraction
+    above 0 selects at least one source and leaves at least one. Subsets of image trainers' dataset files are
+    split separately, by their own fraction and seed if they have any.
 
     Args:
         items: Items of all tables.
@@ -309,11 +309,17 @@ def changed_caption(
     total_steps: int,
     generator: random.Random,
 ) -> str:
-    """Return the text that a sample is trained with now, if it is not dropped.
+    """Return the text that a sample is trained with in this step, unless its caption is dropped.
 
-    `caption` is that of a source of the table (`MediaSource.caption`). `step` is counted from 0.
-    `total_steps` is that of the run, for a warm-up that is a share of it. `select_captions` says which
-    captions are dropped.
+    `select_captions` decides which captions are dropped.
+
+    Args:
+        caption: Caption of the source (`MediaSource.caption`).
+        changes: How captions of the table vary.
+        table: Table of the source.
+        step: Step, counted from 0.
+        total_steps: Number of steps of the run, for a warm-up that is a fraction of it.
+        generator: Source of random numbers.
     """
     if not changes.is_raw:  # the source has it as it is trained
         return caption
@@ -347,7 +353,7 @@ def changed_caption(
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
-    """Return the parts of a caption that stay in front, those that may be shuffled, and those at its end."""
+    """Split a caption into a fixed beginning, parts that may be shuffled, and a fixed end."""
 
     def split(section: str) -> list[str]:
         return [part.strip() for part in section.split(changes.separator)]
@@ -374,11 +380,17 @@ class RunPlace:
 def select_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Return the number of the caption that each item uses, from 0, or EMPTY.
+    """Select the caption of each item: return its index, from 0, or EMPTY.
 
-    `number` is that of the micro-batch, in the whole run. `epoch` is counted from 0. EMPTY is chosen with the
-    table's caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
-    Without `drops`, no caption is dropped; the choice of all other captions stays the same.
+    All captions of an item are equally likely. EMPTY is selected with the probability caption_dropout_rate of
+    the table, and in epochs in which all captions are empty.
+
+    Args:
+        items: Items of the batch.
+        seed: Seed of the run.
+        number: Index of the micro-batch in the run.
+        epoch: Epoch, counted from 0.
+        drops: Whether captions are dropped at all; False does not change the selection of other captions.
     """
     chosen = []
     for place, item in enumerate(items):
@@ -397,7 +409,7 @@ def select_captions(
 def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:
     """Return whether a batch is trained without its references.
 
-    `number` is that of the micro-batch.
+    `number` is the index of the micro-batch in the run.
     """
     rate = items[0].table.reference_dropout_rate
     return rate > 0 and random.Random(derive_seed(seed, "references", number)).random() < rate
@@ -406,9 +418,10 @@ def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> b
 def change_captions(
     items: Sequence[TrainingItem], texts: Sequence[str], chosen: Sequence[int], run: RunPlace
 ) -> tuple[str, ...]:
-    """Return the texts that samples are trained with, as the tables change them each time.
+    """Return the texts that samples are trained with, after the random changes that their tables ask for.
 
-    `texts` are those of the sources. For `chosen` see `select_captions`; a caption that is EMPTY stays so.
+    `texts` are the captions of the sources, and `chosen` their indices; a caption with the index EMPTY stays
+    empty.
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):
@@ -429,7 +442,7 @@ def change_captions(
 
 
 def select_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
-    """Return whether each item is trained mirrored: every other time, if its table says so."""
+    """Return whether each item is trained mirrored, which is every other time if its table asks for it."""
     return tuple(
         item.table.augmentation.flip
         and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5

@@ -48,8 +48,8 @@ def read_batch(
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` are B C F H W.
 
-    Tensors of varying length stay lists. For texts without a cache the batch has only `captions`, as their
-    files have them.
+    Tensors whose length varies are kept as lists. For texts without a cache, the batch has only `captions`,
+    as they are in their files.
 
     Args:
         items: Items of the batch, all of one group.
@@ -59,12 +59,12 @@ def read_batch(
         captions: Number of the caption to use for each item, or EMPTY; None for the first one of each.
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
-        undropped: For a teacher, the numbers before dropout, of captions that are all cached. The batch also
-            has these texts if `captions` differ.
-        encoded: What was encoded for items while training, by their position in the batch: tensors without
-            batch dimension.
+        undropped: For a teacher model, the numbers of the captions before dropout, which must all be cached.
+            The batch has these texts too if they differ from `captions`.
+        encoded: Tensors of items that were encoded while training, by position in the batch, without batch
+            dimension.
         reads_empty: Read the empty prompt too, which the caches of a table with `uses_empty_prompt` have.
-        reads_rejected: Read the latents of the rejected clips too, which all items need then.
+        reads_rejected: Read the latents of the rejected clips too; then all items must have them.
 
     Raises:
         CacheError: If a file is damaged, was made for other options or from a source or a caption that has
@@ -116,7 +116,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
 ) -> tuple[data.MadeBy, ...]:
-    """Return the makers of the parts of a batch: of each item its media and its text, then further texts."""
+    """List which encoders made the parts of a batch: media and text of each item, then further texts."""
     makers: list[data.MadeBy] = []
     for of_media, of_text in zip(media, texts, strict=True):
         makers += (*of_media.made_by, *of_text.made_by)
@@ -128,12 +128,12 @@ def _list_makers(
 def _take_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Name the sound of caches of latents as that of caches of its own.
+    """Rename audio that is stored in caches of latents as if it had its own caches.
 
-    `path` is that of one of them.
+    `path` is one of the caches, for messages.
 
     Raises:
-        CacheError: If there is none.
+        CacheError: If the caches have no audio.
     """
     audio, is_heard = tensors.pop(data.INNER_AUDIO, None), tensors.pop(data.IS_HEARD, None)
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
@@ -147,10 +147,10 @@ def _take_inner_audio(
 
 
 def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_rejected: bool) -> None:
-    """Leave out the latents of worse ones if they are not read.
+    """Drop the latents of rejected clips unless they are read.
 
     Raises:
-        CacheError: If an item has none.
+        CacheError: If they are read and an item has none.
     """
     for part in media:
         if not reads_rejected:
@@ -188,7 +188,7 @@ def _join_media_and_texts(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
-    """Return the number of windows of an item's clip by its record; 0 if that is not known."""
+    """Return the number of windows in an item's clip, from its record; 0 if unknown."""
     table, clip = item.table, record.clip
     if table.gives_latents or clip is None or record.parts > 1:
         return 0
@@ -212,7 +212,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Read the parts of the items of a batch; the arguments are those of `read_batch`."""
+    """Reads the parts of the items of a batch; the fields are the arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -221,9 +221,9 @@ class _Reader:
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
-        """Read latents, and sound if there is any.
+        """Read an item's latents, and its audio if there is any.
 
-        `place` is the item's index in the batch. With `flip`, read the mirrored latents.
+        `place` is the item's index in the batch. With `flip`, the mirrored latents are returned.
         """
         encoded = self.encoded.get(place)
         if encoded is not None:
@@ -240,10 +240,10 @@ class _Reader:
                 unmirrored[key] = tensor
         part.tensors = unmirrored
         if flip:
-            if data.LOSS_MASK in unmirrored:
+            if data.LOSS_MASK in unmirrored:  # caches hold no mirrored mask
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
-        said_sizes = part.tensors.pop(data.SAID_SIZES, None)
+        said_sizes = part.tensors.pop(data.SAID_SIZES, None)  # used only by models that are told sizes
         if self.latent.tells_sizes:
             part.tensors[data.SIZES] = _sizes_of(item, said_sizes, flip)
         return part
@@ -271,10 +271,7 @@ class _Reader:
         return part
 
     def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
-        """Read a caption of each item.
-
-        `numbers` are those of the captions.
-        """
+        """Read one caption of each item; `numbers` are the indices of the captions."""
         return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
@@ -383,10 +380,10 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 
 
 def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
-    """Return `data.SIZES` of a picture, without batch dimension.
+    """Return `data.SIZES` of an image, without batch dimension.
 
-    `said` is `data.SAID_SIZES` of its cache, which go before what follows from the sizes. `flip` says that it
-    is mirrored.
+    `said` is `data.SAID_SIZES` from the cache, which takes precedence over computed sizes. `flip` says that
+    the image is mirrored.
     """
     bucket = item.bucket[0], item.bucket[1]
     if said is None:
@@ -420,9 +417,9 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
 
 
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
-    """Return the tensors of equal parts of all items; nothing without any.
+    """Stack the tensors of the same part of all items; {} if there are no parts.
 
-    Raises CacheError with the command that makes them.
+    Raises CacheError, with the command that caches again, if tensors are missing or differ in shape.
     """
     if not parts:
         return {}
@@ -448,7 +445,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
 def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
     """Raise CacheError if a text cache lacks tensors.
 
-    `keys` are those of all encoders of the model.
+    `keys` are the keys of the tensors of all encoders of the model.
     """
     absent = sorted(keys - entry.tensors.keys())
     if absent:
@@ -486,7 +483,7 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 @contextlib.contextmanager
 def _remedy(command: str, store: CacheStore) -> Iterator[None]:
-    """Add the command that makes the caches again to every CacheError."""
+    """Add the command that caches again to every CacheError in the block."""
     try:
         yield
     except CacheError as error:

@@ -53,10 +53,10 @@ def check_caches(
     view: str = "",
     own_encoders: Mapping[str, Mapping[str, str]] = NOT_KNOWN,
 ) -> None:
-    """Read caches before training begins: of a small data set all, of a large one a sample.
+    """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
-    At most MAX_READ items and captions and MOST_READ_BYTES are read, further captions of an item last.
-    What is encoded while training is not read.
+    At most MAX_READ items and captions and MOST_READ_BYTES are read; additional captions of an item come
+    last. Items and texts that are encoded while training are not read.
 
     Args:
         family: Family that is trained.
@@ -64,8 +64,8 @@ def check_caches(
         commands: Commands that repair caches, for messages.
         stores: Stores of the run.
         has_live_texts: Whether captions are encoded while training.
-        process: Number of this process and of all; each reads a share.
-        view: What a teacher sees, as `Batch.view`.
+        process: Rank of this process, and number of processes; each reads a part.
+        view: Selects the part of a batch that a teacher sees (`Batch.view`).
         own_encoders: Identities of the trained model's text encoders by name, if texts are compared with
             them.
 
@@ -121,7 +121,7 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
 
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield random items with the numbers of their captions, at most MOST_READ; further captions last."""
+    """Yield at most MOST_READ random items with the index of a caption; additional captions come last."""
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
     further = ((item, number) for item in sample for number in range(1, item.captions))
@@ -139,9 +139,9 @@ def _count_batch_bytes(batch: Batch) -> int:
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches that earlier versions made and that would be different now.
+    """Warn of caches by earlier versions that would be made differently now.
 
-    `origins` are those of each item.
+    `origins` holds the origins of each item's parts.
     """
     by_own_clocks = [item for item, origin in origins if origin.own_clocks]
     if by_own_clocks:
@@ -192,10 +192,10 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 def _compare_reading(
     items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
-    """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
+    """Warn of caches whose clips an earlier version read with frames in another order or orientation.
 
-    `items` are each with the mark of how its clip was read. `keeps_alpha` is that of the family's LatentSpec.
-    At most MOST_LOOKED_AT clips are looked at; missing files are skipped.
+    `items` are pairs of an item and the mark that says how its clip was read. `keeps_alpha` is the field of
+    the family's LatentSpec. At most MOST_LOOKED_AT clips are checked; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():

@@ -74,7 +74,7 @@ def list_shards(folder: Path) -> dict[str, int]:
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
-    """Open an SQLite address; threads may share the connection.
+    """Connect to an SQLite URI; threads may share the connection.
 
     `seconds` is the time to wait for locks.
     """
@@ -104,7 +104,7 @@ def _require_table(rows: sqlite3.Connection) -> None:
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
-    """Open a finished shard for reading. SQLite takes no locks, because nobody changes such a file."""
+    """Open a finished shard for reading; SQLite needs no locks, because finished shards never change."""
     return connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
 
 
@@ -112,7 +112,10 @@ class Catalog:
     """The entries of a folder, as they were when it was looked at."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
-        """writer: of the shard that this process writes. Raises CacheError if a volume cannot be read."""
+        """Read the catalog of a folder; `writer` writes the shard of this process.
+
+        Raises CacheError if a shard cannot be read.
+        """
         self.shards = list_shards(folder)
         self.damaged: set[str] = set()  # shards that are cut or changed: nothing of them is used
         self.faults: list[str] = []  # sentences
@@ -205,7 +208,7 @@ def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
 
 @contextlib.contextmanager
 def explain_sqlite(path: Path) -> Iterator[None]:
-    """Raise OutputError in place of an error of SQLite, or of the system, while writing a shard."""
+    """Convert errors of SQLite or the system while writing a shard to OutputError."""
     try:
         with explain_errors(path):
             yield
@@ -222,9 +225,10 @@ def machine() -> str:
 
 
 class ShardWriter:
-    """The shard that a process fills. It is locked until it is finished, so that nobody takes it.
+    """The shard that a process fills. It is locked until it is finished, so that nobody adopts it.
 
-    It has a log (WAL): all entries survive a kill, and all but the last megabytes survive a power cut.
+    It uses a write-ahead log: all entries survive if the process is killed, and all but the last megabytes
+    survive a power failure.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -248,7 +252,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
-        """Write a row in place of an earlier one. `data` None marks the entry as removed."""
+        """Write a row, replacing an earlier one; `data` None marks the entry as removed."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:
@@ -289,7 +293,7 @@ def _begin(uri: str) -> sqlite3.Connection:
 
 
 def _give_final_name(path: Path) -> None:
-    """Rename a shard that nobody writes any more, so that all may read it without locks."""
+    """Rename a shard that is no longer written, so that all processes may read it without locks."""
     final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")
     try:
         path.rename(final)
@@ -302,8 +306,8 @@ def _give_final_name(path: Path) -> None:
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
     """Finish the shards whose writers were killed; leave those whose writers may live.
 
-    Locks show whether a writer lives. On other machines and on volumes without locks, the file's age decides.
-    `own_shard` is the one that this process writes.
+    Locks show whether a writer lives. For writers on other machines and volumes without locks, the file's age
+    decides. `own_shard` is the shard that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):

@@ -81,8 +81,8 @@ def recall_options(
 ) -> list[RepeatedOption]:
     """Return the options with which the caches in these folders were made, the first folder's first.
 
-    With `for_training`, also return those that a training from the caches needs. A path is given as it was
-    typed if this is the folder where it was typed, else whole. Options that are not known, and paths of files
+    With `for_training`, options that training from the caches needs are included. A path is returned as typed
+    if this is the folder in which it was typed, else as an absolute path. Unknown options, and paths of files
     that are gone, are left out.
     """
     recalled: list[RepeatedOption] = []
@@ -124,7 +124,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 
 def _is_valid(value: Any, option: AcceptedOption) -> bool:
-    """Return whether an option of today takes a value of the file; whether a file is there is not checked."""
+    """Return whether a current option accepts a recorded value; existence of files is not checked."""
     if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
         return False
     return not option.choices or not isinstance(value, str) or value in option.choices
@@ -141,7 +141,7 @@ def _find_path(text: str, folder: Path) -> Path | None:
 def _has_type(value: Any, kind: Any) -> bool:
     """Return whether a value of the file has the type that an option takes.
 
-    In a command the second word of a list could be an option itself.
+    In a command, the second word of a list could be mistaken for an option.
     """
     if typing.get_origin(kind) is tuple:
         word_type = typing.get_args(kind)[0]

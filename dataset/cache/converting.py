@@ -40,7 +40,7 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 
     Raises:
         CacheError: If entries are damaged.
-        OutputError: If something cannot be written; nothing is lost then, and the same command continues.
+        OutputError: If a file cannot be written; then nothing is lost, and the same command continues.
     """
     for table in config.datasets if config else ():
         if table.cache_format in SHARED_CACHES:
@@ -93,7 +93,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    With `keep`, leave the shards too. With `dry_run`, change nothing.
+    With `keep`, the shards are kept too. With `dry_run`, nothing is changed.
 
     Raises:
         CacheError: If entries are damaged (all other entries are written, and the shards are kept).
@@ -124,7 +124,9 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         _require_equal(names, folder)
         catalog = Catalog(folder)
         if set(catalog.names()) != set(names):
-            raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
+            raise CacheError(
+                f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
+            )
         busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
         if busy is not None:
             raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")

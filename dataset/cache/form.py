@@ -18,7 +18,7 @@ def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
         tag: The family's cache_tag.
 
     Raises:
-        DatasetError: If they are in the other form; the message has the command that converts.
+        DatasetError: If caches are in another form; the message has the command that converts them.
     """
     errors = [line for table in tables for line in other_form(table, tag)]
     if errors:
@@ -26,7 +26,7 @@ def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
 
 
 def list_shard_errors(table: DatasetTable) -> list[str]:
-    """Return the faults of a table's shards, if it has any."""
+    """Return the errors of a table's shards, if it has any."""
     if table.cache_format != "shards":
         return []
     from dataset.cache.shards import shard_errors  # only with shards
@@ -35,9 +35,9 @@ def list_shard_errors(table: DatasetTable) -> list[str]:
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield a fault if a table that `may_be_mixed` has caches in the other form than its `cache_format`.
+    """Yield an error if a table that `may_be_mixed` has caches only in another form than its `cache_format`.
 
-    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are not a fault.
+    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are not an error.
     """
     from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore

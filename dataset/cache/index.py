@@ -52,14 +52,14 @@ _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder"
 
 
 def is_heard_apart(table: DatasetTable, audio: AudioSpec | None) -> bool:
-    """Return whether the clips of a table have their sound in cache files of its own."""
+    """Return whether the audio of a table's clips is in separate cache files."""
     return audio is not None and not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     """Return whether a table can have an index.
 
-    It is a folder or a JSONL list, cached in single files, whose texts are of captions alone.
+    The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
     """
     has_other_parts = is_heard_apart(table, audio) or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
@@ -85,7 +85,7 @@ def mark_table(table: DatasetTable) -> str | None:
 
 
 def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
-    """Return a mark of the latent space and of what the family makes of the table's keys."""
+    """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
     of_family = [getattr(table, name) for name in _OF_FAMILY]
     return _hash(repr((dataclasses.replace(latent, npz=None), of_family)))  # without sets, of no order
 
@@ -95,7 +95,7 @@ def _hash(text: str) -> str:
 
 
 def _list_path(path: Path, only_files: bool) -> list[str]:
-    """Return the names in a folder, sorted, without those of caching; of a file, its size and time.
+    """List the names in a folder, sorted, without files of caching; of a single file, its size and time.
 
     Raises:
         OSError: If it cannot be read.
@@ -111,12 +111,12 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
 
 
 def _is_of_caching(name: str) -> bool:
-    """Return whether a file is no source: the folder of the sources may be that of the caches."""
+    """Return whether a file belongs to caching, as sources and caches may be in the same folder."""
     return name[0] == "." or name == NAME or cache_files.is_cache_name(name.removesuffix(cache_files.PART))
 
 
 class Index(NamedTuple):
-    """What the index says about a table that is as it was when its caches were made."""
+    """Content of the index for a table that has not changed since its caches were made."""
 
     items: list[tuple[LatentFile, int]]  # sorted by file name, each with the number of its captions
     compared: Mapping[str, str]  # by name of a cache file: the checksum of its record
@@ -124,7 +124,7 @@ class Index(NamedTuple):
 
 
 def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
-    """Return the index of a table's caches; None if there is none, or if anything is not as it was.
+    """Return the index of a table's caches; None if there is no index, or if anything has changed.
 
     Args:
         table: Table of the dataset.
@@ -176,10 +176,10 @@ def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
 
 
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many captions of each source are cached, without a gap in their numbers.
+    """Count the cached captions of each source, up to the first number that is not cached.
 
     Raises:
-        KeyError: If one has a further caption only.
+        KeyError: If a source has an additional caption but not the first one.
     """
     numbers: dict[str, set[int]] = {}
     for line in lines:

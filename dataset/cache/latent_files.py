@@ -16,7 +16,7 @@ from modules.errors import CacheError
 
 
 class LatentFile(NamedTuple):
-    """A latent cache, as its name tells; its header is read for reference images only."""
+    """A latent cache, described by its name; its header is read only for sizes of reference images."""
 
     file: str
     stem: str  # of its source
@@ -62,12 +62,12 @@ def list_latent_files(
 
 
 def depends_on_references(table: DatasetTable) -> bool:
-    """Return whether items of a table share a batch only if their reference images have equal sizes."""
+    """Return whether items in one batch must have reference images of equal sizes."""
     return bool(table.references or table.clip_references) and table.batch_size > 1
 
 
 def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
-    """Count the files of each clip in sections: all that differ in their section alone."""
+    """Count the sections of each clip: files whose names differ only in the section."""
     return Counter(
         (stem, replace(ending, section=None))
         for _, stem, ending in cache_files.latent_names(files, tag, "video")

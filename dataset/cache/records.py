@@ -85,7 +85,7 @@ class TextRecord:
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
-    """Return the metadata entries for the record of latents, or for those of texts by encoder name."""
+    """Return the metadata entries for a record of latents, or for records of texts by encoder name."""
     content: dict[str, Any] = {"version": VERSION}
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
@@ -225,7 +225,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    `origin` is that of a source's part; files at an address have to be downloaded.
+    `origin` says where the part of a source comes from; files at an address are downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -234,7 +234,7 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Return whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    A removed download of the same address counts as unchanged and is not downloaded again.
+    If a download was removed, a source with the same address counts as unchanged and is not downloaded again.
 
     Raises:
         OSError: If the file is missing.
@@ -251,7 +251,7 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
 
-    `origin` is that of a file inside a tar or table, which has the time of the whole.
+    `origin` is the origin of a file inside a tar or table, which has the modification time of the container.
 
     Raises:
         OSError: If the file is missing.
@@ -294,7 +294,7 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 def _content(entry: Entry, key: str) -> Iterator[Any]:
     """Yield the value of a key in an entry's record; None if there is no record.
 
-    Errors of the block that show a damaged record become CacheError.
+    Errors in the block that show a damaged record become CacheError.
     """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:
@@ -321,15 +321,15 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    """Return the number of pixel frames of a section whose window has so many latent frames."""
+    """Return the number of pixel frames in a section whose window has `window` latent frames."""
     return latent.count_frames(window)
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
-    """Describe how options of records differ, as `difference` does.
+    """Describe how the options of two records differ; None if they agree.
 
-    Records leave out the default values of the keys of sections. If latents do not depend on these keys they
-    are ignored: one dataset may serve several models.
+    Records leave out default values of the keys of sections. These keys are ignored if latents do not depend
+    on them, because one dataset may serve several models.
     """
     defaults = defaults_of(SECTIONS)
     if latent.in_sections:
@@ -341,9 +341,10 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 
 @dataclass
 class CacheChecks:
-    """Check sources during one run. Files newer than `started_ns` pass, so that an edit does not end the run.
+    """Checks sources during one run.
 
-    Missing sources are not a fault: training needs only the caches.
+    Files newer than `started_ns` pass, so that an edit does not end the run. Missing sources are not an
+    error, because training needs only the caches.
     """
 
     started_ns: int = field(default_factory=time.time_ns)
@@ -354,7 +355,7 @@ class CacheChecks:
     def add(self, table: int, key: str) -> None:
         """Remember an item that passed.
 
-        If there are too many, the older ones are forgotten and checked again.
+        If there are too many items, older ones are forgotten and checked again.
         """
         if len(self.checked) >= self.max_checked:
             self.checked.clear()
@@ -363,7 +364,7 @@ class CacheChecks:
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first existing source that has changed.
 
-        `folders` are those of each file; None if unknown.
+        `folders` has the folder of each file, or None if it is unknown.
         """
         for folder, file in zip(folders, files, strict=True):
             if folder is None:

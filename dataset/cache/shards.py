@@ -131,14 +131,14 @@ class ShardStore:
                 self.write_bytes(name, None)
 
     def close(self, is_last: bool = False) -> None:
-        """Make sure that all that was written survives; more begins another shard.
+        """Make sure that all written entries survive; later writes begin another shard.
 
         Args:
             is_last: All writers of a run have finished. Then small shards are merged, and removed and damaged
                 entries are reclaimed.
 
         Raises:
-            OutputError: If there is no room for it; nothing is lost then.
+            OutputError: If the disk is full; then nothing is lost.
         """
         with self._lock:
             self._finish()
@@ -195,7 +195,7 @@ class ShardStore:
         raise AssertionError("unreachable")
 
     def _open(self, shard: str) -> sqlite3.Connection | None:
-        """Return an open shard; None for a tar. A shard stays open while another thread reads from it."""
+        """Open a shard; None for a tar. A shard stays open while another thread reads from it."""
         with self._lock:
             if shard.endswith(".tar"):
                 return None
@@ -243,13 +243,13 @@ def shard_errors(folder: Path) -> list[str]:
 
 
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
-    """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
+    """Tidy a folder, so that at most one shard is small and none is unfinished or damaged.
 
-    One process at a time does this. Shards that other processes are writing are left alone. With `with_tars`,
-    turn those of earlier versions into SQLite files.
+    Only one process at a time does this. Shards that other processes are writing are left alone. With
+    `with_tars`, tar shards of earlier versions are converted to SQLite files.
 
     Raises:
-        OutputError: If there is no room for it; nothing is lost then.
+        OutputError: If the disk is full; then nothing is lost.
     """
     if not folder.is_dir():
         return

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """A file for each entry: the form that existing tuners read and write."""
+    """Store with a file for each entry, the form that existing trainers read and write."""
 
     folder: Path
     holds_only_caches: ClassVar[bool] = False
@@ -51,12 +51,12 @@ class SingleFiles:
         return (self.folder / name).exists()
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read a file, or with `is_full` False its header alone."""
+        """Read a file, or only its header if `is_full` is False."""
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
         return read_entry(path, is_full)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a file; after a kill it is complete or not there."""
+        """Write a file, completely or not at all, even if the process is killed."""
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
@@ -116,7 +116,7 @@ class MemoryStore:
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
-        """Forget an entry; one that is not there is no error."""
+        """Remove an entry; a missing entry is no error."""
         self.entries.pop(name, None)
 
     def close(self, is_last: bool = False) -> None:
@@ -129,12 +129,12 @@ class MemoryStore:
 
 
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
-    """Return the store of a table's cache folder, in the form that `cache_format` says.
+    """Open the store of a table's cache folder, in the form of its `cache_format`.
 
-    `names` is that of the family.
+    `names` are the family's names in npz files; the form npz requires them.
 
     Raises:
-        DatasetError: If it has none and the form is npz.
+        DatasetError: If the form is npz but the family has no such names.
     """
     if table.cache_format == "files":
         return SingleFiles(table.cache_directory)
@@ -146,12 +146,13 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
-    """Return the store of caches that other programs share, in one of `SHARED_CACHES`.
+    """Open the store of caches that are shared with other programs, in one of the forms `SHARED_CACHES`.
 
-    `folder` is that of these caches, except those of pictures that a list names anywhere.
+    `folder` holds the caches, except for images that a list names, whose caches may be anywhere. `names` are
+    the family's names in npz files.
 
     Raises:
-        DatasetError: If the family, of which `names` are, has none in this form.
+        DatasetError: If the family has no caches in this form.
     """
     return SHARED_CACHES[cache_format].open_store(table, names, folder, partial(_list_images, table))
 
@@ -167,9 +168,9 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
 
 
 def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Return whether a table may have single files and shards, although its `cache_format` names one form.
+    """Return whether a table may have both single files and shards, although `cache_format` names one form.
 
-    See `dataset.cache.form`. `names` are the names in its cache folder, if they have been listed.
+    `names` are the names in its cache folder, if they have been listed.
     """
     folder = table.cache_directory
     if table.cache_format != "files":  # shared ones may lie next to ours, which other trainings use
@@ -208,7 +209,7 @@ class Stores:
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's latents. Raises as `open_store`."""
+        """Return the store of a table's latents. Raises DatasetError if the family has no such caches."""
         if table.index in self.elsewhere:
             return self.elsewhere[table.index].latents
         key = table.index, table.cache_directory
@@ -217,13 +218,13 @@ class Stores:
         return self._opened[key]
 
     def of_texts(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's texts, mostly that of its latents. Raises as `open_store`."""
+        """Return the store of a table's texts, which usually is the store of its latents."""
         if table.index in self.elsewhere:
             return self.elsewhere[table.index].texts
         return self.of(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
-        """Close the stores of these tables, as `CacheStore.close` does."""
+        """Close the stores of these tables, so that all written entries survive."""
         for table in tables:
             latents, texts = self.of(table), self.of_texts(table)
             latents.close(is_last)
@@ -239,7 +240,7 @@ Names = Mapping[str, LatentName]
 
 
 class LatentNames:
-    """The latent caches of a table by the stem of their source. There may be millions."""
+    """Latent caches of a table, of which there may be millions, by the stem of their source."""
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
         """List the latent caches without opening any.
@@ -269,7 +270,7 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
-    """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
+    """Remove the files whose tensor names show that they are caches; return how many were removed.
 
     `names` were listed before the run listed its sources.
     """

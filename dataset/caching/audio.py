@@ -60,10 +60,10 @@ class _AudioJob(NamedTuple):
 
 
 class AudioWork:
-    """Encode the sound of a dataset.
+    """Encode the audio of a dataset.
 
-    The networks are loaded when they are first needed and stay until `free`, or until the encoders of
-    pictures take their place.
+    Networks are loaded when they are first needed and stay loaded until `free` is called, or until the video
+    encoders replace them.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ class AudioWork:
         return replace(report, right=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
-        """Remove the entries of sound of a table that are not among `valid`; return how many there were.
+        """Remove a table's audio entries that are not in `valid`; return their number.
 
-        `failed` are the stems of sources whose entries stay.
+        `failed` are the stems of sources that failed, whose entries are kept.
         """
         if table.index not in self._existing:
             return 0
@@ -159,9 +159,9 @@ class AudioWork:
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> AudioPlan:
-        """Compare a clip's entries of sound with those that this run would write.
+        """Compare a clip's audio entries with those that this run would write.
 
-        With `audio = "ignore"` existing entries are kept and none is missing.
+        With `audio = "ignore"`, existing entries are kept, and none counts as missing.
         """
         existing = self._existing[source.table.index].of(source.stem)
         valid: list[str] = []
@@ -180,9 +180,9 @@ class AudioWork:
         return AudioPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return the number of a clip's latents with a valid entry of sound.
+        """Return how many of a clip's latent caches have a valid audio entry.
 
-        `files` are the names of the latents.
+        `files` are the names of the latent caches.
         """
         items = self._items_of(frozenset((source.table.index, file) for file in files))
         names = items.get((source.table.index, source.stem), ())
@@ -208,7 +208,7 @@ class AudioWork:
         """Check an entry; return whether it lacks a record.
 
         Raises:
-            CacheError: If it has to be made again.
+            CacheError: If the entry has to be made again.
         """
         entry = self._stores.of(source.table).read(file, is_full=verifies)
         record = records.latent_record(entry)
@@ -223,7 +223,7 @@ class AudioWork:
             raise CacheError(f"{file}: {changed}")
         for identity, (path, origin) in zip(record.files, parts, strict=True):
             if not records.is_unchanged(identity, path, origin):
-                raise CacheError(f"{file}: its clip or its sound changed since")
+                raise CacheError(f"{file}: its clip or its audio changed since")
         if verifies:
             records.verify_tensors(entry, record.crc32)
         return False
@@ -286,7 +286,7 @@ class AudioWork:
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached sound depends on: the clip, for its rate, and a given sound file."""
+    """Return the files that cached audio depends on: the clip (for its rate), and a separate audio file."""
     parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
     if source.audio is not None:
         parts.append(source.audio)

@@ -149,9 +149,9 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of the file `embeds_note`.
+    """Return the content of the file `embeds_note`, which describes stored embeddings.
 
-    `identities` are those of the encoders by name. `tensors` are stored by their keys.
+    `identities` identify the encoders, by name. `tensors` are the stored tensors, by key.
     """
     return {
         "caption": caption,
@@ -167,7 +167,7 @@ def take_embeds(
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Submit the outputs that this encoder computed earlier; return the texts without such outputs."""
+    """Submit an encoder's precomputed outputs; return the texts that have none and must be encoded."""
     to_encode = []
     errors: list[str] = []
     for file in files:
@@ -197,9 +197,9 @@ class _UnfitEmbeds(Exception):
 
 
 def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
-    """Return the encoder's outputs for a caption, computed earlier; None if there are none.
+    """Return an encoder's precomputed outputs for a caption; None if there are none.
 
-    Raises _UnfitEmbeds unless they are unchanged, of this encoder and of this caption.
+    Raises _UnfitEmbeds if the outputs have changed, or belong to another encoder or caption.
     """
     if file.embeds is None:
         return None
@@ -228,7 +228,7 @@ def _read_declared_shapes(
 ) -> dict[str, Any]:
     """Return the shapes of the encoder's tensors, by key, as stated in the note on the embeddings.
 
-    Raises _UnfitEmbeds if they are of another encoder or caption, or if there is no such note.
+    Raises _UnfitEmbeds if they belong to another encoder or caption, or if there is no note.
     """
     if not note.exists():
         raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")

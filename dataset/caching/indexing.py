@@ -30,7 +30,7 @@ from modules.file_locks import only_one
 
 
 class _Known(NamedTuple):
-    """What the index before says about a cache file, which need not be opened again."""
+    """Facts about a cache file from the previous index, so that the file need not be opened again."""
 
     stamp: list[int]  # size and time of the cache file
     record: str
@@ -46,10 +46,10 @@ def write_index(
     right: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
-    """Write the part of a table in the index of its caches, in place of the one before.
+    """Write one part of a table's index, replacing the previous part.
 
-    A kill leaves the earlier index. Another process that writes at the same time waits. If the disk has no
-    room for an index, there is none, and training lists the caches.
+    If the process is killed, the earlier index remains. Another process that writes at the same time waits.
+    If the disk is full, there will be no index, and training lists the caches instead.
 
     Args:
         table: Table of the dataset.

@@ -92,15 +92,15 @@ def decode(
 
 
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
-    """Yield the items of a clip with their sound."""
+    """Yield the items of a clip with their audio added."""
     for item, samples in zip(items, audios.samples, strict=True):
         yield dataclasses.replace(item, audio=samples, is_heard=audios.silent is None)
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
-    """Yield items of equal shapes together.
+    """Group items of equal shapes into batches.
 
-    `size` is that of a batch; None means that of its table.
+    `size` is the batch size; None takes that of the table.
     """
     return fill_batches(
         items,
@@ -125,9 +125,9 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
-    """Return items of equal shapes as one batch for the encoders.
+    """Join items of equal shapes to one batch for the encoders.
 
-    `keys` are their names, without suffix.
+    `keys` are the names of the items, without suffix.
     """
     first = items[0]
     alphas = [item.alpha for item in items if item.alpha is not None]
@@ -153,9 +153,10 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
 def encode(
     items: Sequence[DecodedMedia], keys: Sequence[str], family: Caches, encoders: data.MediaEncoders | None
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item of a batch; if its table flips, with the mirrored latents.
+    """Encode a batch; return the cache entries of each item, with mirrored latents if its table flips.
 
-    `keys` are their names, without suffix. `encoders` is that of the family; moments need none.
+    `keys` are the names of the items, without suffix. `encoders` are the family's encoders; precomputed
+    moments need none.
     """
     if items[0].moments:
         of_items = zip(*(item.moments for item in items), strict=True)
@@ -184,9 +185,10 @@ def encode(
 
 
 def _with_frames(media: data.MediaBatch, worse: Tensor) -> data.MediaBatch:
-    """Return the batch of the worse ones, which are encoded with the same control media.
+    """Return the batch with the rejected clips in place of the chosen ones, for the same control media.
 
-    `worse` is B F H W C uint8. They have no transparency: that of the better ones says nothing about them.
+    `worse` are the rejected clips, B F H W C uint8. The transparency of the chosen clips does not apply to
+    them and is dropped.
     """
     return dataclasses.replace(media, frames=worse, alpha=None)
 
@@ -229,7 +231,7 @@ def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.Cac
 
 
 def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSpec) -> dict[str, Tensor]:
-    """Return the tensors of an entry, loss mask and frame rate included, by their names in the file."""
+    """Return all tensors of an entry, including loss mask and frame rate, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
         mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)
@@ -258,9 +260,9 @@ def write_entry(
     record: LatentRecord,
     facts: Mapping[str, str],
 ) -> None:
-    """Write a cache of latents with its record.
+    """Write a latent cache with its record.
 
-    `named` are the tensors by their names in the file. `facts` are metadata.
+    `named` are the tensors by their names in the file. `facts` are additional metadata.
 
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """

@@ -87,7 +87,7 @@ def _first_number(names: Sequence[str]) -> int | None:
 
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Share]:
-    """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
+    """Connect the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
     Args:
         device: The device option, if given. Processes communicate through gloo, on the CPU, whatever device
@@ -126,10 +126,10 @@ def cache(
 ) -> CacheReport:
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
-    `kind` is LATENTS or TEXTS. `stores` is where caches are kept, if not where the tables say. A source that
-    cannot be read becomes a failure of the report and does not stop the run. Encoders are loaded only if
-    there is something to encode. A text cache is written when all of its encoders have run; until then there
-    is a `.part`, which a later run continues.
+    `kind` is LATENTS or TEXTS. `stores` replaces the caches that the tables name. A source that cannot be
+    read becomes a failure in the report and does not stop the run. Encoders are loaded only if there is
+    something to encode. A text cache is complete when all of its encoders have run; until then there is a
+    `.part` file, which a later run continues.
 
     Raises:
         DatasetError: If the dataset cannot be used or a caption is missing.
@@ -175,9 +175,9 @@ def _write_indexes(
     report: CacheReport,
     marks: Mapping[int, str | None],
 ) -> None:
-    """Write what a run cached into the index of each table.
+    """Write the results of a run into the index of each table.
 
-    `marks` are those of the tables, by index.
+    `marks` are the fingerprints of the tables, by table index.
     """
     for table in config.datasets:
         if not is_indexed(table, audio_of(family)):

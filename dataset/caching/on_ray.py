@@ -36,8 +36,8 @@ Main = Callable[[Sequence[str], Callable[..., None]], None]
 class CachingActor:
     """A callable class for `map_batches`: caches the shards of each batch, and reports on them.
 
-    Takes and returns columns by name. In: `shard_index`. Out: `shard_index`, the counts `written`, `kept`
-    and `sources`, `failures` (a JSON list of texts) and `error` (empty if the shard was done).
+    A call takes the column `shard_index`. It returns the columns `shard_index`, the counts `written`, `kept`
+    and `sources`, `failures` (a JSON list of texts) and `error` (empty if the shard was completed).
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class CachingActor:
         threads: int,
         folder: str | None = None,
     ) -> None:
-        """Keep the work; the first batch begins it.
+        """Store the settings; work begins with the first batch.
 
-        `main` and `words` are a caching script and its arguments. `threads` is how many read ahead, if the
-        arguments do not say. `folder` is where the command was typed; the actor's process changes to it.
+        `main` and `words` are a caching script and its arguments. `threads` is the number of threads that
+        read ahead, unless the arguments set it. `folder` is the folder in which the command was typed; the
+        actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards

@@ -64,7 +64,7 @@ class OtherKind(CacheError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of this run on which cached latents depend, besides the sources and their tables."""
+    """Settings of a run, other than sources and tables, on which cached latents depend."""
 
     tag: str  # in file names
     encoder: Mapping[str, str]
@@ -118,7 +118,7 @@ class Recipe:
 
     @property
     def keeps_audio(self) -> bool:
-        """Return whether caches of latents have the sound of their clip."""
+        """Whether caches of latents contain the audio of their clip."""
         return self.audio is not None and self.audio.is_inside
 
     def parts_of(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
@@ -233,9 +233,9 @@ class Planning:
         self._by_header = False  # the wanted items are known from the source's header, not from its caches
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return the same as `plan`, faster.
+        """Do the same as `plan`, but faster.
 
-        Of many sources whose caches differ only in files and values, one is compared fully. For the others
+        Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
         """
         shape = self._shape()
@@ -291,7 +291,7 @@ class Planning:
         return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
-        """Compare the cache files with the ones that this run would make.
+        """Compare existing cache files with those that this run would make.
 
         Raises:
             MediaError: If the header of the source cannot be read.
@@ -358,7 +358,8 @@ class Planning:
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
-        `kept_frames` is that of a clip, if that was decoded. `reason` says why there is no span.
+        `kept_frames` is the number of kept frames if the clip was decoded. `reason` says why there is no
+        span.
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
@@ -404,7 +405,7 @@ class Planning:
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
-        """Return the sizes that training sees of an item: of the whole, or of each of its sections."""
+        """Return the sizes of an item as training uses it: of the full item, or of each section."""
         _, num_frames = span
         if self.table.kind == "image":
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
@@ -414,7 +415,7 @@ class Planning:
         return [(*bucket, num_frames)] * (num_sections or 1)
 
     def _check_sections(self, files: Names, num_sections: int | None) -> None:
-        """Raise CacheError unless the files of an item are those of all its sections."""
+        """Raise CacheError unless the files of an item cover exactly its sections."""
         expected = [None] if num_sections is None else list(range(num_sections))
         sections = [name.section for name in files.values()]
         if sections == expected:
@@ -426,13 +427,13 @@ class Planning:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that a file of an item equals the one that this run would write.
+        """Check that an item's file is what this run would write.
 
         Returns:
-            Whether it lacks a record.
+            Whether the file lacks a record.
 
         Raises:
-            CacheError: If it does not fit.
+            CacheError: If the file differs.
         """
         path = self.table.cache_directory / file
         entry: Entry | None = None
@@ -458,7 +459,7 @@ class Planning:
         return False
 
     def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
-        """Raise OtherKind if a file without a record does not fit, as far as its header says."""
+        """Raise OtherKind if the header of a file without a record shows that it does not fit."""
         self._check_foreign_tensors(path, header)
         for fact, value in self.recipe.latent.declared:
             if header.metadata.get(fact, value) != value:
@@ -543,10 +544,10 @@ class Planning:
         return None
 
     def _read_image_size(self) -> Size | None:
-        """Return the size of an image, from its caches if possible, as opening images takes longer.
+        """Return the size of an image, from its caches if possible, because opening images takes longer.
 
         Returns:
-            None if the image has to be fetched first and no cache has its size.
+            The size, or None if the image has to be fetched first and no cache has its size.
 
         Raises:
             MediaError: If the header of the image cannot be read.

@@ -55,7 +55,7 @@ SIZE_CHANGES = "have frames of several sizes: those of another shape than the fi
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Results of a run. Counts are numbers of cache files."""
+    """Results of a caching run, with counts of cache files."""
 
     written: int = 0
     kept: int = 0
@@ -166,9 +166,9 @@ def first_lines(things: Sequence[object], most: int) -> list[str]:
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error at the end of a run for its failures.
+    """Return the error for the failures of a run, to be raised at its end.
 
-    `things` is a word for them.
+    `things` is the plural noun for what failed.
     """
     lines = "\n".join(first_lines(failures, LISTED))
     return DatasetError(
@@ -187,7 +187,7 @@ AT_ONCE = 64  # values that a thread of `map_ahead` takes
 
 
 def workers_of(options: CachingOptions) -> int:
-    """Return the number of threads that decode: the option's, else one less than the processor has."""
+    """Return the number of decoding threads: the option's value, else one less than the CPU has."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
@@ -196,10 +196,10 @@ def run_ahead(
 ) -> Generator[tuple[T, R | Exception], None, None]:
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
-    Threads are enough: FFmpeg, OpenCV and hashing release the interpreter's lock, and frames need no copy
-    between processes. `size_bytes` returns the size of a job's result, and is called just before the job
-    starts. A job starts if all results that are in progress, waiting or in use (until the next one is
-    requested) stay under `limit_bytes`; a single one may be larger.
+    Threads are enough, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied
+    between processes. `size_bytes` estimates the size of a job's result and is called just before the job
+    starts. A job starts only if all results that are in progress, waiting or in use (until the next one is
+    requested) stay below `limit_bytes` in total; a single result may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used = 0  # bytes of all results in progress, waiting or in use
@@ -281,8 +281,8 @@ def fill_batches(
 ) -> Iterator[list[T]]:
     """Yield items of one group together, as soon as there are `max_of` them.
 
-    If all waiting items take more than `max_bytes`, the largest group is yielded. At the end the remaining
-    groups are yielded.
+    If the waiting items take more than `max_bytes` together, the largest group is yielded early. At the end,
+    all incomplete groups are yielded.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -313,8 +313,8 @@ def read_ahead(
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs.
 
-    With `decodes`, `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads
-    little.
+    With `decodes`, `work` decodes its source, and waiting frames are limited to DECODED_BYTES; otherwise
+    `work` needs little memory.
     """
     ahead = run_ahead(
         jobs,
@@ -353,12 +353,12 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 
 
 def _estimate_frames(source: MediaSource) -> float:
-    """Estimate how many frames of a whole clip are kept, by its header."""
+    """Estimate from the header how many frames of a full clip are kept, to plan memory."""
     table = source.table
-    if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
+    if source.origins:  # not fetched yet; `check_memory` looks again once the file is local
         return UNKNOWN_FRAMES
-    if table.is_of_audio:  # its samples take about as much as frames would
-        from dataset.sources.audio import count_frames  # only with sounds
+    if table.is_of_audio:  # samples take about as much memory as frames at this rate
+        from dataset.sources.audio import count_frames  # only for tables of audio
 
         with contextlib.suppress(UserError):
             return count_frames(source.path, FASTEST_FPS)
@@ -367,7 +367,7 @@ def _estimate_frames(source: MediaSource) -> float:
         info = video_info(source.path)
         num_frames = info.frames or UNKNOWN_FRAMES
         is_timed = table.source_fps == AUTO or is_animation(source.path)
-        if is_timed and info.fps:  # they may be repeated too
+        if is_timed and info.fps:  # frames are chosen by time, so slow clips repeat some
             return num_frames * FASTEST_FPS / info.fps
         return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:

@@ -34,9 +34,9 @@ class OtherCaches:
         self._is_made_otherwise = False  # one of these by another autoencoder, or with other options
 
     def take_source(self, plan: SourcePlan) -> SourcePlan:
-        """Take over the latents of a source without valid caches, under this model's names.
+        """Copy usable latents of another model for a source without valid caches, under this model's names.
 
-        Returns its plan, finished if there were any.
+        Returns the plan of the source, which is finished if latents were found.
 
         Raises:
             OutputError: If an entry cannot be written.
@@ -67,10 +67,10 @@ class OtherCaches:
         return plan
 
     def report(self, shows: bool) -> None:
-        """Log what was taken over and what could not be.
+        """Log how many caches were taken over, and why others could not be.
 
         Args:
-            shows: This process is the one that talks.
+            shows: Whether this process writes to the log.
         """
         if not shows:
             return
@@ -93,7 +93,7 @@ class OtherCaches:
             )
 
     def _list_others(self, plan: SourcePlan, stores: Stores) -> dict[str, LatentNames]:
-        """Return the latent caches of other models in the folder of a table, by their tags."""
+        """Return the latent caches of other models in the folder of a table, by the tag of the model."""
         table = plan.source.table
         if table.index not in self._by_table:
             store = stores.of(table)

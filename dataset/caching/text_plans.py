@@ -74,7 +74,7 @@ FITTED = "fitted"  # setting of captions that name places: their record has them
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that makes captions follow their picture; None if captions name no places."""
+    """Return the function that fits positions in captions to the image; None if captions name none."""
     step = family.latent.pixel_step
     if not fits_captions(family):
         return None
@@ -96,10 +96,10 @@ def caption_fitter(family: Caches) -> FitText | None:
 def list_caption_files(
     sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND, fit: FitText | None = None
 ) -> list[CaptionFile]:
-    """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
+    """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
 
-    `sight` is that of the text encoders. `fit` is `caption_fitter`. First captions come first, so that their
-    batches are those of a table without more texts.
+    First captions come first, so that their batches are the same as without additional texts. `sight`
+    describes the media that text encoders see. `fit` is the result of `caption_fitter`.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -114,7 +114,7 @@ def list_caption_files(
 def _files_of_table(
     table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight, fit: FitText | None
 ) -> list[CaptionFile]:
-    """Return the texts of a table: first captions, further ones, then the empty prompt."""
+    """Return the texts of a table: first captions, additional ones, then the empty prompt."""
     first: list[CaptionFile] = []
     further: list[CaptionFile] = []
     empty: list[CaptionFile] = []
@@ -194,9 +194,9 @@ def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Ori
 
 
 def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
-    """Return the settings that decide how text encoders see a source's reference pictures, by its header.
+    """Return the settings that decide how text encoders see a source's reference images, from its header.
 
-    Of a source that has to be downloaded, and of one that cannot be read, the size is not known.
+    The size is unknown if the source has to be downloaded or cannot be read.
     """
     table = source.table
     if source.origins or table.references is None or not table.references.as_encoded:
@@ -209,16 +209,16 @@ def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
-    """Return the texts without those that an earlier table has in the same shared file.
+    """Remove texts that share a file with a text of an earlier table.
 
     Raises:
-        DatasetError: If their captions differ.
+        DatasetError: If the captions of two such texts differ.
     """
     by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
-        place = store.folder if store.is_shared else file.table.index
-        first = by_entry.setdefault((place, file.file_name), file)
+        owner = store.folder if store.is_shared else file.table.index  # of the entry
+        first = by_entry.setdefault((owner, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
                 f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
@@ -256,7 +256,7 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
 def plan_texts(
     files: Sequence[CaptionFile], encoders: Encoders, stores: Stores, workers: int = 1
 ) -> list[CaptionFile]:
-    """Compare all texts with their files; return them with the work left to do."""
+    """Compare all texts with their caches; return them with the encoders that still have to run."""
     reads_values = stores.verify or len(files) < MANY
     plan = partial(_plan, encoders=encoders, stores=stores, reads_values=reads_values)
     bar = Bar(len(files), "Comparing", "caption", shown=False)
@@ -265,9 +265,9 @@ def plan_texts(
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
-    """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
+    """Compare a text's cache, complete or not, with the required outputs, without changing anything.
 
-    With `reads_values`, compare them with their checksums too.
+    With `reads_values`, values are compared with their checksums too.
     """
     store = stores.of_texts(file.table)
     if stores.trusts and store.is_shared and file.file_name in store:
@@ -287,14 +287,18 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
 def find_outputs(
     file: CaptionFile, encoders: Encoders, stores: Stores, in_part: bool = False, reads_values: bool = True
 ) -> tuple[Entry | None, Mapping[str, bool]]:
-    """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
+    """Find the valid outputs in a text's cache.
 
-    With `in_part`, look at the unfinished file. If anything in it is from a run with other encoders or
-    another caption, nothing is found, as joining it would corrupt valid outputs. Without `reads_values`, only
-    the header is read. The entry is None if the file is missing or damaged.
+    With `in_part`, the unfinished file is searched. If anything in it was made with other encoders or another
+    caption, nothing is found, because joining it would corrupt valid outputs. Without `reads_values`, only
+    the header is read.
+
+    Returns:
+        The entry, None if the file is missing or damaged; and for each encoder with valid outputs, whether
+        these have a record.
 
     Raises:
-        CacheError: If a file that another program made is kept, and says that it is for something else.
+        CacheError: If another program's file is to be kept but is for something else.
     """
     store = stores.of_texts(file.table)
     right: dict[str, bool] = {}

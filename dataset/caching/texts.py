@@ -83,13 +83,13 @@ class TextWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and captions.
+        """List existing cache entries and all captions.
 
-        For `stores` see `MediaWork`.
+        `stores` replaces the caches that the tables name.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
-            CheckpointError: If a file of an encoder is wrong.
+            CheckpointError: If an encoder's file cannot be used.
         """
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
@@ -185,9 +185,9 @@ class TextWork:
     def remove_stale(
         self, table: DatasetTable, right: object, failed: Collection[str], keep_cache: bool
     ) -> int:
-        """Remove the entries of a table that belong to no caption; return how many there were.
+        """Remove the entries of a table that belong to no caption; return their number.
 
-        With `keep_cache`, remove only further captions of sources that now have fewer captions.
+        With `keep_cache`, only additional captions are removed, of sources that now have fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # unfinished ones too
@@ -212,7 +212,7 @@ class TextWork:
         return further
 
     def free(self) -> None:
-        """Release the encoder that is loaded, if there is one."""
+        """Release the encoder if one is loaded."""
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
@@ -227,8 +227,9 @@ class TextWork:
     ) -> None:
         """Encode every incomplete batch, and write the missing outputs.
 
-        Batches stay whole, because the last bits of an embedding depend on its neighbors: so a run that was
-        killed and continued gives the same files as an uninterrupted one.
+        Complete batches are encoded even if only some outputs are missing, because the last bits of an
+        embedding depend on its neighbors. So an interrupted and continued run gives the same files as an
+        uninterrupted one.
         """
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
@@ -259,8 +260,8 @@ class TextWork:
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
 
-        If a reference picture or a text cannot be used, each text is encoded alone, and the one with that
-        picture, or that text, becomes a failure.
+        If a reference image or a text cannot be used, the texts are encoded one by one, and only the unusable
+        one becomes a failure.
         """
         rules = self._family.references
         sees_encoded = rules is not None and rules.as_encoded
@@ -354,11 +355,10 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Pass the cache file of a caption to `write`.
+        """Schedule the writing of a caption's cache.
 
-        `identity` are those of the encoder, for the record.
-
-        `conditions` is the encoder's outputs by name; one whose length varies is a list of one tensor.
+        `identity` identifies the encoder in the record. `conditions` are the encoder's outputs by name; an
+        output whose length varies is a list of one tensor.
         """
         named = {}
         for key, output in conditions.items():
@@ -393,11 +393,12 @@ class TextWork:
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        `marks` are additional metadata. Tensors with other names, other metadata and other encoders' records
-        are kept.
+        `marks` are additional metadata. Other tensors, other metadata and the records of other encoders are
+        kept.
 
         Raises:
-            OutputError: If writing fails, CacheError as `_finish`.
+            OutputError: If writing fails.
+            CacheError: If the outputs of other encoders are gone.
         """
         store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
@@ -420,12 +421,12 @@ class TextWork:
     def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
 
-        `encoders` are those whose valid outputs are in the entry. A changed caption is replaced with a
+        `encoders` are the encoders with valid outputs in the entry. A changed caption is replaced with a
         warning.
 
         Raises:
             OutputError: If writing fails.
-            CacheError: If the outputs of other encoders are gone, so that no file is incomplete.
+            CacheError: If the outputs of other encoders are gone; an incomplete file is never written.
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
@@ -453,9 +454,9 @@ class TextWork:
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Return consecutive texts of one table and kind together.
+    """Group consecutive texts of one table and kind into batches.
 
-    `size` is that of a batch; None means that of its table.
+    `size` is the batch size; None takes that of the table.
     """
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
@@ -466,9 +467,9 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _join(old: Entry, new: Entry) -> Entry:
-    """Join two entries; if both have a tensor or text, the new one's is taken.
+    """Join two entries; the new one takes precedence for tensors and texts that both have.
 
-    What an encoder of the new one wrote into the old one is dropped, also under names that are not there now.
+    Everything that an encoder of the new entry wrote into the old one is dropped, even under other names.
     """
     old_records = text_records(old)
     new_records = text_records(new)

@@ -47,7 +47,7 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with all faults that make tables unusable for a family."""
+    """Raise DatasetError with all errors that make tables unusable for a family."""
     errors = []
     spec = audio_of(family)
     learns_audio_alone = spec is not None and spec.is_alone
@@ -106,7 +106,7 @@ def _check_table(
 
 
 def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
-    """Raise DatasetError if a table of pictures is for a run of sound alone, or the other way round."""
+    """Raise DatasetError for a table of images in an audio-only run, or of audio in any other run."""
     if learns_audio_alone and (table.kind == "image" or table.audio == IGNORE):
         why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
         raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
@@ -120,8 +120,8 @@ def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
 class MediaWork:
     """Encode the latents of a dataset.
 
-    The encoders are loaded when they are first needed and stay until `free`. Encoders of media and of sound
-    replace each other on the device.
+    Encoders are loaded when they are first needed and stay loaded until `free` is called. Encoders of video
+    and of audio replace each other on the device.
     """
 
     def __init__(
@@ -132,9 +132,9 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and sources.
+        """List existing cache entries and all sources.
 
-        `stores` is where entries are kept, if not where the tables say.
+        `stores` replaces the caches that the tables name.
 
         Raises:
             DatasetError: If the dataset cannot be used.
@@ -258,10 +258,10 @@ class MediaWork:
         failed: Collection[str],
         keep_cache: bool,
     ) -> int:
-        """Remove the entries of a table that belong to no item; return how many there were.
+        """Remove the entries of a table that belong to no item; return their number.
 
-        `right` are the valid files of all processes. `failed` are the stems of sources that failed; their
-        entries stay.
+        `right` are the valid files of all processes. `failed` are the stems of sources that failed, whose
+        entries are kept.
         """
         if keep_cache:
             return 0
@@ -337,7 +337,7 @@ class MediaWork:
     def _write_item(
         self, item: DecodedMedia, name: LatentName, entries: Sequence[CacheEntry], write: prefetch.Write
     ) -> list[str]:
-        """Pass the files of an item to `write`, one for each entry; return their names."""
+        """Schedule the writing of an item's files, one for each entry (section); return their names."""
         options = self._recipe.options(item.source, size=item.size, bucket=item.bucket, span=item.spans[0])
         record = LatentRecord(
             encoder=self._recipe.encoder,
@@ -345,16 +345,17 @@ class MediaWork:
             files=item.files,
             clip=item.clip,
             parts=len(entries),
-            crc32={},
+            crc32={},  # filled in by `write_entry`
         )
         info = {"width": str(name.size[0]), "height": str(name.size[1])}
         if name.span is not None:
             info["frame_count"] = str(name.span[1])
-        if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
+        if item.rate is not None:  # as text: training groups items into batches by their headers alone
             info[FPS] = repr(item.rate)
-        stamps = {}
+        fingerprints = {}
         if self._family.latent.declared:
-            stamps["media_fingerprints"] = _join_fingerprints(item.files, self._recipe.parts_of(item.source))
+            parts = self._recipe.parts_of(item.source)
+            fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
         store = self.stores.of(item.source.table)
         files = []
         for entry in entries:
@@ -368,7 +369,7 @@ class MediaWork:
                     file=file,
                     named=tensors,
                     record=record,
-                    facts={**info, **entry.metadata, **stamps},
+                    facts={**info, **entry.metadata, **fingerprints},
                 )
             )
             files.append(file)
@@ -377,9 +378,9 @@ class MediaWork:
     def _remove_surplus(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
-        """Have the files of sections removed that an item no longer has.
+        """Schedule the removal of files for sections that an item no longer has.
 
-        `files` are those that it has.
+        `files` are the current files of the item.
         """
         existing = self._existing[item.source.table.index].of(item.source.stem)
         surplus = []
@@ -452,9 +453,9 @@ def _report_of(
     share: int,
     total: int,
 ) -> prefetch.CacheReport:
-    """Return the report of a share of the sources.
+    """Return the report of this process.
 
-    `share` and `total` are how many sources it has, and how many there are.
+    `share` is the number of sources of this process, and `total` the number of all sources.
     """
     valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized, silent = [], [], [], []
@@ -483,7 +484,7 @@ def _report_of(
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
-    """Warn of caches that do not fit before they are replaced: they may be meant for another model."""
+    """Warn of unfit caches before they are replaced, because they may be meant for another model."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",

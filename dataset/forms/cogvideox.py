@@ -33,7 +33,7 @@ class CogVideoX(DataForm):
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
-        """Set `gives_latents`, and warn of keys about frames, which have no effect with given latents."""
+        """Set `gives_latents`; warn of keys about frames, which have no effect with precomputed latents."""
         fields["gives_latents"] = fields["own"].load_tensors
         of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
         unused = [name for name, default in of_frames.items() if fields[name] != default]

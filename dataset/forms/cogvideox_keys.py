@@ -26,7 +26,7 @@ class CogVideoXKeys:
 
     @property
     def folder(self) -> Path:
-        """Folder of the data, in which caches are too unless the table says otherwise."""
+        """Folder of the data, which also holds the caches unless the table names another folder."""
         return self.cogvideox_root
 
     def source_key(self, kind: str) -> str:

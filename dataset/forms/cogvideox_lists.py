@@ -38,7 +38,7 @@ class CogRow:
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of the table, in the order of its lists; add errors to `faults`.
 
-    With load_tensors a source's latents are given, and its clip need not be there.
+    With load_tensors, a source's latents are precomputed, and its clip need not exist.
 
     Raises:
         DatasetError: If there is nothing to list.
@@ -68,9 +68,9 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
 
 
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
-    """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
+    """Yield clips and captions in the order of the lists; add unusable lines to `faults`.
 
-    `name` is that of the data set, for messages. It is not checked whether the clips exist.
+    `name` is the dataset's name, for messages. Existence of the clips is not checked.
 
     Raises:
         DatasetError: If a list is missing, the two lists differ in length, or a column is missing.
@@ -105,10 +105,7 @@ def _text_in(row: TableRow, column: str) -> str:
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
-    """Return a fault for each clip that does not exist.
-
-    `name` is that of the data set.
-    """
+    """Return an error for each clip that does not exist; `name` is the dataset's name."""
     kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
@@ -144,10 +141,7 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing.
-
-    `key` is that of the data set, which names another one.
-    """
+    """Raise DatasetError if a list is missing; `key` is the key by which a table names another list."""
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
@@ -200,7 +194,7 @@ def _first_of(usual: Sequence[str], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CogVideoXTensors:
-    """Files of tensors computed for a clip before, in folders next to that of the clips."""
+    """Files of precomputed tensors of a clip, in folders next to the folder of the clips."""
 
     folder: Path  # that these folders are in; shared
     name: str  # of the files, without suffix
@@ -219,7 +213,7 @@ class CogVideoXTensors:
 
     @property
     def embeds(self) -> Path | None:
-        """File of the encoded prompt; None if the prompt is encoded here."""
+        """File of the precomputed prompt embedding; None if the prompt is to be encoded."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":

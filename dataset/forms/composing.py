@@ -17,7 +17,7 @@ from modules.errors import DatasetError
 
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
-    """Return the keys that say where items are: those of pictures, of clips, then the ones without a kind."""
+    """Return the keys that say where items are: for images, for clips, then those for any kind."""
     of_kind: list[tuple[str, forms.Form, DataForm]] = []
     alone: dict[str, tuple[TableKey, DataForm]] = {}
     for form in FORMS:
@@ -86,9 +86,9 @@ def form_of(table: DatasetTable) -> DataForm:
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only a form has; None: it has none.
+    """Return the record of the keys that only this form has; None if it has none.
 
-    `values` are those of all keys.
+    `values` are the values of all keys of the table.
     """
     if form.keys is None:
         return None
@@ -127,10 +127,10 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None for all of them.
+    """Yield the rows of a table with the columns `names`, or with all columns if `names` is None.
 
-    A name that is not a column is left out. A row that cannot be read has a `fault` and no values; the next
-    ones follow.
+    Names that are not columns are ignored. A row that cannot be read has a `fault` and no values; reading
+    continues with the next row.
 
     Raises:
         DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
@@ -139,9 +139,9 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function row -> place of its file if the column `name` holds files; None if it does not.
+    """Return a function that maps a row's number to its file in column `name`; None if it holds no files.
 
-    With `finds_nulls`, return None for a cell that is null and names no file.
+    With `finds_nulls`, the function returns None for a cell that is null.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

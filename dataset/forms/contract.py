@@ -50,7 +50,7 @@ class LookedAt(NamedTuple):
 
 
 class DataForm:
-    """Where the items of a table are: in a folder, a list, a table, tars. A subclass says what differs."""
+    """Form in which items are stored: a folder, a list, a table or tars; subclasses define the details."""
 
     name: ClassVar[str]  # as in messages
     # the key that says where the items are: behind `image_` and `video_`, or alone
@@ -69,10 +69,7 @@ class DataForm:
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
-        """Change fields that depend on others, with a warning.
-
-        `where` is the table's place in the file.
-        """
+        """Adapt fields that depend on others, with a warning; `where` is the table's position in the file."""
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Return the sources of a table; errors go to the list.
@@ -96,14 +93,14 @@ class DataForm:
 
 
 class RowFormat:
-    """How the rows of a list or table are written, as JSONL or CSV. A subclass says what differs."""
+    """File format of the rows of a list or table, such as JSONL or CSV; subclasses define the details."""
 
     suffixes: ClassVar[tuple[str, ...]]  # of files
     is_text: ClassVar[bool] = True  # its files can be decoded and corrected as text
     has_header: ClassVar[bool] = False  # the first line names the columns
 
     def reads(self, path: Path) -> bool:
-        """Return whether a file or folder is in this format, by its name alone."""
+        """Return whether a file or folder is in this format, judged by its name."""
         return path.suffix.lower() in self.suffixes and not path.is_dir()
 
     def list_names(self) -> list[str]:

@@ -18,7 +18,7 @@ FIRST_LINES = 100  # whose keys are taken for the columns
 
 
 def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a list, in any order; add errors to `faults`, with numbers of lines.
+    """Return the sources of a list, in any order; add errors, with line numbers, to `faults`.
 
     Raises:
         DatasetError: If the file cannot be read.
@@ -53,11 +53,11 @@ def first_keys(path: Path) -> tuple[str, ...]:
 def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
     """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
-    `example` is that of a line, which faults then show.
+    `example` is a valid line to show in errors.
 
     Raises:
-        DatasetError: If it cannot be read, and for a file of another form: an array, an object over several
-            lines, or CSV.
+        DatasetError: If the file cannot be read or is not JSONL but an array, an object over several lines,
+            or CSV.
     """
     hint = f". Each line is one object such as {example}" if example else ""
     is_first = True

@@ -29,7 +29,7 @@ class MetadataKeys:
 
 
 class Metadata(DataForm):
-    """Images that such a file names."""
+    """Images that a metadata file of image trainers names."""
 
     name = "metadata files"
     keys = MetadataKeys

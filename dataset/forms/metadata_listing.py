@@ -69,12 +69,12 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
 
 
 def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
-    """Return the picture of a key of a metadata file.
+    """Return the image that a key of a metadata file names.
 
-    `listed` are the pictures of folders by name without suffix; a folder that is missing there is added.
+    `listed` caches the images of folders by name without suffix; missing folders are added to it.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such image.
     """
     if bad_character(key) or not key.strip():
         raise ValueError("this is not a path")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 def open_store(
     table: DatasetTable, names: "NpzNames | None", folder: Path, list_images: ListImages
 ) -> "NpzStore":
-    """Return the npz files of a table.
+    """Open the npz caches of a table.
 
-    `folder` is that of its images, but for those that `list_images` returns.
+    `folder` is the folder of its images, except for those that `list_images` returns.
 
     Raises:
         DatasetError: If the family has no caches in npz files.

@@ -63,10 +63,10 @@ class NpzArray(NamedTuple):
 
 
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
-    """Return the arrays of a file whose names are wanted.
+    """Return the arrays of a file whose names satisfy `is_wanted`.
 
     Raises:
-        CacheError: If it is missing or damaged, or if an array holds something else than numbers.
+        CacheError: If the file is missing or damaged, or if an array holds anything but numbers.
     """
     arrays = {}
     with _open(path) as file:
@@ -76,7 +76,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
                 if member.read(1):  # the end, where the checksum is compared
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-                raise ValueError(f"{name} is of {array.dtype}, which are no numbers")
+                raise ValueError(f"{name} is of {array.dtype}, which are not numbers")
             native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
             arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
     return arrays
@@ -93,7 +93,7 @@ def list_arrays(path: Path) -> list[str]:
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
+    """Return the bytes of all members by the names of their arrays; raise CacheError if damaged."""
     members = {}
     with _open(path) as file:
         for name in _names(file):
@@ -103,7 +103,7 @@ def read_members(path: Path) -> dict[str, bytes]:
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a file, in place of an existing one. Equal contents give equal bytes. Raises OutputError."""
+    """Write a file, replacing an existing one; equal contents give equal bytes. Raises OutputError."""
     size_bytes = sum(map(len, members.values()))
     with atomic_path(path, size_bytes) as temporary, zipfile.ZipFile(temporary, "w") as file:
         for name in sorted(members):
@@ -139,9 +139,9 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Return a tensor as other programs read it: numbers of less than 32 bits become float32.
+    """Convert a tensor to an array that other programs read: floats below 32 bits become float32.
 
-    With `keep_half`, float16 stays float16.
+    With `keep_half`, float16 is kept.
     """
     if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()

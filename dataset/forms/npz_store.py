@@ -94,7 +94,7 @@ class NpzStore:
         return self._file_of(name).is_file()
 
     def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
-        """Read an entry, always whole: most of the time goes into opening the file."""
+        """Read an entry, always completely, because opening the file takes most of the time."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -145,7 +145,7 @@ class NpzStore:
         return place.with_name(place.name + file.removeprefix(source))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file to read an entry from: the one that an older program wrote if there is no other."""
+        """Return the file to read an entry from, or the file by an older program if there is no other."""
         path = self._path(name)
         source = self._source_stem(name)
         if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
@@ -197,7 +197,7 @@ class NpzStore:
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
-        `stems` are those of pictures that a list names, by their paths without suffix.
+        `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
         finished = file.removesuffix(cache_files.PART)
         if not finished.endswith(NPZ):
@@ -215,7 +215,7 @@ class NpzStore:
         return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
-        """Return the ends of an entry's name, without suffix, and those of the files."""
+        """Return pairs of endings: of an entry's name, without suffix, and of the file."""
         return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
 
     # --- latents ---
@@ -260,7 +260,7 @@ class NpzStore:
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return another program's latents, if they fit the table."""
+        """Return latents that another program wrote, if they fit the table."""
         needed_by = {"latents": ""}
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
@@ -292,9 +292,9 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return another program's mask, 1 H W of latents.
+        """Convert a mask that another program wrote to 1 H W in latent pixels.
 
-        `mask` is H W of latents or of pixels.
+        `mask` is H W, in latent pixels or in pixels.
         """
         stride = self.latent.stride
         pixels = grid[0] * stride[1], grid[1] * stride[2]
@@ -425,7 +425,7 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
 
 
 def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
-    """Return a name with the second of a pair of ends in place of the first; a name with none unchanged."""
+    """Replace the ending of a name by its counterpart; a name with none of the endings is unchanged."""
     for end, replacement in ends:
         if stem.endswith(end):
             return stem.removesuffix(end) + replacement

@@ -17,7 +17,7 @@ class Parquet(RowFormat):
         return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
-        """Return the suffixes, and words for a folder of parts."""
+        """List the suffixes of the format and describe a folder of parts, for messages."""
         return [*self.suffixes, "a folder of .parquet parts"]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
@@ -27,13 +27,13 @@ class Parquet(RowFormat):
         return columns_of_parts(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-        """Yield the rows of all parts in order of their names."""
+        """Yield the rows of all parts, sorted by the names of the parts."""
         from dataset.forms.parquet_rows import read_parts
 
         return read_parts(path, names)
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-        """Return where files in a column are, so that they are read without the other columns."""
+        """Return a function that locates the files in a column, to read them without other columns."""
         from dataset.forms.parquet_files import cells_of_parts
 
         return cells_of_parts(path, name, finds_nulls)

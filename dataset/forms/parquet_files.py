@@ -61,10 +61,10 @@ def parquet_parts(path: Path) -> list[Path]:
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file (a pyarrow `ParquetFile`).
 
-    `repeating` are columns whose equal texts are held once.
+    `repeating` are columns whose equal texts are stored only once in memory.
 
     Raises:
-        DatasetError: If it cannot be read, there or in the block.
+        DatasetError: If the file cannot be opened, or if reading it in the block fails.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -118,9 +118,10 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes).
+    """Return the size of the largest page whose values rows can refer to, in bytes.
 
-    Each row may unpack to a value as large as that page.
+    Such pages hold dictionaries or prefixes. A damaged or malicious file could make each row as large as the
+    page.
 
     Args:
         file: A `ParquetFile`.
@@ -129,10 +130,10 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
         columns: Names of columns, with all nested ones.
 
     Returns:
-        0 if there is no such page.
+        The size, or 0 if there is no such page.
 
     Raises:
-        DatasetError: If the pages unpack to too much.
+        DatasetError: If the decompressed pages would be too large.
         ValueError: If the pages are damaged.
         OSError: If the file cannot be read.
     """
@@ -142,6 +143,7 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     with pages.path.open("rb") as content:
         for number in range(chunks.num_columns):
             chunk = chunks.column(number)
+            # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
                 pages.add(chunk.num_values * VALUE_BYTES)
@@ -197,7 +199,7 @@ def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
 
 
 def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Return field number -> value for the numbers and structs in a struct, and the place where it ends."""
+    """Parse a struct of Thrift's compact protocol: return numbers and structs by field id, and the end."""
     if depth > 4:  # a page's header, its kind, its statistics
         raise ValueError("a page's header is damaged")
     values: dict[int, Any] = {}
@@ -256,9 +258,9 @@ class ParquetCell:
 
 
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function row -> place of its file if the column `name` holds files; None if it does not.
+    """Return a function that maps a row's number to its file in column `name`; None if it holds no files.
 
-    For `finds_nulls` see `cells_of`.
+    With `finds_nulls`, the function returns None for a cell that is null.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
@@ -286,13 +288,12 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return a function of a row number, from 1, that returns the cell in a Parquet file.
+    """Return a function that maps a row's number, from 1, to its cell in a Parquet file.
 
     Args:
-        path: A file or part.
-        column: Name that `cell_column` returned.
-        finds_nulls: Return None for a cell that is null and names no file. A row group with such cells is
-            read.
+        path: A file, or one part of several.
+        column: Column, from `cell_column`.
+        finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
 
     Raises:
         DatasetError: If row groups are too large to be read one at a time.
@@ -378,7 +379,7 @@ def _column(path: Path, group: int, column: str) -> Any:
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """Return a column of a row group.
 
-    `mtime_ns` is only a cache key, so that a changed file is read again.
+    `mtime_ns` only serves as part of the cache key, so that a changed file is read again.
     """
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)

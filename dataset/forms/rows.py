@@ -45,7 +45,7 @@ class _Media(NamedTuple):
 
 
 class RejectedAddress(DatasetError):
-    """Raised for an address that the table does not allow, or that cannot be read here."""
+    """Raised for an address that the table does not allow, or of a kind that is not supported."""
 
     def __init__(self, reason: str, shown: str) -> None:
         super().__init__(f"{shown}: {reason}")
@@ -71,8 +71,8 @@ class RowReader:
 
         Args:
             values: Cells of the row by column, or the object of a line.
-            where: Words for messages, such as `list.jsonl, line 3`.
-            contained: Name and position of a file that the row holds itself.
+            where: Position for messages, such as `list.jsonl, line 3`.
+            contained: Name and location of a file that the row contains itself.
 
         Raises:
             DatasetError: If a value cannot be used.
@@ -123,7 +123,7 @@ class RowReader:
     def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
-        if text is None and self.table.multiple_target:
+        if text is None and self.table.multiple_target:  # image_0 is then the full image, image_1 a layer
             text = values.get(f"{self.path_column}_0")
         if not isinstance(text, str) or not text.strip():
             hint = self._explain_list(values) if self.is_list else ""
@@ -154,10 +154,10 @@ class RowReader:
         return f". Each line is one object such as {example}"
 
     def _read_layers(self, values: Mapping[str, Any], where: str) -> list[Part]:
-        """Return the layers of a row, in the order of their numbers; the picture itself has 0 or none."""
+        """Return the layers of a row, ordered by number; the image itself has the number 0 or none."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
-            raise DatasetError(f"{where}: {column} and {column}_0 both name the picture; leave out one")
+            raise DatasetError(f"{where}: {column} and {column}_0 both name the image; leave out one")
         layers: dict[int, Part] = {}
         for name, value in values.items():
             number = control_number(name, column)
@@ -167,7 +167,7 @@ class RowReader:
         return [layers[number] for number in sorted(layers)]
 
     def _read_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
-        """Return the control media of a row and its references, each in the order of their numbers."""
+        """Return the control media and the references of a row, each ordered by number."""
         controls: dict[int, Part] = {}
         references: dict[int, Part] = {}
         for name, value in values.items():
@@ -188,7 +188,7 @@ class RowReader:
     ) -> None:
         """Add the files in a column by their numbers.
 
-        `column` is its usual name. `name` is its name in this row.
+        `column` is the column's default name, and `name` its name in this row.
         """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
@@ -205,9 +205,9 @@ class RowReader:
     def finish(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
-        """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
+        """Give sources with clashing stems new ones, and add errors that concern all rows to `faults`.
 
-        `sources` are all that `read` made, in order.
+        `sources` are all sources that `read` returned, in order.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
@@ -291,9 +291,9 @@ class RowReader:
         return texts
 
     def _part(self, name: str, value: Any, where: str) -> Part | None:
-        """Return the file in a column of control media, masks or sound; None if there is none.
+        """Return the file in a column of control media, masks or audio; None if there is none.
 
-        `value` is a path, or the place of a file that is in the row.
+        `value` is a path, or the location of a file that the row contains.
         """
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):
@@ -316,7 +316,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
 
-    `cells` find the files in rows, by column.
+    `cells` locate the files that rows themselves contain, by column.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -426,9 +426,9 @@ def check_text(text: str, where: str) -> None:
 def check_controls(
     table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
 ) -> list[media_source.MediaSource]:
-    """Add a fault for each source with too few control media, or without a worse one, if any source has one.
+    """Report sources with fewer control media than others, or without a rejected medium if others have one.
 
-    Returns `sources`.
+    Errors are added to `faults`. Returns `sources`.
     """
     count = table.control_count
     if count is not None and any(source.control for source in sources):
@@ -451,7 +451,7 @@ def require_file(table: DatasetTable) -> Path:
     """Return the file of a list or table.
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If the file does not exist.
     """
     path = table.source
     if not path.exists():
@@ -460,7 +460,7 @@ def require_file(table: DatasetTable) -> Path:
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the columns that are read, except companions by number: see `is_companion`."""
+    """Return the columns that are read, except numbered companions (see `is_companion`)."""
     names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
     names.add("worse_path")
     if table.multi_caption:
@@ -471,12 +471,12 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a column holds control media or references, by number."""
+    """Return whether a column holds numbered control media or references, such as `control_path_1`."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
 def is_layer(table: DatasetTable, name: str) -> bool:
-    """Return whether a column holds a picture or one of its layers, by number."""
+    """Return whether a numbered column holds an image or one of its layers."""
     return table.multiple_target and control_number(name, table.path_key) is not None
 
 
@@ -486,9 +486,9 @@ def is_control(table: DatasetTable, name: str) -> bool:
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
-    """Return the folder that relative paths start in; None: the working folder, also if no file is found.
+    """Return the folder that relative paths refer to; None for the working folder, or if no file is found.
 
-    `rows` are those of the list or table at `path`, with the column of its media.
+    `rows` are the rows of the list or table at `path`, with the column of its media.
     """
     folder = path if path.is_dir() else path.parent
     for row in itertools.islice(rows, FIRST_ROWS):

@@ -25,9 +25,9 @@ MAX_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of a table, in any order; add errors to `faults`, with numbers of rows.
+    """Return the sources of a table, in any order; add errors, with row numbers, to `faults`.
 
-    `path_column` is the value in the dataset file.
+    `path_column` is the value of the key in the dataset file.
 
     Raises:
         DatasetError: If the file cannot be read or has no paths.

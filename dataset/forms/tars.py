@@ -47,7 +47,7 @@ class Tars(DataForm):
         return list_tars(table, table.of(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in a member of the same name."""
+        """Describe where a missing caption is expected: in a member with the same name as the media."""
         return "no text file and no caption in a .json of the same name in the tar"
 
     def list_addresses(self, table: DatasetTable) -> list[str]:

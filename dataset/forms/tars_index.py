@@ -41,7 +41,7 @@ COMPRESSED = {
 
 
 class TarDamage(Exception):
-    """Raised if a tar cannot be read from here on; the text says why."""
+    """Raised if a tar cannot be read beyond a position; the text gives the reason."""
 
     def __init__(self, reason: str, is_no_tar: bool = False) -> None:
         super().__init__(reason)
@@ -91,11 +91,11 @@ class TarIndex:
 
 
 def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
-    """Return the samples of a tar, from the kept index if the tar has not changed since.
+    """Return the samples of a tar, from the cached index if the tar has not changed.
 
     Raises:
-        DatasetError: If it is compressed or not a tar.
-        OSError: If it cannot be read.
+        DatasetError: If the file is compressed or not a tar.
+        OSError: If the file cannot be read.
     """
     require_regular_file(tar)
     stat = tar.stat()
@@ -126,7 +126,7 @@ def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
-    """Return a sample of a kept index. `media` and `extras` are JSON values."""
+    """Restore a sample from a cached index; `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
     return TarSample(key, Member(*media), caption, members)
 
@@ -213,7 +213,7 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
-    """Return the sample that a group of files makes; None without media. Raises ValueError on a fault."""
+    """Build a sample from a group of files; None without media. Raises ValueError if it is ambiguous."""
     texts: dict[str, str] = {}
     files: dict[str, Member] = {}
     for ending, content in group.items():
@@ -244,7 +244,7 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
 
 
 def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
-    """Return MASK or CONTROL, and its number, for the name of a companion; None for other names."""
+    """Return the role, MASK or CONTROL, and the number of a companion file; None for other names."""
     match = _ROLE.fullmatch(ending)
     if match is None or match[3] not in rules.companions:
         return None
@@ -317,10 +317,10 @@ class _HeaderFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        """Return as many bytes as are there, at most `size`.
+        """Read at most `size` bytes.
 
         Raises:
-            TarDamage: If these are too many.
+            TarDamage: If `size` is more than any header needs.
         """
         if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")

@@ -16,7 +16,7 @@ from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_f
 from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
-from dataset.sources.downloads import HTTP, download, find_remote
+from dataset.sources.downloads import HTTP, download, protocol_error
 from dataset.sources.folders import media_suffixes
 from dataset.sources.mask_files import mask_suffixes
 from dataset.table import DatasetTable
@@ -179,12 +179,12 @@ def _part(tar: Path, member: Member) -> Part:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Return a path inside `path` for a member's name, without "..", so that it stays inside."""
+    """Join a member's name to `path`, without "..", so that the result is inside of `path`."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
 def readable_path(name: str) -> str:
-    """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
+    """Make each part of a member's name readable (`readable_stem`); the suffix is kept."""
     folder, mark, base = name.rpartition("/")
     if mark:
         folder = "/".join(map(media_source.readable_stem, folder.split("/")))
@@ -217,10 +217,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a name without braces.
+    """Yield the tars that a name without braces stands for.
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If there is no tar.
         MediaError: If a tar cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
@@ -231,7 +231,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of an address, each as soon as it is downloaded."""
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
-    addresses = find_remote(name) if has_pattern else [name]
+    addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
         raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
     for address in addresses:
@@ -240,6 +240,25 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
             logger.info("downloading %s", hide_secrets(address))
         download(address, target, check=check_tar)
         yield target
+
+
+def _find_remote(pattern: str) -> list[str]:
+    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
+
+    Raises:
+        MediaError: If they cannot be listed.
+    """
+    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
+    problem = protocol_error(protocol)
+    if problem is not None:
+        raise MediaError(f"{shown}: {problem}")
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
+    except Exception as error:  # each storage has its own; their texts may hold secrets
+        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None
 
 
 def _list_local_tars(name: str) -> list[Path]:
@@ -266,10 +285,10 @@ def has_wildcard(name: str) -> bool:
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:
-    """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
+    """Expand `{000..012}` and `{a,b}` in a name, in order; numbers keep their leading zeros.
 
     Raises:
-        DatasetError: If they are too many.
+        DatasetError: If there are too many names.
     """
     names = [pattern]
     while _BRACES.search(names[0]):

@@ -40,9 +40,9 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unused(table: DatasetTable) -> list[Fault]:
-    """Return a remark for each unread column that holds files, or is named almost like one that is read.
+    """Warn of each unused column that holds files, or whose name is similar to that of a used column.
 
-    Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
+    At most LOOKED_AT rows are checked. Raises DatasetError if the table cannot be listed.
     """
     path = table.source
     if not form_of(table).has_columns or not path.exists():  # reported by the listing
@@ -111,9 +111,9 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return a remark on a value, or None.
+    """Return a warning about a value of an unused column, or None.
 
-    `media` is the path that the same row reads.
+    `media` is the path of the media in the same row.
     """
     hint = _make_hint(name, table)
     texts = _texts_in(value)
@@ -153,7 +153,7 @@ def _find_similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name equals, or means the same as, that of a column of ours."""
+    """Return advice for a column whose name equals, or is a synonym of, that of a known column."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in MEANT.items():

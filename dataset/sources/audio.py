@@ -26,7 +26,7 @@ SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, s
 
 
 class NoAudio(MediaError):
-    """The clip has no sound that fits its frames; the text says why."""
+    """Raised if a clip has no audio that fits its frames; the text gives the reason."""
 
 
 def find_audio(source: MediaSource) -> Path:
@@ -50,7 +50,7 @@ def find_audio(source: MediaSource) -> Path:
     if table.audio_directory is not None:
         raise NoAudio(f"{path}: no file of its name in {table.audio_directory}")
     if source.tensors is not None or path.is_dir() or is_animation(path):
-        raise NoAudio(f"{path}: only video files have sound of their own")
+        raise NoAudio(f"{path}: only video files have audio of their own")
     rate = None if declared is None else file_rate(path)
     if declared is not None and rate is not None and abs(rate / declared - 1) > SAME_RATE:
         raise NoAudio(
@@ -69,9 +69,9 @@ class SpanAudios:
 
 
 def audios_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
-    """Return the sound of spans of a clip, or silence if it has none.
+    """Return the audio of spans of a clip, or silence if the clip has none.
 
-    `here` is the fetched source. `fps` is that of the family.
+    `here` is the fetched source. `fps` is the frame rate of the family.
 
     Raises:
         MediaError: If a file that its list or folder names has no sound, or none is there and the table needs
@@ -93,11 +93,10 @@ def audios_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: AudioS
 
 
 def count_frames(path: Path, fps: float) -> int:
-    """Return the number of frames of a clip that is as long as a sound.
+    """Return the number of frames of a clip that is as long as an audio file.
 
     Raises:
-        MediaError: If there is no sound, if it is shorter than a frame, or if the file does not state its
-            length.
+        MediaError: If the file has no audio, does not state its duration, or is shorter than a frame.
     """
     info = track_info(path)
     if info is None or info.end is None:
@@ -117,9 +116,9 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 
 
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
-    """Return the clips that have sound although none is cached.
+    """Return the clips that have audio although none is cached.
 
-    `silent` are the stems of clips without cached sound. At most MOST_OPENED files are opened, none is
+    `silent` are the stems of clips without cached audio. At most MOST_OPENED files are opened, none is
     downloaded, and unreadable ones are skipped.
     """
     local = (source for source in sources if source.stem in silent and not any(source.origins))
@@ -135,13 +134,13 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 
 
 def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
-    """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
+    """Read the audio of spans of a clip's kept frames: channels S each, at `spec.rate` samples per second.
 
-    `path` comes from `find_audio`. `rate` comes from `kept_rate`. The track is decoded once.
+    The track is decoded once. `path` comes from `find_audio`, and `rate`, the frame rate, from `kept_rate`.
 
     Raises:
-        NoSound: If there is no track.
-        MediaError: If the file cannot be read or its sound is damaged.
+        NoAudio: If there is no audio track.
+        MediaError: If the file cannot be read or its audio is damaged.
     """
     ranges = []  # of samples
     for first, num_frames in spans:

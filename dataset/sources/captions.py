@@ -42,7 +42,7 @@ class CaptionContent:
 def read_caption(path: Path) -> str | None:
     """Return the text of a caption file, stripped of white space; None if there is no file.
 
-    Raises DatasetError as `read_caption_file`.
+    Raises DatasetError if the file cannot be read.
     """
     file = read_caption_file(path)
     return None if file is None else file.text
@@ -55,7 +55,7 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     editor saves it.
 
     Raises:
-        DatasetError: If it is in another encoding, too large, no regular file, or cannot be read.
+        DatasetError: If the file is in another encoding, too large, not a regular file, or unreadable.
     """
     encoding = None
     try:
@@ -110,8 +110,8 @@ def describe_encoding(path: Path, text: str, encoding: str) -> str:
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, ready to be encoded; at least one.
 
-    With multi_caption each line that is not empty is a caption. In a table of image trainers there is one:
-    the first line, or, if captions vary, the whole text, which `dataset.batches.order` then changes.
+    With multi_caption each non-empty line is a caption. Tables in the form of image trainers have a single
+    caption: the first line, or, if captions vary, the full text, which `dataset.batches.order` changes.
     """
     if table.group is None:
         return complete_captions((lines_of(text) or [""]) if table.multi_caption else [text], table)
@@ -139,16 +139,16 @@ def first_and_more(
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Return captions with trigger word, prefix and suffix of their table; equal ones are listed once."""
+    """Add trigger word, prefix and suffix of a table to captions; return each distinct caption once."""
     prefix, suffix = table.caption_prefix, table.caption_suffix
     completed = [complete_caption(caption, table.trigger_word, prefix, suffix) for caption in captions]
     return tuple(dict.fromkeys(completed))
 
 
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
-    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is.
+    """Return "prefix trigger, caption suffix"; a caption that contains the trigger word is not given another.
 
-    A JSON object of a model's format has the words around its main text.
+    In a JSON object of a model's format, the words are put around the main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -161,7 +161,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Return a caption that is a JSON object with the words in its text; None if it has no known format."""
+    """Put the words into the main text of a caption that is a JSON object; None if its format is unknown."""
     content = read_if_object(caption)
     if content is None:
         return None
@@ -177,7 +177,7 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text that are not blank, without blanks at their ends."""
+    """Return the non-blank lines of a text, stripped of blanks."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -211,14 +211,14 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 behind line `number`, with a guess."""
+    """Return the error for a list or table that is not UTF-8 after line `number`, with a guessed encoding."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")
 
 
 def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
-    """Return the messages of `read_caption` with the probable encoding and first words of each file."""
+    """Extend the errors of `read_caption` by the probable encoding and the first words of each file."""
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:

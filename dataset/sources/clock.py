@@ -41,9 +41,9 @@ MANY_FRAMES = 1000  # of a clip whose header does not say how many
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
     """Yield the frames of a clip that are kept at `fps`, at their own size, no more than the table needs.
 
-    With source_fps = "auto", and for GIF and WebP, these are the frames shown at that rate. If source_fps is
-    a number, GIF and WebP are played at it, as clips of that rate. A folder of images has no times: all of
-    them are frames. With `alpha`, they keep their transparency.
+    With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
+    a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
+    images are kept. With `alpha`, frames keep their transparency.
     """
     fps = table.target_fps or fps
     if table.is_of_audio:
@@ -91,7 +91,7 @@ def companion_frames(
         alpha: Keep transparency, as in `kept_frames`.
 
     Raises:
-        MediaError: As `video_frames` does.
+        MediaError: If the file cannot be decoded.
     """
     numbers = [number for number, _ in clock]
     if not _Pair(path, clip, table, fps).is_numbered:
@@ -113,7 +113,8 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    `sizes` are those of the clip, and of its bucket. For `clock` see `companion_frames`. Raises MediaError.
+    `sizes` are the sizes of the clip and of its bucket. `clock` has the index and time of each kept frame.
+    Raises MediaError if the mask cannot be used.
     """
     size, bucket = sizes
     place = functools.partial(reading.resize_cover, bucket=bucket)
@@ -151,12 +152,12 @@ class _Timing:
 
     @property
     def likely(self) -> int:
-        """Return the number of frames by the duration; 0: unknown."""
+        """Return the number of frames computed from the duration; 0 if unknown."""
         return self.frames or (round(self.seconds * self.rate) if self.rate > 0 else 0)
 
 
 class _Pair:
-    """Compare a clip with a control clip or mask, by their headers. Raises MediaError."""
+    """Compares a clip with its control clip or mask, by their headers. Raises MediaError."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -179,7 +180,7 @@ class _Pair:
 
     @property
     def is_numbered(self) -> bool:
-        """Return whether frames of equal numbers belong together."""
+        """Return whether frames correspond by index instead of by time."""
         tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE  # of a folder a rate is only stated
         if self._in_step or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
             return True
@@ -188,7 +189,7 @@ class _Pair:
 
     @property
     def was_so_before(self) -> bool:
-        """Return whether the former rule, by which each clip was timed by itself, chose the same frames."""
+        """Return whether earlier versions, which timed each clip separately, selected the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
         ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
@@ -198,7 +199,7 @@ class _Pair:
 
     @property
     def differs(self) -> bool:
-        """Return whether neither the numbers of frames nor the durations agree, as far as headers tell."""
+        """Return whether both the numbers of frames and the durations in the headers differ."""
         companion, clip = self.companion, self.clip
         if not companion.likely or not clip.likely or companion.likely in (1, clip.likely):
             return False
@@ -239,10 +240,9 @@ OTHER_LENGTHS = (
 
 
 def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return a remark for each control clip or mask whose frames and seconds both differ from its clip's.
+    """Warn of each control clip or mask that differs from its clip in both number of frames and duration.
 
-    Only headers of files that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
-    elsewhere.
+    Only headers of local files are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
     """
     clips = [source for source in sources if has_companions(source) and not source.origins]
     errors = []

@@ -25,16 +25,16 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colors of transparent pixels.
 
-    `keeps_alpha` is that of the family's LatentSpec.
+    `keeps_alpha` is the field of the family's LatentSpec.
     """
     by_family = keeps_alpha and source.table.kind == "image"
     return by_family or source.table.alpha_mask, by_family
 
 
 def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
-    """Describe a file of a source that the version which wrote `as_shown` into a record read differently.
+    """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    None if there is none. Files that still have to be downloaded count as equal.
+    `as_shown` is the mark of that version in a record. Files that still have to be downloaded count as equal.
     """
     if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
         return None
@@ -59,10 +59,10 @@ def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_sh
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether a file may need a look at its header to know how it is shown.
+    """Return whether the header of a file has to be read to know how the file is shown.
 
-    Clips, AVIFs and folders (by their name) may name their colors by codes, have pixels that are not square,
-    or have an order or a direction of their frames.
+    Clips, AVIFs and folders (by their names) may declare color codes, non-square pixels, or the order or
+    orientation of their frames.
     """
     suffix = path.suffix.lower()
     return suffix == ".avif" or suffix not in image_suffixes()
@@ -113,7 +113,7 @@ def _formerly_ignored(colors: Colors, keeps_transparent: bool, had_profiles: boo
 
 
 def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
-    """Return one remark for each file whose pixel values alone do not tell its colors.
+    """Warn of each file whose colors do not follow from its pixel values alone.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
@@ -159,7 +159,7 @@ def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Return a remark for each folder of frames in which numbers and texts give different orders.
+    """Warn of each folder of frames in which sorting by number and sorting as text differ.
 
     At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
     """

@@ -38,11 +38,11 @@ NONE = {REFERENCE: "have no reference, while others have", MASK: "have no contro
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Add the files of the table's folders of references and control masks to a folder's sources, by name.
+    """Add references and control masks, found by name in the folders of a table, to its sources.
 
-    `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; of references also `cat_0.mp4`, `cat_1.mp4`,
-    ..., in this order. Two files with one number, and a folder in which nothing fits, are faults. A warning
-    counts sources and files without a partner.
+    `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
+    `cat_1.mp4`, ..., which gives their order. Two files with the same number, and a folder in which nothing
+    fits, are errors. A warning counts sources and files without a partner.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -108,7 +108,7 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
 
 
 def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Path, ...]]:
-    """Return the paths of each stem in the order of their numbers."""
+    """Return the paths of each stem, ordered by number."""
     paths: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
         paths[stem] = tuple(by_number[number] for number in sorted(by_number))
@@ -116,7 +116,7 @@ def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Pat
 
 
 def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
-    """Return the stem that a name belongs to, and its number, -1 without one; None if it belongs to none."""
+    """Return the stem that a name belongs to, and its number (-1 if it has none); None if it fits no stem."""
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
@@ -126,9 +126,9 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
 
 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError for references, and masks of controls, that the model does not take.
+    """Raise DatasetError if a table has references or control masks that the model does not take.
 
-    `sources` are those of the table that have some.
+    `sources` are the sources of the table that have some.
     """
     rules = table.clip_references
     for source in sources:
@@ -150,9 +150,9 @@ FIRST_ONLY = "files are references of several pictures, of which the model takes
 
 
 def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Return a remark for each clip or animation that is read as a single reference picture.
+    """Warn of each clip or animation that is used as a single reference image.
 
-    Only files that are here are looked at. Unreadable files are reported elsewhere.
+    Only local files are checked. Unreadable files are reported elsewhere.
     """
     remarks: dict[Path, Fault] = {}
     for source in sources:
@@ -199,12 +199,21 @@ def read_companions(
 ) -> dict[str, Any]:
     """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
 
-    With `size_changes` there is also a text for each reference whose frames change their size. References are
-    cropped to the bucket divided by the family's factor, or padded with white. A clip gives `count` frames,
-    those shown at the times of `clock`, its last one repeated; a picture gives one.
+    References are cropped to the bucket divided by the family's factor, or padded with white. A reference
+    clip gives `count` frames, those shown at the times of `clock`, with the last one repeated if it ends
+    earlier; an image gives one frame. The field `size_changes` has a text for each reference whose frames
+    change size.
+
+    Args:
+        here: The fetched source.
+        size: Size of the source.
+        bucket: Size of the source's bucket.
+        count: Number of kept frames of the source.
+        fps: Frame rate of the kept frames.
+        clock: Index and time of each kept frame.
 
     Raises:
-        MediaError: If one cannot be read.
+        MediaError: If a reference or the mask cannot be read.
     """
     rules = here.table.clip_references
     factor = 1 if rules is None else rules.size_factor
@@ -219,7 +228,7 @@ def read_companions(
 
     def read(path: Path) -> Clip:
         if rules is not None and rules.on_white:
-            from modules.media.canvas import on_white  # few models have their references so
+            from modules.media.canvas import on_white  # only few models need white canvases
 
             return pixels_to_uint8(on_white(first_frame(path), *small))
         if is_still(path) or here.table.kind == "image":
@@ -229,9 +238,8 @@ def read_companions(
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
-        num_missing = count - len(clip)
-        last = clip[-1:]
-        return np.stack(clip + last * num_missing)
+        repeated = clip[-1:] * (count - len(clip))  # the last frame, for a reference that ends earlier
+        return np.stack(clip + repeated)
 
     fields: dict[str, Any] = {"references": tuple(map(read, here.references)), "size_changes": changes}
     if here.control_mask is not None:

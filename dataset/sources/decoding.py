@@ -57,9 +57,9 @@ SMALL_IMAGE = 1 << 26  # bytes up to which pictures are decoded by all threads a
 
 
 class ByteBudget:
-    """A number of bytes for all threads that decode: small files may hold pictures of a gigabyte.
+    """Memory budget of all decoding threads, because small files may hold images of a gigabyte.
 
-    A thread that needs more than all of them works alone.
+    A thread that needs more than the entire budget works alone.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -69,7 +69,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until so many bytes are free, and hold them until the block ends; blocks are not nested."""
+        """Wait until `size_bytes` are free, and occupy them in the block; blocks cannot be nested."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes
@@ -119,7 +119,7 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return the key that items of a batch share: their table, and the shapes of stacked arrays."""
+        """Return the key that all items of a batch share: the table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references), self.worse is not None
         audio = () if self.audio is None else (self.audio.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio)
@@ -172,10 +172,10 @@ def decode_source(
 ) -> DecodedMedia:
     """Read a source and its control media.
 
-    Memory holds the whole clip at bucket size, and one frame at a time at its own size. `fps` is the family's
-    rate, reached by dropping frames if the table has source_fps. `step`, `lengths`, `keeps_alpha` and
-    `has_alpha` are those of the family's LatentSpec. `numbers` draw how a picture is varied this time, as its
-    table's `augmentation` says; without them it is not.
+    Memory holds all frames at bucket size, but only one frame at a time at its original size. `fps` is the
+    family's frame rate, reached by dropping frames if the table has source_fps. `step`, `lengths`,
+    `keeps_alpha` and `has_alpha` are fields of the family's LatentSpec. `numbers` is the random generator for
+    the table's `augmentation` of images; None means no augmentation.
 
     Raises:
         MediaError: If a file is unreadable or too small.
@@ -197,10 +197,7 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media.
-
-    `here` is the source with files that can be opened.
-    """
+    """Read a clip and its control media; `here` is the source with local files."""
     table = source.table
     clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
@@ -267,7 +264,8 @@ def _read_control_clips(
 ) -> list[Clip]:
     """Read the control clips of a fetched clip of `count` frames.
 
-    A line is added to `changes` for each whose frames change their size. `clock` is as in `companion_frames`.
+    A line is added to `changes` for each clip whose frames change size. `clock` has the index and time of
+    each kept frame.
     """
     clips = []
     for path in here.control:
@@ -287,10 +285,10 @@ def _lengthen(clip: Clip, count: int) -> Clip:
 
 
 def planned_bytes(source: MediaSource) -> int:
-    """Return about what decoding a picture and its control pictures takes, by their headers; 0 if little.
+    """Estimate the memory for decoding an image and its control images, from headers; 0 if it is little.
 
     Args:
-        source: Fetched. What cannot be read counts as nothing: decoding says why.
+        source: The fetched source. Unreadable files count as 0, because decoding reports them.
     """
     total = 0
     for path in (source.path, *source.control, *filter(None, (source.worse,)), *source.layers):
@@ -379,9 +377,9 @@ def _read_controls(
     keeps_alpha: bool,
     has_alpha: bool,
 ) -> list[Clip]:
-    """Read the control images of a picture, each 1 H W C.
+    """Read the control images of an image, each 1 H W C.
 
-    `bucket`, `place` and `is_mirrored` are those of the picture.
+    `bucket`, `place` and `is_mirrored` say how the image itself was resized and mirrored.
     """
     if source.table.references is None:
         return [_read_control(path, place, keeps_alpha) for path in source.control]
@@ -400,9 +398,9 @@ def _read_controls(
 
 
 def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
-    """Read the worse picture of a pair, 1 H W C.
+    """Read the rejected image of a pair, 1 H W C.
 
-    `size` is that of the better one, before it is placed.
+    `size` is the original size of the chosen image.
     """
     from dataset.sources.pairs import require_equal_size  # few pictures have any
 
@@ -414,9 +412,9 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
-    """Return the crop of a picture for this time.
+    """Draw a random crop of an image, if its table asks for one.
 
-    `fit` is its crop without augmentation.
+    `fit` is the crop without augmentation.
     """
     changes = source.table.augmentation
     if changes.face_crop_range is not None:
@@ -436,8 +434,8 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
     """Read a control image, 1 H W 3 or 4.
 
-    Alpha is kept apart from the colors, because Pillow would darken the colors by it, and generation does
-    not.
+    Alpha is resized separately from the colors, because Pillow would darken the colors by it, and generation
+    does not.
     """
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [place(colors)]
@@ -449,10 +447,10 @@ def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool
 def plan_source(
     source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = DEFAULT_LENGTHS
 ) -> DecodedMedia:
-    """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
+    """Plan what `decode_source` would return, from headers, to compare it with caches without a record.
 
-    A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
-    `decode_source` that headers show.
+    The number of frames in a header may be wrong; a clip whose header has none is decoded. Raises the errors
+    of `decode_source` that headers reveal.
     """
     table = source.table
     found_spans: tuple[Span, ...] = ((0, source.num_images),)
@@ -483,7 +481,7 @@ def _count_kept(source: MediaSource, fps: float) -> int:
 
 
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
-    """Yield the frames of a source that are used, H W 3, at their own size: one of an image.
+    """Yield the used frames of a source, H W 3, at their original size; an image has one frame.
 
     Raises:
         MediaError: If the file cannot be read.
@@ -496,7 +494,7 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return the resizing and the crop of an image of `size` to its bucket. Raises as `bucket_of` does."""
+    """Return how an image of a size is resized and cropped to its bucket. Raises as `bucket_of` does."""
     bucket = bucket_of(table, size, step, path)
     rule = table.buckets
     if rule is None:
@@ -513,21 +511,21 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
-    """Raise DatasetError if a table's resolutions do not fit `step`, of the family's LatentSpec."""
+    """Raise DatasetError if a table's resolutions are not multiples of the family's `step`."""
     bucket_of(table, (LARGE, LARGE), step)
     if table.references is not None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
 def _repeat_first(frames: Iterator[Frame]) -> Clip:
-    """Return frames that are all the same, already at bucket size, as a clip of which memory holds one."""
+    """Return identical frames, already at bucket size, as a clip that takes the memory of one frame."""
     black = next(frames)
     count = 1 + sum(1 for _ in frames)
     return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
 
 
 def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size, and their transparency if any.
+    """Collect frames at bucket size, and their transparency if they have any.
 
     The array grows in place, so that a clip is never copied.
     """
@@ -561,7 +559,7 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
 def spans_or_reason(
     table: DatasetTable, num_kept: int, lengths: ClipLengths
 ) -> tuple[tuple[Span, ...], str | None]:
-    """Return the spans of a clip of `num_kept` frames, and if there are none, why."""
+    """Return the spans of a clip of `num_kept` frames, and the reason if there are none."""
     found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None

@@ -58,14 +58,13 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless it is there.
+    """Download `address` to `target`, unless the file exists.
 
-    `wait` is called with seconds before another try.
-
-    `check` looks at the file before it gets its name; if it raises MediaError, no file is kept.
+    `wait` is called with the seconds to wait before another attempt. `check` checks the file before it gets
+    its final name; if it raises MediaError, the file is discarded.
 
     Raises:
-        MediaError: If the file cannot be had, after several tries if that may help.
+        MediaError: If the file cannot be downloaded, after several attempts if these may help.
         OutputError: If the disk is full.
     """
     if target.is_file():
@@ -121,7 +120,7 @@ def download(
 
 
 def check_media(path: Path) -> None:
-    """Raise MediaError if a downloaded file is not a picture, clip or sound that can be read here."""
+    """Raise MediaError if a downloaded file is not an image, clip or audio file in a supported format."""
     from modules.media.opening import require_media  # here: tables without addresses need no decoder
 
     require_media(path)
@@ -172,22 +171,3 @@ def _explain_filesystem() -> Iterator[None]:
         raise RejectedBySite("not allowed; a login may be missing") from None
     except Exception as error:  # each storage has its own; their texts may hold secrets
         raise BrokenTry(f"it could not be read ({type(error).__name__})") from None
-
-
-def find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
-
-    Raises:
-        MediaError: If they cannot be listed.
-    """
-    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
-    problem = protocol_error(protocol)
-    if problem is not None:
-        raise MediaError(f"{shown}: {problem}")
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
-    except Exception as error:  # as above
-        raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None

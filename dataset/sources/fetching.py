@@ -23,10 +23,11 @@ _MAGIC = (
 
 @contextlib.contextmanager
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
-    """Yield the source with files that can be opened until the block ends; if it has them, it is the same.
+    """Yield the source with local files that can be opened in the block.
 
-    A file at an address is downloaded and stays. One in a tar or a table is copied to the system's folder for
-    temporary files, one source at a time in each thread, and removed; errors name its own place.
+    A source with local files is yielded unchanged. A file at an address is downloaded and kept. A file in a
+    tar or table is copied to the system's folder for temporary files, one source at a time in each thread,
+    and removed after the block; errors name the original location.
 
     Raises:
         MediaError: If a file is unavailable.

@@ -82,9 +82,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 def _audio_of(
     table: DatasetTable, clip: Path, audios: Mapping[Path, Path], faults: list[Fault]
 ) -> tuple[Path, None] | None:
-    """Return the file with the sound of a clip; None: it has none besides its track.
+    """Return the separate audio file of a clip; None if there is none.
 
-    `audios` are the files of audio_directory by clip. Adds a fault if there are several.
+    `audios` are the files of audio_directory by clip. An error is added to `faults` if there are several.
     """
     if clip in audios:
         return audios[clip], None
@@ -98,7 +98,7 @@ def _audio_of(
 
 
 def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
-    """Return the one file of sound that is named like a clip, next to it, if there is any.
+    """Return the audio file next to a clip that has the same name, if there is one.
 
     Raises:
         DatasetError: If there are several.
@@ -140,7 +140,7 @@ class _CaptionReader:
         self._errors: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
 
     def read(self, stem: str, path: Path) -> _Captions:
-        """Return the captions in a file. No caption if it is not there, or if it cannot be used."""
+        """Return the captions in a file; none if the file is missing or unusable."""
         encoding = None
         try:
             file = read_caption_file(path)
@@ -168,10 +168,9 @@ class _CaptionReader:
 def _find_companions(
     table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
 ) -> dict[Path, Path]:
-    """Return the mask or sound of each image or clip: the file of the same stem in `folder`.
+    """Return the mask or audio file of each image or clip: the file with the same stem in `folder`.
 
-    `what` is "mask" or "sound". A name that is not unique and a folder in which nothing fits are added to
-    `faults`.
+    `what` is "mask" or "sound". Ambiguous names, and a folder in which nothing fits, are added to `faults`.
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
@@ -192,7 +191,7 @@ def _find_companions(
 
 
 def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of masks or of sound in a folder by the stems of their media."""
+    """Return the masks or audio files in a folder by the stem of the image or clip they belong to."""
     if what == "mask":
         entries = list_entries(folder, "mask_directory")
         is_beside = table.directory is not None and folder_id(folder) == folder_id(table.directory)
@@ -259,7 +258,7 @@ def _moves(path: Path) -> bool:
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return whether an entry is a file, from the listing alone."""
+    """Return whether a directory entry is a file, without accessing the file."""
     try:
         return entry.is_file()
     except OSError:
@@ -312,7 +311,7 @@ def _warn_unused_controls(
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     """Log the control images of each folder that belong to no image of any table.
 
-    `sources` are those of all tables, which may share a folder.
+    `sources` are the sources of all tables, because tables may share a folder.
     """
     stems: dict[Path, set[str]] = {}
     names: dict[Path, str] = {}  # of the first table with the folder
@@ -331,10 +330,14 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 
 
 class ControlFolder:
-    """Contents of a `control_directory`, listed once, so that a file is found without a scan."""
+    """Contents of a `control_directory`, listed once, so that files are found without scanning it again."""
 
     def __init__(self, folder: Path, stems: Container[str]) -> None:
-        """stems: of all images or clips of the table. Raises DatasetError if the folder cannot be listed."""
+        """List the folder; `stems` are those of all images or clips of the table.
+
+        Raises:
+            DatasetError: If the folder cannot be listed.
+        """
         self._folder = folder
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory")]
@@ -350,11 +353,11 @@ class ControlFolder:
         self.alone = self._images.get("", [])
 
     def _owners(self, name: str) -> set[str]:
-        """Return the stems that a control image may belong to; "" if there is none.
+        """Return the stems of the images that a control image may belong to; "" if there is none.
 
-        The longest stem that begins the name counts: `pic_10_0` belongs to `pic_10`, not to `pic`. With a
-        number after the last underscore, the text before it counts too: `pic_1` belongs to `pic_1` and to
-        `pic`. `name` is that of the control image, without suffix.
+        This is the longest stem with which the name begins: `pic_10_0` belongs to `pic_10`, not to `pic`. If
+        a number follows the last underscore, it is also the text before it: `pic_1` belongs to `pic_1` and to
+        `pic`. `name` is the name of the control image, without suffix.
         """
         longest = ""
         for length in range(len(name), 0, -1):
@@ -366,9 +369,10 @@ class ControlFolder:
         return {longest, before_number} if is_numbered else {longest}
 
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
-        """Return the first `count` control images of an image; None: all but those named like another image.
+        """Return the first `count` control images of an image, or all if `count` is None.
 
-        `<stem>.*` comes first, the others follow by the number after the last underscore.
+        `<stem>.*` comes first; the others are ordered by the number after the last underscore. With `count`
+        None, files that are named like another image are left out.
 
         Raises:
             DatasetError: If there are fewer, or if a name that begins with `stem` has no number.
@@ -429,7 +433,7 @@ def _ends_in(path: Path, suffixes: Container[str]) -> bool:
 def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
     """List a folder, sorted, without names that begin with a dot.
 
-    No Path is made for each, as there may be a million.
+    Entries are not converted to Path, because there may be a million.
 
     Raises:
         DatasetError: If the folder cannot be listed. The message names `key`.
@@ -448,7 +452,7 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return stem and suffix of a file's name as `Path` does, which takes longer."""
+    """Split a file name into stem and suffix, like `Path` but faster."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
     return (name, "") if suffix == "." else (stem, suffix)
 
@@ -458,9 +462,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the suffixes of images, clips or sounds, and those of files that may be previews or originals.
+    """Return the suffixes of images, clips or audio, and a second set of suffixes with lower precedence.
 
-    Files of the second kind are left out if one of the first kind has the same name.
+    Files with a suffix of the second set may be previews or originals: they are left out if a file with a
+    suffix of the first set has the same stem.
     """
     if kind == "sound":
         return AUDIO_SUFFIXES, frozenset()
@@ -471,10 +476,10 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files among `entries` that belong to the table, besides `media`.
+    """Return the GIF, WebP and TIFF files among `entries` that the table uses in addition to `media`.
 
-    A table of clips takes animations only; a table of images takes the first picture of each GIF and TIFF. A
-    file named like one of `media` except for the suffix is left out with a warning: both would have the same
+    A table of clips takes only animations; a table of images takes the first image of each GIF and TIFF. A
+    file with the same stem as one of `media` is left out with a warning, because both would have the same
     cache.
     """
     files = [path for path in entries if path.is_file()]
@@ -528,9 +533,9 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without results of our tools: clip_SWINIR.mkv next to clip.mp4.
+    """Leave out results of our own tools, such as clip_SWINIR.mkv next to clip.mp4, with a warning.
 
-    A warning says so. Only files whose names begin with another's are opened.
+    Only files whose names begin with the name of another file are opened.
     """
     stems = {path.stem for path in paths}
     results = set()

@@ -40,8 +40,8 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    `lengths` is that of the family, to which "full" rounds down. Spans are sorted by target, then by start,
-    without duplicates.
+    `lengths` are the clip lengths of the family, to which "full" rounds down. Spans are sorted by target,
+    then by start, without duplicates.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -118,7 +118,7 @@ def media_table(
 
 
 def one_frame_words(table: DatasetTable) -> str:
-    """Return the places of a single picture and its controls for --one_frame_inference, "" for none."""
+    """Return the value of --one_frame_inference that matches a table of single frames; "" for others."""
     words = []
     if table.fp_1f_target_index is not None:
         words.append(f"target_index={table.fp_1f_target_index}")
@@ -130,10 +130,10 @@ def one_frame_words(table: DatasetTable) -> str:
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
-    """Yield for each decoded frame, without end, whether to keep it to get from `source_fps` to `target_fps`.
+    """Yield, for an endless sequence of frames, whether to keep each when `source_fps` becomes `target_fps`.
 
-    Frames are only dropped, never doubled: a source slower than the target keeps all. Without source_fps all
-    are kept. The running sum is in float64 on purpose: its rounding decides about some frames, as in users'
+    Frames are only dropped, never repeated: all frames of a slower source, or without source_fps, are kept.
+    The running sum must be float64, because its rounding decides about some frames in users'
     existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
@@ -160,10 +160,10 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 
 
 def file_rate(path: Path) -> float | None:
-    """Return a video's frames per second, from its header.
+    """Return a video's frame rate from its header.
 
     Returns:
-        None for folders and animations, which are timed in another way.
+        Frames per second; None for folders and animations, which are timed differently.
 
     Raises:
         MediaError: If the video cannot be read.
@@ -175,12 +175,12 @@ def file_rate(path: Path) -> float | None:
 
 
 def kept_rate(source: MediaSource, fps: float) -> float:
-    """Return the rate of the kept frames, per second. Only the header of a clip is read.
+    """Return the frame rate of the kept frames. Only the header of a clip is read.
 
     Args:
-        source: Fetched.
-        fps: The family's rate, to which frames are dropped; pictures and folders of images have this rate
-            too.
+        source: The fetched source.
+        fps: Frame rate of the family, which dropping frames approaches. Images and folders of images have
+            this rate too.
 
     Raises:
         MediaError: If a clip cannot be read.
@@ -209,10 +209,9 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
 
 
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
-    """Return a fault for each clip of another rate than the source_fps that its table says.
+    """Return an error for each clip whose frame rate differs from its table's source_fps.
 
-    Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
-    elsewhere.
+    Only headers of local clips are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
     """
     clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
     step = -(-len(clips) // LOOKED_AT) or 1
@@ -234,10 +233,9 @@ FAR = 2.0  # times by which a clip is faster or slower than a model sees others
 
 
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return a remark for each clip without source_fps whose rate is far from that of the model.
+    """Warn of each clip without source_fps whose frame rate is far from `fps`, the model's rate.
 
-    `fps` is that of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips.
-    Unreadable files are reported elsewhere.
+    Only headers of local clips are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
@@ -266,9 +264,8 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames.
 
-    `size` is that of the item; its shape has to be the same.
-
-    `place` resizes and crops it like its picture.
+    `size` is the size of the image; the mask must have the same aspect ratio. `place` resizes and crops the
+    mask like the image.
     """
     mask = _gray(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
@@ -296,8 +293,8 @@ def read_moving(
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    `stride` and `clip` are those of the family's LatentSpec. In time, the first frame of a video, or of each
-    clip, is a latent frame of its own, and after it each group of `stride[0]` frames is one.
+    `stride` and `clip` are fields of the family's LatentSpec. In time, the first frame of a video, or of each
+    clip of it, is a separate latent frame, and each following group of `stride[0]` frames is one.
     """
     frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255
@@ -321,7 +318,7 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size that an image of `size` is resized to: of given latents its own.
+    """Return the size that an image of `size` is resized to; precomputed latents keep theirs.
 
     `path` is for messages only.
 
@@ -368,7 +365,7 @@ def _check_multiple(table: DatasetTable, step: int) -> None:
 
 
 def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
-    """Return the sizes of a table's buckets; () if each picture has one of its own. Raises DatasetError."""
+    """Return the sizes of a table's buckets; () if each image has its own bucket. Raises DatasetError."""
     rule = table.buckets
     width, height = table.resolution
     try:

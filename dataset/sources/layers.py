@@ -14,9 +14,9 @@ Layers = Mapping[Path, tuple[Path, ...]]  # of each whole picture, from back to 
 
 
 def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
-    """Raise DatasetError if a model learns layers and a table has none, or the other way round.
+    """Raise DatasetError if a model is trained on layers and a table has none, or the reverse.
 
-    has_layers: Whether the latents of the model have them. who: The model, for messages.
+    `has_layers` says whether the model's latents have layers. `who` names the model in messages.
     """
     errors = []
     for table in config.datasets:
@@ -40,10 +40,10 @@ def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
 
 
 def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
-    """Return the whole pictures among the images of a folder, each with its layers.
+    """Return the full images among the images of a folder, each with its layers, sorted by number.
 
-    A layer of cat.png is called cat_1.png and has no caption of its own; layers are sorted by their numbers.
-    `extension` is that of caption files.
+    A layer of cat.png is called cat_1.png and has no caption of its own. `extension` is the extension of
+    caption files.
     """
     stems = {path.stem for path in paths}
 
@@ -71,7 +71,7 @@ def _number_of(layer: Path) -> int:
 
 
 def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a fault for each picture without layers, and for two layers of one number."""
+    """Return an error for each image without layers, and for layers with the same number."""
     errors = []
     kind = f"problems with the layers of {table.name}"
     for source in sources:
@@ -91,12 +91,12 @@ def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> li
 
 
 def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]) -> list[Frame]:
-    """Read the layers of a picture, each H W 4 uint8, resized and cropped like it.
+    """Read the layers of an image, each H W 4 uint8, resized and cropped like the image.
 
     Args:
-        source: The picture with its files at hand.
-        size: Width and height of the picture before it is placed.
-        place: Resizes and crops a picture.
+        source: The fetched image.
+        size: Original width and height of the image.
+        place: Resizes and crops like the image.
 
     Raises:
         MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.

@@ -23,10 +23,10 @@ Clip = NDArray[np.uint8]  # F H W C
 def add_rejected(
     table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]
 ) -> list[MediaSource]:
-    """Add to a folder's sources the files of the same name in the table's worse_directory.
+    """Add the rejected files, found by name in the table's worse_directory, to a folder's sources.
 
-    `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files of one
-    name, and a source without one, are faults.
+    `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files with
+    the same name, and a source without a rejected file, are errors.
     """
     folder = table.worse_directory
     assert folder is not None
@@ -75,12 +75,12 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
 def read_rejected_clip(
     here: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
 ) -> Clip:
-    """Read the worse clip of a fetched clip, at the times of its frames: as many, F H W 3.
+    """Read the rejected clip of a pair at the times of the chosen clip's frames: F H W 3.
 
-    `size` is that of the better one, in pixels. For `clock` see `companion_frames`.
+    `size` is the size of the chosen clip in pixels. `clock` has the index and time of each of its frames.
 
     Raises:
-        MediaError: If it has another size, or is shorter.
+        MediaError: If the rejected clip has another size or is shorter.
     """
     assert here.worse is not None
     frames: list[Clip] = []

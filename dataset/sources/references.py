@@ -25,9 +25,9 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    """Return whether there are pictures for a model that was trained to edit, and none has a reference.
+    """Return whether an editing model is trained on images none of which has a reference.
 
-    Other models, which make pictures from texts too, get none in most trainings.
+    Models that also generate images from text alone are trained without references in most cases.
     """
     editing = {table.index for table in tables if table.learns_edits}
     images = [source for source in sources if source.table.index in editing]
@@ -55,9 +55,9 @@ def _is_equal(source: MediaSource) -> bool:
 
 
 def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
-    """Return sources with at most as many reference pictures as the model takes.
+    """Limit the reference images of each source to the number that the model takes.
 
-    Warns about sources with more, and about sources without any if other sources have some.
+    Logs a warning about sources with more, and about sources without any if other sources have some.
     """
     assert table.references is not None
     if not any(source.control for source in sources):
@@ -91,7 +91,7 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
 
 
 def _without_surplus(source: MediaSource, most: int) -> MediaSource:
-    """Return a source with its first `most` reference pictures."""
+    """Return a copy of a source with only its first `most` reference images."""
     if len(source.control) <= most:
         return source
     # the first origin is that of the image
@@ -107,13 +107,13 @@ def read_reference(
     is_mirrored: bool,
     has_alpha: bool = False,
 ) -> NDArray[np.uint8]:
-    """Read a reference picture of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
+    """Read a reference of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
-    `bucket` is that of the image. `place` resizes, crops and mirrors it like the image. With `is_mirrored`,
-    one that keeps its size or shape is mirrored too.
+    `bucket` is the bucket of the image. `place` resizes, crops and mirrors a reference like the image. With
+    `is_mirrored`, a reference that keeps its own size or shape is mirrored too.
 
     Raises:
-        MediaError: If it cannot be used.
+        MediaError: If the reference cannot be used.
     """
     try:
         image = read_image(path, has_alpha)
@@ -130,10 +130,10 @@ def read_reference(
 
 @contextlib.contextmanager
 def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
-    """Yield the files of a source's reference pictures until the block ends.
+    """Yield local files of a source's reference images for use in the block.
 
     Raises:
-        MediaError: If one is missing or too small, by its header alone.
+        MediaError: If a reference is missing, or too small according to its header.
     """
     with fetch(source) as here:
         for path in here.control:
@@ -142,15 +142,15 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
-    """Return the sizes that the reference pictures of an image get, from their headers.
+    """Return the sizes that the references of an image are resized to, from their headers.
 
-    `bucket` is that of the image.
+    `bucket` is the bucket of the image.
 
     Returns:
-        () if the pictures are not on disk.
+        The sizes; () if the files are not on disk.
 
     Raises:
-        MediaError: If one cannot be used.
+        MediaError: If a reference cannot be used.
     """
     if source.origins:
         return ()
@@ -168,14 +168,14 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 
 
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
-    """Return the resizing and the crop of a reference picture of `size`; None: like its image.
+    """Return how a reference of a size is resized and cropped; None if it is treated like its image.
 
-    `bucket` is that of the image; None means not known yet. What keeps its size loses pixels at the right and
-    below only, as in other tuners' caches.
+    `bucket` is the bucket of the image, or None if it is unknown yet. A reference that keeps its size loses
+    pixels only at the right and bottom, as in caches of other trainers.
 
     Raises:
-        MediaError: If it is too small.
-        DatasetError: If control_resolution is.
+        MediaError: If the reference is too small.
+        DatasetError: If control_resolution is too small.
     """
     rules = table.references
     assert rules is not None

@@ -86,7 +86,7 @@ def whole_texts(source: MediaSource) -> Iterator[str]:
 
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return remarks about marks in captions that are learned as text, and are hardly meant to be."""
+    """Warn of special characters in captions that would be learned as text, probably by mistake."""
     remarks: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}
@@ -101,7 +101,7 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _find_marks(caption: str, draws: bool) -> Iterator[str]:
-    """Yield the kinds of remarks about a caption. `draws` says that choices in captions are drawn."""
+    """Yield the kinds of warnings about a caption. `draws` says that {a|b} in captions is a random choice."""
     if draws:
         lines = lines_of(caption)
         if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
@@ -134,9 +134,9 @@ def find_cut_captions(
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
-    """Warn about captions with more tokens than the encoder reads: their ends are not used.
+    """Warn about captions with more tokens than the encoder reads, whose ends are not used.
 
-    `captions` are each with its place, for the message.
+    `captions` are pairs of a location, for the message, and a caption.
     """
     try:
         count_tokens = encoder.token_counter()
@@ -161,9 +161,6 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def log_warnings(remarks: Sequence[Fault], most: int) -> None:
-    """Log remarks as one warning.
-
-    `most` is how many of each kind are named.
-    """
+    """Log all warnings as one message, in which at most `most` of each kind are named."""
     if remarks:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, most))))

@@ -20,14 +20,13 @@ MAX_SHOWN = 80  # characters of a value in a message
 
 
 def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
-    """Return the references of a row.
+    """Parse the references of a row.
 
-    `file` is the list. `where` is `list.jsonl, line 3`.
-
-    A relative path begins in the working folder, or if there is no such file, in the folder of the list.
+    A relative path is looked up in the working folder, then in the folder of the list. `file` is the list,
+    and `where` is the row for messages, such as `list.jsonl, line 3`.
 
     Raises:
-        DatasetError: For anything but a list of references, and for files that are not there.
+        DatasetError: If the value is not a list of references, or if a file does not exist.
     """
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         example = '[{"type": "image", "path": "a.png"}]'

@@ -12,7 +12,7 @@ _BAR = "\0"  # stands for a bar that is literal; no caption holds this character
 
 @dataclass
 class _OpenChoice:
-    """Braces that are opened at one place, and the text behind them so far, with its choices drawn."""
+    """Opening braces at one position, and the text after them so far, with its choices drawn."""
 
     opened: int
     pieces: list[str] = field(default_factory=list)
@@ -20,7 +20,7 @@ class _OpenChoice:
 
 @dataclass(frozen=True)
 class FilledText:
-    """A caption with its choices drawn. has_lone_brace: a brace belongs to no choice, and stays as text."""
+    """A caption with its choices drawn; `has_lone_brace` says that a brace belongs to no choice."""
 
     text: str
     has_lone_brace: bool
@@ -57,7 +57,7 @@ def has_choice(text: str) -> bool:
 
 
 def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
-    """Draw the choices that `closed` braces at one place end. Return how many of these end none."""
+    """Draw the choices that `closed` closing braces end; return the number of braces that end no choice."""
     while closed and len(groups) > 1:
         group = groups[-1]
         matched = min(group.opened, closed)
@@ -78,5 +78,5 @@ def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> 
 
 
 def _literal(braces: int) -> int:
-    """Return the number of braces that a row of them stands for: two stand for one, a lone one for itself."""
+    """Return how many braces a run stands for: two stand for one, and a single one for itself."""
     return (braces + 1) // 2

@@ -130,7 +130,7 @@ class Kontext(Flux):
     def metadata(self) -> Mapping[str, str]:
         """FLUX.1's metadata with Kontext's architecture and task."""
         kontext = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
-        # the architecture as musubi-tuner has it for Kontext; that of FLUX.1 has another spelling
+        # the architecture as musubi-tuner writes it for Kontext, which differs from its spelling for FLUX.1
         return {**super().metadata, **kontext, "architecture": "Flux.1-dev"}
 
     # encoding

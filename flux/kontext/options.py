@@ -9,7 +9,7 @@ from modules.options import FREE, HABIT, OF_DECODING, OF_REFERENCES, OF_REQUEST,
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
 
 NAME = "FLUX.1 Kontext"
-GUIDANCE = 2.5  # embedded guidance of a generation, where nothing is said
+GUIDANCE = 2.5  # default embedded guidance of generations
 _TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 _OWN_SIZE = (
     "keep the reference's own size, cut to multiples of 16; default: stretch it to that of the trained "
@@ -22,7 +22,7 @@ class KontextVaeOptions(Options):
     """Path of FLUX's autoencoder and how it runs."""
 
     file: VaeOptions = option(settings={"vae": {"help": "FLUX's autoencoder"}})
-    vae_chunk_size = not_needed("the autoencoder computes one picture at a time.", type=int)
+    vae_chunk_size = not_needed("the autoencoder computes one image at a time.", type=int)
 
 
 class KontextTextOptions(Options):
@@ -42,19 +42,19 @@ class KontextTextOptions(Options):
 
 
 class KontextLatentCachingOptions(Options, title=NAME):
-    """Options of flux_kontext_cache_latents.py besides the shared ones."""
+    """Options of flux_kontext_cache_latents.py in addition to the shared ones."""
 
     vae: KontextVaeOptions
 
 
 class KontextTextCachingOptions(Options, title=NAME):
-    """Options of flux_kontext_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of flux_kontext_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     text: KontextTextOptions = option(settings=_BOTH)
 
 
 class KontextTrainingOptions(Options, title=NAME):
-    """Options of flux_kontext_train_network.py besides the shared ones."""
+    """Options of flux_kontext_train_network.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
     dit_dtype: str | None = dit_dtype_option()
@@ -65,7 +65,7 @@ class KontextTrainingOptions(Options, title=NAME):
 
 
 class KontextGenerationOptions(Options, title=NAME):
-    """Options of flux_kontext_generate_image.py besides the shared ones."""
+    """Options of flux_kontext_generate_image.py in addition to the shared ones."""
 
     dit: Path | None = option("transformer checkpoint", often=True)
     dit_dtype: str | None = dit_dtype_option()

@@ -51,7 +51,7 @@ class Lengths:
 def make_lengths(counts: Sequence[int], device: torch.device) -> Lengths:
     """Make the `Lengths` of a batch.
 
-    `counts` are how many tokens of each sample are real, each at least 1.
+    `counts` holds the number of real tokens of each sample, at least 1.
     """
     starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
     return Lengths(tuple(counts), starts)
@@ -138,7 +138,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths)
 
 
 def _take_output(result: Any) -> Tensor:
-    """Return the attention output alone: early builds return the softmax's normalizer too."""
+    """Return only the attention output, because early builds also return the softmax's normalizer."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -150,7 +150,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention, with the package that it needs and the runs that the package supports."""
+    """An implementation of attention: the package that it needs, and the runs that the package supports."""
 
     dense: Dense
     packed: Packed | None = None  # None: computing sample by sample is as fast
@@ -216,15 +216,22 @@ def attend(
     """Compute softmax attention, scaled by 1/sqrt(D), in the inputs' dtype (under autocast in its dtype).
 
     With `choice.in_float32` it is computed in float32, outside autocast, and returned in the inputs' dtype.
+    Padding is not computed: its keys are ignored, its queries give zeros, and the gradients of both are zero.
 
-    `query` is B L N D. `key` and `value` are B S N D. `choice` is the back end. `split` computes one sample
-    at a time. `lengths` is how many of the L tokens of each sample are real, for self-attention; if S > L,
-    the S - L additional keys, in front, are all real. Padding is not computed: its keys are ignored, its
-    queries give zeros, and the gradients of both are zero. `repeats` is S float32, how many equal keys each
-    key stands for; sdpa only, not together with lengths. Returns B L N D.
+    Args:
+        query: Queries, B L N D.
+        key: Keys, B S N D.
+        value: Values, B S N D.
+        choice: The back end; with its `split`, one sample is computed at a time.
+        lengths: Number of real tokens among the L tokens of each sample, for self-attention. If S > L, the
+            S - L additional keys come first and are all real.
+        repeats: How many equal keys each key stands for, S float32; only with sdpa and without lengths.
+
+    Returns:
+        Attention output, B L N D.
 
     Raises:
-        ValueError: If the arguments do not go together.
+        ValueError: If the arguments contradict each other.
     """
     if choice.in_float32:
         with torch.autocast(query.device.type, enabled=False):
@@ -263,14 +270,14 @@ def attend(
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice = SDPA) -> Tensor:
-    """Compute attention as `attend`, but each query sees no key behind its own.
+    """Compute causal attention: each query attends to the key of its own position and to earlier keys.
 
     Args:
-        query: B L N D, those of the last L of the S keys.
-        key: B S N D.
-        value: B S N D.
-        choice: Only its `in_float32` counts. Torch's own kernels compute it, whatever the back end: packages
-            align the triangle differently, and models have few such queries, those of texts.
+        query: Queries, B L N D, for the last L of the S positions.
+        key: Keys, B S N D.
+        value: Values, B S N D.
+        choice: Only its `in_float32` matters. Torch's own kernels are always used, because other packages
+            align the triangle differently, and models have few causal queries (those of texts).
 
     Raises:
         ValueError: If there are fewer keys than queries.
@@ -305,12 +312,16 @@ def _attend_to_real_tokens(
 def check_backend(
     choice: AttentionChoice, device: torch.device, dtype: Callable[[], torch.dtype], training: bool
 ) -> None:
-    """Raise OptionError if this back end cannot do this run, before anything is loaded.
+    """Raise OptionError if a back end does not support a run, before anything is loaded.
 
-    `dtype` returns the model's compute dtype; called only if it matters, as it may have to read a file.
-    `training` says that a backward pass is needed, and messages name the training flags. The last check
-    computes a small attention (in training with its backward pass), as a package may be built for another GPU
-    or torch.
+    The last check computes a small attention, in training with the backward pass, because a package may be
+    built for another GPU or version of torch.
+
+    Args:
+        choice: The back end.
+        device: Device of the run.
+        dtype: Returns the model's compute dtype; called only if needed, because it may have to read a file.
+        training: Whether a backward pass is needed; messages then name the flags of training.
     """
     package = BACKENDS[choice.mode]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -424,6 +435,6 @@ class SecondText:
         return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the attention of all tokens, B L+T+T' N D, from their attention with either text alone."""
+        """Combine attentions computed with one text each to the attention with both texts, B L+T+T' N D."""
         steered = self.steer(first[:, : self.before], second[:, : self.before])
         return torch.cat([steered, first[:, self.before :], second[:, self.before :]], dim=1)

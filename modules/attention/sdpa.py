@@ -79,7 +79,7 @@ def _learns(*tensors: Tensor) -> bool:
 
 
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
-    """Attend to one sample of B N L D after the other. Returns B L N D.
+    """Compute attention for one sample of B N L D at a time. Returns B L N D.
 
     On an H100 (torch 2.11) the gradients of two samples of 754 tokens in one call of cuDNN were NaN, those of
     single samples never. A sample of thousands of tokens keeps a GPU busy, so little is lost.
@@ -97,14 +97,20 @@ def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
 def kernels(
     capability: tuple[int, int], dtype: torch.dtype, width: int, has_mask: bool, cudnn: int | None
 ) -> list[SDPBackend]:
-    """Return the kernels to try, best first; torch skips one that does not support the tensors' sizes.
+    """Return the kernels to try, best first; torch skips kernels that do not support the tensors' sizes.
 
-    `capability` are those of the GPU, such as (9, 0). `width` is that of a head. `cudnn` is its version,
-    91501 for 9.15.1; None excludes it. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and
-    backward, and the backward pass uses the same kernel as the forward pass. It is excluded when it is known
-    to fail instead of being skipped: with a mask its gradients may be NaN (pytorch/pytorch#196678), before
-    9.15.1 results may be wrong unless the length is a multiple of 128, and other GPUs and wider heads have no
-    plan for some sizes ("No execution plans support the graph", pytorch/pytorch#140930).
+    cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward pass uses
+    the same kernel as the forward pass. It is left out if it is known to fail instead of being skipped by
+    torch: with a mask its gradients may be NaN (pytorch/pytorch#196678), before 9.15.1 results may be wrong
+    unless the length is a multiple of 128, and other GPUs and wider heads have no plan for some sizes ("No
+    execution plans support the graph", pytorch/pytorch#140930).
+
+    Args:
+        capability: Compute capability of the GPU, such as (9, 0).
+        dtype: Dtype of the queries.
+        width: Width of a head.
+        has_mask: Whether attention is masked.
+        cudnn: Version of cuDNN, such as 91501 for 9.15.1; None leaves cuDNN out.
     """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
@@ -143,9 +149,9 @@ def attend_in_order(
     order: list[SDPBackend],
     scale: float | None = None,
 ) -> Tensor:
-    """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
+    """Run scaled_dot_product_attention on B N L D with only the given kernels, in the given order.
 
-    `scale` is that of the scores; None means 1/sqrt(D). The context manager costs about 40 microseconds on
+    `scale` multiplies the scores; None means 1/sqrt(D). The context manager costs about 40 microseconds on
     the host, and nothing under torch.compile, which runs it while tracing.
     """
     with sdpa_kernel(order, set_priority=True):

@@ -73,9 +73,9 @@ def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -
 
 
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
-    """Return the flow shift e^mu of a picture of this many tokens.
+    """Return the flow shift e^mu for an image of `tokens` tokens.
 
-    `few` and `many` are two numbers of tokens and mu there; mu is on the line through them. Source: the
+    `few` and `many` are two points (number of tokens, mu); mu lies on the line through them. Source: the
     FLUX.1 reference code.
     """
     slope = (many[1] - few[1]) / (many[0] - few[0])
@@ -83,10 +83,10 @@ def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> 
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
-    """Move noise levels towards 1 if flow_shift is above 1; 0 and 1 stay.
+    """Move noise levels towards 1 if flow_shift is above 1; 0 and 1 do not change.
 
-    More steps are then spent where the composition of the picture is decided. `sigmas` have any shape and
-    dtype.
+    More steps are then spent at the levels that decide the composition of the image. `sigmas` have any shape
+    and dtype.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
     """
@@ -102,10 +102,10 @@ def make_schedule(
 ) -> Schedule:
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
-    `table` are `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last
-    one to 0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the
-    others feed them cut to whole numbers but step by the exact sigmas, as the released code. `levels` are
-    `Prepared.levels`, which replace all that.
+    With a `table` (`NoiseSpec.table`), its levels are used, evenly spaced in timesteps from the last one to
+    0, without a shift. Without a table, Euler, unipc-bh1 and lcm feed exact timesteps to the model; the other
+    solvers feed timesteps cut to integers but step by the exact sigmas, as the released code does. `levels`
+    (`Prepared.levels`) replace all of this.
 
     Raises:
         ValueError: For an unknown solver, if steps is below 1, or if `levels` are given and are not `steps`
@@ -157,9 +157,10 @@ def _make_terminal_grid(terminal: float, steps: int, flow_shift: float) -> Sched
 
 
 def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor:
-    """Shift noise levels and stretch them so that the last one above 0 is `terminal`.
+    """Shift noise levels and stretch them so that the last level above 0 is `terminal`.
 
-    `levels` is N falling numbers from 1 on, float64, without the 0 at the end. A single level stays 1.
+    `levels` are N decreasing numbers, the first one 1, float64, without the 0 at the end. A single level
+    stays 1.
     Source: `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
     """
     levels = shift_sigmas(levels, flow_shift)

@@ -21,7 +21,7 @@ Draw = Callable[[Sequence[int]], Tensor]  # shape -> standard normal numbers, fl
 
 
 class Solver(Protocol):
-    """Take steps in order of their index; the first index may be above 0 (video-to-video)."""
+    """Takes denoising steps in the order of their index; the first index may be above 0 (video-to-video)."""
 
     @property
     def schedule(self) -> Schedule:
@@ -52,12 +52,12 @@ def solver_for(
         steps: Number of steps.
         flow_shift: Shift of the noise levels.
         table: Sigmas of a discrete schedule; see `make_schedule`.
-        draw: Source of noise, called only by a step that adds some.
+        draw: Draws noise; called only in steps that add noise.
         levels: Noise levels in place of the solver's own; see `make_schedule`.
-        audio_shift: Shift of `NoiseSpec` for sound; only Euler follows two schedules.
+        audio_shift: Shift of the noise levels for audio; only Euler can follow two schedules.
 
     Raises:
-        ValueError: For another name, or if a solver that adds noise has no `draw`.
+        ValueError: If the name is unknown, or if a solver that adds noise gets no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
     if audio_shift != 1:
@@ -106,8 +106,8 @@ class Lcm:
 class DpmPlusPlus:
     """DPM-Solver++ 2M, midpoint form; the first and the last step are of order 1.
 
-    With `draw` each step replaces a part of the noise: the form for the stochastic differential equation,
-    SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+    With `draw`, each step replaces a part of the noise, which is the variant for the stochastic differential
+    equation, SDE-DPM-Solver++(2M) of the same paper. Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2.
     """
 
     schedule: Schedule
@@ -154,8 +154,8 @@ BH1 = UniPCVariant(order=3, keeps_data=True, lone_weight=lambda step: 0.5 * step
 class UniPC:
     """UniPC on clean-sample predictions.
 
-    Each call first corrects the sample that the last call predicted, with the velocity now known there, then
-    predicts the next. Source: Zhao et al. 2023, arXiv 2302.04867.
+    Each call first corrects the sample that the previous call predicted, with the velocity that is now known
+    at this sample, and then predicts the next one. Source: Zhao et al. 2023, arXiv 2302.04867.
     """
 
     schedule: Schedule
@@ -165,7 +165,7 @@ class UniPC:
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Correct the sample with the velocity here, then predict that of the next level."""
+        """Correct the sample with the velocity at this level, then predict the sample of the next level."""
         here = _Level.read(self.schedule, index, self.variant.keeps_data)
         following = _Level.read(self.schedule, index + 1, self.variant.keeps_data)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
@@ -266,9 +266,9 @@ def _move(
 
 
 def _move_with_noise(here: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
-    """Step between two levels as `_move`, twice as far in lambda, and make up for it with fresh noise.
+    """Step twice as far in lambda as `_move` would, and compensate by adding fresh noise.
 
-    From pure noise all of it is replaced; a step to sigma 0 adds none.
+    A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """
     factor = math.exp(here.lam - following.lam)
     moved = (following.sigma / here.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0

@@ -47,7 +47,7 @@ MOST = 2**31 - 1
 def repeat_pixels(x: Tensor, factor: int, most: int = MOST) -> Tensor:
     """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
 
-    `most` is the values of a result that torch's own kernel is trusted with.
+    Torch's own kernel is used for results of up to `most` values.
     """
     if x.numel() * factor**2 <= most:
         return interpolate(x, scale_factor=float(factor), mode="nearest")
@@ -70,8 +70,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
     """Compute nn.Conv3d.forward with zero padding, B C T H W to B C' T' H' W'.
 
-    For one clip with few channels x frames x rows PyTorch chooses a plain kernel that is three to ten times
-    slower than oneDNN's, which is used here.
+    For a single clip with few channels x frames x rows, PyTorch selects a plain kernel that is three to ten
+    times slower than oneDNN's, which this function uses.
     """
     padding = layer.padding
     assert not isinstance(padding, str)

@@ -60,9 +60,9 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 
 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment.
+    """Split tokens and rows by segment: return the tokens, B L' C, and then the rows, B 1 C, of each.
 
-    `rows` are at least one, each B S C.
+    `rows` has one or more tensors, each B S C.
     """
     count = rows[0].shape[1]
     if count == 1:
@@ -83,7 +83,7 @@ def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
 
 
 def _sum_rows(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
-    """Sum the gradients of tokens, B L C, to those of their rows."""
+    """Sum the gradients of tokens, B L C, over each segment, which gives the gradients of the rows."""
     if rows.shape[1] == 1:
         return gradients.sum_to_size(rows.shape)
     parts = split_segments(split, [rows], gradients)
@@ -130,8 +130,8 @@ class _Modulate(torch.autograd.Function):
 class _AddGated(torch.autograd.Function):
     """Add a gated branch; keep the gate as an attribute instead of saving it for the backward pass.
 
-    A checkpoint recomputes up to the last saved tensor. A gate saved here, at the end of a block, would make
-    it compute the last branch to its end, although no gradient depends on the result.
+    Activation checkpointing recomputes a block up to its last saved tensor. If the gate at the end of a block
+    were saved, the last branch would be computed to its end, although no gradient depends on its result.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the dtype that a layer computes in: that of autocast if it is on, else that of the weights."""
+    """Return the compute dtype of a layer: that of autocast if it is enabled, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
@@ -108,7 +108,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class CenteredRMSNorm(RMSNorm):
-    """`RMSNorm` whose files hold how far the weight is from 1. Computes as `CenteredNorm`."""
+    """`RMSNorm` whose stored weight is the difference from 1."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
@@ -120,7 +120,7 @@ class CenteredRMSNorm(RMSNorm):
 
 
 class ScaleNorm(nn.Module):
-    """`RMSNorm` whose weight is called `scale`, as in the files of some models."""
+    """`RMSNorm` whose weight is called `scale` in the files of some models."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ THETA = 10000.0  # base of the frequencies, as trained
 
 @dataclass(frozen=True)
 class Slow:
-    """A frequency of an axis that gets a longer period, so that a long video does not repeat (RIFLEx)."""
+    """A frequency of one axis that is lowered so that a long video does not repeat itself (RIFLEx)."""
 
     index: int  # from 0, fastest first
     period: float  # positions until it has turned once
@@ -43,10 +43,10 @@ class Grid(NamedTuple):
 
 
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
-    """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
+    """Return the rotation angles of positions on an axis: n -> n x width/2, in the dtype of the positions.
 
-    `width` is the channels that belong to the axis, even. `slow` is the index and value of a frequency that
-    replaces the trained one.
+    `width` is the number of channels that belong to the axis, which is even. `slow` replaces one of the
+    trained frequencies.
 
     Raises:
         ValueError: If the axis lacks that frequency.
@@ -83,8 +83,8 @@ def exact_table(
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 on `device`.
 
-    `widths` are the channels of each axis, D in total. `dtype` is that of the angles; at position 1000 a
-    float32 angle is wrong in the fifth digit. `stored` is that of the table, see `rotate`.
+    `widths` are the numbers of channels of each axis, D in total. `dtype` is the dtype of the angles; at
+    position 1000 a float32 angle is wrong in the fifth digit. `stored` is the dtype of the table.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
@@ -111,10 +111,10 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": flo
 
 
 class TableMaker(Protocol[Asked]):
-    """Make a table on a device from the tokens' layout, such as the numbers of frames, rows and columns."""
+    """Makes the table for a layout of tokens, such as the numbers of frames, rows and columns."""
 
     def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
-        """Make the table of a layout."""
+        """Make the table of rotations for a layout of tokens, on a device."""
 
 
 def table_maker(
@@ -123,15 +123,15 @@ def table_maker(
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[Grid]:
-    """Return a function that makes the tables of one network. make: of `TABLES`.
+    """Return a function that makes the tables of one network.
 
-    For `dtype` see `rotate`.
+    `make` is one of the functions in `TABLES`, and `dtype` is the dtype of the table.
     """
     return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
 
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
-    """Return a function that makes the table of several grids whose tokens follow one another."""
+    """Return a function that makes one table for several grids whose tokens follow one another."""
 
     def make_joined(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])
@@ -155,11 +155,11 @@ class GridTable(Generic[Layout]):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the channel pairs of x (B L N D) by a table of `TABLES`; in the table's dtype, returned in x's.
+    """Rotate the channel pairs of x, B L N D; computed in the table's dtype, returned in the dtype of x.
 
-    Uncompiled code multiplies complex numbers, a single pass over x; compiled code spells out the products,
-    because compilers fuse that form. The results differ only by rounding: 1e-6 of the largest number. With a
-    table in 16 bits the products are spelled out too, as torch has no complex numbers of that size.
+    Eager code multiplies complex numbers, which is a single pass over x; compiled code writes out the real
+    products, which compilers can fuse. The results differ only by rounding, 1e-6 of the largest number. For
+    a 16-bit table the products are written out too, because torch has no complex numbers of that size.
     """
     # type_as: where the dtype fits already, `to(dtype)` takes four times as long to find that out
     pairs = x.type_as(table).unflatten(-1, (-1, 2))  # B L N D/2 2
@@ -175,8 +175,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     """Return the rotations of some tokens: B K' 1 D/2 2.
 
-    `table` is L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. `kept` is B K, positions of the kept tokens,
-    ascending. `num_left_out` of the first L tokens are not kept.
+    `table` has the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` has the ascending
+    positions of the kept tokens, B K. `num_left_out` of the first L tokens are not kept.
     """
     places = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:
@@ -189,20 +189,18 @@ LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
 
 
 def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32.
+    """Return the sinusoidal embedding of numbers (B), cosines before sines: B width float32.
 
-    `width` is even.
-
-    `dtype` is that of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in
-    the fourth digit.
+    `width` is even. `dtype` is the dtype of frequencies and angles with which the model was trained; for the
+    number 6000, a float32 angle is wrong in the fourth digit.
     """
     half = width // 2
     # Apple GPUs have no float64
     device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device
     numbered = torch.arange(half, dtype=dtype, device=device)
-    # each dtype has the formula of the models trained with it: the two formulas round differently, in float32
-    # by up to 6e-5 of the result at 1000. The power itself is float64's in both: float32's is off by up to
-    # five last digits, by other ones on each processor, and 1000 times as much reaches the result
+    # Each dtype uses the formula of the models trained with it, as the two round differently: in float32, the
+    # results for 1000 differ by up to 6e-5. Both compute the power in float64, because in float32 its error
+    # of a few last digits depends on the processor and is multiplied by the number, such as 1000.
     if dtype == torch.float64:
         frequencies = LONGEST ** -(numbered / half)
     else:

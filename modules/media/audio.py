@@ -26,14 +26,15 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def name_layout(channels: int) -> str:
-    """Return FFmpeg's name for a number of channels; stereo for numbers that it has no common name for."""
+    """Return FFmpeg's name for a number of channels, or stereo if the number has no common name."""
     return _LAYOUTS.get(channels, "stereo")
 
 
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add an AAC stream, as `add_aac_stream` does, for the sound of `source`, a stream of another file.
+    """Add an AAC stream for the audio of `source`, a stream of another file.
 
-    Returns it, and a function from packets of `source`, up to the empty last one, to packets to write.
+    Returns the new stream, and a function that converts packets of `source`, up to the empty last one, to
+    packets to write.
     """
     context = source.codec_context  # by number: raw sound in Matroska has no name of its layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
@@ -103,9 +104,10 @@ _NANOSECONDS = 1e9
 
 
 def open_delayed(stream: Any, samples: int) -> Any | None:
-    """Return an open container whose only stream is like `stream`, but says that it begins with `samples`.
+    """Return an open container with a copy of `stream` that declares an initial delay of `samples` samples.
 
-    Return None if its codec cannot say that, or if `stream` says it already. Source of the layout: RFC 9559.
+    Return None if the codec cannot declare a delay, or if `stream` does so already. Source of the layout:
+    RFC 9559.
     """
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
@@ -128,7 +130,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
 
 
 def _track_info(context: Any, samples: int) -> bytes:
-    """Return number, codec, delay and sound of a track, as Matroska has them."""
+    """Return the Matroska elements that describe a track: number, codec, delay and audio format."""
     numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # of the track, and its identity
     audio_type = _encode_number(0x83, 2)
     codec = _encode_element(0x86, _CODECS[context.name])
@@ -176,8 +178,8 @@ def is_text(stream: Any) -> bool:
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add a subtitle stream to `target`, for the subtitles of `source`, a stream of another file.
 
-    `suffix` is that of the target. Returns the new stream, and a function from packets of `source` to packets
-    of the new stream.
+    `suffix` is the suffix of the target file. Returns the new stream, and a function that converts packets of
+    `source` to packets of the new stream.
     """
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER

@@ -47,7 +47,7 @@ def change_colors(frame: Frame, numbers: random.Random) -> Frame:
 
 
 def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
-    """Return the fit with a random place of the crop, all equally likely."""
+    """Return the fit with the crop at a random position; all positions are equally likely."""
     left, top = (
         numbers.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
     )
@@ -55,7 +55,7 @@ def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
 
 
 def face_in_name(stem: str) -> Face | None:
-    """Return the face that a file's name gives: it ends in `_x_y_width_height`, x and y of the middle."""
+    """Read the face from a file name that ends in `_x_y_width_height`, where x and y are the center."""
     match = _FACE.search(stem)
     return None if match is None else Face(*(int(part) for part in match.groups()))
 
@@ -70,9 +70,9 @@ def fit_face(
 ) -> Fit:
     """Return the scale and crop of a picture around a face.
 
-    The number of faces that fit along the bucket's short side is drawn between `sides`. The picture covers
-    the bucket, and is not enlarged just to reach that number. The face is in the middle, or with `anywhere`
-    at any place where it is whole.
+    The length of the bucket's short side, in lengths of the face, is drawn from the range `sides`. The image
+    always covers the bucket, and is not enlarged just to reach that ratio. The face is centered, or with
+    `anywhere` at a random position where it is fully visible.
     """
     longer = max(face.width, face.height, 1)
     cover = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -83,7 +83,7 @@ def fit_face(
     def start(middle: float, length: float, axis: int) -> int:
         """Return the first pixel of the crop on an axis.
 
-        `middle` and `length` are those of the resized face.
+        `middle` and `length` describe the resized face on this axis.
         """
         side = bucket[axis]
         first = middle - side / 2

@@ -45,11 +45,11 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
 def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
     """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
-    With `no_upscale`, a picture with at most `area` pixels keeps its own size, rounded down to multiples of
+    With `no_upscale`, an image with at most `area` pixels keeps its size, rounded down to multiples of
     `step`.
 
     Raises:
-        ValueError: If its shorter side is below `step`.
+        ValueError: If the shorter side of the image is below `step`.
     """
     width, height = size
     if no_upscale and width * height <= area:
@@ -73,9 +73,9 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 
 
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
-    """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its center.
+    """Return the fit that reduces an image to at most `area` pixels, keeps its shape and crops its center.
 
-    `area` None keeps the size. Sides become multiples of `step`.
+    With `area` None the size is kept. Sides become multiples of `step`.
     """
     width, height = size
     how = "none"
@@ -93,13 +93,13 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets of at most the resolution's area, ascending.
+    """Return the buckets whose area is at most that of the resolution, ascending.
 
-    They are a square, and every width by `step` from `shortest` to `longest` with the greatest height that
-    fits, each also turned. Sides are multiples of `step`, as `shortest` and `longest` are.
+    These are a square, and each width from `shortest` to `longest`, in steps of `step`, with the largest
+    height that the area allows, in both orientations. All sides are multiples of `step`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such bucket.
     """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
@@ -114,7 +114,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
-    """Return the bucket of equal size, else the one whose aspect ratio is nearest."""
+    """Return the bucket of the same size, else the bucket with the nearest aspect ratio."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -122,10 +122,10 @@ def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
-    """Return the fit of a picture to a bucket of its own size, rounded down to multiples of `step`.
+    """Return the fit of an image to a bucket of its own size, rounded down to multiples of `step`.
 
-    A picture above `area` pixels is first shrunk to about that area. Of the two sizes of about that area in
-    which one side is a multiple of `step`, the one is taken whose other side loses less.
+    An image with more than `area` pixels is first shrunk to about that area, to a size with one side that is
+    a multiple of `step`. Of the two possible sizes, the one is used whose other side loses less by rounding.
 
     Raises:
         ValueError: If a side is shorter than `step`.
@@ -142,10 +142,10 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 
 
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
-    """Return the fit of a picture that belongs to another one, whose size is `like` and whose fit is `fit`.
+    """Return the fit of an image that belongs to a main image with the size `like` and the fit `fit`.
 
-    With the same proportions, to within 2 %, it is resized and cropped exactly as that picture; otherwise it
-    covers the same bucket.
+    If the aspect ratios agree to within 2 %, the image is resized and cropped exactly like the main image;
+    otherwise it covers the same bucket.
     """
     if size == like:
         return fit
@@ -162,9 +162,9 @@ def how_to_resize(size: Size, resized: Size) -> str:
 
 
 def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
-    """Return left, top, right, bottom, in bucket pixels, of a picture scaled to fit inside the bucket.
+    """Return left, top, right and bottom, in bucket pixels, of an image scaled to fit inside the bucket.
 
-    This is `crop_ltrb` of image trainers' npz caches: left and top are rounded down.
+    This is `crop_ltrb` in npz caches of image trainers; left and top are rounded down.
     """
     is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # than the bucket, whose side it takes whole
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]
@@ -174,10 +174,10 @@ def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 
 
 def _shrink(size: Size, area: int, step: int) -> Size:
-    """Return a size of nearly the same aspect and of about this area, with one side a multiple of `step`.
+    """Return a size of about the given area and aspect ratio in which one side is a multiple of `step`.
 
-    That side is the one after whose rounding both sides, cut to multiples, keep the aspect better; the height
-    if both keep it equally.
+    The side is chosen so that both sides, cut to multiples of `step`, keep the aspect ratio better; the
+    height wins a tie.
     """
     aspect = size[0] / size[1]
     width = math.sqrt(area * aspect)

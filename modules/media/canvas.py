@@ -13,7 +13,7 @@ STEP = 8  # pixels, of a latent
 
 
 def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
-    """Scale a picture, H W 3, to fit, and center it on white of that size: 1 3 1 H W in -1..1.
+    """Scale an image, H W 3, to fit inside `width` x `height`, and center it on white: 1 3 1 H W in -1..1.
 
     As in diffusers' WanVACEPipeline, sides are first reduced to multiples of 8 (Lanczos), then scaled and
     rounded down (bilinear, without antialiasing).

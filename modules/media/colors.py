@@ -79,7 +79,7 @@ class _Profile:
 
 
 def upright(file: Image.Image) -> Image.Image:
-    """Turn an opened picture as its EXIF orientation says, and return it."""
+    """Apply the EXIF orientation to an opened image, and return the image."""
     _note_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # without a copy of its pixels
     return file
@@ -134,7 +134,7 @@ def row_blocks(height: int, width: int) -> Iterator[slice]:
 
 
 def split_bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """Yield the rows of a picture and their part of it, with the facts of the whole."""
+    """Yield bands of an image, each with its range of rows; the bands keep the image's metadata."""
     for rows in row_blocks(image.height, image.width):
         band = image.crop((0, rows.start, image.width, rows.stop))
         band.info = image.info
@@ -270,7 +270,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
 
 
 def _select_mode(mode: str, profile: bytes) -> str:
-    """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
+    """Return the mode (L, RGB or CMYK) to which pixels are converted before their color profile applies."""
     is_gray = mode in _GRAY or mode.startswith("I;16")
     if is_gray and profile[16:20] != b"RGB ":
         return "L"
@@ -358,7 +358,7 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
 
 
 def _make_curve(info: dict[Any, Any]) -> list[int] | None:
-    """Return the levels of sRGB for the 256 values of a PNG with gAMA alone; None: they are the same."""
+    """Return the sRGB level of each of the 256 values of a PNG with only gAMA; None if they are the same."""
     gamma = _read_gamma(info)
     if gamma is None or abs(_SCREEN * gamma - 1) <= _NEAR:
         return None
@@ -415,10 +415,10 @@ def _encode_xyz(values: Any) -> bytes:
 
 
 def _make_colorants(places: tuple[float, ...]) -> Any:
-    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
+    """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they form no triangle.
 
     Args:
-        places: X y of the white point, red, green and blue.
+        places: Chromaticities x, y of the white point, red, green and blue.
     """
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():
@@ -434,5 +434,5 @@ def _make_colorants(places: tuple[float, ...]) -> Any:
 
 
 def _encode_fixed(values: Any) -> bytes:
-    """Return numbers in ICC's s15Fixed16Number."""
+    """Encode numbers as ICC's s15Fixed16Number."""
     return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())

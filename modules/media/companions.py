@@ -40,7 +40,7 @@ Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> p
 
 @dataclass
 class _Track:
-    """A stream on its way into the new file."""
+    """A stream that is copied or converted into the new file."""
 
     name: str
     target: Any
@@ -116,7 +116,7 @@ class Companions:
                     logger.warning("%s: %d packets of %s are damaged and left out", self._path, count, name)
 
     def mux(self, target: Any, packet: Any) -> None:
-        """Write a packet of the pictures, even if an earlier one that FFmpeg held back cannot be written."""
+        """Write a packet of the main stream, even if an earlier one that FFmpeg held back is damaged."""
         try:
             target.mux(packet)
         except _list_damage_errors():
@@ -130,7 +130,7 @@ class Companions:
             yield from self._source.demux(streams)
         except av.FFmpegError as error:
             logger.warning(
-                "%s is damaged: the rest of its sound and subtitles cannot be read (%s)",
+                "%s is damaged: the rest of its audio and subtitles cannot be read (%s)",
                 self._path,
                 error.strerror,
             )
@@ -157,10 +157,7 @@ class Companions:
                 track.lost += 1
 
     def _add(self, target: Any, stream: Any) -> None:
-        """Add a stream in the first way that the new file's format allows.
-
-        It is copied, else converted, else left out.
-        """
+        """Copy a stream into the new file; convert it, or else leave it out, if the format requires that."""
         name = _name(stream)
         if stream.type == "video":
             self._add_images(target, stream, name)
@@ -188,7 +185,7 @@ class Companions:
             self._leave_out(name)
 
     def _add_images(self, target: Any, stream: Any, name: str) -> None:
-        """Add a stream of pictures that is not the main one, if it is a cover."""
+        """Add a secondary video stream if it is a cover image and the new file's format can hold it."""
         codec = stream.codec_context.name if stream.codec_context is not None else ""
         if not is_cover(stream):
             self._leave_out(name, "only the main stream of pictures is written", remedy="")

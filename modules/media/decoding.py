@@ -35,7 +35,7 @@ class Orientation:
 
     @property
     def is_mirrored(self) -> bool:
-        """Return whether the stored frame is a mirror image, so that turning alone cannot correct it."""
+        """Return whether the stored frame is mirrored, so that rotating it is not enough."""
         return self.is_transposed ^ self.flips_columns ^ self.flips_rows
 
 
@@ -199,7 +199,7 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
 def check_size(path: Path, container: Any, stream: Any) -> None:
     """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
 
-    `decode_frames` finds other missing parts at the end.
+    Other missing parts are found by `decode_frames` at the end of decoding.
     """
     size = path.stat().st_size
     declared = 0
@@ -210,7 +210,7 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
         declared = places[-1].pos + places[-1].size if len(places) else 0
     if declared > size:
         raise MediaError(
-            f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Fetch it again."
+            f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Download it again."
         )
 
 
@@ -255,7 +255,7 @@ def is_sideways(frame: Any) -> bool:
 
 
 def square_width(frame: Any, stream: Any) -> int:
-    """Return the width with square pixels of a stream's frame or codec as stored; the height stays."""
+    """Return the width that a stored frame has with square pixels; the height does not change."""
     ratio = stream.sample_aspect_ratio
     if not ratio or not 1 / MAX_RATIO <= ratio <= MAX_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)
@@ -347,10 +347,7 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
 
 
 def _read_durations(path: Path, most: int | None = None) -> list[float]:
-    """Return the seconds of all frames, or of the first `most`.
-
-    Empty for a picture that is not an animation.
-    """
+    """Return the durations in seconds of all frames, or of the first `most`; empty for a still image."""
     with reading(path), path.open("rb") as file:
         start = file.read(6)
         if start[:4] == b"GIF8":

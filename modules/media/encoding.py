@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a stream and when it is shown, in seconds: exact, so that no rounding adds up."""
+    """A frame and the time at which it is shown, in exact seconds, so that rounding errors do not add up."""
 
     pixels: Pixels
     start: Fraction
@@ -51,7 +51,7 @@ def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
-    """Return pixels in 16 bits; those in 8 bits are multiplied by 257, so that white stays white."""
+    """Convert pixels to 16 bits; 8-bit pixels are multiplied by 257, so that white stays white."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -129,10 +129,10 @@ def resolve_codec(codec: str, width: int, height: int) -> str:
 
 
 def select_codec(path: Path, codec: str) -> Codec:
-    """Return the codec for `path` by its name.
+    """Return the codec with the given name.
 
     Raises:
-        MediaError: If it does not fit the suffix.
+        MediaError: If files with the suffix of `path` cannot hold the codec.
     """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
@@ -148,11 +148,11 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
     """Raise MediaError if pictures like the first one are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
-        raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
+        raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")
     if select_encoder(codec, width, height) != codec:
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
-            f"{SMALLEST_H265[1]} are the least. Use h264"
+            f"{SMALLEST_H265[1]} is the minimum. Use h264"
         )
 
 
@@ -179,9 +179,9 @@ def add_video_stream(
     preset: str,
     bit_rate: int | None = None,
 ) -> Any:
-    """Add a stream for pictures of the size of `first`. `rate` is the number of pictures a second.
+    """Add a stream for frames of the size of `first`; `rate` is the number of frames per second.
 
-    `crf` is the quality; `bit_rate` is bits per second in place of it.
+    `crf` is the quality; `bit_rate`, in bits per second, replaces it.
 
     Raises:
         MediaError: If FFmpeg lacks the encoder.
@@ -212,7 +212,7 @@ def add_video_stream(
 
 
 def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
-    """Encode pictures and yield packets, whose times are the pictures' numbers, in units of 1 / rate.
+    """Encode frames and yield packets whose times are the indices of the frames, in units of 1 / rate.
 
     An odd last row or column is cropped.
 
@@ -254,7 +254,8 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
 def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     """Return a frame H W 3 as H.264 of this quality shows it; an odd last row or column is cropped.
 
-    It is encoded by one thread: several make slices, so that pixels would depend on the number of cores.
+    A single thread encodes: several threads would divide the frame into slices, so that pixels would depend
+    on the number of cores.
     """
     height, width = (side // 2 * 2 for side in frame.shape[:2])
     decoder: Any = av.CodecContext.create("h264", "r")
@@ -294,9 +295,9 @@ def name_write_errors() -> Iterator[None]:
 
 
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
-    """Copy the aspect ratio of pixels that are not square, as on DVDs, to a new video.
+    """Copy the pixel aspect ratio, which may not be 1 (as on DVDs), to a new video.
 
-    `source` is the stream of pictures of the file at `path`. `video` is that of a new file.
+    `source` is the video stream of the file at `path`, and `video` is the video stream of the new file.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:
@@ -307,5 +308,5 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
-    """Return whether MP4 has no place of its own for one of the tags."""
+    """Return whether any tag is not among MP4's standard tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

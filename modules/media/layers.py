@@ -29,14 +29,14 @@ def compose_layers(layers: Sequence[Frame]) -> Frame:
 def write_layers(
     folder: Path, stem: str, frames: Iterable[Frame], has_full: bool, tags: Mapping[str, str]
 ) -> list[Path]:
-    """Write each picture as PNG with alpha, then what the layers show together; return the paths.
+    """Write each image as PNG with alpha, then the composition of all layers; return the paths.
 
     Args:
-        folder: It exists.
-        stem: What the names begin with.
-        frames: Pictures H W 4; the layers from back to front.
-        has_full: Whether the first of them is the whole picture, not a layer.
-        tags: Texts of the files.
+        folder: Existing folder to write into.
+        stem: Beginning of the file names.
+        frames: Images, H W 4; the layers are ordered from back to front.
+        has_full: Whether the first image is the full image instead of a layer.
+        tags: Texts to store in the files.
     """
     layers: list[Frame] = []
     paths: list[Path] = []

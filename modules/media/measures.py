@@ -56,9 +56,9 @@ def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_
 
 
 def motion(frames: Sequence[Frame]) -> float:
-    """Return the mean absolute change of luma between neighbors, in place: 0..1, and 0 for a single frame.
+    """Return the mean absolute change of luma between neighboring frames, 0..1; 0 for a single frame.
 
-    0.01 is a calm picture, 0.1 a wild one, if neighbors are some tenths of a second apart.
+    If neighbors are some tenths of a second apart, 0.01 means little motion and 0.1 strong motion.
     """
     cells = [_average_cells(frame) for frame in frames]
     changes = [np.abs(after - before).mean() for before, after in zip(cells, cells[1:], strict=False)]
@@ -68,9 +68,9 @@ def motion(frames: Sequence[Frame]) -> float:
 def is_static(frames: Sequence[Frame], threshold: float = STATIC_CHANGE) -> bool:
     """Return whether nothing moves: no cell of a grid changes its luma by `threshold` between any two frames.
 
-    The grid has 32 cells along the shorter side. The largest change counts, not the mean: in a portrait only
-    a small part moves; and any two frames are compared, so that slow motion counts too. A single frame is
-    static.
+    The grid has 32 cells along the shorter side. The largest change matters instead of the mean, because in a
+    portrait only a small part moves. All pairs of frames are compared, so that slow motion is noticed too. A
+    single frame is static.
     """
     cells = (_average_cells(frame) for frame in frames)
     low = high = next(cells, None)
@@ -108,13 +108,13 @@ def is_flat(frame: Frame) -> bool:
 
 
 def perceptual_hash(frame: Frame) -> int:
-    """Return a hash of 63 bits that copies nearly share: rescaled, recompressed, brighter or darker ones.
+    """Return a 63-bit hash that is nearly equal for copies: rescaled, recompressed, brighter or darker ones.
 
     The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms except the
     constant one gives a bit: whether it is above their median. Mirrored pictures differ. A flat frame gives
     0.
-    Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1;
-    it leaves out the terms that are constant in one direction, which we keep: stripes have no others.
+    Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1.
+    Unlike Zauner, we keep the terms that are constant in one direction, because stripes have no others.
     """
     gray = cv2.resize(
         _reduce_to_gray(frame, BLACK_SIDE), (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA
@@ -133,7 +133,7 @@ def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Return the frames of a clip to hash, first to last; a single frame alone.
+    """Select the frames of a clip to hash, evenly from the first to the last.
 
     Raises:
         ValueError: If there is no frame.
@@ -204,11 +204,13 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
 def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
     """Return the evidence for a cut, from 0 to 1: sqrt(structure * colors) * min(1, change / 0.05).
 
-    structure: 1 minus the best correlation of the gray thumbnails over all shifts of up to 6 cells of 32,
-    from 0 to 1. Cells that are white in either do not count: a flash hides them. If less than a quarter is
-    left, or the rest has a single gray in either, the structure counts 0. colors: half the absolute
-    difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
-    gray values. `least` is a distance below that may be given as 0, which takes less time.
+    - structure is 1 minus the best correlation of the gray thumbnails over all shifts of up to 6 of 32 cells,
+      from 0 to 1. Cells that are white in either frame are ignored, because a flash may hide them. If less
+      than a quarter is left, or the rest is uniformly gray in either frame, structure is 0.
+    - colors is half the absolute difference of the histograms, averaged over red, green and blue.
+    - change is the mean absolute difference of the gray values.
+
+    Distances below `least` may be returned as 0, which saves time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
@@ -230,9 +232,9 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Return the correlation of the first, shifted, with the second, over the cells where both are not white.
+    """Correlate the first thumbnail, shifted, with the second one, over the cells that are white in neither.
 
-    None: too little is left, or the rest has a single gray in either.
+    The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """
     height, width = first.grey.shape
     first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))
@@ -250,7 +252,7 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
 
 
 def _center(values: Gray) -> Gray:
-    """Return values without their mean."""
+    """Subtract the mean from values."""
     return values - values.mean()
 
 

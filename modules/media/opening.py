@@ -94,7 +94,7 @@ def _check_memory(path: Path, image: Image.Image) -> None:
         )
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise MediaError(
-            f"{path} has {path.stat().st_size:,} bytes; pictures have at most {MAX_IMAGE_BYTES:,}. Save it "
+            f"{path} has {path.stat().st_size:,} bytes; images have at most {MAX_IMAGE_BYTES:,}. Save it "
             "as PNG or JPEG, without metadata."
         )
 
@@ -141,12 +141,12 @@ def _limit_frames(path: Path, codec: Any) -> None:
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits that a pixel takes in memory; those of RGB if the file does not say how it is coded."""
+    """Return the bits of a pixel in memory; those of RGB if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
 def select_thread_type(codec: Any) -> str:
-    """Return how a decoder shares its work: of large frames each thread would hold one."""
+    """Select how decoder threads share work: with large frames, a frame per thread takes too much memory."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
 
@@ -193,10 +193,12 @@ def reject_cut(path: Path) -> None:
             place += max(length, 8)
             if place > size:
                 raise MediaError(
-                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Fetch it again."
+                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Download it again."
                 )
     if b"moov" not in kinds:
-        raise MediaError(f"{path} is cut short: its index, which is at its end, is missing. Fetch it again.")
+        raise MediaError(
+            f"{path} is cut short: its index, which is at its end, is missing. Download it again."
+        )
 
 
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
@@ -219,9 +221,9 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
 
 
 def require_media(path: Path) -> None:
-    """Raise MediaError if a file is not a picture, clip or sound in a format that is read here.
+    """Raise MediaError if a file is not an image, clip or audio file in a supported format.
 
-    Only its beginning is read: it may still be damaged, or too large.
+    Only the beginning is read, so the file may still be damaged or too large.
     """
     Image.init()
     with reading(path):

@@ -92,10 +92,10 @@ def image_pixels(
 ) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
-    With `keep_aspect`, scale to cover and crop the center, as for training; else stretch, as Wan's released
-    code does after choosing a size with the image's own aspect ratio. For `shrink` see `resize_cover`. `crf`
-    is the quality of H.264 that the image passes through at its own size; 0 means none. `on_white` False
-    keeps the colors below transparent parts.
+    With `keep_aspect`, scale to cover and crop the center, as in training; otherwise stretch, as Wan's
+    released code does after choosing a size with the image's aspect ratio. `shrink` is the method of
+    shrinking, as for `resize_cover`. If `crf` is not 0, the image is first compressed as H.264 of this
+    quality. With `on_white` False, transparent parts keep their colors instead of becoming white.
     """
     import cv2
 
@@ -118,8 +118,9 @@ def video_pixels(
 ) -> Tensor:
     """Read the first frames of a video or image folder, scaled to cover: 1 3 F+E H W float32 in -1..1.
 
-    `option` is "--video_path", for messages. end_frames (E): further frames for an end image; at least one of
-    them must exist, and the last existing one is repeated for the missing ones.
+    `option` names the video in messages, such as "--video_path". `end_frames` (E) is the number of additional
+    frames for an end image; at least one of them must exist, and the last existing one is repeated for the
+    missing ones.
 
     Raises:
         MediaError: If the video is too short.

@@ -81,9 +81,9 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the image suffixes that can be read here, lower case.
+    """Return the suffixes of images that can be read, in lower case.
 
-    .avif, .heic and .jxl are among them if Pillow decodes them here.
+    They include .avif, .heic and .jxl if the installed Pillow can decode these.
     """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
@@ -97,7 +97,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_still(path: Path) -> bool:
-    """Return whether a path is that of a picture, neither of a folder of frames nor of an animation."""
+    """Return whether a path names a still image, not an animation or a folder of frames."""
     return path.suffix.lower() in image_suffixes() and not path.is_dir() and not decoding.is_animation(path)
 
 
@@ -114,7 +114,7 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
 
 
 def add_alpha(frame: Frame) -> Frame:
-    """Return a frame with four channels, H W 4: one with three becomes opaque."""
+    """Return a frame with four channels, H W 4; a frame with three channels gets an opaque alpha."""
     if frame.shape[2] == 4:
         return frame
     return np.dstack([frame, np.full(frame.shape[:2], 255, np.uint8)])
@@ -185,9 +185,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskLook:
-    """Evidence that a mask is drawn by transparency.
+    """Collects evidence on whether a mask is drawn by transparency instead of brightness.
 
-    That is so if it has transparent parts, and all visible parts have one color.
+    It is if it has transparent parts, and all visible parts have the same color.
     """
 
     def __init__(self) -> None:
@@ -236,9 +236,9 @@ def resize_cover(
 ) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the center.
 
-    Lanczos when enlarging, else area average, as the cache format requires. `shrink` is "lanczos" for that,
-    too. `place` are where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely
-    as another.
+    Lanczos is used to enlarge and area averaging to shrink, as the cache format requires; with `shrink`
+    "lanczos", Lanczos is used for both. `place` replaces the center: fractions from left and top, from 0 to
+    below 1, which random numbers select uniformly.
     """
     size = frame.shape[1], frame.shape[0]
     if size == bucket:
@@ -250,7 +250,7 @@ def resize_cover(
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
     """Resize and crop a frame, as `fit` says.
 
-    For `place` see `resize_cover`.
+    `place` are fractions from left and top at which to crop instead of the center.
     """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
@@ -285,9 +285,9 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image or a clip's first frame, H W 3.
+    """Read an image or a clip's first frame, H W 3; with `alpha`, H W 4 if it has transparency.
 
-    For `alpha` see `read_image`. Raises MediaError.
+    Raises MediaError if the file cannot be read.
     """
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
@@ -311,8 +311,8 @@ def _plays(path: Path) -> bool:
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
-    With `alpha` they are H W 4 if they have transparency, with the colors below it. `threads` decode; 0
-    leaves their number to FFmpeg.
+    With `alpha`, frames with transparency are H W 4 and keep the colors of transparent pixels. `threads` is
+    the number of decoding threads; 0 lets FFmpeg choose.
 
     Raises:
         MediaError: If the file is missing, empty, without a video stream, not decodable, or truncated (an
@@ -326,7 +326,7 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[tuple[Frame, float, float]]:
-    """Yield all frames of a video file as `video_frames` does, each with its start and its end in seconds."""
+    """Yield all frames of a video file like `video_frames`, each with its start and end time in seconds."""
     if decoding.is_animation(path):
         end = 0.0
         for pixels, seconds in decoding.animation_frames(path):
@@ -347,7 +347,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 class FrameSizes:
-    """Notice where the frames of a clip change their size, as turned recordings and mixed folders do."""
+    """Notices when the frames of a clip change size, as in rotated recordings and mixed folders."""
 
     def __init__(self) -> None:
         self.change: str | None = None  # "64x32, from frame 9 on 32x64": the first change
@@ -371,10 +371,11 @@ def slots(rate: float) -> Iterator[float]:
 def frames_at(
     path: Path, seconds: Iterable[float], alpha: bool = False
 ) -> Iterator[tuple[Frame, int, float]]:
-    """Yield the frame that a video file shows at each of these seconds, its number, and the second.
+    """Yield the frame that a video file shows at each of the given times, its index, and the time.
 
-    `seconds` are ascending, from its first frame on. At least one frame is yielded; otherwise they end where
-    the file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
+    `seconds` are ascending, counted from the first frame. Frames end where the file ends, but at least one is
+    yielded. Raises MediaError if the file cannot be decoded, or if a frame is shown longer than
+    MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
     moment = next(moments)
@@ -407,12 +408,12 @@ def frames_at(
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Return size, number of frames, rate and duration; one frame is decoded.
+    """Return size, number of frames, rate and duration of a video; one frame is decoded.
 
-    A folder has the size of its first image.
+    The size of a folder is that of its first image.
 
     Raises:
-        MediaError: As `video_frames` does.
+        MediaError: If the video is missing, empty or cannot be decoded.
     """
     if path.is_dir():
         images = folder_images(path)
@@ -458,15 +459,15 @@ def is_laid_otherwise(path: Path) -> bool:
 
 
 def count_frames(path: Path, threads: int = 0) -> int:
-    """Return the number of frames by the header; if that has none, all are decoded. Raises MediaError."""
+    """Return the number of frames from the header, else by decoding all frames. Raises MediaError."""
     return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 
 def folder_images(folder: Path) -> list[Path]:
-    """Return the images of a folder that is used as a video, in the order of `sort_by_numbers`.
+    """Return the images of a folder that is used as a video, sorted by the numbers in their names.
 
     Raises:
-        MediaError: If there are none.
+        MediaError: If the folder has no images.
     """
     images = sort_by_numbers(
         path
@@ -479,9 +480,9 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
-    """Return two neighboring images of a folder that swap places if names are compared as plain text.
+    """Return two neighboring images whose order differs if names are compared as plain text.
 
-    None if both orders are the same.
+    The result is None if sorting by numbers and sorting as text give the same order.
 
     Raises:
         MediaError: If the folder has no images.
@@ -534,9 +535,9 @@ def read_tags(path: Path) -> dict[str, str]:
 
 
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
-    """Return tags without those that may hold a picture, such as XMP with its thumbnails; log their names.
+    """Drop tags that may hold an image, such as XMP with its thumbnails, and log their names.
 
-    `path` is that of the file that has them.
+    `path` is the file that has the tags.
     """
     left_out = [
         name
@@ -558,10 +559,11 @@ def pick_frames(
     threads: int = 0,
     exact: bool = True,
 ) -> list[Frame]:
-    """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
+    """Return selected frames of a clip, each passed through `reduce`; the clip is read to its end.
 
-    `choose` gets the number of frames and returns which to take. `threads` decode; 0 leaves their number to
-    FFmpeg. With `exact`, choose again if the header's count is wrong, else only if chosen frames are missing.
+    Reading to the end reveals damage. `choose` takes the number of frames and returns the indices to select.
+    `threads` is the number of decoding threads; 0 lets FFmpeg choose. If the header's number of frames is
+    wrong, frames are selected again with `exact`, otherwise only if selected frames are missing.
 
     Raises:
         MediaError: If the clip cannot be read.

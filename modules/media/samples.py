@@ -29,7 +29,7 @@ _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"}
 
 @dataclass(frozen=True)
 class TrackInfo:
-    """Facts about a file's sound that its header states; seconds count as in `read_track`."""
+    """Facts about a file's audio from its header; times count from the first frame of the video."""
 
     rate: int  # samples in a second
     channels: int
@@ -39,7 +39,7 @@ class TrackInfo:
 
 
 def track_info(path: Path) -> TrackInfo | None:
-    """Return facts about the track of sound that `read_track` reads; None if there is none.
+    """Return facts about the audio track that `read_track` would read; None if there is no track.
 
     Raises:
         MediaError: If the file cannot be opened.
@@ -65,15 +65,15 @@ def track_info(path: Path) -> TrackInfo | None:
 
 
 def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
-    """Read `count` samples of a file's sound from a second on: channels S, float32, at `rate`.
+    """Read `count` samples of a file's audio at `rate`: channels S, float32; None without an audio track.
 
-    `start` is the seconds from the first picture of the file; without pictures, from its first sound. Before
-    the sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
-    channels; several are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
-    default one, or the best. Returns None if there is no track.
+    `start` is in seconds from the first frame of the file, or from the first sample of a file without video.
+    Before the audio begins, after it ends and in its gaps, samples are 0. A single channel is copied to all
+    channels; several channels are mixed as FFmpeg does; loudness is not changed. Of several tracks, FFmpeg
+    selects the default one, or the best.
 
     Raises:
-        MediaError: If the file cannot be read, or its sound is damaged.
+        MediaError: If the file cannot be read, or its audio is damaged.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
@@ -102,16 +102,16 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
 
 @dataclass(frozen=True)
 class TrackBeginning:
-    """The first samples of a file's sound: channels S float32, and their rate."""
+    """The first samples of a file's audio, channels S float32, and their rate."""
 
     samples: Samples
     rate: int
 
 
 def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning | None:
-    """Read at most so many seconds of a file's sound at its own rate, without silence behind its end.
+    """Read at most `seconds` of a file's audio at its own sampling rate, without silence after its end.
 
-    Sound of one channel stays so; other sound is mixed to `channels`. Times count as in `read_track`.
+    A single channel is kept; several channels are mixed to `channels`. Times count as in `read_track`.
     Returns None if there is no track. Raises MediaError as `read_track`.
     """
     with reading(path):
@@ -194,7 +194,7 @@ def filled(
 def _decode(
     path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield blocks of decoded samples, each with the number of its first sample, counted from `begin`."""
+    """Yield blocks of decoded samples, each with the index of its first sample, counted from `begin`."""
     for early in (True, False):
         with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
@@ -218,11 +218,11 @@ def _decode(
 def _decode_resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield as `_decode` does. If the times or the form of the sound jump, resampling begins again."""
+    """Yield resampled blocks as `_decode` does; restart the resampler if times or the format jump."""
     resampler = None
-    form = None  # of the samples that it takes
-    place = 0  # where the next sample is, counted from `begin`
-    decoded_end = Fraction(0)  # at which second the sound that was decoded so far ends
+    form = None  # format of the samples that the resampler takes
+    place = 0  # index of the next sample, counted from `begin`
+    decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
     try:
         for frame in _decode_frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
@@ -262,7 +262,7 @@ def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
 
 
 def _number_samples(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:
-    """Yield the samples of FFmpeg's frames with the number of the first one of each."""
+    """Yield the samples of FFmpeg's frames, each with the index of its first sample."""
     for part in parts:
         samples = np.asarray(part.to_ndarray(), np.float32)
         yield place, samples

@@ -40,11 +40,11 @@ class SourceInfo:
 
 
 def source_info(path: Path) -> SourceInfo:
-    """Read the header and the first picture of a video file.
+    """Read the header and the first frame of a video file.
 
     Raises:
-        MediaError: If it is missing, empty, no video, without a video stream, without any picture, or shorter
-            than its header says.
+        MediaError: If the file is missing, empty, not a video, without a video stream, without any frame, or
+            shorter than its header says.
     """
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
@@ -59,7 +59,7 @@ def source_info(path: Path) -> SourceInfo:
 
 
 def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
-    """Return the number of frames by the header, else by the length; None if neither makes sense."""
+    """Return the number of frames from the header, else from the duration; None if neither is plausible."""
     most = path.stat().st_size  # a header may claim any number; each takes a byte at least
     count = int(stream.frames)
     if 0 < count <= most:
@@ -74,11 +74,12 @@ def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> in
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
-    """Yield the pictures of a video file in playing order, upright, each until the next one is shown.
+    """Yield the frames of a video file in playing order, upright, with strictly increasing times.
 
-    With `deep`, pictures have 16 bits a channel if the file has more than 8. At most `limit` pictures are
-    read. No two pictures have equal or falling times. Raises MediaError as `source_info` does, and if the
-    file is damaged or cut short, or if the pictures' size changes.
+    With `deep`, frames have 16 bits per channel if the file has more than 8. At most `limit` frames are read.
+
+    Raises:
+        MediaError: If the file is no readable video, is damaged or truncated, or if its frames change size.
     """
     if limit is not None and limit < 1:
         return
@@ -152,9 +153,9 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
 
 
 def _find_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the time at which the last picture ends, on the file's clock; None if it cannot be known.
+    """Return the time at which the last frame ends, on the file's clock; None if it is unknown.
 
-    Files keep no duration of the last picture, or that of the one stored last.
+    Files store no duration for the frame that is shown last, or one for the frame that is stored last.
     """
     end = decoding.declared_end(container, stream)
     if "mov" in container.format.name and stream.duration:
@@ -211,10 +212,7 @@ class Clock:
         return self._previous
 
     def _find_origin(self, time: Fraction) -> Fraction:
-        """Return the origin of the grid of pictures.
-
-        `time` is that of the first one, by the file.
-        """
+        """Return the origin of the grid of frame times; `time` is the first frame's time in the file."""
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
         if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
@@ -232,7 +230,7 @@ class Clock:
 
 
 def _find_rate(stream: Any) -> Fraction:
-    """Return the average number of pictures a second, rounded to a usual rate if it is very close to one."""
+    """Return the average frame rate, rounded to a standard rate if it is very close to one."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return DEFAULT_RATE

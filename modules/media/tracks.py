@@ -23,7 +23,7 @@ class TrackAudio:
     """A generated track of sound, encoded (AAC) up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
-        """lasts: returns the seconds of all pictures, when all are there."""
+        """Prepare to write; `lasts` returns the duration of all frames once all are written."""
         samples, self._rate = track
         self._samples = samples.clip(-1, 1)
         self._lasts = lasts

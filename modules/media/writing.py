@@ -48,9 +48,9 @@ class SectionAudio:
         self._waiting: Any = None
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add a stream of sound to the new file, if there is any.
+        """Add an audio stream to the new file, if there is audio.
 
-        `video` is the stream of pictures.
+        `video` is the video stream of the new file.
         """
         main = self._source.streams.best("video")
         if main is not None:
@@ -108,13 +108,13 @@ MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return into how many ticks to divide a second so that all times n / rate are whole numbers of ticks."""
+    """Return the number of ticks per second for which all times n / rate are whole numbers of ticks."""
     ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
     return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
 
 class _ImageTime(NamedTuple):
-    """Time at which a picture is shown, in ticks."""
+    """Time at which a frame is shown, in ticks."""
 
     start: int
     length: int
@@ -138,10 +138,10 @@ class Timing:
         return self._end - self._begin
 
     def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
-        """Yield the pixels of pictures, and remember their times.
+        """Yield the pixels of frames, and remember the times of the frames.
 
         Raises:
-            ValueError: If those do not rise.
+            ValueError: If the times do not increase.
         """
         last: Fraction | None = None
         tick = -(2**62)
@@ -160,9 +160,9 @@ class Timing:
             yield frame.pixels
 
     def with_times(self, packets: Iterable[Any]) -> Iterator[Any]:
-        """Yield the packets of an encoder with times in place of the numbers of pictures, in storage order.
+        """Yield the packets of an encoder with times in place of frame indices, in storage order.
 
-        The last one waits until it is known to be the last.
+        Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
         waiting = None
         first: int | None = None  # when the first packet is stored, in ticks
@@ -252,7 +252,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """Facts about a written video; sizes are those of its pictures."""
+    """Facts about a written video; the sizes are those of its frames."""
 
     width: int
     height: int
@@ -339,7 +339,7 @@ def _take_first(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> e
     """Return the first frame.
 
     Raises:
-        MediaError: If there is none, or if it does not fit the codec.
+        MediaError: If there is no frame, or if the codec cannot encode its size.
     """
     first = next(frames, None)
     if first is None:
@@ -373,9 +373,9 @@ def _open_writers(
 ) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
     """Yield the writer of all streams other than pictures, and that of a whole copied video.
 
-    The writer adds a generated track, or streams of a video that is opened here. The second one is the same
-    object if it copies a whole video, else None. Both are None if there is neither, or if the video is a GIF
-    or WebP animation.
+    The first writer adds a generated audio track, or streams of a video that this function opens. The second
+    result is the same object if a full video is copied, else None. Both are None if there is nothing to add,
+    or if the video is a GIF or WebP animation.
     """
     path = video if section is None else section.path
     if generated is not None:
@@ -397,7 +397,7 @@ def _open_writers(
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
-    """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with further ones."""
+    """Encode frames quickly to an .mp4 in memory, stored in playing order, for `join_segments`."""
     remaining = iter(frames)
     first = next(remaining)
     file = io.BytesIO()

@@ -19,10 +19,10 @@ from modules.control_codes import escape_control_codes
 
 @dataclass(frozen=True)
 class Language:
-    """Hold the texts of a language by their English ones, and the page that is read.
+    """A language with its translations of English texts, and the page that is shown in it.
 
-    code: as in HTML's `lang`. address: of the page, to which a change of the language leads back. others:
-    code and own name of every language that the page has.
+    `code` is the value of HTML's `lang`. `address` is that of the page, to which changing the language
+    returns. `others` are the code and native name of every language that the page is available in.
     """
 
     code: str = "en"
@@ -42,7 +42,7 @@ def language() -> Language:
 
 @contextlib.contextmanager
 def speaking(chosen: Language) -> Iterator[None]:
-    """Make a language that of all texts which this task, or a thread started for it, shows."""
+    """Use a language for all texts that this task, or a thread started for it, shows."""
     before = _language.set(chosen)
     try:
         yield
@@ -107,7 +107,7 @@ def join(separator: str, texts: Iterable[str]) -> Words:
 
 
 def show(value: Any) -> Any:
-    """Return a value of a page; a text that can be translated becomes that of the page's language."""
+    """Return a value for a page; a translatable text is translated to the page's language."""
     return value.shown() if isinstance(value, Words) else value
 
 
@@ -128,9 +128,9 @@ def say(text: str, /, **values: Any) -> Words:
 
 
 def counted(number: int, singular: str, plural: str, /, **values: Any) -> Words:
-    """Return one of two English texts, by a number. The plural is the table's key.
+    """Select the singular or plural text for a number; translations are found by the plural.
 
-    `%(n)s` in them is the number, with commas between thousands.
+    `%(n)s` in the texts stands for the number, with commas between thousands.
     """
     values = {"n": f"{number:,}", **values}
     return Words((singular if number == 1 else plural) % values, plural, values)
@@ -140,7 +140,7 @@ UNITS = (say("%(n)s s"), say("%(n)s min"), say("%(n)s h"), say("%(n)s d"))
 
 
 def say_duration(seconds: float) -> Words:
-    """Return a duration as `modules.console.in_words` tells it."""
+    """Format a duration for people, such as `2 h 10 min`, in the page's language."""
     words = in_words(seconds).split()
     keys = {unit.split()[1]: unit for unit in UNITS}
     return join(
@@ -158,6 +158,6 @@ def fill_template(text: str, /, **values: Any) -> Markup:
 
 
 def fill_counted(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
-    """Return one of two texts of a template, as `counted` does."""
+    """Select the singular or plural text of a template for a number, and fill the number in."""
     english = singular if number == 1 else plural
     return Markup(_language.get().texts.get(plural, english)) % {"n": f"{number:,}", **values}

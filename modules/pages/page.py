@@ -93,9 +93,9 @@ SHEET, SCRIPT = (
 
 
 def encode_address(value: str | Mapping[str, object]) -> str:
-    """Percent-encode a part of a path, or the fields of a query, for an address.
+    """Percent-encode a part of a path, or the fields of a query, for a URL.
 
-    Jinja's own filter, in whose place this is, raises for names of files that are not UTF-8.
+    This replaces Jinja's own filter, which raises for file names that are not UTF-8.
     """
     if isinstance(value, str):
         return quote(_encode_name(value))
@@ -142,7 +142,7 @@ FILE_POLICY = (
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Write the page of `template`, completely or not at all. Raises as `render_page`, and OutputError."""
+    """Render a template and write the page, completely or not at all. Raises OutputError."""
     write_text(path, render_page(template, title, values))
 
 
@@ -162,9 +162,9 @@ CLIP_CRF = 24  # smaller than what is kept: a page holds many clips
 
 
 def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:
-    """Return an image tag with the frame (H W 3) as JPEG; `text` says what it shows.
+    """Return an image tag with the frame (H W 3) as embedded JPEG; `text` is its alternative text.
 
-    A frame with a longer side than `largest_side` pixels is reduced.
+    A frame whose longer side exceeds `largest_side` pixels is reduced.
     """
     image = Image.fromarray(reduce_frame(frame, largest_side))
     data = io.BytesIO()
@@ -175,9 +175,9 @@ def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int =
 
 
 def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
-    """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
+    """Return a tag that plays the frames (each H W 3) in a loop; a single frame becomes an image.
 
-    Frames with a longer side than `largest_side` pixels are reduced.
+    Frames whose longer side exceeds `largest_side` pixels are reduced.
 
     Raises:
         MediaError: If there is no frame.
@@ -197,7 +197,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
 
 
 def reduce_frame(frame: Frame, largest_side: int) -> Frame:
-    """Return a frame (H W 3) whose longer side is at most `largest_side` pixels."""
+    """Reduce a frame (H W 3) so that its longer side is at most `largest_side` pixels."""
     height, width = frame.shape[:2]
     scale = largest_side / max(height, width)
     if scale >= 1:

@@ -48,7 +48,7 @@ class InputRotation(Protocol):
         """Name with its article for messages, such as "an OFT"."""
 
     def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I as `of_input` and `of_weight` take it."""
+        """Return R - I in the form that `of_input` and `of_weight` take."""
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
         """Return x (R - I) for inputs `x`, ... in."""
@@ -61,7 +61,7 @@ class InputRotation(Protocol):
 
 
 class Algebra:
-    """Compute with the factors of one kind. What a kind leaves out, it does not have."""
+    """Computations with the factors of one kind of network. A kind overrides only what applies to it."""
 
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
@@ -72,7 +72,7 @@ class Algebra:
         return None
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return which factor has a shape that no change has; None if there is none."""
+        """Return the name of a factor whose shape is impossible for this kind; None if there is none."""
         return None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
@@ -89,7 +89,7 @@ class Algebra:
         return None
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
-        """Return the change of a weight, out in (kernel), a new tensor; None as for `shape`.
+        """Return the change of a weight, out in (kernel), as a new tensor; None if there is no change.
 
         Args:
             factors: Factors in float32 on one device.
@@ -113,7 +113,7 @@ class Algebra:
     def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
         """Return the factors of the rows from `start` to `stop`; None if these are no full blocks.
 
-        It is for kinds that have no `rows`.
+        Used for kinds that do not implement `rows`.
 
         Args:
             factors: Factors of the full change.

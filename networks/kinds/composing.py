@@ -36,12 +36,12 @@ OTHER_MODULES = {name: advice for kind in KINDS for name, advice in kind.other_m
 
 
 def kinds_of_parts(parts: Collection[str]) -> list[NetworkKind]:
-    """Return the kinds of which a module has any part, even if others are missing, as in damaged files."""
+    """Return the kinds to which any part of a module belongs, even if the module is incomplete."""
     return [kind for kind in KINDS if any(part in parts for part in kind.parts)]
 
 
 def kind_of_files(names: Iterable[str], kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Return the first of some kinds of which a file has tensors, given their names."""
+    """Return the first of `kinds` that occurs in a file with these tensor names; None if none does."""
     names = tuple(names)
     return next((kind for kind in kinds if any(name.endswith(kind.marks) for name in names)), None)
 
@@ -62,7 +62,7 @@ def list_additive() -> str:
 
 
 def list_read_kinds() -> str:
-    """Return the names of all kinds whose files are read, with their forms."""
+    """Return the names of all kinds of files that can be loaded, with their variants."""
     return ", ".join(
         f"{kind.name} ({kind.read_form})" if kind.read_form else kind.name for kind in KINDS if kind.parts
     )

@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 class TranslatedModules(NamedTuple):
-    """A LoRA in another dialect, and the modules that have no form there, each with the reason."""
+    """A LoRA in another dialect, and the modules that the dialect cannot express, each with the reason."""
 
     tensors: "dict[str, Tensor]"
     left_out: dict[str, str]
@@ -73,7 +73,7 @@ class Settings(Protocol):
         """Ranks that patterns of --network_args give to modules."""
 
     def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
-        """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
+        """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
 
 
 class RankRule(Protocol):
@@ -87,7 +87,7 @@ class RankRule(Protocol):
         """Return the rule as --network_args has it."""
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
-        """Return the number of active ranks of each sample, S.
+        """Return the number of active ranks for each sample, S.
 
         Args:
             rank: Rank of the LoRA.
@@ -96,7 +96,7 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """A kind of network; what a kind leaves out is as for a plain LoRA, or does not exist."""
+    """A kind of network. Whatever a kind does not define is as for a plain LoRA, or does not exist."""
 
     name: str  # as in messages
     article = "a"
@@ -149,7 +149,7 @@ class NetworkKind:
     plain_title = ""  # of the command that makes plain LoRAs, if other programs need these
 
     def load_algebra(self) -> "Algebra | None":
-        """Return how it computes with the factors of a module; None if it has no factors of its own."""
+        """Return the computations with a module's factors; None if the kind has no factors of its own."""
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
@@ -159,14 +159,14 @@ class NetworkKind:
     def bring_norms(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a LoRA file with magnitudes in the form of a target: see `dora_files.with_norms`."""
+        """Return a LoRA file whose magnitudes refer to the norms that the target dialect uses."""
         return lora
 
     def check_file(self, path: "Path") -> None:
-        """Check that a file with modules of this kind is of the form that is read.
+        """Check that a file with modules of this kind uses the variant that can be read.
 
         Raises:
-            CheckpointError: If it is to be read otherwise.
+            CheckpointError: If the file was written for another variant.
         """
 
     def size_of(self, factors: Factors) -> int | None:
@@ -186,10 +186,10 @@ class NetworkKind:
 
         Args:
             settings: All settings.
-            of_loras: Whether some of `FOR_LORAS` are given.
+            of_loras: Whether some of the settings in `FOR_LORAS` are given.
 
         Raises:
-            OptionError: If the kind does not have one of them.
+            OptionError: If the kind does not support one of the settings.
         """
         if of_loras or settings.dropouts is not None:
             *first, last = FOR_LORAS
@@ -250,7 +250,7 @@ class NetworkKind:
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> "TranslatedModules | None":
-        """Return modules that all are of this kind as diffusers reads them; None if there is no such form."""
+        """Return modules of this kind in the form that diffusers reads; None if there is no such form."""
         return None
 
 

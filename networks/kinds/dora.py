@@ -54,8 +54,8 @@ class DoraKind(NetworkKind):
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
         """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
 
-        It is known by its network module. Our files name magnitudes in the same way, but have a hash of the
-        layout too.
+        The metadata name the network module of that fork. Our files name magnitudes in the same way, but
+        have a hash of the layout too.
         """
         from networks.metadata import LAYOUT_KEY  # torch
 
@@ -73,7 +73,7 @@ class DoraKind(NetworkKind):
         are_frozen: bool,
         target: str,
     ) -> "LoraFile":
-        """Convert the magnitudes of a file; see `dora_files.with_norms`."""
+        """Convert the magnitudes of a file between norms of frozen and of changed weights."""
         from networks.kinds.dora_files import with_norms  # torch
 
         return with_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)

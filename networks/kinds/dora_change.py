@@ -37,7 +37,7 @@ class DoraAlgebra(Algebra):
         return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
-        """Return the addition to a weight; see `Magnitudes.decompose`."""
+        """Return what the magnitudes and the change add to a weight at multiplier 1, float32."""
         return decompose(weight, delta, magnitudes, by_frozen_norms)
 
 

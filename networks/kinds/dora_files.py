@@ -91,7 +91,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
 def _compute_ratio_of_norms(
     name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
 ) -> Tensor:
-    """Return the norms of the frozen weight divided by those of the changed one, by output, on the CPU."""
+    """Return the norm of each row of the frozen weight divided by that of the changed weight, on the CPU."""
     delta = read_delta(factors)
     change = delta.dense(device)
     assert change is not None

@@ -38,7 +38,8 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
     Args:
         weight: Shape of the weight, out in (kernel).
         rank: Rank of the factors.
-        factor: See `split_size`.
+        factor: One of the two numbers that an axis is split into, if it divides the axis; else an upper bound
+            of the smaller one. -1 makes both numbers as equal as possible.
         decompose_both: Whether the small matrix gets two factors too, if that makes it smaller.
     """
     kernel = weight[2:]
@@ -68,7 +69,7 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
 
 def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cut: bool) -> "Pieces | str":
-    """Return a LoKr by its path, or why there is none.
+    """Return the factors of a LoKr by its path in diffusers, or the reason why diffusers cannot read it.
 
     Args:
         name: Name of the module.

@@ -38,7 +38,7 @@ BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 def fit_block_size(width: int, size: int) -> int | None:
     """Return the divisor of a width that is nearest to a block size; None for a width of 1.
 
-    Of two equally near divisors it is the smaller one, as in OneTrainer (modules/module/LoRAModule.py).
+    The smaller one wins a tie, as in OneTrainer (modules/module/LoRAModule.py).
     """
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
@@ -61,7 +61,7 @@ class OftKind(NetworkKind):
     network_module = MODULE
     algorithms = ("diag-oft",)
     module_note = f"its --network_dim is the number of values in a block, {DEFAULT_BLOCK} by default"
-    dropout_note = "of an OFT the share of blocks that do not rotate"
+    dropout_note = "for an OFT, the fraction of blocks that do not rotate"
     size_word = "block size"
     default_size = DEFAULT_BLOCK
     has_alpha = False
@@ -93,10 +93,10 @@ class OftKind(NetworkKind):
         return OftAlgebra(PART)
 
     def check_file(self, path: "Path") -> None:
-        """Raise CheckpointError if PEFT's settings with an OFT ask for other rotations than the 5 terms.
+        """Raise CheckpointError if PEFT's settings of an OFT name other rotations than the 5-term series.
 
-        The tensors do not show for which rotations they were trained, and PEFT's exact ones turn the other
-        way.
+        The tensors do not show how rotations were computed in training, and PEFT's exact ones turn in the
+        opposite direction.
 
         Args:
             path: File of the OFT, or its folder.
@@ -134,11 +134,11 @@ class OftKind(NetworkKind):
         return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
 
     def check_settings(self, settings: Settings, of_loras: bool) -> None:
-        """Raise OptionError for settings that an OFT cannot have.
+        """Raise OptionError for settings that an OFT does not support.
 
         Args:
             settings: Settings of the network.
-            of_loras: Whether some of `FOR_LORAS` are given.
+            of_loras: Whether some of the settings in `FOR_LORAS` are given.
         """
         if of_loras or settings.conv_rank is not None:
             raise OptionError(
@@ -201,7 +201,7 @@ class OftKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-        """Return a layer with the blocks of a file.
+        """Return a layer whose blocks have the size of those in a file.
 
         Raises:
             CheckpointError: If the blocks do not fit the layer's inputs.

@@ -18,7 +18,7 @@ class Rotation(nn.Module):
 
 
 class OftLayer(nn.Module):
-    """The frozen module's forward of a rotated input, in place of its forward.
+    """Replacement for a frozen module's forward, which rotates the input first.
 
     The rotation is computed in float32 from float32 values. The input is rotated in autocast's dtype, or in
     float32 without autocast.
@@ -28,7 +28,7 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """Make a rotation of 0 for a frozen module; `size`, of a block, divides the number of inputs."""
+        """Make an identity rotation for a frozen module; the block size `size` divides its inputs."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
         self.rank = size  # in logs and messages

@@ -54,7 +54,7 @@ def turn(x: Tensor, by: Tensor) -> Tensor:
 
     Args:
         x: Input, ... in.
-        by: R - I of each block, n b b; 1 b b for the same in all blocks.
+        by: R - I of each block, n b b, or 1 b b if all blocks share one rotation.
     """
     size = by.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
@@ -78,26 +78,26 @@ class OftAlgebra(Algebra):
         self.rotation = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return the values if no block size has as many; None otherwise."""
+        """Return the name of the values if their number fits no block size; None otherwise."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
         return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
 
     def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I of all blocks at a strength; see `turns`."""
+        """Return R - I of all blocks at a strength, as `turns` computes it."""
         return turns(values, strength)
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
-        """Return x (R - I); see `turn`."""
+        """Return x (R - I), the change of an input."""
         return turn(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
-        """Return W (R^T - I); see `turned_weight`."""
+        """Return W (R^T - I), the change of a weight."""
         return turned_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
-        """Return why the values do not fit a weight; see the function `find_misfit`."""
+        """Return why the values do not fit a weight, as the end of a sentence; "" if they do."""
         return find_misfit(values, weight, name)
 
 

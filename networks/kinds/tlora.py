@@ -69,7 +69,7 @@ class TLoraKind(NetworkKind):
     )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
-        """Return the rule of --network_args; None unless the switch is on.
+        """Return the rule that --network_args describe; None unless the switch is on.
 
         Raises:
             OptionError: If numbers are given without the switch, or all ranks would act at all noise levels.

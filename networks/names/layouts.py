@@ -74,9 +74,9 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments that only a family has, which choose among the modules that its `DitSpec` names for LoRAs.
+    """Arguments of a single family that select among the modules that its `DitSpec` allows for LoRAs.
 
-    Paths are those of modules in the network; the values of `choices` are their beginnings.
+    Paths are module paths in the network; the values of `choices` are beginnings of such paths.
     """
 
     # (argument, kinds of modules that get this rank), in order: the first given one that matches counts
@@ -228,14 +228,14 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return parts for q, k and v ({x} in `theirs`), which are stacked in this order in our rows."""
+    """Return the parts q, k and v ({x} in `theirs`) of a weight of ours that stacks them in this order."""
     return tuple(
         WeightPart(theirs.replace("{x}", character), ours, row) for row, character in enumerate("qkv")
     )
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return renamed whole modules: `theirs` + their ending is `ours` + our ending, for each of `endings`."""
+    """Return renamed full modules: `theirs` + their ending is `ours` + our ending, for each of `endings`."""
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
@@ -258,12 +258,12 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
 
 
 def _pattern(path: str) -> str:
-    """Return the regular expression for a path whose number of the block is `{n}`."""
+    """Return the regular expression for a path in which `{n}` stands for the block index."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
 
 
 def _replacement(path: str) -> str:
-    """Return the replacement, with the number that a `_pattern` has found, for a path with `{n}`."""
+    """Return the replacement text for a path with `{n}`, filled with the number that `_pattern` matched."""
     return path.replace("{n}", r"\1")
 
 

@@ -85,7 +85,7 @@ _IN_DIFFUSERS = (
 
 
 def diffusers_path_of_text(name: str) -> str | None:
-    """Return the path of a text encoder's module in diffusers' pipelines; None if there is none."""
+    """Return the path of a text encoder's module in diffusers pipelines; None if it has none."""
     return _translate(_IN_DIFFUSERS, name)
 
 
@@ -98,11 +98,11 @@ _IN_LANGUAGE_MODEL = (
 
 
 def comfyui_path_of_text(name: str, starts: Pairs) -> str | None:
-    """Return the path of a text encoder's module in ComfyUI; None if it is read there under this name.
+    """Return the path of a text encoder's module in ComfyUI; None if ComfyUI reads our name.
 
     Args:
         name: Path of the module.
-        starts: See `FamilyNames.texts_in_comfyui`.
+        starts: Pairs of our prefix and ComfyUI's prefix for the family's text encoders.
     """
     for ours, theirs in starts:
         path = _translate(_IN_LANGUAGE_MODEL, name.removeprefix(ours)) if name.startswith(ours) else None

@@ -40,7 +40,7 @@ class ScriptCommand:
     """One command and the script behind it."""
 
     words: tuple[str, ...]  # "train", "wan"
-    path: Path  # of wan_train_network.py
+    path: Path  # path of the script, such as wan_train_network.py
 
     @property
     def script(self) -> str:
@@ -54,22 +54,22 @@ class ScriptCommand:
 
     @property
     def module(self) -> str:
-        """Return its name as a module: `wan_train_network`, `blissful_tuner.metaview`."""
+        """Name of the script's module: `wan_train_network`, `blissful_tuner.metaview`."""
         room = self.path.parent.name
         return f"{room}.{self.script}" if room in SCRIPT_ROOMS else self.script
 
 
 def find_commands(folder: Path) -> list[ScriptCommand]:
-    """Return the commands of all scripts in a checkout's or the package's folder, by their words.
+    """Return the commands of all scripts in the folder of a checkout or the package, sorted by words.
 
-    A script is a file there, or in one of `SCRIPT_ROOMS`, that runs `command_line` or a
-    `Script`. A file at the root with the same name as one in a room is the same command.
+    A script is a file in that folder or in one of `SCRIPT_ROOMS` that runs `command_line` or a `Script`. Of
+    two files with one name, at the root and in a room, only the one in the room becomes a command.
     """
     return [command for command in _name_files(folder) if _is_script(command.path)]
 
 
 def _name_files(folder: Path) -> list[ScriptCommand]:
-    """Return a command for each file of `find_commands`, whether it is a script or not. Reads none."""
+    """Return a command for each file that `find_commands` considers. The files are not read."""
     paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
     commands = [ScriptCommand(tuple(name_words(path.stem).split()), path) for path in paths.values()]
     return sorted(commands, key=lambda command: command.words)
@@ -82,7 +82,7 @@ def _is_script(path: Path) -> bool:
 
 
 def main() -> None:
-    """Run the command that the words name; without a command, list all."""
+    """Run the command on the command line; without one, list the commands."""
     words = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None
     if namesake is not None:
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _find_named(words: Sequence[str]) -> ScriptCommand | None:
-    """Return the command whose words a command line begins with; other files than its script stay unread."""
+    """Return the command with which a command line begins. Only its own script is read."""
     for command in _name_files(ROOT):
         if tuple(words[: len(command.words)]) == command.words and _is_script(command.path):
             return command
@@ -130,7 +130,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
     if matching and asks_for_help:
         text = _listing(matching) if words else _list_first(commands)
-        with contextlib.suppress(BrokenPipeError):  # of a pager that was left
+        with contextlib.suppress(BrokenPipeError):  # the user may have quit the pager
             print(text, flush=True)
         return
     if matching:
@@ -142,7 +142,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     raise SystemExit(2)
 
 
-SIMILAR = 0.75  # of a command that was mistyped and the intended one; 1: equal
+SIMILAR = 0.75  # minimum similarity between a mistyped command and the intended one; 1 means equal
 
 # what others call a command -> what to type
 _MEANT = {
@@ -158,7 +158,7 @@ _MEANT = {
 
 
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
-    """Return the message for words that begin no command, with the command that was probably meant."""
+    """Return the message about words that begin no command; it suggests the command that was meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     script = Path(words[0]).name.removesuffix(".py")
     near = []
@@ -198,7 +198,7 @@ USAGE = f"usage: {PROGRAM} COMMAND [options]    {PROGRAM} COMMAND --help lists t
 
 
 def _list_first(commands: Sequence[ScriptCommand]) -> str:
-    """Return a line for each command of `FIRST`, and how to list all; all if none of them is there."""
+    """Return a line for each command in `FIRST` and how to list all; list all if none of them exists."""
     by_script = {command.script: command for command in commands}
     first = [by_script[script] for script in FIRST if script in by_script]
     if not first:
@@ -235,7 +235,7 @@ def _listing(commands: Sequence[ScriptCommand]) -> str:
 
 
 def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
-    """Return the heading that a command is listed under."""
+    """Return the heading under which a command is listed."""
     if command.script in FIRST:
         return FIRST_STEPS
     names = []
@@ -246,7 +246,7 @@ def _group_of(command: ScriptCommand, families: Sequence[str]) -> str:
 
 
 def _name_scripts(commands: Sequence[ScriptCommand]) -> list[str]:
-    """Return a line about the names of scripts: in the package those of models are commands too."""
+    """Return a line that explains that the package installs each model's scripts as commands too."""
     shown = next((command for command in commands if has_own_command(command.script)), None)
     if shown is None:
         return []

@@ -33,9 +33,9 @@ COARSE = 48  # pixels: larger blurs are made on a copy in which they have this s
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
-    """Return a copy of a picture (H W 3) with the boxes covered; pixels outside are equal to the bit.
+    """Return a copy of an image (H W 3) with the boxes covered; pixels outside of them are bit-identical.
 
-    `pixels` itself is unchanged.
+    `pixels` itself is not changed.
     """
     result = pixels.copy()
     for box in sorted(set(boxes)):
@@ -44,28 +44,35 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 
 
 def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
-    """Cover a box, widened by the margin, in a picture (H W 3)."""
+    """Cover a box and its margin in an image (H W 3)."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = widened(box, options.margin)
     core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
     feather = round(options.feather * min(right - left, bottom - top))
     area = core.widened(feather, width, height)
     if area.is_empty:
-        return  # outside of the picture
-    place = area.slices()
+        return  # outside of the image
+    slices = area.slices()
     covered = _make_cover(pixels, core, area, options)
-    if not options.ellipse and not feather:
-        pixels[place] = covered
+    if not options.ellipse and not feather:  # opaque up to the edge
+        pixels[slices] = covered
         return
     ellipse = (left, top, right, bottom) if options.ellipse else None
-    weight = _make_opacity(area, core, ellipse, feather)
-    plain = pixels[place].astype(np.float32)
-    mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-    pixels[place] = np.rint(mixed).astype(pixels.dtype)
+    opacity = _make_opacity(area, core, ellipse, feather)
+    original = pixels[slices].astype(np.float32)
+    blended = original + opacity[..., None] * (covered.astype(np.float32) - original)
+    pixels[slices] = np.rint(blended).astype(pixels.dtype)
 
 
 def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
-    """Return an area of a picture, blurred or black. core: the area without its soft edge."""
+    """Return an area of an image, blurred or black.
+
+    Args:
+        pixels: The image, H W 3.
+        core: The area without its soft edge.
+        area: The area to return.
+        options: Options of the blur.
+    """
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
     # the size asked for, but at least half of the box: this leaves a few spots of color at any
@@ -81,17 +88,17 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
 
 
 def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
-    """Return pixels blurred by a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
+    """Blur pixels with a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
 
-    Large blurs are computed on a reduced copy, which is fast and removes fine detail for good.
+    Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
-    kernel = (size // factor) | 1
+    kernel = (size // factor) | 1  # odd
     image: Any = np.ascontiguousarray(pixels)
     if factor > 1:
-        small = (-(-width // factor), -(-height // factor))
-        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+        small_size = (-(-width // factor), -(-height // factor))  # rounded up
+        image = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (kernel, kernel), sigma / factor)
     if factor > 1:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -100,23 +107,24 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 
 
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
+    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
+    # distance of each pixel from the core, about that in pixels for an ellipse
     if ellipse is None:
-        across = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
-        down = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
-        outside = np.hypot(across, down)
+        horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
+        vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
+        distance = np.hypot(horizontal, vertical)
     else:
         left, top, right, bottom = ellipse
         half_width = max((right - left) / 2, 0.5)
         half_height = max((bottom - top) / 2, 0.5)
-        across = (x + 0.5 - (left + right) / 2) / half_width
-        down = (y + 0.5 - (top + bottom) / 2) / half_height
-        radius = np.hypot(across, down)
-        outside = np.maximum(radius - 1, 0) * min(half_width, half_height)
-    soft = 1 - outside / (feather + 1) if feather else outside <= 0
-    return np.clip(soft, 0, 1).astype(np.float32)
+        horizontal = (x + 0.5 - (left + right) / 2) / half_width
+        vertical = (y + 0.5 - (top + bottom) / 2) / half_height
+        radius = np.hypot(horizontal, vertical)  # 1 on the ellipse
+        distance = np.maximum(radius - 1, 0) * min(half_width, half_height)
+    opacity = 1 - distance / (feather + 1) if feather else distance <= 0
+    return np.clip(opacity, 0, 1).astype(np.float32)
 
 
 def check_blur(options: BlurOptions) -> None:
@@ -136,7 +144,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 
 
 class _Waiting(NamedTuple):
-    """A picture that waits for the boxes of the next ones."""
+    """An image that waits for the boxes of the images after it."""
 
     number: int
     picture: Picture
@@ -158,7 +166,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class BlurStage:
-    """Find, follow and cover things; pictures with nothing to cover pass unchanged."""
+    """Find, track and cover objects; images without anything to cover pass unchanged."""
 
     detector: Detector
     options: BlurOptions
@@ -169,12 +177,12 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with all found things covered, also those found only in neighboring pictures.
+        """Yield the images with all found objects covered, including those found only in neighboring images.
 
-        `hold` or `lookback` pictures, whichever are more, wait in memory.
+        The larger of `hold` and `lookback` images wait in memory.
 
         Raises:
-            NothingFoundError: If nothing was found in any of them.
+            NothingFoundError: If nothing was found in any image.
         """
         options = self.options
         tracks = Tracks(options.hold, options.lookback)
@@ -210,7 +218,7 @@ class BlurStage:
             )
 
     def _report_nothing(self, clip: Clip) -> None:
-        """Raise NothingFoundError, or log it with --allow_none."""
+        """Raise NothingFoundError, or only log it with --allow_none."""
         least = f"nothing in it scores {self.options.conf} (--conf) or more"
         if not self.options.allow_none:
             raise NothingFoundError(
@@ -230,9 +238,9 @@ class BlurStage:
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Clamp found boxes to within one picture's size around the picture.
+    """Clamp found boxes to at most one image size outside of the image.
 
-    A box with NaN becomes the whole picture: covering too much is safer than covering nothing.
+    A box with NaN becomes the whole image: covering too much is safer than covering nothing.
     """
     boxes = []
     for face in faces:

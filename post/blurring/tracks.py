@@ -22,7 +22,7 @@ GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each picture from wh
 
 
 class Sighting(NamedTuple):
-    """Place of something found in a picture."""
+    """Position of an object found in one image."""
 
     number: int  # of the picture
     box: Box
@@ -30,7 +30,7 @@ class Sighting(NamedTuple):
 
 @dataclass(eq=False)
 class Track:
-    """The sightings of one thing in successive pictures."""
+    """The sightings of one object in consecutive images."""
 
     sightings: deque[Sighting]  # in order
     is_new: bool  # False: the first sighting is also the last one of another track
@@ -38,28 +38,37 @@ class Track:
 
     @property
     def last(self) -> Sighting:
-        """The newest sighting."""
+        """The latest sighting."""
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        """Return the box where the thing is expected in an image, from its recent motion."""
+        """Return the box where the object is expected in an image, extrapolated from its recent motion."""
         motion = _measure_motion(list(self.sightings)[-MOTION:])
         return _move_box(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return the box to cover in a picture; None if it is too far before or after the sightings."""
+        """Return the box to cover in an image; None if the image is too far before or after the sightings.
+
+        Args:
+            index: Index of the image.
+            hold: Number of images after the last sighting that are covered too.
+            lookback: Number of images before the first sighting that are covered too.
+        """
         first = self.sightings[0]
         last = self.last
         if index < first.number:
-            away = first.number - index
-            if not self.is_new or away > lookback:
+            num_images = first.number - index
+            # a track that continues another one needs no box before its start
+            if not self.is_new or num_images > lookback:
                 return None
             motion = _measure_motion(list(self.sightings)[:MOTION])
-            earlier_box = _move_box(first.box, motion, -away)
-            return _grow_box(_join_boxes(first.box, earlier_box), away)
+            earlier_box = _move_box(first.box, motion, -num_images)
+            return _grow_box(_join_boxes(first.box, earlier_box), num_images)
         if index > last.number:
-            away = index - last.number
-            return _grow_box(_join_boxes(last.box, self.expected(index)), away) if away <= hold else None
+            num_images = index - last.number
+            if num_images > hold:
+                return None
+            return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
         before = [sighting for sighting in self.sightings if sighting.number <= index]
         if before[-1].number == index:
             return before[-1].box
@@ -69,9 +78,9 @@ class Track:
 
 @dataclass
 class Tracks:
-    """All tracks of a stream of pictures.
+    """All tracks of a stream of images.
 
-    Add the boxes of each picture, in order, and ask for a picture after `hold` and `lookback` further ones.
+    Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
     """
 
     hold: int  # pictures for which something stays covered after it was last found
@@ -81,7 +90,7 @@ class Tracks:
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Note the boxes found in a picture."""
+        """Record the boxes found in an image."""
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
@@ -90,7 +99,7 @@ class Tracks:
             self._note_gap(track, index)
             track.sightings.append(Sighting(index, box))
         for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
-            # perhaps another one: where it was stays covered, and so is the way from there
+            # it may be another object: the old position stays covered, and so does the way to the new one
             self._note_gap(track, index)
             track.is_open = False
             self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
@@ -98,12 +107,12 @@ class Tracks:
         self.started += len(unmatched)
 
     def boxes(self, index: int) -> list[Box]:
-        """Return the boxes to cover in an image, also those of things that were not detected there."""
+        """Return the boxes to cover in an image, including objects that were not detected in it."""
         boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
-        """Drop what images after `index` do not need: ended tracks, and older sightings of the others."""
+        """Drop what images after `index` do not need: finished tracks, and older sightings of the others."""
         self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
             while len(track.sightings) > MOTION and track.sightings[1].number <= index:
@@ -118,15 +127,19 @@ def _take_pairs(
 ) -> list[tuple[Track, Box]]:
     """Match tracks with boxes, best pairs first, and remove both from their lists.
 
-    score: function of a track, the boxes (N 4) and the picture's number; above 0 if they may match.
+    Args:
+        tracks: Tracks to match.
+        boxes: Boxes to match.
+        score: Returns the score of a track and boxes (N 4) in an image; above 0 if they may match.
+        index: Index of the image.
     """
     if not tracks or not boxes:
         return []
-    places = np.array(boxes, np.float32)
-    scores = np.stack([score(track, places, index) for track in tracks])
+    box_array = np.array(boxes, np.float32)
+    scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
     pairs = []
     while scores.max() > 0:
-        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal ones the first
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
         pairs.append((tracks[row], boxes[column]))
         scores[row] = 0
         scores[:, column] = 0
@@ -143,7 +156,7 @@ def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return the nearness of boxes to a track's last or expected place, 0..1; 0 if they are too far."""
+    """Return how near boxes are to a track's last or expected position, 0..1; 0 if they are too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -154,26 +167,30 @@ def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
-    """Return a box to cover between two sightings, around the interpolated box and the extrapolated one.
+    """Return a box that covers an object between two sightings.
 
-    Something that changes its speed in between is near one of the two.
+    It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
+    them.
     """
     first = before[-1]
     last = after[0]
-    part = (index - first.number) / (last.number - first.number)
-    left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(first.box, last.box, strict=True))
+    fraction = (index - first.number) / (last.number - first.number)
+    left, top, right, bottom = (
+        (1 - fraction) * a + fraction * b for a, b in zip(first.box, last.box, strict=True)
+    )
     interpolated = (left, top, right, bottom)
+    # extrapolate from the nearer sighting
     if index - first.number <= last.number - index:
-        away = index - first.number
-        extrapolated = _move_box(first.box, _measure_motion(before), away)
+        num_images = index - first.number
+        extrapolated = _move_box(first.box, _measure_motion(before), num_images)
     else:
-        away = last.number - index
-        extrapolated = _move_box(last.box, _measure_motion(after), -away)
-    return _grow_box(_join_boxes(interpolated, extrapolated), away)
+        num_images = last.number - index
+        extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+    return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
 
 
 def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
-    """Return the mean motion from picture to picture, in pixels to the right and down."""
+    """Return the mean motion per image in pixels, to the right and down."""
     first = sightings[0]
     last = sightings[-1]
     images = last.number - first.number
@@ -185,7 +202,7 @@ def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
 
 
 def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
-    """Return a box moved by `pictures` pictures of motion; negative numbers move it back."""
+    """Return a box moved by the motion of several images; negative numbers move it back."""
     most = MAX_MOVED * _find_longer_side(box)
     x, y = (max(-most, min(most, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
@@ -196,7 +213,7 @@ def _grow_box(box: Box, away: int) -> Box:
 
 
 def widened(box: Box, margin: float) -> Box:
-    """Return a box grown on each side by a part of its width and height."""
+    """Return a box enlarged on each side by a fraction of its width and height."""
     left, top, right, bottom = box
     across = margin * (right - left)
     down = margin * (bottom - top)

@@ -25,17 +25,17 @@ class FoundFace:
 
 
 class Detector(Protocol):
-    """Finds faces, or whatever it was trained for."""
+    """A detector of faces, or of other objects that it was trained for."""
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the boxes found in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the boxes found in an image (H W 3, RGB) with at least this score, best first."""
 
 
 Numbers = NDArray[np.float32]  # boxes N 4: left, top, right, bottom; scores N
 
 
 def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
-    """Return the area that a box (4) shares with each of several (N 4), as part of their union."""
+    """Return the intersection over union of a box (4) with each of several boxes (N 4)."""
     low = np.maximum(box[:2], boxes[:, :2])
     high = np.minimum(box[2:], boxes[:, 2:])
     shared = np.prod(np.maximum(high - low, 0), axis=1)
@@ -45,10 +45,16 @@ def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
 
 
 def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, most: int | None = None) -> list[int]:
-    """Return the indices of boxes that overlap no better box by more than `max_overlap`, best first.
+    """Return the indices of boxes that no better box overlaps by more than `max_overlap`, best first.
 
-    Known as non-maximum suppression. most: limit of their number. Of equal scores the first is better. A box
-    that is not finite overlaps nothing.
+    This is non-maximum suppression. Of equal scores the first counts as better. A box that is not finite
+    overlaps nothing.
+
+    Args:
+        boxes: Boxes, N 4.
+        scores: Scores, N.
+        max_overlap: Largest allowed intersection over union.
+        most: Largest number of indices.
     """
     waiting = np.argsort(-scores, kind="stable")
     chosen: list[int] = []
@@ -61,7 +67,7 @@ def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, most: int |
 
 
 def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """Return a picture (H W 3) scaled down by `factor`, each side at least one pixel; unchanged for 1."""
+    """Return an image (H W 3) downscaled by `factor`, each side at least one pixel; unchanged for 1."""
     if factor == 1:
         return pixels
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
@@ -72,7 +78,7 @@ def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Area:
-    """A rectangle of pixels; left and top are included, right and bottom are not."""
+    """A rectangle of pixels; left and top are inclusive, right and bottom exclusive."""
 
     left: int
     top: int
@@ -81,11 +87,11 @@ class Area:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the rectangle contains no pixel."""
+        """Whether the rectangle has no pixels."""
         return self.left >= self.right or self.top >= self.bottom
 
     def widened(self, pixels: int, width: int, height: int) -> "Area":
-        """Return the area grown by `pixels` on each side, clipped to a picture of width x height."""
+        """Return the area enlarged by `pixels` on each side, clipped to an image of width x height."""
         return Area(
             max(0, self.left - pixels),
             max(0, self.top - pixels),
@@ -94,7 +100,7 @@ class Area:
         )
 
     def slices(self, origin: "Area | None" = None) -> tuple[slice, slice]:
-        """Return its rows and columns, relative to the top left corner of `origin`, else of the picture."""
+        """Return the slices of its rows and columns, relative to the corner of `origin` or the image."""
         x, y = (origin.left, origin.top) if origin else (0, 0)
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
@@ -121,7 +127,10 @@ MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
     """Return the faces that can be restored: they have landmarks, and their eyes are far enough apart.
 
-    size: width and height of the picture. only_center: of these, the one whose box is nearest the center.
+    Args:
+        faces: Found faces.
+        size: Width and height of the image.
+        only_center: Whether to return only the face whose box is nearest to the center.
     """
     large = [face for face in faces if eye_distance(face.landmarks) >= MIN_EYE_DISTANCE]
     if not only_center:
@@ -135,17 +144,20 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
 
 
 def eye_distance(landmarks: NDArray[np.float32] | None) -> float:
-    """Return the distance between the eyes in pixels; 0 for a face without landmarks, or with broken ones."""
+    """Return the distance between the eyes in pixels; 0 for a face without valid landmarks."""
     if landmarks is None or not np.isfinite(landmarks).all():
         return 0.0
     return float(np.hypot(*(landmarks[0] - landmarks[1])))
 
 
 def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
-    """Return the rotation, scale and shift (2 3) from a picture to a face of size x size pixels.
+    """Return the matrix (2 3) that rotates, scales and shifts an image to a face of size x size pixels.
 
-    landmarks: 5 2, as `FoundFace.landmarks`. Fitted by least median of squares, which ignores one wrong
-    landmark. None if no such transform fits the landmarks.
+    It is fitted by least median of squares, which ignores one wrong landmark. None if no transform fits.
+
+    Args:
+        landmarks: Landmarks, 5 2, as `FoundFace.landmarks`.
+        size: Side of the face in pixels.
     """
     matrix, _ = cv2.estimateAffinePartial2D(
         np.asarray(landmarks, dtype=np.float32), TEMPLATE * np.float32(size / TEMPLATE_SIZE), method=cv2.LMEDS
@@ -157,7 +169,7 @@ def alignment(landmarks: NDArray[np.float32], size: int) -> Matrix | None:
 
 
 def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
-    """Cut a face (size size 3) out of a picture (H W 3), in its dtype."""
+    """Crop a face (size size 3) from an image (H W 3), in the image's dtype."""
     wide = pixels.dtype == np.uint16
     border = [value * 257 for value in BORDER] if wide else BORDER
     face: Pixels = cv2.warpAffine(  # type: ignore[assignment]
@@ -167,7 +179,7 @@ def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
 
 
 def crops(pixels: Pixels, matrices: Sequence[Matrix], size: int) -> NDArray[np.float32]:
-    """Cut out one face for each matrix; returns B 3 size size, -1..1."""
+    """Crop a face for each matrix; returns B 3 size size, -1..1."""
     most = np.float32(65535 if pixels.dtype == np.uint16 else 255)
     faces = np.stack([crop(pixels, matrix, size) for matrix in matrices])
     return faces.transpose(0, 3, 1, 2).astype(np.float32) / most * 2 - 1

@@ -31,7 +31,7 @@ CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quant
 
 @dataclass(frozen=True)
 class CodeFormerBlock:
-    """One block of the encoder or of the generator."""
+    """One block of the encoder or the generator."""
 
     kind: str  # RES, ATTENTION, RESIZE (the encoder halves, the generator doubles), NORM or CONV
     width_in: int
@@ -40,7 +40,7 @@ class CodeFormerBlock:
 
 @dataclass(frozen=True)
 class CodeFormerConfig:
-    """Dimensions."""
+    """Dimensions of a CodeFormer network."""
 
     encoder: tuple[CodeFormerBlock, ...]
     generator: tuple[CodeFormerBlock, ...]
@@ -53,7 +53,7 @@ class CodeFormerConfig:
 
     @property
     def side(self) -> int:
-        """Side of the square of codebook entries that describes a face."""
+        """Side of the square of codebook entries that describe a face."""
         return round(self.places**0.5)
 
     @property
@@ -82,13 +82,13 @@ class ResBlock(nn.Module):
         self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the changed features, B C H W."""
+        """Return the new features, B C H W."""
         changed = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
         return changed + (x if self.conv_out is None else self.conv_out(x))
 
 
 class AttentionBlock(nn.Module):
-    """Attention between all places, with one head."""
+    """Self-attention over all positions, with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """A convolution of stride 2, padded by one pixel at the right and the bottom only."""
+    """Convolution of stride 2, padded by one pixel only at the right and bottom."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Halving(nn.Module):
 
 
 class Doubling(nn.Module):
-    """Nearest-neighbour enlargement by 2, then a convolution."""
+    """Nearest-neighbor upsampling by 2, followed by a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Doubling(nn.Module):
 
 
 def _build(blocks: Sequence[CodeFormerBlock], resize: Callable[[int], nn.Module]) -> nn.ModuleDict:
-    """Build the encoder or the generator: blocks one after the other."""
+    """Build the encoder or the generator from its blocks in order."""
     modules = nn.ModuleList()
     for block in blocks:
         match block.kind:
@@ -158,7 +158,12 @@ class CodeFormerAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, placed: Tensor, plain: Tensor) -> Tensor:
-        """placed, plain: B L D, with and without the position code."""
+        """Return the attention result, B L D.
+
+        Args:
+            placed: Features with the position code, B L D.
+            plain: Features without the position code, B L D.
+        """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             rearrange(linear(x, weight, bias), "b l (n d) -> b n l d", n=HEADS)
@@ -168,7 +173,7 @@ class CodeFormerAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and two linear layers, each behind a norm and with a residual connection."""
+    """Attention and two linear layers, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -177,7 +182,12 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x: B L D. position: L D."""
+        """Return the new features, B L D.
+
+        Args:
+            x: Features, B L D.
+            position: Position code, L D.
+        """
         normed = self.norm1(x)
         x = x + self.self_attn(normed + position, normed)
         return x + self.linear2(nn.functional.gelu(self.linear1(self.norm2(x))))
@@ -192,7 +202,13 @@ class Fusion(nn.Module):
         self.scale, self.shift = _make_steering(width), _make_steering(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
-        """encoded, x: B C h w, features of the encoder and of the generator."""
+        """Return the fused features, B C h w.
+
+        Args:
+            encoded: Features of the encoder, B C h w.
+            x: Features of the generator, B C h w.
+            fidelity: Weight of the encoder, 0 to 1.
+        """
         both = self.encode_enc(torch.cat([encoded, x], dim=1))
         return x + fidelity * (x * self.scale(both) + self.shift(both))
 
@@ -202,7 +218,7 @@ def _make_steering(width: int) -> nn.Sequential:
 
 
 class CodeFormer(nn.Module):
-    """Restore faces that are aligned with the template."""
+    """Restore faces that are aligned to the template."""
 
     def __init__(self, config: CodeFormerConfig) -> None:
         super().__init__()
@@ -220,23 +236,23 @@ class CodeFormer(nn.Module):
         self.fuse_convs_dict = nn.ModuleDict({str(size): Fusion(widths[size]) for size in config.fused})
 
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
-        """Return restored faces of about -1..1, in float32, not limited.
+        """Return restored faces, about -1..1, float32, not clamped.
 
         Args:
-            faces: B 3 S S, -1..1.
-            fidelity: 0 (the codebook's faces) to 1 (close to the input).
+            faces: Aligned faces, B 3 S S, -1..1.
+            fidelity: Weight of the input, from 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
-        # the features of the codes get the mean and spread that the latents have
         codes = self.quantize["embedding"](self._choose(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
-        mean, spread = _measure_statistics(codes)
-        latents_mean, latents_spread = _measure_statistics(latents.float())
-        x = ((codes - mean) / spread * latents_spread + latents_mean).to(latents.dtype)
+        # adaptive instance normalization: the codes get the mean and standard deviation of the latents
+        codes_mean, codes_std = _measure_statistics(codes)
+        latents_mean, latents_std = _measure_statistics(latents.float())
+        x = ((codes - codes_mean) / codes_std * latents_std + latents_mean).to(latents.dtype)
         return self._generate(x, encoded, fidelity).float()
 
     def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
-        """Run the generator on x, B C h w. encoded: by size the features that are fused."""
+        """Run the generator on x, B C h w, with the encoder's features to fuse, by size."""
         size = self.config.side
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
@@ -248,15 +264,15 @@ class CodeFormer(nn.Module):
         return x
 
     def codes(self, faces: Tensor) -> Tensor:
-        """Return the index of the code for each place, B L.
+        """Return the codebook index of each position, B L.
 
         Args:
-            faces: B 3 S S, -1..1.
+            faces: Aligned faces, B 3 S S, -1..1.
         """
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the latents, B C h w, and by size the features that are fused."""
+        """Return the latents, B C h w, and the features to fuse, by size."""
         x = faces.to(next(self.encoder.parameters()).dtype)
         sizes = {block: size for size, block in last_blocks(self.config).items()}
         fused = {}
@@ -294,7 +310,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     """Plan how to load a CodeFormer file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a CodeFormer file.
     """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
@@ -323,7 +339,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
 
 
 def _is_possible(config: CodeFormerConfig) -> bool:
-    """Return whether the dimensions fit each other."""
+    """Return whether the dimensions are consistent."""
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (
@@ -340,24 +356,25 @@ _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "we
 
 
 def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
-    """Derive the blocks of the encoder or the generator from their tensors."""
+    """Derive the blocks of the encoder or the generator from the tensors."""
     num_blocks = count(checkpoint.tensors, rf"{part}\.blocks\.\d+")
     return tuple(_read_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
 
 
 def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
-    """Derive a block from its tensors. Raises CheckpointError if it has none."""
+    """Derive a block from its tensors. Raises CheckpointError if there is no such block."""
     shapes = {}
     for tensor_name, info in checkpoint.tensors.items():
         if tensor_name.startswith(f"{name}."):
             shapes[tensor_name.removeprefix(f"{name}.")] = info.shape
-    marked = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
-    if not marked:
+    # kinds of blocks that have one of their tensors here, most specific first
+    candidates = [(kind, shapes[mark]) for mark, kind in _MARKS.items() if shapes.get(mark)]
+    if not candidates:
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {name} is missing. Copy it again.", checkpoint.path
         )
-    kind, shape = marked[0]
-    if kind == CONV and len(shape) == 1:
+    kind, shape = candidates[0]
+    if kind == CONV and len(shape) == 1:  # a norm has a weight of the same name
         kind = NORM
     width_in = shape[1] if len(shape) > 1 else shape[0]
     return CodeFormerBlock(kind, width_in, shape[0])

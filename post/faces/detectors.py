@@ -28,10 +28,10 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
     Args:
         path: Path of the file.
         option: The option that names the file, for messages.
-        needs_landmarks: Refuse detectors whose file says that they find no landmarks.
+        needs_landmarks: Whether to reject detectors whose file says that they find no landmarks.
 
     Raises:
-        CheckpointError: If it is damaged or not a detector.
+        CheckpointError: If the file is damaged or not a detector.
     """
     if may_be_onnx(path):
         header, _ = read_onnx(path)
@@ -49,18 +49,17 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a detector; its file's content decides which.
+    """Load a detector, whose type follows from the content of its file.
 
-    Raises as `check_detector`.
-
-    YOLO files are made for one size; those that take any size get squares of `side`.
+    Raises as `check_detector`. Many YOLO files accept only one size; those that accept any size get squares
+    of `side`.
 
     Args:
         path: Path of the file.
         device: Device of the run.
-        dtype: To compute in; ONNX files run on the CPU in their own dtype.
-        side: Short side (YuNet: long side) to which larger pictures are reduced for the search; None means
-            that full size.
+        dtype: Dtype of the computation; ONNX files run on the CPU in their own dtype.
+        side: Short side (for YuNet, long side) to which larger images are downscaled for detection; None for
+            the full size.
         option: Option that names the file, for messages.
     """
     if may_be_onnx(path):
@@ -79,10 +78,10 @@ def load_detector(
 
 
 def no_landmarks(detector: str) -> CheckpointError:
-    """Return the error for a detector without the needed landmarks.
+    """Return the error for a detector without the required landmarks.
 
     Args:
-        detector: As the user gave it.
+        detector: The detector as the user named it.
     """
     return CheckpointError(
         f"{detector} says where faces are, but not where their eyes are, which restoring needs. Give "
@@ -91,7 +90,7 @@ def no_landmarks(detector: str) -> CheckpointError:
 
 
 def _read_layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
-    """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    """Return the layout of a YOLO's output, None for a YuNet. Raises CheckpointError for other files."""
     if header.outputs.keys() >= OUTPUTS:  # a YuNet that today's OpenCV knows
         return None
     layout = read_layout(path, header, side)
@@ -106,7 +105,7 @@ def _read_layout(path: Path, header: OnnxHeader, side: int | None, option: str) 
 
 
 def _reject_pickled_yolo(path: Path, option: str) -> None:
-    """Raise CheckpointError for a model that ultralytics has pickled: opening it would run its program."""
+    """Raise CheckpointError for a model that ultralytics has pickled: loading it would execute its code."""
     try:
         start = _read_pickle(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
@@ -121,7 +120,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
 
 
 def _read_pickle(path: Path) -> bytes:
-    """Return the beginning of the pickle that a file is or holds; empty if there is none."""
+    """Return the beginning of the pickle in a file; empty if the file has none."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)

@@ -27,7 +27,7 @@ UNUSED = ("toRGB.*", "stylegan_decoder.style_mlp.*")
 
 @dataclass(frozen=True)
 class GfpganConfig:
-    """Dimensions; both lists have one more entry than there are halvings of the size."""
+    """Dimensions; both lists have one more entry than there are downsampling steps."""
 
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
@@ -49,7 +49,7 @@ def _resize(x: Tensor, factor: float) -> Tensor:
 
 
 class StyleResidualBlock(nn.Module):
-    """Two convolutions with a change of size between them, and a residual connection."""
+    """Two convolutions with a resize between them, and a residual connection."""
 
     def __init__(self, width_in: int, width: int, factor: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class StyleResidualBlock(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """A convolution whose input channels are scaled by a style, so that each face has its own kernel."""
+    """A convolution whose input channels are scaled by a style, which gives each face its own kernel."""
 
     def __init__(self, width_in: int, width: int, kernel: int, style: int, demodulate: bool) -> None:
         super().__init__()
@@ -74,7 +74,12 @@ class ModulatedConv(nn.Module):
         self.demodulate = demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x: B C h w. style: B numbers."""
+        """Return the new features, B C h w.
+
+        Args:
+            x: Features, B C h w.
+            style: Style vector, B D.
+        """
         # float32: the squares of a large style are beyond float16
         scales = self.modulation(style).float()[:, None, :, None, None]
         kernels = self.weight.float() * scales  # B out in kernel kernel
@@ -88,7 +93,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyleConv(nn.Module):
-    """A modulated convolution with noise, a bias and an activation; it may double the size first."""
+    """A modulated convolution with noise, bias and activation, optionally after doubling the size."""
 
     def __init__(self, width_in: int, width: int, style: int, doubles: bool) -> None:
         super().__init__()
@@ -98,13 +103,19 @@ class StyleConv(nn.Module):
         self.doubles = doubles
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        """x: B C h w. style: B numbers. noise: 1 1 and the size of the result."""
+        """Return the new features, B C h w or twice as large.
+
+        Args:
+            x: Features, B C h w.
+            style: Style vector, B D.
+            noise: Noise, 1 1 and the size of the result.
+        """
         x = self.modulated_conv(_resize(x, 2) if self.doubles else x, style) * math.sqrt(2)
         return _lrelu(x + self.weight * noise.to(x.dtype) + self.bias)
 
 
 class ToRgb(nn.Module):
-    """Colors from features, added to those of half the size."""
+    """Predict colors from features, and add them to the upsampled colors of half the size."""
 
     def __init__(self, width: int, style: int) -> None:
         super().__init__()
@@ -112,13 +123,19 @@ class ToRgb(nn.Module):
         self.bias = nn.Parameter(torch.empty(1, 3, 1, 1))
 
     def forward(self, x: Tensor, style: Tensor, smaller: Tensor | None = None) -> Tensor:
-        """x: B C h w. smaller: B 3 h/2 w/2. Returns B 3 h w."""
+        """Return colors, B 3 h w.
+
+        Args:
+            x: Features, B C h w.
+            style: Style vector, B D.
+            smaller: Colors of half the size, B 3 h/2 w/2.
+        """
         image = self.modulated_conv(x, style) + self.bias
         return image if smaller is None else image + _resize(smaller, 2)
 
 
 class StyleDecoder(nn.Module):
-    """StyleGAN2 with a style for each layer, steered by the U-Net."""
+    """StyleGAN2 with a separate style for each layer, modulated by the U-Net."""
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
@@ -141,9 +158,11 @@ class StyleDecoder(nn.Module):
                 self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
 
     def forward(self, styles: Tensor, steering: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """styles: B layers numbers. steering: scales and shifts, B C h w each, at each size from 8 up.
+        """Return images, B 3 S S.
 
-        Returns B 3 S S.
+        Args:
+            styles: Style vectors, B layers D.
+            steering: Scales and shifts for the features of each size from 8 on, B C h w each.
         """
         style = styles.unbind(1)
         noise = [self.noises.get_buffer(f"noise{number}") for number in range(len(self.style_convs) + 1)]
@@ -151,17 +170,19 @@ class StyleDecoder(nn.Module):
         x = self.style_conv1(x, style[0], noise[0])
         image = self.to_rgb1(x, style[1])
         for level, (scale, shift) in enumerate(steering):
-            first = 2 * level + 1  # styles of colors are used twice: here, and by the layer after them
+            # a level has two convolutions and one color layer, which shares its style with the next level
+            first = 2 * level + 1
             x = self.style_convs[2 * level](x, style[first], noise[first])
-            free, steered = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
-            x = torch.cat([free, steered * scale + shift], dim=1)
+            # only the last channels are modulated by the U-Net
+            unmodulated, modulated = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], dim=1)
+            x = torch.cat([unmodulated, modulated * scale + shift], dim=1)
             x = self.style_convs[2 * level + 1](x, style[first + 1], noise[first + 1])
             image = self.to_rgbs[level](x, style[first + 2], image)
         return image
 
 
 class Gfpgan(nn.Module):
-    """Restore faces that are aligned with the template."""
+    """Restore faces that are aligned to the template."""
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
@@ -180,10 +201,10 @@ class Gfpgan(nn.Module):
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Returns B 3 S S of about -1..1, in float32, not clamped.
+        """Return restored faces, B 3 S S, about -1..1, float32, not clamped.
 
         Args:
-            faces: B 3 S S, -1..1.
+            faces: Aligned faces, B 3 S S, -1..1.
         """
         x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
         skips = []
@@ -201,7 +222,7 @@ class Gfpgan(nn.Module):
         return self.stylegan_decoder(styles, steering).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
-        """Fill the decoder's noise buffers, once after loading, so that equal faces give equal results."""
+        """Fill the decoder's noise buffers once after loading, so that equal faces give equal results."""
         for noise in self.stylegan_decoder.noises.buffers():
             noise.copy_(torch.randn(noise.shape, generator=generator))
 
@@ -218,7 +239,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     """Plan how to load a GFPGAN file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a GFPGAN file.
     """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)

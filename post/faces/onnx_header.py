@@ -40,7 +40,7 @@ _SAME = {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
 
 
 class _Layout(NamedTuple):
-    """Layout of a tensor's stored values."""
+    """How a tensor's values are stored."""
 
     letter: str  # of `struct`, for values in _RAW
     field_number: int  # of values that are not in _RAW
@@ -56,7 +56,7 @@ _Parts = defaultdict[int, list[_Value]]  # a message by the numbers of its field
 
 @dataclass(frozen=True)
 class OnnxHeader:
-    """Inputs and outputs of an ONNX file, by name, and its notes."""
+    """Inputs and outputs of an ONNX file by name, and its metadata."""
 
     inputs: Mapping[str, Shape]  # without those that the file itself fills
     outputs: Mapping[str, Shape]
@@ -64,14 +64,14 @@ class OnnxHeader:
 
 
 class _RejectedError(Exception):
-    """An intact file that must not be run; the text says why."""
+    """An intact file that must not be run; the message contains the reason."""
 
 
 def may_be_onnx(path: Path) -> bool:
-    """Return whether a file begins like ONNX, or has its suffix and does not begin like another model.
+    """Return whether a file starts like ONNX, or has its suffix and does not start like another model.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If the file cannot be read.
     """
     if path.is_dir():
         return False
@@ -87,7 +87,8 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
         Its inputs and outputs, and its content.
 
     Raises:
-        CheckpointError: If it is damaged, or if running it would open other files or take unlimited memory.
+        CheckpointError: If the file is damaged, or if running it would open other files or use unlimited
+            memory.
     """
     content = _read_bytes(path)
     try:
@@ -101,11 +102,11 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
 
 
 def check_operators(path: Path, refused: Container[str]) -> None:
-    """Look at all operators of an ONNX file of any size, without reading its weights into memory.
+    """Check all operators of an ONNX file of any size, without reading its weights into memory.
 
     Raises:
-        CheckpointError: If the file is damaged, if its numbers are in other files, or if it has an operator
-            of a kind in `refused`.
+        CheckpointError: If the file is damaged, stores tensors in other files, or contains an operator whose
+            type is in `refused`.
     """
     try:
         require_regular_file(path)
@@ -124,6 +125,7 @@ def check_operators(path: Path, refused: Container[str]) -> None:
 def _look_through(content: memoryview, refused: Container[str]) -> None:
     checks = _Checks()
     model = checks.parts(content)
+    # messages to check, each with its depth and the field of its operators
     waiting = [(graph, 0, _NODES) for graph in model[_GRAPH]]
     waiting += [(function, 0, _FUNCTION_NODES) for function in model[_FUNCTIONS]]
     if not model[_GRAPH]:
@@ -147,15 +149,15 @@ def _look_through(content: memoryview, refused: Container[str]) -> None:
 
 
 def _require_inside(tensor: _Parts) -> None:
-    """Raise _RefusedError if a tensor's values are in another file."""
+    """Raise _RejectedError if a tensor's values are in another file."""
     if tensor[_EXTERNAL] or any(tensor[_PLACE]):
         raise _RejectedError("its numbers are in another file. Export it again as one file")
 
 
 def _parse(content: bytes) -> OnnxHeader:
-    """Return the inputs and outputs in a file's content.
+    """Return the inputs and outputs of an ONNX file's content.
 
-    Raises _RefusedError if it is unsafe; ValueError, IndexError or struct.error if it is damaged.
+    Raises _RejectedError if the file is unsafe; ValueError, IndexError or struct.error if it is damaged.
     """
     checks = _Checks()
     model = checks.parts(memoryview(content))
@@ -178,20 +180,20 @@ def _parse(content: bytes) -> OnnxHeader:
 
 
 def _list_initializers(graph: _Parts) -> set[str]:
-    """Return the names of the inputs that the file itself fills."""
+    """Return the names of the inputs whose values are in the file."""
     tensors = [dict(_read_fields(tensor)) for tensor in graph[_INITIALIZERS]]
     return {_read_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
 
 
 def _check_inputs(inputs: Mapping[str, Shape]) -> None:
-    """Raise _RefusedError if an input is larger than a picture."""
+    """Raise _RejectedError if an input is larger than an image."""
     for name, shape in inputs.items():
         if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
             raise _RejectedError(f"its input {name} has the shape {list(shape)}")
 
 
 def _read_bytes(path: Path, most: int | None = None) -> bytes:
-    """Return the content of a file, or its first bytes. Raises CheckpointError."""
+    """Return the content of a file, or its first `most` bytes. Raises CheckpointError."""
     try:
         if most is None:
             return read_content(path, limits.MAX_ONNX_BYTES)
@@ -206,7 +208,7 @@ def _read_bytes(path: Path, most: int | None = None) -> bytes:
 
 @dataclass
 class _Checks:
-    """Check a whole file for what would be unsafe to run."""
+    """Check a whole file for anything that would be unsafe to run."""
 
     fields: int = 0
     constants: dict[str, float] = field(default_factory=dict)  # products of values that may be sizes
@@ -214,7 +216,7 @@ class _Checks:
     counts: dict[str, float] = field(default_factory=dict)  # about how many numbers a value has
 
     def graph(self, graph: _Parts, depth: int = 0) -> None:
-        """Raise _RefusedError if a graph has tensors in other files, or needs more memory than a detector."""
+        """Raise _RejectedError if a graph has tensors in other files or needs more memory than a detector."""
         if depth > limits.MAX_ONNX_DEPTH:
             raise _RejectedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
@@ -223,7 +225,10 @@ class _Checks:
             self._check_node(node, depth)
 
     def _check_node(self, node: _Parts, depth: int) -> None:
-        """Check an operator, and record the sizes that it makes."""
+        """Check an operator, and record the tensor sizes that it computes for later operators.
+
+        Raises _RejectedError if its result has too many values.
+        """
         outputs = list(map(_read_text, node[_NODE_OUTPUTS]))
         settings: dict[str, Sequence[int]] = {}
         for attribute in map(self.parts, node[_ATTRIBUTES]):
@@ -231,10 +236,12 @@ class _Checks:
             settings[name] = numbers
         kind = _read_first_text(node[_KIND])
         inputs = list(map(_read_text, node[_NODE_INPUTS]))
+        # inputs that may be sizes, each as the product of its values
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
             raise _RejectedError(f"{_shown(outputs)} makes more numbers than any detector")
         self._count(Node(kind, inputs, settings), outputs)
+        # operators that pass sizes on, or compute sizes from sizes, give sizes to later operators
         if products and kind in _SAME and inputs[0] in self.constants:
             self._fold(outputs, products[0])
         elif kind in _FOLDED and inputs and len(products) == len(inputs):
@@ -243,7 +250,7 @@ class _Checks:
     def _check_attribute(
         self, attribute: _Parts, outputs: Sequence[str], depth: int
     ) -> tuple[str, Sequence[int]]:
-        """Check the tensors, graphs and sizes of an attribute; return its name and numbers."""
+        """Check the tensors, graphs and sizes in an attribute; return its name and its integers."""
         for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
             self._check_tensor(self.parts(tensor), outputs)
         for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
@@ -251,22 +258,22 @@ class _Checks:
         numbers = _read_numbers(attribute[_NUMBERS] or attribute[_NUMBER])
         name = _read_first_text(attribute[_SETTING])
         if attribute[_NUMBERS]:
-            # 2**31 - 1: the end, of old files
+            # old files write 2**31 - 1 for the end of an axis
             sizes = (number for number in numbers if number != 2**31 - 1)
             if _multiply_sizes(sizes) > limits.MAX_ONNX_VALUES:
                 raise _RejectedError(f"{_shown(outputs)} asks for sizes that no detector has")
         return name, numbers
 
     def _fold(self, names: Sequence[str], product: float) -> None:
-        """Record the sizes that an operator computes from sizes.
+        """Record the sizes that an operator computes from other sizes, as one product.
 
-        It is not known which belongs to which axis.
+        Which size belongs to which axis is not known.
         """
         self.constants |= dict.fromkeys(names, product)
         self.tensors |= dict.fromkeys(names, Constant((2,), (product, 1.0)))
 
     def _count(self, node: Node, outputs: Sequence[str]) -> None:
-        """Record the numbers that an operator makes. Raises _RefusedError if they are too many."""
+        """Add up the values that an operator makes. Raises _RejectedError if there are too many."""
         count = output_count(node, self.counts, self.tensors)
         most = limits.MAX_ONNX_VALUES if node.kind in _GROWING else limits.MAX_ONNX_COUNT
         if not count <= most:  # NaN too
@@ -274,7 +281,7 @@ class _Checks:
         self.counts |= dict.fromkeys(outputs, count)
 
     def _check_tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
-        """Check that a tensor's values are in the file; record the product of small tensors."""
+        """Check that a tensor's values are in the file; record the product of a small tensor's values."""
         names = [*names, *map(_read_text, tensor[_TENSOR_NAME])]
         _require_inside(tensor)
         dims = _read_numbers(tensor[_DIMS])
@@ -308,7 +315,7 @@ class _Checks:
 
 
 def _measure_stored(tensor: _Parts) -> int:
-    """Return the bytes of a tensor's values in the file; a number in a field of its own counts as one."""
+    """Return the byte size of a tensor's stored values; a value in a field of its own counts as one byte."""
     size = 0
     for field_number in _VALUES:
         for value in tensor[field_number]:
@@ -317,7 +324,7 @@ def _measure_stored(tensor: _Parts) -> int:
 
 
 def _read_layout(tensor: _Parts) -> _Layout | None:
-    """Return the layout of a tensor's stored values; None if they cannot be sizes."""
+    """Return how a tensor's values are stored; None if they cannot be sizes."""
     dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
     return _LAYOUTS.get(dtype)
 
@@ -332,7 +339,7 @@ def _read_values(tensor: _Parts, layout: _Layout, count: int) -> Sequence[float]
 
 
 def _read_value(content: _Value) -> tuple[str, Shape]:
-    """Return the name of a value, and the sizes in the shape of its type."""
+    """Return the name of a value, and the sizes in its shape."""
     sizes = []
     for size in _open_message(content, (2, 1, 2, 1)):  # type, of a tensor, shape, size
         fixed = dict(_read_fields(size)).get(1)
@@ -347,15 +354,16 @@ def _open_message(content: _Value, path: Sequence[int]) -> Iterator[_Value]:
 
 
 def _read_fields(content: _Value) -> Iterator[tuple[int, _Value]]:
-    """Yield the numbers and values of the fields. Raises ValueError or IndexError if they are damaged."""
+    """Yield the number and the value of each field. Raises ValueError or IndexError if they are damaged."""
     if isinstance(content, int):
         raise ValueError("a number in place of a message")
     position = 0
     while position < len(content):
+        # protobuf: the key of a field holds its number and, in the lowest three bits, its wire type
         key, position = read_varint(content, position)
         number = key >> 3
         kind = key & 7
-        if number == 0:  # as in the empty rest of a file that was not downloaded whole
+        if number == 0:  # as in the zeros at the end of an incomplete download
             raise ValueError("damaged")
         if kind == _VARINT:
             value, position = read_varint(content, position)
@@ -371,7 +379,7 @@ def _read_fields(content: _Value) -> Iterator[tuple[int, _Value]]:
 
 
 def _read_numbers(values: Iterable[_Value]) -> list[int]:
-    """Return the integers of a repeated field."""
+    """Return the integers in a repeated field."""
     numbers: list[int] = []
     for value in values:
         if isinstance(value, int):
@@ -387,7 +395,7 @@ def _read_numbers(values: Iterable[_Value]) -> list[int]:
 
 
 def _multiply_sizes(sizes: Iterable[float]) -> float:
-    """Multiply sizes, skipping special values that mean the end of an axis or a count from the end."""
+    """Multiply sizes, except special values for the end of an axis or positions counted from the end."""
     return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
 

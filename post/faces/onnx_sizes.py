@@ -14,7 +14,7 @@ DEFAULT_SIDE = 640  # of an input that the file leaves open
 
 
 class Constant(NamedTuple):
-    """A tensor of the file that may be sizes, or weights."""
+    """A tensor in the file that may contain sizes or weights."""
 
     dims: tuple[int, ...]
     values: tuple[float, ...] = ()  # of a short one; of others none
@@ -23,7 +23,7 @@ class Constant(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: its kind, inputs and settings."""
+    """One operator: its type, inputs and attributes."""
 
     kind: str
     inputs: Sequence[str]
@@ -31,7 +31,10 @@ class Node:
 
 
 def input_count(shape: Sequence[int | None]) -> float:
-    """Return the numbers of an input; open sizes are 1 for pictures at once, else `DEFAULT_SIDE`."""
+    """Return the number of values in an input.
+
+    Undefined sizes are 1 for the batch, else `DEFAULT_SIDE`.
+    """
     count = 1.0
     for axis, size in enumerate(shape):
         if size is None:
@@ -43,7 +46,10 @@ def input_count(shape: Sequence[int | None]) -> float:
 def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
     """Estimate the number of values in each output of an operator.
 
-    counts: number of values of each earlier result. constants: tensors of the file by name.
+    Args:
+        node: The operator.
+        counts: Number of values in each earlier result, by name.
+        constants: Tensors in the file, by name.
     """
     input_counts = [counts[name] for name in node.inputs if name in counts]
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
@@ -55,8 +61,9 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
         case "MaxPool" | "AveragePool":
             return first / _read_strides(node)
         case "MatMul" | "Gemm" if len(weight) == 2:
-            rows, columns = sorted(weight)
-            return first * columns / max(1, rows)  # whichever of them is summed over
+            # which axis is summed over depends on the operator: assume the smaller one
+            smaller, larger = sorted(weight)
+            return first * larger / max(1, smaller)
         case "Concat":
             return sum(input_counts)
         case "Gather":
@@ -75,7 +82,7 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
 
 
 def _count_convolved(count: float, node: Node, weight: Sequence[int]) -> float:
-    """Return the numbers of the result of a convolution, or of a transposed one."""
+    """Return the number of values in the result of a convolution or a transposed convolution."""
     groups = next(iter(node.settings.get("group", ())), 1)
     if node.kind == "Conv":
         outputs, inputs_of_group, *_ = weight
@@ -89,7 +96,7 @@ def _read_strides(node: Node) -> float:
 
 
 def _count_resized(count: float, operands: Sequence[Constant]) -> float:
-    """Return the numbers of what is resized by factors, or to sizes."""
+    """Return the number of values after resizing by factors or to sizes."""
     products = [
         _multiply_constant(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values
     ]

@@ -43,7 +43,7 @@ UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # what the network learned
 
 @dataclass(frozen=True)
 class ParseNetConfig:
-    """Dimensions."""
+    """Dimensions of a ParseNet."""
 
     down: tuple[int, ...]  # channels before and after each halving
     blocks: int  # at the smallest size
@@ -51,12 +51,12 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels for each position of the coarsest features."""
+        """Number of pixels per position of the coarsest features."""
         return 1 << (len(self.down) - 1)
 
 
 class ConvLayer(nn.Module):
-    """A convolution of 3 x 3 with mirrored edges; with a norm it has no bias."""
+    """A 3 x 3 convolution with reflection padding; with a norm it has no bias."""
 
     def __init__(self, width_in: int, width: int, has_norm: bool, stride: int = 1) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ConvLayer(nn.Module):
 
 
 class ParsingBlock(nn.Module):
-    """Two convolutions next to a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
+    """Two convolutions with a shortcut; `scale` of 0.5, 1 or 2 resizes height and width."""
 
     def __init__(self, width_in: int, width: int, scale: float) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ParsingBlock(nn.Module):
 
 
 class ParseNet(nn.Module):
-    """Segment faces: score each part of a face at each pixel."""
+    """Segment faces: predict a score for each part of a face at each pixel."""
 
     def __init__(self, config: ParseNetConfig) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ class ParseNet(nn.Module):
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Returns the scores in float32, B 19 h w.
+        """Return the scores, B 19 h w float32.
 
         Args:
-            faces: B 3 h w, -1..1, multiples of the stride.
+            faces: Faces, B 3 h w, -1..1, with sides that are multiples of the stride.
         """
         x = self.encoder(faces.to(self.out_mask_conv.conv2d.weight.dtype))
         return self.out_mask_conv(self.decoder(x + self.body(x))).float()
@@ -130,7 +130,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     """Plan how to load a ParseNet file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a ParseNet file.
     """
     wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
@@ -163,7 +163,7 @@ PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial
 
 @dataclass(frozen=True)
 class Restorer:
-    """Two loaded networks and the size of the faces that they take, in pixels."""
+    """Two loaded networks and the size of their faces in pixels."""
 
     restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
     parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
@@ -176,12 +176,12 @@ def load_both(
     """Load both networks.
 
     Raises:
-        CheckpointError: If a file is wrong, or if their sizes do not match.
+        CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
     """
     restorer = _load_model(options, model, device, dtype)
     parts = _load_parsenet(parsenet, device, dtype)
     size, stride = restorer.config.size, parts.config.stride
-    # mirrored padding needs at least two features on a side
+    # reflection padding needs at least two features on a side
     if size % stride or size < 2 * stride:
         raise CheckpointError(
             f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
@@ -192,7 +192,7 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load both networks in the dtype that --dtype says.
+    """Load both networks in the dtype of --dtype.
 
     Raises:
         CheckpointError: As `load_both` does.
@@ -202,7 +202,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     dtype = network_dtype(network, device, name)
 
     def prepared(model: Gfpgan | CodeFormer) -> Run:
-        """Return a function that restores faces, with the options' fidelity or noise built in."""
+        """Return a function that restores faces with the fidelity or the noise of the options."""
         if isinstance(model, CodeFormer):
             return lambda faces: model(faces, options.weight)
         if network.seed is not None:
@@ -256,7 +256,7 @@ def _load(
     what: str,
     in_float32: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network. in_float32: prefixes of the weights that stay in float32."""
+    """Load one network; weights with a prefix in `in_float32` stay in float32."""
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if in_float32 and name.startswith(in_float32) else dtype
@@ -282,7 +282,7 @@ ORIGINS = {
 
 
 class FacefixFiles(NamedTuple):
-    """The files that restoring faces takes."""
+    """The files needed to restore faces."""
 
     model: Path
     parsenet: Path
@@ -295,7 +295,7 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
     --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
 
     Raises:
-        CheckpointError: If one is missing.
+        CheckpointError: If a file is missing.
     """
     mode = options.mode
     model = options.network.model
@@ -312,19 +312,25 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
 
 
 def _find_detector(name: str, folder: Path, mode: str) -> Path:
-    """Return the path of a detector. name: of a released one in the folder, or its path."""
+    """Return the path of a detector.
+
+    Args:
+        name: Name of a released detector in the folder, or the path of a detector.
+        folder: Folder of the model.
+        mode: Value of --mode.
+    """
     what = f"--detection_model {name}"
     if name in RETINAFACES:
         stem = RETINAFACES[name]
-        is_first = stem == next(iter(RETINAFACES.values()))
-        task = mode if is_first else None  # tools/download.py has only the first
+        is_default = stem == next(iter(RETINAFACES.values()))
+        task = mode if is_default else None  # tools/download.py offers only the default one
         return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
         files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
         if not files:
             file = ".onnx file with yunet in its name"
             raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
-        return files[-1]  # their names end with a date
+        return files[-1]  # the newest: their names end with a date
     path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(
@@ -338,7 +344,8 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
 def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
     """Return the first of these files that exists, with any known suffix, ignoring case.
 
-    what, origin, task: as for `_make_missing_error`. Raises CheckpointError if none is there.
+    The arguments `what`, `origin` and `task` are those of `_make_missing_error`. Raises CheckpointError if no
+    file exists.
     """
     files: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder of a file that is not there
@@ -351,7 +358,7 @@ def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str,
 
 
 def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
-    """Return the error for a missing file. task: of tools/download.py, if that has it."""
+    """Return the error for a missing file; `task` is its name in tools/download.py, if it has one."""
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
     download = "" if task is None else f"download it with {command}, or "
     return CheckpointError(

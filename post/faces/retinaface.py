@@ -56,7 +56,7 @@ class RetinaFaceConfig:
 
 
 class Pyramid(nn.Module):
-    """Add the coarser features to each scale."""
+    """Add coarser features to each scale."""
 
     def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Pyramid(nn.Module):
 
 
 class Context(nn.Module):
-    """Concatenate features of 3x3, 5x5 and 7x7 neighborhoods, the larger ones by several convolutions."""
+    """Concatenate features of 3x3, 5x5 and 7x7 neighborhoods; larger ones use several convolutions."""
 
     def __init__(self, width: int, slope: float) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Context(nn.Module):
         self.conv7x7_3 = _make_conv(quarter, quarter, 3, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the three views, concatenated along channels."""
+        """Return the features of the three neighborhoods, concatenated along channels."""
         shared = self.conv5X5_1(x)
         views = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
         return relu(torch.cat(views, dim=1))
@@ -100,10 +100,10 @@ class AnchorHead(nn.Module):
         self.values = values
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B N values: row by row, with the anchors of a place in succession.
+        """Return the predictions, B N values, row by row, with consecutive anchors for each position.
 
         Args:
-            x: B C h w.
+            x: Features, B C h w.
         """
         return rearrange(self.conv1x1(x), "b (a v) h w -> b (h w a) v", v=self.values)
 
@@ -123,9 +123,10 @@ class RetinaFace(nn.Module):
         self.LandmarkHead = nn.ModuleList(AnchorHead(config.width, 10) for _ in STEPS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: B 3 H W, blue green red of 0..255 minus MEAN.
+        """Return scores B N (0..1), and boxes B N 4 and landmarks B N 10 relative to the anchors; float32.
 
-        Returns scores B N (0..1), and boxes B N 4 and landmarks B N 10 relative to the anchors; float32.
+        Args:
+            x: Images, B 3 H W, in the order blue, green, red, 0..255 minus MEAN.
         """
         fine, middle, coarse = self.fpn(self.body(x))
         scales = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
@@ -141,7 +142,7 @@ class RetinaFace(nn.Module):
 
 @lru_cache(maxsize=4)
 def anchors(height: int, width: int) -> Tensor:
-    """Return the anchors of a picture, N 4: center x, center y, width, height as parts of its sides."""
+    """Return the anchors of an image, N 4: center x, center y, width and height as fractions of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
         rows = torch.arange(-(-height // step), dtype=torch.float64)
@@ -159,21 +160,21 @@ def anchors(height: int, width: int) -> Tensor:
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
-    """Return left, top, right, bottom (N 4) from the heads' output and the anchors (both N 4)."""
+    """Return left, top, right, bottom (N 4) from the network's output and the anchors (both N 4)."""
     center = priors[:, :2] + CENTER_SCALE * values[:, :2] * priors[:, 2:]
     half = priors[:, 2:] * torch.exp(SIZE_SCALE * values[:, 2:]) / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
-    """Return points (N 5 2) from the heads' output (N 10) and the anchors (N 4)."""
+    """Return points (N 5 2) from the network's output (N 10) and the anchors (N 4)."""
     offsets = rearrange(values, "n (p d) -> n p d", d=2)
     return priors[:, None, :2] + CENTER_SCALE * offsets * priors[:, None, 2:]
 
 
 @dataclass(frozen=True)
 class RetinaFaceDetector:
-    """A loaded network. Pictures whose short side is longer than `side` are searched in a smaller copy."""
+    """A loaded network. Images whose short side exceeds `side` are searched in a smaller copy."""
 
     network: RetinaFace
     side: int | None  # None: every picture at its full size
@@ -181,7 +182,7 @@ class RetinaFaceDetector:
 
     @torch.inference_mode()
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
         height, width = pixels.shape[:2]
         factor = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
         image = self._to_input(shrunk(pixels, factor))
@@ -199,10 +200,10 @@ class RetinaFaceDetector:
         return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the heads' output; if it is not finite in half precision, switch to float32 for good.
+        """Return the network's output; if it is not finite in half precision, switch to float32 permanently.
 
         Raises:
-            CheckpointError: If it is not finite in float32: faces would be missed without notice.
+            CheckpointError: If the output is not finite in float32, because faces would be missed silently.
         """
         dtype = next(self.network.parameters()).dtype
         outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
@@ -218,7 +219,7 @@ class RetinaFaceDetector:
         return self._run(image)
 
     def _to_input(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Return H W 3 (RGB) as 1 3 H W, blue green red minus MEAN in float32; bytes go to the device."""
+        """Return H W 3 (RGB) as 1 3 H W, blue, green, red minus MEAN in float32; bytes go to the device."""
         blue_first = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1])).to(self.device)
         image = rearrange(blue_first, "h w c -> 1 c h w").float()
         image = image - torch.tensor(MEAN, device=self.device).view(1, 3, 1, 1)
@@ -229,7 +230,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     """Plan how to load a RetinaFace of any width.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a RetinaFace file.
     """
     checkpoint = checkpoint.without_prefix("module.")
     names = checkpoint.tensors

@@ -19,7 +19,7 @@ MOBILE_SLOPE = 0.1
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Widths of a ResNet of bottleneck blocks."""
+    """Widths of a ResNet made of bottleneck blocks."""
 
     stem: int
     blocks: tuple[int, ...]  # how many, of each of four layers
@@ -34,7 +34,7 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class MobileNetConfig:
-    """Widths of a MobileNet: output channels of each block, for each of three stages."""
+    """Output channels of each block of a MobileNet, for each of three stages."""
 
     stages: tuple[tuple[int, ...], ...]
 
@@ -45,7 +45,7 @@ class MobileNetConfig:
 
 
 class Bottleneck(nn.Module):
-    """A residual block: 1x1 to few channels, 3x3, 1x1 back."""
+    """A residual block: 1x1 to fewer channels, 3x3, and 1x1 back."""
 
     def __init__(self, width: int, inner: int, outer: int, stride: int) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Returns three features B C h w, the finest first.
+        """Return three features, B C h w, finest first.
 
         Args:
-            x: B 3 H W.
+            x: Images, B 3 H W.
         """
         x = self.layer1(self.maxpool(relu(self.bn1(self.conv1(x)))))
         features = []
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """MobileNet v1 without its classifier: depthwise, then 1x1 convolutions."""
+    """MobileNet v1 without its classifier: depthwise convolutions followed by 1x1 convolutions."""
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
@@ -124,10 +124,10 @@ class MobileNet(nn.Module):
         self.stage1, self.stage2, self.stage3 = stages
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Returns three features B C h w, the finest first.
+        """Return three features, B C h w, finest first.
 
         Args:
-            x: B 3 H W.
+            x: Images, B 3 H W.
         """
         features = []
         for stage in (self.stage1, self.stage2, self.stage3):

@@ -29,37 +29,42 @@ Landmarks = NDArray[np.float32]  # 5 2
 
 
 class SteadyLandmarks:
-    """Damp the jitter of detected landmarks; only the faces of the last picture are remembered.
+    """Damp the jitter of detected landmarks, using only the faces of the previous image.
 
-    Faces are pasted where they were cut out, so a slightly wrong landmark displaces nothing.
+    Faces are pasted back where they were cut out, so a slightly wrong landmark does not displace anything.
     """
 
     def __init__(self, strength: float) -> None:
-        """strength: share of the last landmarks that a face at rest keeps: 0 (no damping) to below 1."""
+        """Start without faces.
+
+        Args:
+            strength: Weight of the previous landmarks for a face at rest, from 0 (no damping) to below 1.
+        """
         self._strength = strength
         self._last: list[Landmarks] = []
 
     def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
-        """Return the landmarks of the next picture's faces, damped the less the more they have moved."""
+        """Return the damped landmarks of the next image's faces; large movements are damped less."""
         distances = {
             (new, old): _measure_distance(landmarks[new], self._last[old])
             for new, old in product(range(len(landmarks)), range(len(self._last)))
         }
-        steadied = list(landmarks)
-        olds: set[int] = set()
-        news: set[int] = set()
+        damped = list(landmarks)
+        matched_old: set[int] = set()
+        matched_new: set[int] = set()
+        # match the nearest pairs first
         for (new, old), distance in sorted(distances.items(), key=lambda item: item[1]):
-            if distance < MOVED and new not in news and old not in olds:
-                news.add(new)
-                olds.add(old)
-                share = np.float32(self._strength * (1 - distance / MOVED))
-                steadied[new] = landmarks[new] + share * (self._last[old] - landmarks[new])
-        self._last = steadied
-        return list(steadied)
+            if distance < MOVED and new not in matched_new and old not in matched_old:
+                matched_new.add(new)
+                matched_old.add(old)
+                old_weight = np.float32(self._strength * (1 - distance / MOVED))
+                damped[new] = landmarks[new] + old_weight * (self._last[old] - landmarks[new])
+        self._last = damped
+        return list(damped)
 
 
 def _measure_distance(new: Landmarks, old: Landmarks) -> float:
-    """Return the distance of landmarks from earlier ones, in units of the distance between the eyes."""
+    """Return how far landmarks have moved, in units of the distance between the eyes."""
     return float(np.hypot(*(new - old).T).mean()) / eye_distance(new)
 
 
@@ -71,7 +76,7 @@ Plane = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored face and the mask to paste it with."""
+    """A restored face and the mask for pasting it."""
 
     face: Plane  # S S 3, RGB, 0..1
     mask: Plane  # S S, 0..1: how much of it is shown
@@ -81,21 +86,21 @@ def soften(is_face: NDArray[np.bool_]) -> Plane:
     """Return a mask with soft edges, S S, 0..1.
 
     Args:
-        is_face: S S, True inside the face.
+        is_face: Mask of the face, S S bool.
     """
     scale = len(is_face) / TEMPLATE_SIZE
     kernel = 2 * round(BLUR // 2 * scale) + 1
     mask = is_face.astype(np.float32)
     for _ in range(BLUR_TIMES):
         mask = cv2.GaussianBlur(mask, (kernel, kernel), SIGMA * scale)  # type: ignore[assignment]
-    free = max(1, round(FREE * scale))
-    mask[:free] = mask[-free:] = 0
-    mask[:, :free] = mask[:, -free:] = 0
+    margin = max(1, round(FREE * scale))  # the edges of the crop stay as they are
+    mask[:margin] = mask[-margin:] = 0
+    mask[:, :margin] = mask[:, -margin:] = 0
     return mask
 
 
 def enlarge(pixels: Pixels, upscale: float) -> Pixels:
-    """Scale a picture by `upscale`; returns the same object for 1."""
+    """Scale an image by `upscale`; for 1 the same object is returned."""
     height, width = pixels.shape[:2]
     size = enlarged_size(width, height, upscale)
     if size == (width, height):
@@ -109,10 +114,16 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
-    """Return the enlarged picture (H W 3) with faces in it; where all masks are 0 no value changes.
+    """Return the enlarged image (H W 3) with faces pasted; where all masks are 0, values do not change.
 
-    matrices: from the picture to each face, size x size. faces: read one at a time, so that not all must be
-    in memory. Of overlapping faces, the later one is on top. Values are rounded once.
+    Of overlapping faces, the later one is on top. Values are rounded once.
+
+    Args:
+        pixels: The image, H W 3.
+        matrices: Matrix from the image to each face of size x size.
+        faces: Restored faces, read one at a time so that they need not all be in memory.
+        size: Side of a face in pixels.
+        upscale: Factor on the size of the image.
     """
     canvas = enlarge(pixels, upscale)
     to_canvas = _make_canvas_matrix(pixels, canvas)
@@ -130,14 +141,13 @@ def paste(
         if not region.is_empty:
             part = values[region.slices(changed)]
             _blend(part, face, matrix, region, white=white)
-    # a copy: the picture itself belongs to whoever gave it
-    result: Pixels = canvas.copy()
+    result: Pixels = canvas.copy()  # the canvas may be the caller's image itself
     result[changed.slices()] = np.rint(values).clip(0, white)
     return result
 
 
 def _enclose(regions: Sequence[Area]) -> Area:
-    """Return the smallest rectangle around all regions."""
+    """Return the smallest rectangle that contains all regions."""
     return Area(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
@@ -147,14 +157,17 @@ def _enclose(regions: Sequence[Area]) -> Area:
 
 
 def _make_canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
-    """Return the matrix from places in the picture to those in the enlarged one; pixels have centers."""
+    """Return the matrix from pixel coordinates in the image to those in the enlarged image.
+
+    Coordinates refer to the centers of pixels.
+    """
     across = canvas.shape[1] / pixels.shape[1]
     down = canvas.shape[0] / pixels.shape[0]
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
 def _find_region(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
-    """Return the part of the canvas that a face of size x size may change. matrix: from face to canvas."""
+    """Return the part of the canvas that a face of size x size may change; `matrix` maps face to canvas."""
     face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
     corners = face_corners @ matrix[:2].T
     left, top = corners.min(axis=0)
@@ -168,7 +181,7 @@ def _find_region(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area
 
 
 def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: Area, white: float) -> None:
-    """Put a face over the values of its region. white: the largest value."""
+    """Blend a face into the values of its region; `white` is the largest value."""
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
@@ -183,7 +196,7 @@ FACES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Facefix:
-    """Restore faces with loaded networks. Nothing is remembered from one `run` to the next."""
+    """Restore faces with loaded networks. No state is kept from one `run` to the next."""
 
     options: FacefixOptions
     detector: Detector
@@ -196,12 +209,12 @@ class Facefix:
         """Return the clip with its new size.
 
         Raises:
-            OptionError: For a size that no file can have.
+            OptionError: If no file can have this size.
         """
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures with restored faces; pictures without a face are only scaled."""
+        """Yield the images with restored faces; images without a face are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
         num_images = 0
         num_changed = 0
@@ -230,7 +243,7 @@ class Facefix:
             )
 
     def _find_matrices(self, picture: Picture, steady: SteadyLandmarks) -> list[Matrix]:
-        """Find the faces to restore; return the matrices from the picture to each."""
+        """Find the faces to restore; return the matrix from the image to each."""
         faces = self.detector.find(in_eight_bits(picture.pixels), self.least_score)
         if any(face.landmarks is None for face in faces):
             raise no_landmarks(f"--detection_model {self.options.detection_model}")

@@ -36,7 +36,7 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Layout of the rows of a YOLO's result."""
+    """Layout of the rows in a YOLO's output."""
 
     side: int  # of the square picture that is looked at
     classes: int | None  # None: the file does not say
@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Rows(NamedTuple):
-    """Findings of a YOLO, in pixels of the square picture."""
+    """Detections of a YOLO, in pixels of the square input."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -53,14 +53,14 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class YoloDetector:
-    """A YOLO that OpenCV runs; detections of all classes count."""
+    """A YOLO run by OpenCV; detections of all classes count."""
 
     path: Path
     network: Any  # cv2.dnn.Net
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the objects in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the objects in an image (H W 3, RGB) with at least this score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
             self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
@@ -94,12 +94,14 @@ class YoloDetector:
         raise _other_layout(self.path, shapes)
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
-        """Return the rows with at least that score."""
+        """Return the rows with at least this score."""
+        # numbers of candidates: one for each cell of the grids with these steps
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
+            # the file selects the best boxes itself: corners, score, class, then points
             rows = result[result[:, BOX] >= least_score]
             return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
-        if result.shape[1] in counts:
+        if result.shape[1] in counts:  # candidates along columns
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
@@ -108,13 +110,13 @@ class YoloDetector:
         is_chosen = scores >= least_score
         rows = result[is_chosen]
         centers = rows[:, :2]
-        half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([centers - half, centers + half], axis=1)
+        half_sizes = rows[:, 2:BOX] / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
         points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
         return _Rows(boxes, scores[is_chosen], points)
 
     def _split_columns(self, width: int) -> tuple[int, int]:
-        """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""
+        """Return the number of classes in a row of `width` numbers, and how many numbers a landmark has."""
         if self.layout.classes is not None:
             return self.layout.classes, self.layout.landmarks
         is_face = width == BOX + 1 + 3 * POINTS
@@ -122,9 +124,14 @@ class YoloDetector:
 
 
 def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
-    """Return the layout of the rows of a YOLO's result; None if the file does not look like a YOLO.
+    """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
 
-    side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
+    Raises CheckpointError for a YOLO without boxes.
+
+    Args:
+        path: Path of the file.
+        header: Inputs and outputs of the file.
+        side: Side of the square input, for files that accept any size.
     """
     if len(header.inputs) != 1:
         return None
@@ -170,7 +177,7 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
     """Load a YOLO and run it once as a test.
 
     Raises:
-        CheckpointError: If OpenCV cannot run it.
+        CheckpointError: If OpenCV cannot run the file.
     """
     try:
         network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
@@ -181,15 +188,16 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
     names = _parse_literal(header.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
         shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
-        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, left)
+        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
     return detector
 
 
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """Fit a picture (H W 3) into a gray square.
+    """Fit an image (H W 3) into a gray square.
 
-    Returns the square, the scale of the picture, and its left and top in the square.
+    Returns:
+        The square, the scale of the image, and its left and top in the square.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
@@ -247,7 +255,7 @@ SMALLEST = 32  # pixels: OpenCV pads smaller sides to this
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """YuNet in OpenCV. Pictures whose long side is longer than `side` are searched in a smaller copy.
+    """A YuNet run by OpenCV. Images whose long side exceeds `side` are searched in a smaller copy.
 
     It was trained for faces of about 10 to 300 pixels.
     """
@@ -258,7 +266,7 @@ class YuNetDetector:
     canvas: tuple[int, int] | None = None  # width and height that this OpenCV needs; None: any do
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
         height, width = pixels.shape[:2]
         small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
@@ -278,7 +286,7 @@ class YuNetDetector:
         return [_read_row(row, scale) for row in best_first]
 
     def _select_factor(self, height: int, width: int) -> float:
-        """Return the factor that scales a picture down for the search."""
+        """Return the factor by which an image is downscaled for detection."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
             factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
@@ -286,7 +294,7 @@ class YuNetDetector:
 
 
 def _read_row(row: Numbers, scale: Numbers) -> FoundFace:
-    """Return a face from a row of YuNet's result. scale: x and y, of the searched picture."""
+    """Return a face from a row of YuNet's output; `scale` is the x and y scale of the searched image."""
     left, top = (row[:2] * scale).tolist()
     right, bottom = ((row[:2] + row[2:4]) * scale).tolist()
     points = row[4:14].reshape(5, 2) * scale  # in the order of `FoundFace`
@@ -294,19 +302,19 @@ def _read_row(row: Numbers, scale: Numbers) -> FoundFace:
 
 
 def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
-    """Load a YuNet and run it as a test.
+    """Load a YuNet and run it once as a test.
 
-    Files are made for one size of pictures, or for any. OpenCV 4 runs both with any size; if OpenCV insists
-    on the one size, pictures are fitted into it.
+    Some files are made for one image size, others for any. OpenCV 4 runs both with any size; if OpenCV
+    insists on the one size, images are fitted into it.
 
     Raises:
-        CheckpointError: If this OpenCV cannot run it.
+        CheckpointError: If OpenCV cannot run the file.
     """
-    bare = np.frombuffer(content, np.uint8)
+    model_bytes = np.frombuffer(content, np.uint8)
     try:
         network = cv2.FaceDetectorYN.create(
             "onnx",
-            bufferModel=bare,
+            bufferModel=model_bytes,
             bufferConfig=np.empty(0, np.uint8),
             input_size=(SMALLEST, SMALLEST),
             score_threshold=0.5,
@@ -317,7 +325,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         raise _cannot_run(path, error, YUNETS) from error
     detector = YuNetDetector(path, network, side)
     try:
-        for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
+        for shape in ((96, 160, 3), (64, 64, 3)):  # fails if OpenCV insists on the size of the file
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
         canvas = _read_canvas(header)
@@ -329,7 +337,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
 
 
 def _read_canvas(header: OnnxHeader) -> tuple[int, int] | None:
-    """Return the width and height that a file requires; None if it takes any."""
+    """Return the width and height that a file requires; None if it accepts any size."""
     shape = next(iter(header.inputs.values()), ())
     if len(shape) != 4:
         return None

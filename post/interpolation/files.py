@@ -44,7 +44,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     """Plan how to load GIMM-VFI without its optical flow.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a GIMM-VFI file.
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
@@ -73,7 +73,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
 
 
 def _our_name(name: str) -> str:
-    """Return the name of a tensor in our network, which has two parts."""
+    """Return the name of a tensor in our network, which consists of two parts."""
     if name == "g_filter" or name.startswith(ESTIMATOR):
         return name
     return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
@@ -146,7 +146,7 @@ COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the
 
 @dataclass(frozen=True)
 class ModeSettings:
-    """Settings in the YAML file that tensors do not show; the defaults are those of the released models."""
+    """Settings of the YAML file that tensors do not reveal; the defaults are those of the released models."""
 
     coordinates: tuple[float, float] = (-1.0, 1.0)
     frequency: float = 1.0
@@ -158,7 +158,7 @@ DEFAULT = ModeSettings()
 
 
 class ModeFiles(NamedTuple):
-    """The files of a mode."""
+    """The files that a mode needs."""
 
     main: Path
     flow: Path  # of the optical flow; may be the main file
@@ -166,7 +166,7 @@ class ModeFiles(NamedTuple):
 
 
 def find_files(path: Path, kind: str) -> ModeFiles:
-    """Return the paths of a mode's files. path: the folder or the main file.
+    """Return the paths of a mode's files; `path` is the folder or the main file.
 
     Raises CheckpointError if a file is missing.
     """
@@ -209,7 +209,10 @@ def _holds_flow(main: Path) -> bool:
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
-    """Return the first file with a known name, else the only model named `start`..., else None."""
+    """Return the first file with a known name, else the only model with a name beginning with `start`.
+
+    Returns None if there is neither.
+    """
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -225,10 +228,10 @@ def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
 
 
 def read_settings(path: Path | None) -> ModeSettings:
-    """Read the YAML of the released files; without one, the released settings.
+    """Read the released YAML file; without the file, use the released settings.
 
     Raises:
-        CheckpointError: If it cannot be read, or asks for an unsupported computation.
+        CheckpointError: If the file cannot be read or asks for an unsupported computation.
     """
     if path is None:
         return ModeSettings()
@@ -242,10 +245,11 @@ def read_settings(path: Path | None) -> ModeSettings:
 
 
 def _parse_settings(path: Path) -> ModeSettings:
-    """Return the settings in a YAML file.
+    """Parse the settings in a YAML file.
 
     Raises:
-        CheckpointError: For an unsupported computation, and any other error if the file cannot be read.
+        CheckpointError: If they ask for an unsupported computation. Any other error means that the file
+            cannot be read.
     """
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
@@ -283,7 +287,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Return the parts worth compiling: runs of layers without lookups or warps."""
+        """Return the parts that are worth compiling: sequences of layers without lookups or warps."""
         motion = self.gimm.motion
         synthesis = self.gimm.synthesis
         parts: list[nn.Module] = []
@@ -296,12 +300,12 @@ class InterpolationNetworks:
 
 
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
-    """Load both networks; only the synthesis computes in `dtype`, motion in float32.
+    """Load both networks; only the synthesis computes in `dtype`, motion is computed in float32.
 
     On the meta device only headers are read.
 
     Raises:
-        CheckpointError: If a file is missing or not what its name says, or if the two do not match.
+        CheckpointError: If a file is missing or of the wrong kind, or if the two do not match.
     """
     files = find_files(path, kind)
     settings = read_settings(files.settings)
@@ -333,7 +337,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 
 class _Maps(NamedTuple):
-    """Channels of the maps of an `EncodedImage`."""
+    """Channels of the feature maps in an `EncodedImage`."""
 
     quarter: int
     eighth: int
@@ -358,9 +362,9 @@ def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
-    """Plan how to load the main file of a mode. Raises CheckpointError if it is of the other mode."""
+    """Plan how to load the main file of a mode. Raises CheckpointError if it belongs to the other mode."""
     plan = read_gimm(checkpoint)
-    # it projects the features of RAFT, and takes FlowFormer's unchanged
+    # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
     if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
         mode = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
         path = checkpoint.path

@@ -42,18 +42,19 @@ class FlowDecoderConfig:
 
 
 class Alike(nn.Module):
-    """Attention between places of the first picture, weighted by their similarity."""
+    """Attention between positions of the first image, weighted by their similarity."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
         self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
 
     def forward(self, context: Tensor, keeps_table: bool) -> Callable[[Tensor], Tensor]:
-        """Returns a function that averages a map over places that look alike.
+        """Return a function that averages a feature map over similar positions.
 
         Args:
-            context: 1 C H W.
-            keeps_table: Store the weights of all pairs of places, not recompute them in every call.
+            context: Features of the first image, 1 C H W.
+            keeps_table: Whether to store the weights of all pairs of positions instead of recomputing them in
+                every call.
         """
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
@@ -72,7 +73,7 @@ class Alike(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """Add motion of places that look alike."""
+    """Add the motion of similar positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +81,12 @@ class Aggregator(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """motion: 1 C H W. mean: the function that `Alike` returns."""
+        """Return the motion with the motion of similar positions added.
+
+        Args:
+            motion: Motion features, 1 C H W.
+            mean: The function that `Alike` returns.
+        """
         return motion + self.gamma * mean(self.to_v(motion))
 
 
@@ -98,7 +104,7 @@ class FlowFormerUpdate(nn.Module):
 
 
 class MemoryDecoder(nn.Module):
-    """Compute the flow of the first picture from its memory."""
+    """Decode the flow of the first image from the cost memory."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
         super().__init__()
@@ -115,9 +121,14 @@ class MemoryDecoder(nn.Module):
     def forward(
         self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
     ) -> Tensor:
-        """memory: N K D. context: 1 C H W of the first picture. keeps_table: see `Alike`.
+        """Return the flow, 1 2 8H 8W.
 
-        Returns the flow, 1 2 8H 8W.
+        Args:
+            costs: Costs of the pair of images.
+            memory: Cost memory, N K D.
+            context: Context features of the first image, 1 C H W.
+            iterations: Number of refinements.
+            keeps_table: See `Alike`.
         """
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
@@ -139,7 +150,7 @@ class MemoryDecoder(nn.Module):
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
-        """Return the features of each place from memory, 1 . H W. near: the costs around the places."""
+        """Return the features of each position from memory, 1 . H W, for the costs around it (`near`)."""
         query = self.flow_token_encoder(near)
         code = flowformer_memory.position_code(_flatten_rows(places), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
@@ -177,7 +188,7 @@ class FlowFormerConfig:
 
 
 class MemoryEncoder(nn.Module):
-    """Encode pictures into features, and the costs of a pair into a memory."""
+    """Encode images into features, and the costs of a pair into a memory."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
@@ -187,11 +198,11 @@ class MemoryEncoder(nn.Module):
 
 
 class FlowFormer(nn.Module):
-    """The network: a `FlowEstimator`. It computes in float32, also inside autocast.
+    """The network: a `FlowEstimator`. It computes in float32, even under autocast.
 
-    Memory in addition to weights and features: two tables of all pairs of places, up to TABLE_BYTES each, and
-    one or two parts (`rows_of_part`). Larger pictures have no tables: costs and attention are recomputed in
-    every iteration.
+    In addition to weights and features it needs memory for two tables of all pairs of positions, up to
+    TABLE_BYTES each, and for one or two parts (`rows_of_part`). Larger images have no tables: costs and
+    attention are recomputed in every iteration.
     """
 
     def __init__(
@@ -205,10 +216,10 @@ class FlowFormer(nn.Module):
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture.
+        """Return the features of a single image.
 
         Args:
-            image: 1 3 H W, 0..255, sides multiples of 32.
+            image: Image, 1 3 H W, 0..255, with sides that are multiples of 32.
         """
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
@@ -218,7 +229,7 @@ class FlowFormer(nn.Module):
             return EncodedImage(quarter, eighth, matching, None)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion in x and y of each pixel from the first picture to the second."""
+        """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # by the size alone, so that a picture gives the same on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
@@ -231,7 +242,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     """Plan how to load a FlowFormer file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a FlowFormer file.
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
@@ -252,7 +263,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
 
 
 def _is_possible(config: FlowFormerConfig) -> bool:
-    """Return whether heads and waves divide the widths, and the parts fit each other."""
+    """Return whether the widths are divisible as required, and the parts fit each other."""
     features, context = config.features, config.context
     memory, decoder = config.memory, config.decoder
     heads = flowformer_memory.HEADS

@@ -18,10 +18,16 @@ HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tens
 
 
 class TokenAttention(nn.Module):
-    """Attention of queries to tokens and two linear layers, both added to the queries."""
+    """Attention of queries to tokens, then two linear layers, both with a residual connection."""
 
     def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
-        """token_width: of the tokens. joined: concatenate queries and results before `proj`."""
+        """Create the layers.
+
+        Args:
+            width: Width of the queries.
+            token_width: Width of the tokens.
+            joined: Whether queries and results are concatenated before `proj`.
+        """
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
@@ -34,7 +40,7 @@ class TokenAttention(nn.Module):
         self.joined = joined
 
     def keep(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (B T C each) of tokens (B T token_width)."""
+        """Return keys and values (B T C each) of tokens (B T token_width)."""
         return self.k(tokens), self.v(tokens)
 
     def forward(
@@ -43,22 +49,27 @@ class TokenAttention(nn.Module):
         """Attend and return B Q C.
 
         Args:
-            x: The queries, B Q C.
-            keys_and_values: The result of `keep` for the tokens; None means that self-attention.
+            x: Queries, B Q C.
+            keys_and_values: Result of `keep` for the tokens; None for self-attention.
             code: Position code, added before the query projection.
         """
-        asking = self.norm1(x)
-        k, v = self.keep(asking) if keys_and_values is None else keys_and_values
-        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(asking + code), k, v))
-        # plain products: the fused attention is slow for so few tokens, and limits how many places there are
+        normalized = self.norm1(x)
+        k, v = self.keep(normalized) if keys_and_values is None else keys_and_values
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(normalized + code), k, v))
+        # plain products: fused attention is slow for so few tokens, and limits the number of positions
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
-        mixed = (weights @ v).transpose(1, 2).flatten(2)
-        x = x + self.proj(torch.cat([mixed, x], dim=-1) if self.joined else mixed)
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        x = x + self.proj(torch.cat([attended, x], dim=-1) if self.joined else attended)
         return x + self.ffn(self.norm2(x))
 
 
 def position_code(places: Tensor, width: int) -> Tensor:
-    """Return position codes, ... width, float32: sines and cosines of x, then of y. places: ... 2 (x, y)."""
+    """Return position codes, ... width, float32: sines and cosines of x, then of y.
+
+    Args:
+        places: Positions (x, y), ... 2.
+        width: Number of values per position.
+    """
     step = 3.14 / 200  # as trained: not pi
     waves = places[..., None] * (torch.arange(width // 4, device=places.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
@@ -81,7 +92,7 @@ class MemoryConfig:
 
 
 class CostEmbed(nn.Module):
-    """Tokens of patches of cost maps."""
+    """Embed patches of cost maps as tokens."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -101,10 +112,10 @@ class CostEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Returns n patches D.
+        """Return tokens, N patches D.
 
         Args:
-            maps: N 1 H W costs.
+            maps: Cost maps, N 1 H W.
         """
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
@@ -117,13 +128,13 @@ class CostEmbed(nn.Module):
 
 
 def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to rows. x: ... C."""
+    """Apply a 1x1 convolution to rows, ... C."""
     weight, bias = layer.parameters()
     return linear(x, weight.flatten(1), bias)
 
 
 class WindowContextAttention(nn.Module):
-    """Self-attention inside windows, of one token of each place."""
+    """Self-attention within windows, for one token of each position."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -135,7 +146,12 @@ class WindowContextAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: K H W D. context: 1 H W C."""
+        """Return the attention result, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         code = position_code(places_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
@@ -148,9 +164,9 @@ class WindowContextAttention(nn.Module):
 
 
 class CoarseContextAttention(nn.Module):
-    """Attention of one token of each place to the pooled tokens of all squares of COARSE x COARSE places.
+    """Attention of one token of each position to the pooled tokens of all COARSE x COARSE squares.
 
-    Both sides of a map are multiples of COARSE, as those of a picture are of 32.
+    Both sides of a map are multiples of COARSE, because those of an image are multiples of 32.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
@@ -166,7 +182,12 @@ class CoarseContextAttention(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: K H W D. context: 1 H W C."""
+        """Return the attention result, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
         height, width = x.shape[1:3]
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         coded = torch.cat([x, projected], dim=-1)
@@ -184,7 +205,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the token with the same index at other places."""
+    """Attention of each token to the tokens with the same index at other positions."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -192,12 +213,17 @@ class VerticalLayer(nn.Module):
         self.global_block = TwinsBlock(CoarseContextAttention(config), config.width, eps=1e-5)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: K H W D. context: 1 H W C."""
+        """Return the new tokens, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
         return self.global_block(self.local_block(x, context), context)
 
 
 class CostPerceiver(nn.Module):
-    """Encode the cost map of each place into tokens."""
+    """Encode the cost map of each position into tokens."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -211,16 +237,16 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """Returns N K D.
+        """Return the tokens, N K D.
 
         Args:
-            costs: Costs of a pair of pictures.
-            context: Context of the first picture, 1 C H W.
-            part_bytes: Approximate memory of one part; None means that the best size for the device.
+            costs: Costs of a pair of images.
+            context: Context features of the first image, 1 C H W.
+            part_bytes: Approximate memory of one part; None for the best size for the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)
-        # as trained the contexts of a batch of pictures stand in another order than their tokens: one a time
+        # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
@@ -230,14 +256,14 @@ class CostPerceiver(nn.Module):
         return x + first
 
     def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
-        """Return N K D: the learned tokens after attention to the cost map of each place."""
+        """Return N K D: the learned tokens after attention to the cost map of each position."""
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
 
-        # bytes of one place's cost map while tokens are made of it, in float32
+        # float32 bytes of one position's cost map while tokens are made of it
         first, second, _ = self.config.costs
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results

@@ -13,9 +13,9 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate, pad
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """Features of one picture: computed once, used by both pairs that the picture belongs to.
+    """Features of one image, computed once and used by both pairs that the image belongs to.
 
-    All maps are float32. H and W are the sides of the picture.
+    All maps are float32. H and W are the sides of the image.
     """
 
     quarter: Tensor  # 1 C H/4 W/4, features that the synthesis warps
@@ -25,17 +25,17 @@ class EncodedImage:
 
 
 class FlowEstimator(Protocol):
-    """Estimate the motion between two pictures, in float32."""
+    """Estimator of the motion between two images, in float32."""
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture.
+        """Return the features of a single image.
 
         Args:
-            image: 1 3 H W, 0..255, float32, sides multiples of 32.
+            image: Image, 1 3 H W, 0..255, float32, with sides that are multiples of 32.
         """
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first picture to the second."""
+        """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first image to the second."""
 
 
 CPU_BYTES = 1 << 24  # memory of a part: fits the caches, twice as fast as 256 MiB
@@ -48,7 +48,7 @@ def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None =
     Args:
         bytes_each: Memory to compute one row.
         device: Device of the run.
-        part_bytes: Limit for all rows; None means that the best for the device.
+        part_bytes: Limit for all rows; None for the best size for the device.
     """
     if part_bytes is None:
         part_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
@@ -58,16 +58,25 @@ def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None =
 def in_parts(
     run: Callable[[Tensor], Tensor], x: Tensor, bytes_each: int, part_bytes: int | None = None
 ) -> Tensor:
-    """Return run(x), computed in parts of the first axis; `run` must treat each row by itself.
+    """Return run(x), computed in parts along the first axis; `run` must treat each row separately.
 
-    bytes_each, part_bytes: as for `rows_of_part`. The parts depend on the sizes and the kind of device alone.
+    The parts depend only on the sizes and the type of device.
+
+    Args:
+        run: Function to apply.
+        x: Rows.
+        bytes_each: See `rows_of_part`.
+        part_bytes: See `rows_of_part`.
     """
     rows = rows_of_part(bytes_each, x.device, part_bytes)
     return in_ranges(lambda start, end: run(x[start:end]), len(x), rows)
 
 
 def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
-    """Return the joined results of run(start, end) for rows 0 to `count` (at least 1), `rows` at a time."""
+    """Return the concatenated results of run(start, end) for rows 0 to `count`, `rows` at a time.
+
+    `count` is at least 1.
+    """
     first = run(0, min(rows, count))
     if rows >= count:
         return first
@@ -81,7 +90,7 @@ def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tenso
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution that keeps height and width at stride 1."""
+    """Return a convolution that preserves height and width at stride 1."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)
 
 
@@ -93,11 +102,11 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Sample the image, for each pixel, where the flow points to; outside, the edge is repeated.
+    """Sample the image where the flow of each pixel points to; outside of the image the edge is repeated.
 
     Args:
-        image: B C H W.
-        flow: B 2 H W, pixels in x and y.
+        image: Image, B C H W.
+        flow: Flow, B 2 H W, in pixels along x and y.
 
     Returns:
         Float32.
@@ -112,15 +121,15 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
-    """Move each pixel to where the flow points to, and return the weighted mean of the pixels at each place.
+    """Move each pixel to where the flow points to; return the weighted mean of the pixels at each position.
 
     Args:
-        image: 1 C H W.
-        flow: 1 2 H W.
-        weight: 1 1 H W.
+        image: Image, 1 C H W.
+        flow: Flow, 1 2 H W.
+        weight: Weight of each pixel, 1 1 H W.
 
     Returns:
-        1 C H W float32, 0 at places nothing arrives at.
+        1 C H W float32, 0 at positions where no pixel arrives.
     """
     weighted = torch.cat([image * weight, weight], dim=1).float()
     # H*W rows: one place each, so that what arrives is added in whole rows
@@ -132,11 +141,11 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Return the sum of the rows that arrive at each place.
+    """Return the sum of the rows that arrive at each position.
 
     Args:
-        values: H*W C.
-        flow: 1 2 H W.
+        values: Rows, H*W C.
+        flow: Flow, 1 2 H W.
     """
     height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
@@ -153,24 +162,24 @@ def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
 def _weigh_neighbor(
     x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the index of a place next to each target, and the share of the pixel that it gets.
+    """Return the index of a neighboring pixel of each target, and its bilinear weight.
 
     Args:
-        x: The targets.
-        y: The targets.
-        column: Column of the place.
-        row: Row of the place.
-        size: Height and width of the picture; outside, the share is 0.
+        x: Horizontal positions of the targets.
+        y: Vertical positions of the targets.
+        column: Column of the neighbor.
+        row: Row of the neighbor.
+        size: Height and width of the image; outside of it the weight is 0.
     """
     height, width = size
-    share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+    weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
     is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-    return place, torch.where(is_inside, share, 0.0)
+    index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+    return index, torch.where(is_inside, weight, 0.0)
 
 
 def _find_targets(flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, H*W each, of the places that 1 2 H W points to; outside if they are not finite."""
+    """Return x and y, H*W each, of the positions that a flow points to; outside if they are not finite."""
     height, width = flow.shape[-2:]
     rows = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None]
     columns = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -205,7 +214,7 @@ VOLUME_BYTES = 3 << 29  # bytes up to which the products of all pairs are stored
 
 
 class Correlation:
-    """The features of two pictures, ready to be compared."""
+    """The features of two images, prepared for comparison."""
 
     def __init__(
         self,
@@ -216,9 +225,14 @@ class Correlation:
         levels: int = LEVELS,
         scale: float | None = None,
     ) -> None:
-        """first, second: 1 C h w, float32. keeps_volume: None decides by the size.
+        """Prepare the comparison of two images.
 
-        levels: scales to compare at. scale: factor of all products; None: 1 / sqrt(C).
+        Args:
+            first: Features of the first image, 1 C h w, float32.
+            second: Features of the second image, 1 C h w, float32.
+            keeps_volume: Whether to store all products; None decides by the size.
+            levels: Number of scales to compare at.
+            scale: Factor of all products; None for 1 / sqrt(C).
         """
         self._size = first.shape[-2:]
         scale = first.shape[1] ** -0.5 if scale is None else scale
@@ -229,24 +243,25 @@ class Correlation:
             pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
         self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
-            # by the size alone, so that a clip gives the same pictures on every device
+            # decided by the size alone, so that a clip gives the same images on every device
             height, width = self._size
             keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
-        else:  # a row of channels for each place, with so many zeros around that a window may lie outside
+        else:
+            # a row of channels for each position, zero-padded so that windows may extend beyond the edge
             padded = [pad(features, (REACH,) * 4) for features in pyramid]
             self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 
     def lookup(self, places: Tensor) -> Tensor:
-        """Return 1 81*levels h w: for each place of the first picture, products around a place of the second.
+        """Return 1 81*levels h w: for each position of the first image, products around one of the second.
 
-        Channel level * 81 + i * 9 + j is that of the place moved by i - 4 in x and j - 4 in y at that scale;
-        outside the picture it is 0.
+        Channel level * 81 + i * 9 + j belongs to the position moved by i - 4 in x and j - 4 in y at that
+        scale; outside of the image it is 0.
 
         Args:
-            places: 1 2 h w, x and y in the second picture's features.
+            places: Positions in the second image's features, 1 2 h w, x and y.
         """
         centers = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant
@@ -256,12 +271,12 @@ class Correlation:
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
     def rows(self, start: int, end: int) -> Tensor:
-        """Return n h w: products of places `start` to `end` of the first picture with all of the second."""
+        """Return n h w: products of positions `start` to `end` of the first image with all of the second."""
         rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
     def _look_around(self, level: int, centers: Tensor) -> Tensor:
-        """Return the products around centers, P 81. centers: P 2, at this scale."""
+        """Return the products around centers, P 81; `centers` are P 2 at this scale."""
         corner = centers.floor()
         share = centers - corner
         start = corner.long() - RADIUS
@@ -288,7 +303,7 @@ class Correlation:
         return products * (is_row[:, :, None] & is_column[:, None])
 
     def _compute_products(self, level: int, start: Tensor) -> Tensor:
-        """Return products P 10 10 (y, x), computed from the features around each place."""
+        """Compute products P 10 10 (y, x) from the features around each position."""
         height, width = self._sizes[level]
         features = self._levels[level]
         stride = width + 2 * REACH
@@ -307,13 +322,13 @@ class Correlation:
 
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:
-    """Return the bytes of the products of all pairs of places, at all scales."""
+    """Return the bytes of the products of all pairs of positions, at all scales."""
     places = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * places
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:
-    """Return H W 2: the place (x, y) of each cell, in float32."""
+    """Return H W 2: the position (x, y) of each cell, in float32."""
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -321,6 +336,6 @@ def places_of(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def grid_of(features: Tensor) -> Tensor:
-    """Return 1 2 h w: x and y of each place, in float32."""
+    """Return 1 2 h w: x and y of each position, in float32."""
     height, width = features.shape[-2:]
     return places_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()

@@ -22,7 +22,7 @@ MIN_VARIANCE = 1e-9
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """Widths of the layers, and three settings that the tensors do not show."""
+    """Widths of the layers, and three settings that the tensors do not reveal."""
 
     encoder: tuple[int, int, int]  # widths of two convolutions, and output channels
     encoder_blocks: int
@@ -35,14 +35,14 @@ class MotionConfig:
 
 
 class Lateral(nn.Module):
-    """Two convolutions, added to their input."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(conv(width, width), nn.LeakyReLU(SLOPE), conv(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus what the two convolutions add."""
+        """Return the input plus the output of the two convolutions."""
         return x + self.layers(x)
 
 
@@ -59,7 +59,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
 
 
 class HypoNet(nn.Module):
-    """Map (features, t, y, x) of a place to its normalized flow; sine layers with weights of norm 1."""
+    """Map features and coordinates (t, y, x) to normalized flow; sine layers with weights of norm 1."""
 
     def __init__(self, inputs: int, config: MotionConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class HypoNet(nn.Module):
         self._config = config
 
     def places(self, like: Tensor, time: float) -> Tensor:
-        """Return 1 3 H W: the time, and y and x of the center, of each pixel of `like`."""
+        """Return 1 3 H W: the time, and the center's y and x, of each pixel of `like`."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
         y, x = (
@@ -81,7 +81,12 @@ class HypoNet(nn.Module):
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
     def forward(self, features: Tensor, places: Tensor) -> Tensor:
-        """features: 1 C H W. Returns the normalized flow, 1 2 H W, about 0..1."""
+        """Return the normalized flow, 1 2 H W, about 0..1.
+
+        Args:
+            features: Features, 1 C H W.
+            places: Coordinates, 1 3 H W.
+        """
         values = torch.cat([features, places], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
@@ -95,7 +100,7 @@ class HypoNet(nn.Module):
 
 
 class MotionField(nn.Module):
-    """The motion between two pictures: encoded once from both flows, then evaluated at any time."""
+    """The motion between two images, encoded once from both flows and then evaluated at any time."""
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
@@ -106,11 +111,11 @@ class MotionField(nn.Module):
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
     def between(self, forth: Tensor, back: Tensor) -> "Motion":
-        """Return the motion between two pictures.
+        """Return the motion between two images.
 
         Args:
-            forth: 1 2 H W, from first to second and back.
-            back: 1 2 H W, from first to second and back.
+            forth: Flow from the first image to the second, 1 2 H W.
+            back: Flow from the second image to the first, 1 2 H W.
         """
         normal, scale = normalised(forth, back)
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
@@ -126,14 +131,14 @@ class MotionField(nn.Module):
         )
 
     def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of splatted pixels, 1 1 H W for each picture.
+        """Return the weights of splatted pixels, 1 1 H W for each image.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
         return self._weigh(forth, back), self._weigh(back, forth)
 
     def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
-        """Return the weights of a picture, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
+        """Return the weights of an image, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
         # the flow back, at the place that the flow points to, should be the opposite
         disagreement = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
         # the standard deviation of the flow around each pixel, the mean of x and y
@@ -143,11 +148,11 @@ class MotionField(nn.Module):
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion from the first picture to the second, 1 2 H W in pixels, as seen at `time`."""
+        """Return the motion from the first image to the second at a time, 1 2 H W in pixels."""
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion of `at` as a fraction of the largest, shifted to 0..1: 0.5 is no motion."""
+        """Return the motion of `at` as a fraction of the largest, shifted to 0..1; 0.5 is no motion."""
         first = splat(motion.first, time * motion.forth, motion.first_weight)
         second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
@@ -157,7 +162,7 @@ class MotionField(nn.Module):
 
 @dataclass(frozen=True)
 class Motion:
-    """Tensors of a pair of pictures that all times between them share."""
+    """Tensors of a pair of images that all times between them share."""
 
     forth: Tensor
     back: Tensor
@@ -178,7 +183,8 @@ def _blur(values: Tensor) -> Tensor:
 def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     """Normalize both flows by the largest movement.
 
-    Returns 1 2 2 H W (x and y, then forth and minus back), 0..1, 0.5 for no motion; and the scale in pixels.
+    Returns:
+        1 2 2 H W (x and y, then forth and minus back), 0..1 with 0.5 for no motion; and the scale in pixels.
     """
     scale = torch.maximum(forth.abs().amax(), back.abs().amax())
     both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
@@ -212,7 +218,7 @@ class GimmVfi(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and its own features."""
+    """An image and its features."""
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same, scaled to the size at which flow is computed
@@ -221,20 +227,26 @@ class Frame:
 
 
 class Interpolation:
-    """The whole network: `frame` encodes single pictures, `between` interpolates pairs of them."""
+    """The full network: `frame` encodes single images, `between` interpolates pairs of them."""
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
-        """ds_factor: scale at which all but the last step is computed, above 0, at most 1."""
+        """Combine the networks.
+
+        Args:
+            network: The interpolation network.
+            estimator: Estimator of the optical flow.
+            ds_factor: Scale at which all but the last step is computed, above 0 and at most 1.
+        """
         self.network = network
         self.estimator = estimator
         self.ds_factor = ds_factor
 
     @torch.no_grad()
     def frame(self, image: Tensor) -> Frame:
-        """Compute the features of a single picture.
+        """Compute the features of a single image.
 
         Args:
-            image: 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
+            image: Image, 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
         """
         small = resize(image, self.ds_factor)
         encoded = self.estimator.encode(255 * small)
@@ -242,7 +254,7 @@ class Interpolation:
 
     @torch.no_grad()
     def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
-        """Yield the interpolated pictures, 1 3 H W, 0..1. times: above 0, below 1."""
+        """Yield the interpolated images, 1 3 H W, 0..1, at times above 0 and below 1."""
         motion = self.network.motion.between(
             self.estimator.flow(first.encoded, second.encoded),
             self.estimator.flow(second.encoded, first.encoded),

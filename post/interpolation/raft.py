@@ -46,7 +46,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class RaftResidual(nn.Module):
-    """Two convolutions next to a shortcut."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class RaftResidual(nn.Module):
 
 
 class RaftEncoder(nn.Module):
-    """Encode a picture into features at an eighth of its size."""
+    """Encode an image into features of an eighth of its size."""
 
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class RaftEncoder(nn.Module):
         self.conv2 = conv(third, outputs, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the outputs of stage 2 (1/4 of the size) and 3 (1/8), and the features.
+        """Return the outputs of stage 2 (1/4 of the size) and stage 3 (1/8), and the features.
 
         Args:
-            x: 1 3 H W.
+            x: Image, 1 3 H W.
         """
         x = self.layer1(relu(self.norm1(self.conv1(x))))
         quarter = self.layer2(x)
@@ -94,7 +94,14 @@ class MotionEncoder(nn.Module):
     """Encode correlation and flow into motion features."""
 
     def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
-        """inputs: channels of the correlation. motion: output channels, including the flow."""
+        """Create the layers.
+
+        Args:
+            inputs: Channels of the correlation.
+            correlation: Widths of the layers for the correlation.
+            flow: Widths of the layers for the flow.
+            motion: Output channels, including the flow.
+        """
         super().__init__()
         self.convc1 = conv(inputs, correlation[0], 1)
         self.convc2 = conv(*correlation)
@@ -110,7 +117,7 @@ class MotionEncoder(nn.Module):
 
 
 class RecurrentTurn(NamedTuple):
-    """Weights of one step of the recurrent unit, along rows or columns, with the context's constant part."""
+    """Weights of one step of the recurrent unit along rows or columns, with the context's constant part."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
@@ -119,10 +126,15 @@ class RecurrentTurn(NamedTuple):
 
 
 class SeparableGru(nn.Module):
-    """A recurrent unit whose convolutions go along rows first, then along columns."""
+    """A recurrent unit whose convolutions run along rows first, then along columns."""
 
     def __init__(self, hidden: int, inputs: int) -> None:
-        """inputs: channels of the context and of the motion."""
+        """Create the layers.
+
+        Args:
+            hidden: Channels of the hidden state.
+            inputs: Channels of context and motion.
+        """
         super().__init__()
         for number, size, padding in ((1, (1, 5), (0, 2)), (2, (5, 1), (2, 0))):
             for gate in "zrq":
@@ -130,10 +142,10 @@ class SeparableGru(nn.Module):
                 setattr(self, f"conv{gate}{number}", layer)
 
     def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
-        """Return the steps along rows and along columns. context: 1 . h w, the same in all iterations.
+        """Return the steps along rows and columns for a context, 1 . h w, which all iterations share.
 
-        The three gates read the same maps, and convolutions are linear: the context's part is computed
-        once, and the motion's for all gates together.
+        The three gates read the same feature maps, and convolutions are linear: the context's part is
+        computed once, and the motion's part for all gates together.
         """
         return self._turn("1", context), self._turn("2", context)
 
@@ -194,7 +206,7 @@ class UpdateBlock(nn.Module):
     def forward(
         self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the change of the flow. turns: see `SeparableGru.turns`."""
+        """Return the new hidden state and the change of the flow; for `turns` see `SeparableGru.turns`."""
         motion = self.encoder(correlation, flow)
         hidden = self.gru(hidden, motion, turns)
         return hidden, self.flow_head(hidden)
@@ -212,17 +224,17 @@ class Raft(nn.Module):
         self.update_block = UpdateBlock(config)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture.
+        """Return the features of a single image.
 
         Args:
-            image: 1 3 H W, 0..255.
+            image: Image, 1 3 H W, 0..255.
         """
         image = 2 * (image / 255) - 1
         quarter, eighth, context = self.cnet(image)
         return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
-        """Return 1 2 H W: the motion (x, y) of each pixel from the first picture to the second."""
+        """Return 1 2 H W: the motion (x, y) of each pixel from the first image to the second."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
         hidden, context = torch.tanh(hidden), relu(context)
@@ -237,16 +249,16 @@ class Raft(nn.Module):
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
-    """Return the layers that predict four times the logits for `upsample_flow`."""
+    """Return the layers that predict the logits for `upsample_flow`, multiplied by four."""
     return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
 
 
 def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
-    """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine places around it.
+    """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine positions around it.
 
     Args:
-        flow: 1 2 h w.
-        mask: 1 576 h w, logits.
+        flow: Flow, 1 2 h w.
+        mask: Logits of the weights, 1 576 h w.
     """
     height, width = flow.shape[-2:]
     weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)
@@ -259,7 +271,7 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     """Plan how to load a RAFT file.
 
     Raises:
-        CheckpointError: For any other file.
+        CheckpointError: If the file is not a RAFT file.
     """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)

@@ -47,7 +47,7 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
 
 
 class Interpolator:
-    """A `Stage` that makes pictures between pictures. Holds two pictures at a time, and their features."""
+    """A `Stage` that adds images between images. It holds two images and their features at a time."""
 
     name = NAME
 
@@ -57,10 +57,10 @@ class Interpolator:
         self._device = device
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with the added pictures.
+        """Return the clip with the added images.
 
         Raises:
-            MediaError: If it is one picture, or too small.
+            MediaError: If the clip has one image or is too small.
         """
         factor = self._options.factor
         if factor == 1:
@@ -81,10 +81,10 @@ class Interpolator:
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures unchanged, and new ones between them.
+        """Yield the images unchanged, and new images between them.
 
         Raises:
-            MediaError: For a single picture.
+            MediaError: If there is only one image.
         """
         if self._options.factor == 1:
             yield from pictures
@@ -114,7 +114,7 @@ class Interpolator:
     def _pair(
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
     ) -> Iterator[Picture]:
-        """Yield the first picture and the new ones between the two."""
+        """Yield the first image and the new images between the two."""
         factor = self._options.factor
         start = first.picture.start
         step = (second.picture.start - start) / factor
@@ -167,7 +167,7 @@ class Interpolator:
 
 
 class _Shown:
-    """A picture of the stream; its features are computed on first use."""
+    """An image of the stream, whose features are computed on first use."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
         self.picture = picture

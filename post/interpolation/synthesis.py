@@ -30,7 +30,7 @@ SLOPE = 0.1
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """Widths of a decoder."""
+    """Widths of a decoder, as counts of channels."""
 
     doublings: int  # of height and width
     first: int  # size of the first convolution
@@ -51,12 +51,12 @@ class UpdateConfig:
 
 
 def prelu(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
-    """Return a convolution followed by a PReLU with a slope for each channel."""
+    """Return a convolution followed by a PReLU with one slope per channel."""
     return nn.Sequential(conv(inputs, outputs, size), nn.PReLU(outputs))
 
 
 class Residual(nn.Module):
-    """Five convolutions; two of them change only the last channels."""
+    """Five convolutions with a residual connection, two of which change only the last channels."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
@@ -78,10 +78,16 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Enlarge the features of each picture, then predict `outputs` channels from them and other inputs."""
+    """Upsample the features of each image, then predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, further: int, config: RefinementConfig) -> None:
-        """features: channels of a picture's map. further: inputs in addition to the two enlarged maps."""
+        """Create the layers.
+
+        Args:
+            features: Channels of each image's features.
+            further: Channels of the other inputs besides the two upsampled features.
+            config: Widths of the layers.
+        """
         super().__init__()
         inner, outer = config.upsample
         shuffles = [nn.PixelShuffle(2) for _ in range(config.doublings)]
@@ -121,7 +127,7 @@ class Update(nn.Module):
         return nn.Sequential(conv(inputs, hidden), nn.LeakyReLU(SLOPE), conv(hidden, outputs))
 
     def forward(self, feature: Tensor, flow: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes of the feature and, in float32, of the flow. flow: 1 4 h w, of both pictures."""
+        """Return the changes of the feature and, in float32, of the flow (1 4 h w, for both images)."""
         dtype = self.conv.weight.dtype
         feature, inputs, correlation = feature.to(dtype), flow.to(dtype), correlation.to(dtype)
         compared = _leaky(self.convc2(_leaky(self.convc1(correlation))))
@@ -156,18 +162,18 @@ class SynthesisConfig:
 
     @property
     def feature(self) -> int:
-        """Number of feature channels that the first stage passes on, next to its flows and mask."""
+        """Number of feature channels that the first stage passes on, in addition to its flows and mask."""
         return self.first.outputs - FLOWS - 1
 
     @property
     def blends(self) -> int:
-        """Number of blends whose mean is the result."""
+        """Number of blended images whose mean is the result."""
         return self.last.outputs // PER_BLEND
 
 
 @dataclass(frozen=True)
 class Maps:
-    """A picture's features for the synthesis."""
+    """An image's features for the synthesis."""
 
     quarter: Tensor  # in the dtype of the layers
     eighth: Tensor
@@ -181,14 +187,14 @@ Refined = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Blend:
-    """K ways to blend two pictures; float32."""
+    """K ways to blend two images; float32."""
 
     flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
     mask: Tensor  # 1 K H W, 0..1: the share of the first picture
     colors: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":
-        """Return the blend for pictures that are larger by a factor."""
+        """Return the blend for images that are larger by a factor."""
         if factor == 1:
             return self
         return Blend(
@@ -223,7 +229,7 @@ class Synthesis(nn.Module):
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedImage) -> Maps:
-        """Return a picture's features in the form that the other methods take."""
+        """Return an image's features in the form that the other methods use."""
         dtype = self.dtype
         quarter, eighth, matching = (
             features.to(dtype) for features in (encoded.quarter, encoded.eighth, encoded.matching)
@@ -239,16 +245,22 @@ class Synthesis(nn.Module):
     def blend(
         self, images: Tensor, flow: Tensor, first: Maps, second: Maps, compared: "Compared", time: float
     ) -> Blend:
-        """Return the blend that makes the picture at a time, 0..1.
+        """Return the blend that produces the image at a time, 0..1.
 
-        images: 2 3 H W, -1..1, the first and the second. flow: 2 2 H W, from the picture to be made to each.
+        Args:
+            images: The first and the second image, 2 3 H W, -1..1.
+            flow: Flow from the new image to each of them, 2 2 H W.
+            first: Features of the first image.
+            second: Features of the second image.
+            compared: Correlations of the two images.
+            time: Time between the images, 0..1.
         """
         refined = self._begin(images, flow, first.eighth, second.eighth)
         refined = self._refine(refined, compared, time)
         return self._end(images, refined, first.quarter, second.quarter)
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
-        """Make the first estimate, at a quarter of the size. first, second: maps at an eighth."""
+        """Make the first estimate at a quarter of the size, from feature maps at an eighth."""
         flow = 0.25 * resize(flow, 0.25)
         images = resize(images, 0.25)
         decoder = self.amt_init_decoder
@@ -262,7 +274,7 @@ class Synthesis(nn.Module):
         return both_flows + change.float(), mask.float(), feature
 
     def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
-        """Refine flow and feature by comparing the pictures where the flow points to."""
+        """Refine flow and feature by comparing the images at the positions that the flow points to."""
         flow, mask, wide = refined
         low = 0.5 * resize(flow, 0.5)
         correlation = compared.lookup(low, time)
@@ -273,7 +285,7 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Make the estimate at full size. first, second: maps at a quarter."""
+        """Make the estimate at full size, from feature maps at a quarter."""
         decoder = self.amt_final_decoder
         flow, mask, feature = refined
         both_flows = 4 * resize(flow, 4)
@@ -290,7 +302,7 @@ class Synthesis(nn.Module):
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
-        """Return the picture, 1 3 H W, 0..1. images: 2 3 H W, -1..1."""
+        """Return the image, 1 3 H W, 0..1, blended from 2 3 H W, -1..1."""
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
         colors = blend.colors[0].unflatten(0, (blends, 3))
@@ -304,7 +316,7 @@ class Synthesis(nn.Module):
 
 
 class Compared:
-    """Correlations of the features of two pictures, in both directions."""
+    """Correlations between the features of two images, in both directions."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers
@@ -313,7 +325,7 @@ class Compared:
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w. flow: 1 4 h w, from the picture at `time` to both pictures."""
+        """Return correlations, 1 648 h w, for a flow 1 4 h w from the image at `time` to both images."""
         to_first, to_second = flow.split(2, dim=1)
         forth = self._forth.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forth, self._back.lookup(self._grid + to_first / time)], dim=1)
@@ -325,7 +337,7 @@ def _join_channels(both: Tensor) -> Tensor:
 
 
 def _apply_layers(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the layers' output for the concatenated parts; empties `parts` to free its large tensors."""
+    """Apply layers to concatenated parts; the list `parts` is emptied, to free its large tensors."""
     x = torch.cat([part.to(dtype) for part in parts], dim=1)
     parts.clear()
     for layer in layers:

@@ -26,7 +26,7 @@ class StageConfig:
 
 
 class TwinsMlp(nn.Module):
-    """Two linear layers around a GELU, for each place separately."""
+    """Two linear layers around a GELU, applied to each position separately."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class TwinsMlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: ... C."""
+        """Return the new features, ... C."""
         wide = 4 * self.fc1.out_features  # bytes
         return in_parts(self._run, x.flatten(0, -2), bytes_each=3 * wide).view(x.shape)
 
@@ -43,7 +43,7 @@ class TwinsMlp(nn.Module):
 
 
 class TwinsBlock(nn.Module):
-    """An attention over a map and an MLP, both with residual connections."""
+    """Attention over a feature map and an MLP, both with residual connections."""
 
     def __init__(self, attn: nn.Module, width: int, eps: float) -> None:
         super().__init__()
@@ -53,13 +53,18 @@ class TwinsBlock(nn.Module):
         self.mlp = TwinsMlp(width)
 
     def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """x: B H W C. inputs: further ones of the attention."""
+        """Return the new features, B H W C.
+
+        Args:
+            x: Features, B H W C.
+            inputs: Additional inputs of the attention.
+        """
         x = x + self.attn(self.norm1(x), *inputs)
         return x + self.mlp(self.norm2(x))
 
 
 class WindowAttention(nn.Module):
-    """Attention among the places of each window."""
+    """Attention among the positions of each window."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B H W C."""
+        """Return the attention result, B H W C."""
 
         def run(windows: Tensor) -> Tensor:
             q, k, v = self.qkv(windows).chunk(3, dim=-1)
@@ -78,7 +83,7 @@ class WindowAttention(nn.Module):
 
 
 class CoarseAttention(nn.Module):
-    """Attention of each place to a grid with one key for each `reduction` x `reduction` places."""
+    """Attention of each position to a grid with one key per `reduction` x `reduction` positions."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
@@ -90,14 +95,14 @@ class CoarseAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B H W C, H and W at least `reduction`."""
+        """Return the attention result, B H W C; H and W are at least `reduction`."""
         squares = self.norm(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
         k, v = self.kv(squares).chunk(2, dim=-1)
         return self.proj(attend(self.q(x.flatten(1, 2)), k, v, self.heads)).view(x.shape)
 
 
 class TwinsPatchEmbed(nn.Module):
-    """Merge each square of places into one place."""
+    """Merge each square of positions into one position."""
 
     def __init__(self, channels: int, config: StageConfig) -> None:
         super().__init__()
@@ -105,10 +110,10 @@ class TwinsPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B H/patch W/patch C.
+        """Return the merged features, B H/patch W/patch C.
 
         Args:
-            x: B channels H W.
+            x: Features, B channels H W.
         """
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
@@ -121,12 +126,12 @@ class Neighbors(nn.Module):
         self.proj = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B H W C."""
+        """Return the new features, B H W C."""
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Twins(nn.Module):
-    """Features of pictures at the stages' resolutions."""
+    """Features of images at the resolutions of all stages."""
 
     def __init__(self, stages: tuple[StageConfig, ...]) -> None:
         super().__init__()
@@ -145,10 +150,10 @@ class Twins(nn.Module):
         self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Returns the output of each stage, B C h w.
+        """Return the output of each stage, B C h w.
 
         Args:
-            images: B 3 H W in -1..1.
+            images: Images, B 3 H W, -1..1.
         """
         x = images
         outputs = []
@@ -160,18 +165,18 @@ class Twins(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Return softmax(q k / sqrt(head width)) v for every head. q: B N C. k, v: B M C. Returns B N C."""
+    """Compute multi-head attention of q (B N C) to k and v (B M C); returns B N C."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply `run` to windows of WINDOW x WINDOW places of a map and put the results back.
+    """Apply `run` to WINDOW x WINDOW windows of a feature map, and reassemble the results.
 
     Args:
-        run: (windows, WINDOW ** 2, C) to the same shape with any C.
-        x: B H W C; padded with zeros at the right and bottom to whole windows, and the padding takes part, as
-            trained.
+        run: Maps (windows, WINDOW ** 2, C) to the same shape with any C.
+        x: Features, B H W C. They are zero-padded at the right and bottom to whole windows, and the padding
+            takes part, as in training.
     """
     batch, height, width, _ = x.shape
     x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))

@@ -53,7 +53,7 @@ HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  
 
 @dataclass(frozen=True)
 class UpscalerKind:
-    """A kind of network: how to build and to run it."""
+    """A kind of network: how to build and run it."""
 
     name: str
     mode: str  # value of --mode
@@ -68,7 +68,7 @@ RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A loaded network and the facts to run it."""
+    """A loaded network and the info needed to run it."""
 
     kind: UpscalerKind
     config: Config
@@ -76,22 +76,22 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return a file's kind and config; only the header is read.
+    """Return a file's kind and config from its header.
 
     Raises:
-        CheckpointError: For other files.
+        CheckpointError: If the file is not an upscaler.
     """
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
 
 
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    """Load the network of a file; kind and dimensions are derived from its tensors.
+    """Load the network of a file; its kind and dimensions follow from its tensors.
 
     Norms and attention biases stay in float32.
 
     Raises:
-        CheckpointError: For other files.
+        CheckpointError: If the file is not an upscaler.
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
@@ -127,7 +127,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     possible = [2**power for power in range(doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in possible:
         raise shape.error(
-            f"its first layer takes {channels} channels of pictures that it makes {2**doublings} times larger"
+            f"its first layer takes {channels} channels of images that it makes {2**doublings} times larger"
         )
     config = RrdbConfig(
         features=features,
@@ -141,7 +141,7 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
 
 
 def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
-    """Return patterns that turn a file's names into ours. Raises CheckpointError if it is not one."""
+    """Return patterns that convert a file's names to ours. Raises CheckpointError for other files."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
         # the last layer's number shows the number of enlargements
@@ -203,7 +203,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
 
 
 def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
-    """Return the side of a window, which has a bias for each distance in y and x."""
+    """Return the side of a window, from its table with a bias for each distance in y and x."""
     num_distances = shape.of(SWINIR_NAME, 2)[0]
     side = isqrt(num_distances)
     if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
@@ -213,7 +213,7 @@ def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class _SwinirEnd:
-    """The last layers of a SwinIR, which enlarge."""
+    """The last layers of a SwinIR, which upsample."""
 
     upsampler: str  # their kind
     ups: Sequence[int] = ()  # factor of each enlargement
@@ -237,11 +237,11 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
 
 
 def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
-    """Return the factor of a convolution with pixel shuffle that ends in `channels` channels."""
+    """Return the factor of a pixel-shuffle convolution with `channels` channels after the shuffle."""
     rows = shape.of(name, 4)[0]
     factor = isqrt(rows // channels)
     if factor < 1 or rows != channels * factor**2:
-        raise shape.error(f"{name} has {rows} rows, which is no square number of {channels} channels")
+        raise shape.error(f"{name} has {rows} rows, which is not a square number of {channels} channels")
     return factor
 
 
@@ -256,7 +256,7 @@ class _Shapes:
         """Return a shape.
 
         Raises:
-            CheckpointError: If the tensor is missing or has not `axes` axes.
+            CheckpointError: If the tensor is missing or does not have `axes` axes.
         """
         sizes = self.shape(name)
         if len(sizes) != axes or 0 in sizes:
@@ -264,7 +264,7 @@ class _Shapes:
         return sizes
 
     def expect(self, name: str, axes: int, axis: int, size: int) -> None:
-        """Raise CheckpointError unless a tensor has that size along an axis."""
+        """Raise CheckpointError unless a tensor has this size along an axis."""
         size_in_file = self.of(name, axes)[axis]
         if size_in_file != size:
             raise self.error(f"{name} is for pictures of {size_in_file} channels, not {size}")

@@ -36,7 +36,7 @@ class RrdbConfig:
 
     @property
     def step(self) -> int:
-        """Number of which image sides must be multiples."""
+        """Number that image sides must be a multiple of."""
         return self.unshuffle
 
     @property
@@ -46,7 +46,7 @@ class RrdbConfig:
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions; each takes the outputs of all earlier ones."""
+    """Five convolutions, each of which takes the outputs of all earlier ones."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DenseBlock(nn.Module):
         self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus SHARE times the last convolution of all features."""
+        """Return the input plus SHARE times the output of the last convolution."""
         features = [x]
         for number in range(1, 5):
             convolve = self.get_submodule(f"conv{number}")
@@ -79,12 +79,12 @@ class DenseResidualBlock(nn.Module):
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus SHARE times what three dense blocks make of it."""
+        """Return the input plus SHARE times the output of the three dense blocks."""
         return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
 class RRDBNet(nn.Module):
-    """Enlarge pictures. The names of its parts are those of Real-ESRGAN's files."""
+    """Upscale images. The names of its parts are those in Real-ESRGAN's files."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Parts of equal shape, which can be compiled once for all."""
+        """Parts of equal shape, which share one compilation."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B 3 fH fW, not limited.
+        """Return upscaled images, B 3 fH fW, not clamped.
 
         Args:
-            x: B 3 H W, 0..1, H and W multiples of `config.step`.
+            x: Images, B 3 H W, 0..1, with H and W multiples of `config.step`.
         """
         if self.config.unshuffle > 1:
             x = pixel_unshuffle(x, self.config.unshuffle)
@@ -141,7 +141,7 @@ class CompactConfig:
 
 
 class CompactNet(nn.Module):
-    """Enlarge pictures. Its layers have numbers in the files."""
+    """Upscale images. Its layers are numbered in the files."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
@@ -159,10 +159,10 @@ class CompactNet(nn.Module):
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B 3 fH fW, not limited.
+        """Return upscaled images, B 3 fH fW, not clamped.
 
         Args:
-            x: B 3 H W, 0..1.
+            x: Images, B 3 H W, 0..1.
         """
         large = repeat_pixels(x, self.config.factor)
         return pixel_shuffle(self.body(x), self.config.factor) + large

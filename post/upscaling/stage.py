@@ -27,9 +27,9 @@ OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and th
 
 @lru_cache(maxsize=16)
 def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> float:
-    """Measure the bytes that enlarging takes for each pixel of the input, without the weights.
+    """Measure the bytes that upscaling takes per pixel of the input, without the weights.
 
-    All blocks of a network take equal memory, so only one block of each form is run.
+    All blocks of a network take equal memory, so only one block of each kind is run.
     """
     sizes = [tiling.round_up(size, config.step) for size in SIZES]
     peaks = []
@@ -48,7 +48,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
-    """Return the bytes of a whole result on the device, in float32, including its conversion to pixels."""
+    """Return the bytes of a full result on the device in float32, including its conversion to pixels."""
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
@@ -86,7 +86,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
 
 @dataclass(frozen=True)
 class UpscalerStage:
-    """Enlarge each picture: network, then resizing to the requested size, then rounding once."""
+    """Upscale each image with the network, resize it to the requested size, and round once."""
 
     upscaler: Upscaler
     network: tiling.Guarded
@@ -96,15 +96,15 @@ class UpscalerStage:
     name: str = "upscaler"
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip in its new size.
+        """Return the clip with its new size.
 
         Raises:
-            OptionError: For a size that no file can have.
+            OptionError: If no file can have this size.
         """
         return enlarged_clip(clip, self.options.scale, "--scale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the enlarged pictures; one batch is in memory at a time."""
+        """Yield the upscaled images; one batch is in memory at a time."""
         result = self.result(clip)
         size = (result.height, result.width)
         fitting = self._make_fitting(clip)
@@ -117,7 +117,7 @@ class UpscalerStage:
 
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
-        """Enlarge pictures to a size (height, width); returns B 3 H W, about 0..1, on the device."""
+        """Upscale images to a size (height, width); returns B 3 H W, about 0..1, on the device."""
         images = torch.cat([to_tensor(image, self.device) for image in pixels])
         height, width = images.shape[-2:]
         factor = self.upscaler.config.factor
@@ -130,7 +130,7 @@ class UpscalerStage:
         return fitting(self.network, images, finish)
 
     def _make_fitting(self, clip: Clip) -> tiling.Fitting:
-        """Choose the sizes of batch and tiles to try first for a clip."""
+        """Choose the initial batch and tile sizes for a clip."""
         options = self.options
         config = self.upscaler.config
         batch = options.batch_size
@@ -155,10 +155,10 @@ class UpscalerStage:
         )
 
     def _predict_tile(self, clip: Clip, batch: int) -> int:
-        """Return the size of the largest tiles that fit memory, `WHOLE` if whole pictures do.
+        """Return the size of the largest tiles that fit into memory; `FULL` if whole images do.
 
-        It is estimated, not tried: on a CPU the system would kill the program, and some GPU drivers would
-        fall back to host memory, which is slower than tiles.
+        The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
+        drivers would fall back to host memory, which is slower than tiles.
         """
         room = self.room(self.device)
         config = self.upscaler.config
@@ -166,7 +166,7 @@ class UpscalerStage:
             return tiling.FULL
         width = tiling.round_up(clip.width, config.step)
         height = tiling.round_up(clip.height, config.step)
-        if batch * width * height * PLENTY <= room:
+        if batch * width * height * PLENTY <= room:  # not worth measuring
             return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         free = room - batch * result_bytes(config, width, height)
@@ -187,9 +187,9 @@ class UpscalerStage:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize pictures B 3 H W to a size (height, width); unchanged if they have it.
+    """Resize images B 3 H W to a size (height, width); they are unchanged if they have it.
 
-    Bicubic with antialiasing, in float32, by torch's own function, which works on every device.
+    It is bicubic with antialiasing, in float32, by torch's own function, which works on every device.
     """
     if tuple(images.shape[-2:]) == size:
         return images

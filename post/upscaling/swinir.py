@@ -51,7 +51,7 @@ class SwinirConfig:
 
     @property
     def step(self) -> int:
-        """Number of which image sides must be multiples: the side of a window."""
+        """Number that image sides must be a multiple of: the side of a window."""
         return self.window
 
     @property
@@ -61,7 +61,7 @@ class SwinirConfig:
 
 
 class Attention(nn.Module):
-    """Attention among the tokens of a window, with a learned bias for their distance."""
+    """Attention among the tokens of a window, with a learned bias for each relative distance."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -74,12 +74,17 @@ class Attention(nn.Module):
         """Return the attention bias, heads N N in float32.
 
         Args:
-            index: N N, rows of the table.
+            index: Row in the bias table for each pair of tokens, N N.
         """
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x: G N C. bias: heads N N."""
+        """Return the attention result, G N C.
+
+        Args:
+            x: Tokens of windows, G N C.
+            bias: Attention bias, heads N N.
+        """
         q, k, v = rearrange(self.qkv(x), "g n (three h d) -> three g h n d", three=3, h=self.heads)
         multiple = CUDA_WIDTH if x.device.type == "cuda" else 1
         mixed = attend(q, k, v, bias=bias, multiple=multiple)
@@ -87,7 +92,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
-    """Compute attention; returns G heads N D as `q`. Heads are zero-padded to a multiple of `multiple`.
+    """Compute attention; returns G heads N D. The head width is zero-padded to a multiple of `multiple`.
 
     Torch's kernels compute scores and softmax in float32, whatever the dtype.
     """
@@ -112,7 +117,7 @@ class SwinMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on windows; its layer splits maps into windows."""
+    """One transformer block on windows; its layer divides feature maps into windows."""
 
     def __init__(self, config: SwinirConfig, heads: int) -> None:
         super().__init__()
@@ -122,7 +127,12 @@ class Block(nn.Module):
         self.mlp = SwinMlp(config.dim, config.hidden)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x: G N C. bias: heads N N."""
+        """Return the new tokens, G N C.
+
+        Args:
+            x: Tokens of windows, G N C.
+            bias: Attention bias, heads N N.
+        """
         x = x + self.attn(self.norm1(x).to(x.dtype), bias)
         return x + self.mlp(self.norm2(x).to(x.dtype))
 
@@ -136,7 +146,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """x: B H W C. index: see `Attention.bias`."""
+        """Return the new features, B H W C; for `index` see `Attention.bias`."""
         for number, block in enumerate(self.blocks):
             shift = self.window // 2 if number % 2 else 0
             if shift:
@@ -171,7 +181,7 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the attention bias, heads N N, with the last rows and columns of a window masked from the rest.
+    """Return the attention bias, heads N N, with the last rows and columns of a window masked off.
 
     Windows are shifted cyclically, so these rows and columns come from the opposite edge of the image.
     """
@@ -185,21 +195,21 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
 
 
 class _WindowRange(NamedTuple):
-    """Some rows, or columns, of windows that have the same mask."""
+    """Some rows or columns of windows that have the same mask."""
 
     windows: range
     masked: int  # tokens at the end of each window that shifting has brought there
 
 
 def _split_windows(count: int, shift: int) -> list[_WindowRange]:
-    """Return the rows, or columns, of windows; the last one is for itself if they are shifted."""
+    """Return the rows or columns of windows; with a shift, the last one is separate."""
     if not shift:
         return [_WindowRange(range(count), 0)]
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
 def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a batch of grids of windows into pieces of at most `most` windows (batch, rows, columns)."""
+    """Divide a batch of grids of windows into pieces of at most `most` windows (batch, rows, columns)."""
     if not rows or not columns:
         return
     wide = min(len(columns), most)
@@ -218,7 +228,7 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    """Return a 3 x 3 convolution that keeps height and width."""
+    """Return a 3 x 3 convolution that preserves height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
@@ -238,7 +248,7 @@ def convolutions(config: SwinirConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Blocks, then convolutions, with a residual connection."""
+    """Blocks followed by convolutions, with a residual connection."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -246,7 +256,7 @@ class Layer(nn.Module):
         self.conv = convolutions(config)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """x: B H W C."""
+        """Return the new features, B H W C."""
         return x + as_tokens(self.conv(as_map(self.residual_group(x, index))))
 
 
@@ -261,7 +271,7 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 class SwinIR(nn.Module):
-    """Enlarge or restore pictures."""
+    """Upscale or restore images."""
 
     def __init__(self, config: SwinirConfig) -> None:
         super().__init__()
@@ -304,14 +314,14 @@ class SwinIR(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """Blocks of equal shape, which can be compiled once for all."""
+        """Blocks of equal shape, which share one compilation."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns B 3 fH fW, not limited.
+        """Return upscaled images, B 3 fH fW, not clamped.
 
         Args:
-            x: B 3 H W, 0..1, H and W multiples of the window.
+            x: Images, B 3 H W, 0..1, with H and W multiples of the window.
         """
         mean = numbers_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
@@ -344,7 +354,7 @@ class SwinIR(nn.Module):
 
 
 def distances(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each pair of tokens, N N: by their distance in y and x."""
+    """Return the row of the bias table for each pair of tokens, N N, by their distance in y and x."""
     place = torch.arange(window, device=device)
     rows = place.repeat_interleave(window)
     columns = place.repeat(window)

@@ -24,10 +24,13 @@ def check_run(
     folder: Path,
     write: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
-    """Take values back that the script refuses, each with its message as the reason.
+    """Drop values that the script rejects, each with the script's message as the reason.
 
-    `write` returns the texts of the files of a run with these keys of the training, by name. `folder` is the
-    one that is described.
+    Args:
+        project: The project to check.
+        script: Options of the training script.
+        folder: The described folder.
+        write: Returns the run's files (name -> text) with the given training options.
     """
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
@@ -41,9 +44,9 @@ def check_run(
 
 
 def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
-    """Return the message of a script that refuses its options; None if it takes them.
+    """Return the message with which a script rejects its options; None if it accepts them.
 
-    `texts` are those of the files of the run by name, which are not in the folder yet.
+    `texts` maps the name of each of the run's files to its text; the files are not in the folder yet.
     """
     with temporary_folder() as copies:
         for name, text in texts.items():

@@ -16,27 +16,27 @@ from project.options import check_trigger
 # where a value goes: an option of `new`, a key of [training] in run.toml or of the tables in dataset.toml, or
 NEW, TRAINING, DATA = "new", "training", "data"
 MODEL = "model"  # the name of a model: a task is looked for
-FILE = "file"  # of a model: its name may be that of a released one
+FILE = "file"  # a file of a model: its name may be that of a released file
 FOLDER = "folder"  # with pictures or clips
 EPOCHS = "epochs"  # they become steps; name: which of epochs and steps counts there
 PER_EPOCH = "per epoch"  # something is done after so many epochs; name: the option with steps
-SHARE = "share"  # of the run, for the warm-up
+SHARE = "share"  # the warm-up as a fraction of the run
 NETWORK = "network"  # kind of it: a LoRA, or another one
-ARGUMENT = "argument"  # of the optimizer; name: its own
+ARGUMENT = "argument"  # an argument of the optimizer; `name` is the argument's name
 ARGUMENTS = "arguments"  # several, as KEY=VALUE
 NETWORK_ARGUMENT = "network argument"  # name: its own
 LEFT = "left"  # it is not taken; the rule says why
 
-# of EPOCHS: they count before a number of steps, behind it, or the run ends with the first of the two
+# precedence of EPOCHS: before a number of steps, after it, or the run ends with whichever comes first
 FIRST, LAST, SOONEST = "first", "last", "soonest"
 MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """What becomes of a key. read: makes our value of theirs; raises ValueError with a reason."""
+    """What becomes of a key. `read` converts its value to ours, or raises ValueError with a reason."""
 
     to: str
-    name: str = ""  # of the option or key; of LEFT the reason
+    name: str = ""  # name of the option or key; for LEFT, the reason
     read: Callable[[Any], Any] = lambda value: value
 
 
@@ -48,11 +48,11 @@ class ForeignRun(NamedTuple):
 
 
 class NotSaid(ValueError):
-    """Raised by readers for a text that a page writes for nothing."""
+    """Raised by readers for a text with which the program's page means that nothing is set."""
 
 
 class NoRun(Exception):
-    """Raised for a project of something that `new` does not set up; the text says which, and why."""
+    """Raised for a project that trains what `new` cannot set up; the text says what, and why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Parts:
     keys: tuple[str, ...] = ()  # that say it
     trains_dit: bool = True  # the transformer or U-Net
     dit_rate: float | None = None  # None: the learning rate of the run
-    text_rates: tuple[float | None, ...] = ()  # of each text encoder; 0: it does not learn; (): none does
+    # rate of each text encoder; 0 freezes it; () if none is trained
+    text_rates: tuple[float | None, ...] = ()
 
     @property
     def trains_texts(self) -> bool:
@@ -76,12 +77,12 @@ def train_lora(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
-    """Say nothing of parts, for a program whose files cannot choose them."""
+    """Return nothing about parts, for a program whose files cannot select them."""
     return Parts()
 
 
 def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
-    """Say that every key has an effect."""
+    """Return no idle keys, for a program in which every key has an effect."""
     return set()
 
 
@@ -94,21 +95,21 @@ def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
 class Program:
     """A trainer, and how its files are read.
 
-    Keys are written with dots, elements of lists as []; a rule of `table.*` is that of keys without one of
-    their own. What has no rule is left, with the reason.
+    Keys are written with dots, elements of lists as []; a rule for `table.*` applies to the table's keys
+    without a rule of their own. Keys without any rule are left out, with the reason.
     """
 
     title: str
     suffixes: tuple[str, ...]
     marks: tuple[str, ...]  # keys of which each of its files has at least one
     rules: Mapping[str, KeyRule]
-    models: Mapping[str, tuple[str, str | None]]  # its name of a model -> family and task
-    alpha: float | None  # of a LoRA for which none is said; None: its rank
+    models: Mapping[str, tuple[str, str | None]]  # the program's name of a model -> family and task
+    alpha: float | None  # default alpha of a LoRA; None for its rank
     companions: tuple[str, ...] = ()  # keys that name a further file, whose keys follow KEY:
     # keys that its files may lack -> the value that counts there then, where `new` would choose another one
     usual: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
-    knows_options: bool = False  # its other keys are options of the script that trains
+    knows_options: bool = False  # whether other keys are options of the training script
     find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
     find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
     # arguments of an optimizer that it gives by itself, by our name of the optimizer
@@ -132,19 +133,19 @@ def left(reason: str) -> KeyRule:
 
 
 def is_on(value: Any) -> bool:
-    """Return whether a value of a file says yes: pages also write texts and numbers."""
+    """Return whether a value means yes; the programs' pages also write it as a text or a number."""
     return value is True or value == 1 or str(value).strip().lower() in {"true", "yes", "1"}
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value is what pages write for "nothing": an empty text or list, false or none."""
+    """Return whether a value means "not set": an empty text or list, false or none."""
     return (
         value is None or value is False or value == [] or str(value).strip().lower() in {"", "false", "none"}
     )
 
 
 def read_rate(value: Any) -> float | None:
-    """Return a learning rate; None if there is no number."""
+    """Return a learning rate; None if the value is not a number."""
     try:
         return number(0, 1000)(value)
     except (ValueError, TypeError):
@@ -181,12 +182,12 @@ def whole(least: int = 0, most: int = MAX_STEPS) -> Callable[[Any], int]:
 
 
 def read_repeats(value: Any) -> int:
-    """Return how often each file is seen in an epoch: a whole number, at least 1."""
+    """Return how often each file is used in an epoch: a whole number, at least 1."""
     return max(round(number(0, 100_000)(value)), 1)
 
 
 def read_warmup(value: Any) -> float:
-    """Return steps of a warm-up; below 1 a share of the run."""
+    """Return the warm-up in steps, or, if it is below 1, as a fraction of the run."""
     found = number(0, MAX_STEPS)(value)
     return found if found < 1 else int(found)
 
@@ -195,7 +196,7 @@ def read_switch(value: Any) -> bool:
     """Return a value as true or false.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
@@ -203,9 +204,9 @@ def read_switch(value: Any) -> bool:
 
 
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
-    """Return a reader of names that are spelled in any way.
+    """Return a reader of names in any spelling.
 
-    `instead` is what to do with other names.
+    `instead` is the remedy in the error about other names.
     """
 
     def read(value: Any) -> str:
@@ -259,7 +260,7 @@ read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_sche
 
 
 def read_name(value: Any) -> str:
-    """Return the name of a LoRA: the file's without folders and suffix."""
+    """Return the name of a LoRA: the file name without folders and suffix."""
     name = re.split(r"[/\\]", str(value).strip())[-1].removesuffix(".safetensors")
     if not name:
         raise ValueError("it is empty")
@@ -268,7 +269,7 @@ def read_name(value: Any) -> str:
 
 
 def read_trigger(value: Any) -> str:
-    """Return a trigger word, without the signs in which placeholders of embeddings stand."""
+    """Return a trigger word, without the brackets around placeholders of embeddings."""
     word = str(value or "").strip()
     if re.fullmatch(r"<[^<>]+>", word):
         word = word[1:-1]
@@ -279,11 +280,11 @@ def read_trigger(value: Any) -> str:
 
 
 def read_side(value: Any) -> tuple[int, int]:
-    """Return width and height: of a number, `512,512` or `512x768`."""
+    """Return width and height, read from a number, `512,512` or `512x768`."""
     parts = re.split(r"[,x]", value.lower()) if isinstance(value, str) else [value]
     sides = [whole(64, 8192)(part) for part in parts]
     if len(sides) > 2:
-        raise ValueError("it is no size: give resolution in dataset.toml")
+        raise ValueError("it is not a size: give resolution in dataset.toml")
     rounded = [side // 32 * 32 for side in sides]
     return rounded[0], rounded[-1]
 
@@ -295,7 +296,7 @@ def read_largest(value: Any) -> tuple[int, int]:
     for item in texts:
         if isinstance(item, list):
             if len(item) not in {2, 3}:  # width, height and perhaps frames
-                raise ValueError("it is no size: give resolution in dataset.toml")
+                raise ValueError("it is not a size: give resolution in dataset.toml")
             item = f"{whole()(item[0])}x{whole()(item[1])}"
         sizes.append(read_side(item))
     if not sizes:
@@ -321,7 +322,7 @@ def read_network(value: Any) -> str | None:
 
 
 def read_arguments(value: Any) -> dict[str, str]:
-    """Return arguments of an optimizer by name, of texts KEY=VALUE with blanks or commas between them."""
+    """Return an optimizer's arguments by name, from texts KEY=VALUE separated by blanks or commas."""
     texts = value if isinstance(value, list) else re.split(r"\s+|,(?=\s*[A-Za-z_]\w*\s*=)", str(value))
     stripped = [str(text).strip("\"' ") for text in texts]
     return split_pairs("arguments of an optimizer", [text for text in stripped if text])
@@ -340,7 +341,7 @@ def read_text(value: Any) -> str:
     """Return a text without blanks at its ends.
 
     Raises:
-        ValueError: If the value is no text.
+        ValueError: If the value is not a text.
         NotSaid: If it is empty.
     """
     if not isinstance(value, str):

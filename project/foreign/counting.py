@@ -23,7 +23,7 @@ DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
 
 @dataclass(frozen=True)
 class CountedFile:
-    """A file as an epoch counts it."""
+    """A file, as it counts in an epoch."""
 
     table: DatasetTable
     bucket: tuple[int, ...]
@@ -35,14 +35,14 @@ class CountedFile:
 
 
 def find_pixel_step(family: Any) -> int:
-    """Return what sides are multiples of, of a family whose files may still have to be downloaded."""
+    """Return the number that sides must be multiples of; the family's files may not be downloaded yet."""
     with contextlib.suppress(UserError):
         return int(family.latent.pixel_step)
     return DEFAULT_STEP
 
 
 def count_steps_of_epoch(choice: describing.Choice) -> int:
-    """Return the optimizer steps of an epoch with dataset.toml as it would be written.
+    """Return the optimizer steps per epoch with the dataset.toml that would be written.
 
     Sizes of files and lengths of clips decide which files share a batch, as in training.
     """
@@ -66,7 +66,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
 
 
 def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:
-    """Return the lengths in which a clip is learned: each is an item of its own."""
+    """Return the lengths, in frames, in which a clip is learned; each counts as an item."""
     frames = describing.count_frames(item, choice.model)
     reached = [target for target in table.target_frames if target <= frames]
     return reached or [1]
@@ -75,7 +75,7 @@ def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> lis
 def _bucket(
     choice: describing.Choice, table: DatasetTable, path: Path, size: tuple[int, int] | None
 ) -> tuple[int, ...]:
-    """Return the size that a file is learned at; (): it is not known."""
+    """Return the size that a file is learned at; () if it is not known."""
     if size is None:
         return ()
     try:

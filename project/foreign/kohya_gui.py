@@ -89,10 +89,11 @@ _OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return what learns. Of a LoRA, rates of 0 for both mean that both learn at learning_rate."""
+    """Return which networks learn. For a LoRA, two rates of 0 mean that both learn at learning_rate."""
     names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
     of_full = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
     keys = tuple(key for key in (*names, *of_full) if key in values)
+    # the program's page writes 0 for a rate that the user has not set
     if _find_run(values).kind == "lora":
         dit, text = (read_rate(values.get(name)) or 0 for name in names[:2])
         if not dit and not text:
@@ -101,17 +102,17 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
         return Parts(keys, dit > 0, dit or None, (text,) if text else ())
     rates = [read_rate(values[name]) or 0 for name in of_full if name in values]
     if is_on(values.get("train_text_encoder")) and not any(rates):
-        return Parts(keys, text_rates=(None,))
+        return Parts(keys, text_rates=(None,))  # the encoders learn at learning_rate
     if is_off(values.get("train_text_encoder", True)):
         rates = []
     return Parts(keys, text_rates=tuple(rates) if any(rates) else ())
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys that do nothing there: those of other kinds of networks, noise and models."""
+    """Return the keys without effect in that program: those of other kinds of networks, noise and models."""
     kind = str(values.get("LoRA_type", "")).lower()
     idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
-    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # of other models
+    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # keys of other models
     if "lycoris" not in kind:
         idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:

@@ -14,7 +14,7 @@ _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
 def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Leave rates that are those of another kind of run, or of another optimizer."""
+    """Drop rates that belong to another kind of run or to another optimizer."""
     reason = ""
     if kind.name != project.run.kind:
         said = f" ({project.run.said})" if project.run.said else ""
@@ -72,7 +72,7 @@ def _can_learn_texts(model: ModelSet, kind: RunKind, script: ScriptOptions) -> b
 
 
 def _set_rate(project: ForeignProject, rate: float) -> None:
-    """Set the rate of all that learns: that of the transformer or U-Net."""
+    """Use the rate of the transformer or U-Net for everything that learns."""
     key = next((key for key in project.parts.keys if "unet" in key or "transformer" in key), "unet_lr")
     if project.training.get("learning_rate") == rate:
         return
@@ -83,7 +83,7 @@ def _set_rate(project: ForeignProject, rate: float) -> None:
 
 
 def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
-    """Return the rates of text encoders; None: that of all that learns, 0: it does not learn."""
+    """Return the rate of each text encoder; None is the common rate, 0 freezes the encoder."""
     rates = project.parts.text_rates
     optimizer = project.training.get("optimizer_type")
     default = project.training.get("learning_rate")
@@ -113,16 +113,18 @@ def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None])
 def _teach_texts_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
+    """Train the text encoders of a checkpoint too; `rates` has one rate for all of them or one for each."""
     training = project.training
     training["train_text_encoder"] = True
     names = ["learning_rate_te"]
     if "learning_rate_te" not in script.known:
         names = ["learning_rate_te1", "learning_rate_te2"]
-    told = ""
-    for name, rate in zip(names, (*rates, *rates[-1:]), strict=False):
+    rates_of_all = (*rates, *rates[-1:])  # a second encoder without a rate of its own has that of the first
+    report = ""
+    for name, rate in zip(names, rates_of_all, strict=False):
         if rate is not None and name in script.known:
             training[name] = rate
-            told += f", {name} = {rate}"
+            report += f", {name} = {rate}"
     project.changed.append(
-        f"{_keys_of_parts(project) or 'text encoders'}: train_text_encoder = true, as there{told}"
+        f"{_keys_of_parts(project) or 'text encoders'}: train_text_encoder = true, as there{report}"
     )

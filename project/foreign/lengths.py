@@ -22,9 +22,9 @@ class Epoch:
 
 
 def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
-    """Return options with the number of steps that the project names, or that its epochs make.
+    """Return options with the project's number of steps, or with the steps that its epochs amount to.
 
-    `in_epoch` is the number of steps of an epoch with the dataset.toml that is written.
+    `in_epoch` is the number of steps per epoch with the dataset.toml that is written.
     """
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
     said_steps = _take_said_steps(project)
@@ -41,7 +41,7 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
 
 def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
-    """Return the steps of an epoch, also of a project that draws so many items of each dataset."""
+    """Return the steps per epoch, also for a project that draws a fixed number of items per dataset."""
     drawn = [dataset.num_drawn for dataset in project.places.values()]
     if drawn and all(count is not None for count in drawn):
         batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
@@ -54,7 +54,7 @@ def _is_typed(options: NewOptions) -> bool:
 
 
 def _take_said_steps(project: ForeignProject) -> int | None:
-    """Return the number of steps that a project names; None if it names none, or 0."""
+    """Return the number of steps that a project sets; None if it sets none, or 0."""
     steps: int | None = project.new.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new:
         key = project.key_of("max_train_steps")
@@ -66,7 +66,7 @@ def _take_said_steps(project: ForeignProject) -> int | None:
 def _leave_length(
     project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, typed: int
 ) -> None:
-    """Note that the length of a project is not taken, as another one is typed."""
+    """Note that the project's length is not used, because another one was typed."""
     for said in epochs:
         project.leave_value(said.key, said.number, _TYPED)
     if said_steps is not None and said_steps != typed:
@@ -76,7 +76,7 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the steps that count in a project: those that it names, or those of its epochs."""
+    """Return the number of steps that applies: the project's own, or that of its epochs."""
     chosen = _select_epochs(epochs, said_steps, epoch.steps)
     counted = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{counted} counts, as in {project.title}"
@@ -97,7 +97,7 @@ def _select_steps(
 
 
 def _select_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoch: int) -> EpochsSaid | None:
-    """Return the epochs that count; None if a number of steps does."""
+    """Return the number of epochs that applies; None if a number of steps applies instead."""
     for said in epochs:
         if said.counts == contract.FIRST:
             return said
@@ -110,7 +110,7 @@ def _select_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoc
 
 
 def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
-    """Note that the steps that a project names are not taken."""
+    """Note that the project's number of steps is not used."""
     key = project.key_of("max_train_steps")
     project.forget(key)
     project.assumed.pop(key, None)
@@ -118,7 +118,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
 
 
 def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
-    """Write what is done after so many epochs or steps in steps of this run."""
+    """Convert intervals in epochs or steps, such as those for saving, to steps of this run."""
     training = project.training
     for name, said in project.per_epoch.items():
         if not said.number:
@@ -126,7 +126,7 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
         elif training.get(name):
             project.leave_value(said.key, said.number, f"{project.said[name]} says it")
         else:
-            if name in training:  # 0: never, by steps
+            if name in training:  # 0, never by steps, gives way to the interval in epochs
                 project.drop(name, "")
             training[name] = min(said.number * epoch.steps, contract.MAX_STEPS)
             project.note_change(said.key, said.number, f"{name} = {training[name]}")
@@ -134,16 +134,16 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
         if training.get(name) == 0:
             project.drop(name, "")
     saved = training.get("save_every_n_steps")
-    if saved is not None:  # states as long as `new` keeps them: until the next one
+    if saved is not None:  # as `new` does, keep each state until the next one is saved
         training["save_last_n_steps_state"] = saved
     if saved is not None and project.keeps_few:
         training["save_last_n_steps"] = saved
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Write the warm-up in steps of this run, and a schedule that has one.
+    """Convert the warm-up to steps of this run, and select a schedule that has a warm-up.
 
-    `steps` is that of the run.
+    `steps` is the number of steps of the run.
     """
     training = project.training
     if project.warmup_share is not None:

@@ -18,7 +18,7 @@ _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # 
 
 
 def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
-    """Take keys that are options of the script that trains, or keys of dataset.toml, under the same name.
+    """Take over keys with the name of an option of the training script or of a key of dataset.toml.
 
     `chosen` are the options for which `new` writes a value of its own.
     """
@@ -44,6 +44,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
         except (ValueError, TypeError, OverflowError) as error:
             project.leave_value(key, value, str(error))
     project.others = {}
+    # now that the script is known, a key without a rule may be similar to one of its options
     for key in list(project.unknown):
         if _find_ours(key, places) is not None:
             project.unknown.remove(key)
@@ -51,7 +52,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
 
 
 def _take_key(project: ForeignProject, key: str, value: Any) -> None:
-    """Take a key of dataset.toml. Raises Unfit or ValueError if it cannot have the value."""
+    """Take over a key of dataset.toml. Raises Unfit or ValueError if the key cannot have the value."""
     fact = SUBSET_KEYS[key]
     project.data[key] = fact.form.read(_as_plain(value, fact.default))
     project.said[key] = show(key)
@@ -59,7 +60,7 @@ def _take_key(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _as_plain(value: Any, usual: Any) -> Any:
-    """Return a value of a page, which writes numbers and switches as texts, like that which a key has."""
+    """Convert a value that a page wrote as text to the type of the key's default: a number or a switch."""
     if isinstance(usual, bool):
         return value if isinstance(value, bool) else is_on(value)
     if isinstance(value, str) and isinstance(usual, int | float):
@@ -70,10 +71,10 @@ def _as_plain(value: Any, usual: Any) -> Any:
 
 
 def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
-    """Take the value of an option. `is_chosen` says that `new` writes another one.
+    """Take over the value of an option, unless `new` selects its own value (`is_chosen`).
 
     Raises:
-        ValueError: If it cannot be.
+        ValueError: If the option cannot have the value.
     """
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
@@ -97,7 +98,7 @@ def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) 
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any, places: Collection[str]) -> None:
-    """Note a key that has no rule: with our name of it if there is one."""
+    """Note a key that has no rule, with our name for it if there is one."""
     ours = _find_ours(key, places)
     if is_off(value):
         project.idle.append(show(key))

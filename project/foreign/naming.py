@@ -24,9 +24,9 @@ class SaidModel(NamedTuple):
 
 
 def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
-    """Choose the model that a project names, and note what its keys have become.
+    """Select the model that a project names, and note what became of its keys.
 
-    `values` has all keys, also those that name no model. `rules` are those of the keys that name one.
+    `values` holds all keys of the file; `rules` holds only the rules of keys that name a model.
     """
     models: list[SaidModel] = []
     has_unknown_variant = False
@@ -80,7 +80,7 @@ def _read_model(
 
 
 def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
-    """Return the family and task of a name of the program, of a repository, or of a released file."""
+    """Return the family and task that a name of the program, a repository or a released file stands for."""
     by_name: dict[str, tuple[str, str | None]] = {}
     for model in reversed(find_models()):
         of_model = (model.family, model.task)
@@ -97,7 +97,7 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
-    """Return an error about a missing model or task with the keys of the project that name one."""
+    """Return the error about a missing model or task, extended by the project's keys that name one."""
     unsupported = [
         f"{key} = {value}: {model} is not supported"
         for key, value in project.models.items()

@@ -35,7 +35,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return what learns. Of a model with one text encoder, text_encoder is that one."""
+    """Return which networks learn. If a model has one text encoder, text_encoder is that one."""
     keys = [key for key in values if key.split(".")[0] in {*_TEXTS, *_DITS}]
     said = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
     dit = next(
@@ -63,12 +63,12 @@ def _read_scheduler(value: Any) -> str:
 
 
 def _read_noise(value: Any) -> int:
-    """Return the timestep, of 1000, of a share of the noise."""
+    """Return the timestep, 0 to 1000, for a fraction of the noise."""
     return round(1000 * number(0, 1)(value))
 
 
 def _read_every(value: Any) -> int:
-    """Return steps of `10 STEP`; 0 of what is never done."""
+    """Return the number of steps in `10 STEP`; 0 for never."""
     count, _, unit = str(value).partition(" ")
     if unit == "NEVER":
         return 0

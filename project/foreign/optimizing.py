@@ -17,9 +17,9 @@ _OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Write the arguments that the optimizer has here, and note which are left.
+    """Write the arguments that our optimizer has, and note which ones are left out.
 
-    `memory` is 0 means a CPU.
+    `memory` is the card's memory in GiB; 0 means a CPU.
     """
     training = project.training
     optimizer = training.get("optimizer_type")
@@ -48,7 +48,7 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
-    """Return arguments as the optimizer has them: two numbers of Adam as betas, of Adafactor as eps."""
+    """Return arguments with pairs of numbers joined: betas of Adam, eps of Adafactor."""
     found = {name: value for name, value in project.arguments.items() if value is not None}
     for name in project.arguments.keys() - found.keys():
         project.empty.append(project.key_of(name))
@@ -60,7 +60,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Write beta1 and beta2 as betas; one that is not said has its usual value."""
+    """Write beta1 and beta2 as betas; a missing one gets its default value."""
     if not {"beta1", "beta2"} & found.keys():
         return
     first = found.pop("beta1", 0.9)
@@ -72,7 +72,7 @@ def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
 
 
 def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Write eps and eps2 of Adafactor as its two eps, which are said together or not at all."""
+    """Write eps and eps2 of Adafactor as the pair eps, if both are given."""
     if {"eps", "eps2"} <= found.keys():
         found["eps"] = [found["eps"], found.pop("eps2")]
         project.taken.append(project.key_of("eps2"))
@@ -80,13 +80,13 @@ def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
         if name in found and not isinstance(found[name], list | tuple):
             found.pop(name)
             project.leave(project.key_of(name), "Adafactor has two of them")
-    if "beta2" in found:  # its decay_rate is in its place
+    if "beta2" in found:  # Adafactor has decay_rate instead
         found.pop("beta2")
         project.idle.append(project.key_of("beta2"))
 
 
 def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
-    """Write the arguments that the optimizer has here, and note the others."""
+    """Write the arguments that our optimizer has, and note the others."""
     has = OPTIMIZER_ARGUMENTS.get(optimizer)
     texts = []
     for name, value in arguments.items():
@@ -112,7 +112,7 @@ def _as_literal(value: Any) -> str:
 
 
 def _leave_rates(project: ForeignProject) -> None:
-    """Leave rates, schedule and warm-up of an Adafactor that finds them by itself."""
+    """Drop rates, schedule and warm-up for an Adafactor that determines them itself."""
     training = project.training
     for name in ("learning_rate", "unet_lr"):
         if name in training:

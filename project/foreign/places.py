@@ -17,9 +17,10 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_places(project: ForeignProject) -> None:
-    """Settle what each dataset of a list says; move the keys of the only folder to those of all tables."""
+    """Resolve the keys of each dataset in a list; move those of an only folder to the [general] table."""
     for place in project.places.values():
         if place.num_drawn is not None:
+            # here the program's number of repeats is the number of files that it draws per epoch
             place.num_drawn = place.data.pop("num_repeats", None)
     for place in project.places.values():
         if place.is_unused:
@@ -39,7 +40,7 @@ def join_places(project: ForeignProject) -> None:
 
 
 def _resolve_sizes(project: ForeignProject) -> None:
-    """Leave a folder the largest of its sizes; all tables have that of the files without one of their own."""
+    """Keep the largest size of each folder, and set the size of all tables for folders without their own."""
     largest: dict[Path | None, Size] = {}
     with_size = [place for place in project.places.values() if "resolution" in place.data]
     for place in with_size:
@@ -54,6 +55,7 @@ def _resolve_sizes(project: ForeignProject) -> None:
         return
     if "resolution" in project.data and len(with_size) == len(project.places):
         _leave_of_all(project, "resolution")
+    # the size of all tables; folders that have the same one need no key of their own
     of_all = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
     for place in with_size:
         project.said.setdefault("resolution", place.said["resolution"])
@@ -67,17 +69,17 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_all(project: ForeignProject) -> None:
-    """Move the keys of the only folder of a list to those of all tables, whose own count less."""
+    """Move the keys of a list's only folder to those of all tables, over which they take precedence."""
     moved: set[str] = set()
     for place in project.places.values():
         for name, value in place.data.items():
-            if name in moved and project.data[name] != value:
+            if name in moved and project.data[name] != value:  # the folder is listed twice
                 _leave_keys(
                     project, place, [name], f"{name} of the same folder is {project.data[name]} already"
                 )
                 continue
             if name in project.data and name not in moved and project.data[name] != value:
-                _leave_of_all(project, name)
+                _leave_of_all(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
             project.data[name] = value
             project.said[name] = place.said[name]
@@ -85,7 +87,7 @@ def _move_to_all(project: ForeignProject) -> None:
 
 
 def _leave_of_all(project: ForeignProject, name: str) -> None:
-    """Leave a key of all tables, as each folder has its own."""
+    """Drop a key of all tables, because each folder has its own."""
     project.data.pop(name)
     key = project.said.pop(name, name)
     project.forget(key)
@@ -100,8 +102,8 @@ def find_table_keys(
 ) -> dict[Path, dict[str, Any]]:
     """Return the keys that a project has for each of several folders.
 
-    What it has for others is left, which is noted. `folder` is the one that is described. `described` are the
-    folders in it that have files.
+    Keys for other folders are dropped and noted. `folder` is the described folder; `described` are the
+    folders in it that hold files.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
@@ -117,7 +119,7 @@ def find_table_keys(
 
 
 def leave_sizes(project: ForeignProject) -> None:
-    """Leave the keys of single folders that only whole tables can have, not subsets."""
+    """Drop keys of single folders that subsets cannot have, only whole tables."""
     for place in project.places.values():
         names = [name for name in place.data if name not in SUBSET_KEYS]
         _leave_keys(project, place, names, _OF_ALL_SUBSETS)
@@ -126,7 +128,7 @@ def leave_sizes(project: ForeignProject) -> None:
 
 
 def needs_subsets(data: Mapping[str, Any]) -> bool:
-    """Return whether keys of dataset.toml are such that only the form with subsets has them."""
+    """Return whether any of these keys of dataset.toml needs the layout with subsets."""
     return any(name not in KEYS for name in data)
 
 

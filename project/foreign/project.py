@@ -18,7 +18,7 @@ MISSPELT = 0.85  # how alike two keys are, of which one seems to be the other
 
 
 class EpochsSaid(NamedTuple):
-    """Epochs that a key names, and whether they count before a number of steps."""
+    """Epochs that a key sets, and whether they take precedence over a number of steps."""
 
     key: str
     number: int
@@ -39,18 +39,19 @@ class ForeignDataset:
 
 @dataclass
 class ForeignProject:
-    """What another trainer's file asks for, in our terms."""
+    """The settings in another trainer's file, translated to ours."""
 
     path: Path
     program: Program
     keys: frozenset[str] = frozenset()  # all that the file has
-    options: frozenset[str] = frozenset()  # of the script and of dataset.toml, for a program that has them
+    # options of the script and keys of dataset.toml, for a program with the same names
+    options: frozenset[str] = frozenset()
     run: ForeignRun = ForeignRun("lora", "")
     parts: Parts = Parts()
     new: dict[str, Any] = field(default_factory=dict)  # options of `new`
     training: dict[str, Any] = field(default_factory=dict)  # keys of [training]
     data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the optimizer
+    arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the optimizer
     network_arguments: dict[str, Any] = field(default_factory=dict)
     places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
     folders: dict[str, Path] = field(default_factory=dict)  # by key
@@ -74,35 +75,35 @@ class ForeignProject:
 
     @property
     def title(self) -> str:
-        """Name of the program that the file is of."""
+        """Name of the program that wrote the file."""
         return self.program.title
 
     def key_of(self, name: str) -> str:
-        """Return the key of the file that has set an option or key here."""
+        """Return the key of the file that set this option, or key of dataset.toml."""
         return self.said.get(name, name)
 
     def leave(self, key: str, reason: str) -> None:
-        """Note a key that is left. Keys of one reason share a line."""
+        """Note a key that is left out. Keys with the same reason share a line."""
         self.reasons.setdefault(reason, []).append(show(key))
 
     def leave_value(self, key: str, value: Any, reason: str) -> None:
-        """Note a key that is left, in a line with its value."""
+        """Note a key that is left out, on a line with its value."""
         self.left.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
-        """Note a key whose value is another one here.
+        """Note a key whose value differs in our files.
 
-        `result` is what it has become.
+        `result` is what it became.
         """
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
     def forget(self, key: str) -> None:
-        """Take back that the value of a key stays or is changed."""
+        """Remove a key from the notes about kept and changed values."""
         self.taken = [name for name in self.taken if name != key]
         self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
 
     def drop(self, name: str, reason: str) -> None:
-        """Take an option of the training back, and say why in place of what was said of its key."""
+        """Drop an option of the training; the reason replaces the earlier note about its key."""
         value = self.training.pop(name)
         key = self.key_of(name)
         self.forget(key)
@@ -114,7 +115,7 @@ class ForeignProject:
             self.leave_value(key, value, reason)
 
     def lines(self, folder: Path) -> list[str]:
-        """Return what is told of the file: every key once. `folder` is the one that is described."""
+        """Return the report about the file, with every key once. `folder` is the described folder."""
         is_here = {key: is_same_folder(self.path, place, folder) for key, place in self.folders.items()}
         taken = [*self.taken, *(key for key, is_same in is_here.items() if is_same)]
         elsewhere = [
@@ -145,7 +146,7 @@ class ForeignProject:
         return lines
 
     def _find_near(self, key: str) -> str:
-        """Return a key that the file lacks and that differs from this one by a letter or two; "" if none."""
+        """Return a key that the file lacks and that differs by a letter or two from this one; "" if none."""
         table, _, name = key.rpartition(".")
         generic = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]
@@ -157,12 +158,12 @@ class ForeignProject:
 
 
 def without_numbers(key: str) -> str:
-    """Return a key with [] for each element of a list, as rules are written."""
+    """Return a key with its list indices replaced by [], as in the rules."""
     return re.sub(r"\[\d+\]", "[]", key)
 
 
 def find_beside(file: Path, name: str) -> Path | None:
-    """Return a file or folder that a project names: next to it, or where its program was started."""
+    """Find a file or folder that a project names: next to the project, or where its program was started."""
     if "\0" in name:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
@@ -174,7 +175,7 @@ def find_beside(file: Path, name: str) -> Path | None:
 
 
 def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
-    """Return whether a folder in a project is the one that is described, or one around or below it."""
+    """Return whether a project's folder is the described one, or contains it, or lies in it."""
     found = find_beside(file, str(place))
     there, here = real_path(file.parent / place if found is None else found), real_path(folder)
     return there == here or there in here.parents or here in there.parents

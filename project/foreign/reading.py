@@ -23,7 +23,7 @@ PROGRAMS: tuple[Program, ...] = (
     onetrainer.PROGRAM,
     kohya_gui.PROGRAM,
 )
-MAX_BYTES = 1 << 20  # of a file; those that people have are below a hundredth
+MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundredth of this
 MAX_KEYS = 5000
 MAX_DEPTH = 12
 # keys of files of options of sd-scripts and musubi-tuner, which the training scripts read themselves
@@ -33,11 +33,11 @@ _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_pa
 def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """Read the project of another trainer.
 
-    `trains` is the kind of run that is typed.
+    `trains` is the kind of run that was typed.
 
     Raises:
-        OptionError: If the file is none of those that are known, or if it trains what `new` does not set up
-            and nothing else is typed.
+        OptionError: If the file is of an unknown kind, or if it trains what `new` cannot set up and no other
+            kind of run was typed.
     """
     values = _read_values(path, "--from", "")
     program = _recognize(path, values)
@@ -63,7 +63,7 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
     """Note what a project trains.
 
     Raises:
-        OptionError: If `new` sets up no such training, and none is typed.
+        OptionError: If `new` cannot set up such a training, and no other kind was typed.
     """
     try:
         project.run = project.program.find_run(values)
@@ -75,15 +75,15 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
 
 
 def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Take the values of a file, or note why not; return the rules of the keys that name a model."""
+    """Take over the values of a file, or note why not; return the rules of keys that name a model."""
     program = project.program
     idle = program.find_idle(values)
     of_models: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
-            continue  # it is read before
+            continue  # the further file was read before
         if key in project.parts.keys:
-            continue  # `settle` says what becomes of them
+            continue  # `settle` decides what becomes of these keys
         rule = find_rule(program, key)
         if key in idle:
             project.idle.append(show(key))
@@ -101,24 +101,24 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value says as much as a missing key."""
+    """Return whether a value means the same as a missing key."""
     return value is None or value in ("", [])
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
-    """Keep a key without a rule until the script is known, or note that nothing is known of it."""
+    """Keep a key without a rule until the script is known, or note it as unknown."""
     if project.program.knows_options:
         project.others[key] = value
     elif is_empty(value):
         project.empty.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.idle.append(show(key))  # of other optimizers: files name those of all
+        project.idle.append(show(key))  # an argument of another optimizer: files contain those of all
     else:
         project.unknown.append(show(key))
 
 
 def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Write numbers and their units as one value: `10 MINUTE`; those of epochs below another key."""
+    """Join numbers and their units to one value, `10 MINUTE`; those in epochs get another key."""
     for key, unit_key in program.units.items():
         if key not in values or unit_key not in values:
             continue
@@ -142,15 +142,15 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
         )
     known = ", ".join(program.title for program in PROGRAMS)
     raise OptionError(
-        f"--from {path}: this is no project of {known}. Give the file that describes a training."
+        f"--from {path}: this is not a project of {known}. Give the file that describes a training."
     )
 
 
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
-    """Return the values of a YAML, TOML or JSON file by their keys with dots, behind a prefix.
+    """Return the values of a YAML, TOML or JSON file by dotted key, with a prefix.
 
     Raises:
-        OptionError: If it cannot be read, or has too many keys.
+        OptionError: If the file cannot be read or has too many keys.
     """
     suffix = path.suffix.lower()
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
@@ -165,10 +165,10 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Return the content of a text.
+    """Parse a text in the format that the suffix names.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the text cannot be parsed.
     """
     if suffix == ".toml":
         return parse_toml(text)
@@ -180,12 +180,12 @@ def _parse(suffix: str, text: str) -> Any:
 
 
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a file by their keys with dots.
+    """Yield the values of a file with their dotted keys.
 
     `counter` counts tables and lists too, which may be empty.
 
     Raises:
-        ValueError: If there are too many.
+        ValueError: If there are too many values.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
@@ -194,7 +194,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
     is_list = isinstance(content, list)
     if isinstance(content, dict):
         for name, value in content.items():
-            inner = str(name).removeprefix("--")  # of a command line
+            inner = str(name).removeprefix("--")  # the name as on a command line
             separator = "" if not key or key.endswith(":") else "."
             yield from _flatten(value, f"{key}{separator}{inner}", depth + 1, counter)
     elif is_list and any(isinstance(item, dict) for item in content):
@@ -205,7 +205,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
 
 
 def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
-    """Return the values of a further file of a project; {} if it is not there, which is told."""
+    """Return the values of a further file of a project; if it is missing, note that and return {}."""
     path = find_beside(project.path, name)
     if path is None:
         project.left.append(

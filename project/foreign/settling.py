@@ -31,7 +31,7 @@ _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "s
 class Forms(NamedTuple):
     """Which keys the tables of dataset.toml can have."""
 
-    step: int  # of which sides are multiples
+    step: int  # sides are multiples of this
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
     regularizes: bool = False  # the folder has regularization pictures
@@ -65,9 +65,9 @@ def settle(
     memory: float,
     forms: Forms,
 ) -> None:
-    """Leave in `training` and `data` what the run takes, and note the reason of what is left.
+    """Keep in `training` and `data` what the run accepts, and note why the rest is left out.
 
-    `memory` is the GiB of the card; 0 means a CPU. `forms` is which keys dataset.toml can have.
+    `memory` is the card's memory in GiB; 0 means a CPU. `forms` states which keys dataset.toml can have.
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)
@@ -112,7 +112,7 @@ def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
 
 
 def _leave_of_lora_alone(project: ForeignProject) -> None:
-    """Leave what a network of another kind than a LoRA does not have."""
+    """Drop settings that only a LoRA has."""
     module = project.training.get("network_module")
     if module is None:
         return
@@ -148,7 +148,7 @@ def _as_text(value: Any) -> str:
 
 
 def _select_alpha(project: ForeignProject) -> None:
-    """Write the alpha that counts in the project's program if its file says none."""
+    """Write the project's program's default alpha if its file sets none."""
     rank = project.training.get("network_dim")
     if rank is None or "network_alpha" in project.training:
         return
@@ -158,18 +158,21 @@ def _select_alpha(project: ForeignProject) -> None:
 
 
 def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
-    """Take out what `new` gives to the optimizer of a whole model, if the project has another one."""
+    """Remove the optimizer settings of full training if the project has another optimizer."""
     training = project.training
     accumulates = training.get("gradient_accumulation_steps", 1) > 1
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        if "blocks_to_swap" in script.known:  # a trained block is stepped while it is on the card
+        if (
+            "blocks_to_swap" in script.known
+        ):  # only fused_backward_pass updates a block while it is on the card
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
+    # full training sets these for Adafactor; another optimizer has its usual ones
     if "optimizer_type" in training and optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)
@@ -178,7 +181,7 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
 
 
 def _resolve_data(project: ForeignProject, forms: Forms) -> None:
-    """Leave keys that the tables of dataset.toml cannot have, and those that do nothing without others."""
+    """Drop keys that dataset.toml cannot have, and keys that have no effect without others."""
     data = project.data
     steps = data.get("bucket_reso_steps", forms.step)
     if steps % forms.step:
@@ -195,6 +198,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
             project.left.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
+    # keys about shuffling do nothing unless captions vary
     without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
     if not forms.regularizes:
         without_effect.append("prior_loss_weight")

@@ -28,7 +28,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
         return ForeignRun("controlnet", "controlnet = true")
     if is_on(values.get("control")):
         raise NoRun(
-            "control = true: a LoRA that sees control pictures in further channels; none is trained so here"
+            "control = true: a LoRA that sees control images in additional channels; none is trained so here"
         )
     if kind not in {"lora", "full"}:
         raise NoRun(f"model_type = {kind}: `new` sets up no such training")
@@ -49,7 +49,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
 
 
 def _read_size(value: Any) -> tuple[int, int]:
-    """Return a size of pixels; areas, of which 1.0 is a megapixel, are no such sizes."""
+    """Return width and height. Numbers up to 16 are areas in megapixels, others sides in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)
@@ -57,7 +57,7 @@ def _read_size(value: Any) -> tuple[int, int]:
 
 
 def _read_limit(value: Any) -> float:
-    """Return the limit of a norm, as `1.0 norm`; without a method each value is clipped there."""
+    """Return the limit of a norm from `1.0 norm`; without a method, the program clips each value."""
     limit, _, method = str(value).partition(" ")
     if method != "norm":
         raise ValueError("each value of a gradient is clipped there, and the norm of all here")
@@ -65,7 +65,7 @@ def _read_limit(value: Any) -> float:
 
 
 def _read_repeats(value: Any) -> int:
-    """Return how often a file is seen: SimpleTuner counts those after the first time."""
+    """Return how often a file is used; SimpleTuner counts only the repetitions after the first use."""
     return whole(0, 100_000)(value) + 1
 
 

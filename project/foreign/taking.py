@@ -25,7 +25,7 @@ class SaidValue:
 
 
 def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
-    """Take a value, or note why it is left."""
+    """Take over a value, or note why it is left out."""
     place = _find_place(project, key, value)
     said = SaidValue(rule, show(key), value, place)
     if rule.to == contract.LEFT:
@@ -50,7 +50,7 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
 
 
 def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
-    """Return the dataset of a list in whose table a key stands, and note what the key says of it."""
+    """Return the dataset in whose table a key stands, and record the key as one of this dataset."""
     table = _find_table(project.program, key)
     if table is None:
         return None
@@ -159,9 +159,9 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, SaidValue, Any], None]] = {
 def _set(
     project: ForeignProject, target: dict[str, Any], keys: dict[str, str], said: SaidValue, value: Any
 ) -> None:
-    """Set an option or key, unless another key of the file has set it otherwise.
+    """Set an option or key, unless another key of the file has set it to something else.
 
-    `keys` are those of the target -> the key of the file that has set it.
+    `keys` maps each target that is set to the key of the file that set it.
     """
     name = said.rule.name
     first = keys.setdefault(name, said.key)
@@ -179,7 +179,7 @@ def _set(
 
 
 def _is_same(read: Any, value: Any) -> bool:
-    """Return whether a value is taken as it stands, perhaps written as a text."""
+    """Return whether a value is taken over unchanged, except that it may be written as a text."""
     if isinstance(read, int | float) and isinstance(value, str):
         try:
             return bool(read == float(value))

@@ -30,7 +30,7 @@ LORA = RunKind(
     ending="lora",
     has_targets=True,
 )
-KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of control networks, the first is the usual one
+KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of the control networks, the first is the default
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 
@@ -40,17 +40,17 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return the kind of a run that pairs with control pictures make, if nothing is typed."""
+    """Return the kind of run that a folder with control images gets if no kind is typed."""
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
 
 
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
-    """Return the kind of a run by its commands, of which the last one trains; LORA for others."""
+    """Return the kind of a run from its commands, of which the last one trains; LORA for unknown ones."""
     words = commands[-1] if commands else ()
     return kinds_by_script().get(words[1], LORA) if len(words) > 1 else LORA
 
 
 @cache
 def kinds_by_script() -> dict[str, RunKind]:
-    """Return the kinds of runs by the names of the scripts that train them."""
+    """Return the kinds of runs by the name of their training script."""
     return {kind.find_words(model)[0]: kind for model in find_models() for kind in list_kinds(model)}

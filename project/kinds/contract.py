@@ -16,23 +16,23 @@ OF_LORA = ("network_", "lora_format")
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run without those of a LoRA.
 
-    `memory` is as `RunKind.change` takes it.
+    `memory` has the meaning that it has in `RunKind.change`.
     """
     return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
 
 
 def read_words(key: str, model: ModelSet) -> list[str]:
-    """Return the script and the options that a model's entry in the catalogue has for a kind; none: no entry.
+    """Return the script and options in the catalogue for a kind of run of a model; [] without an entry.
 
-    `key` is that of the entry.
+    `key` is the name of the entry.
     """
     return shlex.split(model.data.get(key, ""))
 
 
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
-    """Return why a model has no such kind of run; None if it has.
+    """Return why this kind of run cannot be made for a model; None if it can.
 
-    `key` and `title` are those of the kind.
+    `key` and `title` belong to the kind.
     """
     return None if read_words(key, model) else f"new does not set up {title} for {model.title}"
 
@@ -51,18 +51,18 @@ class RunKind:
     find_words: Callable[[ModelSet], list[str]]
     # why a model cannot have it on a card of so many GiB (0: a CPU); None if it can
     why_not: Callable[[ModelSet, float], str | None]
-    # options of its run from those of a LoRA's run, on such a card
+    # converts the options of a LoRA's run to those of this kind, for the given memory
     change: Callable[[Mapping[str, Any], float], dict[str, Any]]
     # lines about memory, disk and data, for such a card
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
-    ending: str = ""  # of `modelspec.architecture` in its files
-    record: str = "Training"  # of the family's options that its script has, see `FamilyEntry.options_record`
-    sees_controls: bool = False  # it learns pairs of a picture and a control picture
+    ending: str = ""  # suffix of `modelspec.architecture` in its files
+    record: str = "Training"  # kind of options record that its script has, see `FamilyEntry.options_record`
+    sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
     saves_models: bool = False  # each save has gigabytes: few are made and kept
     has_targets: bool = False  # targets that keep few steps are for it
 
     def find_script(self, model: ModelSet) -> Path | None:
-        """Return the script that trains it for a model; None if there is none."""
+        """Return the script that trains this kind for a model; None if there is none."""
         words = self.find_words(model)
         return installation.find_script(words[0]) if words else None

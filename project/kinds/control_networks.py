@@ -17,7 +17,7 @@ def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any
 
 
 def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run that trains half of a U-Net in float32, in as little memory as may be."""
+    """Return the options of a run that trains half of a U-Net in float32, with the least memory."""
     kept = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
     return {**kept, **RECIPE}
 

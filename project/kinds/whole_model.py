@@ -15,7 +15,8 @@ from project.fitting import transformer_bytes, transformers_of
 from project.kinds.contract import RunKind, drop_lora_options
 from project.options import times_of_steps
 
-FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)  # of frozen weights
+# options for the storage of frozen weights
+FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)
 # Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
 RECIPE: Mapping[str, Any] = {
     "optimizer_type": "adafactor",
@@ -27,12 +28,12 @@ RECIPE: Mapping[str, Any] = {
     "fused_backward_pass": True,
 }
 FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
-SAVES = 4  # over the run: each is a whole model
-KEPT = 2  # saved files, and states, that are kept besides the result
+SAVES = 4  # number of saves over the run, because each is a whole model
+KEPT = 2  # number of saved files and states that are kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:
-    """Return the script that would train a model whole, and the options that differ from RECIPE."""
+    """Return the script for full training of a model, and its options that differ from RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
     default = of_lora.replace("_network.py", ".py")
@@ -40,9 +41,9 @@ def full_words(model: ModelSet) -> list[str]:
 
 
 def why_not_full(model: ModelSet, memory: float) -> str | None:
-    """Return the reason why a model cannot be trained whole on a card of `memory` GiB; None if it can.
+    """Return why full training of a model is impossible on a card of `memory` GiB; None if it is possible.
 
-    `memory` is 0 stands for the CPU.
+    If `memory` is 0, the run is on the CPU.
     """
     name = model.title
     if not model.data["fp8"]:
@@ -61,9 +62,9 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run that trains the whole model, from those of a LoRA's run.
+    """Convert the options of a LoRA's run to those of full training.
 
-    `memory` is the GiB of the card; 0 means a CPU, on which the weights stay in float32.
+    `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """
     kept = drop_lora_options(values, memory)
     kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
@@ -74,14 +75,14 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:
-    """Return whether the options of a run, by name, are those of a kind that `RunKind.saves_models`."""
+    """Return whether a run with these options saves whole models; see `RunKind.saves_models`."""
     return "fused_backward_pass" in values and "network_module" not in values
 
 
 def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
-    """Return the options that follow from the number of steps: saves, states, samples.
+    """Return the options that follow from the number of steps: those for saves, states and samples.
 
-    For `saves_models` see `RunKind`.
+    `saves_models` is explained in `RunKind`.
     """
     times = times_of_steps(steps)
     if saves_models:
@@ -92,9 +93,9 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
 
 
 def describe_full(model: ModelSet, memory: float) -> list[str]:
-    """Return lines about the memory and the disk that a run takes.
+    """Return lines about the memory and the disk space that a run needs.
 
-    `memory` is as in `change_to_full`.
+    `memory` is the card's memory in GiB; 0 means a CPU.
     """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))

@@ -43,7 +43,7 @@ _NAME = "_block_swap"  # under which a network carries its own
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A streamed block."""
+    """One streamed block."""
 
     position: int  # among all blocks, list by list
     weights: Sequence[Parameter]
@@ -81,7 +81,7 @@ class Ring:
 
     @property
     def sizes(self) -> list[int]:
-        """Return the bytes of a slot's parts: the largest of all units. Usually all blocks are equal."""
+        """Return the byte size of each part of a slot: the largest over all units; usually all are equal."""
         count = max(len(unit.host) for unit in self.units.values())
         return [
             max(unit.host[i].nbytes for unit in self.units.values() if i < len(unit.host))
@@ -89,11 +89,11 @@ class Ring:
         ]
 
     def slot_of(self, unit: Unit) -> Slot | None:
-        """Return the slot that holds a block; None if it is on the host only."""
+        """Return the slot that holds a block; None if the block is only in host memory."""
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
-        """Return the first units on a route of positions, as many as there are slots."""
+        """Return the first units along a route of positions, as many as there are slots."""
         units: list[Unit] = []
         for position in route:
             unit = self.units.get(position)
@@ -106,7 +106,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Kept:
-    """Placeholder that autograd keeps instead of (a view of) a streamed weight."""
+    """Placeholder that autograd stores instead of a streamed weight or a view of one."""
 
     unit: Unit
     index: int  # of the weight
@@ -135,8 +135,9 @@ class BlockSwap:
         self._ring_of = {position: ring for ring in rings for position in ring.units}
         self._order = order
         self._transfer = transfer
-        self._turn_of = {position: turn for turn, position in enumerate(order)}
-        self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
+        self._turn_of = {position: turn for turn, position in enumerate(order)}  # inverse of the order
+        # slot and index of its part, by the address of the part's device memory
+        self._owners: dict[int, tuple[Slot, int]] = {}
         self._turns = False
         self._skipped: frozenset[int] = frozenset()
         self._at: tuple[int, bool] | None = None
@@ -160,7 +161,7 @@ class BlockSwap:
         self._resolve_in(ring, unit, backward=False)
 
     def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-        """Run the blocks by the runner that was set before; `running.run_blocks` calls this."""
+        """Run the blocks with the previous runner; `running.run_blocks` calls this."""
         # with gradients a backward pass follows
         self._turns = torch.is_grad_enabled()
         self._skipped = frozenset(overrides.skip_blocks)
@@ -210,7 +211,7 @@ class BlockSwap:
         self._at = None
 
     def park(self) -> None:
-        """`settle`, and free the slots' device memory until the next pass."""
+        """Call `settle`, and free the slots' device memory until the next pass."""
         self.settle()
         self._owners.clear()
         for ring in self.rings:
@@ -218,7 +219,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions that will be entered, in order from this one on; the next pass is a guess."""
+        """Yield the positions to enter next, from this one on; what the next pass enters is a guess."""
         turn = self._turn_of[position]
         entered = [index for index in self._order if index not in self._skipped]
         if backward:
@@ -254,19 +255,19 @@ class BlockSwap:
 
         Args:
             slot: The slot.
-            after: Moment from which changed weights may be copied back.
+            after: Moment after which changed weights may be copied back.
         """
         unit = slot.unit
         if unit is None:
             return
         if slot.is_changed:
-            learned = [
+            trained = [
                 (host, view)
                 for weight, host, view in zip(unit.weights, unit.host, slot.views(unit), strict=True)
                 if weight.requires_grad
             ]
             with torch.no_grad():
-                self._transfer.copy(learned, after)
+                self._transfer.copy(trained, after)
         slot.is_entered = slot.is_changed = False
         for weight, host in zip(unit.weights, unit.host, strict=True):
             weight.data = host
@@ -312,15 +313,15 @@ class BlockSwap:
 def swap_blocks(
     dit: nn.Module, host: HostWeights | None, device: torch.device, transfer: Transfer | None = None
 ) -> None:
-    """Make a network copy its weights from host memory when it runs.
+    """Make a network stream its swapped weights from host memory when it runs.
 
-    Call it last: it wraps the blocks' forwards and their runner.
+    Call it last: it wraps the forward of each block and the network's runner.
 
     Args:
         dit: The transformer.
         host: Host memory that the network was loaded with; None changes nothing.
         device: Device of the run.
-        transfer: Copies between host and device; None chooses what suits the device.
+        transfer: Copies between host and device; by default the kind that suits the device.
 
     Raises:
         OptionError: If the network has too few blocks.
@@ -345,12 +346,12 @@ def swap_blocks(
 
 
 def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
-    """Return the ring of each list that has streamed blocks.
+    """Return a ring for each list that has streamed blocks.
 
     Args:
         dit: The transformer.
         lists: Plan of each list of blocks.
-        places: Weights in host memory.
+        places: Weights in host memory, by name.
     """
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
@@ -396,7 +397,7 @@ def swap_of(network: nn.Module) -> BlockSwap | None:
 
 
 def resolve_all(networks: Iterable[nn.Module]) -> None:
-    """Make all parameters hold their newest values, readable and writable: before saving and restoring."""
+    """Make all parameters hold their newest values, so that they can be saved or restored."""
     for network in networks:
         swap = swap_of(network)
         if swap is not None:

@@ -45,10 +45,14 @@ ALIGNMENT = 256  # bytes
 
 
 class HostMemory:
-    """Reusable pieces of host memory: pinning is slow, so it happens in the first steps only."""
+    """Reusable pieces of host memory. Pinning is slow, so only the first steps allocate."""
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
-        """Start without memory; `make` allocates a uint8 tensor of that many bytes."""
+        """Start without memory.
+
+        Args:
+            make: Allocates a uint8 tensor of a number of bytes.
+        """
         self._make = make
         self._free: list[Tensor] = []
         self.size_bytes = 0  # of all pieces, in use or free
@@ -74,7 +78,7 @@ class HostMemory:
 
 @dataclass(eq=False)
 class _Away:
-    """An input in host memory. Its piece is freed when autograd drops it, after its backward pass."""
+    """An input in host memory. Its piece is freed when autograd drops it after its backward pass."""
 
     host: Tensor  # with the input's shape and dtype
     device: torch.device
@@ -92,7 +96,7 @@ class Offload:
 
         Args:
             transfer: Copies between host and device.
-            make: Allocates a uint8 tensor of that many bytes in host memory.
+            make: Allocates a uint8 tensor of a number of bytes in host memory.
         """
         self._transfer = transfer
         self.memory = HostMemory(make)
@@ -100,7 +104,7 @@ class Offload:
         self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """Start a new forward pass: earlier inputs are not fetched ahead with its own."""
+        """Start a new forward pass; inputs of earlier passes are not prefetched with those of this one."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
@@ -134,7 +138,7 @@ class Offload:
         return tensor
 
     def _send_for(self, away: _Away) -> None:
-        """Start copying an input back to the device, unless it is already on its way."""
+        """Start copying an input back to the device, unless the copy is already running."""
         if not away.coming:
             # allocated on the computing stream, which also frees it; record_stream would hold it for longer
             target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
@@ -153,7 +157,7 @@ class Offload:
 
 
 def offload_to_host(device: torch.device) -> Offload:
-    """Return an `Offload` for the device. On a CPU inputs are copied too, which saves nothing."""
+    """Return an `Offload` for the device. On a CPU inputs are copied too, although that saves nothing."""
 
     def make(size_bytes: int) -> Tensor:
         info = TensorInfo(torch.uint8, (size_bytes,))
@@ -202,12 +206,12 @@ class _Block:
         if self.offload is not None and self.is_first:
             self.offload.begin()
         # autograd does not keep results that need no gradient, and compiled code may then overwrite them
-        keeps = self.keeps_attention and any(
+        keeps_attention = self.keeps_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         )
-        # the second context, in which a block is computed again, reuses attention's results
-        reuse = functools.partial(create_selective_checkpoint_contexts, _policy)
-        contexts = reuse if keeps else noop_context_fn
+        # a pair of contexts: the second one, for the recomputation, reuses attention's results
+        selective = functools.partial(create_selective_checkpoint_contexts, _policy)
+        contexts = selective if keeps_attention else noop_context_fn
         hooks: AbstractContextManager[object] = (
             nullcontext() if self.offload is None else self.offload.hooks()
         )
@@ -220,20 +224,21 @@ def checkpoint_blocks(
 ) -> None:
     """Make every block keep only its inputs, and recompute its activations in the backward pass.
 
-    Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps the
-    `forward` that a block has then.
+    This affects only train mode with gradients enabled. Call after LoRA and compilation, because it wraps the
+    `forward` that a block has at that time.
 
     Args:
         dit: The transformer.
         spec: Names of the network's blocks.
-        keep_attention: Whether to keep the result of self-attention too, so that its kernel runs once.
-        offload: Moves the inputs of blocks to the host, except those of the last block, which are needed
-            next; None keeps them on the device.
+        keep_attention: Whether to keep the result of self-attention too, so that its kernel runs only once.
+        offload: Moves the inputs of blocks to the host, except those of the last block, which the backward
+            pass needs first; None keeps all inputs on the device.
     """
     blocks = spec.in_order(dit)
     for index, block in enumerate(blocks):
-        place = None if block is blocks[-1] else offload
-        block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)
+        # the backward pass starts with the last block, so that moving its inputs would only cost time
+        block_offload = None if block is blocks[-1] else offload
+        block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
@@ -259,11 +264,11 @@ Method = Callable[..., Tensor]
 
 
 def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
-    """Make blocks compute their methods `spec.token_wise` for at most `tokens` tokens at a time.
+    """Make blocks run their methods `spec.token_wise` on at most `tokens` tokens at a time.
 
-    These methods map (x: B L C, ...) to B L C'. Has an effect in train mode with gradients on only. Call
-    after LoRA, before compilation and `checkpoint_blocks`. Results differ only by the order of summation in
-    products. Blocks with a layer that sets `sees_whole_input` are not changed.
+    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call
+    after LoRA, and before compilation and `checkpoint_blocks`. Results differ only by the order of summation
+    in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
     """
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
@@ -292,8 +297,8 @@ def _in_pieces(method: Method, tokens: int) -> Method:
             outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
             return torch.cat(outputs, dim=1)
         common = _CommonInputs(method, block, count, inputs=(x, *inputs))
-        # tells checkpointing the device; in a tuple, so that it is not saved, as that would happen after a
-        # piece was computed
+        # `checkpoint` finds the device by the tensors in its arguments. In a tuple the tensor is not saved:
+        # saving it would happen only after a piece was computed
         device = (x.new_empty(0),)
         computed = [checkpoint(common.compute, index, device, use_reentrant=False) for index in range(count)]
         common.forget()
@@ -303,7 +308,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
 
 
 class _Keep(torch.autograd.Function):
-    """Saves tensors in a node of the autograd graph; no gradient flows through it."""
+    """Save tensors in a node of the autograd graph; no gradient flows through it."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
@@ -316,7 +321,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _CommonInputs:
-    """Common inputs of all pieces of a call: first those given, in the backward pass those autograd saved."""
+    """Inputs that all pieces of a call share: in the backward pass, the copies that autograd saved."""
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
         """Prepare to compute a method in pieces of its first input.
@@ -330,44 +335,46 @@ class _CommonInputs:
         self._method = method
         self._block = block
         self._count = count
+        # inputs that are no tensors; each tensor's position in the list is free
         self._fixed = [None if isinstance(value, Tensor) else value for value in inputs]
-        self._places = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
-        tensors = [inputs[index] for index in self._places]
-        self._learns = [tensor.requires_grad for tensor in tensors]
+        self._tensor_indices = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+        tensors = [inputs[index] for index in self._tensor_indices]
+        self._requires_grad = [tensor.requires_grad for tensor in tensors]
         # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
         self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
         self._tensors: list[Tensor] | None = tensors
-        self._pieces = inputs[0].chunk(
-            count, dim=1
-        )  # split once, so that the pieces' gradients are joined once
-        self._done = 0  # recomputed pieces
-        self._modes = function_modes()  # a rehearsal's: torch turns them off during `backward`
+        # split once, so that the pieces' gradients are joined once
+        self._pieces = inputs[0].chunk(count, dim=1)
+        self._num_recomputed = 0  # pieces, in the backward pass
+        # modes of a rehearsal (`PlannedKernels`), which torch turns off during `backward`
+        self._modes = function_modes()
 
     def forget(self) -> None:
-        """Release everything until the backward pass: all pieces are computed."""
+        """Release the inputs after all pieces have been computed, until the backward pass."""
         self._tensors = None
         self._pieces = ()
-        self._done = 0
+        self._num_recomputed = 0
 
     def compute(self, index: int, device: object) -> Tensor:
-        """Compute one piece; the backward pass recomputes each once."""
-        is_again = self._tensors is None or self._done > 0
+        """Compute one piece; each piece is recomputed once in the backward pass."""
+        # the forward pass ends with `forget`, so that only the backward pass finds no tensors
+        is_recomputing = self._tensors is None or self._num_recomputed > 0
         if self._tensors is None:
             saved = self._saver.grad_fn.saved_tensors  # read only once: this makes torch recompute the block
             self._tensors = [
-                tensor.detach().requires_grad_(learns)
-                for tensor, learns in zip(saved, self._learns, strict=True)
+                tensor.detach().requires_grad_(requires_grad)
+                for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
             ]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
         inputs = list(self._fixed)
-        for place, tensor in zip(self._places, self._tensors, strict=True):
-            inputs[place] = tensor
+        for input_index, tensor in zip(self._tensor_indices, self._tensors, strict=True):
+            inputs[input_index] = tensor
         inputs[0] = self._pieces[index]
-        if is_again:
-            self._done += 1
-            if self._done == self._count:
+        if is_recomputing:
+            self._num_recomputed += 1
+            if self._num_recomputed == self._count:
                 self.forget()
         with ExitStack() as stack:
-            for mode in self._modes if is_again else ():
+            for mode in self._modes if is_recomputing else ():
                 stack.enter_context(mode)
             return self._method(self._block, *inputs)

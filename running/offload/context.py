@@ -32,7 +32,7 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """Numbers of processes that share passes and tokens, and the place of this process among them."""
+    """How many processes share passes and how many share tokens, and the rank of this process."""
 
     rank: int  # of this process, from 0
     data: int  # groups of processes with micro-batches of their own (`count_groups`)
@@ -41,7 +41,7 @@ class ProcessGrid:
 
 
 def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
-    """Make the groups of processes, with the names in `AXES`. All processes must call it."""
+    """Create the groups of processes named in `AXES`. All processes must call this."""
     from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
 
     return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
@@ -49,7 +49,10 @@ def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
 
 @dataclass(frozen=True)
 class TokenPart:
-    """One of the P runs into which L tokens are cut, equally long; the last ones may be shorter or empty."""
+    """This process's range of L tokens, which are divided among P processes in runs of equal length.
+
+    The last runs may be shorter or empty.
+    """
 
     length: int  # L
     index: int  # of this part, from 0
@@ -58,7 +61,7 @@ class TokenPart:
 
     @property
     def size(self) -> int:
-        """Return the number of tokens of each part, except for the last ones, which may be shorter."""
+        """Return the number of tokens of each part; the last parts may be shorter."""
         return -(-self.length // self.count)
 
     @property
@@ -67,32 +70,34 @@ class TokenPart:
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
-        """Return how many of the clip's first `count` tokens this process has."""
+        """Return how many of the clip's first `count` tokens belong to this process."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
     def of_last(self, count: int) -> int:
-        """Return how many of the clip's last `count` tokens this process has."""
+        """Return how many of the clip's last `count` tokens belong to this process."""
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:
-        """Return the rotations of this part's tokens; tokens behind the table's end have no rotation.
+        """Return the rotary embeddings of this part's tokens; tokens after the table's end are not rotated.
 
-        table: ... L' 1 D/2 2, of tokens behind the first `before`.
+        Args:
+            table: Rotary embeddings, ... L' 1 D/2 2, of the tokens after the first `before`.
+            before: Number of tokens before those of the table.
         """
         start, stop = (max(place - before, 0) for place in (self.run.start, self.run.stop))
         return table[..., start:stop, :, :, :]
 
     def take(self, x: Tensor) -> Tensor:
-        """Return these tokens of B L C."""
+        """Return this process's tokens of x, B L C."""
         return x[:, self.run]
 
     def join(self, x: Tensor) -> Tensor:
-        """Gather the tokens of all processes: B l C here to B L C."""
+        """Gather the tokens of all processes: B l C of this process becomes B L C."""
         joined: Tensor = _Join.apply(x, self)
         return joined
 
     def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Exchange all heads of this process' tokens, B l N D, for all tokens of its heads, each B L n D."""
+        """Exchange all heads of this process's tokens, B l N D, for all tokens of its heads, each B L n D."""
         sent = []
         for tensor in heads:
             by_process = self._fill_up(tensor).unflatten(2, (self.count, -1)).movedim(2, 0)
@@ -101,7 +106,7 @@ class TokenPart:
         return tuple(tensor.movedim(0, 1).flatten(1, 2)[:, : self.length] for tensor in received)
 
     def gather_heads(self, attended: Tensor) -> Tensor:
-        """Exchange all tokens of this process' heads, B L n D, for all heads of its tokens, B l N D."""
+        """Exchange all tokens of this process's heads, B L n D, for all heads of its tokens, B l N D."""
         missing = self.count * self.size - self.length
         if missing:
             attended = pad(attended, (0, 0, 0, 0, 0, missing))
@@ -110,7 +115,7 @@ class TokenPart:
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
     def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
-        """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
+        """Combine the attention with each text, for n heads, into that of this process's tokens, B l N D.
 
         Combining needs all heads of a token.
 
@@ -128,13 +133,13 @@ class TokenPart:
         return torch.cat([steered, with_first[:, here:]], dim=1)
 
     def _fill_up(self, x: Tensor) -> Tensor:
-        """Return B size ... of B l ..., with zeros behind it."""
+        """Pad B l ... with zeros to B size ..."""
         missing = self.size - x.shape[1]
         return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
 
 
 class _Exchange(torch.autograd.Function):
-    """Send row i of each tensor, P ..., to process i of a group, and return the rows that they send."""
+    """Send row i of each tensor, P ..., to process i of a group; return the rows received from the others."""
 
     @staticmethod
     def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +153,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Joins tokens. All processes compute the same from them, so each knows the sum of their gradients."""
+    """Join tokens. All processes compute the same from them, so each has the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:

@@ -43,9 +43,10 @@ class Machine:
 
 
 def machine_of(environment: Mapping[str, str]) -> Machine | None:
-    """Read the launcher's (accelerate, torchrun) environment, once the processes have joined.
+    """Read the environment of the launcher (accelerate, torchrun) after the processes have joined.
 
-    None if this process is the only one on its machine.
+    Returns:
+        None if this process is the only one on its machine.
     """
     has_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not has_joined or int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
@@ -65,15 +66,13 @@ class HostTensors:
 
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
-    """Allocate uninitialized memory for these tensors.
-
-    None: the memory is this process' own.
+    """Allocate uninitialized memory for tensors.
 
     Args:
         infos: Dtype and shape of each tensor, by name.
-        pinned: Whether to lock as much of it as the driver allows, for copies to a CUDA device.
-        machine: Processes that share the memory; all must call this with the same tensors, and `wait_for_all`
-            before reading. None for memory of this process.
+        pinned: Whether to lock as much of the memory as the driver allows, for copies to a CUDA device.
+        machine: Processes that share the memory; all must call this with the same tensors, and call
+            `wait_for_all` before reading. None allocates memory for this process alone.
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
@@ -101,25 +100,33 @@ def _warn_of_unlocked(size: int, total: int) -> None:
 
 
 def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
-    """Return the offsets in bytes of tensors of these sizes, and the pieces in which the memory is locked.
+    """Return the byte offsets of tensors of these sizes, and the pieces of memory to lock one by one.
 
-    No tensor is in two pieces, as a copy may not cross their border, and no page does.
+    Neither a tensor nor a page lies in two pieces, because a copy may not cross their border.
     """
-    starts = list[int]()
-    pieces = list[range]()
-    begin = 0
+    offsets: list[int] = []
+    pieces: list[range] = []
+    piece_start = 0
     end = 0
     for size in sizes:
-        if size and begin < end and end + size > begin + PIECE:  # the driver refuses pieces of nothing
-            pieces.append(range(begin, end))
-            begin = end = -(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        starts.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return starts, [*pieces, range(begin, max(end, 1))]
+        is_piece_full = end + size > piece_start + PIECE
+        # the driver cannot lock an empty piece, and an empty tensor fits into any
+        if size and piece_start < end and is_piece_full:
+            pieces.append(range(piece_start, end))
+            end = _round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next piece starts on a new page
+            piece_start = end
+        offsets.append(end)
+        end += _round_up(size, ALIGNMENT)
+    # one byte at least, because an empty mapping is an error
+    return offsets, [*pieces, range(piece_start, max(end, 1))]
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def wait_for_all(machine: Machine | None) -> None:
-    """Wait until every process has come here; None means that there is only one process."""
+    """Wait until every process has arrived here; None means that there is only one process."""
     if machine is not None:
         torch.distributed.barrier()
 
@@ -137,9 +144,10 @@ def _private(size: int) -> mmap.mmap:
 def _share(size: int, machine: Machine) -> mmap.mmap | None:
     """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
 
-    The first process makes a file without a name; the other processes open it through its list of open files.
+    The first process creates an anonymous file; the other processes open it through the first process's list
+    of open files.
     """
-    descriptor = None
+    descriptor = None  # of the file, in the first process only
     if machine.rank == 0 and hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("swapped weights")
         try:
@@ -150,11 +158,13 @@ def _share(size: int, machine: Machine) -> mmap.mmap | None:
             logger.debug("no shared memory: %s", error)
             descriptor = None
     offers = _gather((os.getpid(), descriptor))
-    pid, theirs = offers[machine.first]
+    first_pid, first_descriptor = offers[machine.first]
     mapping = None
-    if theirs is not None:
+    if first_descriptor is not None:
         try:
-            opened = descriptor if descriptor is not None else os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
+            opened = descriptor
+            if opened is None:
+                opened = os.open(f"/proc/{first_pid}/fd/{first_descriptor}", os.O_RDWR)
             try:
                 mapping = mmap.mmap(opened, size)
             finally:
@@ -182,7 +192,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _advise(mapping: mmap.mmap, *advice: str) -> None:
-    """Advise the system how memory will be used, if it takes advice."""
+    """Advise the system how memory will be used, if it accepts advice."""
     for name in advice:
         if hasattr(mmap, name):
             try:
@@ -192,14 +202,15 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 
 
 def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
-    """Return the bytes of a mapping, which lives as long as a tensor uses it, and how many are not locked.
+    """Return the bytes of a mapping as a tensor that keeps it alive, and how many bytes are not locked.
 
     Args:
         mapping: The mapping.
-        pieces: Pieces to lock one by one, until the driver refuses; the last one is then unlocked again.
+        pieces: Pieces to lock one by one until the driver refuses; then the last locked one is unlocked
+            again.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
-    locked = list[int]()  # addresses
+    locked: list[int] = []  # addresses of locked pieces
     if pieces:
         # a forked process must not take over the pages that are registered with the device
         _advise(mapping, "MADV_DONTFORK")
@@ -207,7 +218,8 @@ def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int
     for piece in pieces:
         address = array.ctypes.data + piece.start
         if not _register(address, len(piece)):
-            if len(locked) > 1:  # batches and numbers of steps need a little pinned memory too
+            # leave some pinned memory to batches and to small copies of each step
+            if len(locked) > 1:
                 torch.cuda.cudart().cudaHostUnregister(locked.pop())
             return torch.from_numpy(array), sum(map(len, pieces[len(locked) :]))
         locked.append(address)
@@ -236,10 +248,10 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
 class Transfer:
-    """Copies to and from a device, in the order in which they are requested; here each is done at once.
+    """Copies to and from a device, in the order in which they are requested. Here each is done at once.
 
-    For devices whose copies need no stream of their own, such as the CPU. A moment is whatever `mark` and
-    `copy` return.
+    This is for devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return
+    moments, whose type the subclass chooses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -253,19 +265,19 @@ class Transfer:
         """Return the moment at which all computation queued so far is done."""
 
     def copy(self, pairs: Pairs, after: Any) -> Any:
-        """Copy, from the moment `after` on; return the moment at which it is done."""
+        """Copy pairs of tensors after the moment `after`; return the moment at which the copies are done."""
         for target, source in pairs:
             target.copy_(source)
 
     def wait(self, moment: Any) -> None:
-        """Have computation that is queued from now on start after that moment."""
+        """Make computation that is queued from now on start after a moment."""
 
     def finish(self) -> None:
         """Wait until all copies are done."""
 
 
 class CudaTransfer(Transfer):
-    """For CUDA: copies in a stream of their own. Moments are events."""
+    """Copies for CUDA in a separate stream. Moments are CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -279,7 +291,7 @@ class CudaTransfer(Transfer):
         return memory
 
     def mark(self) -> torch.cuda.Event:
-        """Record an event in the stream that computes."""
+        """Record an event in the compute stream."""
         return torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
@@ -291,7 +303,7 @@ class CudaTransfer(Transfer):
             return self._stream.record_event()
 
     def wait(self, moment: torch.cuda.Event) -> None:
-        """Make the computing stream wait for a moment; the host does not wait."""
+        """Make the compute stream wait for a moment; the host does not wait."""
         torch.cuda.current_stream(self._device).wait_event(moment)
 
     def finish(self) -> None:
@@ -307,8 +319,8 @@ def transfer_to(device: torch.device) -> Transfer:
 def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
     """Keep the layer's weight in host memory, except while its forward runs.
 
-    For frozen layers at the start of a network: if their backward pass needs the weight, autograd keeps it on
-    the device.
+    This is for frozen layers at the start of a network: if their backward pass needed the weight, autograd
+    would keep it on the device.
 
     Args:
         layer: The layer.

@@ -18,14 +18,14 @@ PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes
 
 
 def take_turns(work: Callable[[U], T], item: U) -> T:
-    """Return `work(item)`, which all processes do for each of them, one after the other; all must call it."""
+    """Return `work(item)`, run by one process after the other; all processes must call this."""
     items: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(items, item)
     return [work(element) for element in items][distributed.get_rank()]
 
 
 def have_joined() -> bool:
-    """Whether this process is one of several that communicate."""
+    """Return whether this process is one of several that communicate."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 
@@ -64,7 +64,10 @@ def join_processes(
 
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
-    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
+    """Return the value of the first process of a group, by default of all processes.
+
+    All of them must call this, after `join_processes`.
+    """
     first = 0 if group is None else distributed.get_global_rank(group, 0)
     values = [value]
     distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))

@@ -41,7 +41,7 @@ TOKEN_GROUP = "_token_group"  # under which it carries the processes that share 
 
 
 class ShardedBlocks:
-    """The parts of a network's blocks that this process keeps: a `BlockPlace`."""
+    """The parts of a network's blocks that this process keeps; a `BlockPlace`."""
 
     def __init__(self, device: torch.device, asked_by: str) -> None:
         """Prepare to split blocks over all processes that have joined.
@@ -73,7 +73,7 @@ class ShardedBlocks:
         return note
 
     def split(self, network: nn.Module) -> None:
-        """Split the blocks that were not loaded with this place."""
+        """Split the blocks of a network that was loaded without this place."""
         from torch.distributed.fsdp import FSDPModule
 
         for block in _blocks_of(network).values():
@@ -91,12 +91,13 @@ class ShardedBlocks:
         runner = runner_of(network)
         if any(parameter.requires_grad for parameter in root.parameters()):
             runner = functools.partial(_keep_no_copies, runner)
-            for block in blocks:  # sums: the loss is divided by the micro-batches of all processes
+            # sum the gradients: the loss is already divided by the micro-batches of all processes
+            for block in blocks:
                 block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
                 block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-        is_host = self._mesh.device_type == "cpu"
+        is_cpu = self._mesh.device_type == "cpu"
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            if is_host:  # it gathers and computes by turns: blocks ahead would only take memory
+            if is_cpu:  # a CPU gathers and computes by turns: prefetched blocks would only take memory
                 block.register_forward_pre_hook(_gather_alone, prepend=True)
                 block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
             elif following is not None:
@@ -122,7 +123,7 @@ class ShardedBlocks:
 
 
 class _Root(nn.Module):
-    """Hold all blocks, as FSDP2 wants a module around them, and run a function.
+    """Module around all blocks, which FSDP2 requires, that runs a function.
 
     FSDP2 moves the inputs of this module to the device, but some inputs of a network belong on the host.
     """
@@ -136,7 +137,7 @@ class _Root(nn.Module):
 
 
 def _gather_alone(block: nn.Module, _: object) -> None:
-    """Gather a block before it runs; FSDP2 would keep what it received for the block before until then."""
+    """Gather a block just before it runs; FSDP2 would keep the previous block gathered until then."""
     block.unshard(async_op=True)  # type: ignore[operator]
 
 
@@ -150,10 +151,10 @@ def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks by the runner that was set before; with gradients, they go back through every block.
+    """Run the blocks with the previous runner; route gradients back through every block.
 
-    Otherwise, if dropout left a block without gradients in one process only, the other processes would gather
-    it alone.
+    Otherwise, if dropout left a block without gradients in one process only, the other processes would wait
+    for it to gather.
     """
     if torch.is_grad_enabled() and not hidden.x.requires_grad:
         hidden.x = hidden.x.detach().requires_grad_()
@@ -161,7 +162,7 @@ def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
 
 
 def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks without autocast's cache: it would hold copies of all trained weights in the end."""
+    """Run the blocks without autocast's cache, which would end up holding copies of all trained weights."""
     is_cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -171,12 +172,12 @@ def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Ov
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether the blocks of a network are split over processes."""
+    """Return whether the blocks of a network are split over processes."""
     return hasattr(network, _NAME)
 
 
 def agree_among(network: nn.Module, value: T) -> T:
-    """Return the value of the first of the processes that run the network together; all of them call it."""
+    """Return the value of the first of the processes that run the network together; all must call this."""
     if is_sharded(network):
         return agree(value)
     group = network.__dict__.get(TOKEN_GROUP)
@@ -189,7 +190,7 @@ def gather_block(block: nn.Module) -> None:
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """Return a whole weight, in any dtype. A split one is gathered: all processes must call this."""
+    """Return a full weight, in any dtype. A split weight is gathered, so all processes must call this."""
     return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
 
 
@@ -200,7 +201,7 @@ def rows_here(weight: Any) -> Tensor:
 
 
 def gather_parts(gathered: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
-    """Fill `gathered` with the parts of all processes, or of those of a group, one after the other."""
+    """Fill `gathered` with the parts of all processes, or of those of a group, in their order."""
     # the old name is deprecated where there is the new one
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(gathered, part, group)
@@ -213,18 +214,19 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
         part: Rows of this process.
         weight: The split weight.
     """
-    count = distributed.get_world_size()
-    rows = -(-weight.shape[0] // count)  # of each process but the last ones
-    row = math.prod(weight.shape[1:]) * part.dtype.itemsize
-    mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
-    mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
-    gathered = mine.new_empty(count * mine.numel())
-    gather_parts(gathered, mine)
-    return gathered[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
+    num_processes = distributed.get_world_size()
+    rows_per_process = -(-weight.shape[0] // num_processes)  # the last processes may have fewer
+    row_bytes = math.prod(weight.shape[1:]) * part.dtype.itemsize
+    # as bytes, padded to equal sizes, because a gather takes equal parts and few dtypes
+    padded = torch.zeros(rows_per_process * row_bytes, dtype=torch.uint8, device=part.device)
+    padded[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+    gathered = padded.new_empty(num_processes * padded.numel())
+    gather_parts(gathered, padded)
+    return gathered[: weight.shape[0] * row_bytes].view(part.dtype).view(weight.shape)
 
 
 def is_split(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor, of which this process keeps some rows."""
+    """Return whether a weight is a DTensor, of which this process keeps some rows."""
     return hasattr(weight, "to_local")
 
 
@@ -237,7 +239,7 @@ def rows_of(weight: Any, full: Tensor) -> Tensor:
 
 
 def as_split(weight: Any, part: Tensor) -> Tensor:
-    """Return a tensor that is split like a weight, made from this process' rows of it."""
+    """Return a tensor that is split like a weight, made from this process's rows of it."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -249,9 +251,9 @@ def as_split(weight: Any, part: Tensor) -> Tensor:
 
 
 def trained_rows(weight: Any) -> nn.Parameter:
-    """Return the rows of a split weight as a plain parameter, in the same memory.
+    """Return this process's rows of a split weight as a plain parameter in the same memory.
 
-    The parameter gets the gradients, so that an optimizer steps it as any other.
+    The parameter receives the gradients, so that an optimizer can step it like any other.
     """
     part = nn.Parameter(rows_here(weight))
 
@@ -265,7 +267,7 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
 
 def set_weight(weight: Tensor, full: Tensor) -> None:
-    """Set a weight in place; if it is split, set this process' part."""
+    """Set a weight in place; of a split weight, set this process's part."""
     if is_split(weight):
         weight, full = rows_here(weight), rows_of(weight, full)
     weight.copy_(full)

@@ -21,7 +21,7 @@ from running.offload.host_memory import HostTensors, Machine, allocate, machine_
 
 @dataclass(frozen=True)
 class ListPlan:
-    """Division of the device's memory among the blocks of one list."""
+    """How the device's memory is divided among the blocks of one list."""
 
     name: str  # of the nn.ModuleList
     num_blocks: int
@@ -30,10 +30,10 @@ class ListPlan:
 
 
 def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
-    """Plan one list.
+    """Plan the streaming of one list of blocks.
 
-    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while one
-    computes.
+    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while
+    another computes.
 
     Args:
         name: Name of the list.
@@ -43,16 +43,22 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     """
     if swapped == 0:
         return ListPlan(name, num_blocks, (), 0)
+    # a slot takes as much memory as a block that stays on the device
     resident = max(num_blocks - swapped - slots, 0)
-    count = num_blocks - resident
-    streamed = tuple(i for i in range(num_blocks) if (i + 1) * count // num_blocks > i * count // num_blocks)
-    return ListPlan(name, num_blocks, streamed, min(slots, count))
+    num_streamed = num_blocks - resident
+    # spread the streamed blocks evenly over the list, so that copies overlap with computation
+    streamed = tuple(
+        index
+        for index in range(num_blocks)
+        if (index + 1) * num_streamed // num_blocks > index * num_streamed // num_blocks
+    )
+    return ListPlan(name, num_blocks, streamed, min(slots, num_streamed))
 
 
 def max_blocks(
     num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]] | None, unswapped: int = 1
 ) -> int:
-    """Return the largest --blocks_to_swap.
+    """Return the largest possible value of --blocks_to_swap.
 
     Args:
         num_blocks: Number of blocks in each list.
@@ -66,7 +72,10 @@ def max_blocks(
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
-    """Return whether so many blocks of each list can be swapped: of several blocks always one."""
+    """Return whether this many blocks of each list can be swapped.
+
+    A list with several blocks can always swap one.
+    """
     most = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
     return all(count <= limit for count, limit in zip(swapped, most, strict=True))
 
@@ -104,7 +113,7 @@ class SwapPlan:
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
-        """Return the names of the network's input layers to swap; empty if these stay on the device."""
+        """Return the names of the network's input layers to swap; empty if they stay on the device."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
@@ -138,13 +147,13 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
 
 
 def big_weights(network: nn.Module, path: str) -> Iterator[str]:
-    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms and scales."""
+    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms or scales."""
     for name, _ in big_layers(network, path):
         yield f"{name}.weight"
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear and convolutional layers below `path`, by full name: they hold nearly all weights."""
+    """Yield the linear and convolutional layers below `path`, by full name; they hold nearly all weights."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module
@@ -162,8 +171,8 @@ class HostWeights:
             plan: The plan of the swap.
             pinned: Whether the memory is locked, for a CUDA device.
             machine: Processes that share the memory; None if there is only one.
-            all_weights: Whether to hold all tensors, for a network that takes turns, instead of those that
-                the plan keeps off the device.
+            all_weights: Whether to hold all tensors instead of only the swapped ones, for a network that
+                shares its device with another by turns.
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
@@ -181,7 +190,7 @@ class HostWeights:
 
     @property
     def is_filled_here(self) -> bool:
-        """Whether this process reads the weights; else another one reads them into shared memory."""
+        """Whether this process reads the weights; otherwise another process reads them into shared memory."""
         return self._held is None or self._held.is_filled_here
 
     @property
@@ -194,7 +203,7 @@ class HostWeights:
         wait_for_all(self._machine)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
-        """Return the swapped weights by name; move them here if the network was loaded without `hold`."""
+        """Return the swapped weights by name; move them to host memory if they were not loaded into it."""
         names = self.plan.names(network)
         if self._held is None:
             weights = {name: network.get_parameter(name) for name in names}
@@ -205,7 +214,7 @@ class HostWeights:
             for name, weight in weights.items():
                 if self.is_filled_here:
                     tensors[name].copy_(weight.data)
-                weight.data = tensors[name]  # one by one: no second copy of all
+                weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
             self.finish()
         return {name: self.tensors[name] for name in names}
 

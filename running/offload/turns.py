@@ -24,9 +24,9 @@ from running.offload.swap_plan import HostWeights
 
 
 class HostCopy:
-    """The frozen weights and the buffers of one network in host memory, and on the device while it works.
+    """A copy of a network's frozen weights and buffers in host memory; they are on the device while it works.
 
-    On a CPU nothing is copied and both moves do nothing.
+    On a CPU nothing is copied, and moving in either direction does nothing.
     """
 
     def __init__(
@@ -36,18 +36,16 @@ class HostCopy:
         place: HostWeights | None = None,
         transfer: Transfer | None = None,
     ) -> None:
-        """Take over a network.
+        """Move the frozen tensors of a network to host memory.
 
-        Tensors outside `place` are copied to host memory first, one by one.
-
-        Call it when the network is dressed: it may be on the host or on the device, and is on the host
-        afterwards.
+        Call it when the network is ready to run. The network may be on the host or on the device before, and
+        is on the host afterwards. Tensors outside of `place` are copied to host memory one by one.
 
         Args:
             network: The network.
             device: Device on which the network works.
             place: Host memory that the network was loaded with; None if there is none.
-            transfer: Copies between host and device; None chooses what suits the device.
+            transfer: Copies between host and device; by default the kind that suits the device.
         """
         self._network = network
         self._is_here = False
@@ -64,24 +62,25 @@ class HostCopy:
             for name, tensor in chain(network.named_parameters(), network.named_buffers())
             if not tensor.requires_grad and tensor not in swapped
         }
-        filled = {} if place is None else place.tensors
+        loaded = {} if place is None else place.tensors
         on_host: dict[str, Tensor] = {}
         remaining: dict[str, TensorInfo] = {}
         for name, tensor in moving.items():
-            host = filled.get(name)
+            host = loaded.get(name)
+            # a weight that was replaced after loading is no longer in the memory of `place`
             if host is not None and tensor.data_ptr() == host.data_ptr() and tensor.dtype == host.dtype:
                 on_host[name] = host
             else:
                 remaining[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        new = allocate(remaining, device.type == "cuda").tensors
+        allocated = allocate(remaining, device.type == "cuda").tensors
         for name, tensor in moving.items():
             host = on_host.get(name)
             if host is None:
-                host = new[name]
+                host = allocated[name]
                 host.copy_(tensor.data)
-                tensor.data = host  # one by one: no second copy of all
+                tensor.data = host  # at once, so that there is never a second copy of all weights
             self._pairs.append((tensor, host))
-        self.leave()  # a swap that has run has memory there too
+        self.leave()  # frees the slots of a block swap that has run
 
     @property
     def is_here(self) -> bool:
@@ -90,11 +89,11 @@ class HostCopy:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes that the network takes on its device in addition to those it always has there."""
+        """Return the bytes that `bring` takes on the device, in addition to those that always stay there."""
         return sum(host.nbytes for _, host in self._pairs)
 
     def bring(self) -> None:
-        """Copy the weights to the device without waiting: work that is queued later finds them there.
+        """Copy the weights to the device asynchronously; work that is queued later finds them there.
 
         If it is interrupted, the weights are on the host: call `bring` again.
         """
@@ -102,16 +101,16 @@ class HostCopy:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                views = [
-                    self._transfer.memory(host.nbytes).view(host.dtype).view(host.shape)
-                    for _, host in self._pairs
-                ]
-                if views:
-                    pairs = [(view, host) for view, (_, host) in zip(views, self._pairs, strict=True)]
-                    # marked when all memory is there: deterministic runs fill it first
-                    self._transfer.wait(self._transfer.copy(pairs, self._transfer.mark()))
-            for (tensor, _), view in zip(self._pairs, views, strict=True):
-                tensor.data = view
+                copies: list[tuple[Tensor, Tensor]] = []  # memory on the device, and its source on the host
+                for _, host in self._pairs:
+                    memory = self._transfer.memory(host.nbytes)
+                    copies.append((memory.view(host.dtype).view(host.shape), host))
+                if copies:
+                    # marked after all allocations: deterministic runs fill new memory, which must come first
+                    allocated = self._transfer.mark()
+                    self._transfer.wait(self._transfer.copy(copies, allocated))
+            for (tensor, _), (on_device, _) in zip(self._pairs, copies, strict=True):
+                tensor.data = on_device
             self._is_here = True
         except BaseException:
             self.leave()
@@ -120,8 +119,8 @@ class HostCopy:
     def leave(self) -> None:
         """Point the weights at the host's copy, and free the device's memory. Nothing is copied.
 
-        Work that is queued already still finds them: memory is reused in the order of the work. If it is
-        interrupted, call it again before anything else.
+        Work that is already queued still finds them, because memory is reused in the order of the work. If it
+        is interrupted, call it again before anything else.
         """
         self._is_here = False
         swap = swap_of(self._network)

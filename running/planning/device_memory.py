@@ -25,7 +25,7 @@ FULL = 0.97  # of the device's memory; from here on the driver may spill to host
 
 @dataclass(frozen=True)
 class Room:
-    """Hold the memory of a device, in bytes: of the card in use, or of one to plan for."""
+    """The memory of a device, in bytes: of the GPU in use, or of one to plan for."""
 
     name: str
     total: int
@@ -34,12 +34,17 @@ class Room:
 
     @property
     def usable(self) -> int:
-        """Return the bytes that tensors may take: the free memory minus the CUDA context and a margin."""
+        """Return the bytes available to tensors: the free memory minus the CUDA context and a margin."""
         return max(0, round(self.free * (1 - MARGIN)) - CONTEXT)
 
 
 def room_on(device: torch.device, planned_gib: float | None = None) -> Room | None:
-    """Return the room to plan for: `planned_gib` if given, else the CUDA device's; None if there is none."""
+    """Return the memory to plan for; None without a CUDA device to plan for.
+
+    Args:
+        device: Device of the run.
+        planned_gib: Size of the planned GPU in GiB; 0 for that of the device.
+    """
     if planned_gib:
         size = round(planned_gib * GIB)
         return Room(f"A card of {planned_gib:g} GiB", size, size, is_planned=True)
@@ -52,9 +57,9 @@ def room_on(device: torch.device, planned_gib: float | None = None) -> Room | No
 def spills(total: int, free: int, reserved: int) -> bool:
     """Return whether some of the memory that torch has reserved on a device must be host memory.
 
-    Drivers on Windows, and so on WSL, give host memory to a program that asks for more than the card has,
-    instead of refusing; copies over PCIe then make steps many times slower. The sign is that torch has
-    reserved more than the card has, or nearly all of a card with nothing free.
+    Drivers on Windows, and therefore in WSL, fall back to host memory instead of failing when a program asks
+    for more than the GPU has; copies over PCIe then make steps many times slower. The sign is that torch has
+    reserved more than the GPU has, or nearly all of it while nothing is free.
     """
     return reserved > total or (reserved >= FULL * total and free <= (1 - FULL) * total)
 
@@ -67,7 +72,7 @@ def spare_bytes(device: torch.device) -> int:
 
 
 def bytes_on(network: nn.Module, device: torch.device) -> int:
-    """Return the bytes of a network's weights and buffers on devices of that type, in this process."""
+    """Return the bytes of a network's weights and buffers on devices of this type, in this process."""
     tensors = chain(network.parameters(), network.buffers())
     # of one that is split
     here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
@@ -75,7 +80,7 @@ def bytes_on(network: nn.Module, device: torch.device) -> int:
 
 
 def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes of host memory available without swapping; None if unknown (anywhere but on Linux)."""
+    """Return the bytes of host memory available without swapping; None if unknown, as outside of Linux."""
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
@@ -88,7 +93,7 @@ def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanErro
 
     Args:
         error: The error of torch.
-        afterwards: What is left of the run, as a sentence.
+        afterwards: Sentence about what remains of the run.
     """
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
@@ -112,7 +117,7 @@ EVERY = 50  # steps between two checks of the driver
 
 @dataclass
 class MemoryWatch:
-    """Watch memory in training: compare the predicted and the measured peak once, warn once if it is full.
+    """Compare the predicted and the measured peak of a training once, and warn once if memory is full.
 
     The first step of a run creates the optimizer's states, so measuring starts with the second one.
     """
@@ -129,11 +134,11 @@ class MemoryWatch:
 
     @property
     def highest(self) -> int:
-        """Return the most bytes of tensors that the run has had on the device, with its samples."""
+        """Return the highest number of bytes of tensors on the device during the run, samples included."""
         return max(self._highest, torch.cuda.max_memory_allocated(self.device))
 
     def see_batch(self, elements: int) -> None:
-        """Call for each micro-batch before its step ends.
+        """Record a micro-batch before its step ends.
 
         Args:
             elements: Number of elements of the batch's latents.
@@ -141,7 +146,7 @@ class MemoryWatch:
         self._has_seen = self._has_seen or (self._steps > 0 and elements >= self.largest)
 
     def after_step(self) -> None:
-        """Count a step: compare the predicted and measured peak once, and warn if memory becomes full."""
+        """Count a step: compare the predicted and the measured peak once, and warn if memory becomes full."""
         self._steps += 1
         if self._steps == 1:
             self._count_anew()
@@ -152,7 +157,7 @@ class MemoryWatch:
             self.warn_if_full()
 
     def after_pause(self) -> None:
-        """Call after samples, validation and saving: their memory is not the peak of a step."""
+        """Ignore memory of samples, validation and saving; call after them."""
         if self._steps > 0 and self.measured is None:
             self._count_anew()
 
@@ -161,7 +166,7 @@ class MemoryWatch:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def warn_if_full(self) -> None:
-        """Log one line, the first time that the device is full."""
+        """Log one line the first time that the device is full."""
         if self._has_warned:
             return
         free, total = torch.cuda.mem_get_info(self.device)

@@ -24,7 +24,7 @@ EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is
 
 
 class TokenCounter(TorchDispatchMode):
-    """Note the sizes of tensors that cards would share, from the operators that run while it is active."""
+    """Record the sizes of tensors that GPUs would share, from the operators that run while this is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class TokenCounter(TorchDispatchMode):
         self.heads = 0  # the largest number that divides the heads of every self-attention
 
     def watch(self, dit: nn.Module) -> Extrapolate:
-        """Watch a network from now on; return the function that extrapolates its rehearsal."""
+        """Watch a network from now on; return the function that extrapolates the rehearsal to all blocks."""
         inner = runner_of(dit)
 
         def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -57,22 +57,25 @@ class TokenCounter(TorchDispatchMode):
 
 
 def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
-    """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
+    """Return a rehearsal's moments for a GPU that has 1 / `context` of the tokens inside the blocks.
 
-    Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
-    such as those of a text that is only looked at, count as divided: they are few.
+    Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that stay
+    complete inside, such as those of a text that is only attended to, are counted as divided, because they
+    are few.
 
     Args:
         moments: Moments of the rehearsal.
-        context: Number of cards that share the tokens.
+        context: Number of GPUs that share the tokens.
         undivided: Counter of the rehearsal.
     """
-    buffers = EXCHANGED * undivided.largest // context
-
-    def part(place: str, moment: Moment) -> Moment:
-        if not place.startswith(IN_BLOCKS):
-            return {**moment, KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
-        parted = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
-        return {**moment, **parted, WORKING: parted[WORKING] + buffers}
-
-    return {place: part(place, moment) for place, moment in moments.items()}
+    exchange_buffers = EXCHANGED * undivided.largest // context
+    divided: dict[str, Moment] = {}
+    for place, moment in moments.items():
+        if place.startswith(IN_BLOCKS):
+            parts = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
+            parts[WORKING] += exchange_buffers
+        else:
+            # what the blocks keep for the backward pass is divided; the gathered tokens are complete
+            parts = {KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
+        divided[place] = {**moment, **parts}
+    return divided

@@ -44,7 +44,7 @@ Moment = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
-    """Round a size up to whole granules, as CUDA's allocator does."""
+    """Round a size up to a multiple of the allocation granularity of CUDA's allocator."""
     return -(-size // GRANULE) * GRANULE
 
 
@@ -57,24 +57,29 @@ class _Allocation:
 
 
 class Ledger(TorchDispatchMode):
-    """Live bytes by kind, and the peak in each place of the run.
+    """Track live bytes by kind, and the peak in each place of the run.
 
     A place is a part of the run named by `enter`, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """Start empty; only tensors on `device` count."""
+        """Start empty.
+
+        Args:
+            device: Device whose tensors are counted.
+        """
         super().__init__()
         self.device = device
         self.is_backward = False
         self.peaks: dict[str, Moment] = {}
-        self._place, self._number, self._kind = "start", 0, WORKING
-        self._live: Counter[str] = Counter()  # WORKING includes KEPT
+        self._place, self._number = "start", 0  # the current place: its name, and how many came before it
+        self._kind = WORKING  # kind of new tensors
+        self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
         self._here = 0  # the part of WORKING that was made in the current place
         self._total = 0
         self._most = 0  # largest total since `rise` began
-        self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
-        self._guesses = False
+        self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
+        self._guesses = False  # whether unknown numbers are read as 1
         self.counts: dict[str, int] = {}  # blocks of each list that run
         self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
 
@@ -89,25 +94,25 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """Enter another place of the run: live tensors without another kind count as kept."""
+        """Enter another place of the run; live tensors without another kind count as kept from then on."""
         self._place = place
         self._number += 1
         self._here = 0
         self._compare()
 
     def forget_peaks(self) -> None:
-        """Forget the peaks, so that those of another phase can be measured."""
+        """Forget the peaks before another phase is measured."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-        """Call `run`; return its result, and by how many bytes the device's total rose at most."""
+        """Call `run`; return its result and the largest increase of the device's total, in bytes."""
         before, self._most = self._total, self._total
         result = run()
         return result, self._most - before
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
-        """Count tensors made inside as that kind."""
+        """Count tensors that are created inside as this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -116,7 +121,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def guessing(self) -> Iterator[None]:
-        """Let code inside read unknown numbers as 1: for code whose memory does not depend on them."""
+        """Let code inside read unknown numbers as 1; only for code whose memory does not depend on them."""
         before, self._guesses = self._guesses, True
         try:
             yield
@@ -124,12 +129,12 @@ class Ledger(TorchDispatchMode):
             self._guesses = before
 
     def see(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Count a tensor's storage; with `kind`, also change the kind of a storage that is known."""
+        """Count a tensor's storage; if `kind` is given and the storage is known, change its kind."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
             reference, allocation = self._known[key]
-            if reference() is storage:  # not a new one with the id of one that is gone
+            if reference() is storage:  # else a new storage has the id of a freed one
                 if kind is not None and allocation.kind != kind:
                     self._add(allocation, -1)
                     allocation.kind = kind
@@ -170,7 +175,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
+    """Run an operator; the result has values if all inputs do, or if it creates a small integer tensor."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     if tensors and not fakes:  # all inputs have values
@@ -204,7 +209,7 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
 
 
 def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
-    """Yield the networks that an object holds: itself, or those among its attributes and their items."""
+    """Yield the networks in an object: the object itself, or those among its attributes and their items."""
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
@@ -224,7 +229,7 @@ class _ComputedPiece(NamedTuple):
 
 
 class OneOfManyPieces(TorchFunctionMode):
-    """While active, `compute_piece` computes one piece of each kind; for further ones it allocates space."""
+    """While active, compute only one piece of each kind in `compute_piece`; allocate space for the others."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -250,7 +255,7 @@ class OneOfManyPieces(TorchFunctionMode):
         return self._allocate_share(piece.shape, largest_piece)
 
     def _allocate_share(self, shape: torch.Size, computed: _ComputedPiece) -> Tensor:
-        """Allocate what a piece of this shape takes while it is computed, free it, and return its result."""
+        """Allocate and free what computing a piece of this shape takes; return an empty result."""
         rise = computed.rise * shape.numel() // computed.shape.numel()
         memory = torch.empty(rise, dtype=torch.uint8, device=self._ledger.device)
         del memory
@@ -267,7 +272,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Dry-run everything inside.
+    """Dry-run everything inside: sizes and memory are tracked, and nothing is computed.
 
     Args:
         device: Device on which the code inside computes.
@@ -279,7 +284,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
 
 
 def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
-    """Give a module on the meta device or the CPU storages on the ledger's device, inside a dry run."""
+    """Replace the tensors of a module by empty ones on the ledger's device, inside a dry run."""
     stand_ins: dict[int, Tensor] = {}  # a tensor may have several names
     with ledger.allocating(kind):
         for part in module.modules():
@@ -288,7 +293,8 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in stand_ins:
-                        # of small codes, such as a stored weight's, too: whole numbers would keep values
+                        # integers would keep their values (see `_compute`), so that 8-bit codes of stored
+                        # weights are allocated as floats and viewed as integers
                         dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
                         empty = torch.empty(tensor.shape, dtype=dtype, device=ledger.device)
                         empty = empty.view(tensor.dtype)
@@ -299,9 +305,9 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
 
 
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
-    """Give the forward and the backward pass of the first and last blocks of each list places in the ledger.
+    """Record the forward and backward pass of the first and last blocks of each list as places in the ledger.
 
-    Call after LoRA, before checkpointing: a block's recomputation counts as its backward pass.
+    Call after LoRA and before checkpointing: a block's recomputation counts as its backward pass.
     """
     is_first = True
     for name, all_of_them in blocks.items():
@@ -313,7 +319,7 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
 def _watch(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
-    def entering(place: str) -> Callable[[Tensor], None]:
+    def enter_hook(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
@@ -321,26 +327,27 @@ def _watch(
             if ledger.is_backward:
                 return forward(x, *inputs, **named)
             if is_first and x.requires_grad:
-                x.register_hook(entering("backward before the blocks"))
+                x.register_hook(enter_hook("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
             # two places at each end of a list: the outermost block, and one that is like all those between
             count = ledger.counts[name]
             if index == count - 1:
-                where = "last"
+                position = "last"
             elif index == 0:
-                where = "first"
+                position = "first"
             elif index == 1:
-                where = SECOND
+                position = SECOND
             elif index == count - 2:
-                where = BEFORE_LAST
+                position = BEFORE_LAST
             else:
-                where = "between"
-            ledger.enter(f"forward of {name}, {where}")
+                position = "between"
+            ledger.enter(f"forward of {name}, {position}")
             result = forward(x, *inputs, **named)
         ledger.enter("forward outside the blocks")
-        last = result[-1] if isinstance(result, tuple) else result  # a second stream's returns two
-        if last.requires_grad:
-            last.register_hook(entering(f"backward of {name}, {where}"))
+        # a block of the side stream returns two tensors
+        last_output = result[-1] if isinstance(result, tuple) else result
+        if last_output.requires_grad:
+            last_output.register_hook(enter_hook(f"backward of {name}, {position}"))
         return result
 
     return run
@@ -372,20 +379,23 @@ def keep_blocks(
 
 
 def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
-    """Return the result of `measure` for `counts` blocks, from runs with few: bytes grow by the block.
+    """Extrapolate the result of `measure` to `counts` blocks from runs with few: bytes grow per block.
 
-    The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.
+    The bytes in a block's place depend linearly on its index, so the largest value is at an end of a list.
     """
-    base = tuple(min(count, MIN) for count in counts)
-    of_base = _with_both_ends(measure(base))
-    moments = {name: Counter(moment) for name, moment in of_base.items()}
+    few_counts = tuple(min(count, MIN) for count in counts)
+    with_few = _with_both_ends(measure(few_counts))
+    moments = {name: Counter(moment) for name, moment in with_few.items()}
     for index, count in enumerate(counts):
-        if count > base[index]:
-            larger = _with_both_ends(measure((*base[:index], base[index] + 1, *base[index + 1 :])))
+        num_missing = count - few_counts[index]
+        if num_missing > 0:
+            # one more block in this list shows how many bytes each of its blocks adds
+            one_more = (*few_counts[:index], few_counts[index] + 1, *few_counts[index + 1 :])
+            with_one_more = _with_both_ends(measure(one_more))
             for name, moment in moments.items():
-                for kind in {*larger[name], *of_base[name]}:
-                    growth = larger[name].get(kind, 0) - of_base[name].get(kind, 0)
-                    moment[kind] += (count - base[index]) * growth
+                for kind in {*with_one_more[name], *with_few[name]}:
+                    growth = with_one_more[name].get(kind, 0) - with_few[name].get(kind, 0)
+                    moment[kind] += num_missing * growth
     return {name: dict(moment) for name, moment in moments.items()}
 
 
@@ -393,7 +403,7 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
-    """Return the function that extrapolates block by block, for runs on one device."""
+    """Return the function that extrapolates per block, for runs on one device."""
     return extrapolate
 
 
@@ -408,6 +418,6 @@ def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
 
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
-    """Return the place at which the device holds most, and its bytes by kind."""
+    """Return the place at which the device holds the most memory, and its bytes by kind."""
     name = max(moments, key=lambda place: sum(moments[place].values()))
     return name, moments[name]

@@ -19,7 +19,7 @@ Operator = Callable[..., Any]
 def planned(function: Operator) -> Operator:
     """Register a function that only allocates tensors as the operator `planned::<name>`.
 
-    It is one operator, as the kernel is: selective checkpointing may keep its results, and a ledger knows its
+    It is one operator, like the kernel: selective checkpointing may keep its results, and a ledger knows its
     name.
     """
     operator = torch.library.custom_op(f"planned::{function.__name__}", function, mutates_args=())
@@ -28,11 +28,12 @@ def planned(function: Operator) -> Operator:
 
 
 class _Attention(torch.autograd.Function):
-    """Buffers of flash attention: its result, and the logarithm of each row's sum in float32.
+    """Buffers of flash attention: its result and the float32 log-sum-exp of each row.
 
-    Backward: the three gradients, each row's dot product of gradient and result in float32, and a second,
-    float32 gradient of the queries, which sums over blocks of keys. Source: Dao 2023, arXiv 2307.08691, and
-    the buffers of its released code; the cuDNN kernel's workspace has the same size.
+    The backward pass needs the three gradients, the dot product of gradient and result of each row in
+    float32, and another, float32 gradient of the queries, which accumulates over blocks of keys. Source: Dao
+    2023, arXiv 2307.08691, and the buffers of its released code; the cuDNN kernel's workspace has the same
+    size.
     """
 
     @staticmethod
@@ -60,7 +61,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 def attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three gradients. It takes all that the kernel reads, so that its work can be counted."""
+    """Return the three gradients. It takes all inputs of the kernel, so that its work can be counted."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -81,7 +82,7 @@ def _make_row_numbers(query: Tensor) -> Tensor:
 def _rms_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """Stand in for `torch.nn.functional.rms_norm` on CUDA: one kernel, under autocast in float32."""
+    """Stand in for `torch.nn.functional.rms_norm` on CUDA: a single kernel, in float32 under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.float()
         weight = None if weight is None else weight.float()
@@ -89,7 +90,7 @@ def _rms_norm(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps its input and one float32 number per row."""
+    """Save only the input and one float32 number per row, as CUDA's kernel does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
@@ -115,13 +116,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tenso
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return both gradients; one that is not needed has no elements."""
+    """Return both gradients; a gradient that is not needed has no elements."""
     needed = torch.empty_like(weight) if needs_weight and weight is not None else x.new_empty(0)
     return torch.empty_like(x) if needs_x else x.new_empty(0), needed
 
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stand in for torch's function, which takes B N L D; the kernels lay out their result as B L N D."""
+    """Stand in for torch's function, which takes B N L D; the kernels' results have the layout B L N D."""
     by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
     result: Tensor = _Attention.apply(*by_tokens)
     return result.transpose(1, 2)
@@ -142,7 +143,7 @@ def _addcmul(
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """Stand in for oneDNN's convolution, which a dry run cannot execute: the result has the same size."""
+    """Stand in for oneDNN's convolution, which a dry run cannot execute; the result has the same size."""
     return functional.conv3d(
         x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
@@ -162,10 +163,10 @@ KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class PlannedKernels(TorchFunctionMode):
-    """While active, torch functions that CUDA computes in one kernel are replaced by their stand-ins.
+    """While active, replace torch functions that CUDA computes in one kernel by stand-ins.
 
-    torch turns modes off while it runs a tensor's method, `backward` too; code that recomputes there must
-    turn it on again.
+    torch turns modes off while it runs a tensor's method, including `backward`; code that recomputes there
+    has to turn this on again.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

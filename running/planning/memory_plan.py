@@ -63,14 +63,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The phases of a run, one after the other; each frees its memory before the next one starts."""
+    """The phases of a run in order; each frees its memory before the next one starts."""
 
     phases: tuple[Phase, ...]
     remarks: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Phase:
-        """The phase that needs most device memory."""
+        """The phase that needs the most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
@@ -93,7 +93,7 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 
 @dataclass(frozen=True)
 class Swapped:
-    """Effect on the weights if blocks are swapped, or split over processes, in bytes."""
+    """How many bytes of weights move if blocks are swapped or split over processes."""
 
     host: int  # of weights that leave the device
     ring: int  # of slots on the device through which they are streamed, or where blocks are gathered
@@ -102,15 +102,15 @@ class Swapped:
 
     @property
     def saved(self) -> int:
-        """Bytes of device memory that the swap saves: what left the device, less the slots for streaming."""
+        """Bytes of device memory that the swap saves: the moved weights minus the slots for streaming."""
         return self.host + self.elsewhere - self.ring
 
     def words(self, blocks: int, ring: str) -> str:
-        """Return a note on the weights.
+        """Return a note about the weights.
 
         Args:
             blocks: Number of swapped blocks.
-            ring: Words for the slots.
+            ring: Text that describes the slots.
         """
         if self.processes > 1:
             return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
@@ -118,10 +118,10 @@ class Swapped:
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
-    """Return the bytes of a swap plan for a network on any device.
+    """Return the byte counts of a swap plan for a network on any device.
 
     Raises:
-        OptionError: If it has too few blocks.
+        OptionError: If the network has too few blocks.
     """
 
     def size(names: Iterable[str]) -> int:
@@ -138,7 +138,7 @@ GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
-    """Return the number of processes that share the transformer; --plan without a launcher: at least 2."""
+    """Return the number of processes that share the transformer; with --plan and no launcher, at least 2."""
     if not speed.joined.splits_weights:
         return 1
     launched = launched_processes()
@@ -148,13 +148,13 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
-    """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`.
+    """Return the effect of every possible --blocks_to_swap from 0 on, with the other options of `swap`.
 
     Args:
         dit: The transformer.
         spec: Names of the network's blocks.
         swap: Options of block swap.
-        processes: Number of processes that share the blocks; if there are several, none can be swapped.
+        processes: Number of processes that share the blocks; if there are several, no blocks can be swapped.
     """
     if processes > 1:
         return [share_blocks(weights_by_block(dit, spec), processes)]
@@ -210,14 +210,14 @@ def parts_of(
     waiting: int = 0,
     network: str = "LoRA",
 ) -> tuple[MemoryPart, ...]:
-    """Return a moment as lines of a plan.
+    """Format a moment as lines of a plan.
 
     Args:
         moment: Bytes by kind.
         swap: Effect of swapping.
         notes: Notes by kind.
         waiting: Bytes of activations in host memory.
-        network: What is trained, or added to the transformer.
+        network: What is trained or added to the transformer.
     """
     parts = []
     for kind, name in NAMES.items():
@@ -248,7 +248,7 @@ def dtypes_of(dit: nn.Module) -> str:
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
-    """Return the last line: whether the plan fits, and if not, the changes to make."""
+    """Return the last line of a plan: whether it fits, and if not, what to change."""
     needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
     if room is None:
         return (
@@ -284,13 +284,13 @@ def show(plan: MemoryPlan, last_line: str) -> None:
 
 
 def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
-    """Return name, bytes of the device and of the host, and remark, as words."""
+    """Return name, device bytes, host bytes and note of a part as texts."""
     host = gib(part.host) if part.host else ""
     return part.name, gib(part.device), host, part.note
 
 
 class Swappable(Protocol):
-    """A prediction of the device's bytes for a number of swapped blocks, which can be at most `most`."""
+    """Prediction of device bytes by number of swapped blocks, which is at most `most`."""
 
     @property
     def most(self) -> int:
@@ -301,14 +301,15 @@ class Swappable(Protocol):
 
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
-    """Return the smallest number of swapped blocks that fits `usable` bytes; None if none does."""
+    """Return the smallest number of swapped blocks that fits into `usable` bytes; None if no number does."""
     return next((count for count in range(prediction.most + 1) if prediction.device(count) <= usable), None)
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
-    """Return the number of blocks to swap, and the reason if --blocks_to_swap is `auto`.
+    """Return the number of blocks to swap, and its reason if --blocks_to_swap is `auto`.
 
-    With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a room.
+    With `auto` the number is the smallest that fits the device, the largest possible if none fits, and 0
+    without a device to fit.
 
     Raises:
         OptionError: If there are too few blocks.
@@ -346,11 +347,11 @@ def print_plan(
     """Print a plan and whether it fits.
 
     Args:
-        prediction: The prediction.
+        prediction: Prediction of the device bytes.
         swap: Options of block swap.
         room: Available memory.
-        plan_of: Makes a plan from the number of swapped blocks and remarks.
-        advice: Called for lines of advice if the plan does not fit.
+        plan_of: Makes the plan from the number of swapped blocks and a list of remarks.
+        advice: Returns lines of advice if the plan does not fit.
     """
     blocks, reason = swap_for(prediction, swap, room)
     plan = plan_of(blocks, [] if reason is None else [reason])
@@ -366,19 +367,19 @@ Predicted = TypeVar("Predicted", bound=Swappable)
 def resolve_swap(
     speed: Speed, room: Room | None, predict: Callable[[], Predicted]
 ) -> tuple[Speed, Predicted | None]:
-    """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
+    """Replace --blocks_to_swap auto by a number; return the options and the prediction.
 
-    The prediction is None without a device to plan for, or if the rehearsal failed, which is logged: a run
-    works without a plan too.
+    The prediction is None without a device to plan for, or if the rehearsal failed; a failure is logged only,
+    because a run works without a plan too.
 
     Args:
         speed: Options of memory and speed.
-        room: Memory of a CUDA device; without one nothing is rehearsed, and auto is 0.
+        room: Memory of a CUDA device; without one nothing is rehearsed, and auto becomes 0.
         predict: Rehearses the run.
 
     Raises:
-        UserError: As the rehearsal does.
-        MemoryPlanError: If the rehearsal fails and auto needs it.
+        UserError: If the rehearsal raises it.
+        MemoryPlanError: If the rehearsal fails and auto depends on it.
         OptionError: If the network has fewer blocks than are to be swapped.
     """
     if room is None:
@@ -409,21 +410,21 @@ def advise(
     can_swap: bool = True,
     phase: str = "",
 ) -> tuple[list[str], Predicted | None]:
-    """Advise changes by which a prediction fits, the cheapest first; each line adds to those before it.
+    """Advise changes that make a prediction fit, cheapest first; each line adds to the lines before it.
 
     Args:
         prediction: The prediction with the current options.
-        cheaper: Unused options, and the prediction with each one and all before it.
+        cheaper: Unused options, and the prediction with each option and all before it.
         usable: Usable bytes of the device.
         swapped: Number of blocks that the options swap.
         can_swap: Whether blocks can be swapped.
-        phase: Words after the bytes, such as " while denoising".
+        phase: Text after the bytes, such as " while denoising".
 
     Returns:
-        The lines, and the last prediction if even that does not fit.
+        The lines, and the last prediction if even that one does not fit.
     """
     lines: list[str] = []
-    unchanged = [("", lambda: prediction)]
+    unchanged = [("", lambda: prediction)]  # without unused options only a swap can be advised
     for name, predict in cheaper or unchanged:
         prediction = predict()
         if name:

@@ -26,11 +26,11 @@ DECIDED |= {"--blocks_to_swap": 1, "--plan": 1}
 
 
 class Divided(Swappable, Protocol):
-    """A prediction of a run, for one of the cards that share it."""
+    """Memory prediction for one of the GPUs that share a run."""
 
     @property
     def swaps(self) -> Sequence[Swapped]:
-        """Effect on the weights by the number of swapped blocks, from 0 on."""
+        """Effect of swapping on the weights, by number of swapped blocks from 0 on."""
 
     def plan(self, blocks: int, /) -> MemoryPlan:
         """Return the memory plan with this number of swapped blocks."""
@@ -38,7 +38,7 @@ class Divided(Swappable, Protocol):
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A run on one card, rehearsed, and how to divide it."""
+    """A rehearsed run on one GPU, and a function that divides it over several."""
 
     words: tuple[str, ...]  # options that the command lacks
     heads: int  # number of attention heads, divided among cards that share tokens
@@ -49,7 +49,7 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to use the cards. A refused way has no plan."""
+    """One way to use the GPUs. A way that is not possible has a refusal instead of a plan."""
 
     words: tuple[str, ...]  # options that it adds to the command
     division: Division
@@ -61,24 +61,24 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    """Return the options that divide the run as `division` says, without block swap."""
+    """Return the options that divide the run as in `division`, without block swap."""
     return override_options(speed, {**divided_options(division), "blocks_to_swap": None})
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways to use equal cards, first the one with the least waiting.
+    """Yield the ways to use equal GPUs; those that wait least for each other come first.
 
     Args:
         rehearsed: The rehearsed run.
-        cards: Number of cards.
-        room: Memory of each card.
+        cards: Number of GPUs.
+        room: Memory of each GPU.
         is_training: Whether the run is a training.
     """
     for division in _list_divisions(cards, is_training):
         words = _words_of(division)
         at_once = cards // division.context
         if division.shards and not is_training:
-            at_once = 1
+            at_once = 1  # all processes generate the same clip
         way = Way(words, division, at_once)
         heads = rehearsed.heads
         try:
@@ -91,16 +91,16 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         yield _plan_way(way, prediction, 0, room=room, is_training=is_training)
         if words or not rehearsed.can_swap:
             continue
-        # as few as fit; if none are too many, all that can be
-        count = smallest_swap(prediction, room.usable)
-        if count != 0 and prediction.most:
-            count = count or prediction.most
+        # the undivided run with block swap: the fewest blocks that fit, or all if even that is too much
+        fewest = smallest_swap(prediction, room.usable)
+        if fewest != 0 and prediction.most:
+            count = prediction.most if fewest is None else fewest
             way = replace(way, words=("--blocks_to_swap", str(count)))
             yield _plan_way(way, prediction, count, room=room, is_training=is_training)
 
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
-    """Return the divisions of a run among cards, first the one whose cards wait least for each other."""
+    """Return the divisions of a run over GPUs; those that wait least for each other come first."""
     # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
     # its processes share anything, and then each computes all tokens unless it shares them
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
@@ -115,7 +115,7 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
 
 
 def _words_of(division: Division) -> tuple[str, ...]:
-    """Return the options that divide a step so, as words of a command."""
+    """Return the command-line words that divide a step in this way."""
     values = divided_options(division)
     return tuple(
         option_words({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
@@ -132,13 +132,13 @@ def _plan_way(way: Way, prediction: Divided, blocks: int, *, room: Room, is_trai
 
 
 def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
-    """Print the ways for cards, and the cheapest that fits with the parts of its memory.
+    """Print the ways to use the GPUs, and the memory of the cheapest way that fits.
 
     Args:
-        runs: Rehearsals: the first has the command's options, each further one more options that save memory;
-            it is used if nothing fits in those before it.
-        cards: Number of cards.
-        room: Memory of each card.
+        runs: Rehearsals: the first one with the command's options, each further one with more options that
+            save memory. A further one is used only if nothing fits in those before it.
+        cards: Number of GPUs.
+        room: Memory of each GPU.
         is_training: Whether the run is a training.
     """
     ways: list[Way] = []
@@ -147,9 +147,9 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         ways = list(find_ways(run, cards, room, is_training))
         added = run.words
         if any(way.fits for way in ways):
-            break
+            break  # options that save more memory are not needed
     plans = [way.memory for way in ways if way.memory is not None]
-    if not plans:
+    if not plans:  # no way is possible
         raise OptionError(ways[0].refusal)
     title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
     with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
@@ -170,7 +170,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
 
 
 def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> list[str]:
-    """Return lines with the command of the cheapest way, and of that with which one clip is made soonest."""
+    """Return lines with the command of the cheapest way, and of the way that finishes one clip soonest."""
     best = fitting[0]
     on_each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
     lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
@@ -182,7 +182,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
 
 
 def format_table(ways: Sequence[Way]) -> list[str]:
-    """Return the lines of a table of the ways whose memory is known, with a heading."""
+    """Return the lines of a table, with a heading, of the ways whose memory is known."""
     rows = [("way", "GiB a card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:
@@ -209,22 +209,22 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
 
     Args:
         way: The way.
-        added: Options that the command lacks.
+        added: Options that the planned command lacks.
         argv: Arguments of the planning command.
         is_training: Whether the run is a training.
     """
-    words: list[str] = []  # without the options that a way decides, and their values
-    following = 0
+    kept: list[str] = []  # words of the command without the options that a way decides, and their values
+    num_values = 0  # how many of the next words are values of a removed option
     for word in argv[1:]:
         name, equals, _ = word.partition("=")
-        if following and not word.startswith("--"):
-            following -= 1
+        if num_values and not word.startswith("--"):
+            num_values -= 1
             continue
-        following = 0 if equals else DECIDED.get(name, 0)
+        num_values = 0 if equals else DECIDED.get(name, 0)
         if name not in DECIDED:
-            words.append(word)
+            kept.append(word)
     script = Path(argv[0]).name
-    words = [str(find_script(script) or script), *words, *added, *way.words]
-    if not is_training and way.at_once > 1:
+    words = [str(find_script(script) or script), *kept, *added, *way.words]
+    if not is_training and way.at_once > 1:  # separate generations, each a process without a launcher
         return as_typed(["python", *words])
     return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])

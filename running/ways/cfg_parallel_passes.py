@@ -14,8 +14,8 @@ from running.offload.sharding import gather_parts
 class SharedPasses:
     """Divide the passes of each step over processes; a `RunPasses`.
 
-    Each pass is run by itself. If the transformer is split too, all processes run passes that skip the same
-    blocks at the same time; if there are fewer such passes than processes, some are run twice.
+    Each pass runs separately. If the transformer is split too, all processes run passes that skip the same
+    blocks at the same time; if there are fewer such passes than processes, some passes run twice.
     """
 
     def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
@@ -32,12 +32,13 @@ class SharedPasses:
         self._in_lockstep = in_lockstep
 
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
-        """Run this process' share of a step's passes, and return the velocities of all, float32."""
+        """Run this process's share of a step's passes, and return the velocities of all passes, float32."""
         velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):
             for start in range(0, len(group), self.processes):
                 at_once = group[start : start + self.processes]
                 velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
+                # in lockstep a process without a pass repeats one, because it has to gather the same blocks
                 if self._in_lockstep or self._rank < len(at_once):
                     overrides, key = at_once[self._rank % len(at_once)]
                     (predicted,) = predict(calls[overrides][key], overrides=overrides)
@@ -48,7 +49,7 @@ class SharedPasses:
         return velocities
 
     def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:
-        """Return groups of passes that can run at the same time: in lockstep those that skip equal blocks."""
+        """Return groups of passes that can run at the same time; in lockstep these skip the same blocks."""
         groups: dict[object, list[tuple[Overrides, int]]] = {}
         for overrides, conditions in calls.items():
             passes = [(overrides, key) for key in conditions]

@@ -29,7 +29,7 @@ OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # begin the variables 
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
-    """Return a record with the options of the ways that a script has: a field for each, by its name."""
+    """Return a record of the options of a script's ways to run, with a field for each way by its name."""
     records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
     content: dict[str, Any] = {
         name: option(facts=NO_PIXELS if record.keeps_pixels and not is_training else None)
@@ -40,10 +40,10 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> JoinedWays:
-    """Have the ways that are on join a run.
+    """Have the active ways to run join a run.
 
     Raises:
-        OptionError: For options that do not go with them.
+        OptionError: If other options conflict with them.
     """
     run = JoinedWays(speed)
     for way in WAYS:
@@ -54,7 +54,7 @@ def join_ways(speed: SpeedOptions) -> JoinedWays:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if launched processes would generate a prompt several times, or cannot share it."""
+    """Raise OptionError if the launched processes would repeat a generation or cannot share it."""
     times = count_groups(speed, processes)
     if speed.joined.divides_passes:
         times = 1
@@ -63,7 +63,7 @@ def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
 
 
 def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
-    """Return the number of groups of processes that have micro-batches of their own.
+    """Return the number of groups of processes that work on different micro-batches.
 
     Args:
         speed: Options of memory and speed.
@@ -71,16 +71,16 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
         passes: Number of processes that share the passes of a step.
 
     Raises:
-        OptionError: If they cannot be grouped so.
+        OptionError: If the processes cannot be divided into such groups.
     """
-    peers = speed.joined.num_peers * passes
-    if processes % peers:
+    group_size = speed.joined.num_peers * passes
+    if processes % group_size:
         typed = " ".join(speed.joined.peers)
         raise OptionError(
-            f"{typed}: {processes} processes make no groups of {peers}. Start a multiple of {peers}: "
-            f"accelerate launch --multi_gpu --num_processes {peers}"
+            f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
+            f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
         )
-    return processes // peers
+    return processes // group_size
 
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
@@ -93,7 +93,7 @@ def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
 
 
 def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
-    """Return the places of all processes, which have joined. Raises as `count_groups` does."""
+    """Return the grid of all processes, which have joined. Raises as `count_groups` does."""
     from torch import distributed  # only with several processes
 
     from running.offload.context import ProcessGrid
@@ -105,13 +105,13 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
 
 
 def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace | None":
-    """Return where blocks are put while a network is loaded; None if this process has them alone."""
+    """Return the place to load a network's blocks into; None if this process holds complete blocks."""
     places = [make_place(device) for make_place in speed.joined.on.place]
     return next(filter(None, places), None)
 
 
 def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.device") -> None:
-    """Let ways act on a network after all other changes.
+    """Let the active ways act on a network after all other changes.
 
     Raises:
         OptionError: If a way cannot run this network.
@@ -121,20 +121,23 @@ def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.dev
 
 
 def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | None":
-    """Return what runs the passes of a step in several processes, which have joined; None: each runs all."""
+    """Return the function that divides the passes of a step over processes; None if each runs all passes.
+
+    The processes have joined before.
+    """
     in_lockstep = bool(speed.joined.splits_weights)
     made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.joined.on.passes]
     return next(iter(made), None)
 
 
 def warn_if_alone(speed: SpeedOptions) -> None:
-    """Warn of ways that do nothing in a single process."""
+    """Warn of active options that have no effect in a single process."""
     for typed, alone in speed.joined.alone.items():
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the facts of the options of all ways, by name."""
+    """Return the declarations of the options of all ways, by name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
@@ -144,29 +147,31 @@ def list_block_options() -> list[str]:
 
 
 def divided_options(division: Division) -> dict[str, Any]:
-    """Return the options that divide a step among cards, by name."""
+    """Return the options that divide a step over GPUs, by name."""
     parts = {name: info["division"] for name, info in _list_info().items() if "division" in info}
     return {name: getattr(division, part) for name, part in parts.items()}
 
 
 def list_shared_things() -> str:
-    """Return what processes share, and by which options: "weights with --shard_base"."""
+    """Return what processes share and by which option, such as "weights with --shard_base"."""
     return " and ".join(f"{way.options.shares} with --{way.name}" for way in WAYS if way.options.shares)
 
 
 def reject_other_splits() -> None:
     """Raise OptionError if accelerate's launcher is configured to split the model by itself.
 
-    accelerate splits a model that a script hands to it. The loops here never do, so nothing would be split.
+    accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
+    split.
     """
     if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
         return
-    answers = Counter(variable for way in WAYS for variable in way.options.replaces)
-    # what several ways answer is last, as it is set together with one of the others
-    for variable in sorted(answers, key=lambda variable: answers[variable]):
+    num_ways = Counter(variable for way in WAYS for variable in way.options.replaces)
+    # variables that several ways replace come last: they are set together with a more specific one
+    for variable in sorted(num_ways, key=lambda variable: num_ways[variable]):
         value = os.environ.get(variable, "0").lower()
-        least = 1 if "_USE_" in variable else 2
-        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= least):
+        # a switch is on with 1; a number of processes splits the model only if it is 2 or more
+        min_value = 1 if "_USE_" in variable else 2
+        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value):
             answering = [way.options for way in WAYS if variable in way.options.replaces]
             raise OptionError(
                 f"accelerate launch asks for {answering[0].replaces[variable]} "

@@ -31,8 +31,8 @@ class ContextParallelOptions(
     """How many processes share the tokens of a clip."""
 
     context_parallel: int = option(
-        "of the processes, N share the tokens of each clip: each has a part of the tokens between attention, "
-        "and all tokens of a part of the heads in it. 1: none",
+        "N processes share the tokens of each clip: each holds a part of the tokens outside attention, "
+        "and all tokens of a part of the heads inside attention. 1: none",
         default=1,
         least=1,
         metavar="N",

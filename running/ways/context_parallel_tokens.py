@@ -18,7 +18,7 @@ from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
-    """Make the network's blocks run on a part of the tokens.
+    """Make the network's blocks run on this process's part of the tokens.
 
     Call it last, in all processes.
 
@@ -44,7 +44,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
 def _run_part(
     inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
-    """Run the blocks on this process' part of the tokens by the runner that was set before."""
+    """Run the blocks on this process's part of the tokens with the previous runner."""
     tokens, added = hidden.tokens, hidden.added
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))

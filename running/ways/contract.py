@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from modules.options import Options
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help needs no torch
     import torch
     from torch import nn
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:  # --help does without torch
 
 
 class SwapsBlocks(Protocol):
-    """Options that keep blocks in host memory, as far as ways read them."""
+    """The options that keep blocks in host memory, as far as ways use them."""
 
     @property
     def typed(self) -> str:
-        """The option as the user types it."""
+        """The option in use, as the user types it."""
 
 
 class SpeedOptions(Protocol):
-    """Options of memory and speed, as far as ways read them."""
+    """The options of memory and speed, as far as ways use them."""
 
     @property
     def ways(self) -> Options:
-        """Options of each way, in a record by its name."""
+        """Options of each way, by the way's name."""
 
     @property
     def swap(self) -> SwapsBlocks:
@@ -42,11 +42,11 @@ class SpeedOptions(Protocol):
 
     @property
     def joined(self) -> "JoinedWays":
-        """What the ways that are on have contributed."""
+        """What the active ways have contributed."""
 
 
 class FurtherModel(NamedTuple):
-    """A frozen transformer that a run loads besides its own."""
+    """A frozen transformer that a run loads in addition to its own."""
 
     name: str  # completes "... would not be split"
     option: str  # that gives its file, as it is typed
@@ -54,7 +54,7 @@ class FurtherModel(NamedTuple):
 
 @dataclass(frozen=True)
 class RunUses:
-    """What a run does that ways may not go with: options as they are typed, "" for what it does not do."""
+    """What a run does that ways may conflict with, as the options that ask for it; "" if it does not."""
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # of a training: the option of the model that makes samples, and a module of a network
@@ -70,7 +70,7 @@ class RunUses:
 
 @dataclass(frozen=True)
 class Division:
-    """Division of a step among processes, each with a card."""
+    """How a step is divided over processes, each with a GPU."""
 
     processes: int
     shards: bool = False  # the weights of the blocks
@@ -78,19 +78,19 @@ class Division:
 
 
 def by_division(part: str) -> dict[str, str]:
-    """Return the fact of an option whose value a `Division` says, in this field."""
+    """Return the declaration of an option whose value is this field of a `Division`."""
     return {"division": part}
 
 
 class WayOptions(Options):
-    """Base of the options of a way.
+    """Base of the options of a way to run.
 
     Attributes:
         in_training: Whether trainings have the options too.
-        keeps_pixels: Whether a generation gives the same pixels to the bit.
-        shares: What processes share, in a word.
-        answer: Its option and what it does, for users who ask accelerate's launcher to split.
-        replaces: What each variable that asks for it is called, by variable.
+        keeps_pixels: Whether a generation gives bit-identical pixels.
+        shares: Word for what the processes share.
+        answer: The option and its effect, for users who ask accelerate's launcher to split the model.
+        replaces: Name of accelerate's feature, by the environment variable that asks for it.
     """
 
     in_training: ClassVar[bool]
@@ -114,7 +114,7 @@ class WayOptions(Options):
 
 @dataclass(frozen=True)
 class WayHooks:
-    """The points that a run comes to. At each, ways act in the order of their list."""
+    """The points of a run at which ways act, in the order of their list."""
 
     # given --mixed_precision of a whole model that learns: raises OptionError
     whole: list[Callable[[str], None]] = field(default_factory=list)
@@ -131,7 +131,7 @@ class WayHooks:
 
 @dataclass
 class JoinedWays:
-    """How a transformer runs, as the ways that are on have joined it. Options are as a user types them."""
+    """What the active ways contribute to a run. Options are spelled as a user types them."""
 
     speed: SpeedOptions
     typed: list[str] = field(default_factory=list)  # of all these ways

@@ -91,7 +91,8 @@ def _join(run: JoinedWays, options: ShardBaseOptions) -> None:
         )
     run.typed.append("--shard_base")
     run.splits_weights = "--shard_base"
-    run.alone["--shard_base"] = "holds the whole model"
+    run.alone["--shard_base"] = "holds the whole model"  # in the warning for a single process
+    # a model that needs several GPUs in training needs them in generation too
     run.for_generation["--shard_base"] = True
     run.on.whole.append(_reject_full)
     run.on.check.append(_check)

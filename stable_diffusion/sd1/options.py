@@ -22,8 +22,8 @@ GENERATION = script_defaults(512, side_step=8)
 
 def _clip_skip() -> int | None:
     skip: int | None = option(
-        "layer of the text encoder whose states are used, from the end: 1 is the last one, which is usual; "
-        "2.x is loaded without OpenCLIP's last layer, as it was trained",
+        "layer of the text encoder whose states are used, from the end: 1 is the last one, which is "
+        "common; 2.x is loaded without OpenCLIP's last layer, as it was trained",
         least=1,
         hint="1 or 2",
         facts=IDENTITY,
@@ -32,25 +32,25 @@ def _clip_skip() -> int | None:
 
 
 class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of train_network.py besides the shared ones."""
+    """Options of train_network.py in addition to the shared ones."""
 
     v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
 
 
 class Sd1ControlNetTrainingOptions(Sd1TrainingOptions, title=NAME):
-    """Options of train_control_net.py besides the shared ones."""
+    """Options of train_control_net.py in addition to the shared ones."""
 
     controlnet_model_name_or_path: Path | None = weights_option()
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
 
 
 class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
-    """Options of train_textual_inversion.py besides the shared ones."""
+    """Options of train_textual_inversion.py in addition to the shared ones."""
 
 
 class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of fine_tune.py besides the shared ones."""
+    """Options of fine_tune.py in addition to the shared ones."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
     learning_rate_te: float | None = text_rate("the text encoder", IF_TRAINED)
@@ -62,7 +62,7 @@ class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
-    """Options of train_db.py besides the shared ones."""
+    """Options of train_db.py in addition to the shared ones."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
     stop_text_encoder_training: int | None = option(
@@ -93,14 +93,14 @@ class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
 
 
 class Sd1LatentCachingOptions(LatentCachingOptions, title=NAME):
-    """Options of sd_cache_latents.py besides the shared ones."""
+    """Options of sd_cache_latents.py in addition to the shared ones."""
 
 
 class Sd1TextCachingOptions(TextCachingOptions, title=NAME):
-    """Options of sd_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of sd_cache_text_encoder_outputs.py in addition to the shared ones."""
 
     clip_skip: int | None = _clip_skip()
 
 
 class Sd1GenerationOptions(StableDiffusionGenerationOptions, title=NAME):
-    """Options of sd_generate_image.py besides the shared ones."""
+    """Options of sd_generate_image.py in addition to the shared ones."""

@@ -2,5 +2,5 @@
 
 family: the description, for these kinds of checkpoints
 names: entry of the scripts in the list
-options: options of the scripts, besides the shared ones
+options: options of the scripts, in addition to the shared ones
 """

@@ -33,11 +33,11 @@ _IN_GUIDES = (
 
 _ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
 _NO_TEXTS = "the text encoders are not trained. Leave it out"
-MAX_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
+MAX_WIDTH = 1024  # maximum width of the embedding of a control image; released files have 16 to 64
 
 
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
-    """Options of the scripts that train, besides the shared ones."""
+    """Options of the scripts that train, in addition to the shared ones."""
 
     v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
     clip_skip = not_needed(
@@ -47,18 +47,18 @@ class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
 
 
 class SdxlTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_network.py besides the shared ones."""
+    """Options of sdxl_train_network.py in addition to the shared ones."""
 
     text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
     text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
 
 
 class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_control_net_lllite.py besides the shared ones."""
+    """Options of sdxl_train_control_net_lllite.py in addition to the shared ones."""
 
     cond_emb_dim: int | None = option(
-        "numbers that the control picture becomes at each place, even; default: those of --network_weights, "
-        "else 32",
+        "number of values for the control image at each position, even; default: those of "
+        "--network_weights, else 32",
         least=2,
         most=MAX_WIDTH,
         hint="32 is usual",
@@ -80,7 +80,7 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
 
 
 class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_control_net.py besides the shared ones."""
+    """Options of sdxl_train_control_net.py in addition to the shared ones."""
 
     controlnet_model_name_or_path: Path | None = weights_option()
     control_net_lr: float = rate_option()
@@ -90,7 +90,7 @@ class SdxlControlNetTrainingOptions(SdxlLearningOptions, title=NAME):
 
 
 class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train_textual_inversion.py besides the shared ones."""
+    """Options of sdxl_train_textual_inversion.py in addition to the shared ones."""
 
     text_encoder_lr1 = unsupported(_ONE_RATE, type=float)
     text_encoder_lr2 = unsupported(_ONE_RATE, type=float)
@@ -100,7 +100,7 @@ _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
 
 
 class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME):
-    """Options of sdxl_train.py besides the shared ones."""
+    """Options of sdxl_train.py in addition to the shared ones."""
 
     train_text_encoder: bool = text_switch("train both text encoders with the U-Net")
     learning_rate_te1: float | None = text_rate("CLIP-L, the first text encoder", IF_TRAINED)
@@ -125,12 +125,12 @@ class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME)
 
 
 class SdxlLatentCachingOptions(LatentCachingOptions, title=NAME):
-    """Options of sdxl_cache_latents.py besides the shared ones."""
+    """Options of sdxl_cache_latents.py in addition to the shared ones."""
 
 
 class SdxlTextCachingOptions(TextCachingOptions, title=NAME):
-    """Options of sdxl_cache_text_encoder_outputs.py besides the shared ones."""
+    """Options of sdxl_cache_text_encoder_outputs.py in addition to the shared ones."""
 
 
 class SdxlGenerationOptions(StableDiffusionGenerationOptions, title=NAME):
-    """Options of sdxl_generate_image.py besides the shared ones."""
+    """Options of sdxl_generate_image.py in addition to the shared ones."""

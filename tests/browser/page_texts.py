@@ -35,6 +35,7 @@ PROGRAMS = [
     ROOT / "downloads/listing.py",
 ]
 SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]
+PLACE = re.compile(r"%\((\w+)\)s")  # of a value in a text
 # of a function, the place of the argument that is the key
 FUNCTIONS = {"_": 0, "say": 0, "counted": 2}
 _QUOTED = r'"((?:[^"\\]|\\.)*)"'
@@ -64,6 +65,23 @@ def list_program_texts(path: Path) -> Iterator[str]:
         key = None if place is None or len(call.args) <= place else call.args[place]
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
             yield key.value
+
+
+def list_value_errors(path: Path) -> Iterator[str]:
+    """Yield the calls of a Python file that give a text other values than those that it names."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        given = {keyword.arg for keyword in call.keywords}
+        # a text without values gets them where it is shown
+        if call.func.id not in FUNCTIONS or not given or None in given:
+            continue
+        texts = [
+            one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)
+        ]
+        named = {name for text in texts for name in PLACE.findall(text)}
+        if texts and named - {"n"} != given - {"n"}:
+            yield f"{path.name}:{call.lineno}: {sorted(named)} are named, {sorted(given)} are given"
 
 
 def list_chart_titles() -> Iterator[str]:

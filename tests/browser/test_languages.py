@@ -18,11 +18,14 @@ from browser.page_language import CODES, NAMES, find_accepted, find_way_back, re
 from downloads.catalogue import model_sets
 from modules.pages.language import Language, Words, counted, join, say, show_all, speaking
 from tests.browser.page_texts import (
+    PLACE,
+    PROGRAMS,
     TEMPLATES,
     list_all_script_texts,
     list_helps,
     list_settings,
     list_texts,
+    list_value_errors,
     parse_template,
 )
 from tests.browser.serving import Served, serve_runs, write_run
@@ -30,7 +33,6 @@ from tests.browser.test_safe_clicks import describe, save_image
 from tests.chromium import open_page
 
 TABLES = CODES[1:]
-PLACE = re.compile(r"%\((\w+)\)s")
 TAG = re.compile(r"<(/?\w+)")
 
 
@@ -76,6 +78,10 @@ def test_helps_of_every_family_are_known() -> None:
 
     assert {"blocks_to_swap", "network_dim", "dit_high_noise"} <= names
     assert len(list_settings()) > 30
+
+
+def test_a_text_gets_the_values_that_it_names() -> None:
+    assert [error for path in PROGRAMS for error in list_value_errors(path)] == []
 
 
 def test_templates_hold_no_text_outside_of_the_table() -> None:

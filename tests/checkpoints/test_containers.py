@@ -244,7 +244,7 @@ ODD_TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "sparse": torch.eye(4).to_sparse,
     "sparse_csr": torch.eye(4).to_sparse_csr,
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "quantised": lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
+    "quantized": lambda: torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.qint8),
     "without data": lambda: torch.empty(4, device="meta"),
     "complex64": lambda: torch.ones(4, dtype=torch.complex64),
 }

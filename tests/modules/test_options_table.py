@@ -49,6 +49,25 @@ for name in MODULES:  # all, so that each worker has the same cases, whatever it
 RECORDS = sorted(_records(), key=lambda one: (one.__name__, one.__module__))
 
 
+@pytest.mark.parametrize(
+    "record", [one for one in RECORDS if hasattr(one, "__post_init__")], ids=lambda one: one.__name__
+)
+def test_a_record_without_given_options_has_nothing_to_reject(
+    record: type[Options], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rules are not asked then; a record that asks for an option says so."""
+    try:
+        made = record()
+    except TypeError:  # one of its options has no default, so that some are always given
+        return
+    except OptionError:
+        assert record.must_give
+        return
+    assert not record.must_give
+    made.__post_init__()  # type: ignore[attr-defined]  # as if some were given
+    assert not caplog.records
+
+
 def _with(*facts: str) -> list[Any]:
     return [
         pytest.param(record, field, id=f"{record.__name__}.{option_name(field)}")

@@ -234,7 +234,6 @@ def test_a_script_gets_an_entry_point_that_does_what_it_does_as_a_program() -> N
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
     "optional-dependencies"
 ]
-MODULES = {"scenedetect-headless": "scenedetect"}  # packages whose modules have another name
 PAGE = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
@@ -245,7 +244,7 @@ def test_an_extra_holds_packages_that_are_imported_and_is_documented(extra: str)
     )
     for line in EXTRAS[extra]:
         name = Requirement(line).name
-        module = MODULES.get(name, name).replace("-", "_")
+        module = name.replace("-", "_")
         assert f'"{module}' in sources or f"import {module}" in sources, name
         assert name in PAGE, name
     assert f"| `{extra}` |" in PAGE

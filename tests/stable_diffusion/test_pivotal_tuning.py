@@ -219,12 +219,15 @@ def test_check_and_plan_know_the_word(folder: Path) -> None:
     printed = io.StringIO()
 
     code, told = run_here("train_network.py", *words, "--check", folder=folder, printed=printed)
-    succeed_here("train_network.py", *words, "--plan", "--embedding_vectors", "75", folder=folder)
+    planned = io.StringIO()
+    plan = [*words, "--plan", "--embedding_vectors", "75"]
+    assert run_here("train_network.py", *plan, folder=folder, printed=planned)[0] == 0
     further = ["--check", "--train_embedding", "blob"]
     rejected_code, _ = run_here("train_network.py", *words, *further, folder=folder, printed=printed)
 
     assert code == 0, told
     assert f"1 of 3 captions lack the word {WORD}" in printed.getvalue()
+    assert "weights of text encoders" in planned.getvalue()
     assert rejected_code != 0
     assert "no caption has this word" in printed.getvalue()
     for further, reason in (

@@ -31,7 +31,8 @@ CORPUS = (
     "a squirrel throws nuts from a tree and laughs at the big bunny",
     "close up of a butterfly that lands on a red apple in the morning light",
     "static camera, blurred details, subtitles, low quality, worst picture, deformed hands",
-    "An old man with a gray beard reads the news by the window; rain falls outside.",
+    # spelled so when the numbers that tests compare with were recorded: the tokenizers are made from it
+    "An old man with a grey beard reads the news by the window; rain falls outside.",
     "Two dogs & a cat play on the beach at 7:30, waves, foam, wind (slow motion)!",
 )
 

@@ -85,6 +85,9 @@ WAYS |= {f"{' '.join(words)} bf16": (words, BF16) for words in (*OPTIMIZERS[:3],
     "Adafactor relative_step=False beta1=0.9 weight_decay=0.1 bf16",
     "AdamW amsgrad=True foreach=True bf16",
     "AdamW8bit bf16",
+    # torch's, as those that stay: Adam with moments, SGD without a state, RMSprop with a mean of squares
+    *("ASGD", "Adadelta", "Adagrad", "AdamW", "Adamax", "NAdam", "RAdam", "Rprop"),
+    "Lion8bit",  # in 8 bits as AdamW8bit
 )
 @pytest.mark.usefixtures("_idle_weight")
 @pytest.mark.parametrize("way", WAYS)

@@ -52,7 +52,7 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 
 
 class EncodesImages(Protocol):
-    """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
+    """Functions that read and encode the images of a batch, as `training.caching_inside.LiveMedia` does."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
         """Encode the items that are not cached; see `training.caching_inside.LiveMedia.encode`."""
@@ -60,7 +60,7 @@ class EncodesImages(Protocol):
 
 @dataclass(frozen=True)
 class BatchSources:
-    """Sources of the parts of a run's batches: caches, and encoding while training."""
+    """Where a run's batches come from: caches, and encoding during training."""
 
     latent: LatentSpec
     encoders: SameEncoders = field(default_factory=SameEncoders)  # that made the caches that were read
@@ -100,8 +100,8 @@ class BatchSources:
             DatasetError: As `LiveMedia.encode` does.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
-        # items encoded now have been mirrored already
-        sides = [flip and place not in encoded for place, flip in enumerate(flips)]
+        # items that were just encoded are already flipped
+        flips_left = [flip and index not in encoded for index, flip in enumerate(flips)]
         batch = read_batch(
             items,
             self.latent,
@@ -109,7 +109,7 @@ class BatchSources:
             checks=checks,
             captions=captions,
             stores=self.stores,
-            flips=sides,
+            flips=flips_left,
             undropped=undropped,
             encoded=encoded,
             reads_empty=reads_empty and not self.empty_text,
@@ -123,7 +123,7 @@ class BatchSources:
 
 @dataclass(frozen=True)
 class Packed:
-    """Hold a micro-batch on its way between processes, with all its tensors in one.
+    """A micro-batch packed for sending between processes, with all its tensors in a single one.
 
     Each tensor costs the receiver a connection to the sender.
     """
@@ -133,7 +133,7 @@ class Packed:
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
-        """Copy all tensors of a micro-batch into one of bytes; the outline keeps their shapes."""
+        """Copy all tensors of a micro-batch into one tensor of bytes; the outline keeps their shapes."""
         pieces: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -145,11 +145,11 @@ class Packed:
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
-        """Copy into page-locked memory, if the driver locks some. The data loader calls this."""
+        """Copy into page-locked memory, if the driver can lock some. The data loader calls this."""
         return Packed(self.outline, pin(self.content))
 
     def unpacked(self) -> NoisyBatch:
-        """Return the micro-batch again. Its tensors are views of `content`."""
+        """Restore the micro-batch. Its tensors are views of `content`."""
         start = 0
 
         def take_view(outline: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Randomness:
-    """Hold the seeds of a micro-batch's random numbers."""
+    """The random numbers of micro-batches, derived from the seed of the run."""
 
     timesteps: TimestepOptions
     seed: int
@@ -189,25 +189,33 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
-        noise = self._vary(noise, batch, number)
+        if self.noise.vary is not None:
+            noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        audio = self._add_audio(batch, times, number, first_sample)
+        audio = None
+        if self.audio is not None:
+            audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
         weights = self._weigh(batch, times)
         if self.audio is not None:
             weights = self.audio.image_weight * weights
         if self.audio is not None and self.audio.given == IMAGE_STREAM:
+            # images are given clean and not trained
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
+        if self.sentences:
+            batch = self._draw_captions(batch, number)
+        if self.noise.vary_inputs is not None:
+            batch = self._vary_inputs(batch, number)
         drawn = NoisyBatch(
-            batch=self._vary_inputs(self._draw_captions(batch, number), number),
+            batch=batch,
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=weights,
             given_frames=given_frames,
             expert=times.expert,
-            perturbation=self._perturb(shape, number),
+            perturbation=self._perturb(shape, number) if self.on_noise else None,
             audio=audio,
             number=number,
             levels=tuple(times.levels.tolist()),
@@ -217,39 +225,37 @@ class Randomness:
         return drawn
 
     def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
-        """Return the noise as the family changes it for training, such as by an offset."""
-        if self.noise.vary is None:
-            return noise
+        """Return the noise as modified for training, for example by an offset."""
+        assert self.noise.vary is not None  # else nothing calls this
         assert self.latent is not None  # of a family that changes its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _draw_captions(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with a sentence in place of each caption, if there are sentences."""
-        if not self.sentences:
-            return batch
+        """Return the batch with a drawn sentence for each caption."""
         stream = random.Random(derive_seed(self.seed, "sentences", number))
         return replace(batch, captions=tuple(stream.choice(self.sentences) for _ in batch.captions))
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
-        """Return the batch with its further inputs as the family changes them at each step."""
-        if self.noise.vary_inputs is None:
-            return batch
+        """Return the batch with its additional inputs varied as the family does at each step."""
+        assert self.noise.vary_inputs is not None  # else nothing calls this
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
-    def _add_audio(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisyAudio | None:
+    def _add_audio(
+        self, learning: AudioLearning, batch: Batch, times: Timesteps, *, number: int, first_sample: int
+    ) -> NoisyAudio | None:
         """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
         Args:
+            learning: What the run learns of sound.
             batch: The batch.
             times: Timesteps of the images.
             number: Index of the micro-batch in the run.
             first_sample: Number of samples that the run has seen before.
         """
-        learning = self.audio
         latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_AUDIO)
-        if learning is None or not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
+        if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
         if learning.given == AUDIO_STREAM:
@@ -268,14 +274,12 @@ class Randomness:
             levels=tuple(times.levels.tolist()),
         )
 
-    def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:
-        """Draw further noise of the input; None if nothing adds some."""
-        if not self.on_noise:
-            return None
+    def _perturb(self, shape: torch.Size, number: int) -> Tensor:
+        """Draw the additional noise of the input: the sum of what features add."""
         return functools.reduce(torch.add, (draw(shape, self.seed, number) for draw in self.on_noise))
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
-        """Return the factors on the samples' losses: B."""
+        """Return the weight of each sample's loss, B."""
         weights = torch.ones(len(batch))
         if self.weighted_by != NOTHING:
             weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
@@ -310,11 +314,11 @@ class Randomness:
 
 
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
-    """Return the number of latent frames in front of a batch that stay clean: 1 or 0.
+    """Return the number of latent frames at the start of a batch that stay clean: 1 or 0.
 
     Args:
-        spec: What the family says about its noise.
-        frames: Number of latent frames; an image is never given.
+        spec: Noise conventions of the family.
+        frames: Number of latent frames; the frame of a single image never stays clean.
         stream: Seed of the draw.
     """
     if frames == 1 or not spec.first_frame_probability:
@@ -323,7 +327,7 @@ def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by a hash of the given parts, such as the seed, a name and an index."""
+    """Return a CPU generator seeded by a hash of the given parts, such as a seed, a name and an index."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
@@ -349,19 +353,22 @@ class Feed:
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
-        """Yield all micro-batches from a place in an epoch to the end of the run.
+        """Yield all micro-batches from a position in an epoch to the end of the run.
 
-        Workers are kept over all epochs if these are short, because starting them takes longer than an epoch.
-        If epochs are long they end with each, because every worker would hold its own copy of the next order.
+        If epochs are short, workers are kept over all of them, because starting workers takes longer than an
+        epoch. If epochs are long, workers end with each epoch, because every worker would hold its own copy
+        of the next order.
         """
-        together = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
-        most = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
-        for number in range(epoch, self.plan.num_epochs, max(together, 1)):
-            keys = self.plan.keys(self.process, number, position if number == epoch else 0, together)
-            first = [*itertools.islice(keys, most)]  # no more readers than micro-batches
-            if first:
-                self.order.epoch(number)  # once, not in every worker
-                read = self._from_workers(itertools.chain(first, keys), len(first))
+        epochs_per_start = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
+        # sources that keep encoders or caches in this process cannot be read by workers
+        max_workers = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
+        for first_epoch in range(epoch, self.plan.num_epochs, max(epochs_per_start, 1)):
+            first_position = position if first_epoch == epoch else 0
+            keys = self.plan.keys(self.process, first_epoch, first_position, epochs_per_start)
+            first_keys = [*itertools.islice(keys, max_workers)]  # no more workers than micro-batches
+            if first_keys:
+                self.order.epoch(first_epoch)  # computed here, so that workers inherit it
+                read = self._from_workers(itertools.chain(first_keys, keys), len(first_keys))
             else:
                 read = self._read_here(keys)
             with contextlib.closing(read):
@@ -394,7 +401,7 @@ class Feed:
             ending.set()
 
     def __getitem__(self, key: Key) -> Packed | UserError:
-        """Return a micro-batch, or its error: raised in a worker, only a traceback's text would arrive."""
+        """Return a micro-batch, or its error as a value: an exception of a worker arrives only as text."""
         try:
             return Packed.of(self.read(key))
         except UserError as error:
@@ -404,7 +411,7 @@ class Feed:
         """Read a micro-batch.
 
         Raises:
-            CacheError: With the caching command if a cache cannot be used.
+            CacheError: If a cache cannot be used; the message contains the caching command.
         """
         epoch, index = key
         number = epoch * self.order.num_batches + index
@@ -429,7 +436,7 @@ class Feed:
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()
-        if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
+        if self.sources.tables:  # captions may change with the progress of the run
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
@@ -437,9 +444,9 @@ class Feed:
         return randomness.add(batch, number, first_sample)
 
     def _make_randomness(self, key: Key) -> tuple[Randomness, int]:
-        """Return the randomness of a micro-batch, and how many samples have been drawn like it before.
+        """Return the randomness of a micro-batch, and how many samples were drawn from it before.
 
-        If tables have timesteps of their own, the samples of each group of tables are counted for themselves.
+        If tables have their own timesteps, samples are counted separately for each group of tables.
         """
         if not self.table_times:
             return self.randomness, self.order.items_before(*key)
@@ -449,12 +456,12 @@ class Feed:
         return randomness, self.order.group_items_before(epoch, index)
 
     def has_sound(self, key: Key) -> bool:
-        """Return whether a clip of a micro-batch has sound. Reads no files."""
+        """Return whether a clip of a micro-batch has audio. Reads no files."""
         epoch, index = key
         return any(item.has_sound for item in self.order.epoch(epoch)[index])
 
     def expert_of(self, key: Key) -> int:
-        """Return the index of the expert that a micro-batch goes to. Reads no files."""
+        """Return the index of the expert that trains on a micro-batch. Reads no files."""
         epoch, index = key
         if len(self.randomness.experts) == 1:
             return 0
@@ -467,10 +474,10 @@ class Feed:
 
 
 def _start_worker(ending: Event, _: int) -> None:
-    """Ignore SIGINT and SIGTERM: the main process finishes its step first.
+    """Ignore SIGINT and SIGTERM in a worker, because the main process first finishes its step.
 
     Args:
-        ending: Event that is set when the workers are no longer needed; SIGTERM then ends them.
+        ending: Event that is set when the workers are not needed any more; SIGTERM then ends them.
         _: Index of the worker, unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

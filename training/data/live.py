@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LiveTexts:
-    """Hold the text encoders that stay loaded. Outputs of all others come from caches."""
+    """The text encoders that stay loaded. Outputs of all others come from caches."""
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
@@ -33,11 +33,11 @@ class LiveTexts:
 
     @property
     def keys(self) -> frozenset[str]:
-        """Names of all tensors that the loaded encoders compute; a cache need not have them."""
+        """Names of all tensors that the loaded encoders compute, which caches need not contain."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
-        """Load all encoders, frozen.
+        """Load all encoders with frozen weights.
 
         Args:
             device: Device of the run.
@@ -59,23 +59,23 @@ class LiveTexts:
 
     @property
     def changing(self) -> list[LearningEncoder]:
-        """Return the encoders whose outputs change while training, in their order."""
+        """Return the encoders whose outputs change during training, in order."""
         return [encoder for encoder in self.encoders if can_learn(encoder) and self._learns(encoder)]
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Return the networks that learn by the prefixes of their names in LoRA files. Call `load` first."""
+        """Return the trained networks by the prefix of their names in LoRA files. Call `load` first."""
         return {encoder.lora_prefix: encoder.network for encoder in self.learning}
 
     @property
     def taught_networks(self) -> dict[str, nn.Module]:
-        """Return those that learn a new word, likewise."""
+        """Return the networks that learn a new word, by the same prefixes."""
         return {encoder.lora_prefix: encoder.network for encoder in self.taught}
 
     def add_to(self, batch: Batch) -> Batch:
-        """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
+        """Return the batch with the outputs of these encoders for its captions, B first, on the CPU.
 
-        Encoders that learn run with gradients if these are on, the others without.
+        Trained encoders run with gradients if these are enabled, all others without.
         """
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)
@@ -88,7 +88,7 @@ class LiveTexts:
         return self._add_empty(batch) if self.adds_empty else batch
 
     def _add_empty(self, batch: Batch) -> Batch:
-        """Return a batch with the outputs of these encoders for the empty prompt too."""
+        """Return the batch with the outputs of these encoders for the empty prompt."""
         empty_text = dict(batch.empty_text)
         for encoder in self.encoders:
             with torch.no_grad():
@@ -102,13 +102,13 @@ class LiveTexts:
     def renew(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Return the encoded texts of a sample; the encoders that learn encode them again.
+        """Encode the texts of a sample again with the encoders that are trained.
 
         Conditions have no batch dimension.
 
         Args:
             texts: Texts by section.
-            encoded: All encoders' outputs for these texts, by section.
+            encoded: Outputs of all encoders for these texts, by section.
         """
         with torch.no_grad():
             return {section: self._renew(prompts, encoded[section]) for section, prompts in texts.items()}
@@ -136,9 +136,10 @@ class LiveTexts:
 
 
 def stack_texts(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:
-    """Return the outputs of a text encoder for a batch.
+    """Stack the outputs of a text encoder for a batch.
 
-    One tensor B ..., or a list with an entry for each sample if their lengths vary.
+    Returns:
+        One tensor B ..., or a list with one entry per sample if their lengths vary.
     """
     rows = [value[0] if isinstance(value, list) else value for value in values]
     return rows if is_varying or isinstance(values[0], list) else torch.stack(rows)

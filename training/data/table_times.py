@@ -21,10 +21,10 @@ def list_trained(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
 
 
 def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
-    """Return the options of timesteps for the items of a table.
+    """Return the timestep options for the items of a table.
 
     Raises:
-        DatasetError: If they contradict.
+        DatasetError: If they contradict each other.
     """
     if not table.has_own_timesteps:
         return options
@@ -47,7 +47,7 @@ def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOpt
 
 
 def times_by_group(options: TimestepOptions, tables: Sequence[DatasetTable]) -> Mapping[int, TimestepOptions]:
-    """Return the options of timesteps by `DatasetTable.batch_group`; nothing if no table has its own."""
+    """Return the timestep options by `DatasetTable.batch_group`; empty if no table has its own."""
     trained = list_trained(tables)
     if not any(table.has_own_timesteps for table in trained):
         return {}
@@ -55,14 +55,14 @@ def times_by_group(options: TimestepOptions, tables: Sequence[DatasetTable]) -> 
 
 
 def list_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
-    """Return all different options of timesteps of a run; those of the options if no table has its own."""
+    """Return all different timestep options of a run; those of the run if no table has its own."""
     return [*dict.fromkeys(times_by_group(options, tables).values())] or [options]
 
 
 def group_tables(
     options: TimestepOptions, tables: Sequence[DatasetTable]
 ) -> Mapping[TimestepOptions, Sequence[DatasetTable]]:
-    """Return the trained tables by their options of timesteps; nothing if no table has its own."""
+    """Group the trained tables by their timestep options; empty if no table has its own."""
     grouped: dict[TimestepOptions, list[DatasetTable]] = {}
     if times_by_group(options, tables):
         for table in list_trained(tables):
@@ -71,7 +71,7 @@ def group_tables(
 
 
 def check_times(options: TimestepOptions, tables: Sequence[DatasetTable], family: Family) -> None:
-    """Raise DatasetError for a table, or OptionError for options, whose noise levels cannot be trained."""
+    """Raise DatasetError or OptionError if noise levels of a table or of the options cannot be trained."""
     noise, experts = family.noise, family.experts
     for table in list_trained(tables):
         if table.has_own_timesteps:
@@ -122,7 +122,7 @@ def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
 
 
 def takes_shift(options: TimestepOptions, noise: NoiseSpec) -> bool:
-    """Return whether --discrete_flow_shift changes the draws."""
+    """Return whether --discrete_flow_shift affects the drawn timesteps."""
     sampler = options.timestep_sampling
     return sampler == "shift" or (sampler == "sigma" and noise.table_is_shifted)
 
@@ -133,7 +133,7 @@ def _keys_in_words(table: DatasetTable) -> str:
 
 
 def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[str]:
-    """Return a line for each trained table about its noise levels; nothing if no table has its own."""
+    """Return a line about the noise levels of each trained table; empty if no table has its own."""
     lines = []
     for times, grouped in group_tables(options, tables).items():
         text = f"{times.lowest} to {times.highest}"
@@ -148,7 +148,7 @@ def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> 
 def list_replaced(
     options: TimestepOptions, tables: Sequence[DatasetTable], validates_between: bool = False
 ) -> dict[str, str]:
-    """Return the reasons why options of timesteps have no effect, by their names.
+    """Return why timestep options have no effect, by option.
 
     Args:
         options: Options of the run.

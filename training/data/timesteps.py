@@ -59,11 +59,11 @@ def draw(
 ) -> Timesteps:
     """Draw one timestep per sample of a micro-batch, all of them for the same expert.
 
-    The first sample is drawn from the whole distribution, and its noise level decides the expert, so that
-    each expert is chosen with its true probability. Samples that belong to another expert are drawn again
-    within the range of the first one's. Each sample by itself has the sampler's distribution.
+    The first sample is drawn from the full distribution, and its noise level decides the expert, so that each
+    expert is chosen with its true probability. Samples that belong to another expert are drawn again within
+    the range of the first sample's expert. Each sample by itself follows the sampler's distribution.
 
-    With --num_timestep_buckets N, every N samples in a row take one of each of N equal parts.
+    With --num_timestep_buckets N, every N consecutive samples take one of each of N equal parts.
 
     Args:
         options: Options of the timesteps.
@@ -72,9 +72,9 @@ def draw(
         seed: Seed of the run; used with --num_timestep_buckets only.
         first_sample: Number of samples drawn before this micro-batch; used with --num_timestep_buckets only.
         noise: How the family numbers its timesteps.
-        shape: Shape of the latents, B C F H W, for a shift that follows the size.
-        experts: Experts of the run. A level belongs to the expert that works there in a generation; levels
-            below the lowest expert are not trained.
+        shape: Shape of the latents, B C F H W, for a shift that depends on the size.
+        experts: Experts of the run. A level belongs to the expert that runs there in generation; levels below
+            the lowest expert are not trained.
 
     Raises:
         OptionError: If the sampler draws almost nothing between --min_timestep and --max_timestep, or in the
@@ -86,7 +86,7 @@ def draw(
     takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
     low, high = 0.0, 1.0
     if not takes_all:
-        any_expert = replace(lowest, highest=math.inf)  # of any of the experts
+        any_expert = replace(lowest, highest=math.inf)  # the range of all experts together
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
@@ -109,10 +109,10 @@ def draw(
         shares = draw_again(shares, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
-    level = NUM_TIMESTEPS * float(shares[0])
-    index = _select_expert(level, experts, options=options, noise=noise, flow_shift=flow_shift)
-    side = experts[index]
-    shares = draw_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
+    first_level = NUM_TIMESTEPS * float(shares[0])
+    index = _select_expert(first_level, experts, options=options, noise=noise, flow_shift=flow_shift)
+    expert = experts[index]
+    shares = draw_again(shares, expert, *find_accepted_range(options, noise, flow_shift, expert))
     return replace(times_at(options, shares, noise), expert=index)
 
 
@@ -121,16 +121,16 @@ def _select_expert(
 ) -> int:
     """Return the index of the expert of a noise level.
 
-    The window or the shift of a table may leave less than one of SCAN draws to an expert, too few to fill a
-    batch. Then the other one gets the batch.
+    The range or the shift of a table may leave less than one of SCAN draws to an expert, too few to fill a
+    batch. Then the other expert gets the batch.
     """
     index = expert_at(level, experts)
-    drawn = [
-        place
-        for place, expert in enumerate(experts)
+    with_draws = [
+        expert_index
+        for expert_index, expert in enumerate(experts)
         if _has_draws(options, noise, flow_shift=flow_shift, expert=expert)
     ]
-    return index if index in drawn or not drawn else drawn[0]
+    return index if index in with_draws or not with_draws else with_draws[0]
 
 
 @functools.cache
@@ -139,12 +139,13 @@ def _has_draws(options: TimestepOptions, noise: NoiseSpec, flow_shift: float, ex
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
-    """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
+    """Return the shift of the samplers: --discrete_flow_shift, or e^mu for samplers that depend on the size.
 
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
 
     Raises:
-        OptionError: If a sampler follows the size and the family's shift does not, or counts other tokens.
+        OptionError: If a sampler depends on the size but the family's shift does not, or counts tokens
+            differently.
     """
     if not options.follows_size:
         return options.flow_shift
@@ -168,10 +169,10 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
 
 
 def ideogram_shift(tokens: int) -> float:
-    """Return the flow shift of Ideogram 4 for a picture of this many tokens of 16 x 16 pixels.
+    """Return the flow shift of Ideogram 4 for an image of this many tokens of 16 x 16 pixels.
 
-    mu = 0.5 ln(pixels / 512^2), so the shift e^mu is the ratio of the sides of square pictures. Other models'
-    tokens count alike, whatever their size. Source: the open trainers of Ideogram 4.
+    mu = 0.5 ln(pixels / 512^2), so the shift e^mu is the ratio of the sides of square images. Tokens of other
+    models are counted in the same way, whatever their size. Source: the open trainers of Ideogram 4.
     """
     return math.sqrt(tokens) * _IDEOGRAM_SIDE
 
@@ -182,7 +183,7 @@ def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
 
 
 def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Return the line of `SIZE_SHIFTS` that a sampler follows whose shift grows with the tokens."""
+    """Return the line in `SIZE_SHIFTS` of a sampler whose shift grows with the number of tokens."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
@@ -192,19 +193,19 @@ def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, fl
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those.
+    """Apply `shares_of` to uniform numbers, or to their normal quantiles if the sampler takes those.
 
-    With --timestep_focus P and its range from LOW to HIGH, in thousandths: numbers u below P become the share
-    of noise (LOW + (HIGH - LOW) u / P) / 1000, and the sampler gets (u - P) / (1 - P) in place of the others.
-    So the focus is a mixture. Its range is of the sample as it is trained, after any shift of the sampler.
+    With --timestep_focus P and its range from LOW to HIGH, in thousandths: numbers u below P become the noise
+    fraction (LOW + (HIGH - LOW) u / P) / 1000, and the sampler gets (u - P) / (1 - P) for the others. The
+    focus is therefore a mixture. Its range refers to the sample as trained, after any shift of the sampler.
     """
     if options.timestep_focus is not None:
         return _focus_shares(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
-    return _sample_shares(options, u, noise, flow_shift)
+    return sample_shares(options, u, noise, flow_shift)
 
 
-def _sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return the shares of noise that the sampler makes of uniform numbers, without a focus."""
+def sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return the noise fractions that the sampler makes of uniform numbers, without a focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
@@ -212,15 +213,15 @@ def _sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_s
 def _focus_shares(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
-    """Return fractions of noise with a focus, from uniform numbers `u`, B float64."""
+    """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    default = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    default = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
     return torch.where(u < focus, in_range, default)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
-    """Return whether the sampler is a function of a normal number, not of a uniform one."""
+    """Return whether the sampler is a function of a normal number instead of a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
     return by_weighting or options.timestep_sampling in {
         "sigmoid",
@@ -232,7 +233,7 @@ def takes_normal(options: TimestepOptions) -> bool:
 
 
 def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return the share of noise t, or the place in the family's table of noise levels: B, float64, 0..1.
+    """Return the noise fraction t, or the position in the family's table of noise levels: B float64, 0..1.
 
     Args:
         options: Options of the run.
@@ -270,9 +271,9 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """Return sigmas and timesteps at these shares of noise.
+    """Return sigmas and timesteps at these noise fractions.
 
-    Timesteps are 1000 times the share, plus the family's offset.
+    Timesteps are 1000 times the fraction, plus the family's offset.
 
     Args:
         options: Options of the run.
@@ -280,10 +281,11 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
         noise: How the family numbers its noise levels.
     """
     if noise.table:
-        places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
-        sigmas = torch.tensor(noise.table)[places]
-        return Timesteps(sigmas, places.float(), levels=sigmas)
-    # the sampler `sigma` has no offset, as it draws from the whole thousandths
+        # the share t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
+        indices = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
+        sigmas = torch.tensor(noise.table)[indices]
+        return Timesteps(sigmas, indices.float(), levels=sigmas)
+    # the sampler `sigma` already draws whole timesteps, and needs no offset
     offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
     shifted = shares.double()
     if noise.base_shift != 1:
@@ -294,7 +296,7 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
 
 
 def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
-    """Return the noise levels of the sound of clips whose pictures have `times`."""
+    """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
     if noise.audio_shift == 1:
         return times
     # from the levels: near 1 the sigmas of pictures have lost digits
@@ -304,7 +306,7 @@ def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
 
 
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """Return a mask of the shares between --min_timestep and --max_timestep: B bool.
+    """Return a mask of the noise fractions between --min_timestep and --max_timestep: B bool.
 
     For the sampler `sigma` these bounds count from the noisy end.
     """
@@ -339,12 +341,12 @@ def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, expe
 def find_accepted_range(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[float, float]:
-    """Return the smallest range of u that holds all accepted draws, a little widened.
+    """Return the smallest range of u that contains all accepted draws, slightly widened.
 
-    Narrowing u to it leaves few draws to reject.
+    Restricting u to it leaves few draws to reject.
 
     Raises:
-        OptionError: If there are none.
+        OptionError: If no draw is accepted.
     """
     accepted, _ = scan(options, noise, flow_shift, expert)
     is_table = options.timestep_sampling == "sigma"
@@ -367,11 +369,16 @@ def find_accepted_range(
     return max(0.0, float(accepted.min()) - 1 / SCAN), min(1.0, float(accepted.max()) + 1 / SCAN)
 
 
+def spread_evenly() -> Tensor:
+    """Return SCAN evenly spread numbers between 0 and 1, float64."""
+    return (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+
+
 def scan(
     options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert = ONE_EXPERT[0]
 ) -> tuple[Tensor, Tensor]:
-    """Try SCAN evenly spread numbers u. Returns those that are accepted, and their shares of noise."""
-    u = (torch.arange(SCAN, dtype=torch.float64) + 0.5) / SCAN
+    """Try SCAN evenly spaced numbers u. Returns the accepted ones and their noise fractions."""
+    u = spread_evenly()
     shares = shares_of_uniform(options, u, noise, flow_shift)
     fits = is_accepted(options, shares, noise, expert)
     return u[fits], shares[fits]
@@ -381,7 +388,7 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
     """Return about the lowest and the highest noise level that a run draws, in thousandths.
 
     Args:
-        several: Options of the timesteps of each table, which may differ.
+        several: Timestep options of each table, which may differ.
         noise: How the family numbers its noise levels.
     """
     drawn = []
@@ -395,15 +402,15 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
 
 
 def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:
-    """Return whether levels of an expert are drawn.
+    """Return whether noise levels of an expert are drawn.
 
-    Samplers that follow the size are tried at both ends of their line.
+    Samplers that depend on the size are tried at both ends of their line.
     """
     return any(len(scan(options, noise, shift, expert)[0]) for shift in _list_shifts(options))
 
 
 def _list_shifts(options: TimestepOptions) -> list[float]:
-    """Return the flow shifts to try: of a sampler that follows the size, those at both ends of its line."""
+    """Return the flow shifts to try; for samplers that depend on the size, those at both ends of the line."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
@@ -427,8 +434,8 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
     """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    Timesteps are rounded to 1..1000. With `exactly`, the fraction of noise is used unrounded, but is at least
-    a thousandth, because some weights divide by it.
+    Timesteps are rounded to 1..1000. With `exactly`, the noise fraction is used unrounded but is at least a
+    thousandth, because some weights divide by it.
     """
     counted = NUM_TIMESTEPS * times.sigmas.double() if exactly else times.timesteps.double().round()
     sigmas = counted.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
@@ -443,7 +450,7 @@ def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = Fal
 
 
 def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
-    """Return t where the logarithm of the signal-to-noise ratio, (1 - t)^2 / t^2, is normal."""
+    """Return t such that the logarithm of the signal-to-noise ratio, (1 - t)^2 / t^2, is normal."""
     return torch.sigmoid(-(mean + std * numbers) / 2)
 
 
@@ -456,8 +463,9 @@ def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float
     t = torch.zeros_like(numbers)
     start = 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
-        place = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
-        normal = torch.special.ndtri(place)
+        # position within this sampler's part of 0..1, as a uniform number
+        uniform = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
+        normal = torch.special.ndtri(uniform)
         match sampler:
             case "logsnr":
                 drawn = _of_logsnr(options.logit_mean, options.logit_std, normal)
@@ -499,7 +507,7 @@ def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
-    """Return t of the sampler `sigma`, an index into 1000 ... 1: its bounds count from the noisy end."""
+    """Return t of the sampler `sigma`, an index into 1000 ... 1, whose bounds count from the noisy end."""
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)
@@ -518,7 +526,7 @@ def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
     """Move each number u into one of `num_buckets` equal parts of 0..1.
 
-    Parts are dealt in rounds, each a permutation that depends on (seed, round) only.
+    Parts are assigned in rounds; each round is a permutation that depends on (seed, round) only.
     """
     spread = torch.empty_like(u)
     orders: dict[int, Tensor] = {}

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """Strength of the term that keeps predictions for the empty prompt near those of the model alone."""
+    """Strength of the term that keeps predictions for the empty prompt close to the base model's."""
 
     blank_prior_weight: float | None = option(
-        "also compare the network with the model without it for the empty prompt, with this weight: keeps "
-        "what the model makes without a prompt. Two more passes in each step, one of them with gradients",
+        "keep the prediction for the empty prompt close to that of the model without the network, with "
+        "this weight. Adds two passes to each step, one of them with gradients",
         above=0,
         most=100,
         hint="0.5 to 1 are usual",
@@ -37,7 +37,7 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
 def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> "Iterator[Streams]":
     """Yield the errors against the base model for the empty prompt, with the weight of this prior.
 
-    Masks are about the clip, so that all places count here.
+    Masks are about the clip, so all positions count here.
     """
     from training.targets.passes import measure_plainly, without_masks  # torch: only with this target
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def options_at(place: str) -> type[Options]:
-    """Return a record with the options of the features of a place: a field for each, by its name."""
+    """Return a record of the feature options at a position of --help, with a field for each feature."""
     records = {feature.name: feature.options for feature in FEATURES if feature.options.place == place}
     content: dict[str, Any] = {name: option(facts=record.facts) for name, record in records.items()}
     content["__annotations__"] = records
@@ -29,7 +29,7 @@ def options_at(place: str) -> type[Options]:
 
 
 def list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the facts of the options of all features, by name."""
+    """Return the declarations of all feature options, by name."""
     by_name: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
         by_name |= info_of(feature.options)
@@ -37,7 +37,7 @@ def list_info() -> dict[str, Mapping[str, Any]]:
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return the facts of the options of features that reach out of the program in these ways, by name."""
+    """Return the declarations of feature options that reach out of the program in these ways, by name."""
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
@@ -47,19 +47,19 @@ def options_of_blocks() -> list[str]:
 
 
 def options_by_expert() -> list[type[Options]]:
-    """Return the records of features for the second of two transformers: those in other records."""
+    """Return the feature records for the second of two transformers, by the records that contain them."""
     hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
     return [record for record in map(record_of, hints) if record is not None]
 
 
 def rejected_for_full() -> dict[str, str]:
-    """Return the reasons why whole models refuse the options of a network's features, by option."""
+    """Return why full fine-tuning rejects the options of network features, by option."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
     return {name: record.why_not_full for record in records for name in info_of(record)}
 
 
 def options_of_run() -> type[Options]:
-    """Return a record with the options of features that `run` has too: a field for each, by its name."""
+    """Return a record of the feature options that `run` has too, with a field for each feature."""
     records = {feature.name: feature.options.of_run for feature in FEATURES if feature.options.of_run}
     content: dict[str, Any] = {name: option() for name in records}
     content["__annotations__"] = records
@@ -67,20 +67,20 @@ def options_of_run() -> type[Options]:
 
 
 def bad_step_remedies() -> str:
-    """Return the remedies of features for a loss or norm that is NaN or infinite, as sentences."""
+    """Return the remedies of features for a NaN or infinite loss or norm, as sentences."""
     remedies = [info.get(AGAINST_BAD_STEPS, "") for info in list_info().values()]
     return " ".join(filter(None, remedies))
 
 
 def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> JoinedRun:
-    """Have the features that are on join a run.
+    """Have the active features join a run.
 
     Args:
         options: All options of the run.
         tables: Tables of its dataset, as far as they are known.
 
     Raises:
-        OptionError: If options or tables do not go with each other.
+        OptionError: If options or tables conflict with each other.
     """
     run = JoinedRun(options, tables)
     attributes = {name for table in tables for name in table.attributes}
@@ -88,7 +88,8 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
         own_options = options.of(feature.options)
         if feature.is_on(own_options) or feature.options.attribute in attributes:
             feature.join(run, own_options)
-    _reject_targets(run.targets)
+    if run.targets:
+        _reject_targets(run.targets)
     if attributes:
         _note_unused(tables)
     return run
@@ -97,7 +98,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> JoinedRun:
-    """Return a run as `join_run`, with what needs torch and the model. Raises as it does."""
+    """Return a run as `join_run` does, with the parts that need torch and the model. Raises as it does."""
     run = join_run(options, tables)
     run.family = family
     for start in run.on.start:
@@ -106,7 +107,7 @@ def begin_run(
 
 
 def _reject_targets(targets: Sequence[StepTarget]) -> None:
-    """Raise OptionError for targets of which a run can have only one."""
+    """Raise OptionError for several targets if a run can have only one of them."""
     replacing = [target.option for target in targets if target.replaces_clip]
     if len(replacing) > 1:
         raise OptionError(
@@ -120,7 +121,7 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
 
 
 def _note_unused(tables: "Sequence[DatasetTable]") -> None:
-    """Warn of attributes of tables that no feature reads."""
+    """Warn about attributes of tables that no feature reads."""
     known = {feature.options.attribute for feature in FEATURES}
     for table in tables:
         for name in sorted(table.attributes - known):
@@ -129,7 +130,7 @@ def _note_unused(tables: "Sequence[DatasetTable]") -> None:
 
 @contextlib.contextmanager
 def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
-    """Have features act when the block ends. What is known of the run is noted in what this yields."""
+    """Have features act when the block ends; yields a record for what is known about the run."""
     end = RunEnd(run, total_steps=run.options.loop.known_steps)
     try:
         yield end
@@ -144,7 +145,7 @@ def act_at_end(end: RunEnd, error: BaseException | None) -> None:
 
     Args:
         end: How far the run has come.
-        error: Error that has ended the run; None if it has completed.
+        error: Error that ended the run; None if it completed.
     """
     if not end.is_due:
         return

@@ -104,7 +104,7 @@ class Feature:
 
 
 def given_values(options: Options) -> dict[str, Any]:
-    """Return the options of a record that are given, by name, for the metadata of files."""
+    """Return the options of a record that were given, by name, for the metadata of files."""
     return {
         option_name(declared): _without_folders(getattr(options, declared.name))
         for declared in fields(options)
@@ -113,7 +113,7 @@ def given_values(options: Options) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Return a value with the names of files in place of their paths, which are nobody's business."""
+    """Return a value with paths reduced to file names, so that folders stay private."""
     if isinstance(value, tuple):
         return " ".join(str(_without_folders(item)) for item in value)
     return value.name if isinstance(value, Path) else value

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
-    """How the average that a run keeps next to its weights is computed, and whether samples show it."""
+    """How the moving average of the weights is computed, and whether samples use it."""
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
@@ -33,7 +33,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
     sample_ema: bool = option(
-        "make samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
+        "generate samples with the average", needs="ema_decay", hint="0.999 is usual", facts=OF_SAMPLES
     )
 
 

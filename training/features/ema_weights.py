@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 class WeightAverage:
-    """Keeps the average of a run's trained weights."""
+    """The moving average of a run's trained weights."""
 
     def __init__(
         self, decay: float, every: int, *, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
-        """Begin with the current weights.
+        """Start with the current weights.
 
         Args:
             decay: Decay of the average, from --ema_decay.
             every: Number of optimizer steps between two updates, from --ema_update_every.
-            dits: Transformers that are trained in full; their weights may be swapped out.
+            dits: Fully fine-tuned transformers, whose weights may be swapped out.
             trainable: The trained parameters and their names.
-            on_host: Keep the average in host memory, as for a full model.
+            on_host: Whether to keep the average in host memory, as for a full model.
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
@@ -75,7 +75,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the parameters hold the average during the block: float32, on the average's own device."""
+        """Make the parameters hold the average during the block: float32, on the average's own device."""
         resolve_all(self._dits)
         trained = [weight.data for weight in self._parameters]
         try:
@@ -87,7 +87,7 @@ class WeightAverage:
                 weight.data = data
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the average by weight name, not copied, for a saved state."""
+        """Return the average by weight name, without copying it, for a saved state."""
         split = (self._split.get(weight) for weight in self._parameters)
         return {
             name: value if weight is None else as_split(weight, value)
@@ -96,11 +96,11 @@ class WeightAverage:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the files of the average: its decay and the number of steps that it covers."""
+        """Metadata of files with the average: its decay and the number of steps that it covers."""
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
-        """Load the average of a saved state; if it has none, begin with the current weights."""
+        """Load the average of a saved state; if the state has none, start with the current weights."""
         if AVERAGE not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
@@ -120,7 +120,7 @@ def make_average(
     optimizer: Optimizer,
     keeps: bool,
 ) -> WeightAverage | None:
-    """Begin the average of --ema_decay, in host memory if a whole model is trained.
+    """Start the average of --ema_decay, in host memory if a full model is trained.
 
     Args:
         decay: Decay of the average, from --ema_decay.
@@ -132,7 +132,7 @@ def make_average(
             full model.
 
     Raises:
-        OptionError: If the optimizer averages by itself.
+        OptionError: If the optimizer computes an average itself.
     """
     if find_averaging(optimizer) is not None:
         raise OptionError(
@@ -141,5 +141,6 @@ def make_average(
     is_full = any(module in dits for module in trainable.modules.values())
     if is_full and not keeps:
         return None
-    # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
+    # swapped weights must be settled before they are averaged; the parameters of a LoRA are never swapped,
+    # and settling the base model would only empty the swap's slots after each step
     return WeightAverage(decay, every, dits=dits if is_full else (), trainable=trainable, on_host=is_full)

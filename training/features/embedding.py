@@ -31,10 +31,10 @@ FLAGS = WordFlags(
 
 
 class LearnsWords(Protocol):
-    """A family whose text encoders can learn the vectors of a new word next to a network."""
+    """A family whose text encoders can learn the vectors of a new word alongside a network."""
 
     def with_word_in_texts(self, word: WordToLearn) -> "Family":
-        """Return the family with rows for the word in its text encoders."""
+        """Return the family with embedding rows for the word in its text encoders."""
         ...
 
     def word_network(self, word: WordToLearn) -> "MadeNetwork":
@@ -52,17 +52,17 @@ class EmbeddingOptions(
     at=AT_NETWORK,
     why_not_full="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
 ):
-    """The word whose vectors a LoRA training learns too, how they begin, and how long they learn."""
+    """The word whose vectors a LoRA training learns too, how they start, and how long they are trained."""
 
     train_embedding: str | None = option(
-        "also learn the vectors of this new word, saved in the LoRA",
+        "also train the vectors of this new word and save them in the LoRA",
         metavar="WORD",
         hint="such as mycat",
         known_as=("train_text_encoder_ti", "token_abstraction"),
         facts=IDENTITY,
     )
     embedding_vectors: int = option(
-        "vectors of the word; each takes a place of a caption",
+        "number of vectors of the word; each takes up one token of a caption",
         default=1,
         least=1,
         most=MAX_VECTORS,
@@ -72,7 +72,7 @@ class EmbeddingOptions(
         facts=IDENTITY,
     )
     embedding_init_word: str | None = option(
-        "known words that it begins with; else random vectors",
+        "existing words to initialize the vectors from; default: random vectors",
         needs="train_embedding",
         known_as=("initializer_concept", "init_word"),
         facts=FREE,
@@ -81,7 +81,7 @@ class EmbeddingOptions(
         },
     )
     embedding_weights: Path | None = option(
-        "file, or LoRA with the word, to continue with",
+        "embedding file, or LoRA with the word, to continue from",
         place="there",
         needs="train_embedding",
         facts=FREE,
@@ -95,7 +95,7 @@ class EmbeddingOptions(
         facts=CHANGEABLE,
     )
     embedding_until: float = option(
-        "share of the steps in which they learn",
+        "fraction of the steps in which the vectors are trained",
         default=1.0,
         above=0,
         most=1,
@@ -105,7 +105,7 @@ class EmbeddingOptions(
         facts=HABIT,
     )
     embedding_file: bool = option(
-        "also save them alone: OUTPUT_NAME_WORD.safetensors",
+        "also save the vectors as a separate file: OUTPUT_NAME_WORD.safetensors",
         needs="train_embedding",
         facts=FREE,
     )
@@ -130,7 +130,7 @@ class EmbeddingOptions(
 
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
-    """Return the model with rows for the word in its text encoders. Raises OptionError if it cannot be."""
+    """Return the model with embedding rows for the word. Raises OptionError if it does not support that."""
     from contract.made_networks import made_network_of  # torch: only with a word
 
     made = made_network_of(family)
@@ -148,7 +148,7 @@ def _teach(word: WordToLearn, family: "Family") -> "Family":
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
-    """Raise UserError for a file that the word cannot begin with."""
+    """Check the files that the word could start from. Raises UserError if one does not fit."""
     assert _learns_words(family)  # `_teach` has seen to that
     family.word_network(word).check()
 

@@ -25,7 +25,7 @@ WORD = "word"  # their part in states
 
 @dataclass(frozen=True)
 class WordRows:
-    """The vectors of a word that text encoders learn next to a network."""
+    """The vectors of a word that text encoders learn alongside a network."""
 
     word: WordToLearn
     network: MadeNetwork  # of its vectors
@@ -33,7 +33,7 @@ class WordRows:
     has_file: bool = False  # they are saved alone too
 
     def list_in_lora(self) -> dict[str, Tensor]:
-        """Return the vectors by their names in a LoRA's file; log what there is to say of them."""
+        """Return the vectors under their names in a LoRA file; log what users of the file have to know."""
         self.network.report(self.module)
         return self.tensors()
 
@@ -42,7 +42,7 @@ class WordRows:
         return bundle_word(self.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write a file of the word alone.
+        """Write a file with the word alone.
 
         Args:
             path: Path of the file.
@@ -54,7 +54,7 @@ class WordRows:
         save_tensors(path, tensors, metadata)
 
     def group(self, learning_rate: float) -> dict[str, Any]:
-        """Return the group of the optimizer.
+        """Return the parameter group of the optimizer.
 
         Args:
             learning_rate: Learning rate of the network.
@@ -70,7 +70,7 @@ class WordRows:
     def add_to(
         self, trainable: Trainable, learning_rate: float, total_steps: int, device: torch.device
     ) -> Trainable:
-        """Return what learns with the vectors, which move to the device.
+        """Return the trained parameters together with the vectors, which move to the device.
 
         Args:
             trainable: The trained parameters.
@@ -99,16 +99,16 @@ def make_word_rows(
     seed: int,
     with_values: bool,
 ) -> WordRows:
-    """Make the vectors of a word, on the CPU, and let text encoders read them.
+    """Create the vectors of a word on the CPU, and make text encoders read them.
 
     Args:
-        word: That is learned.
-        network: Of its vectors.
-        has_file: Whether they are saved alone too.
-        encoders: The loaded networks of the text encoders that learn it, by the prefixes of their names in
-            LoRA files.
+        word: Word to learn.
+        network: Network of its vectors.
+        has_file: Whether the vectors are also saved alone.
+        encoders: The loaded networks of the text encoders that learn the word, by the prefix of their names
+            in LoRA files.
         seed: Seed of the run.
-        with_values: Whether they begin with the values of a file, as in `make_trained_network`.
+        with_values: Whether the vectors start with the values of a file, as in `make_trained_network`.
     """
     if with_values:
         _note_beginning(word)
@@ -119,7 +119,7 @@ def make_word_rows(
 
 
 def _note_beginning(word: WordToLearn) -> None:
-    """Log that the vectors continue from those in the LoRA that the training continues from."""
+    """Log that the vectors continue from those in the LoRA file that training continues from."""
     if word.lora is None or word.weights is not None:
         return
     with open_checkpoint(word.lora) as checkpoint:

@@ -23,12 +23,12 @@ THOUSAND = 1000
 
 
 class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, facts=HABIT):
-    """Options of --guided_target: how far the target is moved away from the prediction without a prompt."""
+    """Options of --guided_target: how far the target moves away from the prediction without a prompt."""
 
     guided_target: float | None = option(
-        "learn towards u + SCALE * (v - u), where v is the usual target and u what the network predicts for "
-        "the empty prompt: for models that were distilled with guidance. One more pass in each step, without "
-        "gradients",
+        "train toward u + SCALE * (v - u), where v is the default target and u the prediction for the "
+        "empty prompt: for models that were distilled with guidance. Adds one pass without gradients "
+        "to each step",
         above=1,
         most=MAX_GUIDANCE,
         metavar="SCALE",
@@ -36,7 +36,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
     )
     guided_target_min_timestep: int = option(
-        "noise, in thousandths, below which --guided_target is not used",
+        "noise level, in thousandths, below which --guided_target is not used",
         default=0,
         least=0,
         most=THOUSAND,
@@ -45,7 +45,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         known_as=("h3_guidance_loss_sigma_min",),
     )
     guided_target_sound: float | None = option(
-        "SCALE of --guided_target for the sound of clips; default: that of the picture",
+        "SCALE of --guided_target for the audio of clips; default: as for images",
         above=1,
         most=MAX_GUIDANCE,
         needs="guided_target",
@@ -64,7 +64,7 @@ class GuidedTarget:
 
 
 def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
-    """Return the target that the options describe; the scale of audio is that of video unless it is given."""
+    """Return the target for the options; the guidance scale of audio defaults to that of video."""
     scale = options.guided_target
     assert scale is not None  # the feature is on
     return GuidedTarget(
@@ -79,9 +79,9 @@ def guide(
 ) -> "Tensor":
     """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest level keep the velocity, and so do those whose text is the empty prompt already:
-    they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
-    its own scale and its own levels.
+    Samples below the lowest noise level keep the velocity. So do samples with the empty prompt as text,
+    because they would be pushed away from themselves. Preserved samples keep the base model's prediction.
+    Audio has its own scale and its own levels.
     """
     from training.targets.passes import choose, kept_samples, levels_of  # torch: only with this target
 
@@ -99,9 +99,11 @@ def guide(
     if noisy_batch.audio is None:
         return choose(uses_image, unprompted + guided.scale * (velocity - unprompted), velocity)
     image, audio = noisy_batch.joint.split(velocity)
-    away, audio_away = noisy_batch.joint.split(unprompted)
-    image = choose(uses_image, away + guided.scale * (image - away), image)
-    audio = choose(uses_audio, audio_away + guided.audio_scale * (audio - audio_away), audio)
+    unprompted_image, unprompted_audio = noisy_batch.joint.split(unprompted)
+    guided_image = unprompted_image + guided.scale * (image - unprompted_image)
+    guided_audio = unprompted_audio + guided.audio_scale * (audio - unprompted_audio)
+    image = choose(uses_image, guided_image, image)
+    audio = choose(uses_audio, guided_audio, audio)
     return noisy_batch.joint.join(image, audio)
 
 
@@ -110,7 +112,7 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_audio  # torch, as --help does without
+    from contract.family import hears_audio  # loads torch, which --help does not need
 
     if options.guided_target_sound is not None and not hears_audio(family):
         raise OptionError(
@@ -131,7 +133,7 @@ def guide_clip(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons, of which that with the clip, the first one, is with the guided target."""
+    """Return the comparisons with the guided target in the first one, which compares with the clip."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class OptionsOfRun(Protocol):
-    """The options of a run, as far as features read them."""
+    """The options of a run, as far as features use them."""
 
     def of(self, kind: type[T]) -> T:
         """Return the options record of a feature, by its class."""
@@ -67,19 +67,19 @@ class OptionsOfRun(Protocol):
 
     @property
     def timesteps(self) -> "TimestepOptions":
-        """Distribution of the timesteps."""
+        """Distribution of timesteps."""
 
     @property
     def weighted_by(self) -> str:
-        """Rule that weights the loss by its noise level, one of the names in `training.noise_options`."""
+        """Rule that weights the loss by noise level, one of the names in `training.noise_options`."""
 
     @property
     def is_for_images(self) -> bool:
-        """Whether the script is one of the image trainers, with their options."""
+        """Whether the script is an image trainer, with the options of image trainers."""
 
     @property
     def network(self) -> "NetworkOptions | None":
-        """Options of the trained LoRA; None if another part of the model is trained."""
+        """Options of the trained LoRA; None if no LoRA is trained."""
 
     @property
     def caching(self) -> "CachingInRunOptions | None":
@@ -107,7 +107,7 @@ class PlannedRun(Protocol):
 
     @property
     def training(self) -> "Sequence[TrainingItem]":
-        """Items that are trained on, without those for validation."""
+        """Items for training, without those for validation."""
 
     @property
     def sources(self) -> "BatchSources":
@@ -135,7 +135,7 @@ class PlannedRun(Protocol):
 
     @property
     def progress(self) -> "Progress":
-        """Current step and epoch; the only part of a plan that changes while training."""
+        """Current step and epoch: the only part of a plan that changes during training."""
 
     @property
     def accelerator(self) -> "Accelerator":
@@ -171,33 +171,33 @@ class HookedRun(Protocol):
 
 
 class Average(Protocol):
-    """An average of the trained weights that a run keeps: saved next to each file, and in states."""
+    """Moving average of the trained weights, saved next to each file and in states."""
 
     steps: int  # that it covers
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the files of the average."""
+        """Metadata of files with the average."""
 
     def begin(self) -> None:
         """Restart the average from the current weights."""
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Replace the parameters by their average during the block."""
+        """Make the parameters hold their average during the block."""
 
     def tensors(self) -> "dict[str, Tensor]":
         """Return the averages by weight name, without copying them."""
 
     def restore(self, saved: "SavedState") -> None:
-        """Read the average from a saved state."""
+        """Load the average from a saved state."""
 
 
 class LearnerBeside(Protocol):
-    """What learns next to the network of a run, and is saved in its files and in states."""
+    """Something trained alongside the network of a run, saved in its files and in states."""
 
     @property
     def module(self) -> "nn.Module":
-        """Module with the trained parameters; its state is saved in states of the run."""
+        """Module with the trained parameters; its state dict is saved in states of the run."""
 
     def group(self, learning_rate: float) -> dict[str, Any]:
         """Return the parameter group for the optimizer."""
@@ -211,7 +211,7 @@ class LearnerBeside(Protocol):
     def add_to(
         self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
     ) -> "Trainable":
-        """Return the trainable parts of the run with this one added, on the device."""
+        """Return the trained parameters of the run together with these, on the device."""
 
 
 class FrozenNetwork(Protocol):
@@ -223,21 +223,21 @@ class FrozenNetwork(Protocol):
 
     @property
     def expert(self) -> "Expert":
-        """The expert that the network is, with its noise levels."""
+        """The network's expert, with its noise levels."""
 
 
 class NetworkLoading(Protocol):
-    """Load the networks of a run, and further ones."""
+    """Load networks of a run, and additional ones."""
 
     def load(self, family: "Family", index: int) -> FrozenNetwork:
         """Load the network of the expert at `index` and freeze it."""
 
     def dress_blocks(self, network: Any) -> None:
-        """Compile, checkpoint and swap the blocks of a network that `load` returned, as the options say."""
+        """Compile, checkpoint and swap the blocks of a network from `load`, as the options ask."""
 
 
 class HookedModel(Protocol):
-    """The loaded networks of a run with what is trained, before a state is restored."""
+    """The loaded networks of a run and what is trained, before a state is restored."""
 
     average: Average | None
 
@@ -247,11 +247,11 @@ class HookedModel(Protocol):
 
     @property
     def loading(self) -> NetworkLoading:
-        """Loads further networks with the settings of the run."""
+        """Loads additional networks with the settings of the run."""
 
     @property
     def adapters(self) -> "Sequence[AddedLoras]":
-        """LoRAs of --training_adapter, in the trained networks."""
+        """LoRAs of --training_adapter in the trained networks."""
 
     @property
     def compute_dtype(self) -> "torch.dtype":
@@ -263,7 +263,7 @@ class HookedModel(Protocol):
 
     @property
     def networks(self) -> "Sequence[nn.Module]":
-        """Transformers that are trained, or that hold the trained LoRA, in the order of the experts."""
+        """Transformers that are trained or contain the trained LoRA, in the order of the experts."""
 
     @property
     def trainable(self) -> "Trainable":
@@ -275,7 +275,7 @@ class HookedModel(Protocol):
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process calls the saver: the main one and all that hold a part of the weights."""
+        """Whether this process calls the saver: the main process, and all that hold a part of the weights."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class MergedLoras:
 
 @dataclass(frozen=True)
 class GradientStep:
-    """A step whose gradients are summed, before the weights are stepped."""
+    """A step with accumulated gradients, before the weights are updated."""
 
     loss: "Tensor"  # its mean: a number on the device
     keys: tuple[str, ...]  # of the items of this process
@@ -297,7 +297,7 @@ class GradientStep:
 
 @dataclass
 class RunEnd:
-    """Hold how far a run has come, for features that act when it is over, even if it failed while loading."""
+    """How far a run has come, for features that act at its end, even if it failed while loading."""
 
     run: "JoinedRun"
     is_due: bool = False  # features act in this process: the first one, once all have joined
@@ -309,7 +309,7 @@ class RunEnd:
 
 @dataclass
 class Tally:
-    """Further numbers of a micro-batch for the logs, from its passes to its row."""
+    """Additional numbers of a micro-batch for the logs, collected during its passes."""
 
     names: tuple[str, ...]
     # how the page shows them
@@ -318,7 +318,7 @@ class Tally:
     numbers: "Tensor | None" = None  # of the last passes, one for each name: means
 
     def take(self) -> "Tensor | None":
-        """Return the numbers of the micro-batch and forget them; None if its passes left none."""
+        """Return and clear the numbers of the micro-batch; None if its passes recorded none."""
         taken = self.numbers
         self.numbers = None
         return taken
@@ -326,7 +326,7 @@ class Tally:
 
 @dataclass
 class RunInfo:
-    """What is told of a run: in its boxes, in its files and on its page."""
+    """What is shown about a run in its boxes, in its files and on its page."""
 
     in_files: dict[str, Any] = field(default_factory=dict)  # entries of each saved file; `ss_` is put before
     for_loading: dict[str, Any] = field(default_factory=dict)  # likewise as they are, with --no_metadata too
@@ -337,17 +337,17 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class KeptAverage:
-    """An average of the weights that a run is to keep."""
+    """An average of the weights that a run maintains."""
 
     name: str  # short
     is_sampled: bool  # samples show it
 
 
 class Storage(Protocol):
-    """Where else saved files go, and where states may come from."""
+    """Other places to which files are saved and from which states can be loaded."""
 
     def make_publisher(self) -> "Publisher | None":
-        """Return what publishes saved files; None if they stay on this machine."""
+        """Return the publisher of saved files; None if they stay on this machine."""
 
     # what --resume says, and a folder to write into -> the state if it is there, else None
     def fetch_state(self, name: str, folder: Path) -> Path | None:
@@ -366,7 +366,7 @@ MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 @dataclass(frozen=True)
 class Hooks:
-    """The points that a run comes to, in order. At each, features act in the order of their list."""
+    """The points of a run, in order. At each of them features act in the order of their list."""
 
     # may load torch, and puts further functions into these lists; in measurements of memory too
     start: "list[Callable[[JoinedRun], None]]" = field(default_factory=list)
@@ -410,7 +410,7 @@ class Hooks:
 
 @dataclass
 class JoinedRun:
-    """A run as the features that are on have joined it. What is off has left nothing in it."""
+    """What the active features contribute to a run. Inactive features leave nothing in it."""
 
     options: OptionsOfRun
     # of the dataset, and the model: empty and None while they are not known, before `on.start`
@@ -441,23 +441,23 @@ class JoinedRun:
 
     @property
     def has_own_pass(self) -> bool:
-        """Return whether `on.passes`, once there are any, are in place of the usual pass with gradients."""
+        """Return whether functions of `on.passes`, if any, replace the usual pass with gradients."""
         return bool(self.on.passes) and any(target.alone for target in self.targets)
 
     @property
     def joins_streams(self) -> bool:
-        """Return whether passes have one loss of picture and sound."""
+        """Return whether passes have a single loss for images and audio."""
         return any(target.joins_streams for target in self.targets)
 
     def count_passes(self) -> StepPasses:
-        """Return the passes of a micro-batch."""
+        """Return the number of passes of a micro-batch."""
         passes = StepPasses()
         for target in self.targets:
             passes = passes.plus(target.passes)
         return passes
 
     def describe_targets(self) -> list[str]:
-        """Return a line for each target and one on their passes, then those of `info`."""
+        """Return a line for each target and one about their passes, then the lines of `info`."""
         lines = [target.words for target in self.targets]
         passes = self.count_passes()
         if passes != StepPasses():

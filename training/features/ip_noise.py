@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
-    """How much further noise there is in the latents."""
+    """How much additional noise is added to the latents."""
 
     ip_noise_gamma: float | None = option(
-        "input perturbation: this share of further noise is mixed in, which the model does not have to "
-        "predict; 0.1 is usual (arXiv 2301.11706)",
+        "input perturbation: mix in this fraction of additional noise, which the model does not have "
+        "to predict; 0.1 is common (arXiv 2301.11706)",
         least=0,
         most=10,
         hint="0.1 is usual",
     )
     ip_noise_gamma_random_strength: bool = option(
-        "draw the share for each sample, from 0 to --ip_noise_gamma", needs="ip_noise_gamma"
+        "draw the fraction for each sample, from 0 to --ip_noise_gamma", needs="ip_noise_gamma"
     )
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the further noise of micro-batch `number`.
+    """Draw the additional noise of a micro-batch.
 
     Args:
         options: Options of the run.
@@ -40,7 +40,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
         seed: Seed of the run.
         number: Index of the micro-batch in the run.
     """
-    import torch  # --help does without
+    import torch  # not needed for --help
 
     from training.data.feed import seed_generator
 

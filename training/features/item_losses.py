@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, facts=FREE):
-    """Whether the loss of each picture and clip is recorded."""
+    """Whether the loss of each image and clip is recorded."""
 
     item_losses: bool = option(
-        "record the loss of each picture and clip in OUTPUT_NAME-items.jsonl, a line for each time that it "
-        "is learned; the page shows which are hard"
+        "record the loss of each image and clip in OUTPUT_NAME-items.jsonl, one line each time it is "
+        "trained on; the page shows the difficult ones"
     )
 
 

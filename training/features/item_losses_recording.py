@@ -54,7 +54,7 @@ def _not_begun() -> Progress:
 
 
 def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
-    """Begin the file of a process: with the lines up to a step, if it is of this run, else empty.
+    """Start the file of a process: keep the lines up to a step if it belongs to this run, else empty it.
 
     Raises OutputError.
     """
@@ -77,14 +77,14 @@ def _as_line(draw: ItemDraw) -> str:
 
 
 def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> None:
-    """Write small pictures of items, by their keys. Raises OutputError."""
+    """Write thumbnails of items, by their keys. Raises OutputError."""
     values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
     write_text(images_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
 
 
 @dataclass(frozen=True)
 class ArrivingLosses:
-    """Losses of a micro-batch on their way to the host."""
+    """Losses of a micro-batch that are being copied to the host."""
 
     step: int
     number: int  # of the micro-batch in the run
@@ -95,7 +95,7 @@ class ArrivingLosses:
 
 @dataclass
 class ItemLossRecorder:
-    """Record the losses of a run: as a context manager in every process, each with a file of its own."""
+    """Record the losses of a run: a context manager in every process, each with its own file."""
 
     folder: Path
     name: str
@@ -113,7 +113,7 @@ class ItemLossRecorder:
     _is_lost: bool = False  # the file takes no more lines
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take what is known of a run.
+        """Take what is known about a run.
 
         Raises:
             OptionError: If its processes run passes for each other.
@@ -147,7 +147,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons, the first of which, with the clip, also records its errors."""
+        """Return the comparisons; the first one, with the clip, also records its errors."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -170,12 +170,12 @@ class ItemLossRecorder:
         step = self.progress.step + 1
         self._count += 1
         self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
-        # the run has read the numbers of the step before the last one
+        # the run waits for the numbers of each step one step later, so those of two steps ago are on the host
         self._attempt(functools.partial(self._advance, step - 2))
         return errors
 
     def note_values(self, values: Mapping[str, float], step: int) -> None:
-        """Read and write losses up to a step, whose numbers the run has read."""
+        """Read and write the losses up to a step whose values have been read."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the page of the run is written the last time
             self._attempt(self._write, self._write_images)
@@ -186,7 +186,7 @@ class ItemLossRecorder:
         """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
-        """Begin the file, with what is in it of the steps before. Raises OutputError."""
+        """Start the file with its lines of earlier steps. Raises OutputError."""
         assert self._process is not None
         keep_draws(
             self.folder,
@@ -197,7 +197,7 @@ class ItemLossRecorder:
         )
 
     def _advance(self, step: int) -> None:
-        """Read the losses of the steps up to one, which are on the host; write lines now and then."""
+        """Read the losses up to a step, which are on the host by now; write lines from time to time."""
         while self._waiting and self._waiting[0].step <= step:
             waiting = self._waiting.pop(0)
             losses = waiting.losses.tolist()
@@ -208,14 +208,14 @@ class ItemLossRecorder:
             self._write()
 
     def _write(self) -> None:
-        """Write the lines that wait. Raises OutputError."""
+        """Write the waiting lines. Raises OutputError."""
         draws, self._draws = self._draws, []
         self._written = self.now()
         if draws and self._process is not None:
             append_draws(self.folder, self.name, self._process, draws)
 
     def _write_images(self) -> None:
-        """Write small pictures of the items that the page shows: the first process does, once."""
+        """Write thumbnails of the items that the page shows, once and in the first process only."""
         if self._process != 0 or self._has_images:
             return
         self._has_images = True
@@ -226,7 +226,7 @@ class ItemLossRecorder:
         write_images(self.folder, self.name, images)
 
     def _attempt(self, *works: Callable[[], None]) -> None:
-        """Do all of these. An error becomes a warning, and nothing is recorded from there on."""
+        """Run these functions. After an error, which becomes a warning, nothing more is recorded."""
         if self._is_lost:
             return
         try:
@@ -239,7 +239,7 @@ class ItemLossRecorder:
 
 
 def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
-    """Return small pictures of the items of a table, by their keys; of those that can be read."""
+    """Return thumbnails of the items of a table, by their keys, for those that can be read."""
     by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)
@@ -249,7 +249,7 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
-    with contextlib.suppress(UserError):  # a training from caches does without the pictures
+    with contextlib.suppress(UserError):  # a training from caches may have no images
         sources = find_sources(table, captions=False, faults=errors)
     images: dict[str, ItemImage] = {}
     for source in sources:
@@ -261,7 +261,7 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
 
 
 def _read_first_frame(source: MediaSource) -> Frame:
-    """Return a picture, or the first frame of a clip, H W 3. Nothing is downloaded.
+    """Return an image, or the first frame of a clip, H W 3. Nothing is downloaded.
 
     Raises MediaError or OSError if it cannot be read.
     """

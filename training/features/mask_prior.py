@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """How strongly the network is held to the predictions of the model without it, outside masks."""
+    """How strongly the network is held to the base model's predictions outside of masks."""
 
     mask_prior_weight: float | None = option(
-        "where a mask leaves out parts of a picture or clip, compare the network there with the model "
-        "without it, with this weight. One more pass in a step with masks, without gradients",
+        "outside masks, keep the prediction close to that of the model without the network, with this "
+        "weight. Adds one pass without gradients to steps with masks",
         above=0,
         most=100,
         hint="0.5 to 1 are usual",
@@ -43,7 +43,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 
 def _require_masks(options: MaskPriorOptions, plan: "PlannedRun") -> None:
-    """Raise OptionError if no item that is learned has a mask."""
+    """Raise OptionError if no item for training has a mask."""
     if not _has_masks(plan.training, plan.sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so there is no place outside of "
@@ -52,7 +52,7 @@ def _require_masks(options: MaskPriorOptions, plan: "PlannedRun") -> None:
 
 
 def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
-    """Return whether any item to learn has a mask of its loss. Reads headers only, up to the first mask."""
+    """Return whether any item for training has a loss mask. Reads headers only, up to the first mask."""
     if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
         return True
     from contract.data import LOSS_MASK  # torch: only with this target
@@ -69,7 +69,7 @@ def compare_outside_masks(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons with that with the base model where masks leave the picture out, if any do."""
+    """Return the comparisons with the base model added where masks exclude parts of the image, if any do."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
     if not (has_mask(noisy_batch) or passes.rule.in_lockstep):

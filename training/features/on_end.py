@@ -17,7 +17,7 @@ FLAG = "--on_end"
 
 
 class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
-    """What is started when a training is over."""
+    """What is started when a training ends."""
 
     on_end: str | None = option(AT_END, metavar="COMMAND", facts={**STARTS, **SECRET})
 
@@ -26,14 +26,14 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
         """Return the words of the command.
 
         Raises:
-            OptionError: If it cannot be started.
+            OptionError: If the command cannot be started.
         """
         assert self.on_end is not None  # the feature is on
         return read_command(FLAG, self.on_end)
 
 
 def start_at_end(end: "RunEnd") -> None:
-    """Start the command, with what is known of the run."""
+    """Start the command with the info about the run."""
     from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
     from training.reports.history import history_path
     from training.run_end import EndedRun, start_command

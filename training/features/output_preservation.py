@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
-    """No options: tables ask for it."""
+    """No options: tables turn this on."""
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
-    """Return the velocity, for samples that stay with it replaced by the base model's prediction.
+    """Replace the velocity of preserved samples by the base model's prediction.
 
-    The model runs for every batch if processes have to run equal passes.
+    The base model runs for every batch if all processes have to run the same passes.
     """
     from training.targets.passes import choose, kept_samples  # torch: only in a training
 
@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Return the comparisons, of which that with the clip, the first one, spares the preserved samples."""
+    """Return the comparisons with preserved samples excluded from the first one, with the clip."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 

@@ -23,13 +23,13 @@ BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/r
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
-    """How strongly the better one of each pair is preferred."""
+    """How strongly the chosen item of each pair is preferred."""
 
     preference: float | None = option(
-        "learn from pairs of a better and a worse picture or clip (worse_directory in the dataset): predict "
-        "the better one more exactly than the model without the network, the worse one less exactly. BETA "
-        "says how soon a pair counts as learned. Two passes in each step, one of them without gradients, of "
-        "batches twice as large",
+        "learn from pairs of a chosen and a rejected image or clip (worse_directory in the dataset): "
+        "predict the chosen one more accurately than the model without the network, the rejected one "
+        "less accurately. BETA controls how soon a pair counts as learned. Each step runs two passes, "
+        "one of them without gradients, over batches of twice the size",
         above=0,
         most=1_000_000,
         metavar="BETA",
@@ -37,7 +37,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
         known_as=("dpo", "flow_dpo", "dpo_beta", "beta_dpo"),
     )
     preference_data_weight: float = option(
-        "also add this weight times the usual loss of the better one",
+        "add the default loss of the chosen one with this weight",
         default=0.0,
         least=0,
         most=1000,
@@ -53,12 +53,12 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import audio_of, hears_audio  # torch, as --help does without
+    from contract.family import audio_of, hears_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
     if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):
         raise OptionError(
-            f"--preference {options.beta:g}: pairs are of pictures, and here one stream alone is learned. "
+            f"--preference {options.beta:g}: pairs are of images, and here one stream alone is learned. "
             "Leave it out"
         )
 

@@ -26,16 +26,16 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Preference:
-    """How strongly the better one of a pair is preferred: see `compare_pairs`."""
+    """How strongly the chosen item of a pair is preferred; see `compare_pairs`."""
 
     beta: float
     data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
 
 
 def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:
-    """Raise DatasetError or CacheError if an item to learn has no worse one. Reads headers only.
+    """Raise DatasetError or CacheError if an item for training has no rejected one. Reads headers only.
 
-    Looks at about LOOKED_AT items, spread over all tables.
+    It checks about LOOKED_AT items, spread over all tables.
     """
     for table in {item.table.index: item.table for item in items}.values():
         if table.directory is not None and table.worse_directory is None:
@@ -43,12 +43,13 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
                 f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
                 "Give it a folder with the worse ones, named like the better ones, or take the table out"
             )
-    step = len(items) // LOOKED_AT + 1
-    firsts = {item.table.index: item for item in reversed(items)}
-    for item in [*firsts.values(), *items[::step]]:
+    # the first item of each table, and a sample of all items
+    stride = len(items) // LOOKED_AT + 1
+    first_items = {item.table.index: item for item in reversed(items)}
+    for item in [*first_items.values(), *items[::stride]]:
         if item.kind.sizes is not None:
             raise CacheError(
-                f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "
+                f"{item.table.name}: --preference needs the latents of the worse images, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"
             )
         header = stores.of(item.table).read(item.file_name, is_full=False)
@@ -71,7 +72,7 @@ def pair_passes(
 
 
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch of twice the size: the better ones, then the worse ones with all else equal."""
+    """Return a batch of twice the size: the chosen items, then the rejected ones with all else equal."""
     batch = noisy_batch.batch
     assert batch.worse is not None  # the feed reads it for this target
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
@@ -120,7 +121,7 @@ def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
 
 
 def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
-    """Return the error of each sample, B: of its picture, and of its sound if it has any."""
+    """Return the error of each sample, B, summed over its images and its audio if it has any."""
     image, *audios = streams
     if not audios:
         return image

@@ -4,13 +4,12 @@ They are counted and drawn in `show_timesteps_drawing.py`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.options import FREE, option
 from training.features.contract import AT_NOISE, Feature, FeatureOptions
-from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
+from training.noise_options import NOTHING
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):
-    """Whether timesteps are shown, and where."""
+    """Whether the timestep distribution is shown, and where."""
 
     show_timesteps: str | None = option(
         "show the distribution of timesteps and weights, then exit", choices=("image", "console")
@@ -33,17 +32,15 @@ def _show(
 
     kind = options.of(ShowTimestepsOptions).show_timesteps
     assert kind is not None  # the feature is on
-    timesteps = options.timesteps
-    if options.weighted_by == NOTHING and timesteps.weighting_scheme in WEIGHTS_OF_LOSS:
-        timesteps = replace(timesteps, weighting_scheme="none")
     show_timesteps(
-        timesteps,
+        options.timesteps,
         kind,
         seed=options.loop.seed or 0,
         folder=options.saving.output_dir or Path(),
         noise=family.noise,
         experts=family.experts,
         tables=read_tables(),
+        is_weighted=options.weighted_by != NOTHING,
     )
 
 

@@ -31,6 +31,7 @@ def show_timesteps(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
     tables: Sequence[DatasetTable] = (),
+    is_weighted: bool = True,
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
@@ -43,6 +44,7 @@ def show_timesteps(
         experts: Experts of the model.
         tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
             shown.
+        is_weighted: Whether the run weights the loss by its noise level.
 
     Raises:
         OutputError: If the image cannot be written.
@@ -57,6 +59,8 @@ def show_timesteps(
         counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
         drawn[label] = counts
         shares[label] = shares_in_words(counts, experts)
+    if not is_weighted:
+        weights = torch.ones_like(weights)
     if kind == "console":
         for label, counts in drawn.items():
             title = f"{label}: timesteps drawn" if label else "timesteps drawn"
@@ -73,7 +77,7 @@ def show_timesteps(
 
 
 def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
-    """Return a line for each expert that says how many of the draws it gets; empty for a model with one."""
+    """Return a line for each expert with its fraction of the draws; empty for a model with one expert."""
     if experts[0] == ONE_EXPERT[0]:
         return ""
     lines = []
@@ -94,7 +98,7 @@ def timestep_statistics(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
-    """Return the number of draws of each of 1000 timesteps, and the loss weight of each."""
+    """Return how many draws fall on each of 1000 timesteps, and the loss weight of each."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
     # all batches together have this distribution, whichever expert each of them goes to
     lowest_expert = [min(experts, key=lambda expert: expert.lowest)]
@@ -119,7 +123,7 @@ def timestep_statistics(
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
-    """Return text with a bar for the mean of each of `lines` equal runs, the longest `width` characters."""
+    """Return text bars for the means of `lines` equal ranges; the longest has `width` characters."""
     means = values.double().view(lines, -1).mean(1)
     step = len(values) // lines
     scale = width / max(float(means.max()), 1e-12)
@@ -130,7 +134,7 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
 
 
 def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
-    """Return a PNG: how many of the draws fall on each timestep, and the loss weight of each.
+    """Return a PNG that shows how many draws fall on each timestep, and the loss weight of each.
 
     Args:
         drawn: Counts of the draws, by the tables that they belong to; "" for all tables.

@@ -30,10 +30,10 @@ REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # of 
 
 
 class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, facts=HABIT):
-    """Which steps are left out."""
+    """Which steps are skipped."""
 
     skip_bad_steps: int | None = option(
-        "leave out a step whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
+        "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
         "ends the run, as the first one does without this option",
         least=1,
         most=1_000_000,
@@ -42,8 +42,8 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         facts={AGAINST_BAD_STEPS: REMEDY},
     )
     skip_spikes: float | None = option(
-        "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
-        "steps, from the 21st step on",
+        "skip steps whose gradient norm is above FACTOR times the median of the last 100 taken steps, "
+        "from the 21st step on",
         above=1,
         most=MAX_FACTOR,
         metavar="FACTOR",
@@ -54,7 +54,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 
 @dataclass
 class SkipProgress:
-    """What is remembered of the steps of a run; `norms` and `spikes_in_a_row` by kind of step."""
+    """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
 
     bad_in_a_row: int = 0  # of the last steps
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class SkipProgress:
 
 @dataclass(frozen=True)
 class Skipping:
-    """Judge the steps of a run by its options.
+    """Decide which steps of a run are skipped.
 
-    Steps of one kind are compared with each other: those of each transformer, and those with and without
-    sound, have norms of their own size.
+    Only steps of one kind are compared with each other: the norms of each transformer, and of steps with and
+    without audio, have different sizes.
     """
 
     options: SkipOptions
@@ -89,8 +89,8 @@ class Skipping:
         return SPIKE if limit is not None and math.isfinite(norm) and norm > limit else TAKEN
 
     def limit(self, kind: str) -> float | None:
-        """Return the norm above which a step of a kind is a spike; None if none is yet."""
-        from statistics import median  # --help does without
+        """Return the norm above which a step of a kind is a spike; None if there is no limit yet."""
+        from statistics import median  # not needed for --help
 
         factor = self.options.skip_spikes
         norms = self.progress.norms.get(kind, [])
@@ -99,10 +99,10 @@ class Skipping:
         return factor * median(norms)
 
     def note(self, outcome: int, norm: float, kind: str) -> bool:
-        """Remember what has become of a step: taken, bad or a spike.
+        """Record the outcome of a step: taken, bad or a spike.
 
-        Returns whether this is the last spike in a row that is left out: from the next step on the median
-        begins anew, because so many are a new level of the norms.
+        Returns whether this spike is the last one in a row that is skipped: so many spikes are a new level of
+        the norms, so the median starts over with the next step.
         """
         progress = self.progress
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if outcome == BAD else 0
@@ -130,7 +130,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     Raises:
         UserError: If the loss or the norm is not finite in too many steps in a row.
     """
-    from training.processes import largest_of_processes  # torch, as --help does without
+    from training.processes import largest_of_processes  # loads torch, which --help does not need
 
     progress = run.progress.of(SkipProgress)
     skipping = Skipping(run.options.of(SkipOptions), progress, run.has_scaler)
@@ -141,7 +141,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
     number = run.progress.step + 1
     if outcome == FATAL:
-        from training.bad_steps import explain_bad_step  # only here
+        from training.bad_steps import explain_bad_step  # only when the run ends
 
         before = progress.bad_in_a_row
         remedy = "" if before else REMEDY

@@ -26,9 +26,9 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
     """Which captions a slider moves between."""
 
     slider: Path | None = option(
-        "TOML file with captions: at strength 1 the network moves a neutral caption's result towards the "
-        "positive one, at -1 towards the negative one. Captions of the dataset are not used. Three more "
-        "passes in each step without gradients, and one more with gradients",
+        "TOML file with captions: at strength 1, the network moves the result of a neutral caption "
+        "toward the positive one, at -1 toward the negative one. Captions of the dataset are not used. "
+        "Adds three passes without gradients and one with gradients to each step",
         place="there",
         often=False,
         known_as=("slider_config", "leco", "concept_slider"),
@@ -59,7 +59,7 @@ def _check_tables(run: "JoinedRun", path: Path) -> None:
 
 
 def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
-    """Raise OptionError if text encoders learn."""
+    """Raise OptionError if text encoders are trained."""
     if texts is not None and texts.changing:
         names = " and ".join(encoder.name for encoder in texts.changing)
         raise OptionError(
@@ -70,7 +70,7 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
 
 
 def _encode(run: "JoinedRun", file: SliderFile, plan: "PlannedRun") -> None:
-    """Encode the captions while there is no transformer, and have its passes replace the usual one."""
+    """Encode the captions before the transformer is loaded, and replace the usual pass by the sliders'."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
     target = encode_sliders(plan.family, file, plan.accelerator.device)
@@ -90,6 +90,8 @@ def _join(run: "JoinedRun", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
+    # In addition to the usual pass, two captions at two strengths, or one, are 3 passes or 1 with gradients.
+    # The base model runs once for each of the captions positive, negative and neutral, and for the anchor
     target = StepTarget(
         option=f"--slider {path}",
         words=f"captions of {path} at strength 1 and -1",

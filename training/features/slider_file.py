@@ -17,7 +17,7 @@ MOST = 100.0
 
 @dataclass(frozen=True)
 class Slider:
-    """Captions of one direction."""
+    """Captions that define one direction."""
 
     positive: str
     negative: str
@@ -35,7 +35,7 @@ class Slider:
 
 @dataclass(frozen=True)
 class SliderFile:
-    """The content of a file of --slider."""
+    """The content of a --slider file."""
 
     guidance: float  # how far the result of the neutral caption moves
     sliders: tuple[Slider, ...]
@@ -47,7 +47,7 @@ class SliderFile:
 
 
 def read_sliders(path: Path) -> SliderFile:
-    """Read a file of --slider. Raises OptionError that names the file, the key and what to write."""
+    """Read a --slider file. Raises OptionError that names the file, the key and what to write."""
     place = f"--slider {path}"
     try:
         content = parse_toml(read_text(path))

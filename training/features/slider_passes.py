@@ -25,18 +25,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class SliderTarget:
-    """A file of sliders with the outputs of the text encoders for its captions."""
+    """A file of sliders and the encoded captions."""
 
     file: SliderFile
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
     variable_length: frozenset[str]  # outputs that are lists in batches
 
     def slider_of(self, number: int) -> Slider:
-        """Return the slider of a micro-batch: they take turns."""
+        """Return the slider of a micro-batch; sliders take turns."""
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
-        """Return a batch with a caption in place of its own."""
+        """Return a batch with its captions replaced by this one."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
             stacked = stack_texts([value] * len(batch), name in self.variable_length)
@@ -62,26 +62,26 @@ def slider_passes(
     """
     slider = target.slider_of(noisy_batch.number)
 
-    def tell(caption: str) -> NoisyBatch:
+    def with_caption(caption: str) -> NoisyBatch:
         return replace(noisy_batch, batch=target.tell(noisy_batch.batch, caption, noisy_batch.noise.device))
 
-    neutral = tell(slider.neutral)
-    start = passes.base(neutral)
-    change = passes.base(tell(slider.positive)) - passes.base(tell(slider.negative))
+    neutral = with_caption(slider.neutral)
+    base_neutral = passes.base(neutral)
+    direction = passes.base(with_caption(slider.positive)) - passes.base(with_caption(slider.negative))
     anchor = anchor_target = None
     anchor_caption = slider.anchor
     anchor_weight = slider.weight * slider.anchor_weight
     if anchor_caption is None and passes.rule.in_lockstep and target.file.has_anchors:
-        # another process may have a slider with an anchor just now: all run equal passes
+        # another process may have a slider with an anchor in this step, and all have to run the same passes
         anchor_caption, anchor_weight = slider.neutral, 0.0
     if anchor_caption is not None:
-        anchor = tell(anchor_caption)
+        anchor = with_caption(anchor_caption)
         anchor_target = passes.base(anchor)
     for strength in (1.0, -1.0):
         with at_strength(strength):
             passes.restart(noisy_batch)
-            aim = start + strength * target.file.guidance * change
-            errors = measure_plainly(passes, passes.learning(neutral), aim, neutral)
+            guided = base_neutral + strength * target.file.guidance * direction
+            errors = measure_plainly(passes, passes.learning(neutral), guided, neutral)
             yield tuple(0.5 * slider.weight * error for error in errors)
             if anchor is None or anchor_target is None:
                 continue

@@ -9,14 +9,14 @@ SHARES = 1 / 3, 1 / 2
 
 @dataclass(frozen=True)
 class StepPasses:
-    """Count the passes of a micro-batch, at most."""
+    """Upper bounds for the passes of a micro-batch."""
 
     with_gradients: int = 1
     without: int = 0
     size: int = 1  # of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
-        """Add the passes of another target; the factors on the batch size multiply."""
+        """Add the passes of another target; the factors on the batch size are multiplied."""
         return StepPasses(
             with_gradients=self.with_gradients + further.with_gradients,
             without=self.without + further.without,
@@ -25,7 +25,7 @@ class StepPasses:
 
     @property
     def words(self) -> str:
-        """Return the numbers, and the time of a step as a multiple of that of a plain one."""
+        """Describe the passes, and the time of a step relative to that of a plain one."""
         low, high = (self.size * (self.with_gradients + share * self.without) for share in SHARES)
         size = " of batches twice as large" if self.size > 1 else ""
         counts = f"{self.with_gradients} with gradients, {self.without} without{size}"
@@ -34,7 +34,7 @@ class StepPasses:
 
 @dataclass(frozen=True)
 class StepTarget:
-    """Something that a run learns towards besides the clip."""
+    """A target of the training besides the clip."""
 
     option: str  # that asks for it, as it is typed
     words: str  # its line among the targets in the box at the start of a run

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the family has no extra inputs for --teacher."""
+    """Raise OptionError if the family has no additional inputs for --teacher."""
     if options.teacher_sees not in (INPUTS, *family.can.views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
@@ -32,7 +32,7 @@ def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> 
         )
     if not family.fuller and options.teacher == BASE:
         raise OptionError(
-            f"--teacher {options.teacher}: the model {family.name} takes no further conditions, so the "
+            f"--teacher {options.teacher}: the model {family.name} takes no additional conditions, so the "
             "teacher would know no more than the network. Leave it out"
         )
 
@@ -55,7 +55,7 @@ def _check_texts(options: TeacherOptions, texts: "LiveTexts | None") -> None:
 
 
 def _describe(options: TeacherOptions) -> str:
-    """Return whom the network learns from, how much of the loss that is, and at which noise."""
+    """Describe the teacher, its fraction of the loss, and its noise levels."""
     name = "the model without the network"
     if options.teacher != BASE:
         model = options.teacher_dit.name if options.teacher_dit is not None else "the model itself"

@@ -6,22 +6,22 @@ there. `find_balance` returns factors that make up for it.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from contract.family import FLOW, NoiseSpec
 from contract.rules import ONE_EXPERT, Expert
-from training.data.timesteps import scan
+from training.data.timesteps import is_accepted, sample_shares, spread_evenly
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 
 @dataclass(frozen=True)
 class FocusBalance:
-    """Factors on terms that act inside a band of noise levels alone, or outside of it alone.
+    """Factors on terms that act only inside, or only outside, of a band of noise levels.
 
-    Each is the share of the draws there without the focus, divided by the share with it. A factor is 1 if no
-    draw falls there with the focus, and both are 1 without a focus.
+    Each factor is the fraction of the draws there without the focus, divided by the fraction with it. It is 1
+    if no draw with the focus falls there; both are 1 without a focus.
     """
 
     inside: float = 1.0
@@ -43,9 +43,9 @@ def find_balance(
 ) -> FocusBalance:
     """Return the factors that compensate for --timestep_focus inside and outside of a band of noise levels.
 
-    With the sampler `uniform`, a band from 0 to M (as shares) and a focus P on L to H, `outside` is (1 - M) /
-    ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H. Shares of
-    other samplers are counted to 1 / 10,000.
+    With the sampler `uniform`, a band from 0 to M (as fractions) and a focus P on L to H, `outside` is (1 -
+    M) / ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H. Fractions
+    of other samplers are counted with a precision of 1 / 10,000.
 
     Args:
         options: Options of the run.
@@ -76,7 +76,7 @@ def find_balance(
 
 @dataclass(frozen=True)
 class _BandShares:
-    """Shares of all draws."""
+    """Fractions of all draws inside and outside of a band."""
 
     inside: float  # trained, and in the band
     trained: float
@@ -85,11 +85,9 @@ class _BandShares:
 def _compute_default_shares(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandShares:
-    """Return the shares of the draws of the sampler without its focus."""
-    defaults = TimestepOptions.usual()
-    default = replace(options, timestep_focus=None, timestep_focus_range=defaults.timestep_focus_range)
-    _, shares = scan(default, noise, flow_shift)
-    levels = NUM_TIMESTEPS * shares
+    """Return the fractions of the draws of the sampler without its focus."""
+    shares = sample_shares(options, spread_evenly(), noise, flow_shift)
+    levels = NUM_TIMESTEPS * shares[is_accepted(options, shares, noise, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)
     return _BandShares(inside=_mean(is_inside), trained=_mean(is_trained))
@@ -100,7 +98,7 @@ def _mean(fits: Tensor) -> float:
 
 
 def _share_of_range(options: TimestepOptions, low: float, high: float) -> float:
-    """Return the share of --timestep_focus_range that lies from `low` to `high`."""
+    """Return the fraction of --timestep_focus_range between `low` and `high`."""
     first, last = options.timestep_focus_range
     return max(0.0, min(high, last) - max(low, first)) / (last - first)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:  # only with LoRA files
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A transformer with the LoRAs whose effect is taught. It may be the trained one, without its network."""
+    """A transformer with the LoRAs whose effect is taught."""
 
     family: Trains
     dit: nn.Module
     loras: "AddedLoras"  # switched off
-    adapters: "Sequence[AddedLoras]" = ()  # of the trained transformer; the teacher is without them
-    is_trained_one: bool = False
+    # if the transformer is the trained one, which teaches without its network and without its adapters
+    trained: HookedModel | None = None
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
         """Return the prediction for a batch, without gradients.
@@ -38,20 +38,16 @@ class TeacherModel:
         Args:
             passes: Passes of the network in a training step.
             noisy_batch: Batch with noise and timesteps.
-            has_loras: Whether the LoRAs are on.
+            has_loras: Whether the LoRAs are active.
         """
         own_passes = replace(passes, family=self.family, dit=self.dit)
-        with self.loras.switched_to(has_loras), self._without_adapters():
-            if self.is_trained_one:
-                return own_passes.base(noisy_batch)
-            return own_passes.frozen(noisy_batch)
-
-    @contextlib.contextmanager
-    def _without_adapters(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for adapter in self.adapters:
+            stack.enter_context(self.loras.switched_to(has_loras))
+            if self.trained is None:
+                return own_passes.frozen(noisy_batch)
+            for adapter in self.trained.adapters:
                 stack.enter_context(adapter.switched_to(is_on=False))
-            yield
+            return own_passes.base(noisy_batch)
 
     def teach(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the teacher with its LoRAs."""
@@ -60,8 +56,8 @@ class TeacherModel:
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
         """Return the target b + T' - T, in which only the effect of the LoRAs is taught.
 
-        b is the prediction of the trained model without its network; T' and T are those of the teacher with
-        and without its LoRAs. The teacher's other differences from the model cancel out.
+        b is the prediction of the trained model without its network; T' and T are the teacher's predictions
+        with and without its LoRAs. Other differences of the teacher from the model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -87,11 +83,10 @@ class OtherTeacher:
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
-                family=plan.family,
-                dit=model.networks[0],
+                plan.family,
+                model.networks[0],
                 loras=self.loras[0],
-                adapters=model.adapters,
-                is_trained_one=True,
+                trained=model,
             )
         else:
             family = plan.others.with_dit(self.options.teacher_dit)
@@ -151,7 +146,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
 
 @contextlib.contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Name another option in errors of the block, which name that of the trained transformer."""
+    """Name another option in errors of the block, which name the option of the trained transformer."""
     try:
         yield
     except CheckpointError as error:
@@ -160,7 +155,7 @@ def _naming(option: str) -> Iterator[None]:
 
 
 def _check_loras(model: Family, options: TeacherOptions) -> None:
-    """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
+    """Raise CheckpointError if a file of --teacher_lora is not a LoRA, or not one for the teacher's model."""
     if not options.loras():
         return
     from networks.added import reject_magnitudes  # only with LoRA files

@@ -13,18 +13,19 @@ NUM_TIMESTEPS = 1000
 
 
 class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
-    """Which frozen model the network learns from, at which noise, and how it is compared with it."""
+    """Which frozen model the network learns from, at which noise levels, and how they are compared."""
 
     teacher: str | None = option(
-        "also measure the loss against the prediction of a frozen model, which knows the full conditions: "
-        "also a dropped caption, and the first frame if the model takes one. base: the model without the "
-        "network; dit: the model of --teacher_dit. More passes in each step, without gradients",
+        "add a loss against the prediction of a frozen model, which sees the full conditions, "
+        "including dropped captions and, if the model takes one, the first frame. base: the model "
+        "without the network; dit: the model of --teacher_dit. Adds passes without gradients to each "
+        "step",
         choices=(BASE, OTHER_DIT),
         known_as=("teacher_matching", "h3_teacher_matching"),
         facts=HABIT,
     )
     teacher_weight: float = option(
-        "share of --teacher in the loss: (1 - W) * the usual loss + W * that against the teacher",
+        "weight W of --teacher in the loss: (1 - W) * the default loss + W * the loss against the teacher",
         default=0.5,
         above=0,
         most=1,
@@ -40,20 +41,21 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         facts=FREE,
     )
     teacher_lora: tuple[Path, ...] | None = option(
-        "LoRA files that the teacher of --teacher dit has, which the network is to learn from it",
+        "LoRA files that are applied to the teacher of --teacher dit, for the network to learn",
         metavar="FILE[:MULTIPLIER]",
         needs="teacher",
         facts=FREE,
     )
     teacher_delta: bool = option(
-        "teach only what --teacher_lora changes in the teacher: the target is the prediction of the trained "
-        "model without the network, plus that change. Three more passes in each step instead of one",
+        "teach only what --teacher_lora changes in the teacher: the target is the prediction of the "
+        "trained model without the network, plus that change. Adds three passes to each step instead "
+        "of one",
         needs="teacher_lora",
         facts=HABIT,
     )
     teacher_min_timestep: int = option(
-        "noise, in thousandths, from which on the teacher knows more than the network; below it both know "
-        "the same (the anchor)",
+        "noise level, in thousandths, from which the teacher sees more than the network; below it, "
+        "both see the same (the anchor)",
         default=0,
         least=0,
         most=NUM_TIMESTEPS,
@@ -63,7 +65,8 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         facts=HABIT,
     )
     teacher_max_timestep: int = option(
-        "noise, in thousandths, up to which the teacher knows more than the network; above it is the anchor",
+        "noise level, in thousandths, up to which the teacher sees more than the network; above it is "
+        "the anchor",
         default=NUM_TIMESTEPS,
         least=0,
         most=NUM_TIMESTEPS,
@@ -83,12 +86,12 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         facts=HABIT,
     )
     teacher_split: bool = option(
-        "compare size and direction of the teacher's prediction apart, each with a weight of its own",
+        "compare magnitude and direction of the teacher's prediction separately, each with its own weight",
         needs="teacher",
         facts=HABIT,
     )
     teacher_size_weight: float = option(
-        "weight of the size with --teacher_split",
+        "weight of the magnitude with --teacher_split",
         default=1.0,
         least=0,
         most=100,
@@ -109,8 +112,9 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         facts=HABIT,
     )
     teacher_sees: str = option(
-        "what the teacher knows: inputs (all conditions of the caches); first_last, clip and subject are for "
-        "models that take the first and last frame, the clip itself or other pictures of its subject",
+        "what the teacher sees: inputs (all conditions of the caches); first_last, clip and subject "
+        "are for models that take the first and last frame, the clip itself or other images of its "
+        "subject",
         default=INPUTS,
         choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT),
         needs="teacher",
@@ -119,7 +123,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
     )
 
     def check(self) -> None:
-        """Raise OptionError for options that do not go with each other."""
+        """Raise OptionError for options that conflict with each other."""
         if self.teacher_min_timestep >= self.teacher_max_timestep:
             raise OptionError(
                 f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "
@@ -139,19 +143,19 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def view(self) -> str:
-        """Return the conditions that the teacher sees besides the cached ones; "" if there are none."""
+        """Return the conditions that the teacher gets besides the cached ones; "" if there are none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --teacher_lora with their multipliers.
 
         Raises:
-            OptionError: If one is missing.
+            OptionError: If a multiplier is missing.
         """
         return files_with_multipliers("--teacher_lora", self.teacher_lora or ())
 
     @property
     def band(self) -> tuple[int, int] | None:
-        """Return the noise, in thousandths, at which the teacher knows more; None: everywhere."""
+        """Return the range of noise, in thousandths, at which the teacher teaches; None for all levels."""
         band = (self.teacher_min_timestep, self.teacher_max_timestep)
         return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band

@@ -34,9 +34,9 @@ Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's 
 
 
 def install_teacher(run: JoinedRun, options: TeacherOptions) -> "Teaching":
-    """Put the comparison with the teacher into a run.
+    """Add the comparison with the teacher to a run.
 
-    Until another model is loaded, as while memory is measured, the trained one stands in for it.
+    Until another model is loaded, as during the prediction of memory, the trained model stands in for it.
     """
     teaching = Teaching(make_target(options), rehearse_change if options.teacher_delta else teach_as_base)
     run.on.target.append(teaching.compare)
@@ -47,13 +47,13 @@ def install_teacher(run: JoinedRun, options: TeacherOptions) -> "Teaching":
 
 @dataclass(frozen=True)
 class Band:
-    """The shares of noise, 0..1, at which a teacher knows more than the network; both ends count."""
+    """The noise fractions, 0..1, at which a teacher knows more than the network; both ends are included."""
 
     lowest: float
     highest: float
 
     def holds(self, level: float) -> bool:
-        """Whether a noise level lies in the band."""
+        """Return whether a noise level lies in the band."""
         return self.lowest <= level <= self.highest
 
 
@@ -69,7 +69,7 @@ class TeacherTarget:
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
-    """Return the teacher's target that the options describe; timesteps become fractions of noise, 0..1."""
+    """Return the teacher's target for the options; timesteps become noise fractions, 0..1."""
     band = None
     if options.band is not None:
         low, high = options.band
@@ -88,7 +88,7 @@ def make_target(options: TeacherOptions) -> TeacherTarget:
 
 @dataclass
 class Teaching:
-    """Compare what is learned with what is taught."""
+    """Compare the network with its teacher."""
 
     target: TeacherTarget
     teach: Teach
@@ -96,10 +96,10 @@ class Teaching:
     def compare(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch, comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons with the teacher's share in the loss: that with the clip has the rest of it.
+        """Return the comparisons with the teacher's part of the loss; the clip's comparison keeps the rest.
 
-        Inside its band the teacher has all that is known, outside it is an anchor, with what the network
-        itself is told. Samples that stay with the base model have no part in either.
+        Inside of its band the teacher gets all known inputs. Outside of it the teacher is an anchor with the
+        same inputs as the network. Samples that stay with the base model take part in neither.
         """
         clip, *others = comparisons
         shares = [0.0 if is_kept else self.target.weight for is_kept in kept_samples(passes, noisy_batch)]
@@ -112,7 +112,9 @@ class Teaching:
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
-        is_inside = []  # of each sample: taught, and its noise level is in the band
+        # for each sample: whether its noise level is inside, or outside, of the band; neither if the sample
+        # stays with the base model
+        is_inside = []
         is_outside = []
         samples = zip(levels_of(noisy_batch), kept_samples(passes, noisy_batch), strict=True)
         for level, is_kept in samples:
@@ -120,6 +122,7 @@ class Teaching:
             is_inside.append(in_band and not is_kept)
             is_outside.append(not in_band and not is_kept)
         comparisons = []
+        # in lockstep the teacher always runs, because all processes have to run the same passes
         if any(is_inside) or passes.rule.in_lockstep:
             target = self.teach(passes, full_batch)
             weight = _make_weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
@@ -137,7 +140,7 @@ class Teaching:
 
 
 def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Note the factor that makes up for more or fewer draws outside of the band, by --timestep_focus."""
+    """Record the factor that compensates for more or fewer draws outside of the band by --timestep_focus."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -149,7 +152,7 @@ def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyB
 
 
 def _make_weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
-    """Return the weights of samples, B; one number if all are equal."""
+    """Return the weights of samples, B, or a single number if all are equal."""
     if len(set(weights)) == 1:
         return weights[0]
     return numbers_on(device, weights, torch.float32)
@@ -162,7 +165,7 @@ def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
 
 
 def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
-    """Return the errors of `split_errors`, of places as far as they count."""
+    """Return the errors of `split_errors`, with masked positions weighted."""
     outputs = _split_streams(output, noisy_batch)
     targets = _split_streams(target, noisy_batch)
     errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
@@ -172,10 +175,10 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
 
 
 def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
-    """Return the picture of a prediction, B C F H W, and its sound if the batch has any.
+    """Split a prediction into images, B C F H W, and audio if the batch has any.
 
-    Given frames are left out, and the picture is multiplied by the root of its masks: so the squared norm of
-    a difference counts places as `sample_errors` does.
+    Given frames are left out, and images are multiplied by the square root of their masks, so that the
+    squared norm of a difference counts positions as `sample_errors` does.
     """
     audios = []
     if noisy_batch.audio is not None:
@@ -188,7 +191,7 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
 
 
 def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks.
+    """Return the batch with all inputs, including those that the trained network does not get.
 
     Args:
         family: The model family.
@@ -202,11 +205,11 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
 
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the prediction of the base model, for runs that are their own teacher."""
+    """Return the prediction of the base model, for runs whose teacher is the trained model itself."""
     return passes.base(noisy_batch)
 
 
 def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Run the passes of `teach_change` with one model, on tensors without content: for their memory."""
+    """Run the passes of `teach_change` with one model on empty tensors, to measure their memory."""
     with torch.no_grad():
         return passes.base(noisy_batch) + (passes.frozen(noisy_batch) - passes.frozen(noisy_batch))

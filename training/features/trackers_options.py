@@ -31,7 +31,7 @@ _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wand
 
 
 class RunTrackerOptions(Options):
-    """Options of `run` that it hands to its training."""
+    """Options of `run` that it passes to its training."""
 
     logging_dir: Path | None = option(
         "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
@@ -42,28 +42,28 @@ class RunTrackerOptions(Options):
         choices=(*CHOICES, "all"),
     )
     log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers; in run.toml it is refused", place="there"
+        "TOML file with arguments for the trackers; in run.toml it is rejected", place="there"
     )
 
 
 class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_run=RunTrackerOptions):
-    """Which trackers get the numbers and samples of a run."""
+    """Which trackers receive the numbers and samples of a run."""
 
     logging_dir: Path | None = option(
-        "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
+        "folder for TensorBoard logs; each run gets a subfolder", place="new folder"
     )
     log_with: str | None = option(
-        "tensorboard when not given and --logging_dir is; all: tensorboard and wandb",
+        "default: tensorboard if --logging_dir is given; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
         # those that need no folder write and send where they like
         facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
     )
     log_prefix: str | None = option(
-        "start of the run folder's name, before its date",
+        "prefix of the run folder's name, before the date",
         acts_if={"there is no --logging_dir": lambda options: options.logging_dir is not None},
     )
     log_tracker_name: str | None = option(
-        "name of the tracker, the project of most; network_train, or MODEL_ft, when not given",
+        "name of the tracker, which most services use as the project; default: network_train, or MODEL_ft",
         acts_if=_IF_LOGGED,
     )
     wandb_run_name: str | None = option(
@@ -87,7 +87,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers to start; a folder for logs alone means tensorboard."""
+        """Names of the trackers to start; a log folder alone means tensorboard."""
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
@@ -97,10 +97,10 @@ def check_trackers(options: TrackerOptions) -> None:
     """Check that the trackers can start.
 
     Raises:
-        OptionError: If the package of a tracker is missing, with the package to install, or if a folder that
-            may belong to somebody else has settings of a tracker.
+        OptionError: If the package of a tracker is missing (the message names it), or if a folder that may
+            belong to somebody else contains tracker settings.
         UserError: If --log_tracker_config cannot be read.
-        OutputError: If nothing can be written in --logging_dir.
+        OutputError: If --logging_dir is not writable.
     """
     from modules.atomic_write import make_folder  # only with trackers, as what follows
     from modules.console import quiet
@@ -120,9 +120,9 @@ def check_trackers(options: TrackerOptions) -> None:
 
 
 def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
-    """Raise OptionError if a working folder has settings that say where a tracker sends data, and as whom.
+    """Raise OptionError if a working folder has settings of where a tracker sends data, and as whom.
 
-    Also keeps trackers from asking git about that folder: its settings can name programs.
+    It also keeps trackers from running git in that folder, whose settings can name programs.
     """
     for tracker in trackers:
         for name in SETTINGS_OF_FOLDER.get(tracker, ()):

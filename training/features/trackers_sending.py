@@ -29,7 +29,7 @@ FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 
 @dataclass
 class Trackers:
-    """Send the numbers and samples of a run. Use it as a context manager, in every process.
+    """Send the numbers and samples of a run. Use it as a context manager in every process.
 
     Entering starts the trackers. Raises UserError if --log_tracker_config cannot be read.
     """
@@ -78,7 +78,7 @@ class Trackers:
             threading.excepthook = self._hook
 
     def _note_thread(self, error: threading.ExceptHookArgs) -> None:
-        """Print an error of a thread, but not of TensorBoard's writer, which raises it again later."""
+        """Print an error of a thread, except one of TensorBoard's writer, which raises it again later."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._hook(error)
 
@@ -91,7 +91,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def _guarded(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """Turn a tracker's first error of disk or network into a warning, and give it no more numbers."""
+        """Turn a tracker's first disk or network error into a warning, and send it no more numbers."""
         try:
             yield
         except kind as error:
@@ -139,7 +139,7 @@ class Trackers:
 
 
 def _make_wandb_media(path: Path, prompt: str) -> Any:
-    """Return a sample as an object that wandb shows."""
+    """Return a sample as an object that wandb can show."""
     import wandb  # optional; `check_trackers` has found it
 
     if path.suffix == ".png":
@@ -150,7 +150,7 @@ def _make_wandb_media(path: Path, prompt: str) -> Any:
 
 
 def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
-    """Return what sends the numbers of a run to its trackers.
+    """Return the recorder that sends the numbers of a run to its trackers.
 
     Args:
         plan: The plan of the run.

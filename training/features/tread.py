@@ -24,11 +24,11 @@ MIDDLE = (2, -2)
 
 
 class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT):
-    """How many tokens pass by the middle blocks in training."""
+    """How many tokens skip the middle blocks in training."""
 
     tread: float | None = option(
-        "leave this share of the picture's tokens, drawn anew for each sample, out of the middle blocks in "
-        "training: faster steps that take less memory; samples and validation see all tokens",
+        "let this fraction of the image tokens, drawn for each sample, bypass the middle blocks in "
+        "training: faster steps and less memory; samples and validation use all tokens",
         above=0,
         below=1,
         metavar="SHARE",
@@ -37,7 +37,8 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
         facts=OF_BLOCKS,
     )
     tread_blocks: tuple[int, ...] = option(
-        "first and last block that --tread spares tokens; both count, from 0, negative from the end",
+        "first and last block that the tokens of --tread bypass, both included; counted from 0, "
+        "negative numbers from the end",
         default=MIDDLE,
         needs="tread",
         metavar="BLOCK",
@@ -45,12 +46,12 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 
     @property
     def share(self) -> float:
-        """Return the share of tokens, 0..1, that are left out."""
+        """Return the fraction of tokens, 0..1, that skip the middle blocks."""
         return self.tread or 0.0
 
 
 def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if blocks of the model cannot see a part of the tokens, or are too few.
+    """Raise OptionError if the model's blocks cannot process a subset of the tokens, or if there are too few.
 
     Args:
         options: Options of the run.
@@ -88,7 +89,7 @@ def _describe(options: TreadOptions) -> str:
 def pass_by(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
-    """Return the context in which tokens pass by the middle blocks.
+    """Return the context in which tokens skip the middle blocks.
 
     Args:
         options: Options of the run.

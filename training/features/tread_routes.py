@@ -11,12 +11,12 @@ from training.loss import NoisyBatch, place_weights
 
 
 def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
-    """Return the indices of the tokens that take part, B K on the CPU, in rising order.
+    """Return the indices of the tokens that pass through the middle blocks, B K on the CPU, ascending.
 
-    They are drawn for each sample. Given frames always take part, and so do positions that a mask counts, if
-    the mask excludes more than half of the sample. If this leaves too few other tokens, fewer than `share`
-    are left out, the same number in each sample. The indices have values even in a rehearsal of memory, in
-    which other tensors have none.
+    They are drawn for each sample. Given frames always take part, and so do positions inside of a mask if the
+    mask excludes more than half of the sample. If too few other tokens remain, fewer than `share` skip the
+    blocks, the same number in each sample. The indices have values even in a rehearsal of memory, in which
+    other tensors have none.
 
     Args:
         noisy_batch: Batch with noise and timesteps.
@@ -48,7 +48,7 @@ def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
 
 
 def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
-    """Return a mask of the tokens that take part in any case, B L bool on the CPU."""
+    """Return a mask of the tokens that always take part, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
     weights = place_weights(noisy_batch.batch, noisy_batch.noise)
     if weights is not None:

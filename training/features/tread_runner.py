@@ -27,19 +27,19 @@ SelectPlaces = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """Range of blocks, and the choice of the tokens that go through them."""
+    """A range of blocks, and the tokens that pass through them."""
 
     first: int  # number of a block, from 0; negative: from the end
     last: int  # likewise; it belongs to the route
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
-        """Return the indices of the routed blocks in a network of `count` blocks, both ends included."""
+        """Return the first and the last index of the routed blocks in a network of `count` blocks."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
 
 def block_number(number: int, count: int) -> int:
-    """Return the number of a block from the front.
+    """Return the index of a block counted from the front.
 
     Args:
         number: Index of the block; negative ones count from the end.
@@ -50,7 +50,7 @@ def block_number(number: int, count: int) -> int:
 
 @contextmanager
 def routed(dit: nn.Module, route: Route) -> Iterator[None]:
-    """Inside it the middle blocks of the network see the tokens of the route only."""
+    """Route only the selected tokens through the middle blocks of the network during the block."""
     before = runner_of(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
     try:
@@ -67,7 +67,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, ove
 
 
 class _Parting:
-    """The tokens of one forward pass that wait while the rest are in the middle blocks."""
+    """The tokens of one forward pass that wait while the others pass through the middle blocks."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route
@@ -76,7 +76,7 @@ class _Parting:
         self._waiting: tuple[Tensor, Any] | None = None  # all tokens before the route, and their record
 
     def at(self, number: int, hidden: Hidden) -> None:
-        """Take tokens out before the first block of the route, and put them back behind the last."""
+        """Take tokens out before the first block of the route, and put them back after the last one."""
         if number == self._blocks.start:
             self._part(hidden)
         elif number == self._blocks.stop and self._waiting is not None:
@@ -93,8 +93,9 @@ class _Parting:
         num_left_out = size - chosen.shape[1]
         if not num_left_out:
             return
-        everything = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
-        parts = [everything[:, :start], chosen + start, everything[:, start + size :]]
+        # keep all tokens before and after those of the clip, such as text tokens
+        all_indices = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
+        parts = [all_indices[:, :start], chosen + start, all_indices[:, start + size :]]
         self._kept = torch.cat(parts, dim=1).to(x.device)
         self._waiting = x, tokens
         hidden.tokens = tokens.select(self._kept, num_left_out)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where files are uploaded to, and states are fetched from: the Hugging Face hub."""
+    """The Hugging Face hub, to which files are uploaded and from which states are loaded."""
 
     options: UploadOptions
 

@@ -69,7 +69,7 @@ def write_card(
 ) -> str:
     """Return the text of README.md.
 
-    No text of a user can end the front matter, a block or the comment.
+    User texts are escaped, so that none can end the front matter, a block or the comment.
 
     Args:
         name: Value of --output_name.
@@ -108,7 +108,7 @@ def write_card(
 
 
 def card_of(run: PublishedRun, path: Path) -> str | None:
-    """Return the card that names a file of a run; None for an average of the weights."""
+    """Return the model card that names a file of a run; None for a moving average of the weights."""
     stem = run.names.stem_of(path)
     if stem.endswith(AVERAGE):
         return None
@@ -123,7 +123,7 @@ def card_of(run: PublishedRun, path: Path) -> str | None:
 
 
 def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
-    """Return the options of a command that takes the files of a card; see `write_card`."""
+    """Return the command-line options that load the files of a card; see `write_card`."""
     words = []
     for part, path in (files or {"": Path(f"{name}.safetensors")}).items():
         flag = f"--lora_weight_{HIGH_NOISE}" if part == HIGH_NOISE else "--lora_weight"
@@ -132,7 +132,7 @@ def _say_files(name: str, files: Mapping[str, Path] | None) -> str:
 
 
 def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each setting of a training that its file records, and for each of its tables."""
+    """Return a line for each training setting in a file's metadata, and for each of its tables."""
     lines = []
     for key, name in SETTINGS.items():
         text = metadata.get(key, "None")
@@ -145,7 +145,7 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
 
 
 def may_replace(existing: str, card: str) -> bool:
-    """Whether a model card may be replaced: it was written by this run, and nobody has edited it since."""
+    """Return whether a model card may be replaced: this run wrote it, and nobody has edited it since."""
     old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
@@ -176,12 +176,12 @@ def _front_matter(
         values["instance_prompt"] = ", ".join(words)
     if prompts:
         values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
-    # ASCII: no character that ends a line for one reader of YAML and not for another
+    # ASCII, because readers of YAML disagree about which characters end a line
     return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
 
 
 def _plain(value: Any) -> Any:
-    """Return data whose texts are one line each, with control codes written out."""
+    """Return data whose texts are single lines, with control codes escaped."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -194,7 +194,7 @@ def _as_block(line: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text as one line in which neither Markdown nor HTML has a meaning."""
+    """Return text as a single line without active Markdown or HTML."""
     line = html.escape(_one_line(text), quote=False)
     # what starts a heading, a list or a quotation means that only at the start
     return re.sub(r"([\\`*_{}\[\]()!|~$]|^[#+=:-])", r"\\\1", line)
@@ -231,8 +231,9 @@ def hub() -> Any:
 class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
-    Uploads run one after the other, so that the repository is created once. After each file the model card is
-    uploaded, which names the newest file, if the repository has no card or an unchanged one of the same run.
+    Uploads run one after the other, so that the repository is created only once. After each file the model
+    card, which names the newest file, is uploaded, if the repository has no card or an unedited one from the
+    same run.
 
     Attributes:
         api: The client, `huggingface_hub.HfApi`.
@@ -251,7 +252,7 @@ class Uploads:
         return replace(self, card=partial(card_of, run))
 
     def publish(self, path: Path) -> None:
-        """Upload a file, and the model card; with --async_upload in the background."""
+        """Upload a file and the model card; with --async_upload in the background."""
         self._start_upload(path, None if self.card is None else self.card(path))
 
     def _start_upload(self, path: Path, card: str | None) -> None:
@@ -266,7 +267,7 @@ class Uploads:
             self._start_upload(folder, None)
 
     def close(self) -> None:
-        """Wait until every upload is done or has failed. Call it after an error too: the files are saved."""
+        """Wait until every upload has ended. Call it after an error too, because files were saved."""
         self._pool.shutdown()
 
     def _upload(self, path: Path, card: str | None) -> None:
@@ -301,7 +302,7 @@ class Uploads:
                     self._rejections.append(CARD)
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
-        except Exception as error:  # the files are there, so the run continues
+        except Exception as error:  # the files are saved, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
             self._rejections.append(str(error))
             return

@@ -8,28 +8,28 @@ _IF_UPLOADED = {_NOT_UPLOADED: lambda options: options.huggingface_repo_id is no
 
 
 class RunUploadOptions(Options):
-    """Options of `run` that it hands to its training."""
+    """Options of `run` that it passes to its training."""
 
     huggingface_repo_id: str | None = option(
-        "upload the trained files to this repository (owner/name); in run.toml it is refused"
+        "upload the trained files to this repository (owner/name); in run.toml it is rejected"
     )
 
 
 class UploadOptions(
     FeatureOptions, title="Hugging Face hub", at=AT_METADATA, facts=FREE, of_run=RunUploadOptions
 ):
-    """What is uploaded to the hub, and whether the state to continue from is there."""
+    """What is uploaded to the hub, and whether the state to resume from is there."""
 
     huggingface_repo_id: str | None = option(
         "upload each saved file to this repository (owner/name); it gets a model card if it has none",
         facts={**SENDS, **OF_RUN, "permission": "uploads the trained files to {}"},
     )
     huggingface_repo_type: str | None = option(
-        "model (when not given), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
+        "model (default), dataset or space", one_of=("model", "dataset", "space"), acts_if=_IF_UPLOADED
     )
     huggingface_path_in_repo: str | None = option("folder in the repository", acts_if=_IF_UPLOADED)
     huggingface_token: str | None = option(
-        "access token; the one stored on this machine when not given",
+        "access token; default: the one stored on this machine",
         acts_if={
             _NOT_UPLOADED: lambda options: (
                 options.huggingface_repo_id is not None or options.resume_from_huggingface

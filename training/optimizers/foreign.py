@@ -26,14 +26,14 @@ def renumber(
     version: str,
     ordered: Sequence[str] = (),
 ) -> dict[str, Any] | str:
-    """Return another program's optimizer `state_dict` with our parameter numbers, or why that is impossible.
+    """Renumber the parameters in another program's optimizer state dict; or return why that is not possible.
 
     Args:
-        state: State of the other program's optimizer.
-        groups: Parameters of this run's optimizer.
-        names: Names of the trained tensors: part, dot, name in its module.
+        state: State dict of the other program's optimizer.
+        groups: Parameter groups of this run's optimizer.
+        names: Names of the trained tensors, as `PART.NAME_IN_MODULE`.
         version: Version of the model, as in `ss_base_model_version`.
-        ordered: Names of tensors in the other program's order, if its files show it.
+        ordered: Names of tensors in the other program's order, if its files reveal it.
     """
     if not state:
         return "it is not in that folder"
@@ -64,7 +64,7 @@ def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
-    """Return the numberings that the other program may have used, if they are known for the model."""
+    """Return the orders that the other program may have used, if they are known for the model."""
     parameters = [parameter for group in groups for parameter in group]
     split = {parameter: names[parameter].split(".", 2) for parameter in parameters}  # part, module, factor
     modules = list(dict.fromkeys(module for _, module, _ in split.values()))
@@ -85,7 +85,7 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
 
 
 def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
-    """Return the state with our numbers; None if its groups or shapes differ from ours."""
+    """Return the state with our parameter numbers; None if its groups or shapes differ from ours."""
     their_groups = state["param_groups"]
     # our groups in the order of theirs
     order = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))

@@ -26,10 +26,10 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
-    """Make the schedule for this optimizer and this many optimizer steps.
+    """Create the schedule for this optimizer and this number of optimizer steps.
 
     Raises:
-        OptionError: If the options do not fit together.
+        OptionError: If the options conflict.
     """
     if needs_no_schedule(optimizer):
         if (
@@ -66,7 +66,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return the curve of a name: a function from the step (from 0) to a factor on the learning rate.
+    """Return the curve with a name: a function from the step, from 0, to a factor on the learning rate.
 
     Raises:
         OptionError: If an argument is unknown.
@@ -209,9 +209,9 @@ def _above(lowest: float, factor: float) -> float:
 
 
 def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
-    """Read the step rules of piecewise_constant.
+    """Parse the step rules of piecewise_constant.
 
-    `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below 20, then 0.01.
+    `1:10,0.1:20,0.01` is [(1, 10), (0.1, 20)], 0.01: factor 1 below step 10, 0.1 below step 20, then 0.01.
     """
     *rules, last = str(text).split(",")
     try:
@@ -234,7 +234,7 @@ class CurveSchedule(LambdaLR):
     """One of our own curves. Its state is the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """Start at step 0, with `factor`, a function from the step to the factor on the learning rate."""
+        """Start at step 0; `factor` returns the factor on the learning rate for a step."""
         self.name = name
         super().__init__(optimizer, factor)
 
@@ -272,7 +272,7 @@ class Imported:
     inner: LRScheduler
 
     def step(self) -> None:
-        """Step.
+        """Run one step of the wrapped scheduler.
 
         Raises:
             OptionError: If the scheduler has ended, as OneCycleLR does after `total_steps`.
@@ -321,7 +321,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class OwnRates:
-    """Show the rates of an optimizer that sets its own."""
+    """Report the learning rates of an optimizer that sets its own."""
 
     name: str
     optimizer: Optimizer
@@ -385,4 +385,4 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
         return kind(optimizer, **options.arguments())
     except Exception as error:  # classes raise anything for unsuitable arguments
         reason = str(error) or type(error).__name__
-        raise OptionError(f"--lr_scheduler_type {type_name} refuses --lr_scheduler_args: {reason}") from None
+        raise OptionError(f"--lr_scheduler_type {type_name} rejects --lr_scheduler_args: {reason}") from None

@@ -28,7 +28,7 @@ PARTS = "matrices"  # of a group: how many each of its weights holds; 0: AdamW s
 
 
 class MuonWithAdam(Optimizer):
-    """Take Muon's step for weights of two axes, AdamW's for all others and in groups with `PARTS` 0."""
+    """Step two-dimensional weights with Muon, and all others, or groups with `PARTS` 0, with AdamW."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class MuonWithAdam(Optimizer):
 
 
 def _factor_of_rate(adjustment: str | None, rows: int, columns: int) -> float:
-    """Return what the rate of a matrix is multiplied by, which depends on its shape."""
+    """Return the factor on the learning rate of a matrix, which depends on its shape."""
     if adjustment == LIKE_ADAM:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))
@@ -109,7 +109,7 @@ def _factor_of_rate(adjustment: str | None, rows: int, columns: int) -> float:
 def orthogonalize(
     matrix: Tensor, coefficients: Sequence[float] = COEFFICIENTS, steps: int = NUM_STEPS, eps: float = EPS
 ) -> Tensor:
-    """Return about the nearest orthogonal matrix: all singular values near 1, by Newton-Schulz steps."""
+    """Return approximately the nearest orthogonal matrix by Newton-Schulz steps: singular values near 1."""
     first, second, third = coefficients
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix) / (matrix.norm() + eps)
@@ -121,10 +121,10 @@ def orthogonalize(
 
 
 def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
-    """Return the trained weights of a whole network in groups by how they are stepped.
+    """Group the trained weights of a full network by how they are stepped.
 
-    Matrices in blocks are Muon's, each by its number of matrices (`DitSpec.fused`). All other weights are
-    AdamW's, without decay: norms, biases, layers that embed, and the end.
+    Muon steps the matrices in blocks, each with its number of matrices (`DitSpec.fused`). AdamW steps all
+    others without weight decay: norms, biases, embedding layers, and the output layers.
     """
     names = trainable.names
     lists = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))

@@ -89,7 +89,7 @@ def make_optimizer(
 
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
-    """Return the trained weights of a whole network in the groups that the optimizer needs."""
+    """Arrange the trained weights of a full network into the groups that the optimizer needs."""
     if options.optimizer_type.lower() != MUON:
         return trainable
     from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
@@ -105,13 +105,13 @@ def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSp
 
 
 def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
-    """Raise OptionError if the optimizer cannot step parts of a network at these learning rates.
+    """Raise OptionError if the optimizer does not support these learning rates for parts of a network.
 
-    Some optimizers refuse several rates in their first step, so one step is tried on a few numbers.
+    Some optimizers reject several rates only in their first step, so one step is tried on a few numbers.
 
     Args:
         options: Options of the run.
-        rates: Learning rates by the option that gives each; the first is that of most weights.
+        rates: Learning rates by the option that sets each; the first one is that of most weights.
     """
     if len(rates) < 2:
         return
@@ -249,13 +249,13 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or one that it wraps, is schedule-free by the name of its class."""
+    """Return whether an optimizer, or one that it wraps, is schedule-free, judged by the class name."""
     kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 
 
 def find_averaging(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or the one it wraps, if it trains other weights than the ones to save; else None.
+    """Return the optimizer, or the one it wraps, whose training weights differ from those to save, or None.
 
     Such an optimizer has `train()` and `eval()`, which switch between the two, whatever its name.
     """
@@ -300,7 +300,7 @@ def _select_adafactor_arguments(
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Put networks into evaluation mode with their final weights; then restore everything to the bit."""
+    """Use evaluation mode and the final weights during the block; then restore everything bit by bit."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -315,9 +315,9 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the averaged weights of an averaging optimizer during the block; for other optimizers do nothing.
+    """Load the averaged weights of an averaging optimizer during the block; do nothing for others.
 
-    The optimizer's own way back to the training weights rounds, so these are copied and restored.
+    The optimizer's own way back to the training weights rounds, so they are copied and restored.
     """
     averaging = find_averaging(optimizer)
     if averaging is None:
@@ -389,7 +389,7 @@ def restore_optimizer(
         groups.append({**_settings(group), **_copy_state(saved_group), "params": group_numbers})
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
-        saved_state = saved["states"].pop(names[parameter], None)  # two copies of one at a time
+        saved_state = saved["states"].pop(names[parameter], None)  # freed one by one, to save memory
         if saved_state is None:
             continue
         state: dict[str, Any] = {}
@@ -403,7 +403,7 @@ def restore_optimizer(
 
 
 def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence[Sequence[str]]) -> None:
-    """Raise CheckpointError if the parameters of this run, by name, differ from the saved ones."""
+    """Raise CheckpointError if the parameter names of this run differ from the saved ones."""
     if saved_groups == groups:
         return
     saved_names = {name for group in saved_groups for name in group}

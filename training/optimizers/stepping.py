@@ -73,7 +73,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer that `steps_alone`, to the bit as its own step of all would."""
+    """Step single parameters of an optimizer that `steps_alone`, bit-identical to a step of all."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -133,7 +133,7 @@ class ParameterSteps:
         return stochastic_bfloat16(value, generator, weight)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Step the optimizer as if it had only this parameter, with the settings of the parameter's group."""
+        """Step the optimizer as if it had only this parameter, with the settings of its group."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
         group = groups[self._group_indices[parameter]]
         members = group["params"]
@@ -148,7 +148,7 @@ class ParameterSteps:
 
 
 def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """Move the states of a parameter to its device; return those that were elsewhere, by their names."""
+    """Move the states of a parameter to its device; return those that were elsewhere, by name."""
     state = optimizer.state.get(parameter, {})
     on_host = {name: value for name, value in state.items() if _is_moment(value)}
     on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
@@ -177,21 +177,20 @@ def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[s
 
 
 def _is_moment(value: object) -> TypeGuard[Tensor]:
-    """Return whether an entry of a state is no counter."""
+    """Return whether an entry of a state is a moment instead of a counter."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
 def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
-    """Round float32 values at random to one of their two bf16 neighbors, so that the mean is the value.
+    """Round float32 values stochastically to a neighboring bf16 value, so that the expected value is exact.
 
-    The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
-    cut off. NaN stays NaN.
+    A random number is added to the bits that bf16 drops, and then these bits are cut off. NaN stays NaN.
 
     Args:
         values: The values, float32.
         generator: Random generator on the device of the values.
-        weight: The split weight whose rows of this process the values are; they are rounded as they would be
-            in the full weight. None for a weight that is not split.
+        weight: The split weight to which the values belong as rows of this process; they are rounded like
+            rows of the full weight. None for a weight that is not split.
     """
     shape = (values if weight is None else weight).shape
     noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
@@ -203,7 +202,7 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
 
 
 def steps_alone(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class steps each parameter without looking at the others.
+    """Return whether the optimizer class steps each parameter independently of the others.
 
     False if that is not known.
     """
@@ -212,7 +211,7 @@ def steps_alone(kind: Callable[..., Optimizer]) -> bool:
 
 
 def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class steps each number without looking at the others of its weight.
+    """Return whether the optimizer class steps each element independently of the others of its weight.
 
     False if that is not known.
     """
@@ -221,7 +220,7 @@ def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
 
 @dataclass(frozen=True)
 class StepAfterBackward:
-    """Clip all gradients together and step all weights, once a step's gradients are summed."""
+    """Clip all gradients together and step all weights, after a step's gradients are accumulated."""
 
     optimizer: Optimizer
     parameters: Sequence[Parameter]
@@ -232,10 +231,10 @@ class StepAfterBackward:
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip and step.
+        """Clip the gradients and step.
 
         Args:
-            allows: Decides from that norm whether the weights are stepped; None steps them always.
+            allows: Decides from the norm whether the weights are stepped; None steps them always.
 
         Returns:
             The norm of all gradients before clipping.
@@ -261,7 +260,7 @@ class StepAfterBackward:
 
 
 class FusedBackward:
-    """Step `parameters` in every backward pass from now on. Call `finish` after each."""
+    """Step parameters inside every backward pass from now on. Call `finish` after each pass."""
 
     def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
         """Prepare to step each parameter as soon as its gradient is complete.
@@ -278,9 +277,10 @@ class FusedBackward:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Step the weights without a gradient as if it were zero, unless they have stopped learning.
+        """Step weights without a gradient as if it were zero, unless their training has ended.
 
-        Returns the norm of all gradients before clipping.
+        Returns:
+            The norm of all gradients before clipping.
         """
         learning = [parameter for parameter in self._parameters if parameter.requires_grad]
         for parameter in learning:
@@ -316,7 +316,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
 
 
 def check_offload(optimizer_type: str) -> None:
-    """Raise OptionError if the states of an optimizer cannot wait in host memory."""
+    """Raise OptionError if an optimizer's states cannot be kept in host memory."""
     option = "--offload_optimizer_device"
     kind = find_optimizer(optimizer_type)
     if kind.__name__.startswith("Paged"):

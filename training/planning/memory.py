@@ -47,7 +47,7 @@ Shape = tuple[int, ...]  # of latents without their channels: B F H W
 
 @dataclass(frozen=True)
 class StepPrediction:
-    """Hold a step's memory before any block is swapped, and the effect of swapping."""
+    """Predicted memory of a step before any block is swapped, and the effect of swapping."""
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
@@ -67,7 +67,7 @@ class StepPrediction:
     network: str = "LoRA"  # what learns next to the transformer
 
     def phase(self, blocks: int) -> memory_plan.Phase:
-        """Return the largest moment of a step with this many blocks swapped."""
+        """Return the largest moment of a step with this number of swapped blocks."""
         (place, moment), swap = dry.largest(self.moments), self.swaps[blocks]
         notes = {
             dry.WEIGHTS: self.weights + swap.words(blocks, "to pass through"),
@@ -80,12 +80,12 @@ class StepPrediction:
         if has_more:
             parts.append(self._further_transformers(moment.get(dry.WEIGHTS, 0), swap))
         if has_more and self.options.by_expert.lora_per_expert:
-            # a micro-batch goes to one transformer, so only several micro-batches leave gradients in both
             kinds = [dry.NETWORK, dry.OPTIMIZER]
+            # a micro-batch trains one transformer, so only accumulated steps have gradients of both
             if self.options.loop.gradient_accumulation_steps > 1:
                 kinds.append(dry.GRADIENTS)
-            learning = sum(moment.get(kind, 0) for kind in kinds)
-            parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
+            trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
+            parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
         for model in self.options.joined.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
@@ -118,7 +118,7 @@ class StepPrediction:
         return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
-        """Return the prediction for a batch with this share of the elements; activations scale with it."""
+        """Return the prediction for a batch with this fraction of the elements; activations scale with it."""
 
         def part(place: str, moment: dry.Moment) -> dry.Moment:
             follows = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
@@ -132,7 +132,7 @@ class StepPrediction:
         return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the bytes of device memory that a step with `blocks` swapped blocks needs."""
+        """Return the device memory of a step with `blocks` swapped blocks, in bytes."""
         return self.phase(blocks).device
 
     @property
@@ -157,7 +157,7 @@ def predict(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
-    """Rehearse a step of the largest batch without content and count its memory.
+    """Rehearse a step of the largest batch on empty tensors and measure its memory.
 
     Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
     raised as in a real run.
@@ -198,9 +198,9 @@ def predict(
     finally:
         if texts is not None:
             texts.free()
-    offloaded = average = 0
+    offloaded = average = 0  # bytes
     if options.full_dit is not None and options.joined.average is not None:
-        average = 4 * sum(learning)  # float32; what has rate 0 is not averaged
+        average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
@@ -224,11 +224,11 @@ def predict(
 
 
 def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
-    """Return moments in which the states of one weight are on the device, and the bytes of all on the host.
+    """Return the moments with the optimizer states of one weight on the device, and the bytes on the host.
 
     Args:
         moments: Moments with all states on the device.
-        share: Fraction of the largest weight in all that are trained.
+        share: Fraction of all trained elements that the largest weight has.
     """
     total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
     on_device = round(total * share)
@@ -236,7 +236,7 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with the most pixels that the data set can give, those with sound first.
+    """Return the items of the batch with the most pixels that the dataset can give, those with audio first.
 
     Args:
         items: Items of the dataset.
@@ -298,7 +298,7 @@ def plan_one_card(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the plan for one card.
+    """Print the plan for a single GPU.
 
     Nothing large is loaded, and no GPU is needed.
 
@@ -307,7 +307,7 @@ def plan_one_card(
         options: Options of the run.
         noisy_batch: Batch with noise and timesteps.
         device: Device of the run.
-        room: Memory of the card; None if unknown.
+        room: Memory of the GPU; None if unknown.
         sampled: Number of transformers that only samples need.
         texts: Text encoders that are loaded.
         tables: Tables of the dataset.
@@ -332,7 +332,7 @@ def plan_one_card(
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice to need less host memory, for transformers that take turns.
+    """Return advice for transformers that take turns if the host has too little memory.
 
     Args:
         options: Options of the run.
@@ -377,7 +377,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
                 gib(room.usable),
             )
             watch = MemoryWatch(device, needed, prediction.size)
-    if options.speed.swap.is_auto:  # each looked at its own device, but all share the weights on the host
+    # each process has resolved auto for its own device, but all share the weights in host memory
+    if options.speed.swap.is_auto:
         swap = replace(
             swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
         )
@@ -387,9 +388,9 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
 def advice(
     family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
-    """Return changes by which the run fits, the cheapest first.
+    """Return changes that make the run fit, cheapest first.
 
-    Each line adds to those before it; the last one fits if any does.
+    Each line adds to the lines before it; the last one fits if any does.
     """
     rehearse_with = partial(
         predict,
@@ -414,11 +415,11 @@ def advice(
 
 
 def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
-    """Return unused options that save memory, each with all before it; those that cost least time first.
+    """Return unused options that save memory, each with all before it, in the order of their cost in time.
 
     Args:
         options: Options of the run.
-        further: Number of transformers that are trained in addition to the first one.
+        further: Number of trained transformers besides the first one.
     """
     loop = options.loop
     is_plain = options.full_dit is None and options.speed.fp8.quantization is None
@@ -454,7 +455,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
 
 
 def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
-    """Return smaller shapes, in the order in which to try them: fewer samples, fewer frames, smaller images.
+    """Return smaller shapes in the order to try them: fewer samples, fewer frames, smaller images.
 
     Sections of a clip keep their length, because the model fixes it.
 
@@ -463,11 +464,11 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     """
     count, frames, height, width = shape
     _, vertical, horizontal = latent.stride
-    token = latent.pixel_step // horizontal  # sides are multiples of it
+    token = latent.pixel_step // horizontal  # sides of the latents are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
     for number in list_halves(count):
         shapes.append(("batch_size", str(number), (number, frames, height, width)))
-    min_frames = frames
+    min_frames = frames  # of the smaller images, which come after all shorter clips
     if not latent.in_sections:
         min_frames = 1
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
@@ -482,7 +483,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
 
 
 def list_halves(number: int) -> list[int]:
-    """Halve a number again and again down to 1; return all halves."""
+    """Halve a number repeatedly down to 1; return all halves."""
     halves = []
     while number > 1:
         number = (number + 1) // 2
@@ -491,7 +492,7 @@ def list_halves(number: int) -> list[int]:
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
-    """Return the size of a batch in pixels and frames, in words; `shape` counts latents."""
+    """Describe the size of a batch in pixels and frames; `shape` counts latents."""
     count, frames, height, width = shape
     _, rows, columns = latent.stride
     return f"{width * columns}x{height * rows}, {latent.count_frames(frames)} frames, batch {count}"

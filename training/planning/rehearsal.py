@@ -50,7 +50,7 @@ GUESS = 8.0  # two float32 moments
 
 @dataclass
 class Rehearsal:
-    """Hold a wrapped DiT without content, and its optimizer."""
+    """A wrapped DiT without values, and its optimizer."""
 
     family: Trains
     options: TrainingOptions
@@ -103,7 +103,7 @@ class Rehearsal:
             targets=joined.on.target,
             passes=joined.on.passes,
             has_own_pass=joined.has_own_pass,
-            in_lockstep=True,  # so that no level and no mask leaves out a pass
+            in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
             learning_pass=self.learning_pass,
         )
         autocast = autocast_of(self.options, self.ledger.device)
@@ -111,7 +111,7 @@ class Rehearsal:
             loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
-        # optimizers may read numbers
+        # with --fused_backward_pass optimizers run in the backward pass, and may read values
         with self.ledger.guessing() if self.fused else contextlib.nullcontext():
             loss.backward()
             peaks = dict(self.ledger.peaks)
@@ -125,8 +125,9 @@ class Rehearsal:
     def measure_step(self) -> dict[str, dry.Moment]:
         """Clip the gradients and make an optimizer step, which creates the optimizer's states.
 
-        Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
-        be rehearsed, or if weights step during the backward pass.
+        Returns:
+            The moment of the step with the most memory in use, by phase; empty if the optimizer cannot be
+                rehearsed, or if weights are stepped during the backward pass.
         """
         full_dit = self.options.full_dit
         max_norm = self.options.optimizer.max_grad_norm
@@ -205,9 +206,9 @@ def rehearse(
             functools.partial(_enter_with, enter, noisy_batch) for enter in options.joined.on.learning_pass
         ]
         if rehearsal.learning_pass:
-            # some blocks see fewer tokens than others, so that few of them do not stand for all
-            everything = measure(rehearsal.counts)
-            moments |= watch(dit)(functools.partial(_as_measured, everything), rehearsal.counts)
+            # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
+            measured = measure(rehearsal.counts)
+            moments |= watch(dit)(functools.partial(_as_measured, measured), rehearsal.counts)
             return moments, rehearsal.waiting
         moments |= watch(dit)(measure, rehearsal.counts)
         return moments, rehearsal.waiting
@@ -216,17 +217,17 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a pass with the batch on the CPU: that on the device has no content."""
+    """Return the context of a pass with the batch on the CPU; that on the device has no values."""
     return enter(dit, noisy_batch, seed)
 
 
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
-    """Return the measured moments of a run with all blocks, for any number of blocks."""
+    """Return the measured moments of a run with all blocks; the number of blocks is ignored."""
     return moments
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; all except the first are switched off and only take memory."""
+    """Add --training_adapter of each expert; all except the first are disabled and only take memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -256,18 +257,18 @@ def dress_trainable(
     blocks = family.dit.blocks(dit)
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
-    # bitsandbytes needs the values of a table that it makes; the weights stay without content
+    # outside of the dry run, because bitsandbytes reads values of a table that it creates
     with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True  # as on a GPU by default; it needs more memory
+            group["foreach"] = True  # the default on a GPU, which needs more memory
     averaging = find_averaging(optimizer)
     if averaging is not None:
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
-        # without a gradient where a pass leaves out a layer whose factors are cast with all others
+        # a layer that a pass skips has no gradient, although its factors are cast with all others
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
@@ -357,18 +358,19 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
             key: value for key, value in optimizer.defaults.items() if value is not None
         }
         try:
-            with disable_modes():  # a real step, also during a rehearsal
-                copies = [
+            # step an optimizer of the same class on small weights, and measure its states
+            with disable_modes():  # a real step, even during a rehearsal
+                small_weights = [
                     Parameter(torch.ones([min(size, EDGE) for size in weight.shape], dtype=weight.dtype))
                     for weight in optimizer.param_groups[0]["params"][:2]
                 ]
-                second = kind(copies, **settings)
-                for copy in copies:
-                    copy.grad = torch.ones_like(copy)
-                second.step()
-                size_bytes = sum(tensor.nbytes for tensor in list_states(second))
-                per_element = size_bytes / sum(copy.numel() for copy in copies)
-        except Exception as error:  # a plan is made, whatever a foreign class raises
+                small_optimizer = kind(small_weights, **settings)
+                for weight in small_weights:
+                    weight.grad = torch.ones_like(weight)
+                small_optimizer.step()
+                size_bytes = sum(tensor.nbytes for tensor in list_states(small_optimizer))
+                per_element = size_bytes / sum(weight.numel() for weight in small_weights)
+        except Exception as error:  # a foreign class may raise anything, and must not prevent the plan
             logger.warning(
                 "The states of %s cannot be measured (%s); assuming %g bytes per element.",
                 kind.__name__,

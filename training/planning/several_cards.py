@@ -45,7 +45,7 @@ def plan_ways(
         tables: Tables of the dataset.
     """
 
-    def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
+    def rehearse_on_one(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
         counter = TokenCounter()
         prediction = predict(
             family,
@@ -62,7 +62,7 @@ def plan_ways(
             moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
             if options.is_fused:
                 check_fused_backward(options.optimizer.optimizer_type, cards)
-            if division != Division(cards):
+            if division != Division(cards):  # more than plain data parallelism: the ways may not support it
                 uses = uses_of(family, options)
                 for check in with_division(options.speed, division).joined.on.check:
                     check(uses)
@@ -76,10 +76,10 @@ def plan_ways(
 
     def runs() -> Iterator[Rehearsed]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))
-        yield rehearsed(alone, ())
+        yield rehearse_on_one(alone, ())
         words: tuple[str, ...] = ()
         for line, changed in cheaper(alone, len(family.experts) - 1):
             words = (*words, *line.split())
-            yield rehearsed(changed, words)
+            yield rehearse_on_one(changed, words)
 
     print_ways(runs(), cards, room, is_training=True)

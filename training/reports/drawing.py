@@ -26,7 +26,7 @@ PAUSE = 0.05  # seconds between two looks
 
 
 class PageProcess:
-    """A process that draws the page of one run, each time it is asked to and at the end."""
+    """A process that draws the page of one run on request and at the end."""
 
     def __init__(self, history: Path) -> None:
         """Start the process.
@@ -37,7 +37,7 @@ class PageProcess:
         Raises:
             OutputError: If no process can be started.
         """
-        # the page names commands as they are typed where the training was, by how its script was typed
+        # commands on the page are spelled for the working folder and the script name of the training
         words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
         try:
             self._process = subprocess.Popen(
@@ -48,19 +48,19 @@ class PageProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the training alone
+                start_new_session=True,  # Ctrl-C must reach only the training
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
             raise OutputError(f"no process can be started: {error.strerror or error}") from error
-        # so that the system can forget it when it has ended
+        # wait for the process in a thread, so that no zombie process remains when it ends
         threading.Thread(target=self._process.wait, daemon=True).start()
 
     def draw(self) -> None:
-        """Ask for the page as the history on disk is now.
+        """Request the page for the current history on disk.
 
         Raises:
-            OutputError: If an earlier page could not be drawn, which ends the process. It says why.
+            OutputError: If an earlier page could not be drawn, which ends the process; the message says why.
         """
         assert self._process.stdin is not None
         try:
@@ -84,11 +84,11 @@ class PageProcess:
 
 
 def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
-    """Return the page of a run that has ended, once it shows all of its history.
+    """Return the page of a run that has ended, once the page shows all of its history.
 
     Args:
         history: The history of the run.
-        seconds: After these it is returned as it is.
+        seconds: Time after which the page is returned in any case.
 
     Returns:
         The page; None if there is none.
@@ -142,11 +142,11 @@ def main(words: Sequence[str]) -> None:
     """
     history, folder, script = Path(words[0]), words[1], words[2]
     sys.argv[0] = script
-    with contextlib.suppress(OSError):  # it is gone: commands are typed elsewhere
+    with contextlib.suppress(OSError):  # the folder was removed: only the commands on the page need it
         os.chdir(folder)
     if hasattr(os, "nice"):
         os.nice(LOWER_PRIORITY)
-    from training.reports.page import Standing, write_training_page  # only here: a training draws nothing
+    from training.reports.page import Standing, write_training_page  # slow, and needed only in this process
     from training.reports.sample_files import ClipStore
 
     clips = ClipStore(history.parent / SAMPLES)
@@ -165,7 +165,7 @@ def main(words: Sequence[str]) -> None:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
             is_over = not requests or END in requests
             draw_page(history, draw, is_over=is_over)
-    except Exception as error:  # whatever it is: the training says it
+    except Exception as error:  # of any kind: the training shows its message
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
         raise SystemExit(1) from None

@@ -41,7 +41,7 @@ SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """Hold the samples that were made at one step."""
+    """The samples that were made at one step."""
 
     step: int
     mark: str  # as in their names: 000020 at a step, e000001 at the end of an epoch
@@ -51,7 +51,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PageCommand:
-    """Hold a command line that continues from here, for two kinds of shells."""
+    """A command line that can follow this run, for two kinds of shells."""
 
     title: str
     bash: str
@@ -67,7 +67,7 @@ class PageCommand:
 
 @dataclass(frozen=True)
 class Start:
-    """Hold what a run reports at its start about itself and its process."""
+    """What a run reports at its start about itself and its process."""
 
     model: str
     total_steps: int
@@ -83,7 +83,7 @@ class Start:
 
     @classmethod
     def of(cls, facts: Row) -> "Start":
-        """Read the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
+        """Parse the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
         changed = _pairs_of_texts(facts["changed"])
         unchanged = _pairs_of_texts(facts["unchanged"])
         total_steps = int(facts["total_steps"])
@@ -106,7 +106,7 @@ class Start:
 
 @dataclass
 class Story:
-    """Hold the content of a history's lines. A repeated line counts once."""
+    """The content of a history. A repeated line counts once."""
 
     loss: Points = field(default_factory=dict)
     seconds: Points = field(default_factory=dict)  # of steps
@@ -136,7 +136,7 @@ class Story:
         return story
 
     def add(self, row: Row) -> None:
-        """Add one row; the key that it has tells its kind. A start clears the ending of an earlier run."""
+        """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
         step = row["step"]
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
@@ -256,7 +256,7 @@ class Story:
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
     def is_of_word(self, name: str) -> bool:
-        """Return whether a file has a word alone, `x_mycat.safetensors`, and was saved next to its LoRA."""
+        """Return whether a file contains a word alone, `x_mycat.safetensors`, saved next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
 
@@ -274,8 +274,8 @@ class MeasuredFile:
 def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
-    Neighbors have equal losses, as each has the nearest one: then it is the file that was saved nearest to
-    the measurement, the later of two, and of one step the file with the shortest name.
+    Files share the loss of the validation nearest to them. Of several files with one loss, the one saved
+    nearest to the measurement is returned, then the later one, then the one with the shortest name.
     """
     return min(
         files,
@@ -285,12 +285,12 @@ def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
 
 
 class History:
-    """Keep the lines of one run: all on disk, and in memory those that are not about single steps."""
+    """The history of one run: all lines on disk, and in memory those that are not about single steps."""
 
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
-        """Keep the lines up to `step`, where the run is: none at 0, or if the file belongs to another run.
+        """Keep the lines up to `step`, the current step: none at 0, or if the file belongs to another run.
 
-        A file that cannot be read is reported and counts as missing.
+        A file that cannot be read is reported and treated as missing.
 
         Args:
             path: Path of the file.
@@ -328,10 +328,10 @@ class History:
                 self._waiting.clear()
 
     def flush(self) -> None:
-        """Write waiting lines.
+        """Write the waiting lines.
 
         Raises:
-            OutputError: If that fails; they then keep waiting.
+            OutputError: If writing fails; the lines then keep waiting.
         """
         if not self.is_written:
             return
@@ -344,7 +344,7 @@ class History:
         try:
             append_text(self.path, "".join(self._waiting))
         except Exception:
-            # the next ones begin on a line of their own, as the last one may be torn
+            # the last line in the file may be incomplete: the next attempt starts on a new line
             self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
             raise
         self._waiting.clear()
@@ -366,13 +366,13 @@ def history_name(path: Path) -> str:
 
 
 def describe_process(number: int | None = None) -> dict[str, Any]:
-    """Return the facts that identify a process: its machine, its number, and when it began.
+    """Return what identifies a process: its machine, its id, and its start time.
 
     Args:
         number: Process id; None for this process.
 
     Raises:
-        psutil.NoSuchProcess: If it has ended and is not there any more.
+        psutil.NoSuchProcess: If the process has ended.
     """
     import psutil  # comes with accelerate
 
@@ -401,9 +401,9 @@ def read_history(path: Path, session: int) -> Story:
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
-    """Yield the lines of a run, up to `step` if it is given; none at step 0.
+    """Yield the lines of a run, up to `step` if given; none at step 0.
 
-    Unreadable lines are left out, with a warning if there are more than a kill leaves.
+    Unreadable lines are skipped, with a warning if there are more than a killed process leaves.
 
     Raises:
         OSError: If the file cannot be read.

@@ -40,12 +40,12 @@ LEVELS = 10  # ranges of noise levels that are compared
 MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small picture
-MAX_IMAGE = 64 << 10  # characters of one
+MAX_IMAGE = 64 << 10  # characters of one image
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
 
 class ItemDraw(NamedTuple):
-    """One time that an item was learned."""
+    """One use of an item in training."""
 
     step: int
     batch: int  # number of the micro-batch in the run
@@ -56,7 +56,7 @@ class ItemDraw(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemLoss:
-    """The losses of an item, compared with those of all items."""
+    """The losses of an item in comparison with those of all items."""
 
     key: str
     draws: int
@@ -67,14 +67,14 @@ class ItemLoss:
 
 @dataclass(frozen=True)
 class ItemImage:
-    """A small picture of an item."""
+    """A thumbnail of an item."""
 
     name: str  # of its file
     data: str  # JPEG in base64
 
     @classmethod
     def of(cls, name: str, frame: Frame) -> "ItemImage":
-        """Make the small JPEG of a frame, at most SIDE pixels on each side."""
+        """Make a JPEG thumbnail of a frame, at most SIDE pixels on each side."""
         file = io.BytesIO()
         Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
         return cls(make_storable(name), base64.b64encode(file.getvalue()).decode())
@@ -110,14 +110,14 @@ def _read_session(path: Path) -> int | None:
 
 
 def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
-    """Yield the lines of a file, if it is of this run. Raises OSError."""
+    """Yield the lines of a file if it belongs to this run. Raises OSError."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:
         return
     with path.open("rb") as file:
         if size > MAX_BYTES:
             file.seek(size - MAX_BYTES)
-            file.readline(MAX_LINE_CHARACTERS)  # the rest of one
+            file.readline(MAX_LINE_CHARACTERS)  # skip the rest of a line
         for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
             values = _parse(line)
             try:
@@ -135,7 +135,7 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:
-    """Return the values of a line; none if it is incomplete or no object."""
+    """Return the values of a line; {} if it is incomplete or not an object."""
     if not line.endswith(b"\n"):
         return {}
     try:
@@ -146,7 +146,7 @@ def _parse(line: bytes) -> Mapping[str, Any]:
 
 
 def compare_items(draws: Sequence[ItemDraw]) -> list[ItemLoss]:
-    """Return the items of a run, the hardest first: see above."""
+    """Return the items of a run, hardest first; see the description of this module."""
     sums = [0.0] * LEVELS
     counts = [0] * LEVELS
     for draw in draws:
@@ -177,13 +177,13 @@ def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -
 
 
 def select_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
-    """Return the items on the page: the hardest, then the easiest, without repeats."""
+    """Return the items for the page: the hardest, then the easiest, without duplicates."""
     hard = list(items[:MAX_HARD])
     return [*hard, *items[max(len(hard), len(items) - MAX_EASY) :]]
 
 
 def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
-    """Return the small pictures of items by their keys; of those that are well-formed."""
+    """Return thumbnails of items by key, skipping malformed ones."""
     try:
         values = parse_json(read_text(images_path(folder, name)))
         images = {
@@ -205,7 +205,7 @@ def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], .
 
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
-    """Return the losses of items for the page of a run; None without any.
+    """Return the section about losses of items for the page of a run; None without such losses.
 
     Args:
         folder: Folder of the history.

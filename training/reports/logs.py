@@ -48,7 +48,7 @@ WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and fo
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Say which numbers of a step's row are which. The norms are appended to it."""
+    """The columns of a step's row. The norms are appended to it."""
 
     num_parts: int = 0  # with losses of their own; 0: there is only one
 
@@ -70,7 +70,7 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Hold the report of an optimizer step. The row, and the fields made from it, are filled a step later."""
+    """The report of an optimizer step. The row, and the fields made from it, are filled one step later."""
 
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
@@ -93,7 +93,7 @@ class StepReport:
 class Readings:
     """Keep the row of the last step until it has arrived. `now` returns seconds.
 
-    A moment is a time in seconds, or an event of a CUDA device that may not have happened yet.
+    A moment is a time in seconds, or an event of a CUDA device that may still be pending.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -141,7 +141,7 @@ class Readings:
 
 
 class Recorder(Protocol):
-    """What gets the numbers and samples of a run, as a context manager around its steps in every process."""
+    """A receiver for the numbers and samples of a run: a context manager in every process."""
 
     def __enter__(self) -> object: ...
 
@@ -159,7 +159,7 @@ class Recorder(Protocol):
 
 @dataclass
 class Logs:
-    """Report one run. Use it as a context manager: entering starts recorders and bar, leaving closes them."""
+    """Report one run. Use it as a context manager: entering starts recorders and progress bar."""
 
     accelerator: Accelerator
     total_steps: int
@@ -215,7 +215,7 @@ class Logs:
         self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
-        """Return as many of the numbers as fit next to a bar of some columns."""
+        """Return as many of the numbers as fit next to a bar of the given width."""
         fitting = dict(numbers)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
@@ -265,7 +265,7 @@ def _list_tracked_values(report: StepReport) -> dict[str, float]:
 
 
 def public_config(*records: Any) -> dict[str, int | float | str | bool]:
-    """Return all options of these records by name, without keys and paths: without keys and paths."""
+    """Return all options of these records by name, without secret keys and folders."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
         hints = typing.get_type_hints(type(record))

@@ -73,7 +73,7 @@ def page_values(
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
-    """Return the values of the template.
+    """Return the values for the template.
 
     Args:
         folder: Value of --output_dir.
@@ -81,7 +81,7 @@ def page_values(
         standing: State of the run: its start, its step, and how it ended.
         load: Reads the clips, if the story has samples.
         most: Largest number of columns and rows in the grid of samples.
-        name: Value of --output_name, whose scores say which file is best.
+        name: Value of --output_name, whose scores show which file is best.
         has_sections: Whether to show the other files next to the history too; they name training images.
     """
     from downloads.catalogue import model_title  # only for pages
@@ -126,6 +126,7 @@ def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
         most: Approximate number of points of a curve.
     """
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    # families with audio record losses by stream in place of losses by expert
     of_streams = experts.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
     rates = {
@@ -163,7 +164,7 @@ def _draw_numbers(story: Story, chart: NumberChart, most: int) -> Chart:
 def make_curves(
     named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
 ) -> list[Curve]:
-    """Return the curves that have points. Short curves are not smoothed, and may get a dot for each point."""
+    """Return the curves that have points. Short curves are not smoothed and may get a dot per point."""
     curves = []
     for name, points in named.items():
         bins = join_bins(points, most)
@@ -183,7 +184,7 @@ def make_curves(
 
 
 def join_bins(points: Points, most: int = MAX_BINS) -> dict[float, list[float]]:
-    """Return the values of about `most` equal ranges of steps, by the middle step of each range."""
+    """Group points into about `most` equal ranges of steps; return the values by middle step of the range."""
     width = 1
     while points and (max(points) - min(points)) // width >= most:
         width *= 2
@@ -199,7 +200,7 @@ def join_bins(points: Points, most: int = MAX_BINS) -> dict[float, list[float]]:
 
 
 def list_tiles(standing: Standing, story: Story) -> list[Tile]:
-    """Return the numbers at the top of the page: label, value and a note."""
+    """Return the numbers at the top of the page: label, value and note."""
     tiles = [
         _step_tile(standing, story),
         _make_loss_tile(story),
@@ -278,7 +279,7 @@ def _make_loss_tile(story: Story) -> Tile | None:
 
 
 def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
-    """Return the saved files that exist, by step; equal weights together, the shortest name first.
+    """Return the saved files that exist, by step, with equal weights together and the shortest name first.
 
     The last weights of a run are often saved twice: under the number of the step, and as the final file.
     """

@@ -26,10 +26,10 @@ CAUSES = (
 
 @dataclass
 class StepClock:
-    """Keep the seconds of steps, and of pauses by kind; compare each step with steps of the same sizes.
+    """Measure the seconds of steps and of pauses by kind; compare each step with steps of the same sizes.
 
-    A step after a pause is not compared: set `skips` then. Kinds of pauses that have not occurred yet do not
-    count in the time left.
+    A step after a pause is not compared if `skips` is set. Kinds of pauses that have not occurred yet are not
+    part of the remaining time.
     """
 
     to_come: Callable[[int], dict[str, int]] = lambda step: {}  # pauses after a step by kind
@@ -51,9 +51,9 @@ class StepClock:
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def left(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds left after a step; None before the first step.
+        """Return the remaining seconds after a step; None before the first step.
 
-        Coming pauses are included, each with the mean of its kind.
+        Future pauses are included, each with the mean of its kind.
         """
         if self.seconds_per_step is None:
             return None
@@ -79,15 +79,15 @@ class StepClock:
         if self.skips:
             self.skips = False
             return None
-        times = self._times.setdefault(sizes, deque(maxlen=KEPT))
-        default = statistics.median(times) if len(times) >= SEEN else None
-        times.append(seconds)
-        if default is None or seconds < LEAST or seconds <= FACTOR * default:
+        earlier_times = self._times.setdefault(sizes, deque(maxlen=KEPT))
+        median = statistics.median(earlier_times) if len(earlier_times) >= SEEN else None
+        earlier_times.append(seconds)
+        if median is None or seconds < LEAST or seconds <= FACTOR * median:
             return None
-        if self._last_warned is not None and step - self._last_warned < PAUSE:
+        if self._last_warned is not None and step - self._last_warned < PAUSE:  # not too many warnings
             return None
         self._last_warned = step
         return (
-            f"Step {step} took {seconds:.2f} s; {default:.2f} s are usual for steps with items of this size. "
+            f"Step {step} took {seconds:.2f} s; {median:.2f} s are usual for steps with items of this size. "
             f"{CAUSES}"
         )

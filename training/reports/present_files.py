@@ -13,9 +13,9 @@ GENERATE = "Generate with it"  # title of the command that takes the best file
 
 
 def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCommand]:
-    """Return the commands of a run; a saved file that is gone gives way to one of its kind that exists.
+    """Return the commands of a run; a deleted saved file is replaced by an existing one of its kind.
 
-    The command that generates takes the file that is best by scores, if the run was scored since.
+    The generating command uses the best file by scores, if the run has been scored since.
 
     Args:
         story: Content of the run's history.
@@ -59,9 +59,9 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
 
 
 def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
-    """Return the file to use for one that is gone: that of the best step, else of the highest.
+    """Return the file to use in place of one that is gone: that of the best step, else of the last step.
 
-    If the lost file was an average, of a single transformer, or of an embedding, so is the result.
+    It is of the same kind: an average, a file of one expert, or an embedding, if the lost file was one.
 
     Args:
         name: Name of the file that is gone.
@@ -83,5 +83,5 @@ def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | 
 
 
 def _part_of(name: str) -> str:
-    """Return the transformer that a saved file is for, by its name; empty if it is for all."""
+    """Return the transformer that a saved file is for, by its name; "" if it is for all."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

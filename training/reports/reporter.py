@@ -34,7 +34,7 @@ class RepeatedWork:
     cost: float = 0.0  # seconds that it took then
 
     def is_due(self, now: float, least: float) -> bool:
-        """Return whether it may be done again.
+        """Return whether the work may be repeated.
 
         Args:
             now: Current time in seconds.
@@ -107,10 +107,10 @@ class RunReporter:
                 self.page.close()
 
     def _note_end(self, error: Exception | None) -> None:
-        """Add how the run has ended, and its commands as they are from then on.
+        """Record how the run has ended, and its commands from then on.
 
         Args:
-            error: Error that has ended the run; None if it has completed.
+            error: Error that ended the run; None if it completed.
         """
         standing = f"stopped after step {self.step:,}"
         ending = ""
@@ -135,7 +135,7 @@ class RunReporter:
                 self.history.flush()
 
     def note_pause(self, text: str) -> None:
-        """Record at once what the run does between two steps, as `saving`: it may take minutes."""
+        """Record at once what the run does between two steps, such as `saving`, which may take minutes."""
         self._doing = -math.inf
         self.note_doing(text)
         self._doing = -math.inf
@@ -222,9 +222,9 @@ class RunReporter:
         self._draw()
 
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
-        """Add all files of a save, and have the page drawn unless that was done not long ago.
+        """Record all files of a save, and request the page unless it was drawn a short time ago.
 
-        After the last step the end of the run does so.
+        After the last step, the end of the run does that.
         """
         for path in paths:
             self._note(step, saved=path.name)
@@ -237,9 +237,9 @@ class RunReporter:
                 self.note_files()
 
     def note_files(self) -> None:
-        """Add the commands again if they name other files now: some were saved or removed.
+        """Record the commands again if they name other files now, because files were saved or removed.
 
-        Before the run has begun there are none.
+        Before the run has started there are none.
         """
         if self.history.is_written and self._noted:
             with self._guarded():
@@ -262,7 +262,7 @@ class RunReporter:
                 self.page.draw()
 
     def _note_changes(self, is_finished: bool) -> None:
-        """Add lines on memory and commands, if they have changed since they were noted last."""
+        """Record lines about memory and commands if they have changed since the last time."""
         file = find_usable_file(self.history.story, self.folder, self.name)
         commands = self.commands(file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
@@ -302,13 +302,13 @@ def find_best_file(story: Story, folder: Path, name: str) -> str | None:
 
 
 def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
-    """Return the file of a run to generate with; None if none is saved. Takes what `find_best_file` does."""
+    """Return a saved file to generate with; None if there is none. Arguments: see `find_best_file`."""
     file = story.usable_file(folder, find_best_file(story, folder, name))
     return None if file is None else folder / file
 
 
 class _Messages(logging.Handler):
-    """Pass the first messages of the main thread to the history; only that thread adds lines."""
+    """Pass the first log messages of the main thread, the only one that adds lines, to the history."""
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)

@@ -36,7 +36,7 @@ LoadClip = Callable[[str, str, int], Markup | str]
 
 @dataclass(frozen=True)
 class ReducedClip:
-    """Hold the frames of a sample, small and few."""
+    """The frames of a sample, reduced in size and number."""
 
     frames: list[Frame]  # each H W 3
     fps: float
@@ -71,6 +71,7 @@ def read_reduced(path: Path) -> ReducedClip:
         return ReducedClip([_draw_audio(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
+    # the length is not known before the end: when there are too many frames, every second one is dropped
     for index, frame in enumerate(video_frames(path)):
         if index % stride:
             continue
@@ -98,7 +99,7 @@ def _draw_audio(path: Path) -> Frame:
 
 
 def join_strip(clip: ReducedClip) -> Frame:
-    """Return the first, the middle and the last frame side by side (H W 3), or the only one."""
+    """Return the first, middle and last frame side by side (H W 3), or the only frame."""
     last = len(clip.frames) - 1
     frames = [clip.frames[index] for index in dict.fromkeys((0, last // 2, last))]
     gap = np.full((frames[0].shape[0], STRIP_GAP, 3), 24, np.uint8)
@@ -109,10 +110,10 @@ def join_strip(clip: ReducedClip) -> Frame:
 
 
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
-    """Write the sheet of these samples as PNG: strips from `join_strip`, each below its prompt.
+    """Write a sheet of these samples as a PNG, with the strips from `join_strip` below their prompts.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If the file cannot be written.
     """
     rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MAX_ROWS]]
     if not rows:
@@ -159,7 +160,7 @@ SMALL_SIDE = 128
 
 @dataclass
 class ClipStore:
-    """Hold the reduced clips of the grid, each encoded once."""
+    """The reduced clips for the grid, each encoded once."""
 
     folder: Path
     clips: dict[str, Markup] = field(default_factory=dict)
@@ -195,7 +196,7 @@ class ClipStore:
 
 
 def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
-    """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
+    """Return at most `most` rows: the first, the last, the nearest to the best step, and others evenly.
 
     "Evenly" is every 2nd, 4th, 8th, ... row, so that most of the chosen rows stay when the list grows.
     """
@@ -266,7 +267,7 @@ def _load_cell(row: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[
 
 
 def _format_column_title(row: SampleRow) -> str:
-    """Return the step of samples, and the epoch if they were made at the end of one."""
+    """Return the step of the samples, with the epoch if they were made at the end of one."""
     if not row.step:
         return say("before training")
     step = say("step %(step)s", step=f"{row.step:,}")

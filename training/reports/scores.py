@@ -47,7 +47,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A remark on the scores of a run: a name of `NOTES`, and the values in its text."""
+    """A remark about the scores of a run: a key of `NOTES`, and the values in its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class ScoreNote:
 
 @dataclass(frozen=True)
 class SampleScore:
-    """Scores of one sample. None: not measured."""
+    """Scores of one sample; None for those that were not measured."""
 
     prompt: int  # its number
     file: str
@@ -75,7 +75,7 @@ class SampleScore:
 
 @dataclass(frozen=True)
 class StepScores:
-    """Scores of the samples of one step, with the file that was saved there."""
+    """Scores of the samples of one step, with the file saved at that step."""
 
     step: int
     mark: str  # of the samples
@@ -113,7 +113,7 @@ class StepScores:
 
     @property
     def denoising_steps(self) -> str:
-        """Return with how many steps the samples were made: `4`, `4-20`, or "" if they do not say."""
+        """Return the number of denoising steps of the samples: `4`, `4-20`, or "" if unknown."""
         numbers = sorted({sample.steps for sample in self.samples if sample.steps is not None})
         return "-".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else ""
 
@@ -235,11 +235,11 @@ def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tu
 
 
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
-    """Return the best of the saved files; None if there is none.
+    """Return the best saved file; None if there is none.
 
-    With validation losses it is the one that `select_best` chooses. Without, it is the one that is most like
-    the training pictures among those that fit their prompts as well as the best does, within SAME. Files with
-    copied samples count only if all have some.
+    With validation losses it is the choice of `select_best`. Without them it is the file whose samples are
+    most similar to the training images, among the files that match their prompts as well as the best one
+    does, within SAME. Files with copied samples count only if all files have some.
 
     Args:
         rows: Scores of each step.
@@ -292,7 +292,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 
 
 def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
-    """Return those whose samples fit their prompts as well as the best do, within SAME."""
+    """Return the steps whose samples match their prompts as well as the best step's do, within SAME."""
     highest = max((row.clip for row in rows if row.clip is not None), default=None)
     if highest is None:
         return list(rows)
@@ -300,7 +300,7 @@ def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
 
 
 def _find_trends(rows: Sequence[StepScores], best: StepScores) -> list[str]:
-    """Return how the scores go on behind the best file, as sentences."""
+    """Describe how the scores change after the best file, as sentences."""
     later = [row for row in rows if row.step > best.step]
     if not later:
         return [say("it is the last one with samples")]

@@ -35,7 +35,7 @@ class NumberTile:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "NumberTile":
-        """Read what a history has of one. Raises TypeError or LookupError."""
+        """Parse the record of a chart in a history. Raises TypeError or LookupError."""
         return cls(str(facts["title"]), str(facts["number"]), str(facts["note"]))
 
 

@@ -55,7 +55,7 @@ class Names:
         return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
     def full_stem(self, file: Path) -> str:
-        """Return the name of a file without its ending."""
+        """Return the name of a file without its suffix."""
         return file.name.removesuffix(self.ending)
 
     def stem_of(self, file: Path) -> str:
@@ -76,7 +76,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """Hold the facts of a run that publishers show beside its files."""
+    """What publishers show about a run next to its files."""
 
     names: Names
     is_lora: bool
@@ -103,7 +103,7 @@ class Publisher(Protocol):
 
 @dataclass
 class MinuteClock:
-    """Tell when this many minutes have passed since the last save. `now` returns seconds."""
+    """Measure the minutes since the last save. `now` returns seconds."""
 
     minutes: float
     now: Callable[[], float] = time.monotonic
@@ -113,7 +113,7 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
-        """Whether the minutes have passed since the last save."""
+        """Return whether the minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
@@ -212,7 +212,7 @@ class Saver:
                 _remove(entry)
 
     def _save(self, end: str, with_state: bool) -> None:
-        """Write model, average and state under the run's name and `end`."""
+        """Write model, average and state under the run's name with the suffix `end`."""
         written = list[Path]()
         stem = f"{self.names.name}{end}"
         state = self.names.folder / f"{stem}-state"
@@ -239,7 +239,7 @@ class Saver:
 
 
 def _remove_aside(entry: Path) -> None:
-    """Remove a file or a state. It is moved aside first: half a folder must not look like a state."""
+    """Remove a file or a state. It is moved away first, because half a folder must not look like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
         os.replace(entry, aside)
@@ -259,12 +259,12 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def hold_name(folder: Path, name: str) -> Iterator[None]:
-    """Let no other training save under this name in this folder during the block.
+    """Reserve a name in a folder against other trainings during the block.
 
-    The folder is made; if it is empty in the end, it is removed again.
+    The folder is created; if it is empty at the end, it is removed again.
 
     Raises:
-        OutputError: If another one does so already, or if nothing can be written in the folder.
+        OutputError: If another training has reserved the name, or if the folder is not writable.
     """
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")
@@ -289,35 +289,33 @@ def set_aside(
 ) -> Path | None:
     """Move the results of an earlier run to a folder next to them; return it, or None if there are none.
 
-    A file is copied instead of moved, so that the same command works again; a state only stays.
-
     Args:
         names: Names of the run's files.
         inputs: Files and states that this run reads. A file is copied instead of moved, so that the same
             command works again; a state is left where it is.
         now: Time for the name of the folder.
-        is_restarted: Whether the run looked for a state to continue from; results without saves are then its
+        is_restarted: Whether the run looked for a state to resume from; results without saves are then its
             own and are not moved.
 
     Raises:
         OutputError: If a file cannot be moved.
     """
     recover_states(names.folder, names.name)
-    kept = [real_path(path) for path in inputs]
+    input_paths = [real_path(path) for path in inputs]
     results = find_results(names)
-    stays = {entry for entry in results if _is_input(entry, kept)}
-    moved = [entry for entry in results if not (entry in stays and _is_state(entry))]
+    in_use = {entry for entry in results if _is_input(entry, input_paths)}
+    set_aside_entries = [entry for entry in results if not (entry in in_use and _is_state(entry))]
     has_saves = any(entry.is_dir() or entry.suffix == SAFETENSORS for entry in results)
-    if not moved or (is_restarted and not has_saves):
+    if not set_aside_entries or (is_restarted and not has_saves):
         return None
     folder = _make_new(names.folder / f"{names.name}.before-{now:%Y%m%d-%H%M%S}")
-    for entry in moved:
+    for entry in set_aside_entries:
         target = folder / entry.relative_to(names.folder)
         try:
             target.parent.mkdir(exist_ok=True)
-            if entry in stays and entry.is_dir():
+            if entry in in_use and entry.is_dir():
                 shutil.copytree(entry, target, copy_function=_copy)
-            elif entry in stays:
+            elif entry in in_use:
                 _copy(entry, target)
             else:
                 os.replace(entry, target)
@@ -330,7 +328,7 @@ def set_aside(
     logger.info(
         "Earlier results named %s (%s%s) are now in %s; with --overwrite they would have been replaced.",
         names.name,
-        count_of(len(moved) - num_states, "file"),
+        count_of(len(set_aside_entries) - num_states, "file"),
         f", {count_of(num_states, 'state')}" if num_states else "",
         folder,
     )
@@ -374,7 +372,7 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _is_of_word(file: Path, name: str, word: str) -> bool:
-    """Return whether a file has a word alone, by its metadata.
+    """Return whether a file contains only a word, by its metadata.
 
     Args:
         file: The file.
@@ -428,7 +426,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _make_new(folder: Path) -> Path:
-    """Make a folder of this name, or with a number behind it if there is one of this second."""
+    """Create a folder with this name, numbered if the name is taken within the same second."""
     number, candidate = 1, folder
     while True:
         with contextlib.suppress(FileExistsError):

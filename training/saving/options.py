@@ -39,13 +39,13 @@ class SavingOptions(Options, title="saving"):
     output_dir: Path | None = option(
         "folder for trained files, states and samples", place="new folder", often=True
     )
-    output_name: str | None = option("start of their names", often=True)
+    output_name: str | None = option("first part of the names of these files", often=True)
     overwrite: bool = option(
         "replace earlier results of this name; without it a new training moves them to a folder "
         "OUTPUT_NAME.before-DATE-TIME"
     )
     save_precision: str | None = option(
-        "dtype of saved weights; the model's dtype when not given", choices=SAVE_PRECISIONS
+        "dtype of saved weights; default: the model's dtype", choices=SAVE_PRECISIONS
     )
     save_every_n_epochs: int | None = option(
         "save the model every N epochs", least=1, hint=AT_THE_END, often=True
@@ -67,7 +67,7 @@ class SavingOptions(Options, title="saving"):
         "keep the files of the last N epochs only", least=1, hint=KEEP_ALL, acts_if=_if_saved("epochs")
     )
     save_last_n_epochs_state: int | None = option(
-        "the same for state folders; --save_last_n_epochs when not given",
+        "the same for state folders; default: --save_last_n_epochs",
         least=1,
         hint=KEEP_ALL,
         acts_if=_if_saved("epochs", with_states=True),
@@ -79,13 +79,13 @@ class SavingOptions(Options, title="saving"):
         acts_if=_if_saved("steps"),
     )
     save_last_n_steps_state: int | None = option(
-        "the same for state folders; --save_last_n_steps when not given",
+        "the same for state folders; default: --save_last_n_steps",
         least=0,
         hint=f"0 keeps the newest; {KEEP_ALL}",
         acts_if=_if_saved("steps", with_states=True),
     )
     save_state: bool = option("save everything that resuming needs with each file", often=True)
-    save_state_on_train_end: bool = option("save it at the end only")
+    save_state_on_train_end: bool = option("save the state only at the end")
     # a state folder, LATEST, LATEST_ONLY, or with resume_from_huggingface owner/repo/path[:revision[:type]]
     resume: str | None = option(
         "state folder to continue from; latest: the newest of this --output_name, or a new run if there is "
@@ -93,8 +93,8 @@ class SavingOptions(Options, title="saving"):
         often=True,
     )
     resume_changed: bool = option(
-        "continue from --resume with another learning rate, other clips or more accumulation: lists what "
-        "differs, old -> new; the network and the optimizer have to stay",
+        "continue from --resume with another learning rate, other clips or more accumulation: lists "
+        "what differs, old -> new; the network and the optimizer must stay the same",
         acts_if={"there is no --resume": lambda options: options.resume is not None},
     )
 
@@ -147,7 +147,7 @@ class MetadataOptions(Options, title="metadata of saved files"):
     training_comment: str | None = option(
         "free text", acts_if={"--no_metadata leaves it out": lambda options: not options.no_metadata}
     )
-    title: str | None = option("title; --output_name when not given", name="metadata_title")
+    title: str | None = option("title; default: --output_name", name="metadata_title")
     author: str | None = option("who made the model", name="metadata_author")
     description: str | None = option("what the model is for, in a sentence", name="metadata_description")
     license: str | None = option("license of the model, for example apache-2.0", name="metadata_license")
@@ -156,19 +156,19 @@ class MetadataOptions(Options, title="metadata of saved files"):
         "resolution, such as 832,480, or 1024 for a square; default: of the model", name="metadata_reso"
     )
     architecture: str | None = option(
-        "architecture, for models that are not what they look like; default: found", name="metadata_arch"
+        "architecture, for models that are detected incorrectly; default: detected", name="metadata_arch"
     )
     usage_hint: str | None = option("how to use the model, in a sentence", name="metadata_usage_hint")
-    thumbnail: str | None = option("a small picture of it, as a data: URL", name="metadata_thumbnail")
+    thumbnail: str | None = option("a thumbnail image, as a data: URL", name="metadata_thumbnail")
     merged_from: str | None = option(
-        "what it was merged from, separated by commas", name="metadata_merged_from"
+        "the models it was merged from, separated by commas", name="metadata_merged_from"
     )
     trigger_phrase: str | None = option(
-        "words of a prompt that call what was learned", name="metadata_trigger_phrase"
+        "words that trigger the trained subject or style in a prompt", name="metadata_trigger_phrase"
     )
-    preprocessor: str | None = option("what inputs have to go through before", name="metadata_preprocessor")
+    preprocessor: str | None = option("preprocessing that inputs need", name="metadata_preprocessor")
     is_negative_embedding: str | None = option(
-        "true if it is to be used in the negative prompt", name="metadata_is_negative_embedding"
+        "true if it is meant for the negative prompt", name="metadata_is_negative_embedding"
     )
 
     def __post_init__(self) -> None:

@@ -197,7 +197,7 @@ def _load_targets(
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the tensors to load the split tensors of a state into, and put them into the state."""
+    """Return the tensors into which the split tensors of a state are loaded, and put them into the state."""
     if not saved.files:
         return {}
     described: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata

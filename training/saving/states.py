@@ -49,7 +49,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class SavedState:
-    """Hold a state; the tensors of one that was read are mapped from its file until `release`."""
+    """A state; the tensors of a state that was read are mapped from its file until `release`."""
 
     folder: Path
     progress: Progress
@@ -72,7 +72,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class ForeignState:
-    """Hold a state folder of another tuner: it records no progress, so counting starts at 0."""
+    """A state folder of another tuner. It records no progress, so counting starts at 0."""
 
     folder: Path
     network: dict[str, Tensor]
@@ -125,7 +125,7 @@ def write_state(
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
     """Return weights as bytes, not copied, with dtype and shape.
 
-    Swapped ones are side by side in one memory, which `torch.save` takes in one dtype only.
+    Swapped weights share one memory, which `torch.save` accepts in a single dtype only.
     """
     flat = {}
     for name, tensor in tensors.items():
@@ -173,7 +173,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
     """Raise ValueError if a file of split tensors is missing or changed.
 
-    All processes look at a share of them, and all raise.
+    Each process checks a part of the files, and all of them raise.
 
     Args:
         folder: Folder of the files.
@@ -203,14 +203,14 @@ def one_error(folder: Path) -> Iterator[None]:
 
 
 def plain_state(value: Any, name: str) -> Any:
-    """Return a copy with plain containers and values only: those can be read without running code.
+    """Return a copy with plain containers and values only, which can be read without running code.
 
     Args:
         value: The value.
         name: Name of the value in the message.
 
     Raises:
-        OptionError: For any other object.
+        OptionError: If the value contains any other object.
     """
     if isinstance(value, Tensor):
         return value.detach()
@@ -255,7 +255,7 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved weights into a learning module, all of them.
+    """Copy all saved weights into a trained module.
 
     Raises:
         CheckpointError: If names or shapes differ, or if a value is NaN or infinite.
@@ -273,13 +273,14 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
+    # split tensors were filled in place while the state was read (`fill_state`)
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
-    _require_finite(unsplit)  # the others are in place
+    _require_finite(unsplit)
     module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError for a value that is NaN or infinite. Tensors in 8 bits are not looked at."""
+    """Raise CheckpointError if a value is NaN or infinite. Tensors in 8 bits are not checked."""
     for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
@@ -299,12 +300,9 @@ def _is_own(folder: Path) -> bool:
 def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
     """Return the fields of `SavedState` except its folder; tensors are mapped.
 
-    If False, a state of an older version comes without tensors.
-
     Args:
         folder: Folder of the files.
-        is_checked: Whether to compare the checksum too. If False, a state of an older version comes without
-            tensors.
+        is_checked: Whether to compare the checksum too. If False, a state of an older version has no tensors.
     """
     if not (folder / FILE).exists():
         return read_old_state(folder, is_checked)

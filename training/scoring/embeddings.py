@@ -27,7 +27,7 @@ SAVE_SECONDS = 20.0  # between two times that vectors are written to disk
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or clip whose vectors are wanted."""
+    """An image or clip whose embeddings are needed."""
 
     name: str  # for people
     open: Callable[[], AbstractContextManager[Path]]  # gives a file, or a folder of frames
@@ -35,7 +35,7 @@ class Medium:
 
 @dataclass
 class VectorStore:
-    """Vectors by content. Use it as a context manager: leaving it writes what is new."""
+    """Embeddings by content. Use it as a context manager, which writes new ones at the end."""
 
     path: Path
     vectors: dict[str, Tensor] = field(default_factory=dict)  # each F D float32: one row for each frame
@@ -75,7 +75,7 @@ def vectors_path(folder: Path, model: ImageTextModel) -> Path:
 
 @dataclass
 class Embedder:
-    """Compute the vectors of media that the store lacks."""
+    """Compute the embeddings that the store does not have yet."""
 
     model: ImageTextModel
     store: VectorStore
@@ -106,7 +106,7 @@ class Embedder:
         return [None if key is None else self.store.vectors[key] for key in keys]
 
     def _add(self, path: Path) -> str:
-        """Return the key of a file's vectors, which are there or will be with the next batch."""
+        """Return the key of a file's embeddings, which exist or will be computed with the next batch."""
         is_clip = path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
         key = _hash_content(path)
         if is_clip:

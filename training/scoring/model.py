@@ -27,7 +27,7 @@ ENDS = 1 << 20  # bytes at both ends of a file of weights that tell it from othe
 
 @dataclass(frozen=True)
 class ImageTextKind:
-    """How transformers names a kind of model, and how its texts are filled up."""
+    """How transformers names a kind of model, and how its texts are padded."""
 
     network: str  # class of transformers
     padding: str  # as it was trained
@@ -42,7 +42,7 @@ KINDS: Mapping[str, ImageTextKind] = {
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A loaded model with what prepares its pictures and texts."""
+    """A loaded model with its preprocessing of images and texts."""
 
     network: Any
     processor: Any  # of pictures

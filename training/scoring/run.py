@@ -49,7 +49,7 @@ MODEL_FOLDER = Path("models/score_clip")  # that tools/download.py fills
 
 
 class ScoreOptions(Options, title="what to score"):
-    """A run, the model that compares pictures, and the pictures that the run learned from."""
+    """A run, the model that compares images, and the images that the run was trained on."""
 
     run: Path = option(
         "folder of a run (its --output_dir), or its ...-history.jsonl if the folder has several runs",
@@ -62,13 +62,13 @@ class ScoreOptions(Options, title="what to score"):
         default=MODEL_FOLDER,
     )
     dataset_config: Path | None = option(
-        "dataset of the training pictures, .toml or .json; default: the one that the run was trained on",
+        "dataset of the training images, .toml or .json; default: the one that the run was trained on",
         place="file",
     )
     num_frames: int = option(
         "frames of a clip that are compared, evenly spaced", default=8, least=1, most=1024
     )
-    batch_size: int = option("pictures that the model sees at a time", default=16, least=1, most=4096)
+    batch_size: int = option("images that the model sees at a time", default=16, least=1, most=4096)
     device: str | None = option("cuda, cuda:1, mps or cpu (default: the best there is)")
 
 
@@ -151,7 +151,7 @@ def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors 
 
 
 def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return what was left out of the scores of a run."""
+    """Return remarks about what was left out of the scores of a run."""
     notes = []
     if embedder.unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
@@ -190,7 +190,7 @@ def open_run(place: Path) -> ScoredRun:
     try:
         session = read_session(place)
         if session is None:
-            raise OptionError(f"{place}: this is no history of a training")
+            raise OptionError(f"{place}: this is not the history of a training")
         story = read_history(place, session)
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None

@@ -73,7 +73,7 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine from which a sample is very near, see NEAR_SHARE; None for too few pictures."""
+        """Return the cosine from which a sample is very close, see NEAR_SHARE; None for too few images."""
         if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
@@ -86,9 +86,9 @@ class TrainingVectors:
 
 
 def list_training_media(config: DatasetConfig) -> list[Medium]:
-    """Return the pictures and clips of the tables that are trained.
+    """Return the images and clips of the tables that are trained.
 
-    Regularization pictures are not listed.
+    Regularization images are not included.
 
     Raises:
         DatasetError: If a folder or list of a table is missing.

@@ -36,7 +36,7 @@ Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, bat
 
 @dataclass(frozen=True)
 class TargetComparison:
-    """What the network's output is compared with."""
+    """A target to compare the network's output with, and its weight."""
 
     target: Tensor  # in the form of the output
     measure: Measure
@@ -46,7 +46,7 @@ class TargetComparison:
 
 @dataclass(frozen=True)
 class TrainingPasses:
-    """Run a network on one batch: with what learns, or as the base model."""
+    """Run a network on one batch, with or without what is trained."""
 
     family: Trains
     dit: nn.Module
@@ -55,7 +55,7 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction that is learned from."""
+        """Return the prediction with gradients."""
         with contextlib.ExitStack() as stack:
             for enter in self.rule.learning_pass:
                 stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))
@@ -67,7 +67,7 @@ class TrainingPasses:
         )
 
     def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction with the network as it is now, without gradients."""
+        """Return the prediction of the network with its current weights, without gradients."""
         with torch.no_grad():
             return self._predict(noisy_batch)
 
@@ -78,7 +78,7 @@ class TrainingPasses:
             return self._predict(noisy_batch)
 
     def restart(self, noisy_batch: NoisyBatch) -> None:
-        """Begin the random numbers of the network anew: an earlier pass of the batch may have drawn some."""
+        """Reset the random numbers of the network, which an earlier pass of the batch may have used."""
         if self.rule.seed_networks is not None:
             self.rule.seed_networks(noisy_batch.number)
 
@@ -86,9 +86,9 @@ class TrainingPasses:
 def training_loss(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Tensor:
-    """Return the weighted mean error over the batch, of all passes and streams together: one number.
+    """Return the weighted mean error over the batch, over all passes and streams: one number.
 
-    All samples of a batch have one size, so it is the mean over all elements too.
+    All samples of a batch have the same size, so it is also the mean over all elements.
     """
     losses = [
         functools.reduce(torch.add, streams)
@@ -100,10 +100,10 @@ def training_loss(
 def loss_passes(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
 ) -> Iterator[Streams]:
-    """Yield the weighted means over the batch of each pass with gradients; with sound a second one of that.
+    """Yield the weighted mean errors of each pass with gradients: one for images, and one for audio if any.
 
-    Take the gradients of each before asking for the next: it frees the graph, and networks may change their
-    state between two.
+    Compute the gradients of each before asking for the next one, which frees the graph; networks may change
+    their state between two passes.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
     for more_passes in rule.passes:
@@ -123,7 +123,7 @@ def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
 
 
 def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the velocity from the clip to its noise, with sound both joined."""
+    """Return the velocity from the clip to its noise; with audio, both joined."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
     audio = noisy_batch.audio
@@ -135,7 +135,7 @@ def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
 
 
 def without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return the batch with all places counting."""
+    """Return the batch without masks, so that all positions count."""
     tensors = dict(noisy_batch.batch.tensors)
     tensors.pop(MASK, None)
     tensors.pop(LOSS_MASK, None)
@@ -152,9 +152,9 @@ def _make_passes(
 def measure_streams(
     family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
 ) -> Streams:
-    """Return the error of each sample's picture: B; if the batch has sound, a second one of the sound.
+    """Return the error of each sample's images, B, and if the batch has audio, a second tensor for it.
 
-    What it is compared with, the rule's targets say.
+    The rule's targets decide what the output is compared with.
     """
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
@@ -172,7 +172,7 @@ def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
 
 
 def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> Streams:
-    """Add errors to those of the same streams. Streams that only one of both has stay as they are."""
+    """Add errors to those of the same streams. Streams that only one of the two has do not change."""
     weighted = errors
     if not isinstance(weight, float) or weight != 1.0:
         weighted = tuple(weight * error for error in errors)
@@ -196,13 +196,13 @@ def measure_plainly(
 
 
 def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """Return one tensor or another for each sample, B ..."""
+    """Select one of two tensors for each sample, B ..."""
     mask = numbers_on(otherwise.device, chosen, torch.bool)
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
 def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
-    """Return the share of noise of each sample, on the host."""
+    """Return the noise fraction of each sample, on the host."""
     return noised.levels or noised.sigmas.tolist()
 
 
@@ -215,5 +215,5 @@ def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bo
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
-    """Whether items of the batch have a mask, of a clip or of its loss."""
+    """Return whether items of the batch have a mask of the clip or of the loss."""
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors

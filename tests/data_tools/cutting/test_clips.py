@@ -23,8 +23,8 @@ from data_tools.cutting.clips import (
 )
 from data_tools.cutting.options import ChoiceOptions, LengthOptions, SceneOptions
 from data_tools.cutting.records import MARK, ClipList, CutRecord, WrittenClip, read_records, write_record
-from data_tools.cutting.scenes import SceneChange, load_detector
-from modules.errors import DatasetError, InstallationError
+from data_tools.cutting.scenes import SceneChange, SceneDetector
+from modules.errors import DatasetError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
 from modules.media.streams import shown_frames
@@ -109,12 +109,12 @@ def test_blurred_clips_are_left_out_on_demand() -> None:
 RATE = 24.0
 
 
-def find(frames: Sequence[Light], rate: float = RATE, detector: str = "own") -> list[SceneChange]:
-    return find_in([to_bytes(frame) for frame in frames], rate, detector)
+def find(frames: Sequence[Light], rate: float = RATE) -> list[SceneChange]:
+    return find_in([to_bytes(frame) for frame in frames], rate)
 
 
-def find_in(frames: Sequence[Frame], rate: float = RATE, detector: str = "own") -> list[SceneChange]:
-    found = load_detector(SceneOptions.usual(detector=detector))(rate)
+def find_in(frames: Sequence[Frame], rate: float = RATE) -> list[SceneChange]:
+    found = SceneDetector(SceneOptions.usual().scene_threshold, rate)
     for frame in frames:
         found.see(frame)
     return found.changes()
@@ -210,24 +210,6 @@ def test_cuts_and_dissolves_of_filmed_scenes_are_found() -> None:
         ((start, stop),) = find_in([*frames[first:begin], *mixed, *frames[second + length : end]])
         assert start <= begin - first + 3
         assert stop >= begin - first + length - 3
-
-
-def test_without_the_package_the_other_detectors_say_what_to_install() -> None:
-    try:
-        import scenedetect  # noqa: F401
-    except ImportError:
-        with pytest.raises(InstallationError, match="pip install scenedetect-headless"):
-            load_detector(SceneOptions.usual(detector="pyscenedetect"))
-        return
-    pytest.skip("PySceneDetect is installed")
-
-
-@pytest.mark.parametrize("detector", ["pyscenedetect", "pyscenedetect-adaptive"])
-def test_pyscenedetect_finds_hard_cuts(detector: str) -> None:
-    pytest.importorskip("scenedetect")
-    frames = [*scene(1, 31), *scene(2, 27), *scene(3, 40)]
-
-    assert find(frames, detector=detector) == [(31, 31), (58, 58)]
 
 
 CLIP = PlannedClip(1, 0, 24, 0.0, 1.0, 0.5, 0.1, 0.01)

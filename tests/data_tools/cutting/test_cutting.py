@@ -263,7 +263,7 @@ def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--output", "out", "--scene_threshold", "2"], "--detector own takes numbers above 0 and up to 1"),
+        (["--output", "out", "--scene_threshold", "2"], "at most 1"),
         (["--output", "out", "--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
         (["--output", "out", "--min_frames", "5", "--max_frames", "4"], "--max_frames 4 is less than"),
         (["--output", "out", "--jsonl", "clips.toml"], "ends in .jsonl"),

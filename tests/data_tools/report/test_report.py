@@ -290,7 +290,7 @@ DOTS = bytes(random.Random(0).randrange(20, 200) for _ in range(48))
 
 
 @pytest.mark.parametrize(
-    ("colours", "other", "is_copy"),
+    ("colors", "other", "is_copy"),
     [
         (bytes([200, 40, 40] * 16), bytes([40, 40, 200] * 16), False),
         (bytes([200, 40, 40] * 16), bytes([230, 70, 70] * 16), True),  # brighter

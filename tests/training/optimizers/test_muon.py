@@ -19,6 +19,7 @@ from tests.training.test_whole_models import full_words
 from training.optimizers.muon import BETAS, LIKE_ADAM, PARTS, MuonWithAdam, arrange_groups
 from training.trainable import train_dit
 
+STEPS = ("--max_train_steps", "2")
 NEAR = 0.06  # of the largest move: Newton-Schulz steps are in bf16, and torch rounds before it divides
 
 
@@ -98,12 +99,26 @@ def test_weights_of_moss_image_are_grouped_as_its_report_trains_them() -> None:
     assert sorted(map(id, arranged.parameters)) == sorted(map(id, trainable.parameters))
 
 
-def test_a_whole_transformer_is_trained_with_muon_as_its_page_says(tmp_path: Path) -> None:
-    """Every weight moves, in float32 and in bf16; a resumed run ends with equal bytes; the plan counts it."""
+def prepare_whole_training(folder: Path) -> list[str]:
+    """Make a project. Returns the command that trains its transformer with Muon."""
     family = family_called("moss_image")
-    make_project(family, tmp_path)
+    make_project(family, folder)
     words = [*full_words(family), "--optimizer_type", "muon", "--learning_rate", "1e-2"]
-    words += ["--optimizer_args", "weight_decay=0.01", f"adjust_lr_fn={LIKE_ADAM}", "--max_train_steps", "2"]
+    return [*words, "--optimizer_args", "weight_decay=0.01", f"adjust_lr_fn={LIKE_ADAM}", *STEPS]
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_with_muon(tmp_path: Path) -> None:
+    """Slow, as plans of other optimizers are made each day: tests/training/planning."""
+    printed = io.StringIO()
+    words = prepare_whole_training(tmp_path)
+    assert run_here(*words, "--plan", folder=tmp_path, printed=printed)[0] == 0
+    assert "optimizer" in printed.getvalue()
+
+
+def test_a_whole_transformer_is_trained_with_muon_as_its_page_says(tmp_path: Path) -> None:
+    """Every weight moves, in float32 and in bf16; a resumed run ends with equal bytes."""
+    words = prepare_whole_training(tmp_path)
     saved = ("--save_state", "--save_every_n_steps", "1")
     before = load_file(tmp_path / "model" / "dit.safetensors")
 
@@ -117,6 +132,3 @@ def test_a_whole_transformer_is_trained_with_muon_as_its_page_says(tmp_path: Pat
         succeed_here(*words, *more, *resume, folder=tmp_path)
         again = load_file(tmp_path / f"{place}_again" / "lora.safetensors")
         assert [name for name, tensor in again.items() if not torch.equal(tensor, after[name])] == []
-    printed = io.StringIO()
-    assert run_here(*words, "--plan", folder=tmp_path, printed=printed)[0] == 0
-    assert "optimizer" in printed.getvalue()
