@@ -21,7 +21,7 @@ from browser.runs import RUNNING, is_living
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
-from modules.installation import PROGRESS
+from modules.installation import PROGRESS, TELLS_KINDS
 from modules.pages.language import say
 from modules.run_limits import limit_variables
 from modules.text_files import parse_json, read_text, real_path
@@ -105,7 +105,7 @@ class BackgroundJobs:
                 for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
                 variables = {PROGRESS: str(progress)} if within is None else limit_variables([within], typed)
-                child = launch.prepare_process(log, **variables)
+                child = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
                 self._children[name] = child
                 record = {
                     "line": as_line(words),

@@ -9,18 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from browser.command_output import OUT, REPAIR, OutputLine
 from browser.folders import MediaFolder
+from modules.line_kinds import CAPTIONS, NEXT, WARNING
 from modules.pages.language import counted, join, say
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
 LISTED = 3  # files that a row names
-# of lines of `new`: the caption of files is asked for, which the folder says by itself
-ASKS_FOR_CAPTIONS = ("which `run` refuses. A model (", "or name what they show by a made-up word alone:")
-IS_OF_WORD = "(class_tokens) stands for it"
-# of lines about what somebody may want to change
-WARNING = (
-    *(": tiny, below", "left out", "too short", "shorter than", "learns nothing", "an empty caption"),
-    *("empty captions", "captions of no file", "not UTF-8", "unlearns", "seems to be", "counts"),
-)
+# kinds of lines of `new` that are no rows: the folder says by itself how many files lack a caption, and the
+# button at the bottom says what comes next
+NO_ROWS = (CAPTIONS, NEXT)
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,10 @@ def make_checklist(
     """
     rows = [] if content is None else _list_counted(content, unreadable, word)
     details: list[OutputLine] = []
+    with_button = {name for line in lines if line.remedy == OUT for name in line.left_out}
     for group in _group(lines):
-        row = _grade(group, unreadable, mended)
+        items = [item for item in group.items if item.remedy or item.text not in with_button]
+        row = _grade(_PrintedGroup(group.head, items), unreadable, mended)
         if row is None:
             # the file already has a button
             details += [replace(line, remedy="") if line.remedy == OUT else line for line in group.lines]
@@ -123,21 +121,19 @@ def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
 
 
 def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
-    """Return the row of a line and its details; None if the user need not act, or has acted."""
+    """Return the row of a line and its details; None if the user need not act, has acted, or has a row."""
     head = group.head
-    is_counted = any(words in head.text for words in (*ASKS_FOR_CAPTIONS, IS_OF_WORD))
-    if is_counted or head.text.startswith("First "):
+    if head.kind in NO_ROWS:
         return None
     if head.remedy == OUT and {*head.left_out} <= {*unreadable}:
         return None  # a row has it already
     if head.remedy == REPAIR and REPAIR in mended:
         return None
     items = [item for item in group.items if item.text not in mended and item.text not in unreadable]
-    if any(item.is_command for item in group.items) and not items:
+    if head.text.endswith(":") and not items:  # all that it announces is mended
         return None
     if head.is_fault or any(item.remedy == OUT for item in items):
         return CheckRow(BAD, line=head, items=items)
-    is_warning = any(words in head.text for words in WARNING)
-    if head.remedy or any(item.is_command for item in items) or is_warning:
+    if head.remedy or any(item.is_command for item in items) or head.kind == WARNING:
         return CheckRow(WARN, line=head, items=items)
     return None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from browser.jobs import Job
 from browser.printed_lines import translate_line
+from modules.line_kinds import FAULT, read_kind
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import show
 from modules.text_encodings import NAMES
@@ -24,6 +25,8 @@ RUN = "run"
 UNREADABLE = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
+# a line that is the name of a file of the folder itself
+LISTED_FILE = re.compile(rf"  (?!python |reelsmith )[^/\\\\:]+\.(?:{_SUFFIXES})", re.IGNORECASE)
 COPIES = ": equal copies"
 CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # parts of the lines of --repair_captions
 
@@ -46,6 +49,7 @@ class OutputLine:
     is_fault: bool = False
     encoding: str = ""  # that a check names for captions of which it is not sure
     depth: int = 0  # how far it was indented, in blanks
+    kind: str = ""  # that `new` gives it (modules/line_kinds.py)
 
     @property
     def is_command(self) -> bool:
@@ -89,12 +93,15 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
         return []
     lines: list[OutputLine] = []
     offered: set[tuple[str, ...]] = set()  # files for which an earlier line has the button
-    for text in job.last_lines(MAX_LINES).splitlines():
-        if DIFF.match(text):
+    for printed in job.last_lines(MAX_LINES).splitlines():
+        if DIFF.match(printed):
             break
+        kind, text = read_kind(printed)
         if not text.strip() or names and _is_mended(text, names):
             continue
-        line = replace(_read_line(text, names), depth=len(text) - len(text.lstrip()))
+        line = _read_line(text, names)
+        depth = len(text) - len(text.lstrip())
+        line = replace(line, depth=depth, kind=kind, is_fault=line.is_fault or kind == FAULT)
         if line.remedy == OUT and line.left_out in offered:
             line = replace(line, remedy="")
         elif line.remedy == OUT:
@@ -104,9 +111,9 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _is_mended(text: str, names: Collection[str]) -> bool:
-    """Return whether a line is about unreadable files that no longer exist."""
+    """Return whether a line is about unreadable files, or lists a file, that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
-    is_about_files = any(words in text for words in UNREADABLE)
+    is_about_files = any(words in text for words in UNREADABLE) or LISTED_FILE.fullmatch(text) is not None
     return is_about_files and bool(named) and not _find_names(text, names)
 
 

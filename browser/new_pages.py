@@ -34,9 +34,9 @@ from browser.captioning import (
     read_tries,
 )
 from browser.captions import mark_bytes
-from browser.checklist import Checklist, make_checklist
+from browser.checklist import BAD, Checklist, make_checklist
 from browser.command_lines import format_command
-from browser.command_output import OUT, REPAIR, OutputLine, find_command, read_changes, read_output_lines
+from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
 from browser.described_folder import (
     FILES,
     ChangedMeanwhileError,
@@ -555,7 +555,7 @@ class NewPages:
             missing["only_pictures"] = not content.clips and not content.audios
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
         if HAS_ERRORS in verdict and not was_checked:
-            missing["has_listed_errors"] = any(line.is_fault or line.remedy == OUT for line in lines)
+            missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
         return missing
 
     def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class ResultChoice:
         """Return whether a result passes the filter."""
         if self.kind and result.kind != self.kind:
             return False
-        if self.model and (settings is None or settings.model != self.model):
+        if self.model and (settings is None or settings.title != self.model):
             return False
         if self.run is not None and not _belongs_to_run(result, settings, self.run):
             return False
@@ -429,13 +429,13 @@ class ResultPages:
         return answer_json(answer)
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results read so far, each with its display name."""
-        models = set()
+        """Return the models of all results read so far, each as value and text of a choice: its title."""
+        titles = set()
         for result in results:
             read = self.cache.find_read(result)
-            if read is not None and read.settings is not None:
-                models.add((read.settings.model, read.settings.title))
-        return sorted(models, key=lambda names: names[1].lower())
+            if read is not None and read.settings is not None and read.settings.title:
+                titles.add(read.settings.title)
+        return [(title, title) for title in sorted(titles, key=str.lower)]
 
     def show_part(self, request: Request) -> Response:
         """Answer with some tiles. The query has the fields of `read_choice`, `from` and `count`."""

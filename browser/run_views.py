@@ -21,6 +21,7 @@ from browser.printed_lines import translate_line, translate_memory
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from browser.state_names import name_state
+from downloads.catalogue import model_title
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -86,7 +87,8 @@ def select_runs(
         text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
         if not all(word in text for word in words):
             continue
-        if query.get("family") not in (None, "", run.model):
+        # by its title: one model may have two names for programs, of older and newer runs
+        if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
         is_running = query.get("state") == RUNNING and state.name in BUSY
@@ -112,7 +114,7 @@ def list_page(
     states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MAX_RUNS]
-    families = {run.title: run.model for run in runs if run.model}
+    families = {run.title for run in runs if run.model}
     view = query.get("view")
     is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
@@ -124,7 +126,7 @@ def list_page(
         "running": sum(state.name in BUSY for state in states_of_runs.values()),
         "states_of_runs": states_of_runs,
         "can_write": can_write,
-        "families": sorted(families.items(), key=lambda names: names[0].lower()),
+        "families": sorted(families, key=str.lower),
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
         "states": [name_state(name) for name in (RUNNING, *STATES)],
         "sorts": SORT_NAMES,

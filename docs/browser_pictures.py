@@ -109,6 +109,8 @@ video_directory = "{0}/clips"
 cache_directory = "{0}/cache"
 target_frames = [17]
 """
+# a page that asks again would answer for the renamed folder, which is not there
+FREEZE = "() => { fetch = () => new Promise(() => {}); XMLHttpRequest.prototype.send = () => {}; }"
 # replaces the temporary folder in texts and fields
 RENAME = """([folder, home]) => {
   const marks = document.createTreeWalker(document.body, NodeFilter.SHOW_COMMENT);
@@ -123,7 +125,6 @@ RENAME = """([folder, home]) => {
     field.placeholder = field.placeholder?.replaceAll(folder, home) ?? '';
   }
 }"""
-READY_CAPTIONS = "[...document.querySelectorAll('#items img')].filter(one => one.naturalWidth).length > 1"
 # on a phone, the clips of a run stand below its buttons
 MOVES = "(seen.size || innerWidth < 1000) && [...seen].every(clip => clip.currentTime > 0)"
 READY = {
@@ -165,6 +166,7 @@ def main() -> None:
                         wait_until(page, "document.getElementById('machine').textContent.includes('free')")
                         if place in ("new", "generate", "models"):
                             page.wait_for_timeout(1500)  # for small pictures, if there are any
+                        page.evaluate(FREEZE)
                         page.evaluate(RENAME, [name, HOME])
                         page.evaluate(RENAME, [str(ROOT), f"{HOME}/reelsmith"])
                         # few machines without a screen have letters for the names of the other languages
@@ -312,16 +314,13 @@ def write_clips(folder: Path) -> None:
 
 
 def fill_new(page: Any, is_wide: bool) -> None:
-    """Describe the folder if it is not; show its captions, or on a phone what was said of it."""
+    """Describe the folder if it is not; on a phone show what was said of it."""
     described = page.locator("#progress .state", has_text=re.compile("^prepared$"))
     if not described.count():
         page.get_by_role("button", name="Prepare").click()
         described.wait_for(timeout=120_000)
         page.get_by_role("button", name=re.compile("^(Download the model|Check|Start)")).wait_for()
-    if is_wide:
-        page.get_by_role("button", name="Files", exact=True).click()
-        wait_until(page, READY_CAPTIONS)
-    else:
+    if not is_wide:
         page.locator("#progress h2").first.evaluate("heading => heading.scrollIntoView()")
 
 

@@ -24,6 +24,7 @@ installed: find modules of installed packages, importing none
 interpreter: refuse a Python that cannot run Reelsmith; answer from tables
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside
+line_kinds: what a printed line is about, for the browser
 lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share

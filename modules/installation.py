@@ -40,6 +40,8 @@ ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
 TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
 # variable that names the file in which a program notes how far it is (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
+# variable of `new` that prints the kinds of its lines, for the browser (modules/line_kinds.py)
+TELLS_KINDS = "REELSMITH_TELLS_KINDS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name

@@ -8,6 +8,7 @@ from pathlib import Path
 from dataset.sources.folders import ControlFolder
 from modules.console import list_some
 from modules.errors import DatasetError
+from modules.line_kinds import warning
 from project.kinds.contract import RunKind
 
 # folders of control pictures
@@ -47,7 +48,7 @@ def describe_control_pairs(
         errors += f". Without a control picture: {list_some(missing)}"
     if controls.alone:
         errors += f". Without a picture: {list_some([path.name for path in controls.alone])}"
-    return (
+    return warning(
         f"{place}: left out, as {kind.title} learns no control pictures. {len(pictures) - len(missing)} of "
         f"{len(pictures)} pictures have one there{errors}. --train {control_kind.name} trains "
         f"{control_kind.title} on such pairs (docs/control.md)"

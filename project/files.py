@@ -18,6 +18,7 @@ from downloads.listing import describe_licenses, excludes_many, gigabytes, print
 from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OptionError, OutputError
+from modules.line_kinds import CAPTIONS, NEXT, KindLine, fault, show_kinds, warning
 from modules.media.reading import first_frame
 from modules.media.writing import write_png
 from modules.options import option_values
@@ -124,7 +125,7 @@ def write_project(options: NewOptions) -> None:
     else:
         lines.append(f"written: {', '.join(map(str, paths))}")
         lines.append(_describe_next(choice, bool(errors)))
-    print_lines(lines)
+    print_lines(show_kinds(lines))
 
 
 def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
@@ -348,7 +349,8 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
     written = str(choice.options.folder / WRITTEN[0])
-    return [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    return [line if line.startswith(" ") else fault(line) for line in lines]
 
 
 def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
@@ -364,7 +366,7 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
         first.append("correct what is listed above")
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
-    return f"First {', and '.join(first)}. Then {does}" if first else does
+    return KindLine(NEXT, f"First {', and '.join(first)}. Then {does}" if first else does)
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
@@ -389,7 +391,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
     if choice.facts.contradiction:
-        lines.append(choice.facts.contradiction)
+        lines.append(warning(choice.facts.contradiction))
     few_steps = choice.facts.few_steps
     if few_steps is not None:
         subject = "It" if choice.facts.contradiction else choice.model_name
@@ -404,7 +406,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             told += f". Take {comments}"
         else:
             told += f". {few_steps.instead}. Or take {comments}"
-        lines.append(told)
+        lines.append(warning(told))
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]
     return lines + _describe_lengths(choice)
@@ -458,17 +460,17 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
     short = [clip.path for clip in timed if describing.count_frames(clip, model) < frames]
     if short:
         fps = model.data.get("fps")
-        lines.append(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)")
+        lines.append(warning(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)"))
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
         learned = "which learns their first frame"
         if not describing.learns_stills_of_clips(model):
             least = describing.shortest_clip(model)
             learned = f"which learns nothing of less than {least} frames (at {model.data['fps']} a second)"
-        lines.append(f"{names}: too short for a clip of this model, {learned}")
+        lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
     images = [item.path for item in choice.media if item.kind == "image"]
     if images and model.data.get("from_image"):
-        lines.append(f"{name_some(images)}: pictures, of which this model learns nothing")
+        lines.append(warning(f"{name_some(images)}: pictures, of which this model learns nothing"))
     return lines
 
 
@@ -492,19 +494,23 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
     if empty:
         what = "an empty caption" if len(empty) == 1 else "empty captions"
         meaning = f"only {trigger} is learned there" if trigger else "nothing is learned by name"
-        lines.append(f"{name_some(empty)}: {what}: {meaning}")
+        lines.append(warning(f"{name_some(empty)}: {what}: {meaning}"))
     by_trigger = _find_replaced_by_trigger(choice, bare)
     if by_trigger:
         names = name_some(by_trigger)
-        lines.append(f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it")
+        text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
+        lines.append(KindLine(CAPTIONS, text))
     if bare:
         write_words = make_caption_words([shlex.split(choice.model.commands["latents"])])
-        lines += [
+        asked = (
             f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
             f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
-            f"{choice.folder}:",
+            f"{choice.folder}:"
+        )
+        lines += [
+            KindLine(CAPTIONS, asked),
             f"  {typed_in(write_words, choice.folder)}",
-            "or name what they show by a made-up word alone:",
+            KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
             f"  {_describe_again(choice, trigger_word='WORD')}",
         ]
     return lines

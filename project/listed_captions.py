@@ -17,6 +17,7 @@ from dataset.sources.captions import guess_of_editor
 from modules.console import count_of, list_some
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
+from modules.line_kinds import fault, warning
 from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
@@ -63,7 +64,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
             try:
                 rows = list(_read_rows(path, subject, names, remarks))
             except (DatasetError, OSError, ValueError) as error:
-                listed.lines.append(f"left out: {_explain(path, error)}")
+                listed.lines.append(fault(f"left out: {_explain(path, error)}"))
                 continue
             _add_rows(listed, path, rows, by_name)
             listed.lines += remarks
@@ -124,7 +125,8 @@ def _add_rows(
         listed.lists[path] = count
     elif not rows or len(missing) == len(rows):
         hint = "" if path.suffix.lower() == JSON else f". {TABLE_KEY}"
-        listed.lines.append(f"{path.name}: left out, it has captions for none of the files{hint}")
+        text = f"{path.name}: left out, it has captions for none of the files{hint}"
+        listed.lines.append(warning(text))
         return
     if missing:
         count_of_rows = count_of(len(missing), "row")
@@ -217,7 +219,7 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
     for row in read_columns(table, {name_column, text_column}):
         if row.fault is not None:
             hint = "Put a caption that has commas in quotes"
-            remarks.append(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}")
+            remarks.append(warning(f"{path.name}, line {row.number}: left out, {row.fault}. {hint}"))
         name = row.values.get(name_column)
         if isinstance(name, str) and name.strip():
             yield name.strip(), row.values.get(text_column)
@@ -256,7 +258,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
         guess = guess_of_editor(content) or guess_encoding(content)
         if guess is None:
             raise DatasetError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-        remarks.append(f"{path.name}: not UTF-8, and read as {guess.name}")
+        remarks.append(warning(f"{path.name}: not UTF-8, and read as {guess.name}"))
         return guess.text.removeprefix("\ufeff")
 
 

@@ -18,6 +18,7 @@ from dataset.subsets import FolderName, read_folder_name
 from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
+from modules.line_kinds import fault, warning
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, label_of
 from modules.media.opening import AUDIO_SUFFIXES, open_image
@@ -236,8 +237,10 @@ def _describe_unused_sources(
     """
     inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
     return [
-        f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
-        f"not edit{edits}. If it is to be learned, rename it"
+        warning(
+            f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
+            f"not edit{edits}. If it is to be learned, rename it"
+        )
         for place in (*places.sources, *inner_sources)
         if place not in described and _media_in(place)
     ]
@@ -268,12 +271,13 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         elif kind in MASK_FOLDERS and real_path(place) in content.masks.values():
             content.lines.append(f"{place}: learned by its masks")
         elif kind in MASK_FOLDERS:
-            content.lines.append(f"{place}: {_explain_masks(folder, place)}")
+            content.lines.append(warning(f"{place}: {_explain_masks(folder, place)}"))
         elif kind not in OWN_FOLDERS:
             candidates.append(place)
             candidates += [inner for inner in _folders(place) if _name_of(inner) is not None]
         elif kind != FIRST_FRAMES and _has_captioned_media(place):
-            content.lines.append(f"{place}: left out. Runs write into a folder of this name: rename it")
+            text = f"{place}: left out. Runs write into a folder of this name: rename it"
+            content.lines.append(warning(text))
     for place in candidates:
         name = _name_of(place)
         if name is not None:
@@ -318,19 +322,22 @@ def _describe_regularising(
         return []
     rename = "If they are to be learned as others, rename the folder"
     if kind.sees_controls or kind.learns_word:
-        return [f"{place}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"]
+        text = f"{place}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"
+        return [warning(text)]
     if not facts.regularises:
-        return [
+        text = (
             f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
             f"takes them (docs/image_datasets.md). {rename}"
-        ]
+        )
+        return [warning(text)]
     named = content.names.get(place)
     bare = [path for path in images if not caption_path(path, content.captions).exists()]
     if bare and named is None:
-        return [
+        text = (
             f"{place}: left out: {name_some(bare)}: regularization pictures without a caption, in a folder "
             "whose name has no class. Call it 1_man, with the word for the class, or give captions"
-        ]
+        )
+        return [warning(text)]
     content.regularising.append(place)
     count = count_of(len(images), "regularization picture")
     caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
@@ -368,7 +375,7 @@ def _why_regularization(place: Path, folder: Path, names: Mapping[Path, FolderNa
         if subject.words.strip().lower().endswith(f" {class_words}"):
             return (
                 f"`{name.words}` is the class of `{subject.words}`: its pictures seem to be for "
-                "regularisation"
+                "regularization"
             )
     return None
 
@@ -441,7 +448,8 @@ def _describe_lists(content: FolderContent) -> list[str]:
         lines[-1] += f". {count} are written into {content.captions} files, which count from now on"
     if content.other_captions:
         names = name_some(content.other_captions)
-        lines.append(f"{names}: the {content.captions} file says something else than the list, and counts")
+        text = f"{names}: the {content.captions} file says something else than the list, and counts"
+        lines.append(warning(text))
     return [*lines, *content.listed.lines]
 
 
@@ -456,9 +464,10 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
         if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
             continue
         if _media_in(place):
-            lines.append(
+            text = (
                 f"{place}: left out because it is too deep. Move its files up, or give this folder to `new`"
             )
+            lines.append(warning(text))
         waiting += _folders(place)
     return lines
 
@@ -468,7 +477,7 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
     try:
         paths = sorted(place.iterdir())
     except OSError as error:
-        content.lines.append(f"{place}: left out, it cannot be listed ({error.strerror})")
+        content.lines.append(warning(f"{place}: left out, it cannot be listed ({error.strerror})"))
         return []
     suffixes = _media_suffixes()
     media: list[Path] = []
@@ -542,11 +551,11 @@ def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: 
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.masks.get(real_path(place)) != real_path(place):
-        lines.append(f"{name_some(masks)}: {_explain_masks(folder, place)}")
+        lines.append(warning(f"{name_some(masks)}: {_explain_masks(folder, place)}"))
     conditions = [path for path in paths if path not in masks]
     if conditions:
         text = "left out, conditioning images of OneTrainer. Move them into a folder control"
-        lines.append(f"{name_some(conditions)}: {text}")
+        lines.append(warning(f"{name_some(conditions)}: {text}"))
     return lines
 
 
@@ -567,7 +576,7 @@ def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo"
             _leave_out(path, error, content)
     if remarks:
         further = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
-        content.lines.append(f"captions that are not UTF-8: {remarks[0]}{further}")
+        content.lines.append(warning(f"captions that are not UTF-8: {remarks[0]}{further}"))
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
@@ -576,7 +585,7 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
         example = f"{alone[0].stem}_1.png"
-        content.lines.append(f"{name_some(alone)}: left out, without layers, such as {example}")
+        content.lines.append(warning(f"{name_some(alone)}: left out, without layers, such as {example}"))
     of_images = {path: of_path for path, of_path in layers.items() if of_path}
     content.layers |= of_images
     return list(of_images)
@@ -584,7 +593,7 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
     """Note a media file that cannot be read."""
-    content.lines.append(f"left out: {error}")
+    content.lines.append(fault(f"left out: {error}"))
     if path.is_file():  # no run looks at a link without a file
         content.unreadable.append(path)
 
@@ -605,12 +614,12 @@ def _describe_other_files(
             ownerless = [path for path in paths if path not in owned_captions]
             if ownerless:
                 owners = CaptionOwners(path.name for path in media)
-                lines.append(_describe_ownerless(ownerless, content.captions, owners))
+                lines.append(warning(_describe_ownerless(ownerless, content.captions, owners)))
             continue
         unread = [path for path in paths if path not in handled]
         if unread:
             reason = _why_left_out(unread, stems, content.captions)
-            lines.append(f"{name_some(unread)}: left out, {reason}")
+            lines.append(warning(f"{name_some(unread)}: left out, {reason}"))
     return lines
 
 
@@ -643,7 +652,8 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInf
     if not audios:
         return
     if content.media or not facts.learns_audios:
-        content.lines.append(f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}")
+        text = f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}"
+        content.lines.append(warning(text))
         return
     remarks: list[str] = []
     for path in audios:
@@ -720,10 +730,11 @@ def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Medi
     try:
         height, width, _ = first_frame(clip.path).shape
     except MediaError as error:
-        content.lines.append(f"left out: {error}")
+        content.lines.append(fault(f"left out: {error}"))
         return None
     if clip.path in content.bad_captions:
-        content.lines.append(f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8")
+        text = f"left out: {clip.path}: its caption cannot be read. Save it as UTF-8"
+        content.lines.append(fault(text))
         return None
     target = _first_frame_path(folder, content, clip.path)
     content.first_frames[target] = clip.path
@@ -755,7 +766,8 @@ def _find_references(folder: Path, places: SortedFolders, content: FolderContent
         _find_references_of(place, _list_sources(place, folder, places), content)
     for source in places.sources:
         if source not in content.references.values() and _media_in(source):
-            content.lines.append(f"{source}: left out. No file there has the name of a picture next to it")
+            text = f"{source}: left out. No file there has the name of a picture next to it"
+            content.lines.append(warning(text))
 
 
 def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path]:
@@ -814,7 +826,8 @@ def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) 
                 break
     for source in places.sources:
         if source not in content.controls.values() and _media_in(source):
-            content.lines.append(f"{source}: left out. No file there has the name of a picture next to it")
+            text = f"{source}: left out. No file there has the name of a picture next to it"
+            content.lines.append(warning(text))
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
@@ -824,7 +837,8 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
-        content.lines.append(f"{name_some(clips)}: left out, as {kind.title} learns pictures alone")
+        text = f"{name_some(clips)}: left out, as {kind.title} learns pictures alone"
+        content.lines.append(warning(text))
     content.media = [item for item in content.media if not item.is_clip]
 
 
@@ -969,10 +983,11 @@ def _describe_sizes(media: Sequence[Media]) -> list[str]:
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []
     if tiny:
-        lines.append(f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned")
+        text = f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned"
+        lines.append(warning(text))
     if narrow:
         text = f"more than {LONG} times as long as wide, as few models know pictures: crop them"
-        lines.append(f"{name_some(narrow)}: {text}")
+        lines.append(warning(f"{name_some(narrow)}: {text}"))
     return lines
 
 

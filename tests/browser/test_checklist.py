@@ -11,7 +11,11 @@ from browser.checklist import BAD, GOOD, WARN, CheckRow, make_checklist
 from browser.command_output import REPAIR, OutputLine, read_output_lines
 from browser.folders import MediaFolder
 from browser.jobs import Job
+from modules.installation import TELLS_KINDS
+from modules.line_kinds import CAPTIONS, FAULT, KINDS, NEXT, WARNING
 from modules.pages.language import show
+from project.files import write_project
+from project.new_options import NewOptions
 from tests.browser.serving import serve_runs
 from tests.chromium import open_page
 from tests.data_tools.report.making import save_image
@@ -23,17 +27,17 @@ ASKS = (
 )
 COMMAND = "python tools/caption_dataset.py --model 'x y'"
 PRINTED = f"""/x: 2 pictures. wan t2v-1.3B at 64x64, on a CPU (--memory 12: a card of 12 GiB)
-left out: /x/bad.png is no image that can be read, or it is damaged
-a.png, b.png: tiny, below 256 pixels: their blur is learned
+fault> left out: /x/bad.png is no image that can be read, or it is damaged
+warning> a.png, b.png: tiny, below 256 pixels: their blur is learned
 64x64: the size of a typical file, a.png (64x64). Every file keeps its own shape, at this area (resolution)
-captions that are not UTF-8: a.txt: read as Windows-1252
-{ASKS}
+warning> captions that are not UTF-8: a.txt: read as Windows-1252
+captions> {ASKS}
   {COMMAND}
 red_hat: the model's own tags have blanks (red hat). To write yours so, in the folder /x:
   python tools/tag.py . --rename 'red_hat'
-1 cannot be read and has no caption, which ends a run: delete each, or move it away:
+fault> 1 cannot be read and has no caption, which ends a run: delete each, or move it away:
   bad.png
-First correct what is listed above. Then reelsmith run /x checks, caches and trains
+next> First correct what is listed above. Then reelsmith run /x checks, caches and trains
 """
 
 
@@ -67,6 +71,50 @@ def test_the_worst_rows_come_first_and_no_fault_stands_twice(tmp_path: Path) -> 
     assert listed.rows[0].left_out == ["bad.png"]
 
 
+@pytest.mark.parametrize("text", ["a.png: tiny, below 256 pixels", "a.png: in words of next year"])
+def test_the_kind_of_a_line_makes_it_a_row_and_its_wording_does_not(text: str) -> None:
+    def grade(kind: str) -> list[str]:
+        return [row.grade for row in make_checklist(None, [OutputLine(text, kind=kind)]).rows]
+
+    assert grade(WARNING) == [WARN]
+    assert grade("") == grade(CAPTIONS) == grade(NEXT) == []
+
+
+@pytest.mark.long
+def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for index in range(3):
+        save_image(folder / f"p{index}.png", index, (32, 24), None)
+    (folder / "alone.txt").write_text("of no file", encoding="utf-8")
+    (folder / "bad.png").write_bytes(b"no picture")
+    options = NewOptions.usual(
+        folder=folder, family="wan", task="t2v-1.3B", memory=12, models=tmp_path, overwrite=True
+    )
+    printed = []
+    for is_told in (False, True):
+        if is_told:
+            monkeypatch.setenv(TELLS_KINDS, "1")
+        write_project(options)
+        printed.append(capsys.readouterr().out)
+
+    log = tmp_path / "x.log"
+    log.write_text(printed[1], encoding="utf-8")
+    lines = read_output_lines(
+        Job(0, "reelsmith new", str(folder), log), [path.name for path in folder.iterdir()]
+    )
+    assert "> " not in printed[0].replace("-> ", "")
+    assert {line.text for line in lines} <= {line.strip() for line in printed[0].splitlines()}
+    kinds = {kind: [line.text for line in lines if line.kind == kind] for kind in KINDS}
+    assert sorted(text.split(":")[0] for text in kinds[WARNING]) == ["alone.txt", "p0.png, p1.png, p2.png"]
+    assert len(kinds[CAPTIONS]) == 2
+    assert len(kinds[NEXT]) == 1
+    assert all("bad.png" in text or "cannot be read" in text for text in kinds[FAULT])
+    assert [row.grade for row in make_checklist(None, lines).rows] == [BAD, WARN, WARN]
+
+
 def test_each_line_is_a_row_or_stands_behind_the_list(tmp_path: Path) -> None:
     lines = lines_of(tmp_path)
     listed = make_checklist(content_of(), lines, unreadable=["bad.png"])
@@ -88,6 +136,16 @@ def test_what_is_mended_is_no_row(mended: set[str], gone: str, tmp_path: Path) -
     after = make_checklist(content_of(), lines_of(tmp_path), unreadable=["bad.png"], mended=mended)
 
     assert {name_row(row) for row in before.rows} - {name_row(row) for row in after.rows} == {(WARN, gone)}
+
+
+@pytest.mark.parametrize(("name", "is_left"), [("bad ü.png", False), ("sub/bad ü.png", True)])
+def test_a_fault_goes_with_the_file_that_it_lists(name: str, is_left: bool, tmp_path: Path) -> None:
+    """Files of folders inside are not among the names, so nobody knows whether they are gone."""
+    log = tmp_path / "x.log"
+    log.write_text(f"fault> 1 cannot be read, which ends a run:\n  {name}\n", encoding="utf-8")
+    lines = read_output_lines(Job(0, "reelsmith new x", str(tmp_path), log), ["a.png", "b.png"])
+
+    assert [row.grade for row in make_checklist(None, lines).rows] == [BAD] * is_left
 
 
 def test_a_broken_file_of_a_large_folder_is_a_fault_by_its_line(tmp_path: Path) -> None:

@@ -96,7 +96,27 @@ def test_a_name_for_programs_would_be_found() -> None:
     )
 
 
+def list_choices(page: str) -> list[str]:
+    """Return the models that the filter of the list of runs offers."""
+    (choice,) = re.findall(r'<select name="family">.*?</select>', page)
+    return re.findall(r">([^<]+)</option>", choice)[1:]
+
+
 def test_families_of_a_list_are_sorted_by_their_titles(served: Served) -> None:
-    options = re.findall(r'<option value="(\w+)" >([^<]+)</option>', served.ask("/").text)
-    shown = [pair for pair in options if pair[0] in FAMILIES or pair[0] == "qwen_image_edit"]
-    assert [name for name, _ in shown] == ["flux_3", "hunyuan_video", "qwen_image_edit", "sdxl"]
+    titles = list_choices(served.ask("/").text)
+    assert titles == ["FLUX 3 Klein", "HunyuanVideo", "Qwen-Image-Edit", "Stable Diffusion XL"]
+
+
+def test_one_model_with_two_names_for_programs_is_one_choice_of_the_filter(tmp_path: Path) -> None:
+    assert model_title("ltx_2") == model_title("ltx2_v1") == "LTX-2"
+    for name, model in (("new", "ltx_2"), ("old", "ltx2_v1"), ("other", "wan")):
+        write_run(tmp_path / name, name, 4, "good", model=model)
+    with serve_runs(tmp_path) as served:
+        every = served.ask("/").text
+        asked = [
+            served.ask(f"/?{urlencode({'family': family})}").text for family in ("LTX-2", "ltx_2", "wan")
+        ]
+
+    assert list_choices(every) == ["LTX-2", "Wan"]
+    listed = [{name for name in ("new", "old", "other") if f">{name}<" in text} for text in asked]
+    assert listed == [{"new", "old"}, {"new", "old"}, {"other"}]

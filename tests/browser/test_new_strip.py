@@ -15,6 +15,8 @@ from tests.chromium import open_page, wait_until
 from tests.data_tools.report.making import save_image
 
 WINDOWS = ((1440, 900), (390, 844))
+MAX_TABS = 60  # on the way to one field
+RING = 4  # pixels around a button that has the focus
 
 
 @pytest.fixture
@@ -180,3 +182,42 @@ def test_a_card_chooses_a_model_with_its_version(served: Served, root: Path) -> 
         assert shown.count() >= 1
         assert all("Krea" in text for text in shown.all_inner_texts())
         assert page.problems == []
+
+
+def tab_to(page: Any, condition: str) -> None:
+    """Press Tab until the element with the focus meets a condition, as somebody without a mouse does."""
+    for _ in range(MAX_TABS):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"(one => {condition})(document.activeElement)"):
+            return
+    raise AssertionError(f"Tab never reaches: {condition}")
+
+
+def test_the_keyboard_alone_leads_from_an_empty_page_to_a_ready_button(served: Served, root: Path) -> None:
+    write_images(root / "set", 3)
+    with open_page(f"{served.url}/new") as page:
+        tab_to(page, "one.textContent.trim() === 'set'")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**folder=**")
+        tab_to(page, "one.id === 'trigger'")
+        page.keyboard.type("ohwx")
+        tab_to(page, "one.matches('.model-cards button')")
+        page.keyboard.press("Enter")
+        wait_until(page, "!document.querySelector('#leads').textContent.includes('Still missing')")
+        tab_to(page, "one.id === 'step'")
+        assert page.evaluate("document.activeElement.textContent") == "Prepare"
+        ring, bar = (page.locator(place).bounding_box() for place in ("#step", "#next"))
+        assert ring["x"] - bar["x"] >= RING  # the bar cuts what is outside of it
+        assert page.problems == []
+
+
+def test_pictures_captions_and_the_checklist_are_read_without_scripts(served: Served, root: Path) -> None:
+    write_images(root / "set", 3, uncaptioned=(2,))
+    with open_page(served.url + address_of(root / "set"), java_script_enabled=False) as page:
+        assert page.locator(".strip li").count() == 3
+        assert "<b>1</b>" in page.locator(".strip").inner_text()
+        assert page.locator(".strip .bare").inner_text() == "no caption"
+        rows = page.locator(".checklist")
+        assert rows.get_by_text("3 pictures").is_visible()
+        assert rows.get_by_text("1 file has no caption").is_visible()
+        assert page.locator(".model-cards b").count() >= 3

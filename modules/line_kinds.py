@@ -1,0 +1,60 @@
+"""Kinds of printed lines: what a line is about, for a program that shows it otherwise than a terminal.
+
+A line carries its kind from where it is written. A program that the browser starts prints the kind in front
+of the line, which the browser takes off again; in a terminal the line stands alone.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from modules.installation import TELLS_KINDS
+
+FAULT = "fault"  # a file cannot be used, or the run would end
+WARNING = "warning"  # somebody may want to change something
+CAPTIONS = "captions"  # about files without a caption
+NEXT = "next"  # about the next command
+KINDS = (FAULT, WARNING, CAPTIONS, NEXT)
+END = "> "  # between a kind and its line
+
+
+class KindLine(str):
+    """A line with its kind."""
+
+    kind: str
+
+    def __new__(cls, kind: str, text: str) -> "KindLine":
+        """Make a line of one of KINDS."""
+        line = super().__new__(cls, text)
+        line.kind = kind
+        return line
+
+
+class ReadLine(NamedTuple):
+    """A printed line without its kind, and that kind."""
+
+    kind: str  # "": it has none
+    text: str
+
+
+def warning(text: str) -> str:
+    """Return a line about something that somebody may want to change."""
+    return KindLine(WARNING, text)
+
+
+def fault(text: str) -> str:
+    """Return a line about a file that cannot be used, or about what would end a run."""
+    return KindLine(FAULT, text)
+
+
+def show_kinds(lines: Iterable[str]) -> list[str]:
+    """Return lines as they are printed: with their kinds if the browser has started this program."""
+    if not os.environ.get(TELLS_KINDS):
+        return [*lines]
+    return [f"{line.kind}{END}{line}" if isinstance(line, KindLine) else line for line in lines]
+
+
+def read_kind(printed: str) -> ReadLine:
+    """Take the kind off a printed line."""
+    kind, end, text = printed.partition(END)
+    return ReadLine(kind, text) if end and kind in KINDS else ReadLine("", printed)
