@@ -256,7 +256,7 @@ def test_looking_writes_nothing_and_counts_tags(
         ({"model.onnx": b"x" * 99}, "no ONNX file, or a damaged one"),
         ({"selected_tags.csv": b"a,b\n1,2\n"}, "first line has to name the columns"),
         ({"selected_tags.csv": b"tag_id,name,category,count\n1,x,7,1\n"}, "line 2: category 7 is unknown"),
-        ({"selected_tags.csv": b"\xff\xfe"}, "no list of tags"),
+        ({"selected_tags.csv": b"\xff\xfe"}, "is not a list of tags"),
         ({"selected_tags.csv": b"tag_id,name,category,count\n1,x,0,1\n"}, "list has 1 tags"),
         ({"selected_tags.csv": None}, "no selected_tags.csv and no tag_mapping.json"),
         (
