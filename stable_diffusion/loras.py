@@ -53,6 +53,7 @@ class ChosenLoras:
         self._defaults = defaults
         self._use = use
         # strengths that the model has now; None while they are being changed
+        self._current: Multipliers | None = None
         # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
         # weights, where the parts of single LoRAs cannot be told apart
         self.layers = None if layers is None else tuple(layers)
