@@ -35,13 +35,9 @@ MAX_PICKLE_STEPS = 600_000  # of a file of torch.save: 10,000 tensors; seconds o
 SHORT_PICKLE_BYTES = 1 << 18  # of what takes no more steps, unless it is made to
 MAX_PICKLE_BYTES = 1 << 22  # of a pickled program's names that are looked through
 MAX_NOTE_CHARACTERS = 1 << 20  # of a detector; one of a thousand classes has some 20 thousand
-MAX_ONNX_BYTES = 1 << 29  # the largest YOLOs have some 400 MB
-MAX_ONNX_FIELDS = 1 << 20  # of all that is looked at; of a detector some ten thousand
-MAX_ONNX_DEPTH = 4  # of graphs in graphs
 MAX_ONNX_SIDE = 1 << 12  # pixels of the pictures that a file takes
-MAX_ONNX_VALUES = 1 << 26  # that an operator makes of constants
-MAX_ONNX_COUNT = 1 << 28  # values that any operator makes: 1 GiB
-MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
+MAX_ONNX_MEMORY = 2 << 30  # bytes of a run, besides three times the weights
+MAX_ONNX_SECONDS = 120  # of a run, for each image: slow processors need some ten
 
 # pictures and videos
 MAX_PIXELS = 1 << 27  # above 100-megapixel cameras

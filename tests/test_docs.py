@@ -373,7 +373,6 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
     if any("models/vision" in command for command in commands):
         lay_out_vision_model(tmp_path)
     if any("tools/tag.py" in command for command in commands):
-        pytest.importorskip("onnxruntime")
         write_tagger(tmp_path / "models" / "wd_tagger", first_pixel_weights(red=(0, 0, 1)))
         write_captioned_image(tmp_path / "pictures")
     if any("tools/mask.py" in command for command in commands):

@@ -73,7 +73,7 @@ FLOORS = {
         | {"text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
-        {"atomic_write", "devices", "file_locks", "installation", "option_values"},
+        {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
         {"backups", "file_batches", "installed", "line_kinds", "options"},
         {"compile_options", "help_text", "repeated_options"},

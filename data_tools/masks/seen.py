@@ -5,22 +5,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.masks.options import IS_COLOR
 from data_tools.masks.shaping import Values
-from modules.control_codes import shorten
 from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
+from modules.onnx_models import load_onnx
 from post.faces.boxes import Detector
 from post.faces.detectors import load_detector
-from post.faces.onnx_header import read_onnx
 
 # of ImageNet, by which networks of this kind see pictures
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -58,66 +55,21 @@ class BackgroundFinder:
 
 
 def load_background_finder(path: Path) -> BackgroundFinder:
-    """Load a U2Net-like ONNX file: by onnxruntime if it is installed, else by OpenCV.
+    """Load a U2Net-like ONNX file.
 
     Raises:
-        CheckpointError: If it is none, or if neither of the two can run it.
+        CheckpointError: If it is none, or cannot be run; InstallationError without onnxruntime.
     """
     _require_file("--background", path)
-    header, content = read_onnx(path)
-    shapes = list(header.inputs.values())
-    shape = shapes[0] if len(shapes) == 1 else ()
+    model = load_onnx(path)
+    shape = model.input_shape
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
         raise CheckpointError(
             f"--background {path} takes {list(shape)}, and not square pictures of one size: it is no "
             "U2Net-like network",
             path,
         )
-    try:
-        import onnxruntime  # optional
-    except ImportError:
-        return BackgroundFinder(path, _load_by_opencv(path, content), shape[2])
-    return BackgroundFinder(path, _load_by_onnxruntime(path, content, onnxruntime), shape[2])
-
-
-def _load_by_onnxruntime(path: Path, content: bytes, onnxruntime: Any) -> Run:
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its classes have no common base
-        raise _cannot_run(path, error) from None
-    names = [session.get_outputs()[0].name], session.get_inputs()[0].name
-
-    def run(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-        try:
-            return np.asarray(session.run(names[0], {names[1]: pictures})[0], np.float32)
-        except Exception as error:  # as above
-            raise _cannot_run(path, error) from None
-
-    return run
-
-
-def _load_by_opencv(path: Path, content: bytes) -> Run:
-    try:
-        network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
-    except cv2.error as error:
-        raise _cannot_run(path, error, " Run: pip install onnxruntime") from None
-    first = network.getUnconnectedOutLayersNames()[0]
-
-    def run(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-        try:
-            network.setInput(pictures)
-            return np.asarray(network.forward(first), np.float32)
-        except cv2.error as error:
-            raise _cannot_run(path, error, " Run: pip install onnxruntime") from None
-
-    return run
-
-
-def _cannot_run(path: Path, error: Exception, remedy: str = "") -> CheckpointError:
-    why = shorten(" ".join(str(error).split()), 300)
-    return CheckpointError(f"--background {path} cannot be run: {why}.{remedy}", path)
+    return BackgroundFinder(path, lambda images: model.run(images)[0], shape[2])
 
 
 def _require_file(option: str, path: Path) -> None:

@@ -17,19 +17,14 @@ from data_tools.tags.labels import MAPPING, Label, has_mapping, read_labels
 from data_tools.tags.options import MODEL_FOLDER
 from data_tools.tags.words import TagChoice
 from modules.command import as_typed
-from modules.control_codes import shorten
-from modules.errors import CheckpointError, InstallationError, MemoryPlanError
-from modules.limits import MAX_ONNX_COUNT, MAX_PIXELS
+from modules.errors import CheckpointError
+from modules.limits import MAX_ONNX_MEMORY, MAX_PIXELS
 from modules.media.reading import Frame
-from modules.memory_limit import limited_memory
-from post.faces.onnx_header import check_operators
+from modules.onnx_models import OnnxModel, load_onnx
 
 MODEL = "model.onnx"
 Numbers = NDArray[np.float32]
-_MAX_SIDE = 4096
-ENDLESS = frozenset({"Loop", "Scan"})  # operators that repeat others; no tagger has them
-MEMORY_BYTES = 2 << 30  # beside the weights, which the runtime may hold three times while it arranges them
-IMAGE_BYTES = 1 << 26  # for each picture of a batch
+IMAGE_BYTES = 1 << 26  # memory for each picture of a batch
 _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
 
 
@@ -37,7 +32,7 @@ _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagg
 class Tagger:
     """A loaded tagger."""
 
-    session: Any
+    model: OnnxModel
     labels: tuple[Label, ...]
     side: int  # S
     is_channels_first: bool
@@ -46,7 +41,6 @@ class Tagger:
     batch_size: int
     joins_by_mean: bool
     max_frames: int
-    memory_bytes: int | None  # that a run of the network may take
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
         """Return the function that answers with a file's tags, joined by a separator."""
@@ -126,26 +120,15 @@ class Tagger:
         return numbers.transpose(2, 0, 1) if self.is_channels_first else numbers
 
     def _run(self, pictures: Numbers) -> Numbers:
-        try:
-            with limited_memory(self.memory_bytes):
-                (output,) = self.session.run([self.session.get_outputs()[0].name], {self._input: pictures})
-        except MemoryError:
-            raise MemoryPlanError("The tagger does not fit into the memory. Lower --batch_size.") from None
-        except Exception as error:  # onnxruntime's classes have no common base
-            raise CheckpointError(f"--model_dir: the tagger fails: {shorten(str(error), 300)}") from None
-        output = np.asarray(output, np.float32)
+        output = self.model.run(pictures)[0]
         if output.shape != (len(pictures), len(self.labels)):
             raise CheckpointError(
                 f"--model_dir: the tagger gives {output.shape}, but its list has {len(self.labels)} tags. "
                 "Take both files from the same release."
             )
         if self.is_of_logits:
-            output = 1 / (1 + np.exp(-output))
+            output = np.asarray(1 / (1 + np.exp(-output)), np.float32)
         return np.nan_to_num(output, nan=0.0)
-
-    @property
-    def _input(self) -> str:
-        return str(self.session.get_inputs()[0].name)
 
 
 def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int) -> Tagger:
@@ -164,44 +147,26 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
             folder,
         )
     labels = read_labels(folder)
-    try:
-        import onnxruntime  # only taggers need it
-    except ImportError:
-        raise InstallationError(
-            "tagging needs the package onnxruntime. Run: pip install onnxruntime"
-        ) from None
-    check_operators(path, ENDLESS)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # errors
-    providers = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
-    memory_bytes = None  # on a card the driver takes what it needs
-    if not providers:
-        memory_bytes = MEMORY_BYTES + 3 * path.stat().st_size + batch_size * IMAGE_BYTES
-    try:
-        with limited_memory(memory_bytes):
-            session = onnxruntime.InferenceSession(str(path), settings, [*providers, "CPUExecutionProvider"])
-    except Exception as error:  # as above
-        why = shorten(" ".join(str(error).split()), 300)
-        raise CheckpointError(f"{path} cannot be loaded by onnxruntime: {why}", path) from None
-    shape = session.get_inputs()[0].shape if len(session.get_inputs()) == 1 else []
+    model = load_onnx(path, batch_size * IMAGE_BYTES, may_use_cuda=True)
+    shape = model.input_shape
     is_channels_first = len(shape) == 4 and shape[1] == 3
     sides = shape[2:] if is_channels_first else shape[1:3]
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
-    if not is_square or not isinstance(sides[0], int) or not 1 <= sides[0] <= _MAX_SIDE:
+    if not is_square or sides[0] is None:
         raise CheckpointError(
-            f"{path} takes {shape}, and not square pictures of one size: it is no tagger that goes with "
-            f"selected_tags.csv or {MAPPING}",
+            f"{path} takes {list(shape)}, and not square pictures of one size: it is no tagger that goes "
+            f"with selected_tags.csv or {MAPPING}",
             path,
         )
-    fixed_batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
-    if 3 * sides[0] ** 2 * (fixed_batch or 1) > MAX_ONNX_COUNT:
+    fixed_batch = shape[0]
+    if fixed_batch is not None and 12 * sides[0] ** 2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
             f"{path} takes {fixed_batch:,} pictures of {sides[0]} x {sides[0]} pixels at once: more than "
             "memory holds. Export it with an open number of pictures",
             path,
         )
     return Tagger(
-        session=session,
+        model=model,
         labels=labels,
         side=sides[0],
         is_channels_first=is_channels_first,
@@ -210,5 +175,4 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
         batch_size=batch_size,
         joins_by_mean=joins_by_mean,
         max_frames=max_frames,
-        memory_bytes=memory_bytes,
     )

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from modules.devices import select_compute_dtype
 from modules.errors import NothingFoundError, OptionError
 from modules.media.encoding import Picture, Pixels, in_eight_bits
+from modules.onnx_models import may_be_onnx
 from post.blurring.tracks import Box, Tracks, widened
 from post.contract import Clip, Stage
 from post.faces.boxes import Area, Detector, FoundFace
 from post.faces.detectors import check_detector, load_detector
-from post.faces.onnx_header import may_be_onnx
 from post.faces.retinaface import RetinaFaceDetector
 from post.options import BlurOptions
 from post.tiling import compile_parts
@@ -130,7 +130,7 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 def check_blur(options: BlurOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
     if options.network.compile and may_be_onnx(options.network.model):
-        raise OptionError("--compile is for torch, but OpenCV computes .onnx files: leave it out")
+        raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
     check_detector(options.network.model)
 
 

@@ -4,11 +4,9 @@ boxes: overlap of boxes, and square pictures of faces
 codeformer: CodeFormer: a face from entries of a codebook
 detectors: open the file of a detector, whichever kind it is
 gfpgan: GFPGAN v1.2 to v1.4: a U-Net steers a StyleGAN2
-onnx_header: inputs and outputs of an ONNX file
-onnx_sizes: how many numbers operators of ONNX make
 restorers: ParseNet; find and load networks that restore faces
 retinaface: RetinaFace: faces and their landmarks, at three scales
 retinaface_bodies: RetinaFace's feature extractors: ResNet-50 and a small MobileNet
 stage: find, align, restore and paste the faces
-yolo: YOLO and YuNet from ONNX, run by OpenCV
+yolo: YOLO and YuNet from ONNX files
 """

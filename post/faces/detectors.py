@@ -12,8 +12,8 @@ from checkpoints.opening import open_checkpoint
 from modules.devices import half_where_fast
 from modules.errors import CheckpointError
 from modules.limits import MAX_PICKLE_BYTES
+from modules.onnx_models import OnnxModel, load_onnx, may_be_onnx, shapes_text
 from post.faces.boxes import Detector
-from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
 from post.faces.retinaface import FILES, load_retinaface, read_retinaface
 from post.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet, read_layout
 
@@ -23,7 +23,7 @@ SIDE = 640  # of the copy of a large picture that is looked at
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
-    """Read the headers of a detector's file.
+    """Check a detector's file: load an ONNX file, read the header of others.
 
     Args:
         path: Path of the file.
@@ -34,8 +34,7 @@ def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = 
         CheckpointError: If the file is damaged or not a detector.
     """
     if may_be_onnx(path):
-        header, _ = read_onnx(path)
-        layout = _read_layout(path, header, None, option)
+        layout = _read_layout(path, load_onnx(path), None, option)
         if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
             raise no_landmarks(f"{option} {path}")
         return
@@ -63,13 +62,13 @@ def load_detector(
         option: Option that names the file, for messages.
     """
     if may_be_onnx(path):
-        header, content = read_onnx(path)
-        layout = _read_layout(path, header, side, option)
+        model = load_onnx(path)
+        layout = _read_layout(path, model, side, option)
         if dtype != torch.float32 or device.type != "cpu":
-            logger.info("%s runs on the CPU in float32: OpenCV computes it.", path.name)
+            logger.info("%s runs on the CPU in float32, by onnxruntime.", path.name)
         if layout is None:
-            return load_yunet(path, content, header, side)
-        return load_yolo(path, content, header, layout)
+            return load_yunet(model, side)
+        return load_yolo(model, layout)
     _reject_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
         plan = read_retinaface(checkpoint, option)
@@ -89,16 +88,15 @@ def no_landmarks(detector: str) -> CheckpointError:
     )
 
 
-def _read_layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> YoloLayout | None:
-    """Return the layout of a YOLO's output, None for a YuNet. Raises CheckpointError for other files."""
-    if header.outputs.keys() >= OUTPUTS:  # a YuNet that today's OpenCV knows
+def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) -> YoloLayout | None:
+    """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    if model.outputs.keys() >= OUTPUTS:  # a YuNet of 2023 or later
         return None
-    layout = read_layout(path, header, side)
+    layout = read_layout(path, model, side)
     if layout is None:
-        gives = ", ".join(f"{name} {list(shape)}" for name, shape in list(header.outputs.items())[:4])
         raise CheckpointError(
-            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives {gives}.\n  Give "
-            f"{FILES} to {option}.",
+            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives "
+            f"{shapes_text(model.outputs)}.\n  Give {FILES} to {option}.",
             path,
         )
     return layout

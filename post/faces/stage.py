@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
+from modules.onnx_models import may_be_onnx
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
 from post.faces import restorers
 from post.faces.boxes import TEMPLATE_SIZE, Area, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
-from post.faces.onnx_header import may_be_onnx
 from post.options import FacefixOptions
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
-"""Detectors that OpenCV runs from ONNX files: the YOLO family (v8 and later), and YuNet for faces.
+"""Detectors in ONNX files: the YOLO family (v8 and later), and YuNet for faces.
 
 None of the makers' code is used or imported: files are understood from their inputs and outputs.
 """
 
 import ast
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
 from modules.limits import MAX_NOTE_CHARACTERS
+from modules.onnx_models import OnnxModel, Shape
 from post.faces.boxes import FoundFace, Numbers, select_best, shrunk
-from post.faces.onnx_header import OnnxHeader
 from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,14 @@ class YoloLayout:
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 
 
+class _Faces(NamedTuple):
+    """Detections of a YuNet, in pixels of the searched image."""
+
+    boxes: Numbers  # N 4
+    scores: Numbers  # N
+    points: Numbers  # landmarks in the order of `FoundFace`, N 5 2
+
+
 class _Rows(NamedTuple):
     """Detections of a YOLO, in pixels of the square input."""
 
@@ -53,20 +61,16 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class YoloDetector:
-    """A YOLO run by OpenCV; detections of all classes count."""
+    """A loaded YOLO; detections of all classes count."""
 
     path: Path
-    network: Any  # cv2.dnn.Net
+    network: OnnxModel
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the objects in an image (H W 3, RGB) with at least this score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
-        try:
-            self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
-            outputs = self.network.forward(self.network.getUnconnectedOutLayersNames())
-        except cv2.error as error:
-            raise _cannot_run(self.path, error) from error
+        outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
         rows = self._read(self._take_boxes(outputs), least_score)
         shift = np.array(offset, np.float32)
         boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
@@ -78,10 +82,9 @@ class YoloDetector:
             faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
         return faces
 
-    def _take_boxes(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
+    def _take_boxes(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
-        arrays = [output for output in outputs if output is not None]  # a damaged file may give none
-        for output in arrays:
+        for output in outputs:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
                     raise CheckpointError(
@@ -90,7 +93,7 @@ class YoloDetector:
                         self.path,
                     )
                 return output[0]
-        shapes = ", ".join(str(list(output.shape)) for output in arrays)
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise _other_layout(self.path, shapes)
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
@@ -123,29 +126,27 @@ class YoloDetector:
         return (1, 3) if is_face else (width - BOX, 0)
 
 
-def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
+def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
     """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
 
     Raises CheckpointError for a YOLO without boxes.
 
     Args:
         path: Path of the file.
-        header: Inputs and outputs of the file.
+        model: The loaded file.
         side: Side of the square input, for files that accept any size.
     """
-    if len(header.inputs) != 1:
-        return None
-    (input_shape,) = header.inputs.values()
+    input_shape = model.input_shape
     if len(input_shape) != 4 or input_shape[1] not in (3, None):
         return None
-    task = header.notes.get("task")
+    task = model.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
             f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
             "pose.",
             path,
         )
-    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values())
+    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
     if task is None and not gives_rows:
         return None
     height, width = input_shape[2:]
@@ -157,39 +158,37 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
         )
     return YoloLayout(
         side=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
-        classes=_count_classes(header),
-        landmarks=_count_landmark_numbers(header),
+        classes=_count_classes(model),
+        landmarks=_count_landmark_numbers(model),
     )
 
 
-def _count_classes(header: OnnxHeader) -> int | None:
-    names = _parse_literal(header.notes.get("names"))
+def _count_classes(model: OnnxModel) -> int | None:
+    names = _parse_literal(model.notes.get("names"))
     return len(names) if isinstance(names, (dict, list)) and names else None
 
 
-def _count_landmark_numbers(header: OnnxHeader) -> Any:
-    points = _parse_literal(header.notes.get("kpt_shape"))
+def _count_landmark_numbers(model: OnnxModel) -> Any:
+    points = _parse_literal(model.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
     return points[1] if is_face else 0
 
 
-def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
-    """Load a YOLO and run it once as a test.
+def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
+    """Return a YOLO that has been run once as a test.
 
     Raises:
-        CheckpointError: If OpenCV cannot run the file.
+        CheckpointError: If it cannot be run.
     """
-    try:
-        network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
-    except cv2.error as error:
-        raise _cannot_run(path, error) from error
-    detector = YoloDetector(path, network, layout)
+    detector = YoloDetector(model.path, model, layout)
     detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
-    names = _parse_literal(header.notes.get("names"))
+    names = _parse_literal(model.notes.get("names"))
     if isinstance(names, dict) and len(names) > 1:
         shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
-        more = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
-        logger.warning("%s finds not one kind of thing but %s%s: all of them count.", path.name, shown, more)
+        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning(
+            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, shown, left
+        )
     return detector
 
 
@@ -228,15 +227,6 @@ def _parse_literal(text: str | None) -> Any:
         return None
 
 
-EXPORT = f"Export it again: format=onnx imgsz={DEFAULT_SIDE} opset=12 simplify=True, without half precision."
-
-
-def _cannot_run(path: Path, error: cv2.error, remedy: str = EXPORT) -> CheckpointError:
-    text = str(getattr(error, "err", "") or error).strip()  # without the place in OpenCV's code
-    reason = text.splitlines()[0][:200] if text else "without a reason"
-    return CheckpointError(f"{path}: OpenCV {cv2.__version__} cannot run it ({reason}).\n  {remedy}", path)
-
-
 def _other_layout(path: Path, shapes: str) -> CheckpointError:
     return CheckpointError(
         f"{path} gives {shapes}: this is not how YOLO v8 and later give their boxes. v5 and v7 are not "
@@ -246,44 +236,78 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
 
 
 # YuNet: a small detector of faces, free to use (MIT license).
-OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
+WIDTHS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 2 * POINTS}  # numbers of a place
+OUTPUTS = {f"{kind}_{step}" for kind in WIDTHS for step in STEPS}
+MAX_LOG_SIDE = 20.0  # of a box: keeps damaged numbers finite
 MAX_OVERLAP_YUNET = 0.3
 MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression
-YUNETS = "Give face_detection_yunet_2023mar.onnx to OpenCV 4, face_detection_yunet_2026may.onnx to OpenCV 5."
-SMALLEST = 32  # pixels: OpenCV pads smaller sides to this
+PADDED = 32  # pixels: sides are multiples of it
 
 
 @dataclass(frozen=True)
 class YuNetDetector:
-    """A YuNet run by OpenCV. Images whose long side exceeds `side` are searched in a smaller copy.
+    """A loaded YuNet. Images whose long side exceeds `side` are searched in a smaller copy.
 
     It was trained for faces of about 10 to 300 pixels.
     """
 
     path: Path
-    network: Any  # cv2.FaceDetectorYN
+    network: OnnxModel
     side: int | None
-    canvas: tuple[int, int] | None = None  # width and height that this OpenCV needs; None: any do
+    canvas: tuple[int, int] | None = None  # width and height that the file needs; None: any do
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
         height, width = pixels.shape[:2]
         small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
-        canvas_width, canvas_height = self.canvas or (small_width, small_height)
-        image = np.zeros((canvas_height, canvas_width, 3), np.uint8)
-        image[:small_height, :small_width] = small[..., ::-1]
-        try:
-            self.network.setInputSize((canvas_width, canvas_height))
-            self.network.setScoreThreshold(least_score)
-            _, rows = self.network.detect(image)
-        except cv2.error as error:
-            raise _cannot_run(self.path, error, YUNETS) from error
-        if rows is None:
-            return []
+        found = self._search(small)
         scale = np.array([width / small_width, height / small_height], np.float32)
-        best_first = sorted(rows, key=lambda row: -row[14])
-        return [_read_row(row, scale) for row in best_first]
+        likely = np.flatnonzero(found.scores >= least_score)
+        likely = likely[np.argsort(-found.scores[likely], kind="stable")[:MAX_BEFORE]]
+        boxes = found.boxes[likely]
+        scores = found.scores[likely]
+        faces = []
+        for index in select_best(boxes, scores, MAX_OVERLAP_YUNET):
+            left, top = (boxes[index, :2] * scale).tolist()
+            right, bottom = (boxes[index, 2:] * scale).tolist()
+            points = found.points[likely[index]] * scale
+            faces.append(FoundFace((left, top, right, bottom), float(scores[index]), points))
+        return faces
+
+    def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
+        """Return what is found at all places of an image (H W 3, RGB), whatever the score."""
+        height, width = pixels.shape[:2]
+        canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
+        image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
+        image[0, :, :height, :width] = pixels[..., ::-1].transpose(2, 0, 1)  # blue first
+        outputs = dict(zip(self.network.outputs, self.network.run(image), strict=True))
+        steps = [self._read_step(outputs, step, canvas_width, canvas_height) for step in STEPS]
+        return _Faces(
+            np.concatenate([step.boxes for step in steps]),
+            np.concatenate([step.scores for step in steps]),
+            np.concatenate([step.points for step in steps]),
+        )
+
+    def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
+        """Return what is found at the places that are `step` pixels apart, row by row."""
+        rows, columns = height // step, width // step
+        parts = {kind: outputs[f"{kind}_{step}"] for kind in WIDTHS}
+        for kind, count in WIDTHS.items():
+            if parts[kind].size != rows * columns * count or not np.isfinite(parts[kind]).all():
+                raise CheckpointError(
+                    f"{self.path} gives {list(parts[kind].shape)} as {kind}_{step}: it is no YuNet, or a "
+                    "damaged one. Download it again.",
+                    self.path,
+                )
+            parts[kind] = parts[kind].reshape(rows * columns, count)
+        places = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+        centers = (places + parts["bbox"][:, :2]) * step
+        half = np.exp(np.minimum(parts["bbox"][:, 2:], MAX_LOG_SIDE)) * step / 2
+        boxes = np.concatenate([centers - half, centers + half], axis=1).astype(np.float32)
+        scores = np.sqrt(parts["cls"].clip(0, 1) * parts["obj"].clip(0, 1))[:, 0]
+        points = (parts["kps"].reshape(-1, POINTS, 2) + places[:, None]) * step
+        return _Faces(boxes, scores, points.astype(np.float32))
 
     def _select_factor(self, height: int, width: int) -> float:
         """Return the factor by which an image is downscaled for detection."""
@@ -293,52 +317,27 @@ class YuNetDetector:
         return factor
 
 
-def _read_row(row: Numbers, scale: Numbers) -> FoundFace:
-    """Return a face from a row of YuNet's output; `scale` is the x and y scale of the searched image."""
-    left, top = (row[:2] * scale).tolist()
-    right, bottom = ((row[:2] + row[2:4]) * scale).tolist()
-    points = row[4:14].reshape(5, 2) * scale  # in the order of `FoundFace`
-    return FoundFace((left, top, right, bottom), float(row[14]), points)
+def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
+    """Return a YuNet that has been run once as a test.
 
-
-def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
-    """Load a YuNet and run it once as a test.
-
-    Some files are made for one image size, others for any. OpenCV 4 runs both with any size; if OpenCV
-    insists on the one size, images are fitted into it.
+    Some files are made for one image size, into which all others are fitted, others for any.
 
     Raises:
-        CheckpointError: If OpenCV cannot run the file.
+        CheckpointError: If it cannot be run.
     """
-    model_bytes = np.frombuffer(content, np.uint8)
-    try:
-        network = cv2.FaceDetectorYN.create(
-            "onnx",
-            bufferModel=model_bytes,
-            bufferConfig=np.empty(0, np.uint8),
-            input_size=(SMALLEST, SMALLEST),
-            score_threshold=0.5,
-            nms_threshold=MAX_OVERLAP_YUNET,
-            top_k=MAX_BEFORE,
+    canvas = _read_canvas(model.input_shape)
+    if canvas is not None and (side is None or side > max(canvas)):
+        logger.info(
+            "%s is made for pictures of %d x %d pixels: larger ones are searched in a copy of that size.",
+            *(model.path.name, *canvas),
         )
-    except cv2.error as error:
-        raise _cannot_run(path, error, YUNETS) from error
-    detector = YuNetDetector(path, network, side)
-    try:
-        for shape in ((96, 160, 3), (64, 64, 3)):  # fails if OpenCV insists on the size of the file
-            YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
-    except CheckpointError:
-        canvas = _read_canvas(header)
-        if canvas is None:
-            raise
-        detector = YuNetDetector(path, network, side, canvas)
-        detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
+    detector = YuNetDetector(model.path, model, side, canvas)
+    detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
     return detector
 
 
-def _read_canvas(header: OnnxHeader) -> tuple[int, int] | None:
-    """Return the width and height that a file requires; None if it accepts any size."""
-    shape = next(iter(header.inputs.values()), ())
+def _read_canvas(shape: Shape) -> tuple[int, int] | None:
+    """Return the width and height that a file requires; None if it takes any."""
     if len(shape) != 4:
         return None
     height, width = shape[-2:]

@@ -60,7 +60,6 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_tagger_is_tried_and_then_writes_what_is_missing(pictures: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     before = texts_of(pictures)
     (pictures / "1.txt").unlink()
     write_tagger(tmp_path / "models" / "wd_tagger", first_pixel_weights(blue_eyes=(1, 1, 1)))

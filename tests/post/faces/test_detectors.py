@@ -1,8 +1,8 @@
 """Detectors told by what their files hold, and files that are none."""
 
 import contextlib
-import itertools
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from modules import limits
+from modules import limits, onnx_models
 from modules.errors import CheckpointError
+from modules.onnx_models import load_onnx
 from post.faces.boxes import FoundFace, select_best
 from post.faces.detectors import check_detector, load_detector
-from post.faces.onnx_header import read_onnx
-from post.faces.onnx_sizes import Constant, Node, input_count, output_count
 from post.faces.yolo import YoloDetector, YoloLayout
 from tests.tiny.onnx_files import _field, _node, _number, write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -89,12 +88,12 @@ def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: i
     assert found.landmarks.shape == (5, 2)
 
 
-def test_a_yunet_that_this_opencv_cannot_run_is_named(tmp_path: Path) -> None:
+def test_a_yunet_that_cannot_be_run_is_named(tmp_path: Path) -> None:
     path = write_yunet(tmp_path / "yunet.onnx")
     damaged = path.read_bytes().replace(b"Transpose", b"Transmute")
     path.write_bytes(damaged)
 
-    with pytest.raises(CheckpointError, match=r"cannot run it(.|\n)*2023mar(.|\n)*2026may"):
+    with pytest.raises(CheckpointError, match="yunet.onnx cannot be run by onnxruntime: .*Transmute"):
         load_detector(path, CPU)
 
 
@@ -177,7 +176,8 @@ def test_a_pickled_yolo_is_refused_with_the_way_to_export_it(
 
 def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) -> None:
     def write_other(path: Path) -> Path:
-        return write_onnx(path, [b""], {}, {"x": [1, 3, 8, 8]}, {"y": [1, 8]}, {})
+        nodes = [_node("Flatten", ["x"], ["y"])]
+        return write_onnx(path, nodes, {}, {"x": [1, 3, 8, 8]}, {"y": [1, 192]}, {})
 
     for name, write, said in (
         ("taehv.pth", write_taehv, "not a detector of faces"),
@@ -194,13 +194,8 @@ def test_files_that_are_no_detectors_are_named_as_what_they_are(tmp_path: Path) 
             check_detector(tmp_path / name)
 
 
-def test_a_file_too_large_for_onnx_and_a_damaged_archive_are_refused(tmp_path: Path) -> None:
+def test_a_broken_off_download_and_a_damaged_archive_are_refused(tmp_path: Path) -> None:
     large = write_yolo(tmp_path / "large.onnx")
-    with large.open("r+b") as file:
-        file.truncate(2**29 + 1)  # a hole: it takes no space
-    with pytest.raises(CheckpointError, match="larger than 512 MiB"):
-        check_detector(large)
-
     with large.open("r+b") as file:
         file.truncate(1 << 24)  # as a download that was given up
     with pytest.raises(CheckpointError, match="is no ONNX file"):
@@ -224,110 +219,96 @@ def test_a_file_is_told_by_what_it_holds_not_by_its_name(tmp_path: Path) -> None
     assert len(found_in(torch_file, pixels)) == len(found_in(yunet_file, pixels)) == 1
 
 
-BIG = np.array([1, 60_000, 60_000], np.int64)
-ONE = np.ones(3, np.float32)
+IMAGE = np.zeros((1, 3, 64, 64), np.float32)
 Weights = dict[str, np.ndarray]
-
-
-@pytest.mark.parametrize(
-    ("node", "weights"),
-    [
-        (_node("ConstantOfShape", ["big"], ["y"]), {"big": BIG}),
-        (_node("Expand", ["one", "big"], ["y"]), {"big": BIG, "one": ONE}),
-        (_node("Tile", ["images", "big"], ["y"]), {"big": BIG}),
-        (_node("Range", ["one", "big", "one"], ["y"]), {"big": np.array(1 << 40), "one": np.array(1)}),
-        (_node("Resize", ["images", "one", "big"], ["y"]), {"big": np.array([1, 1, 99, 99], np.float32)}),
-        (
-            _node("Conv", ["images", "one"], ["y"], pads=[30_000] * 4),
-            {"one": np.ones((1, 3, 1, 1), np.float32)},
-        ),
-        (_node("Mul", ["a", "b"], ["big"]), {"a": np.array([1, 900, 900]), "b": np.array([1, 90, 90])}),
-    ],
-    ids=["filled", "expanded", "tiled", "counted", "enlarged", "padded", "multiplied"],
-)
-def test_operators_that_make_far_more_than_they_are_given(
-    tmp_path: Path, node: bytes, weights: Weights
-) -> None:
-    nodes = [node, _node("Expand", ["images", "big"], ["z"])]
-    path = write_onnx(tmp_path / "x.onnx", nodes, weights, {"images": [1, 3, 64, 64]}, {"z": [1, 5, 84]}, {})
-    with pytest.raises(CheckpointError, match=r"cannot be used: '[yz]' (makes more numbers|asks for sizes)"):
-        check_detector(path)
-
-
-MANY = np.array([10**4, 10, 1, 1], np.int64)
-GROWING: dict[str, tuple[list[bytes], Weights]] = {
-    "tiled": ([_node("Tile", ["images", "s"], ["y"])], {"s": MANY}),
-    "tiled twice": (
-        [_node("Tile", ["images", "s"], ["x"]), _node("Tile", ["x", "s"], ["y"])],
-        {"s": np.array([1, 1, 64, 64], np.int64)},
+ONE = np.ones((1, 1), np.float32)
+HUGE = np.array([1 << 15, 1 << 16], np.int64)  # 8 GiB of float32
+# graphs whose "y" is far larger than what they are given
+HOSTILE: dict[str, tuple[list[bytes], Weights]] = {
+    "filled": ([_node("ConstantOfShape", ["s"], ["y"])], {"s": HUGE}),
+    "filled beyond any memory": (
+        [_node("ConstantOfShape", ["s"], ["y"])],
+        {"s": np.array([1 << 20, 1 << 20], np.int64)},
     ),
-    "by sizes of sizes": (
-        [
-            _node("Cast", ["s"], ["t"], to=7),
-            _node("Identity", ["t"], ["u"]),
-            _node("Tile", ["images", "u"], ["y"]),
-        ],
-        {"s": MANY},
-    ),
-    "by a power": (
-        [_node("Pow", ["s", "s"], ["t"]), _node("Tile", ["images", "t"], ["y"])],
-        {"s": np.array([9, 9, 9, 9], np.int64)},
-    ),
-    "expanded": (
+    "expanded": ([_node("Expand", ["one", "s"], ["y"])], {"one": ONE, "s": HUGE}),
+    "expanded from images": (
         [_node("Expand", ["images", "s"], ["y"])],
         {"s": np.array([10**4, 1, 1, 1, 1], np.int64)},
     ),
+    "tiled": ([_node("Tile", ["one", "s"], ["y"])], {"one": ONE, "s": HUGE}),
+    "multiplied": (
+        [_node("MatMul", ["a", "b"], ["y"])],
+        {"a": np.ones((1 << 14, 1), np.float32), "b": np.ones((1, 1 << 15), np.float32)},
+    ),
     "joined": (
-        [_node("Concat", ["images"], ["x0"], axis=0)]
-        + [_node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=0) for i in range(20)],
+        [_node("Concat", ["images"], ["x0"], axis=1)]
+        + [_node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=1) for i in range(16)]
+        + [_node("Identity", ["x16"], ["y"])],
         {},
     ),
-    "one hot": (
-        [_node("OneHot", ["images", "d", "v"], ["y"])],
-        {"d": np.array([10**6], np.int64), "v": np.array([0, 1], np.float32)},
-    ),
-    "enlarged": (
-        [_node("Resize", ["images", "", "f"], ["x"]), _node("Resize", ["x", "", "f"], ["y"])],
-        {"f": np.array([1, 1, 16, 16], np.float32)},
-    ),
     "channels": (
-        [_node("Conv", ["images", "w"], ["x"]), _node("Conv", ["x", "v"], ["y"])],
-        {"w": np.zeros((90_000, 3, 1, 1), np.float32), "v": np.zeros((3, 90_000, 1, 1), np.float32)},
+        [_node("Conv", ["images", "w"], ["y"])],
+        {"w": np.zeros((90_000, 3, 1, 1), np.float32)},
     ),
 }
 
 
-@pytest.mark.parametrize(("nodes", "weights"), GROWING.values(), ids=GROWING)
-def test_what_an_operator_multiplies_counts_too(tmp_path: Path, nodes: list[bytes], weights: Weights) -> None:
-    path = write_onnx(tmp_path / "x.onnx", nodes, weights, {"images": [1, 3, 64, 64]}, {"y": [1, 5, 84]}, {})
-    with pytest.raises(CheckpointError, match="makes more numbers than any detector"):
-        check_detector(path)
+def peak_bytes() -> int:
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def test_an_input_of_many_large_axes_is_refused(tmp_path: Path) -> None:
-    """Their product is no float any more."""
-    nodes = [_node("MaxPool", ["images"], ["y"], strides=[(1 << 63) - 1] * 20)]
-    path = write_onnx(tmp_path / "x.onnx", nodes, {}, {"images": [4000] * 100}, {"y": [1, 5, 84]}, {})
-    with pytest.raises(CheckpointError, match="makes more numbers than any detector"):
-        check_detector(path)
+@pytest.mark.parametrize(("nodes", "weights"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("has_system_bound", [True, False])
+def test_a_small_file_cannot_take_unbounded_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[bytes],
+    weights: Weights,
+    has_system_bound: bool,
+) -> None:
+    if not has_system_bound:  # as on Windows and macOS
+        monkeypatch.setattr(onnx_models, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(limits, "MAX_ONNX_MEMORY", 1 << 28)
+    end = [_node("ReduceMax", ["y"], ["m"], keepdims=0), _node("Add", ["images", "m"], ["z"])]
+    shape = [1, 3, 64, 64]
+    path = write_onnx(tmp_path / "x.onnx", [*nodes, *end], weights, {"images": shape}, {"z": shape}, {})
+    before = 0 if sys.platform == "win32" else peak_bytes()
+    with pytest.raises(CheckpointError, match="x.onnx cannot be run by onnxruntime: "):
+        load_onnx(path).run(IMAGE)
+    if before:
+        assert peak_bytes() - before < 1 << 29
 
 
-def test_the_sizes_of_a_usual_detector_are_no_reason_to_refuse_it() -> None:
-    """A U-Net of 640 pixels with 64 to 1024 channels, and boxes for 8400 places."""
-    counts, constants = {"x0": input_count([None, 3, None, None])}, dict[str, Constant]()
-    channels, most = [3, 64, 128, 256, 512, 1024], 0.0
-    for index, (taken, made) in enumerate(itertools.pairwise(channels)):
-        constants[f"w{index}"] = Constant((made, taken, 3, 3))
-        node = Node("Conv", [f"x{index}", f"w{index}"], {"strides": [2, 2]})
-        counts[f"x{index + 1}"] = output_count(node, counts, constants)
-    assert counts["x5"] == 1024 * 20 * 20
-    constants["twice"] = Constant((4,), (1.0, 1.0, 2.0, 2.0), is_float=True)
-    for index in range(5, 1, -1):
-        counts["up"] = output_count(Node("Resize", [f"x{index}", "", "twice"], {}), counts, constants)
-        most = max(most, output_count(Node("Concat", ["up", f"x{index - 1}"], {}), counts, constants))
-    assert most < limits.MAX_ONNX_VALUES
-    counts["row"], constants["s"] = 8400.0, Constant((3,), (1.0, 4.0, 8400.0))
-    assert output_count(Node("Expand", ["row", "s"], {}), counts, constants) == 4 * 8400
+def write_loop(path: Path, count: int) -> Path:
+    """An image, to which a loop of so many rounds adds nothing."""
+
+    def value(name: str, kind: int, *dims: int) -> bytes:
+        shape = b"".join(_field(1, _number(1, size)) for size in dims)
+        return _field(1, name.encode()) + _field(2, _field(1, _number(1, kind) + _field(2, shape)))
+
+    body = _field(1, _node("Identity", ["goes_on"], ["more"])) + _field(1, _node("Identity", ["x"], ["same"]))
+    body += _field(2, b"body")
+    body += b"".join(_field(11, one) for one in (value("i", 7), value("goes_on", 9), value("x", 1, 1)))
+    body += b"".join(_field(12, one) for one in (value("more", 9), value("same", 1, 1)))
+    loop = b"".join(_field(1, name) for name in (b"count", b"", b"start"))
+    loop += (
+        _field(2, b"y")
+        + _field(4, b"Loop")
+        + _field(5, _field(1, b"body") + _field(6, body) + _number(20, 5))
+    )
+    weights = {"count": np.array(count), "start": np.zeros(1, np.float32)}
+    nodes = [loop, _node("Add", ["images", "y"], ["z"])]
+    return write_onnx(path, nodes, weights, {"images": [1, 3, 64, 64]}, {"z": [1, 3, 64, 64]}, {})
+
+
+def test_a_loop_without_an_end_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (same,) = load_onnx(write_loop(tmp_path / "short.onnx", 3)).run(IMAGE + 2)
+    np.testing.assert_array_equal(same, IMAGE + 2)
+    monkeypatch.setattr(limits, "MAX_ONNX_SECONDS", 0.2)
+    with pytest.raises(CheckpointError, match="endless.onnx cannot be run by onnxruntime: "):
+        load_onnx(write_loop(tmp_path / "endless.onnx", 1 << 62)).run(IMAGE)
 
 
 def tensor_of(*dims: int, more: bytes = b"") -> bytes:
@@ -336,43 +317,35 @@ def tensor_of(*dims: int, more: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "said"),
+    "tensor",
     [
-        (tensor_of(60_000, 60_000), "has not so many numbers"),
-        (tensor_of(1 << 62, 1 << 62, more=_field(9, b"abcd")), "has not so many numbers"),
-        (tensor_of(1, more=_field(13, _field(1, b"location") + _field(2, b"pipe"))), "in another file"),
-        (tensor_of(1, more=_number(14, 1)), "in another file"),
+        tensor_of(60_000, 60_000),
+        tensor_of(1 << 62, 1 << 62, more=_field(9, b"abcd")),
+        tensor_of(1, more=_field(13, _field(1, b"location") + _field(2, b"../secret")) + _number(14, 1)),
+        tensor_of(1, more=_field(13, _field(1, b"location") + _field(2, b"/dev/zero")) + _number(14, 1)),
     ],
 )
-def test_tensors_without_their_numbers(tmp_path: Path, tensor: bytes, said: str) -> None:
-    constant = _field(2, b"y") + _field(4, b"Constant") + _field(5, _field(5, tensor))
-    for graph in (_field(1, b"") + _field(5, tensor), _field(1, constant)):
-        path = tmp_path / "x.onnx"
-        path.write_bytes(_number(1, 7) + _field(7, graph + _field(12, b"")))
-        with pytest.raises(CheckpointError, match=said):
-            check_detector(path)
+def test_tensors_without_their_numbers_or_with_those_of_another_file(tmp_path: Path, tensor: bytes) -> None:
+    (tmp_path / "secret").write_bytes(b"abcd")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shape = [1, 3, 64, 64]
+    path = write_onnx(
+        folder / "x.onnx", [_node("Add", ["images", "w"], ["z"])], {}, {"images": shape}, {"z": shape}, {}
+    )
+    path.write_bytes(
+        path.read_bytes() + _field(7, _field(5, tensor))
+    )  # a second part of the graph, which is merged
+    with pytest.raises(CheckpointError, match="x.onnx"):
+        load_onnx(path)
 
 
 def test_pictures_larger_than_any_detector_takes(tmp_path: Path) -> None:
-    path = write_onnx(
-        tmp_path / "x.onnx", [b""], {}, {"images": [1, 3, 100_000, 100_000]}, {"y": [1, 5, 84]}, {}
-    )
+    shape = [1, 3, 100_000, 100_000]
+    nodes = [_node("Identity", ["images"], ["y"])]
+    path = write_onnx(tmp_path / "x.onnx", nodes, {}, {"images": shape}, {"y": shape}, {})
     with pytest.raises(CheckpointError, match="its input images has the shape"):
         check_detector(path)
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_graphs_in_graphs_and_a_million_parts_end(tmp_path: Path) -> None:
-    inner = b""
-    for _ in range(60):
-        inner = _field(1, _field(5, _field(6, inner)))
-    many = _field(1, _field(1, b"") * 1_048_577)
-    for graph, said in ((inner, "graphs in graphs"), (many, "more than 1,048,576 parts")):
-        path = tmp_path / "x.onnx"
-        path.write_bytes(_number(1, 7) + _field(7, graph + _field(12, b"")))
-        with pytest.raises(CheckpointError, match=said):
-            check_detector(path)
 
 
 @pytest.mark.long
@@ -387,4 +360,4 @@ def test_damage_anywhere_is_one_message(tmp_path: Path) -> None:
                 damaged[place] = numbers.integers(0, 256)
             path.write_bytes(bytes(damaged))
             with contextlib.suppress(CheckpointError):
-                read_onnx(path)
+                load_detector(path, CPU)
