@@ -407,7 +407,7 @@ def test_two_thousand_results_are_paged_quickly(tmp_path: Path) -> None:
             assert time.process_time() - begin < 4, "no answer waits for all to be read"
             unread = layout["unread"]
         assert layout["all"] == sum(count for _, count in layout["days"]) == 2000
-        assert layout["models"] == [["wan t2v-1.3B", "Wan2.1 t2v-1.3B"]]
+        assert layout["models"] == [["Wan2.1 t2v-1.3B", "Wan2.1 t2v-1.3B"]]
         begin = time.process_time()
         assert served.ask(f"/results?have={layout['mark']}").status == 204
         part = served.ask("/results/part?from=1200&count=24").text
@@ -416,6 +416,7 @@ def test_two_thousand_results_are_paged_quickly(tmp_path: Path) -> None:
         assert len(part) < 100_000
         assert served.ask("/results?find=1234").json()["chosen"] == 1
         assert served.ask("/results?find=RED+square").json()["chosen"] == 2000
+        assert served.ask("/results?model=Wan2.1+t2v-1.3B").json()["chosen"] == 2000
         assert served.ask("/results?kind=clip").json()["chosen"] == 0
         many = served.ask("/results/part?from=0&count=100000").text
         assert many.count('class="plate"') == 48
