@@ -100,7 +100,7 @@ RUNS = {
             f"--task t2v-1.3B --dit {{wan_small}} --dataset_config {{wan_clips}} {TRAIN}",
         ),
         PlannedRun(
-            "Wan2.1 T2V 14B, pictures of 832x480",
+            "Wan2.1 T2V 14B, images of 832x480",
             wan_train_network.main,
             f"--task t2v-14B --dit {{wan_t2v}} --dataset_config {{wan_pictures}} {TRAIN}",
         ),
@@ -110,7 +110,7 @@ RUNS = {
             f"--task t2v-14B --dit {{wan_t2v}} --dataset_config {{wan_short}} {TRAIN}",
         ),
         PlannedRun(
-            "HunyuanVideo, pictures of 960x544",
+            "HunyuanVideo, images of 960x544",
             hv_train_network.main,
             f"--dit {{hunyuan}} --dataset_config {{hunyuan_pictures}} {TRAIN}",
         ),

@@ -408,7 +408,7 @@ def test_what_is_taken_has_a_place_here() -> None:
     [
         ("a.yaml", "!!python/object/apply:os.system ['echo x']", "cannot be read"),
         ("a.yaml", "config: {process: [{type: x, lora: &a [*a]}]}", "cannot be read|deep"),
-        ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n" + "c: 1", "no project of AI Toolkit"),
+        ("a.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n" + "c: 1", "not a project of AI Toolkit"),
         ("a.yaml", 'a: !!int ""', "cannot be read: a value does not fit its tag"),
         ("a.json", "[" * 5000 + "]" * 5000, "cannot be read"),
         ("a.json", json.dumps({"training_method": [{} for _ in range(6000)]}), "more than 5000"),
@@ -416,7 +416,7 @@ def test_what_is_taken_has_a_place_here() -> None:
         ("a.toml", "[" * 100_000, "cannot be read"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", json.dumps({"training_method": {f"k{i}": i for i in range(6000)}}), "more than 5000"),
-        ("a.json", '{"a": 1}', "no project of AI Toolkit"),
+        ("a.json", '{"a": 1}', "not a project of AI Toolkit"),
         ("a.json", '{"training_method": ["LORA"]}', "sets up no such training"),
         ("a.yaml", "job: [x]\nconfig: {process: [{type: [y]}]}", "sets up no such training"),
         ("a.toml", "a = ", "cannot be read"),

@@ -240,7 +240,7 @@ def damage_manifest(**changes: object) -> Callable[[zipfile.ZipFile], None]:
 )
 def test_a_file_that_is_no_pack_is_refused(folder: Path, tmp_path: Path, edit: Callable[..., None]) -> None:
     file = change(pack(folder), edit, without=MANIFEST)
-    with pytest.raises(OptionError, match="no whole file of `pack`"):
+    with pytest.raises(OptionError, match="not a complete `pack` file"):
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
@@ -258,11 +258,11 @@ def test_half_a_copy_is_refused_wherever_it_ends(folder: Path, tmp_path: Path) -
     ends = [*range(0, len(full), 97), len(full) - 1]
     for size in ends:
         half.write_bytes(full[:size])
-        with pytest.raises(OptionError, match=r"no whole file of `pack` \(.*Copy it again"):
+        with pytest.raises(OptionError, match=r"not a complete `pack` file \(.*Copy it again"):
             unpack_folder(UnpackOptions(file=half, folder=tmp_path / "new"))
     changed = full.replace(b"picture a.png", b"picture b.png")
     half.write_bytes(changed)
-    with pytest.raises(OptionError, match="no whole file of `pack`"):
+    with pytest.raises(OptionError, match="not a complete `pack` file"):
         unpack_folder(UnpackOptions(file=half, folder=tmp_path / "new"))
     assert not [path for path in tmp_path.iterdir() if "new" in path.name]
 
@@ -339,7 +339,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(
         ("pack.py", ["missing"], "missing"),
         ("pack.py", ["."], "run.toml: there is no such file. Describe the folder first"),
         ("unpack.py", ["missing.zip"], "missing.zip"),
-        ("unpack.py", ["text.zip"], "no whole file of `pack`"),
+        ("unpack.py", ["text.zip"], "not a complete `pack` file"),
         ("unpack.py", ["."], "is a folder"),
     ],
 )
@@ -409,7 +409,7 @@ def test_a_packed_folder_trains_to_the_same_lora_and_continues(tmp_path: Path) -
 def test_whatever_the_list_of_models_is_nothing_is_made(folder: Path, tmp_path: Path, text: str) -> None:
     content = f"[reelsmith]\n{text}\n".encode("latin-1")
     file = change(pack(folder), add("run.toml", content), without="run.toml")
-    with pytest.raises(OptionError, match="no whole file of `pack`") as error:
+    with pytest.raises(OptionError, match="not a complete `pack` file") as error:
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "place" / "deep" / "new"))
     assert len(str(error.value)) < 1000
     assert not (tmp_path / "place").exists()
@@ -418,7 +418,7 @@ def test_whatever_the_list_of_models_is_nothing_is_made(folder: Path, tmp_path: 
 @pytest.mark.parametrize("text", ["reelsmith = [1]", "reelsmith = 1", '[[reelsmith]]\nfiles = ["x"]'])
 def test_a_list_of_models_that_is_no_table_makes_nothing(folder: Path, tmp_path: Path, text: str) -> None:
     file = change(pack(folder), add("run.toml", text.encode()), without="run.toml")
-    with pytest.raises(OptionError, match="no whole file of `pack`"):
+    with pytest.raises(OptionError, match="not a complete `pack` file"):
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
@@ -426,7 +426,7 @@ def test_a_list_of_models_that_is_no_table_makes_nothing(folder: Path, tmp_path:
 def test_a_member_that_is_damaged_leaves_no_folder_above(folder: Path, tmp_path: Path) -> None:
     file = pack(folder)
     file.write_bytes(file.read_bytes().replace(b"picture a.png", b"picture b.png"))
-    with pytest.raises(OptionError, match="no whole file of `pack`"):
+    with pytest.raises(OptionError, match="not a complete `pack` file"):
         unpack_folder(UnpackOptions(file=file, folder=tmp_path / "place" / "deep" / "new"))
     assert not (tmp_path / "place").exists()
 

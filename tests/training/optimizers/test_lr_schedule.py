@@ -128,7 +128,7 @@ def test_a_state_of_another_kind_of_schedule_is_refused() -> None:
         ("_type torch.optim.AdamW", "is not a learning-rate scheduler"),
         ("_type torch.save", "is not a learning-rate scheduler"),
         ("_type ..os", "..os: is not an import path"),
-        ("_type ChainedScheduler", "refuses --lr_scheduler_args"),
+        ("_type ChainedScheduler", "rejects --lr_scheduler_args"),
     ],
 )
 def test_schedules_that_cannot_be_made_are_refused(words: str, expected: str) -> None:
