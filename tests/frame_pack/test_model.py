@@ -200,7 +200,7 @@ def test_caches_whose_frames_and_places_differ_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("settings", "neighbour", "said"),
+    ("settings", "neighbor", "said"),
     [
         ({}, 3, ""),
         ({}, 0, "are for FramePack-F1 (fpack_cache_latents.py --f1), but --f1 is not given"),

@@ -265,7 +265,7 @@ def test_prompt_lines_cannot_ask_for_guidance(
         (["--reference_jsonl", "list.jsonl"], 'has no "references"'),
         (["--reference_jsonl", "list.jsonl", "--reference_index", "3"], "has 1 lines"),
         (["--keyframe", "first.png", "--first_frame", "first.png"], "mean the same"),
-        (["--keyframe", "first.png"] * 3, "3 pictures"),
+        (["--keyframe", "first.png"] * 3, "3 images"),
         (["--one_frame_inference", "target_index=1", "--video_length", "22"], "a single picture"),
         (["--one_frame_inference", "control_index=1;2", "--condition_image", "first.png"], "2 places"),
         (["--one_frame_inference", "no_post"], "FramePack"),

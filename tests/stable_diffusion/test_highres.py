@@ -114,7 +114,7 @@ def create_upscaler(): return Own()
 
 
 def test_modules_of_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    start = upscaled(write_module(monkeypatch, tmp_path, IMAGES), "colour=#ff0000")
+    start = upscaled(write_module(monkeypatch, tmp_path, IMAGES), "color=#ff0000")
     assert start.images is not None
     assert start.images[1].size == (96, 64)
     assert start.images[1].getpixel((5, 5)) == (255, 0, 0)

@@ -360,7 +360,7 @@ def test_mistakes_are_named(folder: Path) -> None:
     assert "no caption has this word" in refusal(script, folder, *words, "--token_string", "blub")
     config = (folder / "dataset.toml").read_text(encoding="utf-8")
     (folder / "dataset.toml").write_text(f"{config}is_reg = true\n", encoding="utf-8")
-    assert "regularisation" in refusal(script, folder, *words)
+    assert "regularization" in refusal(script, folder, *words)
 
 
 def test_sentences_need_no_captions(folder: Path) -> None:
