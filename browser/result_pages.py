@@ -135,7 +135,8 @@ class ResultChoice:
         """Return whether a result passes the filter."""
         if self.kind and result.kind != self.kind:
             return False
-        if self.model and (settings is None or settings.title != self.model):
+        # addresses kept from before name a model as programs do
+        if self.model and (settings is None or self.model not in (settings.title, settings.model)):
             return False
         if self.run is not None and not _belongs_to_run(result, settings, self.run):
             return False

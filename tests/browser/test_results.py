@@ -417,6 +417,7 @@ def test_two_thousand_results_are_paged_quickly(tmp_path: Path) -> None:
         assert served.ask("/results?find=1234").json()["chosen"] == 1
         assert served.ask("/results?find=RED+square").json()["chosen"] == 2000
         assert served.ask("/results?model=Wan2.1+t2v-1.3B").json()["chosen"] == 2000
+        assert served.ask("/results?model=wan+t2v-1.3B").json()["chosen"] == 2000
         assert served.ask("/results?kind=clip").json()["chosen"] == 0
         many = served.ask("/results/part?from=0&count=100000").text
         assert many.count('class="plate"') == 48
