@@ -318,7 +318,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
 
     `flag` is the option that asks for it.
     """
-    state = "quantised"
+    state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:
         state = "in fp8"

@@ -98,7 +98,7 @@ def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
             infos = checkpoint.tensors.values()
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
         if any(info.packing is not None for info in infos):
-            what = "quantised"
+            what = "quantized"
         elif narrow:
             what = f"in {dtype_name(narrow[0])}"
         else:

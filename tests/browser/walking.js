@@ -120,9 +120,12 @@ globalThis.walker = (() => {
     return squeeze(copy.textContent);
   }
 
+  // As htmx does, which takes of an included form only the fields inside of it.
   function addField(fields, box) {
-    if (box.matches("form")) for (const [name, value] of new FormData(box)) fields.append(name, value);
-    else if (box.name && (!["checkbox", "radio"].includes(box.type) || box.checked)) fields.append(box.name, box.value);
+    if (box.matches("form")) {
+      const outside = [...box.elements].filter((one) => !box.contains(one)).map((one) => one.name);
+      for (const [name, value] of new FormData(box)) if (!outside.includes(name)) fields.append(name, value);
+    } else if (box.name && (!["checkbox", "radio"].includes(box.type) || box.checked)) fields.append(box.name, box.value);
   }
 
   // ---- what the page says

@@ -61,7 +61,7 @@ CARRIED = (
     "has_empty_text",
     "given_frames",
     "perturbation",
-    "sound",
+    "audio",
     "loss_type",
 )
 ALL = (*TARGETS, *CARRIED)
@@ -82,7 +82,7 @@ REJECTED = {
     ("preference", "preserved"): "cannot be had with --preference",
     ("slider", "preserved"): "cannot be had with --slider",
     ("slider", "network_multiplier"): "cannot be had with --slider",
-    ("tread", "sound"): "second stream, the sound",
+    ("tread", "audio"): "second stream, the sound",
 }
 SHAPE = (4, toy.LATENT.channels, 2, 2, 2)
 LEVELS = (0.8, 0.3, 0.6, 0.45)
@@ -161,9 +161,9 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
                 mask[index] = torch.tensor([[0.25, 1.0], [0.0, 0.5]])
         tensors[MASK] = mask
     audio = None
-    if "sound" in names:
+    if "audio" in names:
         tensors[SOUND] = draw(4, 3, 5, 1)
-        tensors[HAS_AUDIO] = torch.tensor(having(names, "sound"))
+        tensors[HAS_AUDIO] = torch.tensor(having(names, "audio"))
         sigmas = torch.tensor(AUDIO_LEVELS)
         weights = tensors[HAS_AUDIO].float() * 0.9
         audio = NoisyAudio(draw(4, 3, 5, 1), sigmas, 1000 * sigmas, weights, AUDIO_LEVELS)
@@ -391,7 +391,7 @@ def test_preserved_samples_stay_with_the_base_model_whatever_else_is_asked(name:
 def test_two_things_that_answer_one_question_are_refused_by_name(
     tmp_path: Path, names: tuple[str, ...], message: str
 ) -> None:
-    if names == ("tread", "sound"):
+    if names == ("tread", "audio"):
         hearing = SimpleNamespace(name="toy", can=Abilities(hear=True), dit=toy.ToyDit.spec)
         with pytest.raises(OptionError, match=message):
             check_tread(TreadOptions(tread=0.5), hearing, (4,))  # type: ignore[arg-type]

@@ -134,7 +134,7 @@ def test_a_model_that_can_be_told_nothing_else_is_refused(tmp_path: Path) -> Non
     toy.write_caches(tmp_path)
     family = toy.ToyFamily(fuller=())
 
-    with pytest.raises(OptionError, match="--teacher base: the model toy takes no further"):
+    with pytest.raises(OptionError, match="--teacher base: the model toy takes no additional"):
         toy.train_toy(tmp_path, "--teacher", "base", family=family)
     assert not family.passes
 

@@ -218,7 +218,7 @@ def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
 
     assert caplog.text.count("nonsense") == 1
     values = front_matter(api.uploaded["README.md"].decode())
-    assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-licence")
+    assert (values["base_model"], values["license_name"]) == (["owner/toy"], "toy-license")
     assert values["widget"] == [{"text": "a cat"}]
     assert metadata_of(tmp_path / "output" / "x.safetensors")["modelspec.license"] == "Toy license"
 
