@@ -211,7 +211,7 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
     clicks = 0
     with serve_runs(tmp_path / "roots", models=models) as served, open_page(f"{served.url}/new") as page:
         for label, choice in (("Model", "wan"), ("Version", "t2v-1.3B")):
-            page.get_by_label(label).select_option(choice)
+            page.get_by_label(label, exact=True).select_option(choice)
             clicks += 1
             wait_until(page, "document.querySelectorAll('#task option').length > 1")
         page.get_by_text("kittens", exact=True).click()
