@@ -2,9 +2,10 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -56,25 +57,28 @@ def list_template_texts(path: Path) -> Iterator[str]:
             yield key.value
 
 
+def find_calls(path: Path, names: Collection[str]) -> Iterator[Any]:
+    """Yield the calls (`ast.Call`) in a Python file of functions with one of these names."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names:
+            yield call
+
+
 def list_program_texts(path: Path) -> Iterator[str]:
     """Yield the keys that a Python file names."""
-    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            continue
-        place = FUNCTIONS.get(call.func.id)
-        key = None if place is None or len(call.args) <= place else call.args[place]
+    for call in find_calls(path, FUNCTIONS):
+        place = FUNCTIONS[call.func.id]
+        key = None if len(call.args) <= place else call.args[place]
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
             yield key.value
 
 
 def list_value_errors(path: Path) -> Iterator[str]:
     """Yield the calls of a Python file that give a text other values than those that it names."""
-    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            continue
+    for call in find_calls(path, FUNCTIONS):
         given = {keyword.arg for keyword in call.keywords}
         # a text without values gets them where it is shown
-        if call.func.id not in FUNCTIONS or not given or None in given:
+        if not given or None in given:
             continue
         texts = [
             one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)
@@ -87,13 +91,8 @@ def list_value_errors(path: Path) -> Iterator[str]:
 def list_chart_titles() -> Iterator[str]:
     """Yield the titles of the charts of numbers that features record."""
     for path in (ROOT / "training/features").glob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (
-                isinstance(call, ast.Call)
-                and isinstance(call.func, ast.Name)
-                and call.func.id == "NumberChart"
-            ):
-                yield ast.literal_eval(call.args[0])
+        for call in find_calls(path, {"NumberChart"}):
+            yield ast.literal_eval(call.args[0])
 
 
 def list_script_texts(path: Path) -> Iterator[str]:
