@@ -329,7 +329,6 @@ def _is_light(path: Path) -> bool:
     return path.name.endswith("options.py") or path.relative_to(ROOT).as_posix() in LIGHT_FILES
 
 
-@pytest.mark.long
 def test_imports_follow_the_arrows() -> None:
     tops = set(MAY_IMPORT) | {Path(script).stem for script in SCRIPTS}
     wrong = []

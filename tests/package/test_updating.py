@@ -536,7 +536,6 @@ def test_an_update_that_is_killed_at_any_step_leaves_one_version_to_the_next_sta
     assert step > 15
 
 
-@pytest.mark.long
 @FORKS
 @pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
 def test_a_clone_whose_git_is_killed_at_any_file_is_finished(
@@ -579,7 +578,6 @@ def test_a_clone_whose_git_is_killed_at_any_file_is_finished(
     assert git(clone, "rev-parse", "HEAD") == before
 
 
-@pytest.mark.long
 def test_the_next_command_in_half_an_update_undoes_it_and_begins_anew(tmp_path: Path) -> None:
     root = tmp_path / "a b ü"
     ours = [*ROOT.glob("modules/*.py"), *ROOT.glob("package/*.py")]
