@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main() -> None:
         page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
 
 
+@cache
 def read_list() -> dict[str, Any]:
     """Return downloads/catalogue.toml as it stands, parsed."""
     return tomllib.loads((ROOT / "downloads" / "catalogue.toml").read_text(encoding="utf-8"))
