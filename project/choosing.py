@@ -38,7 +38,7 @@ from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.options import check_trigger, find_models
+from project.options import check_trigger, find_models, script_family
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -209,16 +209,6 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
         if words[start].lstrip("-") in names and not is_missing:
             selected += [words[start], *values]
     return selected
-
-
-def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents.
-
-    Raises:
-        KeyError: If the command is not one that caches latents.
-    """
-    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    return scripts[words[1]]
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
