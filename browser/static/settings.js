@@ -24,9 +24,12 @@ const markEdited = () => keyFields().forEach((field) => field.closest("tr").clas
 // ---- the table: search over names and helps, and what was typed is marked
 const wordsIn = (text) => text.normalize("NFKC").toLowerCase().replaceAll("_", " "); // letters of full width count as the usual ones
 
-// How near a row is to what was typed: 0 is the nearest. Names of other programs have a rank among the settings that they stand for.
+// Names of other programs for a setting, each with its place among the settings that it stands for.
+const namesOf = (row) => Object.entries(JSON.parse(row.dataset.words ?? "{}")).map(([name, rank]) => [wordsIn(name), rank]);
+
+// How near a row is to what was typed: 0 is the nearest.
 function nearness(row, typed) {
-  const key = wordsIn(row.querySelector("th code")?.textContent ?? ""), names = Object.entries(JSON.parse(row.dataset.words ?? "{}")).map(([name, rank]) => [wordsIn(name), rank]);
+  const key = wordsIn(row.querySelector("th code")?.textContent ?? ""), names = namesOf(row);
   if (key === typed) return 0;
   const least = (found) => Math.min(...found.map(([, rank]) => rank));
   const same = least(names.filter(([name]) => name === typed)), alike = least(names.filter(([name]) => name.includes(typed)));
@@ -41,7 +44,7 @@ function filterRows(field) {
   let count = 0;
   rows.forEach((row, place) => { row.dataset.place ??= place; });
   for (const row of rows) {
-    const text = wordsIn(`${row.textContent} ${row.dataset.help ?? ""} ${row.dataset.words ?? ""}`);
+    const text = wordsIn(`${row.textContent} ${row.dataset.help ?? ""}`) + namesOf(row).map(([name]) => ` ${name}`).join("");
     const isOffered = !row.dataset.idle || !typed || wordsIn(row.querySelector("th code").textContent) === typed; // one that the run ignores is shown to who names it
     row.hidden = !isOffered || !words.every((word) => text.includes(word));
     row.near = typed && !row.hidden && row.querySelector("th") ? nearness(row, typed) + (row.dataset.idle ? 1000 : 0) : 0;
