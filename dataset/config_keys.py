@@ -361,8 +361,8 @@ def parse_config(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be read: {error.strerror}.{paths.explain_missing(path)} Give --dataset_config "
-            "the file's path."
+            f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
+            f"{paths.explain_missing(path)} Give --dataset_config the file's path."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)

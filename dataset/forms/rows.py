@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.sources.missing import explain_lookup
 from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
@@ -455,7 +456,8 @@ def require_file(table: DatasetTable) -> Path:
     """
     path = table.source
     if not path.exists():
-        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+        end = explain_lookup(path, table.config_path)
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file{end}")
     return path
 
 

@@ -13,6 +13,7 @@ layers: pictures with layers: whose they are, read together
 left_out: files and folders that nothing reads
 mask_files: which files are masks, and of what
 media_source: an image or clip, its names and faults
+missing: where a missing path was looked for, and a hint
 moments: moments of clips, computed before, and of which VAE
 pairs: the worse one of each pair, by its name
 references: reference pictures: which, how large, what is wrong
