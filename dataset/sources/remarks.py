@@ -41,7 +41,7 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return remarks about the rates, lengths, order, references and colors of sources.
+    """Return remarks about the rates, lengths, order, numbers, references and colors of sources.
 
     `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
     """
@@ -55,6 +55,10 @@ def find_media_warnings(
     # the items of a folder are files; companions, and what lists name, may be folders of frames
     if have_companions or any(source.table.directory is None for source in sources):
         remarks += find_reordered(sources)
+    if any(source.references or source.control or source.layers for source in sources):
+        from dataset.sources.numbering import find_number_gaps  # few tables have any
+
+        remarks += find_number_gaps(sources)
     if any(source.references or source.control for source in sources):
         from dataset.sources.companions import find_moving_references  # few tables have any
 
