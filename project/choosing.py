@@ -272,9 +272,9 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
         if kind.has_few_steps:
             subject = "a model of few steps"
         task = _find_task_of(family, model, kind)
-        instead = "give another --task" if task is None else f"give --task {task}"
+        instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: {instead}, or the "
+            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: give {instead}the "
             f"file of {model.task}"
         )
     return None

@@ -232,9 +232,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        has_rules = known_module is not None and known_module.rules is not None
-        if has_rules and module != family.lora_module:
-            # its rules name layers of another model: only layers that happen to have these names would learn
+        owner = "" if known_module is None else known_module.family
+        if module != family.lora_module and owner not in ("", family.name):
+            # its rules name layers of another model, and its files would name another model
             raise OptionError(
                 f"--network_module {module} is for another model than this script trains. Give "
                 f"{family.lora_module}, or leave the option out"
