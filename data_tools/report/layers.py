@@ -17,12 +17,12 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
     """
     read = [plan for plan in plans if plan.source.layers and plan.missing and not plan.source.origins]
     bar = Bar(len(read), "Reading layers", "image")
-    for failure in map_ahead(read, _read, workers, bar):
+    for failure in map_ahead(read, _read_all, workers, bar):
         if failure is not None:
             yield failure
 
 
-def _read(plan: SourcePlan) -> Failure | None:
+def _read_all(plan: SourcePlan) -> Failure | None:
     try:
         read_layers(plan.source, image_size(plan.source.path), place=_keep_corner)
     except MediaError as error:

@@ -18,6 +18,7 @@ from dataset.sources.references import find_equal_references
 from dataset.sources.wildcards import fill_wildcards, has_choice
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
+from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ NOT_DRAWN = (
 BACKSLASH = (
     "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
     "leave it out. Remove the backslashes"
+)
+TORN = (
+    "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and token_warmup_step take "
+    "apart. Leave these keys out"
 )
 _BACKSLASH = re.compile(r"\\[()\[\]]")
 
@@ -94,6 +99,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     remarks: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}
+        if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
+            kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
             kinds |= dict.fromkeys(_find_marks(caption, draws=source.table.changes.wildcards))
         if kinds:

@@ -53,6 +53,11 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "misspelt table": ("[[datasets]]", "[[dataset]]", ("Did you mean datasets?",)),
     "key of the folder misspelt": ("video_directory", "video_dir", ("Did you mean video_directory?",)),
     "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
+    "key of subsets": ("batch_size", "shuffle_caption", ("is a key of tables with [[datasets.subsets]]",)),
+    "key of subsets in a table": (
+        *("[5]", "[5]\ncaption_tag_dropout_rate = 0.1"),
+        ("caption_tag_dropout_rate = 0.1 is a key of tables with [[datasets.subsets]]",),
+    ),
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
     "batch as a text": ("= 1", '= "4"', ('batch_size = "4" (text)', "a whole number, 1 or more")),
     "batch as a switch": ("= 1", "= true", ("batch_size = true (true or false)",)),
