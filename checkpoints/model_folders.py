@@ -86,7 +86,10 @@ def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of all tensors in the safetensors files of a folder. Raises CheckpointError."""
+    """Return the shapes of all tensors in the safetensors files of a folder.
+
+    Raises CheckpointError if a file is damaged.
+    """
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:

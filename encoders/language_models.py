@@ -156,7 +156,10 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the settings of Gated DeltaNet layers, and which layers these are. Raises ValueError."""
+    """Return the settings of Gated DeltaNet layers, and which layers these are.
+
+    Raises ValueError if a setting is missing or invalid.
+    """
     _ = width  # unused: DeltaNet's heads have widths of their own
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]

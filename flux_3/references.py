@@ -75,7 +75,10 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
 
 
 def fit_among(path: Path, step: int) -> Fit:
-    """Return the fit that reduces and crops one of several references. Raises MediaError."""
+    """Return the fit that reduces and crops one of several references.
+
+    Raises MediaError if its size cannot be read.
+    """
     return fit_within(image_size(path), AMONG_SEVERAL, step)
 
 

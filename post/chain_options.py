@@ -83,7 +83,7 @@ class Chain:
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
     """Parse the command line of a tool's script, including `--then` and further tools.
 
-    Invalid options end the program as in argparse. Raises OptionError.
+    Invalid options end the program as in argparse. Raises OptionError if two options contradict each other.
     """
     if argv is None:
         argv = sys.argv[1:]

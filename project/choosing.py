@@ -179,7 +179,10 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
-    """Check the trigger word that a run learns, as its training script does. Raises OptionError."""
+    """Check the trigger word that a run learns, as its training script does.
+
+    Raises OptionError if the script would reject it.
+    """
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"

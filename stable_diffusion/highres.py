@@ -121,7 +121,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def read_args(text: str) -> dict[str, str]:
-    """Read `key=value`, several joined by `;`. Raises OptionError."""
+    """Read `key=value`, several joined by `;`. Raises OptionError if one does not have this form."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))

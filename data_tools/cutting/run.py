@@ -199,7 +199,10 @@ class Workshop:
     stop: Event = field(default_factory=Event)
 
     def cut(self, job: CuttingJob) -> CutResult:
-        """Cut a video, or finish the work of an interrupted run. Raises UserError."""
+        """Cut a video, or finish the work of an interrupted run.
+
+        Raises UserError if the video cannot be read or a clip cannot be written.
+        """
         path = job.source
         record = job.record
         why = "" if record is None else record.changes(path, self.options)
@@ -279,7 +282,7 @@ class Workshop:
                 )
 
     def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
-        """Yield the pictures of a video, with a progress bar. Raises MediaError."""
+        """Yield the frames of a video, with a progress bar. Raises MediaError if one cannot be decoded."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
                 yield frame

@@ -113,7 +113,7 @@ def make_masks(options: MaskOptions) -> None:
 def _make_mask(
     place: MaskPlace, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
 ) -> None:
-    """Write a mask, and note what came of it. Raises OutputError."""
+    """Write a mask and note the outcome. Raises OutputError if the mask cannot be written."""
     try:
         is_written = write_mask(place, frames, place.kind == "video", texts)
     except MediaError as error:
@@ -125,7 +125,7 @@ def _make_mask(
 
 
 def _masks_of(folder: Path, options: MaskOptions) -> Path:
-    """Return the folder of the masks for a folder of pictures. Raises OptionError."""
+    """Return the folder of the masks for a folder of images. Raises OptionError if it is that folder."""
     if options.beside:
         return folder
     if options.output is None:
@@ -278,7 +278,8 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load what finds. Raises CheckpointError."""
+    """Load the model that finds the masked areas. Raises CheckpointError if its file is missing or damaged.
+    """
     if options.prompts:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 

@@ -157,7 +157,7 @@ class _Timing:
 
 
 class _Pair:
-    """Compares a clip with its control clip or mask, by their headers. Raises MediaError."""
+    """Comparison of a clip with its control clip or mask, by their headers."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -226,7 +226,7 @@ def has_companions(source: MediaSource) -> bool:
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
     """Return whether a cache that was made when each clip was timed by itself equals one made now.
 
-    Headers are read, of files at addresses and in tars too. Raises MediaError.
+    Headers are read, of files at addresses and in tars too. Raises MediaError if one cannot be read.
     """
     with fetch(source) as here:
         paths = _list_moving_companions(here)

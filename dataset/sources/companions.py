@@ -87,7 +87,10 @@ def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> N
 
 
 def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Return the paths for each stem, in order, and the paths without a stem. Raises DatasetError."""
+    """Return the paths for each stem, in order, and the paths without a stem.
+
+    Raises DatasetError if two files have one stem and number.
+    """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []

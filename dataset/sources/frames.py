@@ -365,7 +365,10 @@ def _check_multiple(table: DatasetTable, step: int) -> None:
 
 
 def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
-    """Return the sizes of a table's buckets; () if each image has its own bucket. Raises DatasetError."""
+    """Return the sizes of a table's buckets; () if each image has its own bucket.
+
+    Raises DatasetError if the table's sizes are invalid.
+    """
     rule = table.buckets
     width, height = table.resolution
     try:

@@ -177,7 +177,10 @@ def media_colors(path: Path) -> Colors:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does. Raises MediaError."""
+    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does.
+
+    Raises MediaError if it cannot be read.
+    """
     look = MaskLook()
     frame = read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
@@ -459,7 +462,10 @@ def is_laid_otherwise(path: Path) -> bool:
 
 
 def count_frames(path: Path, threads: int = 0) -> int:
-    """Return the number of frames from the header, else by decoding all frames. Raises MediaError."""
+    """Return the number of frames from the header, else by decoding all frames.
+
+    Raises MediaError if the file cannot be read.
+    """
     return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 

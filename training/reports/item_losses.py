@@ -110,7 +110,7 @@ def _read_session(path: Path) -> int | None:
 
 
 def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
-    """Yield the lines of a file if it belongs to this run. Raises OSError."""
+    """Yield the lines of a file if it belongs to this run. Raises OSError if it cannot be read."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:
         return

@@ -156,7 +156,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def write_scores(path: Path, scores: RunScores) -> None:
-    """Write the scores of a run, with the means of each step and the best file. Raises OutputError."""
+    """Write the scores of a run, with the means of each step and the best file.
+
+    Raises OutputError if they cannot be written.
+    """
     values = asdict(scores)
     del values["unsampled"]
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
