@@ -91,7 +91,9 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Parse `480 832`, in the order of --video_size. Raises ValueError if the text does not have this form.
+    """Parse `480 832`, in the order of --video_size.
+
+    Raises ValueError if the text does not have this form.
     """
     match = JOINED.fullmatch(text)
     if match is None:

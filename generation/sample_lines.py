@@ -109,7 +109,9 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse `480 832`, in the order of --video_size. Raises ValueError if the text does not have this form.
+    """Parse `480 832`, in the order of --video_size.
+
+    Raises ValueError if the text does not have this form.
     """
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
@@ -281,7 +283,9 @@ def _list_kinds() -> dict[str, type]:
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
-    """Convert a value of a prompt's table to the type of its key. Raises OptionError if it has another type.
+    """Convert a value of a prompt's table to the type of its key.
+
+    Raises OptionError if it has another type.
     """
     if kind is list and isinstance(value, str):
         value = [value]

@@ -245,7 +245,9 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule that decides which ranks act; None if all do. Raises OptionError if a value is invalid.
+    """Return the rule that decides which ranks act; None if all do.
+
+    Raises OptionError if a value is invalid.
     """
     asked = [kind for kind in VARIANTS if not values.keys().isdisjoint((kind.switch, *kind.numbers))]
     rules = (kind.read_rule_of_arguments(values, rank) for kind in asked)
@@ -417,7 +419,9 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> ByPattern:
-    """Return the pairs of pattern and learning rate of an argument. Raises OptionError if one is malformed.
+    """Return the pairs of pattern and learning rate of an argument.
+
+    Raises OptionError if one is malformed.
     """
     return _read_pairs(float, argument, text)
 

@@ -278,7 +278,9 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load the model that finds the masked areas. Raises CheckpointError if its file is missing or damaged.
+    """Load the model that finds the masked areas.
+
+    Raises CheckpointError if its file is missing or damaged.
     """
     if options.prompts:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
