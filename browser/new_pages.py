@@ -150,7 +150,7 @@ BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
-TILES = 12  # files of the row of pictures
+TILES = 12  # files of the row of images
 CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"

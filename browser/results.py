@@ -54,7 +54,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Kind of media, by the suffix: picture, clip or sound."""
+        """Kind of media, by the suffix: image, clip or sound."""
         return KINDS[self.path.suffix.lower()]
 
 

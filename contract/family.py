@@ -35,7 +35,7 @@ from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
-if TYPE_CHECKING:  # a generation fits no pictures to buckets
+if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
 
 
@@ -74,7 +74,7 @@ class NoiseSpec:
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
     cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
-    # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
+    # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
     audio_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations
     # visit evenly

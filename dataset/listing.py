@@ -217,7 +217,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
+    """Warn about columns that nothing reads, and if a model that edits gets no reference image at all."""
     unread: list[Fault] = []
     for table in config.datasets:
         if form_of(table).has_columns:

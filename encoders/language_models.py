@@ -80,7 +80,7 @@ class LanguageModel:
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
     grid_shares: tuple[int, int, int] | tuple[()] | None = None
-    tower: VisionTower | None = None  # that sees pictures in prompts
+    tower: VisionTower | None = None  # that sees images in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
     # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, the

@@ -76,7 +76,7 @@ class Cell(NamedTuple):
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or picture, and of its latents."""
+    """Paths of a finished clip or image, and of its latents."""
 
     video: Path
     latents: Path

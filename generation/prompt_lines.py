@@ -159,7 +159,7 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# of models that take reference pictures
+# of models that take reference images
 REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats=True)}
 
 
@@ -177,7 +177,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# the same for models that make pictures, which have no frames and take no videos
+# the same for models that make images, which have no frames and take no videos
 IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
     # the image guides have another name for one solver

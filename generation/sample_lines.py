@@ -53,7 +53,7 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _read_leading_number),
     "rcfg": prompt_lines.LineOption("renorm_cfg", _read_leading_number),
     **{name: prompt_lines.LineOption(name, _read_leading_number) for name in ("mu", "y1", "y2")},
-    # of networks that see a control picture
+    # of networks that see a control image
     "am": prompt_lines.LineOption("control_multiplier", _read_leading_number),
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),

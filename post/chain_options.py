@@ -39,8 +39,8 @@ class Tool:
     aliases: tuple[str, ...]  # other names, in lower case
     record: type[Options]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
-    needs_video: bool = False  # it can do nothing with a single picture
-    hides: bool = False  # its result must not show the source, also not in a cover picture
+    needs_video: bool = False  # it can do nothing with a single image
+    hides: bool = False  # its result must not show the source, also not in a cover image
 
 
 TOOLS = (

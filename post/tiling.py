@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
-FULL = 0  # size of a tile that means the whole picture
+FULL = 0  # size of a tile that means the whole image
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
 SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
 
@@ -175,8 +175,8 @@ class Fitting:
     """
 
     device: torch.device
-    batch: int  # pictures at once
-    tile: int  # pixels of the network's input; WHOLE: whole pictures
+    batch: int  # images at once
+    tile: int  # pixels of the network's input; WHOLE: whole images
     is_auto: bool  # tiles may become smaller
     overlap: int
     step: int = 1

@@ -38,7 +38,7 @@ from project.options import RUN_FILE
 from project.tags import TagLists, as_words
 from training.config_options import OTHERS_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
@@ -90,7 +90,7 @@ class Choice:
 
     @property
     def media(self) -> list[Media]:
-        """Clips, pictures or sounds of the folder."""
+        """Clips, images or sounds of the folder."""
         return self.content.media
 
     @property
@@ -387,7 +387,7 @@ def describe_samples(choice: Choice) -> str:
 
 
 def _describe_control_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last pair: caption, size and control picture."""
+    """Return prompt lines for the first, a middle and the last pair: caption, size and control image."""
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
@@ -402,7 +402,7 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
 
 
 def _describe_layer_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last picture, with their numbers of layers."""
+    """Return prompt lines for the first, a middle and the last image, with their numbers of layers."""
     images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
     for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):

@@ -2,7 +2,7 @@
 
 Pictures are those of gen_img.py, which has further ways to make them; networks and samplers are diffusers'.
 """
-# Letters: B pictures, L tokens, C width, h w latent size
+# Letters: B images, L tokens, C width, h w latent size
 
 import logging
 import re
@@ -293,7 +293,7 @@ class StableDiffusion(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture, with its control picture if it has one."""
+        """Return the cache entry of each image, with its control image if it has one."""
         entries = super().encode_media(encoders, media)
         return control_pictures.add_controls(entries, media) if media.control else entries
 
@@ -544,7 +544,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
 
         The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
         gen_img.py.

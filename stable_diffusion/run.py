@@ -46,7 +46,7 @@ from stable_diffusion.options import GenImgOptions, ImageOutputOptions
 logger = logging.getLogger(__name__)
 
 
-# Names of the pictures that are written, and the texts in them.
+# Names of the images that are written, and the texts in them.
 
 
 @dataclass
@@ -155,7 +155,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_image(program: str, path: Path) -> None:
-    """Open a picture. Does not wait for the viewer, and ignores its errors."""
+    """Open an image. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
         [program, str(real_path(path))],
         stdin=subprocess.DEVNULL,

@@ -156,7 +156,7 @@ class _Shrinking:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
         upsample_size = kwargs.get("upsample_size")
-        # for a picture with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
+        # for an image with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
         # right unless that skip is from before the features were made smaller
         if upsample_size is not None and [-(-side // 2) for side in upsample_size] != list(self.skips[-1]):
             upsample_size = None

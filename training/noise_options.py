@@ -17,7 +17,7 @@ MIXTURES = {
     "qinglong_qwen": (("qwen_shift", 0.95), (RARE, 0.05)),
 }
 RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
-# Ideogram 4's: e^mu is the side of a square picture of as many tokens over 512 pixels, on a wider sigmoid
+# Ideogram 4's: e^mu is the side of a square image of as many tokens over 512 pixels, on a wider sigmoid
 IDEOGRAM_SHIFT = "ideogram4_shift"
 IDEOGRAM_SCALE = 1.5  # factor on the normal number
 PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")

@@ -237,7 +237,7 @@ class Workshop:
         return record
 
     def _look_at(self, path: Path) -> VideoLook:
-        """Read all pictures of a video once."""
+        """Read all frames of a video once."""
         info = source_info(path)
         detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
         with contextlib.closing(self._frames(path, "scenes of")) as frames:
@@ -312,7 +312,7 @@ class Workshop:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
-        """Write the missing clips in one pass over the pictures; return how many.
+        """Write the missing clips in one pass over the frames; return how many.
 
         A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
         Raises MediaError, OutputError.

@@ -114,7 +114,7 @@ def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
 
 
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
-    """Return the pictures and clips of a folder, sorted, without hidden ones, masks and condition images.
+    """Return the images and clips of a folder, sorted, without hidden ones, masks and condition images.
 
     An animated GIF or WebP is a clip.
 

@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class Finder(Protocol):
-    """Finds something in pictures."""
+    """Finds something in images."""
 
     def find(self, frame: Frame) -> Values:
-        """Return the values of a picture, H W 3: h w, 0..1."""
+        """Return the values of an image, H W 3: h w, 0..1."""
 
 
 class _NothingFoundError(Exception):
-    """Nothing was found in a picture, or in no frame of a clip."""
+    """Nothing was found in an image, or in no frame of a clip."""
 
 
 @dataclass
@@ -241,7 +241,7 @@ def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
 
 
 def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
-    """Yield the mask of a picture, or of each frame of a clip, H W.
+    """Yield the mask of an image, or of each frame of a clip, H W.
 
     Raises:
         MediaError: For a file that cannot be read, _NothingFoundError at the end if nothing was found.

@@ -499,7 +499,7 @@ def check_training(
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
-    """Add the cached items of a table, by the size of their pictures and references."""
+    """Add the cached items of a table, by the size of their images and references."""
     for group in group_items(items).values():
         first = group[0]
         reference_sides = [side * latent.stride[1] for side in first.references]

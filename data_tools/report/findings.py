@@ -289,7 +289,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Count the reference pictures of images; remark on each image without one if other images have some."""
+    """Count the reference images; add a warning for each image without one if others have some."""
     counts = count_references(findings.sources)
     if not counts:
         return

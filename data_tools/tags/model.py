@@ -1,5 +1,5 @@
 """Run a tagger's ONNX file on pictures and clips."""
-# Letters: B pictures, S side of the network's input, T tags
+# Letters: B images, S side of the network's input, T tags
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from modules.onnx_models import OnnxModel, load_onnx
 
 MODEL = "model.onnx"
 Numbers = NDArray[np.float32]
-IMAGE_BYTES = 1 << 26  # memory for each picture of a batch
+IMAGE_BYTES = 1 << 26  # memory for each image of a batch
 _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
 
 
@@ -37,7 +37,7 @@ class Tagger:
     side: int  # S
     is_channels_first: bool
     is_of_logits: bool  # its colors are -1..1 and its outputs logits, else 0..255 and probabilities
-    fixed_batch: int | None  # number of pictures that it takes, if it takes no other
+    fixed_batch: int | None  # number of images that it takes, if it takes no other
     batch_size: int
     joins_by_mean: bool
     max_frames: int

@@ -142,7 +142,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
 
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
-    """Yield a line if a text encoder saw fewer reference pictures than the item has."""
+    """Yield a line if a text encoder saw fewer reference images than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
@@ -332,9 +332,9 @@ def _source_errors(
 
 
 def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield the reasons why latents of reference pictures are not what a table asks for.
+    """Yield the reasons why latents of reference images are not what a table asks for.
 
-    Deleted picture files are not a fault; pictures that a list no longer names are one.
+    Deleted image files are not a fault; images that a list no longer names are one.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:

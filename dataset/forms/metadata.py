@@ -38,13 +38,13 @@ class Metadata(DataForm):
     names_images_anywhere = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the file and find the pictures that it names."""
+        """Read the file and find the images that it names."""
         from dataset.forms.metadata_listing import list_metadata  # it loads what decodes
 
         return list_metadata(table, table.source, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the entry of its picture."""
+        """Return where a missing caption would be: in the entry of its image."""
         return 'neither "caption" nor "tags" in its entry'
 
 

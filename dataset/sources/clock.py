@@ -209,7 +209,7 @@ class _Pair:
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are not still pictures."""
+    """Yield the control clips, masks and references of a clip that are not still images."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):

@@ -169,7 +169,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return those references of a source of which the model takes a single picture."""
+    """Return those references of a source of which the model takes a single image."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references

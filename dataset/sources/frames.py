@@ -258,7 +258,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
 
 FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" plays them at their speed'
 Mask = NDArray[np.uint8]  # F H W
-Place = Callable[[Frame], Frame]  # resizes and crops a picture
+Place = Callable[[Frame], Frame]  # resizes and crops an image
 
 
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:

@@ -255,7 +255,7 @@ class _UnusedRules:
         return ending not in self.caption_endings and ending in _DEFAULT
 
     def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this ending may be pictures, which no table of the folder reads."""
+        """Return whether files with this ending may be images, which no table of the folder reads."""
         return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
@@ -280,7 +280,7 @@ def _other_folders(config: DatasetConfig) -> set[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file with the suffix of an animation is a still picture."""
+    """Return whether a file with the suffix of an animation is a still image."""
     try:
         return not is_animation(path)
     except MediaError:  # which decoding reports

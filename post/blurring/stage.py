@@ -156,7 +156,7 @@ class _Count:
     """Counts for the summary in the log."""
 
     pictures: int = 0
-    with_findings: int = 0  # pictures in which something was found
+    with_findings: int = 0  # images in which something was found
     covered_without: int = 0  # others in which something is covered all the same
 
     @property

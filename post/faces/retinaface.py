@@ -33,9 +33,9 @@ from post.faces.retinaface_bodies import (
 
 logger = logging.getLogger(__name__)
 
-# Letters: B batch, C channels, H W height and width of the picture, h w of features, N anchors
+# Letters: B batch, C channels, H W height and width of the image, h w of features, N anchors
 
-MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the pictures it was trained with
+MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the images it was trained with
 STEPS = (8, 16, 32)  # pixels between the anchors of each scale
 SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale: two at each place
 CENTER_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
@@ -177,7 +177,7 @@ class RetinaFaceDetector:
     """A loaded network. Images whose short side exceeds `side` are searched in a smaller copy."""
 
     network: RetinaFace
-    side: int | None  # None: every picture at its full size
+    side: int | None  # None: every image at its full size
     device: torch.device
 
     @torch.inference_mode()
@@ -189,7 +189,7 @@ class RetinaFaceDetector:
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         chosen = (scores >= least_score).nonzero()[:, 0]
         priors = anchors(*image.shape[2:])[chosen]
-        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
+        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
         corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         chosen_scores = scores[chosen].numpy()

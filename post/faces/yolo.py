@@ -22,10 +22,10 @@ from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SIDE = 640  # side of the square picture, if the file does not fix it
+DEFAULT_SIDE = 640  # side of the square image, if the file does not fix it
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
 OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
-PADDING = 114  # gray around pictures that are not square
+PADDING = 114  # gray around images that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
@@ -38,7 +38,7 @@ CLASSES_SHOWN = 8
 class YoloLayout:
     """Layout of the rows in a YOLO's output."""
 
-    side: int  # of the square picture that is looked at
+    side: int  # of the square image that is looked at
     classes: int | None  # None: the file does not say
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 

@@ -21,7 +21,7 @@ from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 logger = logging.getLogger(__name__)
 
 
-SIZES = (32, 64)  # side of the test pictures
+SIZES = (32, 64)  # side of the test images
 OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and their copies while resizing
 
 

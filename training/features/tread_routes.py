@@ -1,5 +1,5 @@
 """Which tokens of a micro-batch go through the middle blocks (--tread)."""
-# Letters: B batch, L tokens of the grid of a picture or video, K those that take part, F H W latents
+# Letters: B batch, L tokens of the grid of an image or video, K those that take part, F H W latents
 
 import torch
 from torch import Tensor

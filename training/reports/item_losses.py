@@ -39,7 +39,7 @@ VERSION = 1
 LEVELS = 10  # ranges of noise levels that are compared
 MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
-SIDE = 96  # pixels of a small picture
+SIDE = 96  # pixels of a small image
 MAX_IMAGE = 64 << 10  # characters of one image
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 

@@ -65,11 +65,11 @@ class SampleScore:
     prompt: int  # its number
     file: str
     clip: float | None = None  # cosine of sample and prompt, -1..1
-    likeness: float | None = None  # mean cosine to the nearest training pictures
-    nearest: str = ""  # the nearest training picture
+    likeness: float | None = None  # mean cosine to the nearest training images
+    nearest: str = ""  # the nearest training image
     nearest_cosine: float | None = None
     is_copied: bool = False  # it is nearly the same as the nearest one
-    is_near: bool = False  # nearer to it than training pictures are to each other
+    is_near: bool = False  # nearer to it than training images are to each other
     steps: int | None = None  # of denoising
 
 
@@ -96,7 +96,7 @@ class StepScores:
 
     @property
     def nearest_cosine(self) -> float | None:
-        """Return the largest cosine of a sample and its nearest training picture."""
+        """Return the largest cosine of a sample and its nearest training image."""
         return max(
             (one.nearest_cosine for one in self.samples if one.nearest_cosine is not None), default=None
         )
@@ -124,7 +124,7 @@ class RunScores:
 
     model: str  # name of the folder of the model
     rows: tuple[StepScores, ...]
-    num_training: int = 0  # training pictures and clips that samples were compared with
+    num_training: int = 0  # training images and clips that samples were compared with
     near_threshold: float | None = None  # cosine from which a sample is too near; None: too few to say
     notes: tuple[ScoreNote, ...] = ()
     version: int = VERSION
