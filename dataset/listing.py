@@ -206,7 +206,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a remark for each caption that was read in another encoding than UTF-8."""
+    """Return a warning for each caption that was read in another encoding than UTF-8."""
     remarks = []
     for source in sources:
         if source.caption_encoding is not None:

@@ -164,7 +164,7 @@ class CheckResult:
 
     @property
     def num_remarks(self) -> int:
-        """Number of remarks in all tables."""
+        """Number of warnings in all tables."""
         return sum(len(findings.remarks) for findings in self.tables)
 
     @property

@@ -220,7 +220,7 @@ def _warnings_of(look: Look) -> dict[str, str | None]:
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of near duplicates among files of a kind, and add a remark to each file of a group.
+    """Return groups of near duplicates among files of a kind, and add a warning to each file of a group.
 
     A file that several tables name, by absolute or relative paths, counts once.
     """

@@ -143,7 +143,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return remarks on the colors of a file: its kind, and a text behind the path."""
+    """Return warnings on the colors of a file: its kind, and a text behind the path."""
     remarks = {}
     if colors.is_transparent and not keeps_transparency:
         remarks["are transparent and filled with white"] = ""

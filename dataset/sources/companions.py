@@ -177,7 +177,7 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
+    """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
     for key, title, counts in (
         (REFERENCE, "references", [len(source.references) for source in sources]),
         (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),

@@ -35,7 +35,7 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
 
 
 def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return remarks about images whose reference image is the image itself, or a copy of it."""
+    """Return warnings about images whose reference image is the image itself, or a copy of it."""
     kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
     return [
         Fault(kind, str(source.path), source.stem)

@@ -47,7 +47,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A remark about the scores of a run: a key of `NOTES`, and the values in its text."""
+    """A note about the scores of a run: a key of `NOTES`, and the values in its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -372,7 +372,7 @@ def _shown(value: float | None) -> str:
 
 
 def _list_warnings(row: StepScores) -> list[str]:
-    """Return the remarks on the samples of a step."""
+    """Return the notes on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]

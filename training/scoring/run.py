@@ -151,7 +151,7 @@ def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors 
 
 
 def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return remarks about what was left out of the scores of a run."""
+    """Return notes about what was left out of the scores of a run."""
     notes = []
     if embedder.unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
