@@ -547,7 +547,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the arguments of a model's command, with its audio-only option if the folder holds only audio."""
+    """Return the arguments of a model's command, with its audio-only option if the folder has only audio."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()

@@ -1,4 +1,4 @@
-"""A JSON file of image trainers: caption and tags by picture. A subset of the image guides' form names it."""
+"""A JSON file of image trainers: caption and tags by image. A subset of the image guides' form names it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key that such subsets have, which `SUBSET_KEYS` declares."""
+    """The key metadata_file of a subset, which names its list of images and captions."""
 
     metadata_file: Path
     folder = None  # `dataset.subsets` chooses where their caches are

@@ -150,9 +150,9 @@ class CaptionOwners:
             self._by_stem[_as_read(Path(name).stem)] = name
 
     def find(self, stem: str) -> str | None:
-        """Return the file that a caption is probably of; None if there is none.
+        """Return the file that a caption probably belongs to; None if there is none.
 
-        Its name differs in capitals, in the Unicode form of its letters, or has the suffix of the file too
+        The names may differ in capitals or Unicode form, and the caption's name may contain the file's suffix
         (`cat.png.txt`). `stem` is the name of the caption without its suffix.
         """
         key = _as_read(stem)

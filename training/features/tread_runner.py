@@ -50,7 +50,7 @@ def block_number(number: int, count: int) -> int:
 
 @contextmanager
 def routed(dit: nn.Module, route: Route) -> Iterator[None]:
-    """Route only the selected tokens through the middle blocks of the network during the block."""
+    """Route only the selected tokens through the middle blocks, for as long as the `with` block lasts."""
     before = runner_of(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
     try:
