@@ -34,6 +34,7 @@ from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from modules.integers import ceil_div
 
 if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
@@ -197,7 +198,7 @@ class DitSpec:
         if not self.side_list:
             return places
         main, side = counts
-        share = -(-main // max(side, 1))
+        share = ceil_div(main, max(side, 1))
         return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET,
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from dataset.timestep_keys import find_window_error
 from modules.errors import DatasetError
+from modules.integers import round_up
 from modules.option_values import as_shape
 from modules.text_files import real_path
 
@@ -221,7 +222,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
     """
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
-    maximum = -(-rule.maximum // step) * step
+    maximum = round_up(rule.maximum, step)
     if warns and (minimum, maximum) != (rule.minimum, rule.maximum):
         logger.warning(
             "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",

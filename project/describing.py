@@ -19,6 +19,7 @@ from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
+from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
@@ -267,7 +268,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
     """
     shortest = min(choice.size)
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
-    largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
+    largest = round_up(2 * max(choice.size), SIDE_STEP)
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
     of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
     lines = ["", *_format_toml_table("[[datasets]]", of_dataset)]

@@ -25,6 +25,7 @@ from modules.console import count_of
 from modules.control_codes import replace_control_codes
 from modules.devices import Failures, free_memory, freeze_libraries, select_device
 from modules.errors import MemoryPlanError, OutputError
+from modules.integers import ceil_div
 from modules.media.writing import write_png
 from modules.text_files import real_path
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
@@ -315,7 +316,7 @@ def _make_lines(
             "--images_per_prompt to %d to use all",
             count_of(unused, "picture"),
             "was" if unused == 1 else "were",
-            -(-len(images) // len(lines)),
+            ceil_div(len(images), len(lines)),
         )
     return paths
 

@@ -45,6 +45,7 @@ from dataset.sources.remarks import (
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size, quiet
 from modules.errors import DatasetError, OptionError
+from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
@@ -331,7 +332,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
     with join_processes("cpu") as share:
         for store in stores if share.count > 1 else ():
             mine = list(store.entries.items())
-            for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
+            for number in range(max(share.gather(ceil_div(len(mine), SENT_AT_ONCE)))):
                 some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
                 for theirs in share.gather(some):
                     new = {name: entry for name, entry in theirs.items() if name not in store.entries}

@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from modules.integers import ceil_div
 from modules.speed_options import Quantization
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -59,8 +60,8 @@ class Nf4:
         """
         rows, columns = weight.shape
         flat = weight.reshape(-1)
-        packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=weight.device)
-        peaks = torch.empty(-(-len(flat) // BLOCK), device=weight.device)
+        packed = torch.empty(ceil_div(len(flat), 2), dtype=torch.uint8, device=weight.device)
+        peaks = torch.empty(ceil_div(len(flat), BLOCK), device=weight.device)
         for start in range(0, len(flat), PIECE):
             codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
             packed[start // 2 : start // 2 + len(codes)] = codes
@@ -78,10 +79,10 @@ class Nf4:
 
     def empty(self, shape: Shape) -> Stored:
         """Return the weight and its statistics on the meta device, to plan memory."""
-        blocks = -(-shape[0] * shape[1] // BLOCK)
+        blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
-        statistics = [torch.empty(size, device="meta") for size in (-(-blocks // NESTED_BLOCK), 256, 1)]
+        statistics = [torch.empty(size, device="meta") for size in (ceil_div(blocks, NESTED_BLOCK), 256, 1)]
         return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -181,4 +182,4 @@ def _pad_rows(flat: Tensor, width: int) -> Tensor:
 
 def _packed_shape(shape: Shape) -> tuple[int, int]:
     rows, columns = shape
-    return (rows, columns // 2) if columns % 2 == 0 else (-(-rows * columns // 2), 1)
+    return (rows, columns // 2) if columns % 2 == 0 else (ceil_div(rows * columns, 2), 1)

@@ -21,6 +21,7 @@ from dataset.table import folder_id
 from modules.bars import Bar
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
+from modules.integers import ceil_div
 from modules.media import reading
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
@@ -82,9 +83,9 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
             mask = read_still(source.mask, place, size, num_frames=1)
         else:
             num_frames = reading.count_frames(source.mask)
-            step = -(-num_frames // SHOWN_FRAMES)
+            step = ceil_div(num_frames, SHOWN_FRAMES)
             frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
-            shown = -(-num_frames // step)
+            shown = ceil_div(num_frames, step)
             mask = read_moving(source.mask, frames, place=place, size=size, num_frames=shown)
     except (MediaError, OSError):
         return None

@@ -26,6 +26,7 @@ from dataset.sources.frames import (
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import MediaError
+from modules.integers import ceil_div
 from modules.media import reading
 from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
@@ -246,7 +247,7 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     """
     clips = [source for source in sources if has_companions(source) and not source.origins]
     errors = []
-    step = -(-len(clips) // LOOKED_AT) or 1
+    step = ceil_div(len(clips), LOOKED_AT) or 1
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):

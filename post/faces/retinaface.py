@@ -20,6 +20,7 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shap
 from checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.integers import ceil_div
 from modules.layers.convolution import lay_out, layouts
 from post.contract import batch_norm
 from post.faces.boxes import FoundFace, select_best, shrunk
@@ -145,8 +146,8 @@ def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of an image, N 4: center x, center y, width and height as fractions of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
-        rows = torch.arange(-(-height // step), dtype=torch.float64)
-        columns = torch.arange(-(-width // step), dtype=torch.float64)
+        rows = torch.arange(ceil_div(height, step), dtype=torch.float64)
+        columns = torch.arange(ceil_div(width, step), dtype=torch.float64)
         y, x = torch.meshgrid(
             (rows + 0.5) * step / height,
             (columns + 0.5) * step / width,

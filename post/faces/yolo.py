@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
+from modules.integers import round_up
 from modules.limits import MAX_NOTE_CHARACTERS
 from modules.onnx_models import OnnxModel, Shape
 from post.faces.boxes import FoundFace, Numbers, select_best, shrunk
-from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
+from modules.integers import ceil_div
 from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.language import say
@@ -203,7 +204,7 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     if len(rows) <= most:
         return list(rows)
     stride = 1
-    while -(-len(rows) // stride) > most - 2:
+    while ceil_div(len(rows), stride) > most - 2:
         stride *= 2
     chosen = {*range(0, len(rows), stride), len(rows) - 1}
     if best_step is not None:
