@@ -576,11 +576,11 @@ class StableDiffusion(ModelOfImages):
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1
         scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
-        left_out = None if source is None else prepared.first_step
-        solver = begin_sampling(scheduler, prepared.steps, [generator], left_out)
+        num_skipped = None if source is None else prepared.first_step
+        solver = begin_sampling(scheduler, prepared.steps, [generator], num_skipped)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
         if source is not None and source.needs_vae:
-            # skips the numbers that sampled the posterior in `encode_source`
+            # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
         return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)

@@ -157,6 +157,7 @@ _LIGHT = {
         *(
             "help_text",
             "installed",
+            "integers",
             "mistyped",
             "option_checks",
             "option_tables",
