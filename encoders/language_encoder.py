@@ -381,7 +381,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
         L is the number of tokens of the prompt and of the template after it, n the number of states. Stacked
-        states are n C instead of nC. `pictures` holds the images of each prompt.
+        states are n C instead of nC. `rows` are token ids; the first `dropped` tokens of each row, which are
+        the template before the prompt, get no states. `pictures` holds the images of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)

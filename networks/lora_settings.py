@@ -282,6 +282,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
     names = [start + path.replace(".", "_") for start, path in modules]
 
     def fit(argument: str, pattern: Pattern, fits_some: bool) -> Pattern:
+        """Return the pattern if it fits as written, else one that matches in any spelling."""
         if fits_some or not modules:
             return pattern
         loose = re.compile(in_any_spelling(pattern.pattern))

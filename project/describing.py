@@ -181,8 +181,8 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
     # no other file has the shape of a panorama
-    default = [item for item in learned if not is_narrow(item)] or learned
-    ranked = sorted(default, key=lambda item: _area(item.size))
+    typical = [item for item in learned if not is_narrow(item)] or learned
+    ranked = sorted(typical, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 

@@ -208,10 +208,10 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control images in, or next to, the folder and its training folders.
+    """Return a line about each folder of control images that belongs to a folder or its training folders.
 
-    `kind` is what is trained. `control_kind` is what could be trained on control images; None if nothing
-    could, and then no line is returned.
+    Such folders are inside the folder or next to it. `kind` is what is trained. `control_kind` is what could
+    be trained on control images; None if nothing could, and then no line is returned.
     """
     if control_kind is None:
         return {}

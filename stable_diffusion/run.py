@@ -288,7 +288,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
     )
 
     def prompted() -> Iterator[Line]:
-        """Yield the lines of a round; a module that fails ends it."""
+        """Yield the lines of a round. An error of the user's module ends the round."""
         with failures.note_errors("the next prompt"):
             yield from lines_of_round(asking.seeds.round_seed)
 

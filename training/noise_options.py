@@ -174,12 +174,12 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def lowest(self) -> int:
-        """Return the lower bound in thousandths."""
+        """Lower bound of the trained timesteps, 0 to 1000."""
         return 0 if self.min_timestep is None else self.min_timestep
 
     @property
     def highest(self) -> int:
-        """Return the upper bound in thousandths."""
+        """Upper bound of the trained timesteps, 0 to 1000."""
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 

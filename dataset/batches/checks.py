@@ -195,14 +195,14 @@ def _mask_errors(
         made_from = record.options.get("mask")
     else:  # other programs make no mask but from transparency
         made_from = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
-    allowed: set[str | None]
+    allowed: set[str | None]  # origins that the table permits; None stands for no mask
     if table.alpha_mask:
         allowed = {FROM_ALPHA}
     elif table.mask_directory is not None:
         companions = _companions_now(item)
         has_mask = companions is not None and companions.has_mask
         allowed = {FROM_FILE} if has_mask else {FROM_FILE, None}
-    elif table.directory is None:
+    elif table.directory is None:  # a list, whose rows may name masks
         allowed = {FROM_FILE, None}
     else:
         allowed = {None}

@@ -199,7 +199,8 @@ def _decode_clip(
 ) -> DecodedMedia:
     """Read a clip and its control media; `here` is the source with local files."""
     table = source.table
-    clock: list[tuple[int, float]] = []  # number and second of each kept frame
+    # number and second of each kept frame; complete once `frames` below have been read
+    clock: list[tuple[int, float]] = []
 
     def read_frames() -> Iterator[Frame]:
         for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
@@ -238,7 +239,7 @@ def _decode_clip(
         from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
         companions["worse"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
-    # decoding stops early where there are enough: then there may be more
+    # decoding stops once there are enough frames, and then the clip may have more
     complete = enough is None or count < enough
     return DecodedMedia(
         source=source,

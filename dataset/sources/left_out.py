@@ -20,8 +20,8 @@ from modules.media.remedies import remedy_of
 LOOKED_INTO = 1000  # names of a folder inside a folder
 # files that are usual next to media and are not read: files of runs and caches, captions of other programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
-_DEFAULT = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
-_DEFAULT |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
+_EXPECTED = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
+_EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 # usual suffixes of captions, in lower case
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}
@@ -252,7 +252,7 @@ class _UnusedRules:
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True
         ending = suffix.lower()
-        return ending not in self.caption_endings and ending in _DEFAULT
+        return ending not in self.caption_endings and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
         """Return whether files with this ending may be images, which no table of the folder reads."""

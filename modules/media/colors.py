@@ -224,7 +224,7 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colors of an image as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit gray instead of scaling it
         info = image.info
-        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
         image = Image.fromarray(~gray if _INVERTED in info else gray)
         image.info = info
     profile = _find_profile(path, image)
@@ -234,7 +234,7 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     colors = _in_mode(image, "RGB")
     curve = _make_curve(image.info) if profile is None else None
     if curve is not None:
-        colors = colors.point(curve * 3)
+        colors = colors.point(curve * 3)  # the same curve for red, green and blue
     return np.array(colors)
 
 

@@ -234,9 +234,9 @@ def _find_rate(stream: Any) -> Fraction:
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return DEFAULT_RATE
-    for default in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
-        if abs(average - default) <= default * RATE_TOLERANCE:
-            return default
+    for standard in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
+        if abs(average - standard) <= standard * RATE_TOLERANCE:
+            return standard
     return Fraction(average).limit_denominator(1001) or Fraction(average)
 
 

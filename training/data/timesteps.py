@@ -216,8 +216,8 @@ def _focus_shares(
     """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    default = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
-    return torch.where(u < focus, in_range, default)
+    unfocused = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    return torch.where(u < focus, in_range, unfocused)
 
 
 def takes_normal(options: TimestepOptions) -> bool:

@@ -166,13 +166,13 @@ def _range_of(level: float) -> int:
 
 def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
     total = sum(draw.loss for draw in draws)
-    default = sum(means[_range_of(draw.level)] for draw in draws)
-    hardness = total / default if default > 0 else 1.0
+    expected = sum(means[_range_of(draw.level)] for draw in draws)
+    hardness = total / expected if expected > 0 else 1.0
     error = None
-    if len(draws) > 1 and default > 0:
+    if len(draws) > 1 and expected > 0:
         # of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
         squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
-        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / default
+        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / expected
     return ItemLoss(key, len(draws), total / len(draws), hardness, error)
 
 
