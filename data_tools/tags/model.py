@@ -95,15 +95,18 @@ class Tagger:
         """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
         height, width = frame.shape[:2]
         side = max(height, width)
-        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes
+        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes: reduce it first
             scale = self.side / side
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
-            height, width = frame.shape[:2]
+            height = max(1, round(height * scale))
+            width = max(1, round(width * scale))
+            frame = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
             side = self.side
+
         square = np.full((side, side, 3), 255, np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = frame[..., ::-1]
+        top = (side - height) // 2
+        left = (side - width) // 2
+        square[top : top + height, left : left + width] = frame[..., ::-1]  # RGB to BGR
+
         if side > self.side:
             small = cv2.resize(square, (self.side, self.side), interpolation=cv2.INTER_AREA)
             return np.asarray(small, np.uint8)

@@ -98,17 +98,22 @@ class YoloDetector:
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
         """Return the rows with at least this score."""
-        # numbers of candidates: one for each cell of the grids with these steps
-        counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
+        # possible numbers of candidates: there is one for each cell of a network's grids
+        counts = []
+        for steps in (STEPS, *OTHER_STEPS):
+            cells = [(self.layout.side // step) ** 2 for step in steps]
+            counts.append(sum(cells))
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             # the file selects the best boxes itself: corners, score, class, then points
             rows = result[result[:, BOX] >= least_score]
-            return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
+            points = _read_points(rows[:, BOX + 2 :], numbers_of_point=3)
+            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
         if result.shape[1] in counts:  # candidates along columns
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
         num_classes, numbers_of_point = self._split_columns(result.shape[1])
+        # columns: center, width and height of the box, the score of each class, then points
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]
