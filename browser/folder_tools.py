@@ -40,6 +40,7 @@ class FolderTool:
             "tries": read_tries(trying, folder),
             "job": self.find_job(folder),
             "is_paused": self.site.queue.worker == "",
+            "queue_problem": self.site.queue.problem,
         }
 
     def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:

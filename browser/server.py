@@ -342,15 +342,16 @@ class RunPages:
         is_paused = False
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
-        actions = self.buttons.render(shown)
+        further = self.buttons.render(shown, "more_actions.html")
         if not self.queue.read_only:
-            actions += self.shares.render(run.id, self.shares.find_origin(request))
+            further += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
             self.runs,
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            actions=actions,
+            actions=self.buttons.render(shown),
+            further=further,
             ended_at_once=shown.ended_at_once,
         )
         return answer_page(page)

@@ -1,6 +1,7 @@
 """Updates of a checkout change its files only, are refused whole, and can be undone."""
 
 import builtins
+import contextlib
 import functools
 import io
 import os
@@ -315,7 +316,10 @@ class FoldingDisk:
         """Return the path in the spelling of what is there."""
         found = Path(Path(path).anchor)
         for part in Path(path).parts[1:]:
-            names = os.listdir(found) if found.is_dir() else []
+            names = []
+            # Path.is_dir would ask os.stat, which asks here again: twice the work with each folder on the way
+            with contextlib.suppress(OSError):
+                names = os.listdir(found)
             same = [name for name in names if name.casefold() == part.casefold()]
             found = found / (part if part in names else same[0] if same else part)
         return str(found)

@@ -232,7 +232,8 @@ def _skip_tile(story: Story) -> Tile | None:
     if not story.skipped:
         return None
     last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
-    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
+    note = say("not taken; the last: %(steps)s", steps=", ".join(last))
+    return say("Skipped steps"), f"{len(story.skipped):,}", note
 
 
 def _step_tile(standing: Standing, story: Story) -> Tile:
