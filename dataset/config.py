@@ -344,7 +344,7 @@ def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", 
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return a line for each key of reference pictures, for a model that takes none."""
+    """Return a line for each key of reference images, for a model that takes none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -458,7 +458,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Turn a table of sound files without pictures into a table of clips."""
+    """Turn a table of sound files without images into a table of clips."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)

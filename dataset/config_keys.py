@@ -216,7 +216,7 @@ class Stale(enum.Flag):
     FRAMES = enum.auto()  # latents: other frames of a clip are taken
     LATENTS = enum.auto()  # by their size, their mask, or what they are made from
     SECTIONS = enum.auto()  # latents of a family with sections
-    REFERENCES = enum.auto()  # latents of pictures that have references
+    REFERENCES = enum.auto()  # latents of images that have references
     TEXTS = enum.auto()  # the embeddings of captions
     LEARNING = enum.auto()  # no cache, but a run that continues from a state
 

@@ -193,7 +193,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a remark for each caption that was read in another encoding than UTF-8."""
+    """Return a warning for each caption that was read in another encoding than UTF-8."""
     remarks = []
     for source in sources:
         if source.caption_encoding is not None:
@@ -204,7 +204,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
+    """Warn about columns that nothing reads, and if a model that edits gets no reference image at all."""
     unread: list[Fault] = []
     for table in config.datasets:
         if form_of(table).has_columns:

@@ -196,7 +196,7 @@ class GenerationOptions(Options, title="run"):
     settings: Mapping[str, Any] = option(default={})
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
-    # options given that do nothing without reference pictures
+    # options given that do nothing without reference images
     of_references: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})

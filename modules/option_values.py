@@ -325,7 +325,7 @@ def few_digits(text: str) -> int:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line.
+    """Return options as arguments of a command line.
 
     True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
     with - is joined to its flag by an equals sign.
@@ -341,7 +341,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def value_words(value: Any) -> list[str]:
-    """Return an option's value as words of a command line: none for None, several for a sequence."""
+    """Return an option's value as arguments of a command line: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):

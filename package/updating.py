@@ -122,10 +122,10 @@ def go_back(root: Path) -> None:
             has changed then.
     """
     with _only_change(root):
-        is_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
+        was_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
         _repair(root)
         if not (root / ".git").exists():
-            if not is_unfinished:  # else it is undone now
+            if not was_unfinished:  # an unfinished update has just been undone by `_repair`
                 _undo_zip(root)
             return
         note = _read_commits(root)
@@ -185,6 +185,7 @@ def _only_change(root: Path) -> Iterator[None]:
 
 
 def _repair(root: Path) -> None:
+    """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
     kept, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     if part.exists() and old.exists() and not kept.exists():  # ended between two renamings
         os.replace(old, kept)

@@ -20,6 +20,7 @@ from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
+from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
@@ -39,7 +40,7 @@ from project.options import RUN_FILE
 from project.tags import TagLists, as_words
 from training.config_options import OTHERS_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
@@ -91,7 +92,7 @@ class Choice:
 
     @property
     def media(self) -> list[Media]:
-        """Clips, pictures or sounds of the folder."""
+        """Clips, images or sounds of the folder."""
         return self.content.media
 
     @property
@@ -189,8 +190,8 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
     # no other file has the shape of a panorama
-    default = [item for item in learned if not is_narrow(item)] or learned
-    ranked = sorted(default, key=lambda item: _area(item.size))
+    typical = [item for item in learned if not is_narrow(item)] or learned
+    ranked = sorted(typical, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 
@@ -276,7 +277,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
     """
     shortest = min(choice.size)
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
-    largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
+    largest = round_up(2 * max(choice.size), SIDE_STEP)
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
     of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
     lines = ["", *_format_toml_table("[[datasets]]", of_dataset)]
@@ -412,7 +413,7 @@ def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_value
 
 
 def _describe_control_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last pair: caption, size and control picture."""
+    """Return prompt lines for the first, a middle and the last pair: caption, size and control image."""
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
@@ -427,7 +428,7 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
 
 
 def _describe_layer_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last picture, with their numbers of layers."""
+    """Return prompt lines for the first, a middle and the last image, with their numbers of layers."""
     images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
     for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
@@ -574,7 +575,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the words of a model's command, with the audio-only option if the folder holds only sounds."""
+    """Return the arguments of a model's command, with its audio-only option if the folder has only audio."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()

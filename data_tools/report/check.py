@@ -60,6 +60,7 @@ from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
@@ -501,7 +502,7 @@ def check_training(
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
-    """Add the cached items of a table, by the size of their pictures and references."""
+    """Add the cached items of a table, by the size of their images and references."""
     for group in group_items(items).values():
         first = group[0]
         reference_sides = [side * latent.stride[1] for side in first.references]
@@ -512,7 +513,7 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
 def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
     """Return a line about the items, batches and steps of an epoch."""
     order = BatchOrder(items, seed=0)
-    num_steps = -(-order.num_batches // batches_per_step)
+    num_steps = ceil_div(order.num_batches, batches_per_step)
     steps = count_of(num_steps, "step")
     if batches_per_step > 1:
         steps += f" of {batches_per_step} batches"

@@ -20,11 +20,11 @@ SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of ima
 
 
 def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
-    """Return a source for each picture that a table's metadata_file names, with its captions and tags.
+    """Return a source for each image that a table's metadata_file names, with its captions and tags.
 
         {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
 
-    A key is a path, or a name in the table's folder of pictures, with or without its suffix. Raises
+    A key is a path, or a name in the table's folder of images, with or without its suffix. Raises
     DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
     """
     try:

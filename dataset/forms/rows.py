@@ -344,7 +344,10 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. `cells` find the files in rows, by column. Raises DatasetError."""
+    """Return the source of a row. `cells` find a row's files by column.
+
+    Raises DatasetError if a cell is invalid.
+    """
     if row.fault is not None:
         raise DatasetError(f"{row.where}: {row.fault}")
     if not cells:

@@ -89,7 +89,10 @@ def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> N
 def _pair(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Return the paths for each stem, in order, and the paths without a stem. Raises DatasetError."""
+    """Return the paths for each stem, in order, and the paths without a stem.
+
+    Raises DatasetError if two files have one stem and number.
+    """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
@@ -168,7 +171,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return those references of a source of which the model takes a single picture."""
+    """Return those references of a source of which the model takes a single image."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -176,7 +179,7 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
+    """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
     for key, title, counts in (
         (REFERENCE, "references", [len(source.references) for source in sources]),
         (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),

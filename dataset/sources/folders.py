@@ -241,7 +241,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the files of a table of pictures that are clips of another table; log how many they are."""
+    """Return the files of a table of images that are clips of another table; log how many they are."""
     animations = {path for path in paths if _moves(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
@@ -501,7 +501,7 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
 
 
 def _has_several(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file holds several pictures; if it is damaged, whether the table is one of clips."""
+    """Return whether a file holds several images; if it is damaged, whether the table is one of clips."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
     except MediaError:  # which decoding reports
@@ -519,7 +519,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Explain why an entry named like a picture or clip is not a regular file."""
+    """Explain why an entry named like an image or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:

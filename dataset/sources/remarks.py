@@ -46,7 +46,7 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return remarks about the rates, lengths, order, numbers, references and colors of sources.
+    """Return warnings about the rates, lengths, order, numbers, references and colors of sources.
 
     `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
     """
@@ -126,7 +126,7 @@ def _find_marks(caption: str, draws: bool) -> Iterator[str]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a remark for each caption that an encoder cuts off, and the bytes of all text caches by encoder.
+    """Return a warning for each caption that an encoder cuts, and the bytes of all text caches by encoder.
 
     `counters` are found by the names of the encoders.
     """
