@@ -473,7 +473,8 @@ def _warn_of_unused_prompts(
 def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    # the options as they are named in warnings
+    """Warn about each given option of guidance that has no effect on these passes."""
+    # the options as they are named in warnings; they are also the keys of the two dictionaries below
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"

@@ -44,7 +44,7 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 IN_IMAGE_FILES = {"image_files": True}  # files of image trainers record it if it is not given, too
 OF_BLOCKS = {"of_blocks": True}  # it acts between the blocks of a transformer
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
-OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
+OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference images
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.

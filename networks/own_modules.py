@@ -348,18 +348,20 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
         settings: Settings of the network.
     """
     if not name.startswith(OURS):
-        settings = replace(settings, rules=None)
+        settings = replace(settings, rules=None)  # the rules are about blocks of the transformer
     rules = settings.rules
     blocks = settings.train_blocks
     if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
         return True
     if _is_excluded(placed.path, settings):
         return True
-    places = find_by_pattern(settings.reg_ranks, name)
-    if places:
-        _, rank = settings.reg_ranks[places[-1]]
+    matching = find_by_pattern(settings.reg_ranks, name)
+    if matching:
+        _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
         return not rank
-    size = _size(placed.path, placed.module, replace(settings, conv_rank=settings.conv_rank or 1))
+    # without conv_rank convolutions get no LoRA by default, but no argument leaves them out: any rank will do
+    with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
+    size = _size(placed.path, placed.module, with_convolutions)
     return size is None or not size.rank
 
 

@@ -321,7 +321,7 @@ class NextSteps:
         """Add the trained files of one transformer, and the LoRAs of samples, to a command.
 
         Args:
-            words: Words of the command.
+            words: Arguments of the command.
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
@@ -345,7 +345,7 @@ class NextSteps:
         """Replace a transformer in a command by a trained file.
 
         Args:
-            words: Words of the command.
+            words: Arguments of the command.
             name: Name of the option for the transformer.
             file: The trained file.
         """
@@ -362,7 +362,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
-    """Return the command-line words that reproduce a sample, given by the field names of `Request`.
+    """Return the command-line arguments that reproduce a sample, given by the field names of `Request`.
 
     Args:
         sample: Values of the sample.

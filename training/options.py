@@ -162,7 +162,9 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def joined(self) -> JoinedRun:
-        """Return the run that features have joined, as far as options alone decide. Raises OptionError.
+        """Return the run that features have joined, as far as options alone decide.
+
+        Raises OptionError if one rejects the run.
 
         It is never started: see `begin_run` in `features/composing.py`.
         """

@@ -39,7 +39,7 @@ from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
-LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
+LOW_STRENGTH = 0.1  # a lower alpha / rank gets a note
 SHOWN_NAMES = 6  # maximum number of parts that are named per learning rate
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 

@@ -83,7 +83,7 @@ class StepReport:
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
     skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
-    # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
+    # losses of the parts that had micro-batches in the step, by name: experts, or image and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
     # means of the further numbers of features, by name
     numbers: Mapping[str, float] = field(default_factory=dict)
