@@ -61,6 +61,7 @@ result_pages: results of Generate part by part, their buttons
 result_settings: settings in a result, and how it is made again
 results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
+run_samples: prompts of a run as rows or as text
 run_start: state of a run from its draft on, its start
 run_views: pages, curves and files of one run
 runs: find runs by their histories, tell each at a summary

@@ -6,8 +6,10 @@ numbers; any other line is shown as it was printed.
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from modules.pages.language import Words, say
+from modules.pages.language import Words, join, say
+from training.reports.history import PageCommand
 
 # of forms that fit one line, the first counts
 LINES = (
@@ -296,6 +298,53 @@ PARTS = (
     say("training"),
 )
 OF_CATALOGUE = ("about", "terms")  # placeholders of whole texts of the catalogue, which pages translate too
+# titles of the commands that can follow a run, and sentences below them
+COMMANDS = (
+    say("Generate with it"),
+    say("Continue after a stop"),
+    say("Train longer"),
+    say("Train longer, as a new run from the trained file"),
+    say("Extract a LoRA from it"),
+    say("Convert the LoRA for %(program)s"),
+    say("This run, as it was started"),
+    say("The first sample again; change the prompt."),
+    say("Commands here are typed in the folder %(folder)s."),
+    say("Ctrl-C saves a state and ends the run; this continues from the newest state."),
+    say("From the newest state to twice as many steps."),
+    say("No state was saved: a new run of as many steps begins with the trained weights."),
+    say("It saves a state, so that the next one can continue exactly."),
+    say("The difference to the base at this rank; the command says how much of it the LoRA keeps."),
+    say("Fill in %(names)s first: the run does not know this."),
+    say("%(name)s is not saved yet."),
+    say("%(name)s is not there any more: %(other)s takes its place."),
+    say("%(name)s is not the best file by its scores: %(other)s takes its place."),
+)
+SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
+# errors that end a run; of several lines, the first
+REASONS = (
+    say("the device has too little memory for this run: %(reason)s."),
+    say(
+        "step %(step)s: the loss is %(loss)s, the gradient norm %(norm)s; nothing of this step was saved. "
+        "The items of this process in that step: %(names)s."
+    ),
+    say("step %(step)s: the loss is %(loss)s, the gradient norm %(norm)s; nothing of this step was saved."),
+    say(
+        "%(path)s cannot be written: the disk is full. No partial file was kept. Free some space or choose "
+        "another folder, and run again."
+    ),
+    say(
+        "%(path)s cannot be written: %(reason)s. No partial file was kept. Choose another folder, and run "
+        "again."
+    ),
+    say("%(path)s: there is no such file or folder. Did you mean %(near)s?"),
+    say("%(path)s: there is no such file or folder."),
+    say("%(path)s: no such cache file"),
+    say("%(path)s: damaged, cannot be read as safetensors (%(error)s)"),
+    say(
+        "another process of this run was lost: it was killed, or ended by an error. The run cannot continue "
+        "without it; what was saved is untouched."
+    ),
+)
 PLACE = re.compile(r"%\((\w+)\)s")
 # ends of lines for a terminal: the page has buttons instead
 AT_END = ("written: ", "checks, caches and trains")
@@ -309,6 +358,20 @@ def is_for_terminal(line: str) -> bool:
 def translate_line(line: str) -> str:
     """Return a printed line as a text that pages translate; a line in an unknown form unchanged."""
     return _find(line, LINES) or line
+
+
+def translate_reason(text: str) -> str:
+    """Return the message of an error that ended a run as a text that pages translate, if it is known."""
+    first, end, rest = text.partition("\n")
+    known = _find(first, REASONS)
+    return text if known is None else join("", (known, end + rest))
+
+
+def translate_command(command: PageCommand) -> PageCommand:
+    """Return a command of a history with its title and the known sentences below it as translatable texts."""
+    sentences = [_find(one, COMMANDS) or one for one in SENTENCE_END.split(command.note)]
+    title = _find(command.title, COMMANDS) or command.title
+    return replace(command, title=title, note=join(" ", sentences))
 
 
 def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -329,7 +392,7 @@ def _find_part(name: str, value: str) -> str:
     """Return what stands in a placeholder, as a text that pages translate if it has a known form."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
-    return _find(value, PARTS) or value
+    return _find(value, (*PARTS, *REASONS)) or value
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from markupsafe import Markup
 from starlette.requests import Request
@@ -16,12 +15,11 @@ from starlette.routing import Route
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.captions import CaptionConflictError, mark_bytes
 from browser.command_lines import format_cd, format_command, format_move
 from browser.compare import group_options, read_source, working_folder
 from browser.described_folder import (
     FILES,
-    PROMPTS_FILE,
     ChangedMeanwhileError,
     change_keys,
     change_steps,
@@ -43,6 +41,7 @@ from browser.responses import (
     answer_page,
     answer_template,
 )
+from browser.run_samples import RunSamples, read_fields
 from browser.run_start import (
     BUSY,
     CHECK,
@@ -149,7 +148,7 @@ class RunButtons:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.tracked_runs = site.tracked_runs
-        self.prompts = Captions()
+        self.samples = RunSamples(site)
         self.actions: dict[str, Callable[[ShownRun, Form], str]] = {
             "start": self.start,
             "check": self.check,
@@ -166,14 +165,20 @@ class RunButtons:
         """Return the page of a run that has no history yet."""
         values = {
             "actions": Markup(self.render(shown)),
+            "further": Markup(self.render(shown, "more_actions.html")),
             "plan": shown.plan,
             "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
         }
         return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
-    def render(self, shown: ShownRun) -> str:
-        """Return the buttons of a run, and the texts next to them, as HTML."""
-        return render_page(HERE / "actions.html", shown.summary.name, self.values(shown))
+    def render(self, shown: ShownRun, template: str = "actions.html") -> str:
+        """Return the buttons of a run, and the texts next to them, as HTML.
+
+        Args:
+            shown: The run.
+            template: Which buttons: those above the samples, or those below them, `more_actions.html`.
+        """
+        return render_page(HERE / template, shown.summary.name, self.values(shown))
 
     def values(self, shown: ShownRun) -> dict[str, Any]:
         """Return the values for the template of a run's buttons."""
@@ -358,7 +363,9 @@ class RunButtons:
     def show_actions(self, request: Request) -> Response:
         """Answer with the buttons of a run as HTML."""
         shown = self.find(request)
-        return answer_not_found() if shown is None else answer_page(self.render(shown))
+        if shown is None:
+            return answer_not_found()
+        return answer_page(self.render(shown) + self.render(shown, "more_actions.html"))
 
     def show_standing(self, request: Request) -> Response:
         """Answer with the state of a run, which its page requests every few seconds."""
@@ -379,10 +386,16 @@ class RunButtons:
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
-        return self.answer_panel(shown, request.path_params["what"])
+        query = {name: [text] for name, text in request.query_params.items() if name == "rows"}
+        return self.answer_panel(shown, request.path_params["what"], fields=query)
 
     def answer_panel(
-        self, shown: ShownRun, what: str, error: str = "", facts: Mapping[str, Any] | None = None
+        self,
+        shown: ShownRun,
+        what: str,
+        error: str = "",
+        facts: Mapping[str, Any] | None = None,
+        fields: Form | None = None,
     ) -> Response:
         """Return the panel of a button.
 
@@ -391,6 +404,7 @@ class RunButtons:
             what: Panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
             facts: Values for the template that replace the panel's own.
+            fields: Fields of the samples that are not written.
         """
         values: dict[str, Any] = {
             "id": shown.summary.id,
@@ -405,7 +419,8 @@ class RunButtons:
             if what == "read":
                 values |= self.describe_plan(shown)
             elif what == "prompts":
-                values |= self.describe_prompts(shown)
+                path = self.require_prompts(shown)
+                values |= self.samples.describe(shown, path, read_fields(fields or {}))
             elif what == "remove":
                 values |= self.describe_removal(shown)
             else:
@@ -430,22 +445,20 @@ class RunButtons:
             "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
-    def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
-        """Return the values for the panel that edits the prompts. Raises OptionError if there are none."""
+    def require_prompts(self, shown: ShownRun) -> Path:
+        """Return the prompt file of a run. Raises OptionError if it has none that can be edited."""
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
-        caption, have, _ = self.prompts.read(path)
-        fields = ""
-        if shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE:
-            fields = f"/new?{urlencode({'folder': shown.plan.folder})}#samples"
-        return {
-            "path": path,
-            "text": caption.text,
-            "have": have,
-            "is_running": shown.state.name in BUSY,
-            "fields": fields,
-        }
+        return path
+
+    def look_at_samples(self, request: Request, form: Form) -> Response:
+        """Answer with the panel of the samples as they are typed, which names sizes of no use."""
+        shown = self.find(request)
+        if shown is None:
+            return answer_not_found()
+        fields = {**form, "rows": [request.query_params.get("rows", "")]}
+        return self.answer_panel(shown, "prompts", fields=fields)
 
     def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         """Return the values for the panel that asks before the run's files are moved into the bin.
@@ -547,7 +560,7 @@ class RunButtons:
         try:
             message = self.actions[what](shown, form)
         except CaptionConflictError:
-            mine = "".join(form.get("text", ())).replace("\r\n", "\n")
+            mine = self.samples.read_text(shown, self.require_prompts(shown), form)
             error = say("The file has changed since this page read it. Nothing was written.")
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
@@ -557,6 +570,8 @@ class RunButtons:
             )
             return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
+            if what == "prompts" and "row 1" in form:  # what was typed stays
+                return self.answer_panel(shown, "prompts", str(error), fields=form)
             return answer_message(str(error), is_rejected=True)
         return answer_message(message)
 
@@ -672,11 +687,9 @@ class RunButtons:
 
     def write_prompts(self, shown: ShownRun, form: Form) -> str:
         """Write the edited prompts of a run. Raises OptionError if it has no prompt file of its own."""
-        path = self.find_prompts(shown)
-        if path is None:
-            raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
-        have = "".join(form.get("have", ()))
-        self.prompts.save(path, "".join(form.get("text", ())), have)
+        path = self.require_prompts(shown)
+        text = self.samples.read_text(shown, path, form)
+        self.samples.write(path, text, "".join(form.get("have", ())))
         if shown.state.name in BUSY:
             return say(
                 "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
@@ -730,5 +743,6 @@ def run_button_routes(buttons: RunButtons) -> list[Route]:
         Route("/run/{id}/deeds", buttons.show_actions),
         Route("/run/{id}/standing", buttons.show_standing),
         Route("/run/{id}/panel/{what}", buttons.show_panel),
+        Route("/run/{id}/samples/look", answer_form(buttons.look_at_samples), methods=["POST"]),
         Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),
     ]

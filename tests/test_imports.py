@@ -71,7 +71,7 @@ FLOORS = {
     "modules": (
         {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
-        | {"text_encodings", "varints", "version"},
+        | {"integers", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
@@ -158,6 +158,7 @@ _LIGHT = {
         *(
             "help_text",
             "installed",
+            "integers",
             "mistyped",
             "option_checks",
             "option_tables",
@@ -330,7 +331,6 @@ def _is_light(path: Path) -> bool:
     return path.name.endswith("options.py") or path.relative_to(ROOT).as_posix() in LIGHT_FILES
 
 
-@pytest.mark.long
 def test_imports_follow_the_arrows() -> None:
     tops = set(MAY_IMPORT) | {Path(script).stem for script in SCRIPTS}
     wrong = []

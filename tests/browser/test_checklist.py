@@ -80,7 +80,6 @@ def test_the_kind_of_a_line_makes_it_a_row_and_its_wording_does_not(text: str) -
     assert grade("") == grade(CAPTIONS) == grade(NEXT) == grade(MEND) == []
 
 
-@pytest.mark.long
 def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

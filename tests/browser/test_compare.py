@@ -125,11 +125,11 @@ def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_ma
     cells = [cell.partition("</td>")[0] for cell in body.split("<td>")[1:]]
     shown = ["001_9_without-LoRA", "x_4_0.png", "001_9_a", "not made", "x_4_1.png", "not made"]
     assert [name in cell for name, cell in zip(shown, cells, strict=True)] == [True] * 6
-    assert "Clips that are not made: 1 of 4." in page
+    assert "Not made yet: 1 of 4." in page
     assert "two &lt;b&gt;dogs" in page
     assert served.ask(served.of("x", "compare/001_9_a_000000.png")).body.startswith(b"\x89PNG")
     file.write_bytes(b"another training's")
-    assert "Clips that are not made: 2 of 4." in show(served, (4, 6), prompt=PROMPTS)
+    assert "Not made yet: 2 of 4." in show(served, (4, 6), prompt=PROMPTS)
 
 
 def test_a_page_begins_with_the_best_file_and_the_one_before_and_shows_equal_ones_once(
@@ -157,7 +157,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     served: Served, folder: Path
 ) -> None:
     more = {"prompt": ["a dog"], "more": "a bird --d 3\n\na fish"}
-    assert "Clips that are not made: 5 of 6." in show(served, (4, 6), **more)
+    assert "Not made yet: 5 of 6." in show(served, (4, 6), **more)
 
     assert make(served, (4, 6), **more).status == 303
     assert make(served, (4, 6), **more).status == 303  # they are asked for: nothing to add
@@ -182,7 +182,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     ("command", "message"),
     [
         (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
-        (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA for --dit"),
+        (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA that can be compared"),
         (COMMAND.replace("best.safetensors", "best.safetensors fast.safetensors"), "a second LoRA"),
         ("python rm.py --dit x", "has no command that generates"),
         ("python 'wan_generate_video.py", "has no command that generates"),
@@ -300,7 +300,7 @@ def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path
     with serve_runs(folder, queue=queue) as served:
         id, more = served.runs.list_all()[0].id, "a red blorp moving up --s 2"
         asked = urlencode({"run": id, "more": more})
-        assert "1 of 1 clip is not made" in served.ask(f"/compare?{asked}").text
+        assert "Not made yet: 1 of 1." in served.ask(f"/compare?{asked}").text
         assert served.ask("/compare", "POST", asked, Origin=served.url).status == 303
         assert "job 1: waiting" in served.ask(f"/compare?{asked}").text
         queue.begin_work()
@@ -326,7 +326,7 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.click("text=Make them")
         page.wait_for_selector("text=job 1: waiting")
-        assert page.locator("text=Make them").count() == 0
+        assert page.locator("text=Not made yet").count() == 0
         write_clip(folder / "compare" / "001_9_a_000000.png", folder / "x-step6.safetensors")
         page.evaluate("ask()")
         wait_until(page, "document.querySelectorAll('.grid [data-src]').length === 4")

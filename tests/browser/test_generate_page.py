@@ -964,7 +964,6 @@ def test_waiting_render_jobs_say_for_what_they_wait(
         queue.end_work()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("source", ["run", "model wan22 t2v-A14B", "model framepack i2v"])
 def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, source: str) -> None:  # noqa: F811
     fields = fields_of(served) if source == "run" else {"source": source}

@@ -835,7 +835,6 @@ def test_no_button_changes_the_settings_of_a_running_training(served: Served, ro
     assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
 
 
-@pytest.mark.long
 def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> None:
     """By the check of `new` itself, which takes the same file of its own model."""
     dit = str(POCKET / "dit.safetensors")

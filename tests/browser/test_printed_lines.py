@@ -47,7 +47,6 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("code", ["zh", "ja"])
 def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
     printed: list[str], code: str

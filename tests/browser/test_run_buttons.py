@@ -60,7 +60,7 @@ def panel(served: Served, what: str, name: str = "own") -> Answer:
 
 
 def mark_in(answer: Answer, field: str = "have") -> str:
-    (mark,) = re.findall(rf'name="{field}" value="(\w*)"', answer.text)
+    (mark,) = {*re.findall(rf'name="{field}" value="(\w*)"', answer.text)}
     return str(mark)
 
 
@@ -347,8 +347,8 @@ def test_a_run_of_a_terminal_continues_with_its_own_command(
     assert lines(queue) == [default, default.replace(" 10 ", " 50 ")]
 
 
-def test_prompts_of_a_described_folder_lead_to_their_fields(served: Served, tmp_path: Path) -> None:
-    (address,) = re.findall(r'href="([^"]+)">Fields for sizes', panel(served, "prompts").text)
+def test_samples_of_a_described_folder_lead_to_their_interval(served: Served, tmp_path: Path) -> None:
+    (address,) = re.findall(r'href="([^"]+)">How often they are made', panel(served, "prompts").text)
     assert html.unescape(address) == f"/new?{urlencode({'folder': tmp_path / 'my clips'})}#samples"
     assert 'id="samples"' in served.ask(html.unescape(address).partition("#")[0]).text
 
@@ -443,9 +443,16 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
     folder = tmp_path / "my clips"
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Edit samples").click()
-        page.get_by_label("Prompts of prompts.txt").fill("a cow --s 3")
+        page.get_by_label("Sample 1 prompt").fill("a cow")
+        page.get_by_label("Sample 1 steps").fill("3")
+        page.get_by_label("Sample 1 width").fill("65")
+        page.get_by_text("width 65: give a multiple of 16. The sample is made with 64.").wait_for()
+        page.get_by_label("Sample 1 width").fill("")
+        page.get_by_role("button", name="One more sample").click()
+        page.locator("#sample-4").wait_for()
+        assert page.get_by_label("Sample 1 prompt").input_value() == "a cow"
         (folder / "prompts.txt").write_text("a goat\n", encoding="utf-8")
-        page.get_by_role("button", name="Write", exact=True).click()
+        page.get_by_role("button", name="Save the samples").click()
         page.get_by_text("Nothing was written").wait_for()
         assert page.get_by_label("what the file holds").inner_text() == "a goat"
         page.get_by_role("button", name="Write mine over it").click()
@@ -529,7 +536,7 @@ def test_no_button_comes_to_the_place_of_stop(kind: str, served: Served, tmp_pat
         shutil.rmtree(output)
         write_generating_run(output, kind)
         wait_until(page, "document.getElementById('stop') === null")
-        places = page.locator("#deeds button").all()
+        places = page.locator(":is(#deeds, #further) button").all()
         tops = [place.bounding_box()["y"] for place in places]
         assert len(tops) > 2
         assert min(tops) >= box["y"] + box["height"]

@@ -94,7 +94,7 @@ def test_stop_is_apart_from_buttons_that_begin_and_remove_behind_a_line(
         for name in ("start", "train_on", "again", "generate_with", "remove"):
             assert page.locator(f"#{name}").bounding_box()["y"] >= stop["y"] + stop["height"]
         rule = page.evaluate("getComputedStyle(document.querySelector('.apart')).borderTopStyle")
-        last = page.evaluate("[...document.querySelectorAll('#deeds button')].at(-1).id")
+        last = page.evaluate("[...document.querySelectorAll(':is(#deeds, #further) button')].at(-1).id")
         assert (rule, last) == ("solid", "remove")
         assert page.problems == []
 

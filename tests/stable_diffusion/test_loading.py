@@ -49,7 +49,6 @@ def assert_equal_states(network: nn.Module, state: dict[str, Tensor]) -> None:
     assert not unequal
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sd1-single", "sdxl-single")
 @pytest.mark.parametrize("layout", ["single", "folder"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -79,7 +78,6 @@ def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -
     assert model.unet.conv_in.weight.shape[1] == 9
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("few layers", "many layers")
 @pytest.mark.parametrize(
     "sizes",
@@ -102,7 +100,6 @@ def test_layers_and_depths_are_counted_in_the_file(sizes: Any, tmp_path: Path, f
 # Precision
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "dtype", "vae_dtype"),
     [
@@ -127,7 +124,6 @@ def test_options_choose_the_precision(
     assert ("overflows in float16" in caplog.text) == (vae_dtype == torch.float16)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
     state = {
@@ -144,14 +140,12 @@ def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_pat
 # Containers and folders
 
 
-@pytest.mark.long
 def test_torch_files_are_read_without_running_code(folder: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": tiny.single_file_state("sd1"), "global_step": 7}, tmp_path / "sd1.ckpt")
 
     assert_equal_states(quick(folder, tmp_path / "sd1.ckpt").unet, tiny.unet_state("sd1"))
 
 
-@pytest.mark.long
 def test_averages_are_ignored_and_mentioned(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,7 +157,6 @@ def test_averages_are_ignored_and_mentioned(
     assert "2 averaged tensors (model_ema.) are not used" in caplog.text
 
 
-@pytest.mark.long
 def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> None:
     full = "cond_stage_model.transformer.text_model."
     state = {
@@ -177,7 +170,6 @@ def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(tower.network.state_dict()[name], tiny.text_state("sd1")[f"text_model.{name}"])
 
 
-@pytest.mark.long
 def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder / "sdxl", tmp_path / "sdxl")
     unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -196,7 +188,6 @@ def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> Non
     assert_equal_states(model.vae, tiny.vae_state())
 
 
-@pytest.mark.long
 def test_the_tokenizers_of_a_folder_are_its_own(folder: Path) -> None:
     first, second = load(folder / "sdxl").texts  # no --tokenizer_cache_dir
 
@@ -329,7 +320,6 @@ def test_xformers_without_a_gpu_is_refused_before_loading(folder: Path) -> None:
 # What files say of themselves
 
 
-@pytest.mark.long
 def test_marks_in_an_xl_file_tell_how_it_was_trained(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,7 +336,6 @@ def test_marks_in_an_xl_file_tell_how_it_was_trained(
     assert not plain.zero_terminal_snr
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path: Path) -> None:
     path = tiny.write_folder("sd1", tmp_path / "v", velocity=True)
@@ -357,7 +346,6 @@ def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path:
         load(folder / "sd1", "--v_parameterization")
 
 
-@pytest.mark.long
 def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: Path, tmp_path: Path) -> None:
     state = tiny.single_file_state("sd2")
     start = "cond_stage_model.model.transformer.resblocks."
