@@ -104,7 +104,6 @@ NAMES = re.compile(
 )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("code", ["zh", "ja"])
 def test_no_english_word_is_left_of_odd_folders(
     code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
