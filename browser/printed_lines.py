@@ -175,7 +175,7 @@ def _find(text: str, forms: Sequence[Words]) -> Words | None:
     for form in forms:
         values = _read_values(form.key, text)
         if values is not None:
-            translated = {name: _find(value, (*PARTS, *REASONS)) or value for name, value in values.items()}
+            translated = {name: _find(value, (*REASONS, *PARTS)) or value for name, value in values.items()}
             return Words(text, form.key, translated)
     return None
 
