@@ -82,8 +82,9 @@ def make_checklist(
     return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
 
 
-def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) -> list[CheckRow]:
+def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word: str) -> list[CheckRow]:
     """Return the rows that follow from the files of a folder."""
+    # files without caption and unreadable files get rows of their own below
     rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
     if unreadable:
         names = join(", ", unreadable[:LISTED])
@@ -94,12 +95,12 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) ->
             names=names if len(unreadable) <= LISTED else say("%(names)s and others", names=names),
         )
         rows.append(CheckRow(BAD, text, left_out=unreadable))
-    if content.uncaptioned and word:
+    if content.uncaptioned and trigger_word:
         text = counted(
             content.uncaptioned,
             "%(n)s file has no caption: %(word)s stands for it",
             "%(n)s files have no caption: %(word)s stands for it",
-            word=word,
+            word=trigger_word,
         )
         rows.append(CheckRow(GOOD, text))
     elif content.uncaptioned:

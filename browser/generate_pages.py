@@ -423,9 +423,14 @@ class GeneratePages:
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button requests."""
         what = request.path_params["what"]
+        # a form's field is a list of texts; these two are not part of the form that is generated from
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
-        is_of_render_job = what in ("cancel", "again", "remove")
+        by_number = {
+            "cancel": self.render_worker.cancel,
+            "again": self.render_worker.again,
+            "remove": self.render_worker.remove,
+        }
         form = GenerateForm.of_fields(fields)
         on_its_way = ""
         try:
@@ -444,12 +449,8 @@ class GeneratePages:
             elif what == "forget":
                 for render_job in filter(needs_mention, self.render_worker.list_all()):
                     self.render_worker.remove(render_job.id)
-            elif is_of_render_job and number.isdecimal() and len(number) < 10:
-                {
-                    "cancel": self.render_worker.cancel,
-                    "again": self.render_worker.again,
-                    "remove": self.render_worker.remove,
-                }[what](int(number))
+            elif what in by_number and number.isdecimal() and len(number) < 10:
+                by_number[what](int(number))
             else:
                 return answer_unknown()
         except (UserError, OSError) as error:

@@ -125,7 +125,7 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """Words of the command line. Raises OptionError if it cannot be parsed."""
+        """Arguments of the command line. Raises OptionError if it cannot be parsed."""
         return launch.split_words(launch.command_part(self.line))
 
     @property

@@ -75,7 +75,7 @@ _find_commands = functools.cache(find_commands)
 
 
 def split_words(line: str) -> list[str]:
-    """Return the words of a command line; quotes group words, and a backslash escapes (not on Windows).
+    """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.

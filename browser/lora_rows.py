@@ -171,7 +171,10 @@ class RunLoras:
         return rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return a run that generates; None if there is none with this id. Raises OSError."""
+        """Return the run with this id if it can generate, else None.
+
+        Raises OSError if its history cannot be read.
+        """
         run = self.runs.find(run_id)
         return None if run is None else compare.read_source(self.runs, run)
 

@@ -150,7 +150,7 @@ BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
-TILES = 12  # files of the row of pictures
+TILES = 12  # files of the row of images
 CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -166,7 +166,7 @@ MAX_OF_PAGE = 256 << 20  # bytes of check.html
 class DescribePlan:
     """What the button Describe will do, and the text next to it."""
 
-    words: list[str]  # words of the command; empty if keys of run.toml are changed instead
+    words: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
@@ -1052,7 +1052,7 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
 
 
 def _split_line(line: str) -> list[str]:
-    """Return the words of a command without its `cd`, or the line itself if it cannot be split."""
+    """Return the arguments of a command without its `cd`, or the line itself if it cannot be split."""
     try:
         return split_words(command_part(line))
     except OptionError:  # somebody's own line of the queue: no line of `new` equals it

@@ -467,7 +467,7 @@ def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults)
 
 
 def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
-    """Return the LoRAs of an expert. `by_key` are the words of each option of a command."""
+    """Return the LoRAs of an expert. `by_key` are the arguments of each option of a command."""
     end = f"_{expert}" if expert else ""
     paths = by_key.get(f"lora_weight{end}", ())
     strengths = [*by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]

@@ -33,6 +33,7 @@ from contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.bars import BYTES, track
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError
+from modules.integers import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -416,7 +417,7 @@ class _Filling:
             tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
-            start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
+            start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:

@@ -344,7 +344,7 @@ class Script(partial[None]):
         return script
 
     def run(self) -> None:
-        """Run the script with the words of the command line; a `UserError` ends it without a traceback."""
+        """Run the script with these command-line arguments; a `UserError` ends it without a traceback."""
         command_line(self, explain=partial(identify, family=self.family))
 
 

@@ -34,8 +34,9 @@ from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from modules.integers import ceil_div
 
-if TYPE_CHECKING:  # a generation fits no pictures to buckets
+if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
 
 
@@ -74,7 +75,7 @@ class NoiseSpec:
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
     cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
-    # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
+    # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
     audio_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations
     # visit evenly
@@ -197,7 +198,7 @@ class DitSpec:
         if not self.side_list:
             return places
         main, side = counts
-        share = -(-main // max(side, 1))
+        share = ceil_div(main, max(side, 1))
         return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints.stored.forms import Stored
 from modules.errors import CheckpointError
+from modules.integers import round_up
 from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 
@@ -26,7 +27,7 @@ class Packing:
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return a shape with each axis rounded up to a multiple of `pad`."""
-        return tuple(-(-length // self.pad) * self.pad for length in shape)
+        return tuple(round_up(length, self.pad) for length in shape)
 
 
 @dataclass(frozen=True)

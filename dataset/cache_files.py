@@ -319,7 +319,7 @@ class CacheStore(Protocol):
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, replacing one of the same name; `tensors` are keyed by their names in the file.
 
-        Equal contents give equal bytes. Raises OutputError.
+        Equal contents give equal bytes. Raises OutputError if the entry cannot be written.
         """
 
     def remove(self, name: str) -> None:

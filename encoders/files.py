@@ -200,7 +200,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Name what a teacher sees and a training sample may lack: the caption, and reference pictures."""
+        """Name what a teacher sees and a training sample may lack: the caption, and reference images."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:

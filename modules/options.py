@@ -44,7 +44,7 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 IN_IMAGE_FILES = {"image_files": True}  # files of image trainers record it if it is not given, too
 OF_BLOCKS = {"of_blocks": True}  # it acts between the blocks of a transformer
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
-OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
+OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference images
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
@@ -572,7 +572,7 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
-def info_of(cls: type) -> dict[str, dict[str, Any]]:
+def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
     """Return the facts of every option of a record, nested records included, by the option's public name."""
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
@@ -583,6 +583,10 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
         for name, info_inside in inner.items():
             info[name] = {**outer, **info_inside}
     return info
+
+
+# collected once for each record; all callers share the result
+info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def write_project(options: NewOptions) -> None:
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures.
+    learns images.
 
     Raises:
         OutputError: If one of the three files exists.

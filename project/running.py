@@ -463,7 +463,10 @@ def _is_check_of_media(words: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files before the long caching. Raises OptionError."""
+    """Let the training script check its options and files before the long caching.
+
+    Raises OptionError if the script rejects them.
+    """
     words = project.commands[-1]
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],

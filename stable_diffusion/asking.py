@@ -92,7 +92,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Turns prompt lines into requested pictures.
+    """Turns prompt lines into requested images.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -322,7 +322,7 @@ def _warn_of_unused(
 
 
 def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedImage]]:
-    """Group consecutive pictures with equal settings and the same kinds of inputs.
+    """Group consecutive images with equal settings and the same kinds of inputs.
 
     Args:
         pictures: The images.

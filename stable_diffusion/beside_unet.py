@@ -11,6 +11,6 @@ from torch import Tensor
 class BesideUnet:
     """Hold a network next to a U-Net without registering it as a submodule."""
 
-    # given control pictures, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
+    # given control images, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
     # call of the U-Net: further arguments for it
     see: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]

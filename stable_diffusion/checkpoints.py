@@ -337,9 +337,9 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 2 else weight.flatten(1)
 
 
-# Convolutions computed in bands of rows, so that a large picture needs less memory in the VAE.
+# Convolutions computed in bands of rows, so that a large image needs less memory in the VAE.
 #
-# Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
+# Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
     """Make convolutions with kernels larger than 1x1 compute in at most `bands` bands of rows."""

@@ -1,5 +1,5 @@
 """A batch of pictures: texts, start, the denoising loop, pixels."""
-# Letters: B pictures, h w latent size
+# Letters: B images, h w latent size
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack

@@ -5,8 +5,8 @@ Three tiers, by the processor seconds of a case of each test, which `tests/durat
 - `fast`: at most CASES cases of each test that takes less than LONG seconds, starts no script and no browser
   and compiles nothing; and the cases marked `whole_way`.
 - The default: all but what is marked `slow`. Of a test that takes more than COSTLY seconds the first case
-  alone, and none of one that takes more than HEAVY, unless `tests/heavy.toml` says why or a row of
-  `tests/seams.toml` needs it.
+  alone, and none of one that takes more than HEAVY, unless `tests/heavy.toml` says why. Tests that a row of
+  `tests/seams.toml` needs are there with all cases.
 - Everything: the rest too.
 
 `slow_cases("CASE", ...)` marks single cases of a quicker test as slow, because others show the same daily.
@@ -17,7 +17,7 @@ import functools
 import inspect
 import subprocess
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -49,7 +49,7 @@ def set_marks(items: Sequence[pytest.Item]) -> None:
     are slow, and those of the fast tier.
     """
     durations = read_durations()
-    kept = {*read_heavy(), *read_seam_tests()}
+    seams, heavy = read_seam_tests(), read_heavy()
     quick: dict[str, list[pytest.Item]] = defaultdict(list)  # test -> its cases that may be in the fast tier
     seen: set[str] = set()  # tests with a case in the default tier
     for item in items:
@@ -58,7 +58,9 @@ def set_marks(items: Sequence[pytest.Item]) -> None:
         given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
         for mark in _marks_of(tuple(given)):
             item.add_marker(mark)
-        if is_slow_case(item) or (name not in kept and is_costly(name, durations, seen)):
+        seconds = 0.0 if name in seams else durations.get(name, 0.0)
+        is_left_out = seconds > HEAVY and name not in heavy
+        if is_slow_case(item) or is_left_out or (seconds > COSTLY and name in seen):
             item.add_marker("slow")
         marks = {mark.name for mark in item.iter_markers()}
         if {"slow", "gpu"} & marks:
@@ -71,18 +73,6 @@ def set_marks(items: Sequence[pytest.Item]) -> None:
     for cases in quick.values():
         for item in spread(cases):
             item.add_marker("fast")
-
-
-def is_costly(name: str, durations: Mapping[str, float], seen: Container[str]) -> bool:
-    """Return whether a case is left out of the default tier for its time.
-
-    Args:
-        name: Test.
-        durations: Seconds of a case of each test that takes more than LONG.
-        seen: Tests that have a case in the default tier already.
-    """
-    seconds = durations.get(name, 0.0)
-    return seconds > HEAVY or (seconds > COSTLY and name in seen)
 
 
 def spread(cases: Sequence[pytest.Item]) -> list[pytest.Item]:

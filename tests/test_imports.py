@@ -70,7 +70,7 @@ FLOORS = {
     "modules": (
         {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
-        | {"text_encodings", "varints", "version"},
+        | {"integers", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
@@ -157,6 +157,7 @@ _LIGHT = {
         *(
             "help_text",
             "installed",
+            "integers",
             "mistyped",
             "option_checks",
             "option_tables",

@@ -10,7 +10,7 @@ from tests import long_tests, marks
 from tests.browser import test_light
 from tests.durations import is_there, read_durations, read_heavy, write_durations
 from tests.long_tests import Measuring
-from tests.marks import CASES, COSTLY, HEAVY, is_costly, spread, starts_script
+from tests.marks import CASES, COSTLY, HEAVY, spread, starts_script
 from tests.warm_processes import CAN_BE_WARM, WarmServer
 
 # Processor seconds of the tests in tests/durations.toml that the default tier may have. What is quicker takes
@@ -35,13 +35,49 @@ def test_a_heavy_test_is_there_and_says_what_else_would_not_notice(name: str) ->
     assert len(read_heavy()[name].split()) >= 5
 
 
-def test_of_a_costly_test_the_first_case_stays_and_of_a_heavy_one_none() -> None:
-    durations = {"a": COSTLY + 0.01, "b": HEAVY + 0.01, "c": COSTLY - 0.01}
-    assert not is_costly("a", durations, seen=set())
-    assert is_costly("a", durations, seen={"a"})
-    assert is_costly("b", durations, seen=set())
-    assert not is_costly("c", durations, seen={"c"})
-    assert not is_costly("not measured", durations, seen={"not measured"})
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("tests/a.py::test_quick", [1, 2, 3]),
+        ("tests/a.py::test_not_measured", [1, 2, 3]),
+        ("tests/a.py::test_costly", [1]),
+        ("tests/a.py::test_heavy", []),
+        ("tests/a.py::test_heavy_with_a_reason", [1]),
+        ("tests/a.py::test_over_a_seam", [1, 2, 3]),
+    ],
+)
+def test_what_a_case_takes_decides_how_many_are_in_the_default_tier(
+    monkeypatch: pytest.MonkeyPatch, name: str, cases: list[int]
+) -> None:
+    durations = {
+        "quick": COSTLY,
+        "costly": HEAVY,
+        "heavy": 9.0,
+        "heavy_with_a_reason": 9.0,
+        "over_a_seam": 9.0,
+    }
+    table = {f"tests/a.py::test_{key}": seconds for key, seconds in durations.items()}
+    monkeypatch.setattr(marks, "read_durations", lambda: table)
+    monkeypatch.setattr(marks, "read_heavy", lambda: {"tests/a.py::test_heavy_with_a_reason": "a reason"})
+    monkeypatch.setattr(marks, "read_seam_tests", lambda: {"tests/a.py::test_over_a_seam"})
+    items = [FakeItem(f"{name}[{number}]") for number in (1, 2, 3)]
+    marks.set_marks(cast(list[pytest.Item], items))
+    assert [number for number, item in enumerate(items, 1) if "slow" not in item.marks] == cases
+
+
+class FakeItem:
+    """A case of a test, as far as marks look at it."""
+
+    def __init__(self, nodeid: str) -> None:
+        self.nodeid = nodeid
+        self.marks: list[str] = []
+        self._fixtureinfo = SimpleNamespace(name2fixturedefs={})
+
+    def add_marker(self, name: str) -> None:
+        self.marks.append(name)
+
+    def iter_markers(self, name: str | None = None) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=mark, args=()) for mark in self.marks if name in {None, mark}]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 11])
@@ -52,7 +88,7 @@ def test_of_many_cases_the_first_and_the_last_are_fast(count: int) -> None:
 
 
 def test_the_table_is_read_as_it_was_written_without_tests_that_are_gone(tmp_path: Path) -> None:
-    here = "tests/test_tiers.py::test_of_a_costly_test_the_first_case_stays_and_of_a_heavy_one_none"
+    here = "tests/test_tiers.py::test_the_default_tier_is_within_its_budget"
     path = tmp_path / "durations.toml"
     write_durations({here: 1.5, "tests/test_tiers.py::test_gone": 2.0, "tests/gone.py::test_a": 2.0}, path)
     assert read_durations(path) == {here: 1.5}

@@ -128,7 +128,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     }
 
 
-# --- pictures
+# --- images
 # ------------------------------------------------------------------------------------------------------------
 
 

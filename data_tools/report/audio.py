@@ -48,7 +48,7 @@ def listen(source: MediaSource) -> Heard:
 
     Raises MediaError or OSError if a file cannot be read.
     """
-    seconds = None  # of the pictures
+    seconds = None  # of the images
     try:
         with fetch(source) as here:
             path = find_audio(here)

@@ -80,7 +80,7 @@ class TextRecord:
     crc32: Mapping[str, str]
     # the table's additions to captions, and the number of captions; without default values
     settings: Mapping[str, Any] = field(default_factory=dict)
-    references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
+    references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with it
     as_shown: int = 0  # and saw as a viewer shows them
 
 

@@ -142,7 +142,7 @@ class Recipe:
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
-            changed = None  # latents of pictures only hold a place, whatever made them
+            changed = None  # latents of images only hold a place, whatever made them
         return changed or records.options_difference(recorded, options, self.latent)
 
 
@@ -279,7 +279,7 @@ class Planning:
             if has_companions(source) and not any(records.CLOCK in text for text in texts if text):
                 return None  # headers have to be compared
             if not self._is_as_shown(texts):
-                return None  # from an earlier version: the result depends on the pictures
+                return None  # from an earlier version: the result depends on the images
             shape += (file[len(source.stem) :], *texts)
         return tuple(shape)
 

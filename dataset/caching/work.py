@@ -322,7 +322,7 @@ class MediaWork:
         Files of sections that an item no longer has are removed afterwards.
         """
         if self._encoders is None and not batch[0].moments:
-            self.free()  # the networks of pictures and of sound take turns
+            self.free()  # the networks of images and of sound take turns
             self._encoders = latents.load_encoders(self._family, self._device)
         names = [_latent_name(item) for item in batch]
         keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]

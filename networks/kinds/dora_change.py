@@ -21,14 +21,14 @@ class DoraAlgebra(Algebra):
         self.magnitudes = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return the magnitudes if they belong neither to rows nor to columns; None otherwise."""
+        """Return the error if the number of magnitudes fits neither rows nor columns; None if it fits one."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.part} has the shape {list(shape)}"
         return None
 
     def row_parts(self, factors: Factors) -> set[str] | None:
-        """Return the magnitudes if there is one for each row; none if there is one for each input."""
+        """Return the part whose values belong to rows: the magnitudes, or none if they belong to inputs."""
         return set() if is_by_input(factors[self.part]) else {self.part}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modules.integers import round_up
 from modules.layers.convolution import compute_piece
 from modules.private_torch import (
     READ_NUMBER,
@@ -45,7 +46,7 @@ Moment = Mapping[str, int]  # bytes by kind
 
 def round_up_bytes(size: int) -> int:
     """Round a size up to a multiple of the allocation granularity of CUDA's allocator."""
-    return -(-size // GRANULE) * GRANULE
+    return round_up(size, GRANULE)
 
 
 @dataclass

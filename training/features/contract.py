@@ -46,7 +46,7 @@ from training.learning_options import NO_FROZEN_MODEL
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
-# of `JoinedRun.needs`: what batches have besides pictures and captions
+# of `JoinedRun.needs`: what batches have besides images and captions
 EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
 # likewise: batches may need the model without the network
