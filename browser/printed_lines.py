@@ -392,7 +392,7 @@ def _find_part(name: str, value: str) -> str:
     """Return what stands in a placeholder, as a text that pages translate if it has a known form."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
-    return _find(value, (*PARTS, *REASONS)) or value
+    return _find(value, (*REASONS, *PARTS)) or value
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from browser.page_language import read_texts
-from browser.printed_lines import is_for_terminal, translate_line
+from browser.printed_lines import is_for_terminal, translate_command, translate_line, translate_reason
 from browser.render_queue import PHASES
 from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
@@ -22,7 +22,7 @@ from project.new_options import NewOptions
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_images
 from tests.commands import ROOT
-from training.reports.history import HIGHEST, PREDICTED, History
+from training.reports.history import HIGHEST, PREDICTED, History, PageCommand
 from training.summary import list_memory
 
 
@@ -209,3 +209,41 @@ def test_all_that_a_training_notes_of_its_memory_and_its_end_is_translated(tmp_p
             assert texts["ended by an error after step %(step)s: %(reason)s"].split("%")[0] in page
         assert "measured" not in page
         assert texts["most host memory of this process so far, measured"] in page
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+@pytest.mark.parametrize(
+    ("told", "stays"),
+    [
+        (
+            "/d/x.safetensors cannot be written: the disk is full. No partial file was kept. Free some space "
+            "or choose another folder, and run again.",
+            "/d/x.safetensors",
+        ),
+        ("the device has too little memory for this run: CUDA out of memory.", "CUDA out of memory"),
+        ("m/dit.safetensors: there is no such file or folder. Did you mean m/dit2.safetensors?", "dit2"),
+        ("step 7: the loss is nan, the gradient norm 1.0; nothing of this step was saved.", "nan"),
+    ],
+)
+def test_the_reason_of_an_end_is_told_in_the_language_of_the_page(told: str, stays: str, code: str) -> None:
+    with speaking(Language(code, read_texts(code))):
+        for shown in (
+            show(translate_reason(f"{told}\n  details")),
+            show(translate_line(f"ended by an error after step 7: {told}")),
+        ):
+            assert stays in shown
+            assert not re.search("cannot|memory for|no such|nothing of|ended", shown)
+        assert show(translate_reason(f"{told}\n  details")).endswith("\n  details")
+    assert translate_reason("another text\nof two lines") == "another text\nof two lines"
+
+
+def test_commands_below_a_run_are_told_in_the_language_of_the_page() -> None:
+    note = "The first sample again; change the prompt. Commands here are typed in the folder /d/a b."
+    command = PageCommand("Convert the LoRA for ComfyUI", "python x.py", "python x.py", note)
+    assert translate_command(command) == command
+    with speaking(Language("zh", read_texts("zh"))):
+        shown = translate_command(command)
+        assert "ComfyUI" in show(shown.title)
+        assert "Convert" not in show(shown.title)
+        assert "/d/a b" in show(shown.note)
+        assert not re.search("Commands|sample", show(shown.note))
