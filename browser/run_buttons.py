@@ -107,8 +107,10 @@ class MakingCommand:
     def fields(self) -> list[tuple[int, str, str]]:
         """Index of each word that the form asks for, its label and its text."""
         prompt = self.find_index([PROMPT])
-        control = self.find_index(CONTROL_FLAGS)
-        fields = [(prompt, say("Prompt"), self.read(prompt))] if prompt else []
+        control = self.control_index
+        fields: list[tuple[int, str, str]] = []
+        if prompt:
+            fields.append((prompt, say("Prompt"), self.read(prompt)))
         if control:
             fields.append((control, say("Control picture"), self.read(control)))
         for index, word in enumerate(self.words):
