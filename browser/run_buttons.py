@@ -505,7 +505,8 @@ class RunButtons:
             results.append(trace)
         if not results and shown.plan is not None:
             has_runs = any(trace.parent.glob(f"*{END}"))
-            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            # other runs of this folder were trained with the other files
+            names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)

@@ -107,7 +107,7 @@ def load_planned(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the `Quantisation` of a text encoder.
+    """Return the `Quantization` of a text encoder.
 
     Args:
         form: Name of a module of `checkpoints.stored`.

@@ -113,7 +113,7 @@ class MadeBy:
     """The encoder that made a cache file, as the file's record states it."""
 
     path: Path
-    part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
+    part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
     windows: int = 0  # how many items its clip gives; 0: the cache does not say

@@ -383,7 +383,7 @@ def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
 class Abilities:
     """Abilities that only some families have."""
 
-    hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
+    hear: bool = False  # it is a `HearsAudio`: its clips can have sound, in some runs
     rate: bool = False  # the frame rate is an input of the model, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"

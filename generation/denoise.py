@@ -158,6 +158,7 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
+        # conditions of equal shapes run as one batch, all others one by one
         can_stack = not split and _are_alike(conditions)
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
@@ -171,7 +172,7 @@ def predictor(
                     audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
                 streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
                 timesteps = torch.stack([times * (not is_clean) for times, is_clean in streams], dim=1)
-            # ids identify the pass, because all steps of a section use the same objects
+            # ids tell passes apart: all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,

@@ -95,7 +95,10 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """Enter another place of the run; live tensors without another kind count as kept from then on."""
+        """Enter another part of the run.
+
+        From now on, live tensors without another kind count as kept from an earlier part.
+        """
         self._place = place
         self._number += 1
         self._here = 0

@@ -65,8 +65,9 @@ class FeatureOptions(Options):
     """Base class of a feature's options; the parser, --config_file and --help are composed of all of them.
 
     Attributes:
-        at: Position in --help.
-        facts: How resuming and metadata treat all options of the record, such as HABIT or FREE.
+        at: Where the options stand in --help, one of the constants AT_... above.
+        facts: Facts that hold for all options of the record, such as whether resuming may change them (HABIT,
+            FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
         of_run: Record of those options that `run` has too and passes to its training.

@@ -416,7 +416,9 @@ class JoinedRun:
     # of the dataset, and the model: empty and None while they are not known, before `on.start`
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
-    needs: set[str] = field(default_factory=set)  # what batches have: EMPTY_PROMPT, WORSE_ONES and the like
+    needs: set[str] = field(
+        default_factory=set
+    )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
     targets: list[StepTarget] = field(default_factory=list)
     # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
     keeps_steps: bool = False
