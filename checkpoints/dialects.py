@@ -215,7 +215,7 @@ def shapes_of(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """Hold the shapes of a transformer's tensors, from which its dimensions are read."""
+    """The shapes of a transformer's tensors, from which its dimensions are read."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape

@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Hold which weights of linear layers are stored in a form while a network is loaded."""
+    """Settings of a loading: which weights of linear layers are stored in which form."""
 
     form: StoredForm | None  # that options ask for
     rounded: frozenset[str] = frozenset()
-    staying: frozenset[str] = frozenset()  # as the file has them
+    staying: frozenset[str] = frozenset()  # as in the file
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.staying

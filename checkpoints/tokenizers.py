@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Hold which files are the tokenizer of one text encoder, and where they may be."""
+    """The files that make up the tokenizer of one text encoder, and where they may be."""
 
     option: str  # "--t5_tokenizer"
     names: tuple[str, ...]  # any of these files is one; the first that exists is used

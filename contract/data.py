@@ -389,7 +389,7 @@ class LatentSpec:
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
-    clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    clip: int = 0  # frames of a clip that is encoded separately; 0: a video is encoded whole
     tail: int = 1  # frames of a video behind its whole clips
     holds_audio: bool = False  # see `AudioSpec.is_inside`
     # metadata that other programs give caches of the same name for another use: name, value of this run

@@ -154,7 +154,7 @@ class DitSpec:
     with_convolutions: tuple[str, ...] = ()
     numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
-    # each size is compiled by itself: torch's compiler fails on convolutions of general sizes
+    # each size is compiled separately: torch's compiler fails on convolutions of general sizes
     compiles_each_size: bool = False
     # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)

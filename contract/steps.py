@@ -87,7 +87,7 @@ class Overrides:
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
-    isolated: bool = False  # image and sound do not hear each other
+    isolated: bool = False  # image and audio do not attend to each other
     away: Away | None = None
     slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out

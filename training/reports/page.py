@@ -32,7 +32,7 @@ MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 @dataclass(frozen=True)
 class Standing:
-    """Hold the state of a run."""
+    """The state of a run."""
 
     start: Start
     step: int
