@@ -525,7 +525,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that were listed."""
         try:
-            self.describe_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # raises the reason why the run cannot be removed now
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(

@@ -264,7 +264,10 @@ def _measure_growth(normaliser: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length of the longest text in a charsmap: index size, index, texts that end in NUL."""
+    """Return the length of the longest replacement text in a charsmap of SentencePiece.
+
+    The bytes are the size of an index, the index, and the texts, each of which ends in NUL.
+    """
     texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return float(max(map(len, texts.split(b"\0"))))
 

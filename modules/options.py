@@ -573,7 +573,10 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 
 def info_of(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the information of every option of a record, nested records included, by the option's public name."""
+    """Return the metadata of every option of a record by the option's public name.
+
+    Options of nested records are included.
+    """
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
