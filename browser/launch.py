@@ -239,7 +239,7 @@ else:
 """
 # commands that load torch next
 WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
-WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model before it
+WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # behind the name of a model
 # how the other scripts read their options: they end behind that if they are asked to
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them

@@ -74,7 +74,7 @@ class NoiseSpec:
     # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
-    cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
+    cut_logit: rules.CutLogit | None = None  # of the sampler cut_logit_normal
     # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
     audio_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations

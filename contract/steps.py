@@ -73,7 +73,7 @@ class Turn:
     step: int  # from 0, of those that are made
     num_steps: int
     timestep: float  # what the network is fed
-    next_timestep: float  # likewise in the next step; 0 in the last one
+    next_timestep: float  # what it is fed in the next step; 0 in the last one
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 

@@ -37,7 +37,7 @@ FREE = {"resume": "free"}  # it may give another one
 HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, of files: by their names
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
-OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+OF_DECODING = {"record": "decoding"}  # its value as given; a run that only decodes records its own
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
@@ -49,7 +49,9 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
+APPENDS = {
+    "reach": "appends"
+}  # something is added at the end of a file: from a file of options only to a log
 # something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
 # fact `intention`: what any other does
 SENDS = {"reach": "sends"}

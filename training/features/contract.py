@@ -49,9 +49,9 @@ AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "meta
 # of `JoinedRun.needs`: what batches have besides images and captions
 EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
-# likewise: batches may need the model without the network
+# of `JoinedRun.needs` too: batches may need the model without the network
 BASE_MODEL = "the model without the network"
-# likewise: text encoders work while training, as they learn a new word
+# of `JoinedRun.needs` too: text encoders work while training, as they learn a new word
 LIVE_TEXTS = "text encoders that learn a word"
 
 # of `custom_attributes` of a table: its samples stay as the model without the network predicts them

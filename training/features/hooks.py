@@ -395,7 +395,7 @@ class Hooks:
     # given the passes of a step, its batch and what the prediction is compared with, the clip first: the
     # comparisons in their place
     target: list[Compare] = field(default_factory=list)
-    validation: list[Compare] = field(default_factory=list)  # likewise, while the run validates
+    validation: list[Compare] = field(default_factory=list)  # the comparisons while the run validates
     # likewise: errors of each sample in passes with gradients that come before the usual one
     passes: list[MorePasses] = field(default_factory=list)
     # given the DiT, its batch and the seed of the run: what a pass with gradients runs in
