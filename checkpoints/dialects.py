@@ -313,6 +313,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
+    """Return one source whose tensor is the concatenation of the parts' tensors."""
     if len(parts) == 1:
         return parts[0]
 

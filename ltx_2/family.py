@@ -531,6 +531,8 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the sections of all stages, which have no noisy references; return the latents."""
+
         def draw(stage: Prepared) -> Tensor:
             joint = stage.joint
             if joint is None:

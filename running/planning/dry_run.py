@@ -323,6 +323,8 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
 def _watch(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
+    """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
+
     def enter_hook(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 
