@@ -199,6 +199,15 @@ def find_folder(runs: Runs, text: str) -> Path | None:
     return real_path(path)
 
 
+def find_file(runs: Runs, text: str) -> Path | None:
+    """Return the path of an existing file below the roots; None for any other text."""
+    try:
+        path = expand_path(text.strip(), runs.tops[0])
+        return path if runs.is_below(path) and path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def find_typed(runs: Runs, text: str) -> Path | None:
     """Return the path of an existing folder anywhere on the machine; None for any other text.
 

@@ -45,6 +45,13 @@ logger = logging.getLogger(__name__)
 TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
+# keys that only tables with subsets have
+OF_SUBSETS = {
+    name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
+    "it out, or write the file with them"
+    for name, key in SUBSET_KEYS.items()
+    if name not in KEYS and key.place != SUBSET
+}
 
 # A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
 # source key of sounds -> source key of clips
@@ -113,6 +120,7 @@ def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[Datas
         problems=problems,
         misplaced=misplaced,
         names=forms.SPELLINGS,
+        of_other_layout=OF_SUBSETS,
     )
     tables = []
     for index, entry in enumerate(entries):
@@ -392,6 +400,7 @@ def _read_table(
         problems=problems,
         misplaced=_find_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
+        of_other_layout=OF_SUBSETS,
     )
     unused = find_unused(entry) if entry.get("validation") else None
     if unused is not None:

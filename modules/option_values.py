@@ -143,7 +143,9 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
     for kind in kinds:
         if kind is Path:
             if not str(value):
-                raise OptionError(f"{option} is empty: give a path, or leave the option out")
+                raise OptionError(
+                    f"{option} is empty: give a path, or leave the option out if the run does not need it"
+                )
             return to_path(option, str(value))
         if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]

@@ -574,7 +574,7 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
-def info_of(cls: type) -> dict[str, dict[str, Any]]:
+def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
     """Return the metadata of every option of a record by the option's public name.
 
     Options of nested records are included.
@@ -588,6 +588,10 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
         for name, info_inside in inner.items():
             info[name] = {**outer, **info_inside}
     return info
+
+
+# collected once for each record; all callers share the result
+info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def go_back(root: Path) -> None:
                 _undo_zip(root)
             return
         note = _read_commits(root)
-        _reject_changes(root)
+        _reject_changes(root, "back")
         _reject_own_commits(root, note)
         _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_back=True))
     _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
@@ -212,7 +212,7 @@ def _keep_program(root: Path) -> None:
 
 
 def _update_clone(root: Path) -> None:
-    _reject_changes(root)
+    _reject_changes(root, "an update")
     before = _git(root, "rev-parse", "HEAD")
     _git(root, "fetch", "--quiet")
     after = _git(root, "rev-parse", "@{upstream}")
@@ -221,7 +221,8 @@ def _update_clone(root: Path) -> None:
         _say("This is the newest version.")
         return
     _move_clone(root, CloneMove(before, after, is_back=False))
-    _say(f"Updated by {count} changes, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
+    changes = f"{count} change{'s' if count != '1' else ''}"
+    _say(f"Updated by {changes}, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
     _say("back returns to the version before.")
 
 
@@ -335,12 +336,12 @@ def _list_changes(root: Path) -> list[str]:
     return [line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()]
 
 
-def _reject_changes(root: Path) -> None:
+def _reject_changes(root: Path, command: str) -> None:
     changed = _list_changes(root)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(changed[:3])}{more}, which an update would overwrite. Commit that, or "
+            f"You changed {', '.join(changed[:3])}{more}, which {command} would overwrite. Commit that, or "
             "put it aside with git stash, and run again"
         )
 

@@ -38,7 +38,7 @@ from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.options import check_trigger, find_models
+from project.options import check_trigger, find_models, script_family
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -214,16 +214,6 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
     return selected
 
 
-def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents.
-
-    Raises:
-        KeyError: If the command is not one that caches latents.
-    """
-    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    return scripts[words[1]]
-
-
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
     """Return the family's rule for few-step models; None if this model is not one."""
     if not knows_few_steps(family):
@@ -275,9 +265,9 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
         if kind.has_few_steps:
             subject = "a model of few steps"
         task = _find_task_of(family, model, kind)
-        instead = "give another --task" if task is None else f"give --task {task}"
+        instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: {instead}, or the "
+            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: give {instead}the "
             f"file of {model.task}"
         )
     return None

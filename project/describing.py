@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.requests import COUNTS, VALUES
+from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
@@ -134,6 +135,14 @@ class Choice:
     def inside(self, path: Path) -> str:
         """Return a path relative to the folder, with forward slashes."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of the dataset, as a prompt of a sample."""
+
+    instruction: str  # "" if it has no caption
+    images: str  # options for the images that it changes
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
@@ -357,14 +366,18 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 def describe_samples(choice: Choice) -> str:
     """Return prompts.txt: the subject in two situations that no caption mentions, and a prompt without it.
 
-    For a network with control images, the prompts are captions together with their control images.
+    For a network with control images, the prompts are captions together with their control images. For
+    edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
     released_values = _released_values(choice.model)
     if choice.content.controls:
         return _describe_control_samples(choice, released_values)
     if choice.content.layers:
         return _describe_layer_samples(choice, released_values)
-    captions = [item.caption for item in choice.media if item.caption]
+    edits = _list_edits(choice)
+    if edits:
+        return _describe_edit_samples(choice, edits, released_values)
+    captions = [find_text(item.caption) for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
     # without the names of regularization folders, which only name the class
     names = [name.words for place, name in choice.content.names.items() if place in learned]
@@ -372,17 +385,29 @@ def describe_samples(choice: Choice) -> str:
     if choice.tags is not None:
         subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
-    references = _list_reference_options(choice)
     if not choice.kind.learns_word:
-        prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
+        prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
     quality = choice.model.data.get("tags")
     if quality:
         prompts = [f"{quality}, {prompt}" for prompt in prompts]
     size = _sample_size(choice)
-    media_of_samples = itertools.cycle(references[:3] or _start_options(choice))
+    start = _write_start_options(choice)
     lines = ""
-    for seed, (prompt, media) in enumerate(zip(prompts, media_of_samples, strict=False), start=1):
-        parts = [prompt, size, released_values, media, f"--d {seed}"]
+    for seed, prompt in enumerate(prompts, start=1):
+        parts = [prompt, size, released_values, start, f"--d {seed}"]
+        lines += " ".join(filter(None, parts)) + "\n"
+    return lines
+
+
+def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
+    """Return prompt lines for the first and a middle edit as they are trained, and one for another edit."""
+    shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
+    samples = [edit for edit in shown if edit.instruction]
+    if not samples or not choice.kind.learns_word:
+        samples.append(Edit(OTHER_EDIT, edits[-1].images))
+    lines = ""
+    for seed, edit in enumerate(samples, start=1):
+        parts = [edit.instruction, _sample_size(choice), released_values, edit.images, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
     return lines
 
@@ -480,22 +505,24 @@ def _released_values(model: ModelSet) -> str:
     return " ".join(options)
 
 
-def _start_options(choice: Choice) -> list[str]:
+def _write_start_options(choice: Choice) -> str:
     """Return the options for the first and last frame of all samples, if the model starts from frames."""
-    return [_write_frames(choice)] if choice.model.data.get("from_image") else [""]
+    return _write_frames(choice) if choice.model.data.get("from_image") else ""
 
 
-def _list_reference_options(choice: Choice) -> list[str]:
-    """Return a line of --ci options for each image all of whose references can be read."""
+def _list_edits(choice: Choice) -> list[Edit]:
+    """Return the edits of the dataset all of whose references can be read."""
     references = choice.content.references
-    lines = []
+    edits = []
     for item in choice.media:
         if item.kind != "image" or item.path.parent not in references:
             continue
         sources = reference_of(item, references[item.path.parent])[: choice.facts.references]
         if sources and not any(map(why_unused, sources)):
-            lines.append(" ".join(f"--ci {choice.inside(path)}" for path in sources))
-    return lines
+            images = " ".join(f"--ci {choice.inside(path)}" for path in sources)
+            instruction = add_trigger(find_text(item.caption or ""), choice.trigger or "")
+            edits.append(Edit(_plain(instruction), images))
+    return edits
 
 
 def _write_frames(choice: Choice) -> str:

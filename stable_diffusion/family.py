@@ -30,6 +30,7 @@ from contract.data import (
     send_tensor,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from contract.few_steps import FewSteps
 from contract.loading import Placement
 from contract.made_networks import MadeNetwork
 from contract.new_words import WordToLearn
@@ -167,8 +168,14 @@ class StableDiffusion(ModelOfImages):
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
+    few_steps: ClassVar[FewSteps] = FewSteps(adapter="", targets=())  # Turbo, Lightning, LCM and the like
     can: ClassVar[Abilities] = Abilities(
-        bring_texts=True, train_checkpoint=True, make_network=True, take_words=True, learn_words=True
+        bring_texts=True,
+        train_checkpoint=True,
+        make_network=True,
+        take_words=True,
+        learn_words=True,
+        tell_few_steps=True,
     )
 
     @property

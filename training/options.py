@@ -365,7 +365,8 @@ def read_training(
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
-        log_idle(args, options, family_options)
+        if args.options_of_file:
+            log_idle(args, options, family_options)
     return options, family_options, list_script_options(command.parser, family_options, options)
 
 

@@ -116,12 +116,13 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     lora = plan.learner.lora
     sizes = _sizes_of_file(run)
     num_weights = sum(parameter.numel() for parameter in parameters)
+    times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", _describe_data(plan)),
-        ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
+        ("timesteps", "\n".join(times)),
         ("targets", "\n".join(plan.joined.describe_targets()) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", _describe_rates(options, run.model.trainable, plan.learner)),
@@ -165,11 +166,13 @@ def _make_writing_rows(
     plan = run.plan
     options = run.options
     samples = options.samples
-    sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+    sampling = None
+    if samples.are_made:
+        sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     page = page_path(plan.names.folder, plan.names.name)
     return [
         ("saves", _saving_times(plan.saving)),
-        ("samples", sampling if samples.are_made else None),
+        ("samples", sampling),
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),

@@ -27,6 +27,7 @@ from data_tools.report.findings import (
     load_counters,
     repair_captions,
 )
+from data_tools.report.layers import find_unusable_layers
 from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
 from dataset.batches.checks import SameEncoders, describe_identity
@@ -348,6 +349,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
     """Compare sources with their caches, and return the plans; sources without a record are decoded."""
     table = findings.table
     plans, unreadable = _plan_sources(findings, recipe, workers)
+    unreadable += find_unusable_layers(plans, workers)
     _count_items(findings, plans, workers)
     findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)

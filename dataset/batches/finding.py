@@ -31,9 +31,9 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, form_of
 from dataset.sources.media_source import pause_collection
+from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
-from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -458,8 +458,7 @@ def _explain_empty(table: DatasetTable) -> str:
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
-        where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
-        error = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
+        error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
     if of_any_model is not None:
         error += (
             f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"

@@ -14,9 +14,9 @@ from dataset.forms.contract import TableRow
 from dataset.forms.rows import check_text, locate
 from dataset.sources.captions import complete_captions
 from dataset.sources.media_source import Fault, MediaSource, number_repeats
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
-from modules.paths import explain_missing
 
 # folders next to that of the clips
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
@@ -78,7 +78,7 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     keys = table.of(CogVideoXKeys)
     root = keys.cogvideox_root
     if not root.is_dir():
-        raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
+        raise DatasetError(f"{name}: {root}: no such folder{explain_lookup(root, table.config_path)}")
     open_rows = _open_lists if keys.dataset_file is None else _open_table
     clips = open_rows(table, root, name)
     for row in clips.rows:

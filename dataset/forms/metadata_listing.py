@@ -6,6 +6,7 @@ from typing import Any
 
 from dataset.sources.captions import captions_in, lines_of, not_utf8
 from dataset.sources.media_source import Fault, MediaSource, unique_stems
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
@@ -32,7 +33,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         raise not_utf8(path, 0) from None
     except OSError as error:
         raise DatasetError(
-            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+            f"{table.name}: metadata_file = {path}: {error.strerror}{explain_lookup(path, table.config_path)}"
         ) from error
     except ValueError as error:
         raise DatasetError(f"{path} is not valid JSON: {error}") from None

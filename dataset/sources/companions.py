@@ -50,7 +50,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         if folder is None:
             continue
         try:
-            paired, alone = _pair(folder, key, stems)
+            paired, alone = _pair(table, folder, key, stems)
             if not paired:
                 raise DatasetError(_explain_unpaired(table, folder, key, stems))
         except DatasetError as error:
@@ -86,7 +86,9 @@ def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> N
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), remark, paths[0])
 
 
-def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
+def _pair(
+    table: DatasetTable, folder: Path, key: str, stems: Collection[str]
+) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
     """Return the paths for each stem, in order, and the paths without a stem.
 
     Raises DatasetError if two files have one stem and number.
@@ -94,7 +96,7 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
-    for entry in list_entries(folder, key):
+    for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:

@@ -641,3 +641,11 @@ def test_a_mask_that_another_server_has_drawn_first_is_not_replaced(folder: Path
     with pytest.raises(MaskConflictError):
         servers[1].draw(folder, place, png, "")
     assert not (folder / ".masks.lock").exists()
+
+
+def test_a_typed_color_stays_while_the_form_is_built_again(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    save_image(folder / "a.png")
+    query = urlencode({"folder": folder, "part": "form", "finder": "colour", "colour": "12ab34"})
+    with serve_runs(tmp_path) as served:
+        assert 'name="colour" value="12ab34"' in served.ask(f"/new/masks?{query}").text
