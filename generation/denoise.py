@@ -158,15 +158,13 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
-        # conditions of equal shapes run as one batch, all others one by one
-        can_stack = not split and _are_alike(conditions)
+        can_stack = not split and _are_alike(conditions)  # to one batch; others run one by one
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams) or step.audio_sigma is not None:
-                # images and audio have timesteps of their own: B 2
+            if any(clean_streams) or step.audio_sigma is not None:  # B 2: of images, and of audio
                 audio_timesteps = timesteps
                 if step.audio_sigma is not None:
                     audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)

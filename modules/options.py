@@ -49,9 +49,7 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {
-    "reach": "appends"
-}  # something is added at the end of a file: from a file of options only to a log
+APPENDS = {"reach": "appends"}  # a file grows at its end; if a file of options asks for it, only a log may
 # something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
 # fact `intention`: what any other does
 SENDS = {"reach": "sends"}
