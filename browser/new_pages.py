@@ -96,7 +96,7 @@ from browser.new_form import (
 )
 from browser.new_steps import FolderStanding, select_step
 from browser.offered_folders import find_open_folder, require_inside
-from browser.printed_lines import is_for_terminal
+from browser.printed_lines import is_for_terminal, translate_line
 from browser.responses import (
     Form,
     answer_form,
@@ -387,8 +387,9 @@ class NewPages:
         return {
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
-            "whole_refusal": FULL.why_not(model, self.memory),
-            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
+            "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),
+            "kind_lines": [translate_line(line) for line in chosen.describe(model, self.memory)]
+            or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_info(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
