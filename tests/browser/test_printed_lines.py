@@ -2,6 +2,7 @@
 
 import re
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 import torch
+from PIL import Image
 
 from browser.page_language import read_texts
 from browser.printed_lines import is_for_terminal, translate_command, translate_line, translate_reason
 from browser.render_queue import PHASES
+from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
@@ -58,6 +61,74 @@ def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
             assert words.shown() != line
             assert any(ord(character) > 0x3000 for character in words.shown())
     assert [translate_line(line) for line in shown] == shown
+
+
+def save(path: Path, width: int = 320, mode: str = "RGB", caption: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (width, 300), zlib.crc32(path.name.encode()) % 0xFFFFFF).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def fill_odd_folders(root: Path) -> None:
+    """Write folders of which `new` has much to say."""
+    for index in range(4):
+        save(root / "tags" / f"t{index}.png", caption=f"1girl, solo, blue_hair, looking_back, t{index}")
+        save(root / "kohya" / "img" / "10_ohwx man" / f"k{index}.png")
+        save(root / "kohya" / "reg" / "1_man" / f"r{index}.png")
+        save(root / "pairs" / f"e{index}.png", caption="an edge")
+        save(root / "pairs" / "conditioning" / f"e{index}.png")
+        save(root / "masks" / f"m{index}.png", caption="a cat")
+        save(root / "masks" / "masks" / f"m{index}.png")
+        save(root / "mixed" / f"p{index}.png", width=500 + index, mode="RGBA", caption="a dog")
+    mixed = root / "mixed"
+    save(mixed / "tiny.png", width=64, caption="tiny")
+    save(mixed / "wide.png", width=3000)
+    for name in ("same1.png", "same2.png"):
+        Image.new("RGB", (300, 300), 77).save(mixed / name)
+    (mixed / "p0.txt").write_bytes("schön".encode("latin-1"))
+    (mixed / "p1.txt").write_text("", encoding="utf-8")
+    for name in ("broken.png", "empty.jpg", "notes.txt", "x.pdf", "x.heic", "x.psd", "x.wav", "x.zip"):
+        (mixed / name).write_bytes(b"" if name == "empty.jpg" else b"x")
+    (root / "none").mkdir()
+    (root / "none" / "a.pdf").write_bytes(b"x")
+
+
+# what no language changes: paths, options, keys, code, names of models, programs and formats
+NAMES = re.compile(
+    r"`[^`]*`|'[^']*'|\([^()]*, \.\.\.\)|--[\w-]+|\S*[/_=\[]\S*|[A-Z]\w*(?:-\w+)*"
+    r"|[\w./~\\ -]*\.(?:png|jpg|txt|toml|pdf|heic|psd|wav|zip|md|bak)\b"
+    r"|\b(?:wan|edit|t2v|resolution|transformer|fp8|control|before|source|reference)\b"
+    r"|\b(?:pip|install|pillow-heif|ohwx|man|reg|true|lora|masks|python|reelsmith|run|hair|1girl|solo)\b"
+    r"|\bthe cat wears a hat\b"
+)
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_no_english_word_is_left_of_odd_folders(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    fill_odd_folders(tmp_path)
+    models = {"stable_diffusion": "xl", "wan": "t2v-1.3B", "qwen_image": "edit"}
+    printed: list[str] = []
+    for folder in sorted(tmp_path.iterdir()):
+        for family, task in models.items():
+            options = NewOptions.usual(
+                folder=folder, family=family, task=task, memory=12, models=tmp_path, overwrite=True
+            )
+            try:
+                write_project(options)
+            except UserError as error:
+                printed += f"{type(error).__name__}: {error}".splitlines()
+            printed += capsys.readouterr().out.splitlines()
+    shown = {line.strip() for line in printed if line.strip() and not is_for_terminal(line)}
+    shown = {line for line in shown if not line.startswith(("python ", "reelsmith "))}
+    assert len(shown) > 50
+    with speaking(Language(code, read_texts(code))):
+        texts = {line: show(translate_line(line)).replace(str(tmp_path), "") for line in shown}
+    left = {line: text for line, text in texts.items() if re.search(r"[a-z]{3,}", NAMES.sub("", text))}
+    assert left == {}
 
 
 @pytest.mark.parametrize("code", ["zh", "ja"])
