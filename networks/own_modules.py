@@ -13,7 +13,7 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import add_missing_alphas, group_by_module
-from networks.kinds.contract import LoraModule, Target
+from networks.kinds.contract import LoraModule, RankRule, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -270,26 +270,25 @@ def build_network(
     for layer_name, target in targets.items():
         if layer_name in layers:
             layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
-    _mask_ranks(layers, settings, dit)
+    if settings.rank_rule is not None:
+        _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
 
 
-def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
+def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
     """Add rank masks to the LoRAs of a DiT; text encoders see no noise level, so their LoRAs have no masks.
 
     Raises:
         OptionError: If only text encoders are trained.
     """
-    if settings.rank_rule is None:
-        return
     if dit is None:
         raise OptionError(
-            f"--network_args {settings.rank_rule.kind.switch}=True: the noise of a sample decides which "
+            f"--network_args {rule.kind.switch}=True: the noise of a sample decides which "
             "ranks act, and text encoders, which alone learn here, see none. Leave it out"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):
-            layer.rank_mask = mask_for(dit, settings.rank_rule, layer.rank)
+            layer.rank_mask = mask_for(dit, rule, layer.rank)
 
 
 def _joining_layers(
@@ -448,7 +447,8 @@ def build_from_tensors(
             f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
             f"{list_some(absent)}"
         )
-    _mask_ranks(layers, settings, dit)
+    if settings.rank_rule is not None:
+        _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
 
 

@@ -61,7 +61,8 @@ def check_before_loading(
     """
     sampling = others.sampling
     family.check_given_files()
-    reject_quantized_bases(family, options)
+    if options.full_dit is not None:
+        reject_quantized_bases(family)
     for check_files in options.joined.on.check_files:
         check_files(family, others)
     if sampling is not None:
@@ -74,7 +75,7 @@ def check_before_loading(
         check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
-    if counts and not swap.is_auto:
+    if counts and swap.blocks_to_swap and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
     for check in options.joined.on.check:
         check(family, counts)
@@ -91,9 +92,9 @@ def check_before_loading(
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
 
 
-def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
-    """Raise CheckpointError if a transformer with weights in 8 or 4 bits is to be fully fine-tuned."""
-    for path in () if options.full_dit is None else family.dit_files:
+def reject_quantized_bases(family: Family) -> None:
+    """Raise CheckpointError if a transformer that is fully fine-tuned has weights in 8 or 4 bits."""
+    for path in family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]

@@ -199,7 +199,8 @@ def _plan(
 ) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
-    reject_quantized_bases(family, options)
+    if options.full_dit is not None:
+        reject_quantized_bases(family)
     config = read_config(options, family, learner)
     texts = find_live_texts(family, options, config)
     for check_texts in options.joined.on.texts:

@@ -212,7 +212,8 @@ class Logs:
                 numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
-        self.values(_list_tracked_values(report), report.step)
+        if self.recorders:
+            self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
         """Return as many of the numbers as fit next to a bar of the given width."""
