@@ -80,7 +80,7 @@ class MediaFolder:
 
 
 def list_media_folders(runs: Runs) -> list[MediaFolder]:
-    """Return the folders below the roots that hold media, at most MOST_FOLDERS."""
+    """Return the folders below the roots that hold media, at most MAX_FOLDERS."""
     folders = []
     for top in dict.fromkeys(runs.tops):
         for folder in _walk(top, DEEPEST):

@@ -59,7 +59,7 @@ class LoraRow:
             full = _complete_path(recipe, lora.path)
             if full == self.path:
                 return replace(self, path=lora.path, reason=reason)
-            if full in self.twins:
+            if full in self.twins:  # the command uses a copy of this row's file: show that one instead
                 high_path = self.high_path and full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
                 others = [path for path in (self.path, *self.twins) if path != full]
                 return replace(self, path=lora.path, high_path=high_path, twins=others, reason=reason)

@@ -107,8 +107,10 @@ class MakingCommand:
     def fields(self) -> list[tuple[int, str, str]]:
         """Index of each word that the form asks for, its label and its text."""
         prompt = self.find_index([PROMPT])
-        control = self.find_index(CONTROL_FLAGS)
-        fields = [(prompt, say("Prompt"), self.read(prompt))] if prompt else []
+        control = self.control_index
+        fields: list[tuple[int, str, str]] = []
+        if prompt:
+            fields.append((prompt, say("Prompt"), self.read(prompt)))
         if control:
             fields.append((control, say("Control picture"), self.read(control)))
         for index, word in enumerate(self.words):
@@ -521,7 +523,8 @@ class RunButtons:
             results.append(trace)
         if not results and shown.plan is not None:
             has_runs = any(trace.parent.glob(f"*{END}"))
-            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            # other runs of this folder were trained with the other files
+            names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
@@ -540,7 +543,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that were listed."""
         try:
-            self.describe_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # raises the reason why the run cannot be removed now
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(

@@ -87,7 +87,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one that hears
+    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one with audio
         audio = audio_of(family)
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_inside

@@ -94,7 +94,9 @@ class FolderContent:
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
     # folder of images -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
-    controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control images
+    controls: dict[Path, Path] = field(
+        default_factory=dict
+    )  # folder of images -> that of their control images
     # layers of an image, from back to front
     layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
