@@ -72,6 +72,7 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("min snr"): ("min_snr_gamma",),
     say("offset noise"): ("noise_offset",),
     say("sampling"): ("sample_every_n_steps", "timestep_sampling", "sample_prompts"),
+    say("sampling method"): ("sample_every_n_steps", "timestep_sampling", "sample_prompts"),
     say("sample"): ("sample_every_n_steps", "sample_prompts", "sample_at_first"),
     say("prompt"): ("sample_prompts",),
     say("timestep distribution"): ("timestep_sampling",),
