@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from browser.command_output import OUT, REPAIR, OutputLine
 from browser.folders import MediaFolder
-from modules.line_kinds import CAPTIONS, NEXT, WARNING
+from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import counted, join, say
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
 LISTED = 3  # files that a row names
 # kinds of lines of `new` that are no rows: the folder says by itself how many files lack a caption, and the
 # button at the bottom says what comes next
-NO_ROWS = (CAPTIONS, NEXT)
+NO_ROWS = (CAPTIONS, NEXT, MEND)
 
 
 @dataclass(frozen=True)

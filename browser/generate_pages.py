@@ -19,7 +19,15 @@ from browser.drafts import Drafts
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_expert, select_default_loras
+from browser.lora_rows import (
+    BOTH,
+    LoraRow,
+    RunLoras,
+    check_family,
+    choose_expert,
+    list_downloaded,
+    select_default_loras,
+)
 from browser.page_root import add_root
 from browser.recipes import (
     FIELDS,
@@ -234,6 +242,7 @@ class GeneratePages:
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
+            "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
             "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
             "command": "" if render_request is None else self.format_command_line(render_request, form),
             "draft": draft or self.drafts.new_name(),

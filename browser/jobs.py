@@ -69,7 +69,7 @@ class Job:
     """A command line of the queue, and the state of its process when it was last read."""
 
     id: int
-    line: str  # as the text file has it
+    line: str  # as in the text file
     folder: str  # that it runs in
     log: Path
     process: dict[str, Any] | None = None  # that waits for the job; None: not started

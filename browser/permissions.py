@@ -39,7 +39,7 @@ class Permission:
 def read_permissions(folder: Path) -> list[Permission]:
     """Return what a described folder's files let a run do; acts that `new` never writes come first.
 
-    Acts beyond MOST_LINES are counted in a last line.
+    Acts beyond MAX_LINES are counted in a last line.
 
     Raises:
         OSError: If run.toml cannot be read.

@@ -574,6 +574,7 @@ class RenderRequest:
             raise OptionError(say("%(path)s is not there any more. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
+        """Raise OptionError if the text of a field is not a possible value of its option."""
         option = self.recipe.find_line_option(name)
         assert option is not None, say("the model has the field")
         try:

@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Hold which weights of linear layers are stored in a form while a network is loaded."""
+    """Settings of a loading: which weights of linear layers are stored in which form."""
 
     form: StoredForm | None  # that options ask for
     rounded: frozenset[str] = frozenset()
-    staying: frozenset[str] = frozenset()  # as the file has them
+    staying: frozenset[str] = frozenset()  # as in the file
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.staying
@@ -384,11 +384,11 @@ class _Filling:
             return
         source = self._sources[name]
         part = source.names[0]
-        is_stored_so = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
-        if self._patch is not None or not is_stored_so:
+        is_as_stored = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
+        if self._patch is not None or not is_as_stored:
             tensor.copy_(self._make(name, tensor.dtype))
             return
-        # straight to where it stays, which is not there twice
+        # read directly into the network's memory: a copy in between would be needed for nothing
         if tensor.device.type == "cpu":
             self._checkpoint.read(part, tensor)
         else:
@@ -447,7 +447,7 @@ def _check_fit(
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_FAULTS lines of them."""
+    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_ERRORS lines of them."""
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()

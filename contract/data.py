@@ -113,7 +113,7 @@ class MadeBy:
     """The encoder that made a cache file, as the file's record states it."""
 
     path: Path
-    part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
+    part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
     windows: int = 0  # how many items its clip gives; 0: the cache does not say
@@ -389,7 +389,7 @@ class LatentSpec:
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
-    clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    clip: int = 0  # frames of a clip that is encoded separately; 0: a video is encoded whole
     tail: int = 1  # frames of a video behind its whole clips
     holds_audio: bool = False  # see `AudioSpec.is_inside`
     # metadata that other programs give caches of the same name for another use: name, value of this run

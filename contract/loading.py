@@ -154,7 +154,7 @@ class Placement:
     # (name, shape) of a weight that could stay as the file packs it -> whether the caller adds to the layer's
     # output what `patch` would add to the weight; None: never
     leave_unmerged: Callable[[str, tuple[int, ...]], bool] | None = None
-    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
+    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as in the file, fp8 in 16 bits
     quantization: Quantization | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged

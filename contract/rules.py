@@ -101,7 +101,7 @@ class StreamGuidance:
 
     text: float | None = None  # None: the guidance scale of the request; 1: none
     perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
-    modality: float = 1.0  # i: image and sound do not hear each other; 1: none
+    modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
     rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
 
 
@@ -387,7 +387,7 @@ class AudioLearning:
 
     image_weight: float = 1.0  # of the loss, of images without sound too
     audio_weight: float = 1.0
-    has_own_times: bool = False  # the noise level of the sound is drawn by itself; else it is the image's
+    has_own_times: bool = False  # the noise level of the sound is drawn separately; else it is the image's
     given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
 
 

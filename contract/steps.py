@@ -73,7 +73,7 @@ class Turn:
     step: int  # from 0, of those that are made
     num_steps: int
     timestep: float  # what the network is fed
-    next_timestep: float  # likewise in the next step; 0 in the last one
+    next_timestep: float  # what it is fed in the next step; 0 in the last one
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
@@ -87,7 +87,7 @@ class Overrides:
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
-    isolated: bool = False  # image and sound do not hear each other
+    isolated: bool = False  # image and audio do not attend to each other
     away: Away | None = None
     slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out

@@ -243,7 +243,7 @@ def _is_flat(name: str, tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold the contents of a cache file, or only the facts in its header."""
+    """The contents of a cache file, or only the information in its header."""
 
     place: Path | str  # its path: of a million only a few are asked for
     metadata: Mapping[str, str]

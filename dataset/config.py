@@ -378,6 +378,7 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
 ) -> DatasetTable | None:
+    """Return a table of a dataset file; None, with lines added to `problems`, if it is not valid."""
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)

@@ -159,7 +159,7 @@ class DatasetTable:
     # the worse one of each pair, of which the table's own is the better
     worse_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LEARNING, rank=7)
     mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LATENTS | LEARNING, rank=6)
-    # of models that hear: whether clips have sound, and where it is instead of in the clips
+    # of models with audio: whether clips have sound, and where it is instead of in the clips
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
     # transparent parts are not learned

@@ -74,7 +74,7 @@ class LanguageModel:
     kind: str  # prefix of `model_type` in a config.json
     defaults: Mapping[str, float]  # values that its config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
-    eps: float  # likewise
+    eps: float  # of the norms, if there is no config.json
     head_width: int = 128  # likewise, if the tensors do not show it
     marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text

@@ -56,7 +56,7 @@ class ImageUse:
     """Settings with which a family shows images to the text encoder, as parts of the prompt."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the image
-    alone: str = ""  # likewise, of an image that is the only one, if that differs
+    alone: str = ""  # the text for an image that is the only one, if that differs
     token: str = "<|image_pad|>"
     # an image as it is shown, of `Prompt.image_size` if that is given: H W 3 uint8; MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb

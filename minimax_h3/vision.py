@@ -25,7 +25,7 @@ BOTH_FILE = "processor_config.json"  # the file that transformers 5 writes, with
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # in a preprocessor file
-MAX_ENLARGED = 1 << 24  # likewise, to which smaller images are enlarged
+MAX_ENLARGED = 1 << 24  # in a preprocessor file: to which smaller images are enlarged
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ FREE = {"resume": "free"}  # it may give another one
 HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, of files: by their names
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
-OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+OF_DECODING = {"record": "decoding"}  # its value as given; a run that only decodes records its own
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
@@ -49,7 +49,7 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
+APPENDS = {"reach": "appends"}  # a file grows at its end; if a file of options asks for it, only a log may
 # something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
 # fact `intention`: what any other does
 SENDS = {"reach": "sends"}
@@ -573,7 +573,10 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
 
 
 def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the facts of every option of a record, nested records included, by the option's public name."""
+    """Return the metadata of every option of a record by the option's public name.
+
+    Options of nested records are included.
+    """
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):

@@ -400,7 +400,7 @@ def _explain_number(action: argparse.Action, word: str) -> str:
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Map the flags by which messages call typed options to the flags that the user typed."""
+    """Return the flag that the user typed for each typed option, by the flag that messages would name."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 

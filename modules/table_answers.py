@@ -36,7 +36,7 @@ class _TableParser(Parser):
 
 
 class CommandLine(NamedTuple):
-    """Hold the arguments of a command line as the options of a script."""
+    """The arguments of a command line, as options of a script."""
 
     parser: Parser
     arguments: argparse.Namespace

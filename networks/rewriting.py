@@ -106,7 +106,7 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     apart = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
         factors = {part: tensors[key] for part, key in keys.items()}
-        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as PEFT has them
+        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
         heights = _heights_of_parts(layer.name, factors)
         if not heights:

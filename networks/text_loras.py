@@ -165,7 +165,7 @@ class TensorPiece:
     """A tensor of a network, or a third of one in which the file stacks three."""
 
     network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
-    name: str  # as LoRA files have it, with "."; the U-Net's as in the file
+    name: str  # as in LoRA files, with "."; the U-Net's as in the file
     third: int | None = None  # of the rows; None: all
     is_transposed: bool = False
 

@@ -370,6 +370,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
+    """Replace the program's files by those of a zip file, so that the change can be undone."""
     unfinished = root / NOTES / BACK / UNFINISHED
     new = root / NOTES / NEW
     try:

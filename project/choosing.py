@@ -38,7 +38,7 @@ from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.options import check_trigger, find_models
+from project.options import check_trigger, find_models, script_family
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -87,7 +87,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one that hears
+    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one with audio
         audio = audio_of(family)
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_inside
@@ -212,16 +212,6 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
         if words[start].lstrip("-") in names and not is_missing:
             selected += [words[start], *values]
     return selected
-
-
-def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents.
-
-    Raises:
-        KeyError: If the command is not one that caches latents.
-    """
-    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    return scripts[words[1]]
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:

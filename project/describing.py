@@ -81,7 +81,7 @@ class Choice:
     trigger: str | None
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
-    places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
+    places: Mapping[Path, Mapping[str, Any]]  # keys of the table of a folder
     training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # files for validation, if there are enough
 

@@ -31,14 +31,13 @@ from modules.text_files import parse_toml, read_text, real_path
 from project.control_pairs import CONTROLS, describe_control_pairs
 from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
-from project.options import RUN_FILE
+from project.options import WRITTEN
 
 if TYPE_CHECKING:  # with torch, and pages ask for pairs too
     from project.choosing import ModelInfo
 
 CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
-WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of images that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
@@ -95,7 +94,9 @@ class FolderContent:
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
     # folder of images -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
-    controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control images
+    controls: dict[Path, Path] = field(
+        default_factory=dict
+    )  # folder of images -> that of their control images
     # layers of an image, from back to front
     layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -631,7 +632,8 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
             right = caption_path(Path(owner), suffix)
             hint = f"{path.name} seems to be that of {owner}: call it {right}"
             return f"{name_some(paths)}: captions of no file. {hint}"
-    return f"{name_some(paths)}: captions of no file. That of cat.mp4 is cat{suffix}"
+    example = f"cat{suffix} for cat.png"
+    return f"{name_some(paths)}: captions of no file. A caption has the name of its file, such as {example}"
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:

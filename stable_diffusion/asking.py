@@ -141,6 +141,7 @@ class Asking:
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> AskedImage:
+        """Return the requested image of a prompt line: its texts, its files and its settings."""
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
             values = read_line(text, line.label)

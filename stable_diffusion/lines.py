@@ -422,7 +422,7 @@ def module_lines(
         for index in count():
             try:
                 prompts = prompter(args, pipe, random, round_seed, index, count_images())
-            except Exception as error:  # likewise
+            except Exception as error:  # the module runs any code of its own
                 raise failed("the prompter", error) from error
             if prompts is None:
                 return

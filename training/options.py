@@ -395,7 +395,7 @@ def training_parser(
 
     Args:
         doc: The script's docstring.
-        learner: `TrainedNetworkOptions` or `WholeDitOptions`.
+        learner: `TrainedNetworkOptions` or `FullDitOptions`.
         settings: Defaults and settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)

@@ -268,7 +268,7 @@ def check_resumable(
     }
     before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
-    # likewise of before there were targets and features
+    # nor does a state of before there were targets and features name them
     unsaid: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}

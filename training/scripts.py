@@ -66,6 +66,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
+        """Read the options and run the training, or print what the options ask for."""
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(

@@ -215,7 +215,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
             else:
                 plan.jobs.append(place)
         elif made_by.split("\n")[-1] == way:
-            continue  # made before, by the same method
+            continue  # the last line of the note in the mask names the method: it is the same
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:

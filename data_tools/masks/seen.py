@@ -55,10 +55,10 @@ class BackgroundFinder:
 
 
 def load_background_finder(path: Path) -> BackgroundFinder:
-    """Load a U2Net-like ONNX file.
+    """Load an ONNX file whose network is like U2Net.
 
     Raises:
-        CheckpointError: If it is none, or cannot be run; InstallationError without onnxruntime.
+        CheckpointError: If it is not such a file or cannot be run.
     """
     _require_file("--background", path)
     model = load_onnx(path)

@@ -220,7 +220,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 
 
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the facts in the header of a source; decode a clip whose header has no frame count."""
+    """Return the information in the header of a source; decode a clip whose header has no frame count."""
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, latent.pixel_step, latent.lengths)
@@ -264,7 +264,7 @@ def _look_over(
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the facts in the header of latents that were computed before."""
+    """Add the information in the header of latents that were computed before."""
     tensors = measure_source(source, latent)
     span = full_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)

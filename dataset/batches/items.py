@@ -48,7 +48,7 @@ LiveTables = Mapping[int, ItemKind]  # by table index: tables with a part that i
 class TrainingItem:
     """A pair of cache files. There may be millions."""
 
-    file_name: str  # of the latents; whole, as the listing has it: a copy of each would be a lot
+    file_name: str  # of the latents; whole, as in the listing: a copy of each would be a lot
     stem_length: int  # of `file_name`, how much is the name of the source
     table: DatasetTable
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)

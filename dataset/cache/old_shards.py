@@ -58,7 +58,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Return the facts in a header's content. Raises tarfile.HeaderError if they are damaged."""
+    """Return the information in a header's content. Raises tarfile.HeaderError if it is damaged."""
     comment = _COMMENT.search(content)
     if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
         raise tarfile.HeaderError("a wrong comment")

@@ -126,7 +126,10 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the facts in a record. Raises ValueError, and errors of wrong types, if they are damaged."""
+    """Return the information in a record.
+
+    Raises ValueError, or an error of a wrong type, if it is damaged.
+    """
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
         raise ValueError(f"a clip of {kept_frames!r} frames")

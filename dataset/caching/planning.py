@@ -75,7 +75,7 @@ class Recipe:
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
-    audio: AudioSpec | None = None  # of a family that hears
+    audio: AudioSpec | None = None  # of a family with audio
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the options in the record of an item of a source.
@@ -323,7 +323,7 @@ class Planning:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
+        """Return what earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing:

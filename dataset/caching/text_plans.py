@@ -48,7 +48,7 @@ def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """Hold one text, the cache file of its embeddings, and the work left to do. There may be a million."""
+    """One text, the cache file of its embeddings, and the work left to do. There may be a million."""
 
     table: DatasetTable
     file_name: str  # of the cache file

@@ -38,7 +38,7 @@ from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError
 
-if TYPE_CHECKING:  # it is loaded only for families that hear
+if TYPE_CHECKING:  # it is loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.holds_audio and hears_audio(family):
-            from dataset.caching import audio  # only of families that hear
+            from dataset.caching import audio  # only of families with audio
 
             hearing = cast("HearingFamily", family)
             self._audio = audio.AudioWork(

@@ -145,7 +145,7 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Hold the facts from a clip's header."""
+    """Information from a clip's header."""
 
     frames: int | None
     rate: float  # frames a second; NaN if they are not shown equally long
@@ -225,7 +225,7 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether a cache that was made when each clip was timed by itself equals one made now.
+    """Return whether a cache that was made when each clip was timed on its own equals one made now.
 
     Headers are read, of files at addresses and in tars too. Raises MediaError if one cannot be read.
     """

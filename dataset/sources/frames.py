@@ -99,7 +99,7 @@ def media_table(
     has_references: bool = False,
     shown: tuple[tuple[ShownMedium, ...], ...] = (),
 ) -> MediaTable:
-    """Return the facts about a table that families check."""
+    """Return the properties of a table that families check."""
     is_full = table.frame_extraction == "full"
     has_targets = table.kind == "video" and not is_full
     return MediaTable(

@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """Facts that an image or a clip states about its colors."""
+    """What the file of an image or a clip states about its colors."""
 
     is_transparent: bool  # somewhere
     is_converted: bool  # its numbers are not those of sRGB
@@ -165,7 +165,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def look_at(path: Path, file: Image.Image) -> Colors:
-    """Return the facts about an opened image's colors. Pixels are read only if it may be transparent."""
+    """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
     _note_info(file)
     profile = _find_profile(path, file)
     transform, error = (None, None) if profile is None else _transform(profile)

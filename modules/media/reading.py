@@ -137,7 +137,7 @@ def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return the facts about the colors of an image, a clip (by its first frame) or a folder of images.
+    """Return the information about the colors of an image, a clip (by its first frame) or a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are laid on white.
 

@@ -39,7 +39,7 @@ class TrackInfo:
 
 
 def track_info(path: Path) -> TrackInfo | None:
-    """Return facts about the audio track that `read_track` would read; None if there is no track.
+    """Return information about the audio track that `read_track` would read; None if there is no track.
 
     Raises:
         MediaError: If the file cannot be opened.

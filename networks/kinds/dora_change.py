@@ -66,4 +66,4 @@ def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
     """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
     summed_axes = [place for place in range(weight.ndim) if place != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
-    return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
+    return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

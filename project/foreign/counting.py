@@ -17,7 +17,8 @@ from modules.integers import ceil_div
 from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 from project import describing
-from project.media import WRITTEN, Media
+from project.media import Media
+from project.options import WRITTEN
 
 DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
 

@@ -164,9 +164,8 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        if (
-            "blocks_to_swap" in script.known
-        ):  # only fused_backward_pass updates a block while it is on the card
+        # only fused_backward_pass updates a block while it is on the card
+        if "blocks_to_swap" in script.known:
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "

@@ -95,7 +95,10 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """Enter another place of the run; live tensors without another kind count as kept from then on."""
+        """Enter another part of the run.
+
+        From now on, live tensors without another kind count as kept from an earlier part.
+        """
         self._place = place
         self._number += 1
         self._here = 0
@@ -320,6 +323,8 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
 def _watch(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
+    """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
+
     def enter_hook(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 

@@ -30,7 +30,7 @@ class Route:
     """A range of blocks, and the tokens that pass through them."""
 
     first: int  # number of a block, from 0; negative: from the end
-    last: int  # likewise; it belongs to the route
+    last: int  # number of a block, as `first`; it belongs to the route
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
