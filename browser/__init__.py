@@ -25,6 +25,7 @@ folder_tools: try, start, stop and continue tools on a folder
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
+idle_settings: settings without effect because of other settings
 inputs: take dropped images and clips, judged by content
 jobs: command lines of a text file, run one after another
 known_queues: which jobs of a queue its user knows
@@ -60,6 +61,7 @@ result_pages: results of Generate part by part, their buttons
 result_settings: settings in a result, and how it is made again
 results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
+run_samples: prompts of a run as rows or as text
 run_start: state of a run from its draft on, its start
 run_views: pages, curves and files of one run
 runs: find runs by their histories, tell each at a summary

@@ -91,17 +91,17 @@ class ComparableRun:
             is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
             if is_missing and name not in REPLACED:
                 return say(
-                    "%(name)s was trained without %(name2)s, which a clip needs",
+                    "%(name)s was trained without %(name2)s, which is needed to make them",
                     name=self.run.name,
                     name2=name,
                 )
         if self.is_link:
-            return f"{self.folder} is a link"
+            return say("%(folder)s is a link", folder=self.folder)
         if LORA not in self.options:
-            return say("%(name)s has no LoRA for --dit, which tools/compare.py needs", name=self.run.name)
+            return say("%(name)s has no LoRA that can be compared", name=self.run.name)
         if len(self.options[LORA]) > 1:
             return say(
-                "samples of %(name)s have a second LoRA, which tools/compare.py cannot add",
+                "samples of %(name)s have a second LoRA, which a comparison cannot add",
                 name=self.run.name,
             )
         return ""
@@ -255,7 +255,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
 
 
 def group_options(words: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words that follow each option of a command line, by the option's name."""
+    """Return the arguments that follow each option of a command line, by the option's name."""
     options: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):

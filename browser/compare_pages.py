@@ -39,6 +39,8 @@ class ComparePages:
         try:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
+            if not comparison.rows:
+                raise OptionError(say("Tick a prompt, or type one, to see what each file makes of it."))
             for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
                 write_text(job.prompt_file, job.prompts)
                 # the options come from a history, which may be somebody else's

@@ -40,6 +40,7 @@ class FolderTool:
             "tries": read_tries(trying, folder),
             "job": self.find_job(folder),
             "is_paused": self.site.queue.worker == "",
+            "queue_problem": self.site.queue.problem,
         }
 
     def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
@@ -72,7 +73,10 @@ class FolderTool:
         self.site.queue.add_and_begin(words, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the try and the job of a folder; a waiting job is removed from the queue. Raises UserError."""
+        """Stop the try and the job of a folder; a waiting job is removed from the queue.
+
+        Raises UserError if the queue cannot be changed.
+        """
         self.site.background_jobs.stop(name_background_job(self.kind, folder))
         job = self.find_job(folder)
         if job is not None and job.state == RUNNING:

@@ -17,7 +17,7 @@ from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_pages import is_started_by
 from browser.responses import answer_template
-from browser.run_start import read_trace_state
+from browser.run_start import read_run_state, read_trace_state
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
 from browser.settings_page import SettingsPages
 from browser.site import Site
@@ -135,6 +135,7 @@ class MachineLine:
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
     _info: MachineInfo = field(default_factory=MachineInfo)
     _next: float = 0.0
+    _mark: Sequence[tuple[str, str, str]] = ()  # state of each run in `_info`
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
@@ -143,9 +144,11 @@ class MachineLine:
         return answer_template("machine.html", "", values)
 
     def read(self) -> MachineInfo:
-        """Return the state of the machine; it is at most a few seconds old."""
+        """Return the state of the machine; it is at most a few seconds old, and that of runs is not old."""
         with self._lock:
-            if time.monotonic() >= self._next:
+            mark = [(run.id, run.state, run.doing) for run in self.site.runs.list_all()]
+            if time.monotonic() >= self._next or mark != self._mark:
+                self._mark = mark
                 self._info = self._gather()
                 self._next = time.monotonic() + EVERY_SECONDS
             return self._info
@@ -243,7 +246,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
             say("step %(step)s of %(total_steps)s", step=f"{run.step:,}", total_steps=f"{run.total_steps:,}")
         )
     if run.doing:
-        parts.append(run.doing)
+        parts.append(read_run_state(run).text)
     elif run.left:
         parts.append(say("%(left)s left", left=run.left))
     return RunningThing(join(", ", parts), f"/run/{run.id}/")

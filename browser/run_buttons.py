@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from markupsafe import Markup
 from starlette.requests import Request
@@ -16,12 +15,11 @@ from starlette.routing import Route
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.captions import CaptionConflictError, mark_bytes
 from browser.command_lines import format_cd, format_command, format_move
 from browser.compare import group_options, read_source, working_folder
 from browser.described_folder import (
     FILES,
-    PROMPTS_FILE,
     ChangedMeanwhileError,
     change_keys,
     change_steps,
@@ -43,6 +41,7 @@ from browser.responses import (
     answer_page,
     answer_template,
 )
+from browser.run_samples import RunSamples, read_fields
 from browser.run_start import (
     BUSY,
     CHECK,
@@ -59,6 +58,7 @@ from browser.run_start import (
 )
 from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
+from browser.samples import list_images
 from browser.site import Site
 from modules.command import as_typed
 from modules.console import as_size
@@ -90,34 +90,47 @@ class MakingCommand:
 
     place: int  # among the commands of the history
     words: Sequence[str]
-    line: str
-    is_complete: bool  # nothing in it has to be filled in
+    is_of_here: bool  # it may be queued without being read
+    missing: Sequence[str] = ()  # words that stand for what the run does not know
+    pictures: Sequence[str] = ()  # that it can follow, as paths in its folder
 
-    def read(self, flags: Sequence[str]) -> str:
-        """Return the word after the first of these options; "" if the command has none of them."""
-        for flag, word in zip(self.words, self.words[1:], strict=False):
-            if flag in flags:
-                return word
-        return ""
+    def find_index(self, flags: Sequence[str]) -> int:
+        """Return the index of the word after the first of these options; 0 if the command has none."""
+        return next((place for place, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
 
-    @property
-    def prompt(self) -> str:
-        """Prompt of the command."""
-        return self.read([PROMPT])
+    def read(self, index: int) -> str:
+        """Return the text of a field; "" for a word that has to be replaced."""
+        word = self.words[index]
+        return "" if word in self.missing else word
 
     @property
-    def control(self) -> str:
-        """Path of the command's control image or clip; "" if it has none."""
-        return self.read(CONTROL_FLAGS)
+    def fields(self) -> list[tuple[int, str, str]]:
+        """Index of each word that the form asks for, its label and its text."""
+        prompt = self.find_index([PROMPT])
+        control = self.control_index
+        fields: list[tuple[int, str, str]] = []
+        if prompt:
+            fields.append((prompt, say("Prompt"), self.read(prompt)))
+        if control:
+            fields.append((control, say("Control picture"), self.read(control)))
+        for index, word in enumerate(self.words):
+            if index > 1 and word in self.missing and index not in (prompt, control):
+                fields.append((index, self.words[index - 1], ""))
+        return fields
 
-    def fill(self, prompt: str, control: str) -> list[str]:
-        """Return the words with another prompt and control image."""
+    @property
+    def control_index(self) -> int:
+        """Index of the path of the control image or clip; 0 if the command has none."""
+        return self.find_index(CONTROL_FLAGS)
+
+    def fill(self, form: Form) -> list[str]:
+        """Return the words with what was typed. Raises OptionError for a field that is empty."""
         words = list(self.words)
-        for number, flag in enumerate(self.words[:-1]):
-            if flag == PROMPT and prompt:
-                words[number + 1] = prompt
-            elif flag in CONTROL_FLAGS and control:
-                words[number + 1] = control
+        for index, label, text in self.fields:
+            typed = "".join(form.get(f"word {index}", ())).strip() or text
+            if not typed:
+                raise OptionError(say("Fill in %(label)s.", label=label))
+            words[index] = typed
         return words
 
 
@@ -149,7 +162,7 @@ class RunButtons:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.tracked_runs = site.tracked_runs
-        self.prompts = Captions()
+        self.samples = RunSamples(site)
         self.actions: dict[str, Callable[[ShownRun, Form], str]] = {
             "start": self.start,
             "check": self.check,
@@ -166,14 +179,20 @@ class RunButtons:
         """Return the page of a run that has no history yet."""
         values = {
             "actions": Markup(self.render(shown)),
+            "further": Markup(self.render(shown, "more_actions.html")),
             "plan": shown.plan,
             "is_known": shown.plan is None or self.tracked_runs.is_known(shown.plan),
         }
         return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
-    def render(self, shown: ShownRun) -> str:
-        """Return the buttons of a run, and the texts next to them, as HTML."""
-        return render_page(HERE / "actions.html", shown.summary.name, self.values(shown))
+    def render(self, shown: ShownRun, template: str = "actions.html") -> str:
+        """Return the buttons of a run, and the texts next to them, as HTML.
+
+        Args:
+            shown: The run.
+            template: Which buttons: those above the samples, or those below them, `more_actions.html`.
+        """
+        return render_page(HERE / template, shown.summary.name, self.values(shown))
 
     def values(self, shown: ShownRun) -> dict[str, Any]:
         """Return the values for the template of a run's buttons."""
@@ -304,21 +323,25 @@ class RunButtons:
                 if command.title == GENERATE:
                     words = split_words(command_part(command.bash))
                     find_program(words, Path.cwd())
-                    is_complete = not command.missing and run.is_of_here
-                    return MakingCommand(place, words, command.bash, is_complete)
+                    making = MakingCommand(place, words, run.is_of_here, split_words(command.missing))
+                    folder = working_folder(run, group_options(words))
+                    if making.control_index and self.site.runs.is_below(folder):
+                        return replace(making, pictures=list_images(folder))
+                    return making
         return None
 
     def make(self, shown: ShownRun, form: Form) -> str:
         """Queue the command that generates with the run's file, with the typed prompt and control image."""
         run = shown.summary
         making = self.find_making(run)
-        if making is None or not making.is_complete:
+        if making is None or not making.is_of_here:
             raise OptionError(say("Its history has no command that can be queued as it stands."))
-        prompt, control = ("".join(form.get(name, ())).strip() for name in ("prompt", "control"))
+        words = making.fill(form)
         folder = working_folder(run, group_options(making.words))
-        if control and control != making.control and not self.site.runs.is_inside(folder / control):
+        control = words[making.control_index]
+        is_typed = making.control_index and control != making.words[making.control_index]
+        if is_typed and not self.site.runs.is_inside(folder / control):
             raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=control))
-        words = making.fill(prompt, control)
         check_options(words, folder)
         self.site.queue.add_and_begin(words, folder)
         return say("It is in the queue.")
@@ -358,7 +381,9 @@ class RunButtons:
     def show_actions(self, request: Request) -> Response:
         """Answer with the buttons of a run as HTML."""
         shown = self.find(request)
-        return answer_not_found() if shown is None else answer_page(self.render(shown))
+        if shown is None:
+            return answer_not_found()
+        return answer_page(self.render(shown) + self.render(shown, "more_actions.html"))
 
     def show_standing(self, request: Request) -> Response:
         """Answer with the state of a run, which its page requests every few seconds."""
@@ -379,10 +404,16 @@ class RunButtons:
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
-        return self.answer_panel(shown, request.path_params["what"])
+        query = {name: [text] for name, text in request.query_params.items() if name == "rows"}
+        return self.answer_panel(shown, request.path_params["what"], fields=query)
 
     def answer_panel(
-        self, shown: ShownRun, what: str, error: str = "", facts: Mapping[str, Any] | None = None
+        self,
+        shown: ShownRun,
+        what: str,
+        error: str = "",
+        facts: Mapping[str, Any] | None = None,
+        fields: Form | None = None,
     ) -> Response:
         """Return the panel of a button.
 
@@ -391,6 +422,7 @@ class RunButtons:
             what: Panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
             facts: Values for the template that replace the panel's own.
+            fields: Fields of the samples that are not written.
         """
         values: dict[str, Any] = {
             "id": shown.summary.id,
@@ -405,7 +437,8 @@ class RunButtons:
             if what == "read":
                 values |= self.describe_plan(shown)
             elif what == "prompts":
-                values |= self.describe_prompts(shown)
+                path = self.require_prompts(shown)
+                values |= self.samples.describe(shown, path, read_fields(fields or {}))
             elif what == "remove":
                 values |= self.describe_removal(shown)
             else:
@@ -430,22 +463,20 @@ class RunButtons:
             "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
-    def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
-        """Return the values for the panel that edits the prompts. Raises OptionError if there are none."""
+    def require_prompts(self, shown: ShownRun) -> Path:
+        """Return the prompt file of a run. Raises OptionError if it has none that can be edited."""
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
-        caption, have, _ = self.prompts.read(path)
-        fields = ""
-        if shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE:
-            fields = f"/new?{urlencode({'folder': shown.plan.folder})}#samples"
-        return {
-            "path": path,
-            "text": caption.text,
-            "have": have,
-            "is_running": shown.state.name in BUSY,
-            "fields": fields,
-        }
+        return path
+
+    def look_at_samples(self, request: Request, form: Form) -> Response:
+        """Answer with the panel of the samples as they are typed, which names sizes of no use."""
+        shown = self.find(request)
+        if shown is None:
+            return answer_not_found()
+        fields = {**form, "rows": [request.query_params.get("rows", "")]}
+        return self.answer_panel(shown, "prompts", fields=fields)
 
     def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         """Return the values for the panel that asks before the run's files are moved into the bin.
@@ -492,7 +523,8 @@ class RunButtons:
             results.append(trace)
         if not results and shown.plan is not None:
             has_runs = any(trace.parent.glob(f"*{END}"))
-            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            # other runs of this folder were trained with the other files
+            names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
@@ -511,7 +543,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that were listed."""
         try:
-            self.describe_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # raises the reason why the run cannot be removed now
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(
@@ -547,7 +579,7 @@ class RunButtons:
         try:
             message = self.actions[what](shown, form)
         except CaptionConflictError:
-            mine = "".join(form.get("text", ())).replace("\r\n", "\n")
+            mine = self.samples.read_text(shown, self.require_prompts(shown), form)
             error = say("The file has changed since this page read it. Nothing was written.")
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
@@ -557,6 +589,8 @@ class RunButtons:
             )
             return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
+            if what == "prompts" and "row 1" in form:  # what was typed stays
+                return self.answer_panel(shown, "prompts", str(error), fields=form)
             return answer_message(str(error), is_rejected=True)
         return answer_message(message)
 
@@ -672,11 +706,9 @@ class RunButtons:
 
     def write_prompts(self, shown: ShownRun, form: Form) -> str:
         """Write the edited prompts of a run. Raises OptionError if it has no prompt file of its own."""
-        path = self.find_prompts(shown)
-        if path is None:
-            raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
-        have = "".join(form.get("have", ()))
-        self.prompts.save(path, "".join(form.get("text", ())), have)
+        path = self.require_prompts(shown)
+        text = self.samples.read_text(shown, path, form)
+        self.samples.write(path, text, "".join(form.get("have", ())))
         if shown.state.name in BUSY:
             return say(
                 "Written into %(name)s. The training takes it in its next round of samples.", name=path.name
@@ -730,5 +762,6 @@ def run_button_routes(buttons: RunButtons) -> list[Route]:
         Route("/run/{id}/deeds", buttons.show_actions),
         Route("/run/{id}/standing", buttons.show_standing),
         Route("/run/{id}/panel/{what}", buttons.show_panel),
+        Route("/run/{id}/samples/look", answer_form(buttons.look_at_samples), methods=["POST"]),
         Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),
     ]

@@ -21,7 +21,7 @@ from browser.described_folder import (
 )
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
-from browser.printed_lines import translate_line
+from browser.printed_lines import translate_line, translate_reason
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
 from browser.state_names import name_state
 from contract.families import with_scripts
@@ -59,7 +59,7 @@ STEPS = {
     "caching captions": (CACHING, say("captions")),
     "training": (LOADING, say("the model")),
 }
-SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
+SAMPLE = re.compile(r"sample (\d+) of (\d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
 KILLED = (9, -9, 137)  # exit codes after SIGKILL
 UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
@@ -581,7 +581,8 @@ def _read_training_state(doing: str) -> RunState:
     """Return the state of a running training. `doing` is its work between two steps, see `History`."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
-        return RunState(SAMPLING, words=f"{sample[1]}{sample[2]}")
+        place = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
+        return RunState(SAMPLING, words=join("", (place, sample[3])))
     if doing in DURING:
         return RunState(doing)
     return RunState(TRAINING, words=doing)
@@ -692,7 +693,7 @@ def _explain(job: Job, otherwise: str) -> str:
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")
     if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
-        return shorten_lines(message_of(lines), MAX_OF_REASON)
+        return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):

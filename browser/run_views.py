@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from browser.command_lines import format_cd
 from browser.names import short_digest
-from browser.printed_lines import translate_line, translate_memory
+from browser.printed_lines import translate_command, translate_line, translate_memory
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from browser.state_names import name_state
@@ -26,7 +26,7 @@ from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size, video_info
-from modules.pages.language import language, say
+from modules.pages.language import join, language, say
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.reports.history import BEFORE_TRAINING, SHOWN, Points, Start, Story
@@ -142,7 +142,10 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     for run in runs:
         label = run.shown_name
         if counts[run.shown_name] > 1:
-            label = say("%(name)s in %(name2)s", name=run.name, name2=run.history.parent.name)
+            folder = run.history.parent
+            if folder.name == "output":  # as `new` calls it in each described folder
+                folder = folder.parent
+            label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
         labeled.append((run, label))
     return labeled
 
@@ -183,7 +186,7 @@ class LiveStanding:
 def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     """Return what a training does between two steps, or the remaining time, in words."""
     if story.doing:
-        return f"· {story.doing}"
+        return join(" ", ("·", read_run_state(run).text))
     if story.left:
         return say("· %(left)s left", left=run.left)
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
@@ -202,7 +205,8 @@ def run_page(
     run: RunSummary,
     can_write: bool,
     is_paused: bool = False,
-    actions: Markup | str = "",
+    actions: str = "",
+    further: str = "",
     ended_at_once: str = "",
 ) -> str:
     """Return the page of a run.
@@ -212,7 +216,8 @@ def run_page(
         run: The run.
         can_write: Show the buttons.
         is_paused: No job of the queue begins.
-        actions: HTML of the buttons.
+        actions: HTML of the buttons above the samples.
+        further: HTML of the buttons below the samples.
         ended_at_once: As in `LiveStanding.of`.
 
     Raises:
@@ -229,7 +234,8 @@ def run_page(
         most=MAX_SAMPLES,
         name=run.name,
     )
-    values["commands"] = present_commands(story, run.history.parent, run.name)
+    commands = present_commands(story, run.history.parent, run.name)
+    values["commands"] = [translate_command(command) for command in commands]
     values["memory"] = translate_memory(story.memory)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
@@ -244,6 +250,8 @@ def run_page(
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "actions": Markup(actions),
+        "further": Markup(further),
+        "folder": run.history.parent,
         "is_of_here": run.is_of_here,
         "cd": format_cd(run.working_folder),
         "cd_powershell": format_cd(run.working_folder, in_powershell=True),

@@ -9,7 +9,9 @@ from browser.new_form import find_model
 from browser.recipes import SIDES, ModelRecipe, is_driven, make_model_recipe
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import fit_side, parse_sample_line
-from modules.pages.language import say
+from modules.pages.language import join, say
+
+SIDE_NAMES = {"width": say("width"), "height": say("height")}
 
 
 def describe_changed_sizes(text: str, folder: Path) -> str:
@@ -28,7 +30,54 @@ def describe_changed_sizes(text: str, folder: Path) -> str:
     return " ".join(sentences)
 
 
+def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None) -> dict[int, str]:
+    """Return what to say below each row of samples with a size that the model cannot generate.
+
+    Args:
+        rows: The texts of the fields of each row, by its number.
+        recipe: The model; None if the page knows no sizes of it.
+    """
+    notes: dict[int, str] = {}
+    for number, texts in rows.items():
+        sides = {name: int(texts[name]) for name in (*SIDES, "frames") if is_number(texts.get(name, ""))}
+        sentences = [] if recipe is None else [*_describe_fields(sides, recipe)]
+        if sentences:
+            notes[number] = join(" ", sentences)
+    return notes
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a whole number above 0, of few digits."""
+    return text.isdecimal() and text.isascii() and len(text) < 7 and int(text) > 0
+
+
+def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
+    for name in SIDES:
+        pixels = values.get(name)
+        made = None if pixels is None else fit_side(pixels, recipe.side_step)
+        if made != pixels:
+            yield say(
+                "%(name)s %(pixels)s: give a multiple of %(side_step)s. The sample is made with %(made)s.",
+                name=SIDE_NAMES[name],
+                pixels=pixels,
+                side_step=recipe.side_step,
+                made=made,
+            )
+    frames = values.get("frames")
+    if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
+        return
+    made = recipe.defaults.lengths.fit(frames)
+    if made != frames:
+        yield say(
+            "%(frames)s frames: give a length of %(lengths)s. The sample is made with %(made)s.",
+            frames=frames,
+            lengths=recipe.defaults.lengths,
+            made=made,
+        )
+
+
 def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
+    """Return sentences about the size in a prompt line that the model cannot generate."""
     for name in SIDES:
         pixels = values.get(name)
         made = None if pixels is None else fit_side(pixels, recipe.side_step)

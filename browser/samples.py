@@ -7,7 +7,7 @@ other lines and comments stay as they are written.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from browser.draft_changes import (
 )
 from browser.folders import is_written
 from browser.new_form import MAX_STEPS, find_model, parse_integer
-from browser.recipes import is_driven, make_model_recipe
+from browser.recipes import ModelRecipe, is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
+from browser.sample_sizes import describe_changed_sizes, note_sizes
 from browser.site import Site
 from downloads.catalogue import ModelSet
 from generation.prompt_lines import SplitLine, is_blank, split_line, unquote
 from generation.sample_lines import find_sample_option
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
-from modules.media.reading import IMAGE_SUFFIXES
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import say
 from project.fitting import needs_image
 from project.options import RUN_FILE
@@ -55,15 +56,19 @@ FIELDS = {
     "steps": ("sample_steps", "s"),
     "guidance": ("cfg_scale", "l"),
     "embedded guidance": ("guidance_scale", "g"),
+    "negative": ("negative_prompt", "n"),
     "start": ("image_path", "i"),
+    "end": ("end_image_path", "ei"),
     "source": ("control_image_path", "ci"),
+    "control": ("control_video_path", "cn"),
 }
 DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
 INTEGER_FIELDS = tuple(DEFAULT)  # fields of whole numbers above 0
 MAX_NUMBER = 1_000_000
 SCALES = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
-IMAGES = ("start", "source")
+IMAGES = ("start", "end", "source", "control")
+TEXTS = ("negative",)
 OF_NUMBERS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
 OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
@@ -92,15 +97,22 @@ def _find_key(part: str) -> str:
     return "" if option is None else option.key
 
 
+def _repeats(part: str) -> bool:
+    """Return whether each use of an option adds to a list, such as `--ci` for several pictures."""
+    option = find_sample_option(part.partition(" ")[0])
+    return option is not None and option.repeats
+
+
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a line. If the line has an option twice, the last one counts."""
+    """Return the row of a line. If the line has an option twice, the field shows the last one."""
     split = _split(line)
     fields = {key: name for name, (key, _) in FIELDS.items()}
     texts: dict[str, str] = {}
     more = []
-    for part in split.options:
+    last_parts = {fields.get(_find_key(part)): index for index, part in enumerate(split.options)}
+    for index, part in enumerate(split.options):
         name = fields.get(_find_key(part))
-        if name is None:
+        if name is None or (_repeats(part) and last_parts[name] != index):
             more.append(f"--{part.strip()}")
         else:
             texts[name] = unquote(part.partition(" ")[2].strip())
@@ -132,7 +144,8 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         elif text:
             parts.append(f"{characters} {text}")
         else:
-            parts = [part for index, part in enumerate(parts) if index not in places]
+            removed = places[-1:] if any(_repeats(parts[index]) for index in places) else places
+            parts = [part for index, part in enumerate(parts) if index not in removed]
     return " --".join([split.prompt if prompt is None else prompt, *parts])
 
 
@@ -296,7 +309,12 @@ class SamplePages:
         return read_draft_file(self.site, folder, PROMPTS_FILE), run
 
     def answer(
-        self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_rejected: bool = False
+        self,
+        folder: Path,
+        change: DraftChange | None = None,
+        num_rows: int = 0,
+        is_rejected: bool = False,
+        typed: Mapping[str, str] | None = None,
     ) -> Response:
         """Return the part of the page.
 
@@ -305,10 +323,15 @@ class SamplePages:
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
             is_rejected: Whether the page reports an error.
+            typed: Fields of the form that are not saved; None if the files have what was typed.
         """
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
         try:
             values |= self.collect_values(folder, num_rows)
+            if typed is not None:
+                described = read_described(folder)
+                recipe = find_recipe(find_model(described.family, described.task))
+                values["notes"] = note_sizes(read_typed_texts(typed), recipe)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
         return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
@@ -322,15 +345,19 @@ class SamplePages:
         rows = rows[:MAX_ROWS]
         blank = PromptRow(None, "", {})
         model = find_model(described.family, described.task)
-        images = select_image_fields(model, rows)
+        recipe = find_recipe(model)
+        images = select_image_fields(model, recipe, rows)
         keys = read_keys(run.text)
         return {
             "prompts": prompts,
             "run": run,
             "rows": [*rows, *[blank] * (count - len(rows))],
             "next_count": count + 1,
-            "number_fields": select_number_fields(model, rows),
+            "number_fields": select_number_fields(model, recipe, rows),
+            "text_fields": select_text_fields(recipe, rows),
             "picture_fields": images,
+            "has_layers": has_layers(recipe),
+            "notes": note_sizes({number: row.texts for number, row in enumerate(rows, 1)}, recipe),
             "pictures": list_images(folder) if images else [],
             "every": str(keys.get(EVERY, "")),
             "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
@@ -347,49 +374,93 @@ class SamplePages:
             prompts, run = self.read_drafts(folder)
             if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
                 raise ChangedMeanwhileError
-            prompts_after = edit_prompts(prompts.text, fields, lambda text: self.check_image(folder, text))
+            prompts_after = edit_prompts(
+                prompts.text, fields, lambda text: check_image(self.site, folder, text)
+            )
             texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
             change = plan_change(self.site, "samples", texts, run)
             if what == "save":
                 change = save_change(change, texts)
+            # each is said at its field
+            sizes = describe_changed_sizes(prompts_after, folder)
+            change = replace(change, note=change.note.removeprefix(sizes).strip())
         except ChangedMeanwhileError:
             change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part="samples", fault=str(error))
         is_rejected = what == "save" and change.fault != ""
-        num_rows = sum(name.startswith("row ") for name in fields) if is_rejected else 0
-        return self.answer(folder, change, num_rows, is_rejected)
-
-    def check_image(self, folder: Path, text: str) -> None:
-        """Raise OptionError if a path, relative to a folder, is not an image below the roots."""
-        path = folder / text
-        is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
-        if "\0" in text or not is_image or not self.site.runs.is_inside(path):
-            raise OptionError(
-                say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder)
-            )
+        is_open = is_rejected or what == "look"
+        num_rows = sum(name.startswith("row ") for name in fields) if is_open else 0
+        return self.answer(folder, change, num_rows, is_rejected, fields if is_open else None)
 
 
-def select_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+def check_image(site: Site, folder: Path, text: str) -> None:
+    """Raise OptionError if a path, relative to a folder, is not an image or clip below the roots."""
+    path = folder / text
+    is_media = Path(text).suffix.lower() in {*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}
+    if "\0" in text or not is_media or not site.runs.is_inside(path):
+        raise OptionError(say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder))
+
+
+def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
+    """Return the texts in the fields of each row of a form, by the number of the row."""
+    rows: dict[int, dict[str, str]] = {}
+    for number in range(1, MAX_ROWS + 1):
+        if f"row {number}" in fields:
+            rows[number] = {name: fields.get(f"{name} {number}", "").strip() for name in FIELDS}
+    return rows
+
+
+def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
+    """Return the rows of a form as they were typed. `text` is the content of the prompt file."""
+    rows = []
+    typed = read_typed_texts(fields)
+    for edit in _read_edits(text, fields):
+        rows.append(PromptRow(edit.row.line, edit.prompt, typed[edit.number], edit.row.more))
+    return rows
+
+
+def find_recipe(model: ModelSet | None) -> ModelRecipe | None:
+    """Return the recipe of a model; None if the page cannot generate with it."""
+    return make_model_recipe(model, Path(), Path()) if model is not None and is_driven(model) else None
+
+
+def has_layers(recipe: ModelRecipe | None) -> bool:
+    """Return whether a sample's number of frames is its number of layers."""
+    return recipe is not None and "layers" in recipe.fields
+
+
+def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) -> list[str]:
+    """Return the text fields that the model uses, or that a line has."""
+    used = set() if recipe is None else {*recipe.fields}
+    return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
+
+
+def select_number_fields(
+    model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
+) -> list[str]:
     """Return the number fields that the model uses, or that a line has."""
     fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
-    if model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
+    if has_layers(recipe):
+        fields.add("frames")
+    elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
         fields.discard("frames")
     elif model.data["frames"] > 1:
         fields.add("frames")
-    has_embedded = False
-    if is_driven(model):
-        keys = make_model_recipe(model, Path(), Path()).keys
-        has_embedded = keys.get("guidance") == "embedded_cfg_scale"
+    has_embedded = recipe is not None and recipe.keys.get("guidance") == "embedded_cfg_scale"
     fields.add("embedded guidance" if has_embedded else "guidance")
     return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
 
 
-def select_image_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+def select_image_fields(
+    model: ModelSet | None, recipe: ModelRecipe | None, rows: Sequence[PromptRow]
+) -> list[str]:
     """Return the image fields that the model uses, or that a line has."""
     fields = {name for row in rows for name in IMAGES if name in row.texts}
+    if recipe is not None:
+        fields |= {"end", "control"} & {*recipe.fields}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
@@ -415,7 +486,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the images of a folder and its subfolders as relative paths; at most MOST_PICTURES."""
+    """Return the images of a folder and its subfolders as relative paths; at most MAX_IMAGES."""
     images: list[str] = []
     waiting = [(folder, 0)]
     while waiting and len(images) < MAX_IMAGES:

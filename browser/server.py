@@ -257,7 +257,7 @@ class Gate:
         return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
 
     def _opens(self, request: Request, word: str) -> bool:
-        """Return whether a word in the address admits a browser: the token, or the ticket."""
+        """Return whether a text in the address admits a browser: it is the token or the ticket."""
         if self._fits(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
@@ -342,15 +342,16 @@ class RunPages:
         is_paused = False
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
-        actions = self.buttons.render(shown)
+        further = self.buttons.render(shown, "more_actions.html")
         if not self.queue.read_only:
-            actions += self.shares.render(run.id, self.shares.find_origin(request))
+            further += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
             self.runs,
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
-            actions=actions,
+            actions=self.buttons.render(shown),
+            further=further,
             ended_at_once=shown.ended_at_once,
         )
         return answer_page(page)
@@ -433,7 +434,7 @@ def make_app(
     Args:
         runs: Runs below the roots.
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
-        token: Secret word; None to let everybody in.
+        token: Secret token; None to let everybody in.
         read_only: Reject requests that could write.
         queue: The queue; None for that of `open_queue`.
         models: The models folder.

@@ -153,6 +153,18 @@ def is_of_browser(process: psutil.Process) -> bool:
     return False
 
 
+def read_seconds() -> float:
+    """Return the processor seconds of the browsers that run, and of what has ended in them."""
+    if not STARTED:
+        return 0.0
+    seconds = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if process.name().startswith(("chrom", "node")):
+                seconds += sum(process.cpu_times()[:4])  # its own and its children's
+    return seconds
+
+
 def end_browser() -> None:
     """End the browser if one was started: while Playwright runs, this thread has a loop of asyncio."""
     if STARTED:

@@ -21,15 +21,15 @@ MAX_KEPT = 150_000  # objects, about 80 MB of small models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what compares marks and tiers with measured times."""
-    parser.addoption("--measure-tests", action="store_true", help="write their processor seconds down")
+    """Add the option that writes what tests take."""
+    parser.addoption("--measure-tests", action="store_true", help="write tests/durations.toml")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Measure; enter an account that is new."""
     home = account.enter_new_account()
     config.add_cleanup(lambda: account.leave_account(home))
-    config.pluginmanager.register(long_tests.Measuring(compares_marks=config.getoption("measure_tests")))
+    config.pluginmanager.register(long_tests.Measuring(writes_table=config.getoption("measure_tests")))
 
 
 @pytest.hookimpl(tryfirst=True)

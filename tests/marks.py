@@ -1,27 +1,29 @@
-"""Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
+"""Set the marks that follow from what a test calls and takes: `recorded`, `script`, `slow` and `fast`.
 
-Three tiers. `fast`: of each test that takes less than LONG seconds of processor time, starts no script and no
-browser and compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is
-not marked `slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and
-`tests/heavy.toml` why a case of the default tier may take more than HEAVY seconds.
-`slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
-`long` marks a test whose cases take longer than LONG.
+Three tiers, by the processor seconds of a case of each test, which `tests/durations.toml` holds:
 
-Of cases that start a script or take long, one of each kind is in the default tier. Two cases are of one kind
-if shared code does the same for both, and what is the family's own in them is shown by a test of the default
-tier that stays: the comment beside the mark `slow` names it. `tests/heavy.toml` says how many such cases a
-file may have, and MAX_COSTLY how many all files together.
+- `fast`: at most CASES cases of each test that takes less than LONG seconds, starts no script and no browser
+  and compiles nothing; and the cases marked `whole_way`.
+- The default: all but what is marked `slow`. Of a test that takes more than COSTLY seconds the first case
+  alone, and none of one that takes more than HEAVY, unless `tests/heavy.toml` says why. Tests that a row of
+  `tests/seams.toml` needs are there with all cases.
+- Everything: the rest too.
+
+`slow_cases("CASE", ...)` marks single cases of a quicker test as slow, because others show the same daily.
+A test that has not been measured is in the default tier with all its cases.
 """
 
 import functools
 import inspect
 import subprocess
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
+
+from tests.durations import read_durations, read_heavy, read_seam_tests
 
 Name = tuple[str, str]  # of a module, of a function in it
 READER: Name = ("tests.golden_cases", "read_case")
@@ -35,46 +37,42 @@ STARTERS: frozenset[Name] = frozenset(
     }
 )
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
-LONG = 0.15  # seconds of processor time that a case of the fast tier may take
 CASES = 2  # of a test in the fast tier: the first and the last
-HEAVY = 2.0  # seconds of processor time that a case of the default tier may take
-COSTLY_OF_A_FILE = 15  # cases of a file that start a script or take long, if heavy.toml has no line of it
-MAX_COSTLY = 2_980  # such cases of all files: lower it after each cut
+# processor seconds of a case
+LONG = 0.15
+COSTLY = 0.25
+HEAVY = 1.25
 
 
-def set_marks(items: Iterable[pytest.Item]) -> None:
-    """Mark the tests that read `tests/golden` or start a script, themselves or in their fixtures, and those
-    of the fast tier.
+def set_marks(items: Sequence[pytest.Item]) -> None:
+    """Mark the tests that read `tests/golden` or start a script, themselves or in their fixtures, those that
+    are slow, and those of the fast tier.
     """
+    durations = read_durations()
+    seams, heavy = read_seam_tests(), read_heavy()
     quick: dict[str, list[pytest.Item]] = defaultdict(list)  # test -> its cases that may be in the fast tier
+    seen: set[str] = set()  # tests with a case in the default tier
     for item in items:
-        if is_slow_case(item):
-            item.add_marker("slow")
+        name = test_name(item.nodeid)
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
         given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
         for mark in _marks_of(tuple(given)):
             item.add_marker(mark)
+        seconds = 0.0 if name in seams else durations.get(name, 0.0)
+        is_left_out = seconds > HEAVY and name not in heavy
+        if is_slow_case(item) or is_left_out or (seconds > COSTLY and name in seen):
+            item.add_marker("slow")
         marks = {mark.name for mark in item.iter_markers()}
-        is_long = bool({"script", "long"} & marks) or COMPILES in fixtures
         if {"slow", "gpu"} & marks:
             continue
+        seen.add(name)
         if "whole_way" in marks:
             item.add_marker("fast")
-        elif not is_long:
-            quick[test_name(item.nodeid)].append(item)
+        elif "script" not in marks and COMPILES not in fixtures and name not in durations:
+            quick[name].append(item)
     for cases in quick.values():
         for item in spread(cases):
             item.add_marker("fast")
-
-
-def count_costly(items: Iterable[pytest.Item]) -> Counter[str]:
-    """Return how many cases of each file start a script or take long, but for slow ones."""
-    counted = Counter[str]()
-    for item in items:
-        marks = {mark.name for mark in item.iter_markers()}
-        if {"script", "long"} & marks and not {"slow", "gpu"} & marks:
-            counted[item.nodeid.partition("::")[0]] += 1
-    return counted
 
 
 def spread(cases: Sequence[pytest.Item]) -> list[pytest.Item]:

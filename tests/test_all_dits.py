@@ -260,7 +260,6 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
     assert not torch.allclose(velocity(tiny, changed), velocity(tiny, other), atol=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "anima",
     "flux dev",

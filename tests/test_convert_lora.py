@@ -176,7 +176,6 @@ def test_fp8_weights_whose_scales_are_elsewhere_are_refused(tmp_path: Path, lora
         )
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("all_in_one", "folder", "prefixed", "sharded")
 @pytest.mark.parametrize("dialect", framepack_dit.DIALECTS)
 def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack(

@@ -313,7 +313,6 @@ def script_parser(script: str) -> argparse.ArgumentParser:
         return parser_of(script, patch)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
 def test_the_scripts_have_the_options_that_a_page_gives_them(page: Path) -> None:
     for command in commands_of(page):
@@ -324,7 +323,6 @@ def test_the_scripts_have_the_options_that_a_page_gives_them(page: Path) -> None
             assert given <= script_parser(script)._option_string_actions.keys(), command
 
 
-@pytest.mark.long
 @of_each(OTHERS)
 def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     lay_out_models(tmp_path / "models")
@@ -376,7 +374,6 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
             thin_out(tmp_path / "trial")
 
 
-@pytest.mark.long
 @of_each(ABOUT_DATA)
 def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None:
     write_encoders(tmp_path / "models")
@@ -398,7 +395,6 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
             run_in(tmp_path, command.replace(SERVER, describer.address), makes_caches=True, apart=False)
 
 
-@pytest.mark.long
 @of_each(ABOUT_IMAGES)
 def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> None:
     IMAGE_MODELS[page.stem](tmp_path / "models")

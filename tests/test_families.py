@@ -282,7 +282,6 @@ def project(
     return family, folder
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("framepack")
 def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[TinyFamily, Path]) -> None:
     """The sample made while training is what the script makes of the file, and not of the one before."""

@@ -39,7 +39,6 @@ def means_the_same(typed: str, ours: str, known_as: Collection[str]) -> bool:
     return typed in known_as or is_theirs or any(typed in line and ours in line for line in lines)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "script",
     [pytest.param(name, marks=[] if name in DAILY else [pytest.mark.slow]) for name in (*SCRIPTS, *TOOLS)],

@@ -113,7 +113,6 @@ def with_dit(project: TinyProject, path: Path) -> TinyProject:
     )
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("wan t2v-1.3B---fp8_base --fp8_scaled", "wan t2v-1.3B---fp8_base")
 @pytest.mark.parametrize("how", TRAINED, ids=" ".join)
 def test_training_with_fp8_weights_learns_nearly_the_same(project: TinyProject, how: list[str]) -> None:
@@ -135,7 +134,6 @@ def test_training_with_fp8_weights_learns_nearly_the_same(project: TinyProject, 
         assert file.metadata()["ss_fp8_base"] == "True"
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("wan t2v-1.3B-no")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(project: TinyProject, precision: str) -> None:
@@ -156,7 +154,6 @@ def test_generation_with_fp8_weights_makes_nearly_the_same(
     assert all(1e-4 < one < (0.05 if "--fp8_scaled" in how else 0.1) for one in apart(found, expected))
 
 
-@pytest.mark.long
 def test_loras_are_merged_before_the_rounding(project: TinyProject, tmp_path: Path) -> None:
     """A LoRA and --fp8_scaled give what the merged model does with --fp8_scaled."""
     lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
@@ -173,7 +170,6 @@ def test_loras_are_merged_before_the_rounding(project: TinyProject, tmp_path: Pa
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("wan t2v-1.3B-fp8")
 @pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
 def test_released_fp8_files_stay_in_fp8_and_give_what_they_give_multiplied_out(

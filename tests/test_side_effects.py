@@ -76,7 +76,6 @@ ALL = [
 ]
 
 
-@pytest.mark.long
 def test_every_script_is_looked_at() -> None:
     others = {path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.parts)} - set(ALL)
     # no commands: the browser starts them, and tells them what to do
@@ -146,7 +145,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("command", LOOKS, ids=lambda command: command[:13] + command.split("--")[-1])
 def test_looking_changes_no_file(command: str, project: Path) -> None:
     before = _state_of(project)

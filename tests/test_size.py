@@ -62,7 +62,6 @@ def test_the_ways_through_the_house_do_not_grow() -> None:
         assert count <= WAYS[name] * GROWTH, name
 
 
-@pytest.mark.long
 def test_a_class_name_occurs_once_and_a_function_says_what_it_does() -> None:
     trees = {
         path: ast.parse(path.read_text(encoding="utf-8"))

@@ -175,7 +175,6 @@ def test_on_other_processors_only_changed_rooms_are_compared(tmp_path: Path) -> 
     assert run_tests._changed_rooms(tmp_path) == [*run_tests.COMPARED]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("passes", "code"),
     [
@@ -203,7 +202,6 @@ def test_ill():
     assert found == code
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("line", "is_failed"), [("x: int = 1", False), ('x: int = "1"', True)])
 def test_what_the_type_checker_says_comes_last_and_fails_the_run(
     line: str,

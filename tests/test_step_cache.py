@@ -75,7 +75,6 @@ def same_parts(ours: Latents, theirs: Latents) -> list[bool]:
     return [torch.equal(ours[name], theirs[name]) for name in ours]
 
 
-@pytest.mark.long
 def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: TinyProject, tmp_path: Path) -> None:
     plain, said = generate(project, tmp_path / "plain", *GUIDED)
     assert SKIPPED.search(said) is None
@@ -94,7 +93,6 @@ def test_neutral_values_give_the_plain_bits_and_real_ones_skip(project: TinyProj
         assert not any(same_parts(found, plain))
 
 
-@pytest.mark.long
 def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: TinyProject) -> None:
     """Passes by the rule: of 8 steps, the first is kept (20 %), then three of four are skipped, and the last
     is computed.
@@ -109,7 +107,6 @@ def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: TinyPr
         assert skipped_in(said) == (5 * branches * sections, STEPS * branches * sections)
 
 
-@pytest.mark.long
 def test_what_calibration_prints_can_be_given(project: TinyProject, tmp_path: Path) -> None:
     plain, _ = generate(project, tmp_path / "plain", *GUIDED)
     measured, said = generate(project, tmp_path / "measured", *GUIDED, "--magcache_calibration")
@@ -130,7 +127,6 @@ def test_what_calibration_prints_can_be_given(project: TinyProject, tmp_path: Pa
     assert skipped_in(said)[0] > 0
 
 
-@pytest.mark.long
 def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     family = family_called("hunyuan_video")
     family.prepare(tmp_path)

@@ -56,7 +56,6 @@ def swap_most(project: TinyProject) -> tuple[str, ...]:
 
 
 @pytest.mark.slow_cases("wan t2v-1.3B-fp8")
-@pytest.mark.long
 @pytest.mark.parametrize(
     "usual",
     [
@@ -77,7 +76,6 @@ def test_a_lora_is_trained_to_the_same_bits(
     assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name or "lora_B" in name)
 
 
-@pytest.mark.long
 def test_samples_and_resuming_change_nothing(project: TinyProject, tmp_path: Path) -> None:
     swap = ("--blocks_to_swap", "2", "--gradient_checkpointing")
     expected = project.train(tmp_path / "plain", "--gradient_checkpointing")
@@ -88,7 +86,6 @@ def test_samples_and_resuming_change_nothing(project: TinyProject, tmp_path: Pat
     assert same(expected, found)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("usual", [(), ("--fp8", "--fp8_scaled")], ids=["plain", "fp8"])
 def test_the_same_latents_are_generated(project: TinyProject, tmp_path: Path, usual: Sequence[str]) -> None:
     """Two videos, one after the other."""
@@ -102,7 +99,6 @@ def test_the_same_latents_are_generated(project: TinyProject, tmp_path: Path, us
     assert all(same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [

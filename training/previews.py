@@ -26,6 +26,7 @@ from training.checks import judge_rate, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
+from training.experts import describe_few_steps
 from training.features.composing import begin_run
 from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
@@ -132,6 +133,9 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         _add_words(read, result.tables)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
+    few_steps = describe_few_steps(family, options)
+    if few_steps:
+        lines.append(few_steps)
     targets = joined.describe_targets()
     if targets:
         lines = ["Targets:", *findings.indent(targets), *lines]
@@ -195,7 +199,8 @@ def _plan(
 ) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
-    reject_quantized_bases(family, options)
+    if options.full_dit is not None:
+        reject_quantized_bases(family)
     config = read_config(options, family, learner)
     texts = find_live_texts(family, options, config)
     for check_texts in options.joined.on.texts:

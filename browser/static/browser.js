@@ -341,7 +341,7 @@ async function ask() {
     all(".tile").forEach((tile, at) => {
       if (ours.tiles?.[at]?.[0] !== tile.firstChild.data) return;
       tile.querySelector("b").textContent = ours.tiles[at][1];
-      tile.lastChild.data = `${ours.tiles[at][2]} `;
+      tile.querySelector("span").textContent = ours.tiles[at][2];
     });
     return ours.state === "running" ? 3000 : 15000;
   }
@@ -367,12 +367,14 @@ async function goOn(wait) {
 }
 
 let wasAdded = false; // a line to the queue, which the swap that follows shows
+let wasRefused = false; // a line, and the reason is shown above the jobs
 document.addEventListener("htmx:after:swap", () => {
   watch();
   showNewest();
   keepStep();
   if ($("added")) sayAdded();
-  wasAdded = false;
+  if (wasRefused) $("said")?.scrollIntoView({ block: "nearest" });
+  wasAdded = wasRefused = false;
 });
 
 // What became of the line that was added, as long as that shows above.
@@ -387,7 +389,10 @@ function sayAdded() {
 }
 
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
-  if (target !== document && target.matches(".add")) $("added").textContent = "";
+  if (target !== document && target.matches(".add")) {
+    $("added").textContent = "";
+    wasRefused = !detail.ctx.response?.raw.ok;
+  }
   if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
   if (target.matches(".add")) {
     for (const one of target.querySelectorAll(".draft")) one.remove();

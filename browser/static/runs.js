@@ -4,7 +4,7 @@
 (() => {
   const box = () => document.getElementById("deeds");
   const OWN = 4000; // milliseconds after a press in which a change of the state is what it has asked for
-  const done = () => document.getElementById("done");
+  const done = () => [...document.querySelectorAll("#done, #done_further")]; // what was answered, above and below the samples
   let said = 0; // when a button was answered
   let turn = 0; // of looks
 
@@ -13,7 +13,7 @@
     if (!now) return;
     const answer = await fetch(`${ROOT}/run/${now.dataset.id}/standing`);
     if (answer.status === 404) {
-      done().textContent = translate("It is not there any more: its folder was renamed, moved or removed.");
+      document.getElementById("done").textContent = translate("It is not there any more: its folder was renamed, moved or removed.");
       return;
     }
     if (!answer.ok) return;
@@ -21,7 +21,8 @@
     if (standing.is_begun && now.dataset.begun !== "yes") { location.reload(); return; } // it has a page of its own now
     if (standing.mark !== now.dataset.standing) {
       htmx.trigger(now, "look");
-      if (Date.now() - said > OWN || done().querySelector(".bad")) done().replaceChildren(); // it was about an earlier state
+      htmx.trigger("#machine", "changed"); // so that both lines say the same
+      for (const one of done()) if (Date.now() - said > OWN || one.querySelector(".bad")) one.replaceChildren(); // it was about an earlier state
     }
   }
 
@@ -36,7 +37,7 @@
 
   document.addEventListener("htmx:after:request", ({ target, detail }) => {
     if (detail.ctx.response?.raw.headers.get("hx-redirect")) return; // to another page
-    if (target === document || !target.closest?.("#deeds, #panel") || target.matches("#deeds")) return;
+    if (target === document || !target.closest?.("#deeds, #panel, #further, #removal") || target.matches("#deeds")) return;
     said = Date.now();
     goOn();
   });
@@ -44,10 +45,11 @@
   // A panel that closes takes the focus with its button: it goes back to the button that has opened it.
   let opener = "";
   document.addEventListener("htmx:before:request", ({ target }) => {
-    if (target.matches?.("#deeds form[hx-target='#panel']")) opener = target.querySelector("button").id;
+    if (target.matches?.("#removal form")) turn += 1; // what is being removed is not asked how it stands
+    if (target.matches?.("form:is([hx-target='#panel'], [hx-target='#removal']):not(#panel form, #removal form)")) opener = target.querySelector("button").id;
   });
   document.addEventListener("htmx:after:swap", ({ target }) => {
-    if (target.id === "panel" && document.activeElement === document.body) document.getElementById(opener)?.focus({ preventScroll: true });
+    if (["panel", "removal"].includes(target.id) && document.activeElement === document.body) document.getElementById(opener)?.focus({ preventScroll: true });
   });
   if (box()) goOn();
 })();

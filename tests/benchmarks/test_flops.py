@@ -300,7 +300,6 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
     ]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("False")
 @pytest.mark.parametrize("generates", [False, True])
 def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, generates: bool) -> None:

@@ -96,7 +96,6 @@ def _slow(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("flux-bf16")
 @pytest.mark.parametrize("name", _slow(TRAINED))
 def test_a_training_step_is_measured_and_planned(tmp_path: Path, name: str) -> None:
@@ -120,7 +119,6 @@ def test_the_plan_of_a_row_that_is_known_ahead_is_kept(tmp_path: Path) -> None:
     assert found["planned"] == 7.0
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", _slow(GENERATED))
 def test_a_generation_is_measured_and_planned(tmp_path: Path, name: str) -> None:
     write, size, options = GENERATED[name]

@@ -164,7 +164,6 @@ def decode(vae: TinyVae, latents: Tensor) -> Tensor:
         return torch.cat(list(decoder.decode(latents.transpose(0, 1))))
 
 
-@pytest.mark.long
 def test_decoding_equals_the_recorded_one(tmp_path: Path) -> None:
     case, tensors = read_case("taehv")
     path = tmp_path / "taehv.safetensors"

@@ -241,7 +241,6 @@ def test_the_answer_is_one_paragraph(answer: str, taken: str) -> None:
     assert take_answer(answer) == taken
 
 
-@pytest.mark.long
 def test_it_is_used_and_recorded(chat_model: Path, tmp_path: Path) -> None:
     """The video is that of the rewritten prompt typed by hand; the file says both texts."""
     files = write_tiny_wan(tmp_path / "models")

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -30,9 +31,9 @@ PROMPTS = ("a dog", "two <b>dogs")
 IMAGE = np.zeros((32, 32, 3), np.uint8)
 
 
-def write_comparable(folder: Path, name: str = "x", command: str = COMMAND) -> None:
+def write_comparable(folder: Path, name: str = "x", command: str = COMMAND, **told: Any) -> None:
     """A run with files of steps 2, 4 and 6, samples of two prompts at 2 and 4, the lowest loss at 4."""
-    write_run(folder, name)
+    write_run(folder, name, **told)
     history = History(history_path(folder, name), 1, 6)
     for step, loss in ((2, 0.3), (4, 0.2), (6, 0.25)):
         history.add(step, saved=f"{name}-step{step}.safetensors")
@@ -125,11 +126,11 @@ def test_samples_of_a_file_and_clips_of_its_content_are_shown_and_the_best_is_ma
     cells = [cell.partition("</td>")[0] for cell in body.split("<td>")[1:]]
     shown = ["001_9_without-LoRA", "x_4_0.png", "001_9_a", "not made", "x_4_1.png", "not made"]
     assert [name in cell for name, cell in zip(shown, cells, strict=True)] == [True] * 6
-    assert "Clips that are not made: 1 of 4." in page
+    assert "Not made yet: 1 of 4." in page
     assert "two &lt;b&gt;dogs" in page
     assert served.ask(served.of("x", "compare/001_9_a_000000.png")).body.startswith(b"\x89PNG")
     file.write_bytes(b"another training's")
-    assert "Clips that are not made: 2 of 4." in show(served, (4, 6), prompt=PROMPTS)
+    assert "Not made yet: 2 of 4." in show(served, (4, 6), prompt=PROMPTS)
 
 
 def test_a_page_begins_with_the_best_file_and_the_one_before_and_shows_equal_ones_once(
@@ -157,7 +158,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     served: Served, folder: Path
 ) -> None:
     more = {"prompt": ["a dog"], "more": "a bird --d 3\n\na fish"}
-    assert "Clips that are not made: 5 of 6." in show(served, (4, 6), **more)
+    assert "Not made yet: 5 of 6." in show(served, (4, 6), **more)
 
     assert make(served, (4, 6), **more).status == 303
     assert make(served, (4, 6), **more).status == 303  # they are asked for: nothing to add
@@ -182,7 +183,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     ("command", "message"),
     [
         (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
-        (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA for --dit"),
+        (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA that can be compared"),
         (COMMAND.replace("best.safetensors", "best.safetensors fast.safetensors"), "a second LoRA"),
         ("python rm.py --dit x", "has no command that generates"),
         ("python 'wan_generate_video.py", "has no command that generates"),
@@ -300,7 +301,7 @@ def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path
     with serve_runs(folder, queue=queue) as served:
         id, more = served.runs.list_all()[0].id, "a red blorp moving up --s 2"
         asked = urlencode({"run": id, "more": more})
-        assert "1 of 1 clip is not made" in served.ask(f"/compare?{asked}").text
+        assert "Not made yet: 1 of 1." in served.ask(f"/compare?{asked}").text
         assert served.ask("/compare", "POST", asked, Origin=served.url).status == 303
         assert "job 1: waiting" in served.ask(f"/compare?{asked}").text
         queue.begin_work()
@@ -326,7 +327,7 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.click("text=Make them")
         page.wait_for_selector("text=job 1: waiting")
-        assert page.locator("text=Make them").count() == 0
+        assert page.locator("text=Not made yet").count() == 0
         write_clip(folder / "compare" / "001_9_a_000000.png", folder / "x-step6.safetensors")
         page.evaluate("ask()")
         wait_until(page, "document.querySelectorAll('.grid [data-src]').length === 4")
@@ -346,3 +347,32 @@ def test_the_focus_stays_near_a_run_that_is_left_out(served: Served) -> None:
         page.keyboard.press("Space")
         wait_until(page, "!document.querySelector('input[name=run][type=checkbox]')")
         wait_until(page, "document.activeElement.closest('form.compare') !== null")
+
+
+def test_missing_ones_are_made_from_where_prompts_are_typed(served: Served, folder: Path) -> None:
+    write_comparable(folder.parent / "y", "y", written_in=str(folder.parent / "y"))
+    fields = find_form(show(served, (6,), "y"))
+    assert fields.index('name="more"') < fields.index('id="make_them"')
+    body = f"{form(served, (6,), 'y')}&{urlencode({'prompt': 'none of these'})}"
+    refused = served.ask("/compare", "POST", body, Origin=served.url)
+    assert (refused.status, "Tick a prompt, or type one" in refused.text) == (422, True)
+    assert jobs(folder) == []
+    with open_page(f"{served.url}/compare?{form(served, (6,), 'y')}") as page:
+        page.get_by_label("Further prompts").fill("a hen --d 3")
+        page.get_by_role("button", name="Make them").click()  # which takes what has just been typed
+        page.get_by_text("job 1: waiting").first.wait_for()
+        assert "a+hen" in page.url
+        assert page.problems == []
+    prompts = Path(jobs(folder)[0][jobs(folder)[0].index("--from_file") + 1])
+    assert "a hen --d 3" in prompts.read_text(encoding="utf-8")
+
+
+def find_form(text: str) -> str:
+    """Return the HTML of the form in which files and prompts are chosen."""
+    return text.partition('<form action="/compare"')[2].partition("</form>")[0]
+
+
+def test_a_command_of_elsewhere_is_read_before_it_is_queued(served: Served) -> None:
+    page = show(served, (6,), more="a hen")
+    assert 'id="make_them"' not in page
+    assert page.index("<details open>") < page.index("Make them")

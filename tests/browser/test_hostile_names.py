@@ -112,7 +112,6 @@ def write_records(root: Path) -> None:
     (making / "1.json").write_text(json.dumps(row), encoding="utf-8")
 
 
-@pytest.mark.long
 def test_no_page_holds_markup_of_a_name_or_text(root: Path) -> None:
     with serve_runs(root) as served:
         ids = [run.id for run in served.runs.list_all()]

@@ -210,7 +210,19 @@ def test_a_change_of_the_language_leads_back_to_a_page_of_this_server(address: s
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("languages")
-    write_run(root / "runs", "x", 10)
+    generate = "python wan_generate_video.py --lora_weight runs/x.safetensors --prompt 'a <b>cat'"
+    prompts = [["sample_prompts", str(root / "prompts.txt")]]
+    path = write_run(root / "runs", "x", 10, changed=prompts, working_folder=str(root))
+    with path.open("a", encoding="utf-8") as file:
+        row = {"step": 10, "commands": [["Generate with it", generate, generate, "", ""]]}
+        file.write(json.dumps(row) + "\n")
+    (root / "prompts.txt").write_text("a <b>cat --w 65 --n a <b>cat\n", encoding="utf-8")
+    died = write_run(root / "output", "mrsfluff", 10, None)
+    reason = f"{root}/x.safetensors cannot be written: the disk is full. No partial file was kept. Free some "
+    reason += "space or choose another folder, and run again."
+    with died.open("a", encoding="utf-8") as file:
+        row = {"step": 10, "ended": f"ended by an error after step 10: {reason}", "kind": "bad"}
+        file.write(json.dumps(row) + "\n")
     save_image(root / "described" / "0.png")
     describe(root / "described")
     with serve_runs(root) as server:
@@ -234,7 +246,7 @@ def test_a_page_says_its_language_and_no_cache_gives_it_to_another_reader(served
 
 def test_the_link_of_a_language_keeps_it_in_a_cookie_and_leads_back(served: Served) -> None:
     page = served.ask("/queue")
-    [link] = re.findall(r'href="(/language/zh\?[^"]*)"', page.text)
+    [link] = {*re.findall(r'href="(/language/zh\?[^"]*)"', page.text)}  # on a phone it is in the menu
     answer = served.ask(link.replace("&amp;", "&"))
 
     assert answer.status == 303
@@ -322,6 +334,11 @@ PAGES = (
         "/masks?folder={}",
         "{run}",
         "{run}deeds",
+        "{run}panel/prompts",
+        "{run}panel/remove",
+        "{died}",
+        "{died}deeds",
+        "/compare?run={id}",
     ),
 )
 # what no language changes: names of models and licenses, of files, folders and options, people's own words
@@ -333,8 +350,8 @@ MODEL_NAMES = {
 }
 DATA_NAMES = re.compile(
     r"(?<!\w)(mrsfluff|described|languages\d*|output|runs|models|a <b>cat|warning|the disk is nearly full"
-    r"|\d+ bytes|reelsmith run my_clips|FOLDER|DIR|N)(?!\w)"
-    r"|--\w+( [A-Z]+\b)?|\S*/\S*|\S+\.(toml|txt|png|safetensors)|, or (?=--)"
+    r"|\d+ bytes|reelsmith run my_clips|FOLDER|DIR|N)(?!\w|\.s|-h)"
+    r"|--\w+( [A-Z]+\b)?|\S*/\S*|\S+\.(toml|txt|png|safetensors|jsonl)|, or (?=--)"
 )
 
 
@@ -349,7 +366,9 @@ def test_every_page_shows_no_words_outside_of_the_table(
     folder = quote(str(served.runs.tops[0] / "described"))
     found = {}
     for page in PAGES:
-        address = page.replace("{}", folder).replace("{run}", served.of("x"))
+        run = served.of("x")
+        address = page.replace("{}", folder).replace("{run}", run).replace("{died}", served.of("mrsfluff"))
+        address = address.replace("{id}", run.split("/")[2])
         answer = served.ask(address)
         assert answer.status == 200, address
         words = list_unmarked(answer.text)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from browser.folders import MediaFolder
 from browser.model_table import describe_file, describe_kind, list_missing, list_model_rows
 from project.choosing import ask_family, describe_makes
@@ -11,7 +9,6 @@ from project.options import find_models
 from tests.commands import ROOT
 
 
-@pytest.mark.long
 def test_what_models_make_is_what_new_says() -> None:
     models = find_models()
     assert [describe_kind(model) for model in models] == [

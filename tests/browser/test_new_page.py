@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
@@ -591,6 +592,26 @@ def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
     assert 'role="alert"' not in right.split('id="hours"')[1].split("</p>")[0]
 
 
+def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served, root: Path) -> None:
+    (root / "empty").mkdir()
+    (root / "empty" / "note.txt").write_text("x", encoding="utf-8")
+    (picture, *_) = write_images(root / "set", 1)
+    wrong = {
+        str(picture): f"{picture} is a file. Give its folder: {picture.parent}",
+        str(root / "empty"): "has no clips, pictures or sounds. Drop some here first.",
+        str(root / "none"): "no such folder below",
+    }
+    if os.name != "nt":
+        wrong |= dict.fromkeys((r"C:\Users\me", "d:/x", r"\\nas\x"), "that is a path of Windows")
+    for folder, reason in wrong.items():
+        page = html.unescape(served.ask(f"/new?{urlencode({'folder': folder, 'family': 'wan'})}").text)
+        assert reason in re.sub("<!--.*?-->", "", page).split('id="folder_fault"')[1].split("</p>")[0]
+    (root / "empty" / "inner").mkdir()  # that may hold media
+    for folder in (root / "empty", root / "set"):
+        page = served.ask(f"/new?{urlencode({'folder': str(folder), 'family': 'wan'})}").text
+        assert 'role="alert"' not in page.split('id="folder_fault"')[1].split("</p>")[0]
+
+
 def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:
     write_images(root / "set", 1)
     (root / "set/check.html").write_text("<script>parent.x = 1</script><p>hello", encoding="utf-8")
@@ -814,7 +835,6 @@ def test_no_button_changes_the_settings_of_a_running_training(served: Served, ro
     assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
 
 
-@pytest.mark.long
 def test_a_file_that_does_not_fit_is_said_before_describe(served: Served) -> None:
     """By the check of `new` itself, which takes the same file of its own model."""
     dit = str(POCKET / "dit.safetensors")

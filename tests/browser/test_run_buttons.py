@@ -60,7 +60,7 @@ def panel(served: Served, what: str, name: str = "own") -> Answer:
 
 
 def mark_in(answer: Answer, field: str = "have") -> str:
-    (mark,) = re.findall(rf'name="{field}" value="(\w*)"', answer.text)
+    (mark,) = {*re.findall(rf'name="{field}" value="(\w*)"', answer.text)}
     return str(mark)
 
 
@@ -81,7 +81,7 @@ def write_generating_run(output: Path, kind: str | None, script: str = "wan_gene
         file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", ""]]}) + "\n")
 
 
-def write_controlled_run(output: Path, more: str = "") -> None:
+def write_controlled_run(output: Path, missing: str = "", with_gaps: bool = False) -> None:
     """Write a run whose history has a command that follows a control picture with the run's file."""
     info = {"written_in": str(output), "working_folder": str(output.parent)}
     path = write_run(output, "own", kind="good", **info)
@@ -89,9 +89,16 @@ def write_controlled_run(output: Path, more: str = "") -> None:
     Image.new("RGB", (8, 8)).save(control)
     words = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
     words += f"--prompt 'a cat' --guide_image_path {output.name}/edges.png"
+    if with_gaps:
+        words = words.replace("a cat", "what it should show").replace(
+            f"{output.name}/edges.png", "CONTROL_PICTURE"
+        )
+        words += " --vae VAE_FILE"
     line = f"python gen_img.py {words}"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", more]]}) + "\n")
+        file.write(
+            json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", missing]]}) + "\n"
+        )
     (output.parent / "model.safetensors").touch()
 
 
@@ -103,12 +110,18 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     page = served.ask(f"{address_of(served)}deeds").text
     assert "Make a picture with it" in page
     assert "is used by a command, in a terminal" not in page
-    assert 'name="prompt" value="a cat"' in page
-    assert 'name="control" value="output/edges.png"' in page
+    labels = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
+    values = dict(re.findall(r'<input id="(word-\d+)" name="word \d+" value="([^"]*)"', page))
+    fields = {labels[id]: values[id] for id in labels}
+    assert fields == {"Prompt": "a cat", "Control picture": "output/edges.png"}
+    listed = re.search('<datalist id="control_pictures">(.*?)</datalist>', page)
+    assert listed is not None
+    assert '<option value="cat.png">' in listed[1]
 
     other = output / "other.png"
     other.write_bytes((output / "edges.png").read_bytes())
-    assert press(served, "make", prompt="two dogs", control=other).status == 200
+    prompt, control = (id.replace("-", " ") for id in labels)
+    assert press(served, "make", **{prompt: "two dogs", control: other}).status == 200
 
     (job,) = queue.jobs()
     assert job.words[1:] == [
@@ -116,15 +129,31 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
         *("--control_net_lllite_models", "output/own.safetensors", "--prompt", "two dogs"),
         *("--guide_image_path", str(other)),
     ]
-    assert press(served, "make", prompt="two dogs", control="/etc/passwd").status == 422
+    assert press(served, "make", **{prompt: "two dogs", control: "/etc/passwd"}).status == 422
 
 
-def test_a_command_with_gaps_is_filled_in_on_the_queue(served: Served, tmp_path: Path) -> None:
-    write_controlled_run(tmp_path / "my clips" / "output", "VAE_FILE")
+def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQueue, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_controlled_run(output, "CONTROL_PICTURE 'what it should show' VAE_FILE", with_gaps=True)
     page = served.ask(f"{address_of(served)}deeds").text
-    assert "Make a picture with it" not in page
-    assert "Fill in what is missing, then put it into the queue" in page
-    assert press(served, "make", prompt="x").status == 422
+    names = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
+    assert [*names.values()] == ["Prompt", "Control picture", "--vae"]
+    assert "CONTROL_PICTURE" not in page
+    prompt, control, vae = (id.replace("-", " ") for id in names)
+    empty = press(served, "make", **{prompt: "two dogs", vae: "model.safetensors"})
+    assert (empty.status, "Fill in Control picture." in empty.text) == (422, True)
+    (tmp_path / "my clips" / "vae.safetensors").touch()
+    typed = {prompt: "two dogs", control: "output/edges.png", vae: "vae.safetensors"}
+    assert press(served, "make", **typed).status == 200
+    (job,) = queue.jobs()
+    assert job.words[-6:] == [
+        "--prompt",
+        "two dogs",
+        "--guide_image_path",
+        "output/edges.png",
+        *job.words[-2:],
+    ]
+    assert job.words[-2:] == ["--vae", "vae.safetensors"]
 
 
 @pytest.mark.parametrize("script", ["none.py"])
@@ -347,8 +376,8 @@ def test_a_run_of_a_terminal_continues_with_its_own_command(
     assert lines(queue) == [default, default.replace(" 10 ", " 50 ")]
 
 
-def test_prompts_of_a_described_folder_lead_to_their_fields(served: Served, tmp_path: Path) -> None:
-    (address,) = re.findall(r'href="([^"]+)">Fields for sizes', panel(served, "prompts").text)
+def test_samples_of_a_described_folder_lead_to_their_interval(served: Served, tmp_path: Path) -> None:
+    (address,) = re.findall(r'href="([^"]+)">How often they are made', panel(served, "prompts").text)
     assert html.unescape(address) == f"/new?{urlencode({'folder': tmp_path / 'my clips'})}#samples"
     assert 'id="samples"' in served.ask(html.unescape(address).partition("#")[0]).text
 
@@ -443,9 +472,16 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
     folder = tmp_path / "my clips"
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Edit samples").click()
-        page.get_by_label("Prompts of prompts.txt").fill("a cow --s 3")
+        page.get_by_label("Sample 1 prompt").fill("a cow")
+        page.get_by_label("Sample 1 steps").fill("3")
+        page.get_by_label("Sample 1 width").fill("65")
+        page.get_by_text("width 65: give a multiple of 16. The sample is made with 64.").wait_for()
+        page.get_by_label("Sample 1 width").fill("")
+        page.get_by_role("button", name="One more sample").click()
+        page.locator("#sample-4").wait_for()
+        assert page.get_by_label("Sample 1 prompt").input_value() == "a cow"
         (folder / "prompts.txt").write_text("a goat\n", encoding="utf-8")
-        page.get_by_role("button", name="Write", exact=True).click()
+        page.get_by_role("button", name="Save the samples").click()
         page.get_by_text("Nothing was written").wait_for()
         assert page.get_by_label("what the file holds").inner_text() == "a goat"
         page.get_by_role("button", name="Write mine over it").click()
@@ -529,7 +565,7 @@ def test_no_button_comes_to_the_place_of_stop(kind: str, served: Served, tmp_pat
         shutil.rmtree(output)
         write_generating_run(output, kind)
         wait_until(page, "document.getElementById('stop') === null")
-        places = page.locator("#deeds button").all()
+        places = page.locator(":is(#deeds, #further) button").all()
         tops = [place.bounding_box()["y"] for place in places]
         assert len(tops) > 2
         assert min(tops) >= box["y"] + box["height"]

@@ -1,6 +1,7 @@
 """The samples of a described folder: rows of prompts.txt, in which only what was typed is changed."""
 
 import functools
+import re
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -55,8 +56,9 @@ def has_line(path: Path, line: str) -> bool:
 def test_a_row_shows_its_line() -> None:
     first, second = read_rows(PROMPTS)
     assert first.prompt == "fluff, in falling snow"
-    assert first.texts == {"width": "64", "height": "64", "frames": "1", "seed": "1", "steps": "4"}
-    assert first.more == "--n ugly"
+    sizes = {"width": "64", "height": "64", "frames": "1"}
+    assert first.texts == {**sizes, "seed": "1", "steps": "4", "negative": "ugly"}
+    assert first.more == ""
     assert (second.line, second.texts) == (3, {"width": "64", "seed": "2"})
 
 
@@ -66,6 +68,14 @@ def test_of_an_option_given_twice_the_last_counts() -> None:
     assert row.texts == {"width": "32"}
     assert edit(text, width_1="48") == "a cat --w 64 --width 48\n"
     assert edit(text, width_1="") == "a cat\n"
+
+
+def test_of_several_pictures_of_a_line_the_field_holds_the_last_and_the_others_stay() -> None:
+    text = "a cat --ci a.png --ci b.png\n"
+    (row,) = read_rows(text)
+    assert (row.texts, row.more) == ({"source": "b.png"}, "--ci a.png")
+    assert edit(text, source_1="c.png") == "a cat --ci a.png --ci c.png\n"
+    assert edit(text, source_1="") == "a cat --ci a.png\n"
 
 
 def test_nothing_typed_leaves_every_byte() -> None:
@@ -121,27 +131,32 @@ def test_how_often_is_written_into_run_toml() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "told", "number"),
     [
-        ({"width_1": "65"}, "line 2, --w 65: give a multiple of 16. The sample is made with 64."),
-        ({"frames_1": "8"}, "line 2, --f 8: give a length of 4n + 1. The sample is made with 5."),
-        ({"width_1": "96"}, ""),
+        ({"width_1": "65"}, "%s 65: give a multiple of 16. The sample is made with 64.", 1),
+        ({"frames_1": "8"}, "%s 8: give a length of 4n + 1. The sample is made with 5.", 1),
+        ({"height_2": "40"}, "%s 40: give a multiple of 16. The sample is made with 32.", 2),
+        ({"width_1": "96"}, "", 0),
     ],
 )
-def test_a_size_that_the_model_cannot_make_is_told_in_rows_and_in_the_text(
-    typed: dict[str, str], told: str, tmp_path: Path
+def test_a_size_that_the_model_cannot_make_is_told_at_its_row_and_in_the_text(
+    typed: dict[str, str], told: str, number: int, tmp_path: Path
 ) -> None:
     folder = write_draft(tmp_path)
+    (name,) = (name.partition("_")[0] for name in typed)
+    at_field = told.replace("%s", name).replace("frames 8", "8 frames")
     with serve_runs(tmp_path) as served:
+        looked = send(served, folder, "look", **typed).text
         saved = send(served, folder, "save", **typed)
     assert saved.status == 200
-    assert (
-        f'<p class="warn" role="status">prompts.txt, {told}' in saved.text
-        if told
-        else "warn" not in saved.text
-    )
+    for text in (looked, saved.text):
+        notes = re.findall(r'id="sizes-(\d+)" class="warn sizes" role="status">([^<]+)<', text)
+        assert notes == ([(str(number), at_field)] if told else [])
+        assert '<p class="warn" role="status">prompts.txt' not in text  # said once
     text = (folder / "prompts.txt").read_text(encoding="utf-8")
-    assert check_text("prompts.txt", text, folder, RUN) == (f"prompts.txt, {told}" if told else "")
+    line = {1: 2, 2: 4}.get(number)
+    in_text = f"prompts.txt, {told.replace('%s', f'line {line}, --{name[0]}')}" if told else ""
+    assert check_text("prompts.txt", text, folder, RUN) == in_text
 
 
 def test_rows_are_saved_at_once(tmp_path: Path) -> None:

@@ -125,7 +125,6 @@ def walk_pages(root: Path, count: int, seed: int, is_real: bool = False) -> None
                 pytest.fail(f"seed {seed}, clicks in {path}\n{walk.report()}", pytrace=False)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("stand_ins")
 def test_a_walk_meets_nothing_wrong(tmp_path: Path) -> None:
     walk_pages(tmp_path / "über uns", CLICKS, SEED)
@@ -138,7 +137,6 @@ def test_a_long_walk_meets_nothing_wrong(tmp_path: Path, seed: int) -> None:
     walk_pages(tmp_path / "über uns", MANY_CLICKS, seed)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("stand_ins")
 def test_the_focus_stays_near_when_a_check_begins_and_ends(tmp_path: Path) -> None:
     """Enter twice does not end what it has begun; who has the focus on a button that goes away keeps it."""

@@ -210,7 +210,6 @@ def quantized_blocks(path: Path, quantization: Quantization) -> set[int]:
     return {int(name.split(".")[1]) for name in quantized_layers(dit)}
 
 
-@pytest.mark.long
 def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() -> None:
     path = POCKET / "dit.safetensors"
 

@@ -117,7 +117,6 @@ def _viewed(named: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in named.items()}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_all_forms_give_equal_caches_which_train_and_a_rerun_reads_nothing(
     tmp_path: Path, site: Site, kind: str

@@ -153,7 +153,6 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
     assert read_batch(items, LATENT).tensor("llm").shape == (2, 3, 2)
 
 
-@pytest.mark.long
 @needs_fork
 def test_a_run_killed_at_any_write_leaves_whole_files_and_goes_on(tmp_path: Path) -> None:
     """Of two sources each writes and renames its unfinished file, then the joined one."""

@@ -81,7 +81,6 @@ def test_numbers_equal_those_recorded(tmp_path: Path) -> None:
     assert not torch.allclose(decoded, of_given, atol=0.1)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("64")
 @torch.no_grad()
 @pytest.mark.parametrize("edge", [None, 64])
@@ -128,7 +127,6 @@ def test_bytes_are_the_same_pictures(file: Path) -> None:
     assert torch.equal(network.encode(byte_clips(frames)), network.encode(to_pixels(frames)))
 
 
-@pytest.mark.long
 def test_every_layout_gives_the_same_weights(file: Path, tmp_path: Path) -> None:
     expected = load_autoencoder(file, CPU, torch.float32).state_dict()
     tensors = autoencoder_tensors()

@@ -95,7 +95,6 @@ def encoded(encoder: Encoder, *prompts: str | Prompt) -> list[dict[str, Tensor]]
     ]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "FramePack's CLIP-L", "FramePack's Llama", "Llama without begin", "Mistral", "Qwen", "umT5 by pieces"
 )

@@ -117,6 +117,8 @@ NAMES = (
     wrong(TRAININGS, "--load_tensors", "key of the dataset file: write load_tensors = ... in its table"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux_2", "is for another model than this"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for another model than this"),
     wrong(NETWORK_TRAININGS, "--network_module json", "Python's standard library"),
     wrong(NETWORK_TRAININGS, "--network_module packaging", "create_network"),
     wrong(NETWORK_TRAININGS, "--network_args include_patterns=.*ffn.*", "write a Python list"),

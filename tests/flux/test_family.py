@@ -241,7 +241,6 @@ def test_what_cannot_be_done_is_refused_by_name(argv: list[str], said: str) -> N
         words_of(*argv)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("fp8_e4m3fn")
 @pytest.mark.parametrize("dtype", ["float32", "fp8_e4m3fn"])
 def test_options_of_a_line_hold_for_the_next_until_an_empty_one(

@@ -57,7 +57,6 @@ def test_large_canvases_have_the_same_sizes(size: tuple[int, int]) -> None:
     assert canvas.size == (width, height)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("size", [(50, 83), (1300, 1100)], ids=["small", "reduced"])
 def test_one_of_several_is_reduced_and_cut_the_same_way(size: tuple[int, int], tmp_path: Path) -> None:
     image = write_noise(tmp_path / "a.png", *size)

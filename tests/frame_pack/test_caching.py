@@ -77,7 +77,6 @@ def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
 # What lies in memory
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("order0")
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
 def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders, order: Order) -> None:
@@ -153,7 +152,6 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.long
 def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
     files = write_tiny_framepack(tmp_path / "models")
     write_clips(tmp_path / "clips")
@@ -176,7 +174,6 @@ def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
         assert known == {"architecture": "framepack", "format_version": "1.0.1", "caption1": caption}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_lora_says_what_it_was_trained_on(tmp_path: Path) -> None:
     """Without --network_module it is FramePack's own."""

@@ -214,7 +214,6 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("anti-drifting")
 @pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(

@@ -82,7 +82,6 @@ def assert_text(found: dict[str, Tensor], expected: Given) -> None:
         torch.testing.assert_close(tensor, expected[name][0], rtol=0, atol=0)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("torch.bfloat16", "torch.float16")
 def test_texts_are_those_of_transformers_without_the_template(folder: Path, rounded: Theirs) -> None:
     """The states of the prompt's own tokens, zeros behind them; CLIP's pooled state."""
@@ -98,7 +97,6 @@ def test_texts_are_those_of_transformers_without_the_template(folder: Path, roun
     assert max(counts) == KEPT_TOKENS  # of the one that is too long
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("system", SYSTEMS, ids=range(len(SYSTEMS)))
 def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     folder: Path, there: Theirs, system: str, caplog: pytest.LogCaptureFixture

@@ -19,7 +19,6 @@ from tests.commands import QUIET, ROOT
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
 SIZE = {"w": "32", "h": "32", "f": "5", "s": "3", "d": "7"}
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

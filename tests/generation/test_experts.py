@@ -240,7 +240,6 @@ class CountingTransfer(CountedMemory, Transfer):
         super().__init__(CPU)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("{'lazy': True}", "{'keep': True}")
 @pytest.mark.parametrize("rules", [{}, {"keep": True}, {"lazy": True}], ids=str)
 def test_the_device_never_holds_much_more_than_one_expert(tmp_path: Path, rules: dict[str, Any]) -> None:

@@ -53,7 +53,6 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, tiny: Tiny) -> None:
     """In F1 the first section sees nothing of the second, so only the second changes; the first latent is the
@@ -70,7 +69,6 @@ def test_texts_images_and_the_end_act_on_their_sections(tmp_path: Path, tiny: Ti
         assert not torch.equal(changed[:, 10:], plain[:, 10:])
 
 
-@pytest.mark.long
 def test_a_video_is_written_whole_and_can_be_decoded_again(tmp_path: Path, tiny: Tiny) -> None:
     say = (*SAY, "--video_sections", 2, "--latent_window_size", 2, "--image_path", tiny.start)
     tiny.run(tmp_path / "a", *say, output="both")
@@ -86,7 +84,6 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(tmp_path: Path, tiny:
     assert numpy.array_equal(*(list(video_frames(path)) for path in (video, again)))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("images-1", "video-1")
 @pytest.mark.parametrize(("output", "left"), [("video", 1), ("images", 1), ("latent_images", 2)])
 def test_one_picture_is_a_png_beside_nothing_else(
@@ -115,7 +112,6 @@ def test_one_picture_is_a_png_beside_nothing_else(
         assert not any(str(start) in text for text in metadata_of(saved).values())
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture
@@ -155,7 +151,6 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
         assert torch.equal(made[seed], tiny.latents(tmp_path / str(seed), "--seed", seed, *say)[seed]), seed
 
 
-@pytest.mark.long
 def test_the_metadata_says_how_it_was_made(tmp_path: Path, tiny: Tiny) -> None:
     tiny.run(tmp_path, *SAY, "--image_path", tiny.start, "--f1", "--latent_window_size", 2)
     (path,) = tmp_path.iterdir()
@@ -179,7 +174,6 @@ def test_the_metadata_says_how_it_was_made(tmp_path: Path, tiny: Tiny) -> None:
         assert found[name] == found[f"bt_{name}"]
 
 
-@pytest.mark.long
 def test_latents_of_the_known_tool_are_read(tmp_path: Path, tiny: Tiny) -> None:
     """Its names have no prefix."""
     said = {"seeds": "77", "fps": "24", "latent_window_size": "2", "prompt": "a cat"}

@@ -262,7 +262,6 @@ def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> 
 # Memory
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("behind", "in front")
 @ORDERS
 def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(

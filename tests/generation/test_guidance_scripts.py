@@ -55,7 +55,6 @@ def plain(scripts: dict[str, Script], tmp_path_factory: pytest.TempPathFactory) 
     return {kind: scripts[kind].latents(tmp_path_factory.mktemp("plain")) for kind in KINDS}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_values_change_no_bit(
     tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], name: str
@@ -65,7 +64,6 @@ def test_neutral_values_change_no_bit(
     assert per_step(calls) == PLAIN
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("framepack-nag", "framepack-perp neg, slg uncond")
 @pytest.mark.parametrize(
     ("kind", "name"),
@@ -85,7 +83,6 @@ def test_real_values_change_the_result_and_make_no_pass_too_many(
     assert per_step(calls) == passes
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("framepack")
 @pytest.mark.parametrize("kind", ["hunyuan", "framepack"])
 def test_steps_with_guidance_can_leave_embedded_guidance_out(
@@ -112,7 +109,6 @@ def test_passes_that_can_be_one_batch_are_one(
     assert sorted(call.rows for call in calls if call.step == 0) == rows
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("lcm")
 @pytest.mark.parametrize("solver", ["lcm", "dpm++sde"])
 def test_lines_of_a_file_and_of_the_console_equal_single_runs(
@@ -133,7 +129,6 @@ def test_lines_of_a_file_and_of_the_console_equal_single_runs(
         assert torch.equal(of_console[seed], alone)
 
 
-@pytest.mark.long
 def test_upcast_linear_computes_fp8_layers_in_float32(tmp_path: Path) -> None:
     """The formula of a layer is in tests/checkpoints/stored/test_fp8.py; here it arrives in the script."""
     models = write_tiny_wan(tmp_path / "models", dtype=torch.bfloat16).models
@@ -143,7 +138,6 @@ def test_upcast_linear_computes_fp8_layers_in_float32(tmp_path: Path) -> None:
     assert 1e-6 < float((wide - scaled).norm() / scaled.norm()) < 0.05
 
 
-@pytest.mark.long
 def test_the_last_frame_of_a_video_and_of_decoded_latents(scripts: dict[str, Script], tmp_path: Path) -> None:
     make, folder = scripts["wan"].made, tmp_path / "made"
     make(folder, *SAY, "--output_type", "both", "--save_last_frame", "--keep_pngs")
@@ -163,7 +157,6 @@ def test_the_last_frame_of_a_video_and_of_decoded_latents(scripts: dict[str, Scr
     assert not list((tmp_path / "plain").glob("*_last.png"))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_scheduler_is_another_spelling_of_the_solver(scripts: dict[str, Script], tmp_path: Path) -> None:
     make = scripts["hunyuan"].latents

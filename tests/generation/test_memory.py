@@ -106,7 +106,6 @@ REQUEST = prepare(Request("x", 0, 96, 64, 9, 4, 5.0, None, 3.0, "unipc", 16.0, "
 TEXT: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("", "magcache", "teacache")
 @pytest.mark.parametrize(
     "cache",
@@ -197,7 +196,6 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     assert predicted.phase(predicted.most).device < predicted.phase(0).device
 
 
-@pytest.mark.long
 def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:
     """Images come with the lines; auto has to know before."""
     files, room = write_tiny_framepack(tmp_path / "models"), Room("some GPU", 8 * GIB, 8 * GIB)

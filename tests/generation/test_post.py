@@ -140,7 +140,6 @@ def blur(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.long
 def test_where_nothing_is_found_the_latents_are_kept_and_decoded_later(
     blur: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -157,7 +156,6 @@ def test_where_nothing_is_found_the_latents_are_kept_and_decoded_later(
     assert len(frames_of(only(tmp_path, "*.mp4"))) == 5
 
 
-@pytest.mark.long
 def test_a_video_in_sections_has_no_preview_if_a_tool_hides(
     blur: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,7 +69,6 @@ SHAPES = {  # frames and rate of the preview by colors, frames and rate by TAEHV
 }
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("framepack")
 @pytest.mark.parametrize("family", SHAPES)
 def test_latents_are_the_same_bits_with_previews_in_every_family(

@@ -40,7 +40,6 @@ def said_in(folder: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("wan")
 @KINDS_OF_TEXT
 def test_weights_of_one_and_switches_alone_change_no_bit(
@@ -54,7 +53,6 @@ def test_weights_of_one_and_switches_alone_change_no_bit(
     assert torch.equal(make(tmp_path / "drawn", *ONE, "--prompt", "a red car", *GUIDED, *switches), plain)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("hunyuan")
 @KINDS_OF_TEXT
 def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(
@@ -69,7 +67,6 @@ def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(
     assert "bt_prompt_weighting" not in said_in(tmp_path / "plain")
 
 
-@pytest.mark.long
 def test_a_drawn_prompt_is_that_prompt(scripts: dict[str, Script], cards: Path, tmp_path: Path) -> None:
     make, typed = scripts["wan"].one, "a __beast__ on a {mat|{rug|bed}}"
     draw = ("--prompt", typed, "--prompt_wildcards", cards, "--prompt_alternatives")
@@ -114,7 +111,6 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
     assert not (tmp_path / "made").exists()  # it is made before the first network is loaded
 
 
-@pytest.mark.long
 def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(
     scripts: dict[str, Script], tmp_path: Path
 ) -> None:
@@ -132,7 +128,6 @@ def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(
     assert "bt_prompt_2" not in said_in(tmp_path / "1")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Script], tmp_path: Path) -> None:
     def make(prompt: str, *more: str) -> torch.Tensor:
@@ -147,7 +142,6 @@ def test_sections_have_their_weights_and_second_prompts(scripts: dict[str, Scrip
     assert said_in(tmp_path / "3")["bt_prompt"] == "0:a cat;;;1:a (dog:3)"
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "framepack-neutral5-real5",
     "framepack-neutral6-real6",
@@ -231,7 +225,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "framepack---fp8_scaled --compile --compile_args eager default auto False --sample_solver dpm++sde",
     "framepack-words16",

@@ -222,7 +222,6 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("in place", "loaded for each", "with fresh noise")
 @pytest.mark.parametrize(
     "speed",
@@ -249,7 +248,6 @@ def test_a_clip_equals_what_the_generation_script_makes(
         assert torch.equal(made[name], script.one(tmp_path / column, *more, *weights)), column
 
 
-@pytest.mark.long
 def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", experts=2)
     low, high = tmp_path / "low.safetensors", tmp_path / "high.safetensors"
@@ -279,7 +277,6 @@ def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_grids_show_every_clip_with_its_labels(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
@@ -308,7 +305,6 @@ def test_the_grids_show_every_clip_with_its_labels(
         assert not opened.problems
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
@@ -334,7 +330,6 @@ def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
     assert {read_tags(path)["bt_guidance_scale"] for path in again} == {"3.0"}
 
 
-@pytest.mark.long
 def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path: Path, t2v: TinyWan) -> None:
     lora = t2v.dit.parent / "other.safetensors"
     write_lora(lora, t2v.dit)

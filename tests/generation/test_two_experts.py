@@ -57,7 +57,6 @@ def loras(files: TinyWan, *names: str) -> list[str]:
     return [word for name in names for word in (options[name], str(files.dit.parent / f"{name}.safetensors"))]
 
 
-@pytest.mark.long
 def test_latents_are_equal_to_the_bit_however_the_experts_are_loaded(
     tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,7 +71,6 @@ def test_latents_are_equal_to_the_bit_however_the_experts_are_loaded(
     assert torch.equal(script.latents(tmp_path / "alone", *asked, "--offload_inactive_dit"), ahead)
 
 
-@pytest.mark.long
 def test_no_expert_is_loaded_twice(
     tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,7 +85,6 @@ def test_no_expert_is_loaded_twice(
         assert caplog.text.count(f"Loading {model}:") == 1
 
 
-@pytest.mark.long
 def test_each_expert_has_its_own_loras(
     tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor
 ) -> None:

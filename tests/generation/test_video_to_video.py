@@ -77,7 +77,6 @@ def reconstruction(name: str, scripts: Scripts) -> Tensor:
 FAMILIES = ["wan", "hv", "fpack"]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("f1-direct", "wan-direct")
 @pytest.mark.parametrize(("name", "mode"), [("wan", "direct"), ("hv", "traditional"), ("f1", "direct")])
 def test_all_of_it_made_anew_equals_a_video_from_noise(
@@ -87,7 +86,6 @@ def test_all_of_it_made_anew_equals_a_video_from_noise(
     assert torch.equal(make(tmp_path / "plain", *SAY), make(tmp_path / mode, *SAY, *more))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("f1", "fpack", "hv")
 @pytest.mark.parametrize("name", [*FAMILIES, "f1"])
 def test_little_made_anew_is_near_what_the_vae_reconstructs(
@@ -105,7 +103,6 @@ def test_little_made_anew_is_near_what_the_vae_reconstructs(
     assert steps > 2 * off, "the frames are too alike to tell one from another"
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("fpack")
 @pytest.mark.parametrize("name", ["wan", "fpack"])
 def test_lines_of_a_file_equal_single_runs(
@@ -135,7 +132,6 @@ def test_lines_of_a_file_equal_single_runs(
         assert torch.equal(made[seed], alone), seed
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("fpack", "hv")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_latents_are_a_start_too(

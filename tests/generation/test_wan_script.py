@@ -39,7 +39,6 @@ def generate(folder: Path, files: TinyWan, *arguments: object, task: str = "t2v-
     return next(iter(made.values()), torch.empty(0))
 
 
-@pytest.mark.long
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", "i2v")
     write_image(tmp_path / "in.png", 64, 32)
@@ -48,7 +47,6 @@ def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:
     assert generate(tmp_path / "out", files, *say, task="i2v-14B").shape == (16, 2, 2, 6)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("i2v-3")
 @pytest.mark.parametrize(("kind", "frames"), [("flf2v", 2), ("i2v", 3)])
 def test_first_and_last_image_and_end_image(tmp_path: Path, kind: str, frames: int) -> None:
@@ -77,7 +75,6 @@ def make_hunyuan(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[i
     return Script(hv_generate_video.main, (*HUNYUAN_SIZE, *files.models)).made(folder, *arguments)
 
 
-@pytest.mark.long
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, hunyuan: TinyHunyuan) -> None:
     make_hunyuan(tmp_path / "latents", hunyuan, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
@@ -101,7 +98,6 @@ def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, hunyuan: TinyHu
     assert torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.long
 def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
     tmp_path: Path, hunyuan: TinyHunyuan, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,7 +116,6 @@ def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
     torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.long
 def test_a_slowed_frequency_changes_long_videos_only(
     tmp_path: Path, hunyuan: TinyHunyuan, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,7 +171,6 @@ def pixels(path: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(frame) for frame in video_frames(path)])
 
 
-@pytest.mark.long
 def test_it_equals_our_command(ckpts: Path, tmp_path: Path) -> None:
     precisions = [f"--{name}precision{end}=fp32" for name, end in [("", ""), ("vae-", "")]]
     precisions += ["--text-encoder-precision=fp32", "--text-encoder-precision-2=fp32"]

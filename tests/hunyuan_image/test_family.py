@@ -152,7 +152,6 @@ def test_clips_and_control_images_are_refused() -> None:
         FAMILY.check_table(MediaTable("data.toml", "image", has_control=True))
 
 
-@pytest.mark.long
 def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp_path: Path) -> None:
     tiny = write_tiny_hunyuan_image(tmp_path)
     files = HunyuanImageFiles(dit=tiny.dit, vae=tiny.vae, text_encoder=tiny.text_encoder, byt5=tiny.byt5)

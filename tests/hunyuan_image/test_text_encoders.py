@@ -141,7 +141,6 @@ def test_encoding_and_decoding_equal_the_recorded_values(rows: int | None) -> No
     torch.testing.assert_close(pixels, expected, rtol=0, **tolerance["decoded"])
 
 
-@pytest.mark.long
 def test_tiles_equal_the_recorded_ones() -> None:
     _, tensors = read_case("hunyuan_image_vae")
     vae = golden_vae(128)
@@ -158,7 +157,6 @@ def test_tiles_equal_the_recorded_ones() -> None:
     torch.testing.assert_close(moments[..., :3, :3], alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("layout", ["published", "diffusers"])
 def test_a_file_gives_what_diffusers_class_gives(layout: str, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLHunyuanImage

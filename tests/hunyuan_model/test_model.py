@@ -194,7 +194,6 @@ def clips(*keys: str) -> MediaBatch:
     return MediaBatch(frames, keys, ((0, 5),) * len(keys))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("in tiles-False", "in tiles-True")
 @pytest.mark.parametrize("with_image", [False, True])
 def test_a_batch_gives_each_clip_what_it_gets_alone(vae: HunyuanVae, with_image: bool) -> None:

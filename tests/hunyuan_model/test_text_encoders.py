@@ -78,7 +78,6 @@ def test_templates_and_lengths_are_the_recorded_ones() -> None:
 VIDEO, IMAGE = VIDEO_TEMPLATE, IMAGE_TEMPLATE
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("template", "skip"), [*((VIDEO, skip) for skip in range(LLAMA_LAYERS + 1)), (IMAGE, 2)]
 )

@@ -107,7 +107,6 @@ TILES, BOTH = ({"tile": 64}, (64, 64)), ({"tile": 32, "tile_frames": 16}, (32, 1
 SPANS = ({"tiling": True, "tile_frames": 16}, (256, 16))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "cuts1-5-48-32",
     "cuts2-33-24-40",
@@ -140,7 +139,6 @@ def test_clips_whole_and_in_pieces_equal_those_of_diffusers(
     compare(made(tmp_path, **settings), diffusers_vae(*there), pixels)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("settings1", "settings2")
 @pytest.mark.parametrize("settings", [{}, {"tiling": True}, {"tile": 256}])
 def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings: dict[str, Any]) -> None:
@@ -150,7 +148,6 @@ def test_a_clip_of_one_tile_is_not_cut(tmp_path: Path, vae: HunyuanVae, settings
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None:
     """And of a long clip no more at a time are numbers than are computed at a time."""
@@ -165,7 +162,6 @@ def test_bytes_are_encoded_as_the_numbers_they_stand_for(tmp_path: Path) -> None
     assert max(computed) <= (17, 32, 32)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("3")
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: HunyuanVae, chunk: int) -> None:
@@ -177,7 +173,6 @@ def test_frames_computed_a_few_at_a_time_give_the_same(tmp_path: Path, vae: Huny
     assert relative_error(joined(few.decode_unclamped(mean)), joined(vae.decode_unclamped(mean))) <= EXACT
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     """What bounds the memory: however long and large the clip, the networks see 4 + 1 latent frames of 4 x
@@ -193,7 +188,6 @@ def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     assert max(seen) == (5, 4, 4)
 
 
-@pytest.mark.long
 def test_a_sample_is_drawn_from_the_generators_given(vae: HunyuanVae) -> None:
     pixels = clip_of(5, batch=2)
     with torch.no_grad():
@@ -220,7 +214,6 @@ def test_log_variances_are_limited(tmp_path: Path) -> None:
     assert log_variance.max() == 20
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])
 def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(
     tmp_path: Path, settings: dict[str, Any]
@@ -242,7 +235,6 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str,
 
 
 # 8 and 11 bits through 60 layers
-@pytest.mark.long
 @pytest.mark.slow_cases("dtype0-0.1")
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_16_bit_weights_give_float32_results_near_the_exact_ones(
@@ -258,7 +250,6 @@ def test_16_bit_weights_give_float32_results_near_the_exact_ones(
     )
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_rehearsal_computes_one_tile_and_finds_the_memory_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,7 +314,6 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> Non
     assert_same(loaded(path), tensors)
 
 
-@pytest.mark.long
 def test_a_folder_of_diffusers_loads_with_the_groups_it_states(tmp_path: Path) -> None:
     config = vae_config()
     theirs = AutoencoderKLHunyuanVideo(block_out_channels=config.encoder, norm_num_groups=8).eval()

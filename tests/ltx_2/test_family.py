@@ -168,7 +168,6 @@ def assert_as_there(
     assert (torch.from_numpy(track) - wave[:, :count]).abs().max() < 1e-4
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("release", "words"),
     [("2.3", ["--ltx2_mode", "audio"]), ("2.5", ["--sample_audio_only", "--ltx2_video_vae", "absent.pt"])],

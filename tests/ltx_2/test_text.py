@@ -189,7 +189,6 @@ def test_an_fp8_file_of_gemma_serves(form: str | None, gemma: Any, tmp_path: Pat
     assert dtypes == {torch.float32}  # never rounded
 
 
-@pytest.mark.long
 def test_layers_that_wait_in_host_memory_give_the_same_texts(gemma: Any, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, gemma)
     layered: LayeredEncoder = encoder

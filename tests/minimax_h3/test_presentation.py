@@ -74,7 +74,6 @@ def assert_same(conditions: Any, expected: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(conditions[KEY][0], expected[0], atol=EXACT, rtol=EXACT)
 
 
-@pytest.mark.long
 def test_keyframes_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextEncoder) -> None:
     """Small ones are enlarged for the encoder."""
     frames = [pixels(64, 96, seed=number) for number in range(2)]
@@ -86,7 +85,6 @@ def test_keyframes_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextE
     assert expected[1].tolist().count(0) == 2 * (2 + 7 * 10)
 
 
-@pytest.mark.long
 def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextEncoder) -> None:
     """A picture, a sound, a clip with sound whose last pair is one frame twice, and a silent clip."""
     picture, clip, silent = pixels(256, 320), pixels(29, 64, 96, seed=1), pixels(60, 64, 64, seed=2)
@@ -177,7 +175,6 @@ def test_equal_pictures_are_equal_prompts() -> None:
     assert show_clip(first[None]) != show_clip(first[None], has_sound=True)
 
 
-@pytest.mark.long
 def test_weights_count_for_the_prompt_alone(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(256, 256)])
     plain, weighed = encoder.encode(

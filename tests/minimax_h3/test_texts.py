@@ -376,7 +376,6 @@ def test_a_teacher_reads_the_clip_itself_with_its_sound(files: TinyH3) -> None:
     assert copied.endswith("detailed_description:\na cat")
 
 
-@pytest.mark.long
 def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
     images = (pixels(64, 64), pixels(64, 96))
     with torch.no_grad():

@@ -140,7 +140,6 @@ def test_a_folder_of_diffusers_is_the_same_vae(tmp_path: Path, frames: int) -> N
         torch.testing.assert_close(pixels, their_pixels(theirs, latents), atol=5 * EXACT, rtol=EXACT)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "size",
     [

@@ -297,7 +297,6 @@ def private_names(path: Path) -> set[str]:
     return {name for name in found if any(part[:1] == "_" != part[1:2] for part in name.split("."))}
 
 
-@pytest.mark.long
 def test_private_names_of_torch_stand_in_one_file() -> None:
     root = Path(__file__).parent.parent.parent
     paths = [path for room, path in product_files() if room not in NOT_PRODUCT]

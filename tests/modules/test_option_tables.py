@@ -51,7 +51,6 @@ finally:
 """
 
 
-@pytest.mark.long
 def test_the_tables_are_those_of_the_records() -> None:
     assert TABLES.read_text(encoding="utf-8") == compile_tables(), "make tables compiles them again"
 

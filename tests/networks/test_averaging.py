@@ -304,7 +304,6 @@ def test_the_share_that_is_lost_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert {len(factors_of_kind["lora_down.weight"]) for factors_of_kind in found.modules().values()} == {8}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dialect", ["comfy_all_in_one", "diffusers", "comfy_fp8_scaled"])
 def test_a_dora_is_baked_from_a_model_in_any_layout(tmp_path: Path, dialect: str) -> None:
     state = STATES["hunyuan_video"]
@@ -316,7 +315,6 @@ def test_a_dora_is_baked_from_a_model_in_any_layout(tmp_path: Path, dialect: str
     assert_same_effect(state, tmp_path, atol=0.05 if "fp8" in dialect else 2e-5)
 
 
-@pytest.mark.long
 def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> None:
     model = stable_diffusion.write_sdxl(tmp_path)
     state = {name: one.float() for name, one in load_file(model).items()}

@@ -121,7 +121,6 @@ def test_a_dora_that_diffusers_saves_acts_on_wan_as_there(tmp_path: Path, target
     assert (expected - plain).abs().max() > 0.05
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("None", "other")
 @pytest.mark.parametrize("target", [None, "default", "other"])
 def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(

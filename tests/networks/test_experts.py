@@ -130,7 +130,6 @@ def join(pair: Pair, output: Path) -> Path:
     return output
 
 
-@pytest.mark.long
 def test_two_files_become_one_that_diffusers_loads_into_both_transformers(tmp_path: Path, pair: Pair) -> None:
     both, pipe = join(pair, tmp_path / "both.safetensors"), pair.pipeline()
 
@@ -141,7 +140,6 @@ def test_two_files_become_one_that_diffusers_loads_into_both_transformers(tmp_pa
         torch.testing.assert_close(pair.there(pipe, expert), pair.wanted(expert), **TOLERANCE)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("other")
 @pytest.mark.parametrize("target", ["default", "other"])
 def test_one_file_is_taken_apart_again(tmp_path: Path, pair: Pair, target: str) -> None:

@@ -246,7 +246,6 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path, kind: str) -> 
         assert file.metadata()["ss_network_module"] == module
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
 def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> None:
     write_caches(tmp_path)

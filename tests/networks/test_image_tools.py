@@ -131,7 +131,6 @@ def merge(loras: list[Path], *more: str) -> None:
     flux_merge_lora.main(["--models", *map(str, loras), "--ratios", *ratios, *more])
 
 
-@pytest.mark.long
 def test_a_model_gets_the_recorded_sum_in_any_precision(tmp_path: Path, loras: list[Path]) -> None:
     weights, output = model(tmp_path / "model.safetensors"), tmp_path / "merged.safetensors"
     files = ["--flux_model", str(tmp_path / "model.safetensors"), "--save_to"]

@@ -200,7 +200,6 @@ def test_what_is_no_expression_is_named() -> None:
         alphas(["a**"])
 
 
-@pytest.mark.long
 def test_a_hostile_expression_ends_soon() -> None:
     start = time.process_time()
     modules = {"m": {"lora_down.weight": torch.ones(1, 2)}}

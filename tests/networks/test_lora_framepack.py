@@ -89,7 +89,6 @@ def load_there(theirs: Any, path: Path) -> None:
     )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments", [{}, {"exclude_patterns": r"[r'.*ff.*', r'single_transformer_blocks\.1\..*']"}]
 )
@@ -113,7 +112,6 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: d
     assert (expected - plain).abs().max() > 0.01
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("targets", "with_settings"), [("attention", False), ("blocks", True), ("last", True), ("its own", False)]
 )

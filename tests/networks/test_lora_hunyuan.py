@@ -87,7 +87,6 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
     assert torch.equal(out, making.run_here("t2v", tmp_path / "ours.safetensors"))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dialect", ["pt_wrapped", "comfy", "comfy_all_in_one", "diffusers_sharded"])
 def test_every_layout_of_a_model_is_merged_to_the_same(tmp_path: Path, dialect: str) -> None:
     making.saved(tmp_path / "ours.safetensors")

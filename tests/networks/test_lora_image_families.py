@@ -193,7 +193,6 @@ def named(family: str) -> dict[str, str]:
     return {} if family == "flux_2" else {"ss_base_model_version": family}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "split"),
     [*((family, False) for family in MODULES), *((one, True) for one in list(MODULES)[:4])],

@@ -82,7 +82,6 @@ LARGE: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_large_weight_changed_part_by_part_equals_one_changed_at_once(kind: str) -> None:
     factors = {

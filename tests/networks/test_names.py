@@ -59,14 +59,12 @@ def published(manifest: str) -> Shapes:
     return {name: shape for name, (_, shape) in tensor_list(manifest).items() if name not in UNUSED}
 
 
-@pytest.mark.long
 def test_fluxs_published_lists_are_the_same_in_both_layouts() -> None:
     theirs = {name: shape for name, (_, shape) in tensor_list("flux1-dev-dit-diffusers").items()}
 
     assert renamed(theirs, FLUX) == published("flux1-dev-dit")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("manifest", "names", "build", "settings"),
     [

@@ -18,7 +18,6 @@ def test_the_code_knows_the_name_in_pyproject() -> None:
     assert project["name"] == DISTRIBUTION
 
 
-@pytest.mark.long
 def test_nobody_else_has_the_name_on_the_index(tmp_path: Path) -> None:
     """Two look-ups, where an index can be reached: of a package that the build needs, and of our name."""
     pip = ["-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "0", "--timeout", "10"]

@@ -134,7 +134,6 @@ def imported_tops(source: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> None:
     ours = find_own_names(ROOT)

@@ -139,7 +139,6 @@ def test_the_files_have_the_known_names(cached: Cached) -> None:
     assert images == {"pic_0030x0090_wan.safetensors", "pic_wan_te.safetensors"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("span", [(5, 5), (11, 1)])
 def test_latents_and_image_conditions_of_a_clip_equal_those_of_diffusers(
     cached: Cached, span: tuple[int, int]
@@ -209,7 +208,6 @@ def test_texts_equal_those_of_transformers(cached: Cached, table: str, stem: str
     assert_equal(tensors["varlen_t5_float32"], cached.theirs.text(CAPTIONS[stem]), f"text of {stem}")
 
 
-@pytest.mark.long
 def test_texts_of_a_bfloat16_encoder_have_the_known_name(
     project: Path, cached: Cached, tmp_path: Path
 ) -> None:

@@ -35,7 +35,6 @@ CASES: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, int] | None, str]
 DAILY = {"base-an edit", "distilled-text"}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("is_distilled", "case"),
     [
@@ -77,7 +76,6 @@ def test_pictures_equal_those_of_the_modular_pipeline(tmp_path: Path, is_distill
     assert np.abs(image - levels).max() < 0.6
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_decoding_latents_of_an_edit_crops_too(tmp_path: Path) -> None:
     files = write_tiny_flux_3(tmp_path / "models")

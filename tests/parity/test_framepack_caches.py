@@ -111,7 +111,6 @@ ORDERS = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_sections_are_those_of_the_documented_rules(
     project: Project, switches: tuple[str, ...], rules: Rules
@@ -165,7 +164,6 @@ IMAGES_AS: dict[str, tuple[tuple[str, ...], str, list[int], int, int | None, dic
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", IMAGES_AS)
 def test_pictures_are_those_of_the_documented_rules(project: Project, name: str) -> None:
     """Two control images at places of their own; where an image or a control image is transparent its latents
@@ -216,7 +214,6 @@ def in_bucket(path: Path) -> framepack.Picture:
     )
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_without_a_dtype_sections_are_as_exact_as_diffusers_in_float16(

@@ -195,7 +195,6 @@ ALONE = (  # what other cases have together
 )
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "end image", "guidance, rescaled", "kisekaeichi, guidance", "paddings", "texts and images of sections"
 )
@@ -206,7 +205,6 @@ def test_latents_equal_the_reference(tmp_path: Path, project: Project, name: str
     assert_equal(latents, project.expected(CASES[name])(project.theirs()), name)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "at_once", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["blended", "at once"]
@@ -224,7 +222,6 @@ def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Projec
     assert torch.allclose(ours, expected, atol=0.51 / 127.5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["kisekaeichi", *slow("end image", "guidance, rescaled")])
 def test_encoders_in_float16_change_latents_by_what_they_round(
     tmp_path: Path, project: Project, name: str
@@ -239,7 +236,6 @@ def test_encoders_in_float16_change_latents_by_what_they_round(
     assert_equal(latents, expected(project.theirs()), f"{name}, beside float32", ENCODERS)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

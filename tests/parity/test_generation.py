@@ -111,7 +111,6 @@ CASES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "cfg-zero* with a factor, dpm++",
     "cfg-zero*, slg uncond, first steps without guidance",
@@ -139,7 +138,6 @@ def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
     assert_equal(latents, denoise(theirs.dit, inputs_of(theirs), Sampling(scales=(FIVE,) * 50)), "50 steps")
 
 
-@pytest.mark.long
 def test_cpu_noise_is_the_stream_of_the_global_generator(
     tmp_path: Path, folder: Path, theirs: Theirs
 ) -> None:

@@ -99,7 +99,6 @@ CASES: dict[str, tuple[str, tuple[object, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("guidance, nothing to avoid", "guidance, split", "noise of the CPU", "shift")
 @pytest.mark.parametrize("name", CASES)
 def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf, name: str) -> None:
@@ -110,7 +109,6 @@ def test_latents_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf
     assert_equal(latents, with_diffusers(models_of(kind), **settings), name)
 
 
-@pytest.mark.long
 def test_image_to_video_equals_skyreels_pipeline(tmp_path: Path, models_of: ModelsOf, picture: Path) -> None:
     files = models_of("i2v")
 
@@ -150,7 +148,6 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("strength", "kept"), [(0.8, 3), (0.0, 1)])
 def test_video_to_video_makes_the_last_steps(
     tmp_path: Path, models_of: ModelsOf, video: Path, strength: float, kept: int
@@ -162,7 +159,6 @@ def test_video_to_video_makes_the_last_steps(
     assert_equal(latents, from_video(files, video, kept), f"strength {strength}")
 
 
-@pytest.mark.long
 def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, models_of: ModelsOf) -> None:
     files = models_of("t2v")
     pipe = pipeline(files.dit.parent, 7.0)
@@ -177,7 +173,6 @@ def test_te_multiplier_acts_on_the_refiner_and_the_mean_text(tmp_path: Path, mod
     assert_equal(latents, expected, "te_multiplier")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @torch.no_grad()
 def test_in_bfloat16_it_is_as_exact_as_diffusers(tmp_path: Path) -> None:
@@ -203,7 +198,6 @@ def rounded_numbers(_: object, inputs: tuple[object, ...], given: dict[str, Any]
     return inputs, given | numbers
 
 
-@pytest.mark.long
 def test_decoded_pictures_equal_those_of_the_pipeline(tmp_path: Path, models_of: ModelsOf) -> None:
     """In tiles: the video is larger than a tile, as most are."""
     files = models_of("t2v")
@@ -240,7 +234,6 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.long
 @torch.no_grad()
 def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None:
     """Not multiplied by the scaling factor; drawn from a generator that the item's name seeds."""
@@ -265,7 +258,6 @@ def test_cached_latents_are_samples_of_diffusers_posterior(cached: Path) -> None
     )
 
 
-@pytest.mark.long
 @torch.no_grad()
 def test_without_a_dtype_caches_are_float16_as_exact_as_the_pipelines(cached: Path) -> None:
     stem, models = "clip 0_00000-005_0032x0032_hv", cached / "models"

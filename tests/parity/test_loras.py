@@ -102,7 +102,6 @@ def loaded(path: Path, strength: float = 1.0) -> Callable[[WanTransformer3DModel
     return load
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_trained_lora_acts_in_diffusers_as_here(tmp_path: Path, project: Project) -> None:
     latents = here(tmp_path, project, "--lora_weight", lora_of(project))
@@ -111,7 +110,6 @@ def test_a_trained_lora_acts_in_diffusers_as_here(tmp_path: Path, project: Proje
     assert relative_error(latents, there(project)) > 0.01
 
 
-@pytest.mark.long
 def test_a_merged_model_is_that_which_diffusers_fuses(tmp_path: Path, project: Project) -> None:
     """merge_lora.py, from another folder; the merged file as --dit."""
     lora = ("--lora_weight", lora_of(project), "--lora_multiplier", 0.7)
@@ -160,7 +158,6 @@ def with_lora(project: Project) -> Theirs:
     return theirs
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_what_a_line_leaves_out_is_that_of_the_release(tmp_path: Path) -> None:
     """50 steps, flow shift 5, guidance 5 with the release's negative text; sizes rounded down to multiples
@@ -207,7 +204,6 @@ def in_attention(path: str) -> bool:
     return ".attentions." in path and not path.endswith(("norm",))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
@@ -233,7 +229,6 @@ def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(
     assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_strengths_of_a_line(files_of: FilesOf, tmp_path: Path) -> None:
     files = files_of("sd1")
@@ -250,7 +245,6 @@ def test_strengths_of_a_line(files_of: FilesOf, tmp_path: Path) -> None:
     assert_close(run_gen_img(files, tmp_path / "out", *asked), wanted)
 
 
-@pytest.mark.long
 def test_a_file_that_peft_and_diffusers_write(tmp_path: Path) -> None:
     """With the alphas in its metadata, of the U-Net and of the text encoder."""
     files = write_files("sd1", tmp_path)

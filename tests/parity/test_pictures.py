@@ -445,7 +445,6 @@ SLOW = {  # each release and kind of reference has another case, and each way of
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 )
@@ -491,7 +490,6 @@ def test_pictures_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
             )
 
 
-@pytest.mark.long
 def test_flux_s_command_of_the_guides_makes_the_same_picture(tmp_path: Path) -> None:
     models = write_tiny_flux(tmp_path / "models")
     files = {"--ckpt_path": models.dit, "--clip_l": models.clip_l, "--t5xxl": models.t5xxl, "--ae": models.ae}

@@ -148,7 +148,6 @@ CASES: dict[str, tuple[str, int, float]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("own_sizes")
 def test_pictures_equal_those_of_diffusers(
@@ -164,7 +163,6 @@ def test_pictures_equal_those_of_diffusers(
     assert_same(made, pipe, images[0] if version == "edit" else images, **asked)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("own_sizes")
 def test_a_mask_keeps_the_rest_as_in_diffusers(
     files: TinyModel, pictures: list[Path], tmp_path: Path

@@ -53,7 +53,6 @@ def slow(*cases: tuple[str, str, str]) -> list[Any]:
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "task", "sampler"),
     [
@@ -91,14 +90,12 @@ def test_pictures_equal_those_of_the_pipeline(
     assert_close(ours, their_pixels(pipeline(files, task, sampler)(**asked([3], 7), **there)))
 
 
-@pytest.mark.long
 def test_pictures_of_a_model_that_predicts_v(files_of: FilesOf, tmp_path: Path) -> None:
     theirs = pipeline(files_of("sd2"), "", "heun", velocity=True)(**asked([8]), **square())
     ours = run_script(files_of("sd2"), tmp_path, *words("heun", 8), "--v_parameterization")
     assert_close(ours, their_pixels(theirs))
 
 
-@pytest.mark.long
 def test_pictures_of_xl_with_sizes(files_of: FilesOf, tmp_path: Path) -> None:
     sizes = {
         "original_size": (512, 256),
@@ -114,7 +111,6 @@ def test_pictures_of_xl_with_sizes(files_of: FilesOf, tmp_path: Path) -> None:
     assert_close(run_script(files_of("sdxl"), tmp_path, *words("euler", 9), *told), their_pixels(theirs))
 
 
-@pytest.mark.long
 def test_latents_and_a_batch(files_of: FilesOf) -> None:
     """Four pictures at once have the latents of four pictures of diffusers, and of four batches of one."""
     seeds = [1, 2, 3, 4]

@@ -47,7 +47,6 @@ def second(files: Files, sampler: str, image: Any) -> np.ndarray[Any, Any]:
     return their_pixels(made)
 
 
-@pytest.mark.long
 def test_two_stages_with_pictures_between(files_of: FilesOf, tmp_path: Path) -> None:
     files = files_of("sdxl")
     (small,) = first(files, "euler_a")
@@ -56,7 +55,6 @@ def test_two_stages_with_pictures_between(files_of: FilesOf, tmp_path: Path) -> 
     assert_close(ours, second(files, "euler_a", large))
 
 
-@pytest.mark.long
 def test_two_stages_with_a_module_between(
     files_of: FilesOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +86,6 @@ def pixels(path: Path) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(path))[None]
 
 
-@pytest.mark.long
 def test_deep_shrink(files_of: FilesOf, tmp_path: Path) -> None:
     pipe = pipeline(files_of("sd1"), "", "ddim")
     unet, depths = pipe.unet, []
@@ -111,7 +108,6 @@ def test_deep_shrink(files_of: FilesOf, tmp_path: Path) -> None:
     assert_close(run_script(files_of("sd1"), tmp_path, "--prompt", line, "--steps", 4), their_pixels(theirs))
 
 
-@pytest.mark.long
 @torch.no_grad()
 def test_gradual_latent(files_of: FilesOf, tmp_path: Path) -> None:
     side, pipe = 16, pipeline(files_of("sd1"), "", "euler_a")
@@ -171,7 +167,6 @@ def guide_in(folder: Path, size: tuple[int, int] = (96, 80)) -> Image.Image:
     return Image.open(write_image(folder / "guide.png", size, seed=5))
 
 
-@pytest.mark.long
 def test_pictures_from_text(files_of: FilesOf, tmp_path: Path) -> None:
     files, guide = files_of("sdxl"), guide_in(tmp_path)
 
@@ -183,7 +178,6 @@ def test_pictures_from_text(files_of: FilesOf, tmp_path: Path) -> None:
     assert np.abs(wanted.astype(int) - without).max() > 20  # the guide is seen
 
 
-@pytest.mark.long
 def test_it_ends_after_its_share_of_the_steps(files_of: FilesOf, tmp_path: Path) -> None:
     guide = guide_in(tmp_path)
     # the third of four steps begins at one half, and ends at three quarters
@@ -191,7 +185,6 @@ def test_it_ends_after_its_share_of_the_steps(files_of: FilesOf, tmp_path: Path)
     assert_close(ours(files_of("sd1"), tmp_path, "ddim", "--control_net_ratios", 0.5), wanted)
 
 
-@pytest.mark.long
 def test_pictures_from_pictures(files_of: FilesOf, tmp_path: Path) -> None:
     files, guide = files_of("sd1"), guide_in(tmp_path, (SIZE, SIZE))
     source = write_image(tmp_path / "source.png", (SIZE, SIZE))
@@ -216,7 +209,6 @@ def test_inpainting_with_a_checkpoint_for_it(files_of: FilesOf, tmp_path: Path) 
     assert_close(ours(files, tmp_path, "ddim", *words), wanted)
 
 
-@pytest.mark.long
 def test_a_batch_with_two_guides_each_equals_single_pictures(files_of: FilesOf, tmp_path: Path) -> None:
     (tmp_path / "guides").mkdir()
     for number in range(4):

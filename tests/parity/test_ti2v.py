@@ -176,7 +176,6 @@ def resized(path: Path, height: int, width: int) -> Tensor:
     return to_pixels([reference.stretched(open_image(path), height, width)])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("start", "end"), [("small", None), ("wide", None), ("high", "wide")])
 def test_image_to_video(
     tmp_path: Path, media: Path, models_of: ModelsOf, start: str, end: str | None
@@ -197,7 +196,6 @@ def test_image_to_video(
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v {start} {height}x{width}, end {end}")
 
 
-@pytest.mark.long
 def test_first_and_last_image(tmp_path: Path, media: Path, models_of: ModelsOf) -> None:
     """514 image tokens with positions; both images in one clip; the negative text of these models names cuts
     first.
@@ -218,7 +216,6 @@ def test_first_and_last_image(tmp_path: Path, media: Path, models_of: ModelsOf) 
     assert_equal(latents, denoise(theirs.dit, inputs, sampling), "flf2v")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("control", ["control.mp4", "control"])
 def test_control_without_an_image(tmp_path: Path, media: Path, models_of: ModelsOf, control: str) -> None:
     """The image channels are zero, and so are the features of the image tower."""
@@ -238,7 +235,6 @@ def test_control_without_an_image(tmp_path: Path, media: Path, models_of: Models
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"t2v-FC {control}")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("with_end", "control_frames"), [(False, FRAMES), (True, FRAMES + 1), (True, 15)])
 def test_control_with_an_image(
     tmp_path: Path, media: Path, models_of: ModelsOf, with_end: bool, control_frames: int
@@ -272,7 +268,6 @@ def test_control_with_an_image(
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v-FC end {with_end}")
 
 
-@pytest.mark.long
 def test_the_pipelines_of_diffusers_make_the_same_conditions(media: Path, models_of: ModelsOf) -> None:
     """The formulas of reference.py against the ones diffusers runs itself."""
     theirs = Theirs(models_of("i2v"))

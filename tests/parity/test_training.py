@@ -143,7 +143,6 @@ def given_in(number: int, probability: float) -> int:
     return int(torch.rand((), generator=stream(SEED, "given frames", number)).item() < probability)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("None")
 @pytest.mark.parametrize("probability", [None, 0.3, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_first_frame_of_ti2v_is_given_and_not_learned(tmp_path: Path, probability: float | None) -> None:
@@ -166,7 +165,6 @@ def test_the_first_frame_of_ti2v_is_given_and_not_learned(tmp_path: Path, probab
         assert float(file.metadata()["ss_first_frame_probability"]) == share
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("cosmap", "i2v-A14B-FC", "i2v-FC", "sigma_sqrt")
 @pytest.mark.parametrize("name", CASES)
 def test_two_steps_equal_gradient_descent_with_diffusers(tmp_path: Path, name: str) -> None:
@@ -178,7 +176,6 @@ def test_two_steps_equal_gradient_descent_with_diffusers(tmp_path: Path, name: s
     assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, sampler, weights), name)
 
 
-@pytest.mark.long
 def test_accumulated_batches_count_alike_also_where_the_last_step_of_an_epoch_has_fewer(
     tmp_path: Path,
 ) -> None:
@@ -207,7 +204,6 @@ def single_items(project: Project, epoch: int) -> list[Item]:
     return order
 
 
-@pytest.mark.long
 def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> None:
     """--network_weights and --base_weights, the latter merged by diffusers here."""
     project = write_project(tmp_path / "a project", "t2v")
@@ -262,7 +258,6 @@ def logged_in(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(place)).Reload()
 
 
-@pytest.mark.long
 def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
     project = write_project(tmp_path / "a project", "t2v")
     files = train(project, *DESCENT, "--logging_dir", tmp_path / "logs", "--log_with", "tensorboard")
@@ -280,7 +275,6 @@ def test_the_losses_in_the_log_are_those_of_diffusers(tmp_path: Path) -> None:
     assert_equal(torch.tensor(logged), torch.tensor(losses), "losses")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", ["t2v", pytest.param("ti2v", marks=pytest.mark.slow)])
 def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path, kind: str) -> None:
     """Two of four clips are held back; five bands of timesteps, whose noise belongs to the item.

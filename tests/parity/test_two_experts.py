@@ -105,7 +105,6 @@ def in_diffusers(
     return latents
 
 
-@pytest.mark.long
 def test_text_to_video_with_the_tasks_own_settings(tmp_path: Path, folders: Folders) -> None:
     folder = folders("t2v")
 
@@ -117,7 +116,6 @@ def test_text_to_video_with_the_tasks_own_settings(tmp_path: Path, folders: Fold
     assert relative_error(swapped, expected) > 100 * EXACT, "the comparison sees whose guidance is whose"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("above", [0, 1])
 def test_a_timestep_at_the_boundary_belongs_to_the_expert_for_much_noise(
     tmp_path: Path, folders: Folders, above: int
@@ -137,7 +135,6 @@ def test_a_timestep_at_the_boundary_belongs_to_the_expert_for_much_noise(
     assert relative_error(other, expected) > 100 * EXACT, "one step more is seen"
 
 
-@pytest.mark.long
 def test_one_transformer_alone_does_all_steps(tmp_path: Path, folders: Folders) -> None:
     folder = folders("t2v")
 
@@ -146,7 +143,6 @@ def test_one_transformer_alone_does_all_steps(tmp_path: Path, folders: Folders) 
     assert_equal(latents, in_diffusers(folder, None, 12.0, (3.0, 3.0)), "the low one alone", EXACT)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("end", [False, True])
 def test_image_to_video_takes_no_image_encoder(
     tmp_path: Path, folders: Folders, end: bool, caplog: pytest.LogCaptureFixture
@@ -164,7 +160,6 @@ def test_image_to_video_takes_no_image_encoder(
     assert "--task i2v-A14B takes no image features" in caplog.text
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("task", ["t2v-A14B-FC", "i2v-A14B-FC"])
 def test_fun_control_takes_control_mask_and_image_in_this_order(
     tmp_path: Path, folders: Folders, task: str
@@ -235,7 +230,6 @@ def network_at(project: Project) -> Callable[[Tensor], Any]:
     return lambda timesteps: high if is_high(timesteps) else low
 
 
-@pytest.mark.long
 def test_steps_in_two_transformers_equal_gradient_descent_with_diffusers(project: Project) -> None:
     steps = batches_by_step(project)
     sides = [[is_high(drawn.timesteps) for _, drawn in step] for step in steps]
@@ -251,7 +245,6 @@ def test_steps_in_two_transformers_equal_gradient_descent_with_diffusers(project
     assert metadata["ss_sd_model_name_high_noise"] == "dit_high.safetensors"
 
 
-@pytest.mark.long
 def test_a_network_for_each_transformer_learns_from_its_micro_batches_alone(project: Project) -> None:
     """Each file is compared with descent on the gradients of its side, divided by both micro-batches."""
     steps, network, modules = batches_by_step(project), network_at(project), linear_modules(project.dit)
@@ -274,7 +267,6 @@ def test_a_network_for_each_transformer_learns_from_its_micro_batches_alone(proj
         assert metadata["ss_sd_model_name"] == f"dit{'_high' * side}.safetensors"
 
 
-@pytest.mark.long
 def test_the_high_noise_transformer_alone_is_trained_on_its_timesteps(project: Project) -> None:
     """It equals training the same file as --dit with a window."""
     high = project.models / "dit_high.safetensors"

@@ -83,7 +83,6 @@ def inputs_of(theirs: Theirs) -> Inputs:
     return Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(""))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("unipc-0.7-traditional-2")
 @pytest.mark.parametrize(
     ("solver", "denoise", "mode", "begin"),
@@ -109,7 +108,6 @@ def test_latents_equal_those_of_diffusers(
     assert_equal(latents, expected, f"{solver} {denoise} {mode}")
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("False")
 @pytest.mark.parametrize("with_image", [True, False])
 def test_an_image_is_the_anchor_or_else_the_first_frame(tmp_path: Path, with_image: bool) -> None:
@@ -139,7 +137,6 @@ def test_an_image_is_the_anchor_or_else_the_first_frame(tmp_path: Path, with_ima
     assert_equal(latents, expected, f"image {with_image}")
 
 
-@pytest.mark.long
 def test_an_image_is_made_from_an_image(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
     (frame,) = write_frames(tmp_path / "pictures", 1, 64, 40)
     noise = draw_noise(SEED, 1, HEIGHT, WIDTH)

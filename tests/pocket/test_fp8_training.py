@@ -102,7 +102,6 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     return found[0], found[1]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_few_steps_in_fp8_end_where_those_in_bf16_do(tmp_path: Path) -> None:
     folder = cached(tmp_path, clips=4, validation=2, batch_size=4)

@@ -42,7 +42,6 @@ def test_the_set_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in files) <= 16e6
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_it_draws_and_moves_what_it_is_asked_for(tmp_path: Path) -> None:
     """The measured figures are far higher (pocket/README.md)."""
@@ -53,7 +52,6 @@ def test_it_draws_and_moves_what_it_is_asked_for(tmp_path: Path) -> None:
         assert accuracy[name] >= 0.75, accuracy
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     free = Counter(colors_of(tmp_path / "free", "--negative_prompt", ""))
@@ -64,7 +62,6 @@ def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     assert color not in avoiding, free
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_vae_gives_drawn_clips_back() -> None:
     vae = load_vae(POCKET / "vae.safetensors", torch.device("cpu"), torch.float32)

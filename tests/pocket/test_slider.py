@@ -7,7 +7,6 @@ import pytest
 from pocket import slide
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_strength_moves_the_colour_of_eight_prompts_and_keeps_the_rest(tmp_path: Path) -> None:
     seen = slide.slide(tmp_path)

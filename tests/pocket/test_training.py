@@ -54,7 +54,6 @@ def trained(cached: Path) -> Path:
     return train(cached, "whole", "--max_train_steps", STEPS, *samples)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_resumed_run_without_samples_ends_with_the_same_lora(cached: Path, trained: Path) -> None:
     assert len(list((trained.parent / "sample").glob("*.mp4"))) == 2

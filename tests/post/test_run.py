@@ -60,7 +60,6 @@ def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> N
     assert (info.width, info.height, info.frames, info.fps) == (96, 64, 13, 32.0)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_no_more_memory_is_held_for_a_longer_clip(tmp_path: Path) -> None:
     def peak(frames: int, name: int = 0) -> int:

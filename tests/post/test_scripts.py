@@ -110,7 +110,6 @@ def write_odd(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("gimmvfi_f-2-2", "gimmvfi_r-3-3")
 @pytest.mark.parametrize(("mode", "factor", "count"), [("gimmvfi_r", 3, 3), ("gimmvfi_f", 2, 2)])
 def test_a_clip_gets_pictures_between(gimm: Path, tmp_path: Path, mode: str, factor: int, count: int) -> None:
@@ -143,7 +142,6 @@ def network_options(compile: bool) -> ToolNetworkOptions:
     return ToolNetworkOptions(model=Path("x.pth"), compile=compile)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("write1-3")
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(

@@ -267,7 +267,6 @@ def test_a_rate_belongs_to_the_kind_and_to_the_optimizer(
     assert "another optimizer is taken, with its own" in adam.told
 
 
-@pytest.mark.long
 def test_adafactor_has_the_arguments_of_the_project_or_of_its_program(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

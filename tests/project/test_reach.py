@@ -82,7 +82,6 @@ def actions(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.Action]:
     return found
 
 
-@pytest.mark.long
 def test_every_option_with_a_path_or_a_name_is_listed_for_what_it_reaches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -107,7 +107,6 @@ def test_caches_are_those_of_the_known_tuner(project: Project) -> None:
     assert (project.folder / "cache" / "bird_qil_te.safetensors").is_file()
 
 
-@pytest.mark.long
 def test_a_sample_of_a_training_is_what_the_generation_script_makes_of_its_lora(project: Project) -> None:
     prompts = project.folder / "prompts.txt"
     prompts.write_text(SAMPLE.format(project.pictures / "cat.png"), encoding="utf-8")
@@ -129,7 +128,6 @@ def test_a_sample_of_a_training_is_what_the_generation_script_makes_of_its_lora(
     assert metadata["modelspec.architecture"].startswith("Qwen-Image-Layered")
 
 
-@pytest.mark.long
 def test_without_the_whole_picture_layers_alone_are_learned_and_made(project: Project) -> None:
     prompts = project.folder / "alone.txt"
     prompts.write_text(SAMPLE.format(project.pictures / "cat.png"), encoding="utf-8")
@@ -147,7 +145,6 @@ def test_without_the_whole_picture_layers_alone_are_learned_and_made(project: Pr
         assert endings == ["composite", "layer1", "layer2", *sheets]
 
 
-@pytest.mark.long
 def test_a_whole_model_keeps_the_tensor_of_layers_and_makes_pictures(project: Project) -> None:
     full = project.train(
         qwen_image_train.main, "whole", "--optimizer_type", "adamw", "--learning_rate", "1e-3"

@@ -63,7 +63,6 @@ def assert_equal_gradients(
         assert (one - other).abs().max() <= share * largest
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("hunyuan t2v", "lumina")
 def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
     dit = tiny.make(3)
@@ -120,7 +119,6 @@ def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(
     assert_near(results[1], results[0])
 
 
-@pytest.mark.long
 def test_open_sizes_are_compiled_once() -> None:
     tiny = DITS[0]
     dit = tiny.make(2)
@@ -133,7 +131,6 @@ def test_open_sizes_are_compiled_once() -> None:
     assert compilations() == 1
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("hunyuan t2v-False", "lumina-False")
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -> None:
@@ -156,7 +153,6 @@ def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -
     assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("neuron_dropout")
 @pytest.mark.parametrize(
     "arguments",

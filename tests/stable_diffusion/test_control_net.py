@@ -50,7 +50,6 @@ def residuals(call: UnetCall) -> list[Tensor]:
 # Files
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sd2-prefixed")
 @pytest.mark.parametrize(
     ("kind", "layout"),
@@ -92,7 +91,6 @@ def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
 # What they add
 
 
-@pytest.mark.long
 def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> None:
     guide = loaded.write_guide(tmp_path / "guide.png")
     images = loaded.pixels(guide).repeat(2, 1, 1, 1)
@@ -164,7 +162,6 @@ def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
 # Wrong files
 
 
-@pytest.mark.long
 def test_other_files_are_named(tmp_path: Path) -> None:
     def holding(name: str) -> Path:
         return loaded.save(tmp_path / f"{name}.safetensors", {name: torch.zeros(1)})

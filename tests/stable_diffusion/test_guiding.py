@@ -202,7 +202,6 @@ def maker(sd1: Project) -> Maker:
     return sd1.load()
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("dpm_2_a")
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm_2_a", "dpmsolver++"])
 def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler: str) -> None:
@@ -214,7 +213,6 @@ def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler:
     assert (made - plain).abs().max() > 0.05 * plain.abs().max()
 
 
-@pytest.mark.long
 def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
     sd2 = project("sd2", tmp_path)
     maker = sd2.load("--v_parameterization")
@@ -224,14 +222,12 @@ def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
     assert latents_of(snr, picture(sd2.guide)).abs().max() < 10  # its first sample is noise alone
 
 
-@pytest.mark.long
 def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
     made = latents_of(maker, picture(sd1.guide, clip_prompt="the old house"))
 
     assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

@@ -85,7 +85,6 @@ DAMAGES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_gets_one_message(damage: str, tmp_path: Path, tokenizers: Path) -> None:
     state = tiny.single_file_state("sdxl")
@@ -130,7 +129,6 @@ def test_a_folder_that_says_something_else_gets_one_message(
         load(path)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "missing", "said"),
     [
@@ -147,7 +145,6 @@ def test_what_a_folder_lacks_is_named(kind: str, missing: str, said: str, tmp_pa
         load(path)
 
 
-@pytest.mark.long
 def test_a_hint_to_users_of_other_scripts_says_which_takes_the_file(tmp_path: Path) -> None:
     file, folder = tiny.write_sdxl(tmp_path), tiny.write_folder("sd1", tmp_path / "sd1")
 
@@ -202,7 +199,6 @@ def released(kind: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sd2", "sdxl")
 @pytest.mark.parametrize("kind", tiny.RELEASED_UNETS)
 def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: Path) -> None:

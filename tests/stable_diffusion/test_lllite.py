@@ -65,7 +65,6 @@ def wrap(unet: UNet2DConditionModel, state: dict[str, Tensor], guides: Tensor, m
         layer.forward = lambda x, forward=layer.forward, added=added: forward(x + multiplier * added(x))
 
 
-@pytest.mark.long
 def test_the_u_net_with_two_is_as_described(tmp_path: Path) -> None:
     guides = [loaded.write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
     paths = [write_lllite(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (60, 61)]
@@ -119,14 +118,12 @@ def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[T
         return [loaded.run_unet(model.unet, idea(call)) for call in calls]
 
 
-@pytest.mark.long
 def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
     small, large = (loaded.call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
 
     assert torch.equal(made_with(tmp_path, 64, 48, small, large)[1], made_with(tmp_path, 64, 48, large)[0])
 
 
-@pytest.mark.long
 def test_sizes_that_levels_round_up_fit(tmp_path: Path) -> None:
     call = loaded.call_of("sdxl", size=(72, 40))
 
@@ -184,7 +181,6 @@ def write_text_lora(path: Path) -> Path:
     )
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sdxl-sdxl_merge_lora")
 @pytest.mark.parametrize(
     ("kind", "tool"),
@@ -227,7 +223,6 @@ def test_merged_into_a_checkpoint_and_extracted_again_it_acts_as_when_added(
     assert ("lora_unet_middle_block_1_proj_in.alpha" in names) == (kind == "sdxl")
 
 
-@pytest.mark.long
 def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path: Path) -> None:
     source, tuned, lora = write_sdxl(tmp_path), tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors"
     tensors = load_file(source)
@@ -247,7 +242,6 @@ def test_unchanged_text_encoders_are_left_out_and_other_models_refused(tmp_path:
         extract(source, write_sd1(tmp_path), lora)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Path) -> None:
     tokenizer_folder(tmp_path / "tokenizers")
@@ -267,7 +261,6 @@ def test_loras_are_added_up_to_one_with_the_names_that_others_read(tmp_path: Pat
     assert set(load_file(one)) <= set(load_file(total))
 
 
-@pytest.mark.long
 def test_old_names_of_text_encoders_and_positions_left_out_make_no_difference(tmp_path: Path) -> None:
     source, old = write_sd1(tmp_path), tmp_path / "old.safetensors"
     text = "cond_stage_model.transformer."

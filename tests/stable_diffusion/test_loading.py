@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import Model
+from stable_diffusion.files import VAE
 from stable_diffusion.folders import read_folder_unet
+from stable_diffusion.released_names import VAE_LEVELS, map_vae_names, released_vae_name
+from tests.commands import ROOT
 from tests.stable_diffusion.loaded import change_json, load, save
 from tests.tiny import stable_diffusion as tiny
 
@@ -43,7 +49,6 @@ def assert_equal_states(network: nn.Module, state: dict[str, Tensor]) -> None:
     assert not unequal
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sd1-single", "sdxl-single")
 @pytest.mark.parametrize("layout", ["single", "folder"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -73,7 +78,6 @@ def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -
     assert model.unet.conv_in.weight.shape[1] == 9
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("few layers", "many layers")
 @pytest.mark.parametrize(
     "sizes",
@@ -96,7 +100,6 @@ def test_layers_and_depths_are_counted_in_the_file(sizes: Any, tmp_path: Path, f
 # Precision
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "dtype", "vae_dtype"),
     [
@@ -121,7 +124,6 @@ def test_options_choose_the_precision(
     assert ("overflows in float16" in caplog.text) == (vae_dtype == torch.float16)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
     state = {
@@ -138,14 +140,12 @@ def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_pat
 # Containers and folders
 
 
-@pytest.mark.long
 def test_torch_files_are_read_without_running_code(folder: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": tiny.single_file_state("sd1"), "global_step": 7}, tmp_path / "sd1.ckpt")
 
     assert_equal_states(quick(folder, tmp_path / "sd1.ckpt").unet, tiny.unet_state("sd1"))
 
 
-@pytest.mark.long
 def test_averages_are_ignored_and_mentioned(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,7 +157,6 @@ def test_averages_are_ignored_and_mentioned(
     assert "2 averaged tensors (model_ema.) are not used" in caplog.text
 
 
-@pytest.mark.long
 def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> None:
     full = "cond_stage_model.transformer.text_model."
     state = {
@@ -171,7 +170,6 @@ def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(tower.network.state_dict()[name], tiny.text_state("sd1")[f"text_model.{name}"])
 
 
-@pytest.mark.long
 def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder / "sdxl", tmp_path / "sdxl")
     unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -190,7 +188,6 @@ def test_a_folder_may_have_other_file_names(folder: Path, tmp_path: Path) -> Non
     assert_equal_states(model.vae, tiny.vae_state())
 
 
-@pytest.mark.long
 def test_the_tokenizers_of_a_folder_are_its_own(folder: Path) -> None:
     first, second = load(folder / "sdxl").texts  # no --tokenizer_cache_dir
 
@@ -229,12 +226,54 @@ def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_p
     assert_equal_states(model.vae, state)
 
 
+def test_released_names_of_a_vae_are_read_as_diffusers_reads_them() -> None:
+    with torch.device("meta"):
+        network = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * VAE_LEVELS,
+            up_block_types=("UpDecoderBlock2D",) * VAE_LEVELS,
+            block_out_channels=(32, 64, 64, 32),
+            layers_per_block=2,
+        )
+    released = {
+        released_vae_name(name).removeprefix(VAE): weight for name, weight in network.state_dict().items()
+    }
+    levels = [""] * VAE_LEVELS
+    config = {"down_block_types": levels, "up_block_types": levels}
+    theirs = {id(weight): name for name, weight in convert_ldm_vae_checkpoint(released, config).items()}
+
+    ours = map_vae_names(released, VAE_LEVELS)
+
+    assert {name: ours.get(name, name) for name in released} == {
+        name: theirs[id(weight)] for name, weight in released.items()
+    }
+    assert len(ours) > 200
+
+
+@pytest.mark.slow
+def test_the_vae_of_a_checkpoint_is_recognized_without_diffusers(folder: Path) -> None:
+    """`new`, checks and the caching of captions read its names; diffusers takes seconds to import."""
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from checkpoints.opening import open_checkpoint
+from stable_diffusion.checkpoints import read_vae
+with open_checkpoint(Path("sdxl.safetensors")) as checkpoint:
+    read_vae(checkpoint, "--ckpt", 1.0)
+print(sorted(sys.modules.keys() & {{"diffusers", "transformers", "torch._dynamo"}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, encoding="utf-8", check=True
+    )
+    assert done.stdout == "[]\n"
+
+
 def test_a_vae_without_half_of_a_pair_is_one_message(folder: Path, tmp_path: Path) -> None:
     released = tiny.ldm_vae(tiny.vae_state())
     lost = next(name for name in released if name.endswith("upsample.conv.bias"))
     path = save(tmp_path / "vae.safetensors", {name: one for name, one in released.items() if name != lost})
 
-    with pytest.raises(CheckpointError, match=f"{lost} is missing"):
+    with pytest.raises(CheckpointError, match=r"missing: decoder\.up_blocks\.0\.upsamplers\.0\.conv\.bias"):
         quick(folder, "sd1.safetensors", "--vae", path)
 
 
@@ -281,7 +320,6 @@ def test_xformers_without_a_gpu_is_refused_before_loading(folder: Path) -> None:
 # What files say of themselves
 
 
-@pytest.mark.long
 def test_marks_in_an_xl_file_tell_how_it_was_trained(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -298,7 +336,6 @@ def test_marks_in_an_xl_file_tell_how_it_was_trained(
     assert not plain.zero_terminal_snr
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path: Path) -> None:
     path = tiny.write_folder("sd1", tmp_path / "v", velocity=True)
@@ -309,7 +346,6 @@ def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path:
         load(folder / "sd1", "--v_parameterization")
 
 
-@pytest.mark.long
 def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: Path, tmp_path: Path) -> None:
     state = tiny.single_file_state("sd2")
     start = "cond_stage_model.model.transformer.resblocks."

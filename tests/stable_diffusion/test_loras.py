@@ -64,7 +64,6 @@ def plain_changes(path: Path) -> dict[str, Tensor]:
     return changes
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("added")
 @pytest.mark.parametrize("words", [[], ["--network_pre_calc"]], ids=["added", "before"])
 def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
@@ -139,7 +138,6 @@ def test_weights_are_set_at_any_strength(fresh: Fresh, tmp_path: Path, words: li
     loaded.assert_same(loaded.results(model), loaded.results(wanted))
 
 
-@pytest.mark.long
 def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, tmp_path: Path) -> None:
     plain = fresh()
     one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn1" in path)
@@ -158,7 +156,6 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(fresh: Fresh, 
         networks.choose((1, 1))
 
 
-@pytest.mark.long
 def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path: Path) -> None:
     plain, wanted = fresh("sdxl"), fresh("sdxl")
     path = loaded.write_kohya(tmp_path / "x.safetensors", plain, loaded.in_places)
@@ -173,7 +170,6 @@ def test_added_merged_and_calculated_before_are_the_same(fresh: Fresh, tmp_path:
         assert float((changed - before).abs().max()) > 0.01 * float(before.std())
 
 
-@pytest.mark.long
 def test_norms_change_at_run_time_and_when_merged(fresh: Fresh, tmp_path: Path) -> None:
     model, merged, wanted = fresh(), fresh(), fresh()
     named = [path for path, one in model.unet.named_modules() if isinstance(one, nn.GroupNorm | nn.LayerNorm)]
@@ -197,7 +193,6 @@ def test_norms_change_at_run_time_and_when_merged(fresh: Fresh, tmp_path: Path) 
     loaded.assert_same(loaded.results(merged), loaded.results(wanted))
 
 
-@pytest.mark.long
 def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
     fresh: Fresh, tmp_path: Path
 ) -> None:
@@ -216,7 +211,6 @@ def test_names_of_released_files_and_of_both_numbers_of_the_text_encoder(
     loaded.assert_same(loaded.results(model), loaded.results(same))
 
 
-@pytest.mark.long
 def test_layers_tell_each_lora_and_let_its_output_be_changed(fresh: Fresh, tmp_path: Path) -> None:
     model, plain = fresh(), fresh()
     one = loaded.write_kohya(tmp_path / "one.safetensors", plain, lambda path: "attn" in path, texts=False)
@@ -262,7 +256,6 @@ def test_options_that_do_not_go_together(tmp_path: Path, words: list[object], me
         loaded.options("--network_weights", of_flux(tmp_path / "x.safetensors"), *words)
 
 
-@pytest.mark.long
 def test_a_lora_of_another_family_or_kind_is_named(fresh: Fresh, tmp_path: Path) -> None:
     cross = {
         "lora_down.weight": loaded.random(2, 2048, seed="a"),

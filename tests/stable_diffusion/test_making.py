@@ -88,7 +88,6 @@ def start_noise(seed: int) -> Tensor:
     return torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generators(seed)[0])
 
 
-@pytest.mark.long
 def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
     recorder = Recorder()
     settings = replace(SETTINGS, negative_scale=1.5)
@@ -103,7 +102,6 @@ def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
     assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(3, 2)] * STEPS
 
 
-@pytest.mark.long
 def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
     recorder = Recorder()
     images = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]

@@ -149,7 +149,6 @@ def plain(unet: Any, call: UnetCall, regions: Tensor, changes: Sequence[dict[str
             del module.forward
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sdxl")
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> None:

@@ -38,7 +38,6 @@ def make(model: list[str], out: Path, *words: object) -> list[Path]:
     return sorted(out.iterdir())
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"

@@ -57,7 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("text")
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("sd1-False", "sd2-False", "sdxl-False")
 @pytest.mark.parametrize("is_file", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

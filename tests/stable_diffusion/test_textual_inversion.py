@@ -202,7 +202,6 @@ def test_released_models_have_sixteen_of_them() -> None:
     assert list(list_cross_attentions(names)) == wanted
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
     """Against diffusers' U-Net, whose attentions are told what ordinary textual inversion makes of them."""
@@ -243,7 +242,6 @@ def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
     assert (made - equal).abs().max() > 1e-3
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     """With parts of a prompt too, and the U-Net is as before once a batch is made."""

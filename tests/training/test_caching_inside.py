@@ -106,7 +106,6 @@ def batches(folder: Path, sources: BatchSources, number: int = 0) -> list[Batch]
     return [read_one(sources, item, number) for item in items_of(folder, sources)]
 
 
-@pytest.mark.long
 def test_where_caches_are_changes_nothing_of_what_is_learned(tmp_path: Path) -> None:
     make(tmp_path)
     in_memory = train(tmp_path, *CACHED)
@@ -200,7 +199,6 @@ def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) ->
         assert "letters" in one.tensors
 
 
-@pytest.mark.long
 def test_live_pictures_are_trained_and_a_run_is_repeatable(tmp_path: Path) -> None:
     make(tmp_path, "random_crop = true")
     first = train(tmp_path, "--cache_text_encoder_outputs")

@@ -18,7 +18,6 @@ from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, STOP, Re
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
 
-@pytest.mark.long
 def test_without_a_difference_it_goes_on_to_the_bit(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     words = ["--save_every_n_steps", 3, "--save_state", *CHANGED]
@@ -73,7 +72,6 @@ def test_the_schedule_of_now_begins_at_the_step_that_was_reached(
     assert changes[1] > 1e-2
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("stopped", "rest"), [(2, 14), (5, 7)], ids=["in an epoch", "at its end"])
 def test_other_clips_begin_the_epoch_again_in_their_own_order(
     tmp_path: Path, stopped: int, rest: int

@@ -54,7 +54,6 @@ def write_dataset(folder: Path, keys: str = KEYS, batch_size: int = 2) -> None:
     write_text(folder / "cache" / "toy_te.empty.safetensors", -50.0, captions=1)
 
 
-@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     words = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
@@ -216,7 +215,6 @@ def test_a_picture_family_is_cached_and_trained_with_a_shift_that_follows_the_si
     assert {tokens.shape[1:] for tokens, _ in family.network.fed} == {shape}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("right", "teaches"), [(255, True), (0, False)])
 def test_transparent_places_of_a_picture_teach_nothing(tmp_path: Path, right: int, teaches: bool) -> None:
     cache(tmp_path, left=0, right=right)

@@ -47,9 +47,7 @@ def edit(monkeypatch: pytest.MonkeyPatch) -> Edit:
 
 def list_families() -> list[object]:
     return [
-        pytest.param(
-            family, id=family.name, marks=[] if family.name in TRIED else [pytest.mark.slow, pytest.mark.long]
-        )
+        pytest.param(family, id=family.name, marks=[] if family.name in TRIED else pytest.mark.slow)
         for family in FAMILIES
     ]
 

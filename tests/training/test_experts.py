@@ -115,7 +115,6 @@ def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(tmp_
                 assert all(are_equal) if part != expert else not all(are_equal)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("more", [[], [APART]])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[str]) -> None:
     toy.write_caches(tmp_path)
@@ -277,7 +276,6 @@ def test_a_state_is_not_resumed_with_other_transformers(
 KEEPS = "--preserve_distribution_shape"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "recommended", "expert"),
     [

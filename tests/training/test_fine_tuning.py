@@ -79,7 +79,6 @@ WAYS = {" ".join(words): (words, ()) for words in OPTIMIZERS}
 WAYS |= {f"{' '.join(words)} bf16": (words, BF16) for words in (*OPTIMIZERS[:3], ["AdamW8bit"])}
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "Adafactor bf16",
     "Adafactor relative_step=False beta1=0.9 weight_decay=0.1 bf16",
@@ -109,7 +108,6 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(tmp_path: Path, way: 
     assert not torch.equal(found["embed.weight"].float(), initial_weights()["embed.weight"])
 
 
-@pytest.mark.long
 def test_only_one_gradient_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy.write_caches(tmp_path)
     counts: list[int] = []
@@ -126,7 +124,6 @@ def test_only_one_gradient_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert set(counts) == {1}
 
 
-@pytest.mark.long
 def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     """Against the same written by hand, from the gradients of a run that takes no step."""
     toy.write_caches(tmp_path)
@@ -169,7 +166,6 @@ def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([1.0, 1.001, -1.001, 0.3, 1e-30, -3e38, 0.0])
@@ -234,7 +230,6 @@ def test_a_rate_of_1e_5_moves_weights_only_if_rounding_is_stochastic(
     assert moved[True] == pytest.approx(start.numel() * 10 * 1e-5 * 128, rel=0.25)
 
 
-@pytest.mark.long
 def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     start = toy.ToyFamily().load_dit(Placement(torch.device("cpu"))).bfloat16().state_dict()
@@ -256,7 +251,6 @@ def test_fp16_is_refused_by_name(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fused", [(), (FUSED,)], ids=["usual", "fused"])
 def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, ...]) -> None:
     toy.write_caches(tmp_path)
@@ -276,7 +270,6 @@ def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         train_dit(tmp_path, "--trainable_modules", "nonsense")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -304,7 +297,6 @@ def test_the_file_is_the_model_in_the_precision_asked_for(
     assert "ss_network_module" not in metadata
 
 
-@pytest.mark.long
 def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +313,6 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("fused", "part")
 @pytest.mark.parametrize(
     "how",
@@ -343,7 +334,6 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     assert all(toy.same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
 
-@pytest.mark.long
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, count=6)
     words = [FUSED, *UNCLIPPED, "--validation_split", "0.2"]

@@ -226,7 +226,6 @@ def test_validation_encodes_its_captions(tmp_path: Path) -> None:
     assert len(set(family.made[-1].asked)) == 4
 
 
-@pytest.mark.long
 def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     """And what is trained in them."""
     write_images(tmp_path)

@@ -90,7 +90,6 @@ def test_caches_that_cannot_be_used_are_told_before_the_model_is_loaded(
         toy.train_toy(tmp_path, family=UnloadedToy())
 
 
-@pytest.mark.long
 def test_pictures_without_caches_and_caches_without_pictures_are_told_at_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,7 +107,6 @@ def test_pictures_without_caches_and_caches_without_pictures_are_told_at_the_sta
     assert "1 image with caches but no file any more, such as clip1: trained on until" in caplog.text
 
 
-@pytest.mark.long
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
     """Five micro-batches, three to a step: the second step of each epoch averages over the two that are
     left.
@@ -142,7 +140,6 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.long
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     prompts = toy.write_prompts(tmp_path, "a cat --f 5 --s 2 --d 1\na dog --s 2\n")
@@ -173,7 +170,6 @@ def test_too_little_memory_is_told_with_what_helps(tmp_path: Path) -> None:
         train_network(toy.ToyFamily(watch=fill_up), toy.toy_options(tmp_path))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals
@@ -197,7 +193,6 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.long
 def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     family = toy.ToyFamily(dtype=torch.bfloat16)
@@ -209,7 +204,6 @@ def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_pa
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-@pytest.mark.long
 def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path: Path) -> None:
     """fp16's gradient scaler; on the CPU it is put in by hand."""
     toy.write_caches(tmp_path)

@@ -253,7 +253,6 @@ def test_a_killed_run_ends_with_the_same_average(tmp_path: Path) -> None:
     assert toy.same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("bf16, fused, swapped")
 @pytest.mark.parametrize("how", ["", FULL], ids=["float32", "bf16, fused, swapped"])
 def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, how: str) -> None:

@@ -37,7 +37,6 @@ EVERYTHING = [
 
 # before any state, mid-accumulation, mid-epoch, in a short last step
 # before any state, mid-accumulation, mid-epoch, in a short last step
-@pytest.mark.long
 @pytest.mark.parametrize("moments", [(0, 3), (1, 5, 3), (4, 3), (8,), (11,)])
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moments: tuple[int, ...]) -> None:
     toy.write_caches(tmp_path, count=5)
@@ -62,7 +61,6 @@ OPTIMIZERS = {  # and the package that has it
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: str) -> None:
     """Saving at every step must not disturb the run either: schedule-free optimizers keep other weights while
@@ -209,7 +207,6 @@ def test_samples_that_a_stopped_epoch_owed_are_made_when_it_goes_on(tmp_path: Pa
     assert marks == ["e000001", "e000002"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "when", ["--sample_every_n_steps 2", "--sample_every_n_epochs 1", "--sample_at_first"]
 )

@@ -208,7 +208,6 @@ COLORED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
 PREVIEWED = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --f 1 --d 12 --s 3\n"
 
 
-@pytest.mark.long
 def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> None:
     trained, samples = [], []
     taehv = write_taehv(tmp_path / "taehv.pth", TaehvConfig(2, (8, 8, 8, 8), (1, 2, 2)))

@@ -316,7 +316,6 @@ def test_several_processes_decide_alike_and_one_names_the_items(tmp_path: Path) 
     assert all("clip2" in line for line in lines)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", [FAMILIES[0], *[one for one in FAMILIES if "ltx" in one.name][:1]])
 def test_a_real_script_takes_both_options(tmp_path: Path, family: TinyFamily) -> None:
     project = make_project(family, tmp_path)

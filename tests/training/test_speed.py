@@ -25,7 +25,6 @@ COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("compiled")
 @pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
 def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, how: list[str]) -> None:
@@ -43,7 +42,6 @@ def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pa
         toy.train_toy(tmp_path, "--dynamo_backend", "ofi")
 
 
-@pytest.mark.long
 def test_a_run_that_goes_on_uncompiled_is_told_of_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,7 +92,6 @@ def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: 
         assert torch.equal(dit(*inputs), before)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("compiled")
 @pytest.mark.parametrize(
     "how",

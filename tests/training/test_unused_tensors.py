@@ -86,7 +86,6 @@ def test_the_written_file_has_the_names_of_its_source(script: str, tmp_path: Pat
     assert load_file(tmp_path / "narrow.safetensors").keys() == expected.keys()
 
 
-@pytest.mark.long
 def test_a_training_by_command_keeps_what_lumina_does_not_use(tmp_path: Path) -> None:
     family = ALL["lumina_train.py"]
     make_project(family, tmp_path)

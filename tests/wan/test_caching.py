@@ -56,7 +56,6 @@ def cache(project: Path, name: str, *switches: str) -> dict[str, dict[str, Tenso
     return {file.name: load_file(file) for file in files}
 
 
-@pytest.mark.long
 def test_the_condition_equals_that_of_a_cache_with_image_features(project: Path) -> None:
     with_features = cache(project, "clip", "--clip", str(project / "model/clip.safetensors"))
     without = cache(project, "i2v", "--i2v")
@@ -73,7 +72,6 @@ def test_the_condition_equals_that_of_a_cache_with_image_features(project: Path)
             assert torch.equal(tensor, with_features[file][key]), key
 
 
-@pytest.mark.long
 def test_two_frames_are_known_with_flf2v(project: Path) -> None:
     for tensors in cache(project, "flf2v", "--i2v", "--flf2v").values():
         (image,) = (tensor for key, tensor in tensors.items() if key.startswith("latents_image"))
@@ -82,7 +80,6 @@ def test_two_frames_are_known_with_flf2v(project: Path) -> None:
         assert not any(key.startswith("clip") for key in tensors)
 
 
-@pytest.mark.long
 def test_a_cache_of_another_kind_is_noticed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache(project, "i2v", "--i2v")
     for switches, found in (
@@ -136,7 +133,6 @@ def cached(dataset: Path) -> list[Path]:
     return sorted((dataset.parent / "cache").glob("*_wan.safetensors"))
 
 
-@pytest.mark.long
 def test_the_5b_vae_caches_its_own_latents_in_steps_of_32_pixels(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.2"])
 
@@ -150,7 +146,6 @@ def test_the_5b_vae_caches_its_own_latents_in_steps_of_32_pixels(clips: Path, va
     assert pixels.shape == (1, 3, 5, 96, 64)
 
 
-@pytest.mark.long
 def test_the_other_vae_makes_the_caches_again(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.2"])
     cache_of(clips, vaes["2.1"])
@@ -216,7 +211,6 @@ def train_on(dataset: Path, task: str, kind: str, *more: str) -> None:
     wan_train_network.main([*words, *more])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--plan"], ["--check"]], ids=["train", "plan", "check"])
 def test_a_training_refuses_caches_of_the_other_vae_before_anything_loads(
     clips: Path, vaes: dict[str, Path], capsys: pytest.CaptureFixture[str], more: list[str]
@@ -236,7 +230,6 @@ def test_a_training_refuses_caches_of_the_other_vae_before_anything_loads(
         train_on(clips, "t2v-A14B", "t2v", "--vae", str(vaes["2.2"]), *more)
 
 
-@pytest.mark.long
 def test_caches_of_both_vaes_in_one_folder_are_found(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.1"])
     cache_of(clips, vaes["2.2"], "--keep_cache")

@@ -185,7 +185,6 @@ def with_overrides(tiny: TinyDit, overrides: Overrides) -> TinyDit:
 GIVEN = with_overrides(TI2V, Overrides(given_frames=1))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pieces_of_tokens_follow_the_time_of_their_frame(autocast: bool) -> None:
     """A frame has 16 tokens here, of which two pieces are made, the others have 32, of which two."""

@@ -92,7 +92,6 @@ def test_recorded_latents_and_pixels_are_met(tmp_path: Path) -> None:
     assert (roundtrip - tensors["roundtrip_unclamped"]).abs().max() <= tolerance["roundtrip_unclamped"]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("13-2.1", "13-2.2")
 @each_generation
 @pytest.mark.parametrize("frames", [1, 5, 13])
@@ -119,7 +118,6 @@ def test_latents_and_pixels_equal_those_of_diffusers(
     assert relative_error(joined(vae.decode(their_latents)), their_pixels) <= 1e-5
 
 
-@pytest.mark.long
 @each_generation
 def test_a_chunk_depends_on_no_later_frame(tmp_path: Path, generation: Generation) -> None:
     vae, pixels = made(tmp_path, generation.tensors()), clip_of(9)
@@ -139,7 +137,6 @@ def test_pixels_come_in_playing_order_one_frame_and_then_four_at_a_time(vae: Wan
     assert max(float(chunk.abs().max()) for chunk in chunks) <= 1
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("2.2")
 @each_generation
 def test_features_kept_in_host_memory_change_nothing(tmp_path: Path, generation: Generation) -> None:
@@ -151,7 +148,6 @@ def test_features_kept_in_host_memory_change_nothing(tmp_path: Path, generation:
     assert torch.equal(joined(other.decode(latents)), joined(vae.decode(latents)))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("2.1", "2.2")
 @each_generation
 def test_peak_memory_does_not_grow_with_the_clip(generation: Generation) -> None:
@@ -177,7 +173,6 @@ def test_peak_memory_does_not_grow_with_the_clip(generation: Generation) -> None
         assert long < 1.05 * short
 
 
-@pytest.mark.long
 @each_generation
 def test_a_clip_that_fits_one_tile_is_not_cut(tmp_path: Path, generation: Generation) -> None:
     vae, edge = made(tmp_path, generation.tensors()), 4 * generation.side
@@ -187,7 +182,6 @@ def test_a_clip_that_fits_one_tile_is_not_cut(tmp_path: Path, generation: Genera
     assert torch.equal(joined(tiled.decode(latents)), joined(vae.decode(latents)))
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("2.2")
 @each_generation
 def test_tiles_change_latents_and_pixels_only_a_little(tmp_path: Path, generation: Generation) -> None:
@@ -230,7 +224,6 @@ def test_16_bit_weights_give_float32_latents_near_the_exact_ones(
     assert relative_error(latents, vae.encode(pixels)) < 0.1
 
 
-@pytest.mark.long
 def test_a_vae_of_another_width_is_read_off_its_tensors(tmp_path: Path) -> None:
     vae = made(tmp_path, vae_tensors(width=16))
     assert vae.encoder.conv1.out_channels == 16

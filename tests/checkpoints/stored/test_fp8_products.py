@@ -220,7 +220,6 @@ def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.long
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("product", PRODUCTS[:2])
 def test_what_torch_computes_is_compiled(product: Product) -> None:

@@ -74,7 +74,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.long
 def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: Path) -> None:
     data = write_data(tmp_path / "my data", frames=26)
     output = tmp_path / "prepared"
@@ -105,7 +104,6 @@ def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: P
         assert np.abs(np.stack(written).astype(int) - np.stack(original)).mean() < 3
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_moments_are_those_of_the_vae(models: Models, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", count=2)
@@ -123,7 +121,6 @@ def test_the_moments_are_those_of_the_vae(models: Models, tmp_path: Path) -> Non
         assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", ["wan", "hv"])
 def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder(
     family: str, models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -169,7 +166,6 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
             assert torch.equal(tensor, theirs[key]), key
 
 
-@pytest.mark.long
 def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(
     models: Models, tmp_path: Path
 ) -> None:
@@ -245,7 +241,6 @@ def test_the_vae_takes_4n_or_4n_plus_1_frames(frames: int, usable: int) -> None:
     assert usable_frames(frames) == usable
 
 
-@pytest.mark.long
 def test_clips_and_captions_are_encoded_as_by_diffusers(pipeline: Path, tmp_path: Path) -> None:
     data, output = write_data(tmp_path / "data", count=2), tmp_path / "prepared"
     prepare_dataset.main(

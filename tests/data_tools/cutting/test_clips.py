@@ -195,7 +195,6 @@ def filmed() -> list[Frame]:
     ]
 
 
-@pytest.mark.long
 def test_cuts_and_dissolves_of_filmed_scenes_are_found() -> None:
     frames = filmed()
     cuts = [30, 76, 137, 187, 242]

@@ -61,7 +61,6 @@ def film(tmp_path: Path) -> Path:
     return write_film(tmp_path / "a film.mp4", FILM, NTSC)
 
 
-@pytest.mark.long
 def test_clips_hold_the_frames_of_their_scenes_at_the_rate_of_the_source(tmp_path: Path) -> None:
     source, rate = write_film(tmp_path / "film.mkv", FILM, NTSC), NTSC
 
@@ -147,7 +146,6 @@ def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_
     assert state_of(output) == before
 
 
-@pytest.mark.long
 def test_changed_options_cut_anew_what_is_ours(
     film: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,7 +185,6 @@ def test_clips_with_work_of_the_user_are_not_cut_anew(film: Path, tmp_path: Path
     assert state_of(output) == before
 
 
-@pytest.mark.long
 def test_captions_that_are_written_while_a_video_is_looked_at_stay(
     film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +235,6 @@ def test_a_damaged_video_is_reported_and_the_others_are_cut(
     assert caplog.text.count("is skipped") == 2
 
 
-@pytest.mark.long
 @needs_fork
 def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
     film: Path, tmp_path: Path

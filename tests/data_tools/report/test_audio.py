@@ -48,7 +48,6 @@ def test_sounds_have_no_size(config: DatasetConfig) -> None:
     assert found.lines() == ["2 sounds", "  25 frames: 2 items x 1, 2 batches of 1"]
 
 
-@pytest.mark.long
 def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: DatasetConfig) -> None:
     family = HearingToy(latent=PLAIN)
 

@@ -54,7 +54,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return path, report(make_set(folder), "--output", str(path))
 
 
-@pytest.mark.long
 def test_a_shared_copy_of_the_page_names_no_folder(made: tuple[Path, dict[str, Any]]) -> None:
     path, _ = made
     share_page(path, path.with_name("shared.html"))
@@ -131,7 +130,6 @@ def make_config(folder: Path, **changes: object) -> DatasetConfig:
     return DatasetConfig(table.config_path, (table,))
 
 
-@pytest.mark.long
 def test_the_page_says_what_is_cut_off_and_left_out_and_runs_nothing(tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(3)>'\"&{{1}}"
     make_clip(tmp_path / f"{name}.mp4", 7, (64, 32))

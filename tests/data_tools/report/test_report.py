@@ -154,7 +154,6 @@ def make_mixed_set(folder: Path) -> Path:
     )
 
 
-@pytest.mark.long
 def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
     config = make_mixed_set(tmp_path)
 

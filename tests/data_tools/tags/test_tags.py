@@ -61,7 +61,6 @@ def load(tagger: Path, batch_size: int = 1, joins_by_mean: bool = False) -> Tagg
     return load_tagger(tagger, batch_size, joins_by_mean, max_frames=8)
 
 
-@pytest.mark.long
 def test_tags_are_those_of_the_colours_and_a_second_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     (folder / "red.txt").write_text("by hand", encoding="utf-8")

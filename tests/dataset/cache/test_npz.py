@@ -190,7 +190,6 @@ def test_resolutions_share_a_file_and_keep_each_other(folder: Path) -> None:
     assert [one.tensor("latents").shape[-1] for one in read_all(both)] == [4, 4, 4, 2, 2, 2]
 
 
-@pytest.mark.long
 @needs_fork
 def test_a_kill_while_a_resolution_is_added_loses_nothing(folder: Path, tmp_path: Path) -> None:
     small, large = (make_config(folder, resolution=size) for size in ((16, 16), (32, 32)))
@@ -261,7 +260,6 @@ def test_both_sides_are_cached_and_chosen_between(folder: Path) -> None:
             assert torch.equal(one.tensor("latents").flip(-1), other.tensor("latents"))
 
 
-@pytest.mark.long
 def test_foreign_latents_need_the_other_side_and_the_mask(folder: Path) -> None:
     np.savez(folder / LATENTS, latents_4x4=np.zeros((2, 4, 4), np.float32))
     cache_texts(NpzFamily(), make_config(folder), options())

@@ -96,7 +96,6 @@ def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, round
         assert len(contents(folder)) == 1
 
 
-@pytest.mark.long
 @needs_fork
 def test_a_merge_that_stops_at_any_step_brings_nothing_back(tmp_path: Path) -> None:
     source = tmp_path / "source"

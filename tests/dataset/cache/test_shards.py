@@ -243,7 +243,6 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     assert sorted(contents(tars)) == [shard(tars).name]
 
 
-@pytest.mark.long
 def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
     folder = tars.with_name("damaged")
     for path in tars.glob("*.tar"):

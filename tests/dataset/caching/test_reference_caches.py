@@ -35,7 +35,6 @@ def records(folder: Path) -> dict[str, Any]:
     return {stem: record.options for stem, record in found.items() if record is not None}
 
 
-@pytest.mark.long
 def test_exactly_what_a_key_concerns_is_made_again(tmp_path: Path) -> None:
     make_set(tmp_path, {"a": (SIZE,), "b": ((32, 32),), "c": ()})
     cache(read_set(tmp_path))

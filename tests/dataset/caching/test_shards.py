@@ -191,7 +191,6 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
 # --- kills, and several at once
 
 
-@pytest.mark.long
 @needs_fork
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(

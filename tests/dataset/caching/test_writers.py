@@ -123,7 +123,6 @@ class Other:
         return int(self.process.exitcode)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("encoder", "form"), [("llm", "shards"), ("clipL", "files")])
 def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form: str) -> None:
     """This process does everything while the other one is in its first pass, or between its passes."""

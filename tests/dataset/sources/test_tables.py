@@ -259,7 +259,6 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("column", "options"),
     [
@@ -302,7 +301,6 @@ def varint(number: int) -> bytes:
     return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
 
 
-@pytest.mark.long
 def test_pages_decide_where_the_metadata_lie(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     options = {"use_dictionary": False, "data_page_size": 1 << 30, "write_statistics": False}
     path = write(tmp_path / "t.parquet", {"image": pa.array([bytes(200 * MIB)])}, **options)

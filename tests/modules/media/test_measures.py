@@ -90,7 +90,6 @@ def test_flat_frames_have_no_hash_and_are_neither_sharp_nor_blurred() -> None:
     assert not is_blurred(flat)
 
 
-@pytest.mark.long
 def test_a_clip_is_near_its_copy_at_another_rate_and_far_from_its_reverse() -> None:
     shares = np.linspace(0, 1, 21)
     frames = [(picture(1) * (1 - share) + picture(2) * share).astype(np.uint8) for share in shares]
@@ -178,7 +177,6 @@ def distance(first: Pixels, second: Pixels) -> float:
     return scene_distance(thumbnail(first), thumbnail(second))
 
 
-@pytest.mark.long
 def test_cuts_are_found() -> None:
     found = [distance(shown(scene(2 * seed)), shown(scene(2 * seed + 1))) for seed in range(20)]
     assert sum(each >= THRESHOLD for each in found) >= 19

@@ -266,7 +266,6 @@ def test_what_cannot_be_written_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_ten_bit_pictures_are_converted_alike_each_time(tmp_path: Path) -> None:
     """With several threads swscale damaged the beginnings of rows, here in half of all conversions."""

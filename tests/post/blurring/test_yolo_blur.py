@@ -67,7 +67,6 @@ def blur(folder: Path, detector: Path, frames: Sequence[np.ndarray], *options: s
     return list(video_frames(output))
 
 
-@pytest.mark.long
 def test_a_face_that_is_missed_in_some_frames_is_never_seen(
     tmp_path: Path, detector: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,7 +91,6 @@ def test_below_conf_nothing_is_blurred(tmp_path: Path, detector: Path) -> None:
         assert [index for index, each in enumerate(made) if redness(each) > SEEN] == seen
 
 
-@pytest.mark.long
 def test_two_faces_that_cross_and_one_at_the_edge(tmp_path: Path, detector: Path) -> None:
     frames = [
         frame((16 + 3 * index, 30, 255), (85 - 3 * index, 34, 255), (3, 58, 255)) for index in range(COUNT)

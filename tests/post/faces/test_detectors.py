@@ -348,7 +348,6 @@ def test_pictures_larger_than_any_detector_takes(tmp_path: Path) -> None:
         check_detector(path)
 
 
-@pytest.mark.long
 def test_damage_anywhere_is_one_message(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0)
     for write in (write_yolo, write_yunet):

@@ -101,7 +101,6 @@ def usual(folder: Path) -> Facefix:
     return _stage(folder)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("gfpgan")
 @pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
 def test_only_faces_change(folder: Path, mode: str) -> None:
@@ -117,7 +116,6 @@ def test_only_faces_change(folder: Path, mode: str) -> None:
     assert np.array_equal(faced, before)  # the picture that was given is not written to
 
 
-@pytest.mark.long
 def test_what_is_not_part_of_the_face_stays(folder: Path, tmp_path: Path) -> None:
     models = _linked(folder, tmp_path, "parsing_parsenet.pth")
     tiny.write_model(models / "parsing_parsenet.pth", tiny.parsenet_weights(part=18))
@@ -128,7 +126,6 @@ def test_what_is_not_part_of_the_face_stays(folder: Path, tmp_path: Path) -> Non
     assert np.array_equal(made, faced)
 
 
-@pytest.mark.long
 def test_several_faces_change_and_only_center_keeps_one(folder: Path, usual: Facefix) -> None:
     faced = _pixels((40, 24), (80, 8), (0, 48))
 
@@ -142,7 +139,6 @@ def test_several_faces_change_and_only_center_keeps_one(folder: Path, usual: Fac
     assert wide[2] > 84
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "is_deep"), [(np.uint8, False), (np.uint8, True), (np.uint16, False)])
 def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
     usual: Facefix, dtype: type, is_deep: bool
@@ -158,7 +154,6 @@ def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
     np.testing.assert_allclose(second.astype(float) / (257 if deep else 1), in_bytes, atol=1)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path, usual: Facefix) -> None:
     faced = _pixels((40, 24))
@@ -180,7 +175,6 @@ def test_codeformer_says_that_it_has_no_use_for_a_seed(
     assert "--seed is ignored because CodeFormer" in caplog.text
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("0")
 @pytest.mark.parametrize("smooth", [0, 0.5])
 def test_faces_are_steadied_within_a_clip_only(folder: Path, smooth: float) -> None:
@@ -205,7 +199,6 @@ def test_faces_are_steadied_within_a_clip_only(folder: Path, smooth: float) -> N
     assert np.array_equal(alone, _run(trembling, [second])[0])
 
 
-@pytest.mark.long
 def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     _run(_stage(folder), [_pixels(), _pixels((40, 24), (80, 8))])
@@ -254,7 +247,6 @@ def test_a_missing_file_is_named_with_its_folder(
     assert "my.pth" in words or str(models) in str(error.value)
 
 
-@pytest.mark.long
 def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(
     folder: Path, usual: Facefix, tmp_path: Path
 ) -> None:

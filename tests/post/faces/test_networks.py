@@ -94,7 +94,6 @@ def test_codeformer_equals_the_reference(tmp_path: Path) -> None:
         assert_close(made, stored[f"out_w{fidelity}_every_8th"], limit)
 
 
-@pytest.mark.long
 @torch.inference_mode()
 def test_parsenet_equals_the_reference(tmp_path: Path) -> None:
     case, stored = read_case("parsenet")
@@ -163,7 +162,6 @@ def test_another_file_is_named_as_what_it_is(kind: str, other: str, tmp_path: Pa
         KINDS[kind][0](checkpoint)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_layout_is_an_error_of_the_file(kind: str, tmp_path: Path) -> None:
     weights = WEIGHTS[kind]()
@@ -199,7 +197,6 @@ def near(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("resnet50")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_scores_boxes_and_landmarks_are_those_of_the_reference(tmp_path: Path, name: str) -> None:

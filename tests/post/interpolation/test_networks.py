@@ -41,7 +41,6 @@ def load(path: Path, read: Any = read_flowformer, build: Any = FlowFormer, devic
         return load_planned(read(checkpoint), build, device, torch.float32, "--model")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "flow", "times"),
@@ -102,7 +101,6 @@ def test_another_network_is_named(tmp_path: Path, manifest: str, read: Any, said
         read(checkpoint)
 
 
-@pytest.mark.long
 def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     """A plain computation of the last step at full size from what is found at half the size."""
     full = tiny_interpolation(ds_factor=0.5)
@@ -138,7 +136,6 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     torch.testing.assert_close(found, ((expected + 1) / 2).clamp(0, 1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_half_precision_changes_layers_of_the_synthesis_alone() -> None:
     dtype = torch.bfloat16
@@ -233,7 +230,6 @@ def flow_of(network: FlowFormer, first: Tensor, second: Tensor) -> Tensor:
         return network.flow(network.encode(first), network.encode(second))
 
 
-@pytest.mark.long
 def test_flow_is_as_recorded(tmp_path: Path) -> None:
     _, tensors = read_case("gimmvfi_f")
     path = write_hollow(tmp_path / "flow.safetensors", tensor_list("flowformer-sintel"))
@@ -247,7 +243,6 @@ def test_flow_is_as_recorded(tmp_path: Path) -> None:
     torch.testing.assert_close(flow[..., ::4, ::4], tensors["flow01_every_4th"], rtol=0, atol=1.5e-4)
 
 
-@pytest.mark.long
 def test_a_narrow_file_gives_the_same_flow_in_any_layout(tmp_path: Path) -> None:
     with open_checkpoint(path := write_flowformer(tmp_path / "flow.safetensors")) as checkpoint:
         assert read_flowformer(checkpoint).config == FLOWFORMER
@@ -261,7 +256,6 @@ def test_a_narrow_file_gives_the_same_flow_in_any_layout(tmp_path: Path) -> None
     assert torch.equal(flow_of(load(write_flowformer(tmp_path / "flow.pth", "module.")), first, second), flow)
 
 
-@pytest.mark.long
 def test_large_pictures_have_the_flow_that_small_ones_would_have() -> None:
     """Without tables of all pairs, which take too much memory for large pictures."""
     network = tiny_flowformer()

@@ -90,7 +90,6 @@ def test_a_last_picture_that_is_held_stays_as_long(folder: Path) -> None:
     assert ends == [Fraction(1, 96), Fraction(3) - Fraction(1, 24)]
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Path) -> None:
     networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
@@ -190,7 +189,6 @@ def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
         small.result(replace(CLIP, width=least, height=least))
 
 
-@pytest.mark.long
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
         check_interpolation(options(tmp_path / "nowhere" / "model"))
@@ -240,7 +238,6 @@ def test_the_yaml_may_be_missing_and_is_read_safely(tmp_path: Path) -> None:
             read_settings(path)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_picture_that_is_not_finite_ends_the_run(folder: Path) -> None:
     for dtype, error in ((torch.float32, CheckpointError), (torch.bfloat16, OptionError)):

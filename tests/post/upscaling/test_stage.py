@@ -27,7 +27,6 @@ from tests.post.upscaling.plain_clips import (
 from tests.tiny.post_upscaling import write_rrdb
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("swinir-1.5-65535", "swinir-4.0-255")
 @pytest.mark.parametrize(
     ("kind", "scale", "most"),
@@ -51,7 +50,6 @@ def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale:
     assert (found.width, found.height) == (int(WIDTH * scale), int(HEIGHT * scale))
 
 
-@pytest.mark.long
 def test_tiles_give_about_the_same_picture(tmp_path: Path) -> None:
     model = write_rrdb(tmp_path / "x.pth")
     full, tiled, large = (
@@ -81,7 +79,6 @@ def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> Non
         assert len(taken) == 3 + index // 3 * 3
 
 
-@pytest.mark.long
 def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), mode="esrgan"), CPU)

@@ -181,7 +181,6 @@ def test_frozen_weights_are_never_copied_back_and_come_twice_a_step() -> None:
     assert first == 2 + 2 * 6
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("checkpointed")
 @CHECKPOINTING
 def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
@@ -203,7 +202,6 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
     assert not torch.equal(results[0][-1], list(case.make().parameters())[-1])
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("framepack 3", "framepack 4")
 @pytest.mark.parametrize(("case", "blocks"), [MANY[0], MANY[3], *MANY[4:]])
 def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: int) -> None:
@@ -228,7 +226,6 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
     assert min(device.ages) >= 1
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("hunyuan-checkpointed")
 @CHECKPOINTING
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)

@@ -61,7 +61,6 @@ BOTH_DTYPES = [pytest.param(tiny, False, id=tiny.name) for tiny in DITS]
 BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in ONE_OF_EACH]
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "anima",
     "fibo_2 edit",
@@ -275,7 +274,6 @@ def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None
     assert max(apart[1:]) <= share * max(one.abs().max() for one in theirs[1:])
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "anima",
     "flux chroma",
@@ -308,7 +306,6 @@ def test_all_weights_may_learn() -> None:
     assert_alike(found[1], found[0], FLOAT32)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("hunyuan t2v-attention kept", "hunyuan t2v-nothing kept", "wan t2v-nothing kept")
 @pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
 @pytest.mark.parametrize("tiny", ONE_OF_EACH[:2], ids=lambda dit: dit.name)
@@ -337,7 +334,6 @@ def test_dropout_of_single_values_sees_whole_inputs() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(

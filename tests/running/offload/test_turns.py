@@ -147,7 +147,6 @@ def test_after_an_interruption_the_network_can_be_brought_again(
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
 
 
-@pytest.mark.long
 def test_compiled_blocks_are_not_compiled_again_when_a_network_comes_back() -> None:
     compiled: list[int] = []
 

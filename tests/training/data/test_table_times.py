@@ -159,7 +159,6 @@ def test_buckets_of_a_table_are_the_same_where_a_run_begins_in_the_middle(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_killed_run_with_windows_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     write_tables(tmp_path, LOW, HIGH, batch_size=2, count=5)
     words = [*UNIFORM, "--num_timestep_buckets", 4, "--save_every_n_steps", 1, "--save_state"]
@@ -401,7 +400,6 @@ def test_a_model_with_a_shifted_table_takes_a_shift_with_sigma(tmp_path: Path) -
     assert shifted[len(shifted) // 4] > 900 > plain[len(plain) // 2]
 
 
-@pytest.mark.long
 def test_wan_learns_from_a_table_with_keys_what_it_learns_from_options(tmp_path: Path) -> None:
     """With the commands that a user types."""
     family = FAMILIES[0]

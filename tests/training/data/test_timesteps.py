@@ -184,7 +184,6 @@ def test_a_table_of_noise_levels_is_read_at_whole_timesteps(share: float, place:
     assert (times.timesteps.item(), times.sigmas.item()) == (place, place + 0.5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "logsnr", "sigma"])
 @pytest.mark.parametrize("buckets", ["", " --num_timestep_buckets 20"])
 def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str, buckets: str) -> None:
@@ -226,7 +225,6 @@ DRAWS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("kept", "sigma", "squeezed", "table")
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_batch_is_for_one_expert_and_each_sample_has_the_plain_distribution(name: str) -> None:
@@ -302,7 +300,6 @@ def test_the_console_shows_forty_bars_for_counts_and_weights(capsys: pytest.Capt
     assert bars(torch.ones(1000)).splitlines()[39].startswith(" 975.. 999       1.00 ####")
 
 
-@pytest.mark.long
 def test_experts_are_named_with_their_share_of_the_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> StepPrediction:
     return predict(*made, wan_batch(1, (3, 64, 64)), CPU)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_path: Path) -> None:
     """As a rehearsal of it does, but for the text, which does not shrink."""
@@ -96,7 +95,6 @@ def test_a_smaller_batch_takes_what_its_size_says(whole: StepPrediction, tmp_pat
     assert whole.scaled(0.5).device(0) < whole.device(0)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_an_average_of_the_weights_counts(whole: StepPrediction, tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--ema_decay", "0.5")
@@ -121,7 +119,6 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
     assert (swap.number, watch) == (0, None)
 
 
-@pytest.mark.long
 def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
     steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.most - 1)}
     assert len(steps) == 1
@@ -129,7 +126,6 @@ def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepP
     assert whole.phase(1).host > whole.phase(0).host == 0
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_advice_ends_with_what_fits(tmp_path: Path) -> None:
     family, options = wan(tmp_path)
@@ -149,7 +145,6 @@ def room_for(size: int) -> Room:
     return next(room for total in totals if (room := Room("a card", total, total)).usable >= size)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_offloaded_activations_wait_on_the_host(tmp_path: Path) -> None:
     made = wan(tmp_path, *CHECKPOINTED, "--gradient_checkpointing_cpu_offload")
@@ -170,7 +165,6 @@ def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
     return family_for_training(own), options
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "turns"),
@@ -201,7 +195,6 @@ def size_of(phase: Phase, name: str) -> tuple[int, int]:
     return next((part.device, part.host) for part in phase.parts if part.name.startswith(name))
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     family, options = two_experts(tmp_path)

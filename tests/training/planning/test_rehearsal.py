@@ -143,7 +143,6 @@ def assert_takes_what_was_predicted(
     return found
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases("one-all kept in float32", "three-all kept in float32", "three-checkpointing in bf16")
 @pytest.mark.parametrize(
     "words", [CHECKPOINTED, ["--mixed_precision", "no"]], ids=["checkpointing in bf16", "all kept in float32"]
@@ -170,7 +169,6 @@ def test_an_adapter_and_a_teacher_take_what_was_predicted(
     assert largest(found)[1][ADAPTER] == factors
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
@@ -189,7 +187,6 @@ def test_a_hunyuan_step_takes_what_was_predicted(
     assert_takes_what_was_predicted(*hunyuan(tmp_path, *words), batch, monkeypatch)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
@@ -206,7 +203,6 @@ def test_fine_tuning_takes_what_was_predicted(
     assert_takes_what_was_predicted(*made, wan_batch(), monkeypatch)
 
 
-@pytest.mark.long
 @pytest.mark.slow_cases(
     "Adagrad-1.0-torch", "AdamW8bit-0.5075-bitsandbytes", "PagedAdamW8bit-0.0-bitsandbytes", "SGD-0.0-torch"
 )
@@ -231,7 +227,6 @@ def test_states_of_optimizers_and_gradients_of_earlier_micro_batches_count(
     assert moment["gradients"] == pytest.approx(moment[NETWORK], rel=0.15)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,6 @@ CPU = torch.device("cpu")
 DIM = 128  # of tiny Wan: numbers of a token
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED)

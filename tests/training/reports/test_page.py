@@ -74,7 +74,6 @@ def columns_of(page: str) -> list[str]:
     return [text.split(" best")[0] for text in re.findall(r"<th>([^<]*)", head)]
 
 
-@pytest.mark.long
 def test_the_page_is_there_after_samples_and_complete_at_the_end(
     tmp_path: Path, sampling: list[object]
 ) -> None:
@@ -121,7 +120,6 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder(
     assert text.count("<video") == 2
 
 
-@pytest.mark.long
 def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[object]) -> None:
     """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
     options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]
@@ -208,7 +206,6 @@ def test_a_training_loads_nothing_that_draws_pages() -> None:
     assert run_python("-c", program, folder=ROOT).stdout.strip() == "set()"
 
 
-@pytest.mark.long
 def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
     assert same(train_toy(tmp_path, *sampling), train_toy(tmp_path, *sampling, has_page=True))
 
@@ -253,7 +250,6 @@ def test_a_run_that_ends_by_an_error_says_so_on_its_page(tmp_path: Path) -> None
     assert re.search(r"ended by an error after step \d: step \d: the loss is", text_of(page_of(tmp_path)))
 
 
-@pytest.mark.long
 def test_samples_that_are_gone_or_broken_leave_a_note(tmp_path: Path, sampling: list[object]) -> None:
     options = [*sampling, "--save_state", "--resume", "latest"]
     train_toy(tmp_path, *options, "--max_train_steps", 6, has_page=True)
@@ -411,7 +407,6 @@ def test_a_sheet_of_any_prompt_can_be_drawn(tmp_path: Path) -> None:
     assert read_image(tmp_path / "s.png").shape[1] == MIN_WIDTH + 2 * GAP
 
 
-@pytest.mark.long
 def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampling: list[object]) -> None:
     for name, has_page in (("with", True), ("without", False)):
         logs = tmp_path / name

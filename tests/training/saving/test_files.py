@@ -196,7 +196,6 @@ write_shards(path, 3.0)
 """
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("moment", ["a file", "the index", "the last name"])
 def test_a_kill_while_shards_are_saved_leaves_the_earlier_folder(tmp_path: Path, moment: str) -> None:
     """Between its two names, the earlier one is back as soon as a training looks for it."""
@@ -321,7 +320,6 @@ def test_a_word_has_the_stem_of_the_lora_next_to_it(run: str, file: str, stem: s
     assert names.stem_of(tmp_path / f"{file}.safetensors") == stem
 
 
-@pytest.mark.long
 def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,7 +345,6 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     assert "3 states" in told
 
 
-@pytest.mark.long
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
     toy.train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
     find_run_page(folder / "output")
@@ -383,7 +380,6 @@ def test_a_file_to_start_from_stays_where_the_command_names_it(folder: Path) -> 
     assert not toy.same(first, second)
 
 
-@pytest.mark.long
 def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(folder: Path) -> None:
     toy.train_toy(folder, *STATES, has_page=True)
     alone = toy.train_toy(folder, *STATES, "--max_train_steps", 12, "--overwrite")
@@ -398,7 +394,6 @@ def test_a_state_that_was_set_aside_goes_on_and_its_successor_is_set_aside_then(
     assert read_state(other / "x-state").progress.session_id == third
 
 
-@pytest.mark.long
 def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,112 @@
+"""Edit the prompts of a run's samples on its page: as rows with fields, or the file as text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from browser.captions import Captions
+from browser.described_folder import PROMPTS_FILE, read_described
+from browser.new_form import find_model, select_single_task
+from browser.responses import Form
+from browser.run_start import BUSY, ShownRun
+from browser.sample_sizes import note_sizes
+from browser.samples import (
+    MAX_ROWS,
+    MIN_ROWS,
+    PromptRow,
+    check_image,
+    edit_prompts,
+    find_recipe,
+    has_layers,
+    list_images,
+    read_rows,
+    read_typed_rows,
+    select_image_fields,
+    select_number_fields,
+    select_text_fields,
+)
+from browser.site import Site
+from downloads.catalogue import ModelSet
+
+
+def read_fields(form: Form) -> dict[str, str]:
+    """Return the fields of a form, with the line ends of a file."""
+    return {name: "".join(texts).replace("\r\n", "\n") for name, texts in form.items()}
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """Shows the prompt file of a run, and writes it."""
+
+    site: Site
+    prompts: Captions = field(default_factory=Captions)
+
+    def describe(self, shown: ShownRun, path: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values for the panel that edits the prompts.
+
+        Args:
+            shown: The run.
+            path: Its prompt file.
+            fields: What was typed and is not written; `rows` is the minimum number of rows.
+
+        Raises:
+            OSError: If the file cannot be read.
+            UnicodeDecodeError: If the file is not UTF-8.
+        """
+        caption, mark, _ = self.prompts.read(path)
+        is_typed = "row 1" in fields
+        text = fields.get("base", "") if is_typed else caption.text
+        rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
+        asked = fields.get("rows", "")
+        count = max(MIN_ROWS, len(rows), int(asked) if asked.isdecimal() and len(asked) < 4 else 0)
+        rows += [PromptRow(None, "", {})] * (min(count, MAX_ROWS) - len(rows))
+        model = find_trained_model(shown)
+        recipe = find_recipe(model)
+        pictures = select_image_fields(model, recipe, rows)
+        is_described = shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE
+        return {
+            "path": path,
+            "text": text,
+            "have": fields.get("have", "") if is_typed else mark,
+            "is_running": shown.state.name in BUSY,
+            "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
+            "rows": rows[:MAX_ROWS],
+            "next_count": count + 1,
+            "number_fields": select_number_fields(model, recipe, rows),
+            "text_fields": select_text_fields(recipe, rows),
+            "picture_fields": pictures,
+            "pictures": list_images(find_folder(shown, path)) if pictures else [],
+            "has_layers": has_layers(recipe),
+            "notes": note_sizes({number: row.texts for number, row in enumerate(rows, 1)}, recipe),
+        }
+
+    def read_text(self, shown: ShownRun, path: Path, form: Form) -> str:
+        """Return the text of the prompt file as a form asks for it. Raises OptionError for a wrong row."""
+        fields = read_fields(form)
+        if "text" in fields:
+            return fields["text"]
+        folder = find_folder(shown, path)
+        return edit_prompts(fields.get("base", ""), fields, lambda text: check_image(self.site, folder, text))
+
+    def write(self, path: Path, text: str, have: str) -> None:
+        """Write the prompt file. Raises CaptionConflictError if it has changed since it was read."""
+        self.prompts.save(path, text, have)
+
+
+def find_trained_model(shown: ShownRun) -> ModelSet | None:
+    """Return the model that a run trains; None if the catalogue does not have it."""
+    if shown.plan is not None:
+        described = read_described(shown.plan.folder)
+        return find_model(described.family, described.task)
+    start = shown.summary.start
+    task = "" if start is None else str(dict(start.changed).get("task", ""))
+    return find_model(shown.summary.model, select_single_task(shown.summary.model, task))
+
+
+def find_folder(shown: ShownRun, path: Path) -> Path:
+    """Return the folder in which relative paths of a prompt file begin."""
+    if shown.plan is not None:
+        return shown.plan.folder
+    return shown.summary.working_folder or path.parent
