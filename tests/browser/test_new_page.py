@@ -607,8 +607,8 @@ def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served,
         page = html.unescape(served.ask(f"/new?{urlencode({'folder': folder, 'family': 'wan'})}").text)
         assert reason in re.sub("<!--.*?-->", "", page).split('id="folder_fault"')[1].split("</p>")[0]
     (root / "empty" / "inner").mkdir()  # that may hold media
-    for folder in (root / "empty", root / "set"):
-        page = served.ask(f"/new?{urlencode({'folder': str(folder), 'family': 'wan'})}").text
+    for right in (root / "empty", root / "set"):
+        page = served.ask(f"/new?{urlencode({'folder': str(right), 'family': 'wan'})}").text
         assert 'role="alert"' not in page.split('id="folder_fault"')[1].split("</p>")[0]
 
 
