@@ -223,8 +223,21 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
     )
 
 
+def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
+    """Raise OptionError if --network_module is for the LoRAs of another model."""
+    module = "" if options.network is None else options.network.network_module or ""
+    owner = OWN_MODULES[module].family if module in OWN_MODULES else ""
+    if module != family.lora_module and owner not in ("", family.name):
+        # its rules name layers of another model, and its files would name another model
+        raise OptionError(
+            f"--network_module {module} is for another model than this script trains. Give "
+            f"{family.lora_module}, or leave the option out"
+        )
+
+
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the network module, its settings, and the LoRAs that the networks start from."""
+    reject_foreign_module(family, options)
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
@@ -233,13 +246,6 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        owner = "" if known_module is None else known_module.family
-        if module != family.lora_module and owner not in ("", family.name):
-            # its rules name layers of another model, and its files would name another model
-            raise OptionError(
-                f"--network_module {module} is for another model than this script trains. Give "
-                f"{family.lora_module}, or leave the option out"
-            )
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
             merge = options.joined.merge

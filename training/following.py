@@ -279,9 +279,8 @@ class NextSteps:
     def _generate(self, file: Path) -> PageCommand:
         shows_sample = self.plan.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        speed = self.plan.options.speed
-        launcher = self._launcher() if speed.joined.for_generation else ["python"]
-        words = [*self._generation_words, *option_words(say_for_generation(speed))]
+        launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
+        words = self._generation_words
         folder_flag = self.command.spellings.get("save_path", "--save_path")
         of_sample = [
             *say_sample(self.sample, self.command.spellings),
@@ -300,7 +299,8 @@ class NextSteps:
     @cached_property
     def _generation_words(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
-        return self.command.generation_words(self.sample, self.recalled)
+        of_speed = option_words(say_for_generation(self.plan.options.speed))
+        return [*self.command.generation_words(self.sample, self.recalled), *of_speed]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved together with a file: that of the high-noise expert, and the others."""

@@ -306,6 +306,15 @@ def test_check_says_that_a_transformer_is_distilled(
     assert "Train on another, or give --training_adapter" in said[0]
 
 
+@pytest.mark.parametrize("preview", ["--check", "--plan"])
+def test_previews_refuse_the_network_module_of_another_model(preview: str, tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+    words = ["--network_module", "networks.lora_flux_2", preview]
+
+    with pytest.raises(OptionError, match="networks.lora_flux_2 is for another model than this script"):
+        train_network(toy.ToyFamily(), toy.toy_options(tmp_path, *words))
+
+
 @pytest.mark.parametrize(("name", "found"), [("dreamXL_turbo_v2", True), ("sd_xl_base_1.0", False)])
 def test_checkpoints_of_stable_diffusion_are_known_by_their_names(
     name: str, found: bool, tmp_path: Path
