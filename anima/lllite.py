@@ -180,7 +180,10 @@ def load_lllite(
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
-    """Compare a file's header with the expected tensors, and return its plan. Raises CheckpointError."""
+    """Compare a file's header with the expected tensors, and return its plan.
+
+    Raises CheckpointError if they differ.
+    """
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(HungLllite, scale=1.0)

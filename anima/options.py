@@ -176,7 +176,10 @@ TARGETS: Mapping[str, tuple[str, ...]] = {  # -> layers of a block
 
 
 def read_targets(text: str) -> tuple[str, ...]:
-    """Return the single targets of --lllite_target_layers, in their order. Raises OptionError."""
+    """Return the single targets of --lllite_target_layers, in their order.
+
+    Raises OptionError if one does not exist.
+    """
     chosen: set[str] = set()
     for word in text.split(","):
         name = word.strip()

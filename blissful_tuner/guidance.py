@@ -67,7 +67,7 @@ def make_guidance(
     # cached, so that all steps get the same objects, as `Overrides.turn` requires
     combine_overrides = functools.cache(Overrides.within)
     guided_below = prepared.rules.below_share
-    steering = _Steering(options.nag)
+    steering = _Steering(options.nag) if options.nag.is_on else None
 
     def plan_at(step: Step) -> PassPlan:
         plan = plans[expert_at(step.timestep, experts)][step.index]
@@ -80,7 +80,6 @@ def make_guidance(
         plan = plan_at(step)
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
-        steered = steering.make_overrides(section)
         calls: dict[Overrides, dict[int, Conditions]] = {}
         # overrides and conditions of each pass; passes that share both are computed once
         keys: dict[Pass, tuple[Overrides, int]] = {}
@@ -88,8 +87,8 @@ def make_guidance(
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
             overrides = combine_overrides(pass_.overrides, plan.overrides)
-            if pass_.text == "positive":
-                overrides = combine_overrides(overrides, steered)
+            if steering is not None and pass_.text == "positive":
+                overrides = combine_overrides(overrides, steering.make_overrides(section))
             calls.setdefault(overrides, {})[id(conditions)] = conditions
             keys[pass_] = overrides, id(conditions)
         velocity_by_key = run(calls, predict, section)
@@ -116,8 +115,6 @@ class _Steering:
 
     def _steer_away(self, section: Section) -> Overrides:
         nag = self._options
-        if not nag.is_on:
-            return NO_OVERRIDES
         assert section.away is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
         steer = NormalizedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
@@ -476,7 +473,8 @@ def _warn_of_unused_prompts(
 def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    # the options as they are named in warnings
+    """Warn about each given option of guidance that has no effect on these passes."""
+    # the options as they are named in warnings; they are also the keys of the two dictionaries below
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"

@@ -48,7 +48,7 @@ class PassPlan:
     """The passes and stages of one step."""
 
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
-    # stages of the picture, and of the sound that is made with it
+    # stages of the image, and of the sound that is made with it
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
     factor: float = 1.0  # of the velocity in the end
     overrides: Overrides = NO_OVERRIDES  # of all passes

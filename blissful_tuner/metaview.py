@@ -96,7 +96,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 def read_file_info(path: Path) -> FileInfo:
     """Read the metadata of a file; a failure becomes the `error` of the result."""
-    from modules.media.reading import read_tags  # with the libraries for pictures and videos
+    from modules.media.reading import read_tags  # with the libraries for images and videos
     from modules.text_files import read_safetensors_texts
 
     try:
@@ -137,10 +137,11 @@ def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return entries about the generation first, in a fixed order and upper case, then the rest by name.
+    """Return the entries in order: first those about the generation, in capitals, then the rest by name.
 
-    The prefix may be in lower or upper case. An entry with and without it counts once. If no entry has a
-    prefix, the names of FramePack's latent files count as prefixed.
+    Entries about the generation have a prefix, in lower or upper case. An entry that is stored with and
+    without it is returned once. Latent files of FramePack have no prefixes; all of their entries are about
+    the generation.
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
     settings = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}

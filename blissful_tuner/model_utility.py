@@ -17,7 +17,10 @@ from networks.metadata import STALE, describe_lora, lora_hashes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show what a file is, and rewrite it if the options ask for it. Raises UserError."""
+    """Show what a file is, and rewrite it if the options ask for it.
+
+    Raises UserError if it cannot be read or written.
+    """
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
     work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
 

@@ -66,6 +66,7 @@ class PromptRewriter:
         self._loaded.load(device, self._read)
 
     def _read(self, device: torch.device) -> tuple[Any, Any]:
+        """Load the chat model and its tokenizer from the folder."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -57,7 +57,7 @@ class Drawing:
     random: Random
     files: dict[str, Lines] = field(default_factory=dict)  # wildcard files that were read, by key
     drawn: list[tuple[str, str]] = field(default_factory=list)  # for the present text
-    characters: int = 0  # likewise
+    characters: int = 0  # drawn for the present text
 
     def expand(self, text: str, where: str) -> str:
         """Return a text with all random parts drawn.

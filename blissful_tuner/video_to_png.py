@@ -30,7 +30,10 @@ class VideoToPngOptions(Options):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the frames of the file that the command line names. Raises UserError."""
+    """Write the frames of the file that the command line names.
+
+    Raises UserError if the file cannot be read or a frame cannot be written.
+    """
     (options,) = parse_options(__doc__, argv, VideoToPngOptions)
 
     from post.run import write_frames

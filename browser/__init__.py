@@ -25,6 +25,7 @@ folder_tools: try, start, stop and continue tools on a folder
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
+idle_settings: settings without effect because of other settings
 inputs: take dropped images and clips, judged by content
 jobs: command lines of a text file, run one after another
 known_queues: which jobs of a queue its user knows

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from browser.command_output import OUT, REPAIR, OutputLine
 from browser.folders import MediaFolder
-from modules.line_kinds import CAPTIONS, NEXT, WARNING
+from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import counted, join, say
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
 LISTED = 3  # files that a row names
 # kinds of lines of `new` that are no rows: the folder says by itself how many files lack a caption, and the
 # button at the bottom says what comes next
-NO_ROWS = (CAPTIONS, NEXT)
+NO_ROWS = (CAPTIONS, NEXT, MEND)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def make_checklist(
     return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
 
 
-def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) -> list[CheckRow]:
+def _list_counted(content: MediaFolder, unreadable: Sequence[str], trigger_word: str) -> list[CheckRow]:
     """Return the rows that follow from the files of a folder."""
+    # files without caption and unreadable files get rows of their own below
     rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
     if unreadable:
         names = join(", ", unreadable[:LISTED])
@@ -94,12 +95,12 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) ->
             names=names if len(unreadable) <= LISTED else say("%(names)s and others", names=names),
         )
         rows.append(CheckRow(BAD, text, left_out=unreadable))
-    if content.uncaptioned and word:
+    if content.uncaptioned and trigger_word:
         text = counted(
             content.uncaptioned,
             "%(n)s file has no caption: %(word)s stands for it",
             "%(n)s files have no caption: %(word)s stands for it",
-            word=word,
+            word=trigger_word,
         )
         rows.append(CheckRow(GOOD, text))
     elif content.uncaptioned:

@@ -162,7 +162,7 @@ def read_changes(job: Job | None) -> list[str]:
 
 
 def find_command(lines: Sequence[OutputLine], text: str) -> list[str] | None:
-    """Return the words of a command if it was printed in one of the lines; None for any other text."""
+    """Return the arguments of a command if it was printed in one of the lines; None for any other text."""
     if not any(line.remedy == RUN and line.text == text for line in lines):
         return None
     return shlex.split(text)

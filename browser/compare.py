@@ -255,7 +255,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
 
 
 def group_options(words: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words that follow each option of a command line, by the option's name."""
+    """Return the arguments that follow each option of a command line, by the option's name."""
     options: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,7 +38,7 @@ from browser.runs import Runs
 from browser.upload_stream import DECODING
 from modules.errors import MediaError
 from modules.media.reading import first_frame
-from modules.pages.language import say
+from modules.pages.language import say, show
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
@@ -98,7 +99,8 @@ def answer_stamped(jpeg: bytes) -> Response:
 
 def answer_unreadable() -> Response:
     """Return a placeholder drawing for a file that cannot be read."""
-    return Response(UNREADABLE, media_type="image/svg+xml", headers={"cache-control": "no-store"})
+    drawing = UNREADABLE % escape(show(say("cannot be read")))
+    return Response(drawing, media_type="image/svg+xml", headers={"cache-control": "no-store"})
 
 
 def _has_words(file: File, words: Sequence[str]) -> bool:
@@ -121,7 +123,7 @@ def _is_outdated(file: File) -> bool:
 UNREADABLE = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="120"><rect width="160" height="120" '
     'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
-    'text-anchor="middle">cannot be read</text></svg>'
+    'text-anchor="middle">%s</text></svg>'
 )
 MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small image is made
 

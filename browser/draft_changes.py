@@ -43,7 +43,7 @@ from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE, toml_value
 
 TRAINS = ("train", "finetune")  # first words of the commands that train
-CACHES = "cache"  # likewise, of those that cache
+CACHES = "cache"  # first word of the commands that cache
 STEPS = "max_train_steps"
 
 

@@ -16,7 +16,7 @@ from training.reports.history import history_path
 DEVICE = "device"  # line of a history with the name of the card
 MAX_BYTES = 1 << 20  # maximum size of a dataset.toml
 SIZES = ("resolution", "target_frames", "batch_size")  # keys of a dataset that a step's length follows
-TASK = "task"  # likewise keys of a training
+TASK = "task"  # key of a training that a step's length follows
 ACCUMULATION = "gradient_accumulation_steps"
 
 

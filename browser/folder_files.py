@@ -82,7 +82,9 @@ def find_caption_file(folder: Path, name: str) -> Path:
 
 
 def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return the names of the files whose caption is missing or empty. Raises OSError.
+    """Return the names of the files whose caption is missing or empty.
+
+    Raises OSError if the folder cannot be listed.
 
     The folder is listed once instead of asking for each file: this runs at each scrolling, for thousands of
     files.

@@ -35,11 +35,12 @@ from browser.draft_changes import (
     require_full,
     save_change,
 )
+from browser.idle_settings import explain_idle
 from browser.new_form import NewForm, make_new_words
 from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
-from browser.setting_words import DATASET_KEYS, list_words
+from browser.setting_words import DATASET_KEYS, rank_words
 from browser.site import Site
 from modules.errors import OptionError, UserError
 from modules.help_text import DescribedOption, describe_options
@@ -99,7 +100,8 @@ class SettingRow:
     text: str  # text of the value; "" if the file does not set it
     chosen: str | None  # by `new`; "": nothing; None: not known
     is_simple: bool = True  # whether the value can be typed in one line
-    unused: str = ""  # why it has no effect in this run
+    unused: str = ""  # why the dataset leaves it without effect, so that it cannot be set
+    idle: str = ""  # why the other settings leave it without effect
 
     @property
     def is_changed(self) -> bool:
@@ -153,7 +155,7 @@ def list_rows(
 ) -> list[SettingRow]:
     """Return all rows: the keys of the file in its order, then all other options in the order of the help.
 
-    Options that have no effect with the folder's dataset come last.
+    Options that have no effect with the folder's dataset or with the other settings come last.
 
     Args:
         text: Text of run.toml.
@@ -182,14 +184,19 @@ def list_rows(
             )
         )
     in_file = {row.setting.name for row in rows if row.setting is not None}
+    idle = explain_idle(
+        {by_name[key].name: value for key, value in values.items() if key in by_name},
+        defaults={setting.name: setting.convert(setting.default) for setting in settings if setting.default},
+    )
     # what `new` chose and the file lacks comes first
     lacking = [setting for setting in settings if setting.name not in in_file]
     lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
     for setting in lacking:
         chosen = _show_chosen(chosen_values, setting.name)
         unused = explain(setting.name)
-        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused))
-    return sorted(rows, key=lambda row: bool(row.unused) and not row.text)
+        reason = "" if unused else idle.get(setting.name, "")
+        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused, idle=reason))
+    return sorted(rows, key=lambda row: bool(row.unused or row.idle) and not row.text)
 
 
 def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
@@ -303,7 +310,7 @@ class FolderSettingsPages:
             "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
             "name_field": name_field,
             "name_dataset_field": name_dataset_field,
-            "list_words": list_words,
+            "rank_words": rank_words,
             "dataset_keys": DATASET_KEYS,
             "batch_key": BATCH,
             "dataset_file": DATASET_FILE,

@@ -73,7 +73,10 @@ class FolderTool:
         self.site.queue.add_and_begin(words, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the try and the job of a folder; a waiting job is removed from the queue. Raises UserError."""
+        """Stop the try and the job of a folder; a waiting job is removed from the queue.
+
+        Raises UserError if the queue cannot be changed.
+        """
         self.site.background_jobs.stop(name_background_job(self.kind, folder))
         job = self.find_job(folder)
         if job is not None and job.state == RUNNING:

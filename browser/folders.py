@@ -80,7 +80,7 @@ class MediaFolder:
 
 
 def list_media_folders(runs: Runs) -> list[MediaFolder]:
-    """Return the folders below the roots that hold media, at most MOST_FOLDERS."""
+    """Return the folders below the roots that hold media, at most MAX_FOLDERS."""
     folders = []
     for top in dict.fromkeys(runs.tops):
         for folder in _walk(top, DEEPEST):
@@ -197,6 +197,15 @@ def find_folder(runs: Runs, text: str) -> Path | None:
     except (OSError, ValueError):
         return None
     return real_path(path)
+
+
+def find_file(runs: Runs, text: str) -> Path | None:
+    """Return the path of an existing file below the roots; None for any other text."""
+    try:
+        path = expand_path(text.strip(), runs.tops[0])
+        return path if runs.is_below(path) and path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def find_typed(runs: Runs, text: str) -> Path | None:

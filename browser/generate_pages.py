@@ -19,7 +19,15 @@ from browser.drafts import Drafts
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_expert, select_default_loras
+from browser.lora_rows import (
+    BOTH,
+    LoraRow,
+    RunLoras,
+    check_family,
+    choose_expert,
+    list_downloaded,
+    select_default_loras,
+)
 from browser.page_root import add_root
 from browser.recipes import (
     FIELDS,
@@ -234,6 +242,7 @@ class GeneratePages:
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.run_loras.list_foreign_rows(recipe),
+            "downloaded": list_downloaded((*self.site.runs.tops, self.site.models.absolute())),
             "choose_expert": lambda row: choose_expert(row, recipe.folder) if recipe else BOTH,
             "command": "" if render_request is None else self.format_command_line(render_request, form),
             "draft": draft or self.drafts.new_name(),
@@ -414,9 +423,14 @@ class GeneratePages:
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button requests."""
         what = request.path_params["what"]
+        # a form's field is a list of texts; these two are not part of the form that is generated from
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
-        is_of_render_job = what in ("cancel", "again", "remove")
+        by_number = {
+            "cancel": self.render_worker.cancel,
+            "again": self.render_worker.again,
+            "remove": self.render_worker.remove,
+        }
         form = GenerateForm.of_fields(fields)
         on_its_way = ""
         try:
@@ -435,12 +449,8 @@ class GeneratePages:
             elif what == "forget":
                 for render_job in filter(needs_mention, self.render_worker.list_all()):
                     self.render_worker.remove(render_job.id)
-            elif is_of_render_job and number.isdecimal() and len(number) < 10:
-                {
-                    "cancel": self.render_worker.cancel,
-                    "again": self.render_worker.again,
-                    "remove": self.render_worker.remove,
-                }[what](int(number))
+            elif what in by_number and number.isdecimal() and len(number) < 10:
+                by_number[what](int(number))
             else:
                 return answer_unknown()
         except (UserError, OSError) as error:

@@ -69,7 +69,7 @@ class Job:
     """A command line of the queue, and the state of its process when it was last read."""
 
     id: int
-    line: str  # as the text file has it
+    line: str  # as in the text file
     folder: str  # that it runs in
     log: Path
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
@@ -125,7 +125,7 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """Words of the command line. Raises OptionError if it cannot be parsed."""
+        """Arguments of the command line. Raises OptionError if it cannot be parsed."""
         return launch.split_words(launch.command_part(self.line))
 
     @property

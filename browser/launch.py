@@ -75,7 +75,7 @@ _find_commands = functools.cache(find_commands)
 
 
 def split_words(line: str) -> list[str]:
-    """Return the words of a command line; quotes group words, and a backslash escapes (not on Windows).
+    """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
@@ -239,7 +239,7 @@ else:
 """
 # commands that load torch next
 WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
-WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model before it
+WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # behind the name of a model
 # how the other scripts read their options: they end behind that if they are asked to
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
@@ -419,7 +419,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     word = "".join(words[:1])
     count = 1
     name = word
-    if word == "-m":  # what commands of the installed package have
+    if word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
         word = " ".join(words[:2])
         count = 2
         name = word.removeprefix("-m reelsmith.").replace(".", "/")
@@ -429,6 +429,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
         if path.is_relative_to(ROOT):
             script = path.relative_to(ROOT)
     commands = _find_commands(ROOT)
+    # `reelsmith train wan`, or the same with `python reelsmith.py`
     if word == "reelsmith" or script == Path("reelsmith.py"):
         word = " ".join((word, *words[1:3]))
         for command in commands:

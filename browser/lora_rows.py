@@ -1,6 +1,6 @@
 """List the LoRA files of all runs that a model can use, and read from their headers what they are for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from modules.text_files import read_safetensors_texts
 from networks.module_names import families_of_scripts, read_family
 
 BOTH = "both"  # experts
+FOLDER = "loras"  # folders of this name, in roots and in the folder of models, hold downloaded LoRAs
+MAX_FILES = 500
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class LoraRow:
             full = _complete_path(recipe, lora.path)
             if full == self.path:
                 return replace(self, path=lora.path, reason=reason)
-            if full in self.twins:
+            if full in self.twins:  # the command uses a copy of this row's file: show that one instead
                 high_path = self.high_path and full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
                 others = [path for path in (self.path, *self.twins) if path != full]
                 return replace(self, path=lora.path, high_path=high_path, twins=others, reason=reason)
@@ -169,7 +171,10 @@ class RunLoras:
         return rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return a run that generates; None if there is none with this id. Raises OSError."""
+        """Return the run with this id if it can generate, else None.
+
+        Raises OSError if its history cannot be read.
+        """
         run = self.runs.find(run_id)
         return None if run is None else compare.read_source(self.runs, run)
 
@@ -185,6 +190,14 @@ def _find_other_networks(source: ComparableRun) -> set[str] | None:
         names = loras if option.startswith(compare.LORA) else others
         names.update(name for word in words if (name := Path(word).name) in source.story.saved)
     return None if others and not loras else others
+
+
+def list_downloaded(folders: Iterable[Path]) -> list[Path]:
+    """Return the files in a folder `loras` of each of these folders, sorted by name."""
+    found: list[Path] = []
+    for folder in folders:
+        found += sorted((folder / FOLDER).glob("*.safetensors"))
+    return found[:MAX_FILES]
 
 
 def _complete_path(recipe: ModelRecipe, path: str) -> str:

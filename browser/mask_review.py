@@ -186,7 +186,10 @@ class MaskReview:
             return place.listed_anew()
 
     def read_picture(self, place: MaskPlace, number: int) -> MaskImage | None:
-        """Return a frame as JPEG; None if `list_shots` does not list it. Raises MediaError."""
+        """Return a frame as JPEG; None if `list_shots` does not list it.
+
+        Raises MediaError if the file cannot be read.
+        """
         numbers = list_shots(place)
         if number not in numbers:
             return None
@@ -251,9 +254,9 @@ def find_state(place: MaskPlace) -> str:
 
 
 def list_shots(place: MaskPlace) -> list[int]:
-    """Return the numbers of the shown frames: of a clip the first, the middle and the last.
+    """Return the indices of the shown frames.
 
-    Raises MediaError.
+    Those of a clip are the first, the middle and the last. Raises MediaError if the clip cannot be read.
     """
     if place.kind == "image":
         return [0]
@@ -262,7 +265,10 @@ def list_shots(place: MaskPlace) -> list[int]:
 
 
 def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Return frames of an image or clip with their numbers, reduced in size. Raises MediaError."""
+    """Return frames of an image or clip with their numbers, reduced in size.
+
+    Raises MediaError if it cannot be read.
+    """
     if place.kind == "image":
         return [(0, reduce_frame(first_frame(place.medium), LARGEST_SIDE))]
     shots = []

@@ -246,7 +246,7 @@ class UnknownFile:
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return files that belong to no part, the largest first, at most MOST_FILES."""
+    """Return files that belong to no part, the largest first, at most MAX_FILES."""
     names = {
         file.name
         for in_fp8 in (False, True)

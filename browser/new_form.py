@@ -24,6 +24,8 @@ from project.options import MODELS, check_trigger, find_models
 
 # a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
+# digits of full width, as keyboards of Japanese type them
+FULL_WIDTH = {0xFF10 + digit: str(digit) for digit in range(10)}
 DEFAULT_STEPS = NewOptions(folder=Path()).max_train_steps
 MAX_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
@@ -283,7 +285,8 @@ def read_steps(text: str) -> int:
 
 
 def without_groups(text: str) -> str:
-    """Return a number without its thousands separators; any other text unchanged."""
+    """Return a number in plain digits, without its thousands separators; any other text as it is."""
+    text = text.translate(FULL_WIDTH)
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 

@@ -6,6 +6,8 @@ and in the address of the page. So a reload, a restarted server and a terminal s
 
 import contextlib
 import functools
+import os
+import re
 import shlex
 import shutil
 import time
@@ -55,6 +57,7 @@ from browser.folder_tools import find_tool_job
 from browser.folders import (
     CHECK_PAGE,
     MediaFolder,
+    find_file,
     find_folder,
     find_typed,
     list_media_folders,
@@ -93,7 +96,7 @@ from browser.new_form import (
 )
 from browser.new_steps import FolderStanding, select_step
 from browser.offered_folders import find_open_folder, require_inside
-from browser.printed_lines import is_for_terminal
+from browser.printed_lines import is_for_terminal, translate_line
 from browser.responses import (
     Form,
     answer_form,
@@ -126,6 +129,7 @@ from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
+from modules.line_kinds import CAPTIONS, MEND
 from modules.pages.language import counted, join, say
 from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
@@ -136,12 +140,6 @@ from project.kinds.whole_model import FULL
 from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
-# how `new` ends its lines if something has to be done before the command that trains
-FIRST, HAS_ERRORS, NEEDS_CAPTIONS = (
-    "First ",
-    "correct what is listed above",
-    "give captions or a trigger word",
-)
 LINES_OF_FAILURE = 3
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
 TRY = "try"  # captions of a few files
@@ -150,7 +148,7 @@ BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
-TILES = 12  # files of the row of pictures
+TILES = 12  # files of the row of images
 CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -159,6 +157,7 @@ CHECK_POLICY = (
     "sandbox; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'self'"
 )
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # begins with a drive, or names another machine
 MAX_OF_PAGE = 256 << 20  # bytes of check.html
 
 
@@ -166,7 +165,7 @@ MAX_OF_PAGE = 256 << 20  # bytes of check.html
 class DescribePlan:
     """What the button Describe will do, and the text next to it."""
 
-    words: list[str]  # words of the command; empty if keys of run.toml are changed instead
+    words: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
@@ -285,6 +284,7 @@ class NewPages:
         is_written = written is not None and not list_unwritten(form, written, written)
         duration = self.describe_duration(form, described)
         writer = CaptionForm(format=find_format_of_folder(folder))
+        empty = "" if folder is None or described is not None else explain_empty(folder)
         values = {
             **progress,
             **self.folder_values(folder, content, is_part),
@@ -296,7 +296,7 @@ class NewPages:
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
             "field_faults": list_field_errors(form),
-            "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else "",
+            "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else empty,
             "free": self.describe_free(),
             "facts": self.list_info(form, described, duration),
             "shown": "" if written is None else written.address,
@@ -387,8 +387,9 @@ class NewPages:
         return {
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
-            "whole_refusal": FULL.why_not(model, self.memory),
-            "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
+            "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),
+            "kind_lines": [translate_line(line) for line in chosen.describe(model, self.memory)]
+            or [KIND_NOTES.get(chosen.name, "")],
         }
 
     def list_info(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
@@ -547,14 +548,14 @@ class NewPages:
         looking = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or looking is None or looking.code != 0:
             return {}
-        verdict = next((line.text for line in reversed(lines) if line.text.startswith(FIRST)), "")
+        kinds = {line.kind for line in lines}
         missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
-        if NEEDS_CAPTIONS in verdict and not described.trigger and content is not None:
+        if CAPTIONS in kinds and not described.trigger and content is not None:
             missing["uncaptioned"] = content.uncaptioned
             missing["only_pictures"] = not content.clips and not content.audios
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
-        if HAS_ERRORS in verdict and not was_checked:
+        if MEND in kinds and not was_checked:
             missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
         return missing
 
@@ -699,6 +700,16 @@ class NewPages:
     def explain_folder(self, text: str) -> str:
         """Return the reason why the typed folder cannot be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
+        if WINDOWS_PATH.match(text) and os.name != "nt":
+            return say(
+                "%(text)s: that is a path of Windows, and this page runs elsewhere. Drop the files here, or "
+                "give a folder below %(roots)s.",
+                text=text,
+                roots=roots,
+            )
+        file = find_file(self.site.runs, text)
+        if file is not None:
+            return say("%(text)s is a file. Give its folder: %(folder)s", text=text, folder=file.parent)
         try:
             path = find_typed(self.site.runs, text)
         except (OSError, UnicodeError):
@@ -916,10 +927,9 @@ class NewPages:
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
-        if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
-            raise OptionError(
-                say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
-            )
+        reason = explain_empty(folder)
+        if reason:
+            raise OptionError(reason)
         described, _ = self.try_read(folder)
         plan = self.plan_describe(form, folder, described)
         if plan.changes.changes:
@@ -1034,6 +1044,13 @@ class NewPages:
         return answer_page(str(escape(reason)))
 
 
+def explain_empty(folder: Path) -> str:
+    """Return the reason why a folder cannot be described; "" if it, or a folder in it, may hold media."""
+    if read_media_folder(folder) is not None or any(path.is_dir() for path in folder.iterdir()):
+        return ""
+    return say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
+
+
 def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
     """Return the remedies that have been carried out since `new` looked, for `make_checklist`.
 
@@ -1052,7 +1069,7 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
 
 
 def _split_line(line: str) -> list[str]:
-    """Return the words of a command without its `cd`, or the line itself if it cannot be split."""
+    """Return the arguments of a command without its `cd`, or the line itself if it cannot be split."""
     try:
         return split_words(command_part(line))
     except OptionError:  # somebody's own line of the queue: no line of `new` equals it

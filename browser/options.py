@@ -145,7 +145,7 @@ class BrowserOptions(Options, title="browser"):
         return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}{port}"
 
     def read_token(self) -> str | None:
-        """Return the secret word. Raises OptionError if it is short or cannot be read."""
+        """Return the secret token. Raises OptionError if it is short or cannot be read."""
         if self.token is None:
             return None
         try:

@@ -25,7 +25,7 @@ SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
 
 @dataclass(frozen=True)
 class PageAccess:
-    """Path and cookie words of one server."""
+    """The secret path and the cookie values of one server."""
 
     key: bytes
     now: Callable[[], float] = time.time
@@ -36,12 +36,12 @@ class PageAccess:
         return f"{MARK}{self._sign('path')}"
 
     def make_word(self, owner: int | None) -> str:
-        """Return the word of a cookie. `owner` is the account of its browser; None if that is not known."""
+        """Return the value of a cookie. `owner` is the account of its browser; None if that is not known."""
         end = int(self.now()) + SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
     def is_right(self, cookies: str, owner: int | None) -> bool:
-        """Return whether a request has a cookie whose word is valid for its account and has not expired."""
+        """Return whether a request has a cookie whose value is valid for its account and has not expired."""
         return any(self._fits(word, owner) for word in list_values(cookies, COOKIE))
 
     def _fits(self, word: str, owner: int | None) -> bool:
@@ -58,9 +58,9 @@ class PageAccess:
 
 @cache
 def derive_access(token: str, port: int) -> PageAccess:
-    """Derive the path and the cookie key of a server from its secret word.
+    """Derive the path and the cookie key of a server from its secret token.
 
-    The derivation is slow on purpose: a word given by --token may be easy to guess, and a path could be used
+    The derivation is slow on purpose: a token given by --token may be easy to guess, and a path could be used
     to test guesses.
     """
     salt = f"pages of Reelsmith at {port}".encode()
@@ -68,7 +68,7 @@ def derive_access(token: str, port: int) -> PageAccess:
 
 
 def access_of(token: str, scope: Mapping[str, Any]) -> PageAccess:
-    """Return the path and cookie words of the server that received a request."""
+    """Return the path and cookie values of the server that received a request."""
     return derive_access(token, find_port(scope))
 
 

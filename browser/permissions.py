@@ -39,7 +39,7 @@ class Permission:
 def read_permissions(folder: Path) -> list[Permission]:
     """Return what a described folder's files let a run do; acts that `new` never writes come first.
 
-    Acts beyond MOST_LINES are counted in a last line.
+    Acts beyond MAX_LINES are counted in a last line.
 
     Raises:
         OSError: If run.toml cannot be read.
@@ -68,7 +68,10 @@ def read_permissions(folder: Path) -> list[Permission]:
 
 
 def read_shown_text(path: Path) -> str:
-    """Return the text of a file for reading; only its first part if it is long. Raises OSError."""
+    """Return the text of a file for reading; only its first part if it is long.
+
+    Raises OSError if it cannot be read.
+    """
     content = read_content(path)
     text = content[:MAX_SHOWN].decode("utf-8", "replace")
     return text if len(content) <= MAX_SHOWN else f"{text}\n… and {len(content) - MAX_SHOWN:,} bytes"

@@ -1,4 +1,4 @@
-"""Translate the common lines that `new` prints and that a training logs.
+"""Translate the lines that `new` prints, and common ones of checks and trainings.
 
 Programs print English. A line in one of the forms listed here is shown translated, with its names and
 numbers; any other line is shown as it was printed.
@@ -20,6 +20,8 @@ LINES = (
         "%(size)s: the size of a typical file, %(file)s. Every file keeps its own shape, at this area "
         "(resolution in dataset.toml)"
     ),
+    say("%(model)s makes %(media)s; %(files)s. %(free)s are free on the disk of %(folder)s"),
+    say("%(model)s makes %(media)s; %(files)s. %(fit)s. %(free)s are free on the disk of %(folder)s"),
     say("%(model)s makes %(media)s; %(files)s. %(fit)s"),
     say(
         "%(names)s: without a caption in a %(suffix)s file next to it, which `run` refuses. A model "
@@ -27,8 +29,125 @@ LINES = (
     ),
     say("or name what they show by a made-up word alone:"),
     say("%(names)s: no caption in a %(suffix)s file; %(word)s (class_tokens) stands for it"),
-    say("First %(deeds)s. Then %(command)s checks, caches and trains"),
     say("First %(deeds)s. Then %(command)s downloads the model, checks, caches and trains"),
+    say("First %(deeds)s. Then %(command)s checks, caches and trains"),
+    say("%(names)s: transparent in part, which is learned; alpha_mask = true in dataset.toml leaves it out"),
+    say(
+        "%(names)s: transparent in part, which is learned as white; alpha_mask = true in dataset.toml "
+        "leaves it out"
+    ),
+    say(
+        "%(names)s: %(model)s learns pictures alone. The first frame of each clip is written as a "
+        "picture with its caption into %(folder)s"
+    ),
+    say(
+        "%(folder)s: %(kind)s learns from its pairs with %(controls)s. --train lora trains a LoRA "
+        "without them"
+    ),
+    say("%(folder)s: %(kind)s learns from its pairs with %(controls)s"),
+    say(
+        "%(folder)s: %(count)s (is_reg), %(word)s for those without a caption, as %(reason)s. If they "
+        "are to be learned as others, rename the folder"
+    ),
+    say(
+        "%(folder)s: %(count)s (is_reg), as %(reason)s. If they are to be learned as others, rename "
+        "the folder"
+    ),
+    say(
+        "%(folder)s: left out, as %(reason)s. A dataset file with [[datasets.subsets]] and is_reg = "
+        "true takes them (docs/image_datasets.md). If they are to be learned as others, rename the "
+        "folder"
+    ),
+    say(
+        "%(folder)s: left out, as %(reason)s, and %(kind)s learns nothing from such. If they are to "
+        "be learned as others, rename the folder"
+    ),
+    say(
+        "%(folder)s: left out: %(names)s: regularization pictures without a caption, in a folder "
+        "whose name has no class. Call it 1_man, with the word for the class, or give captions"
+    ),
+    say(
+        "%(folder)s: by its name, each file is trained %(times)s an epoch (num_repeats), and %(word)s "
+        "is the caption of files without one (class_tokens)"
+    ),
+    say("%(folder)s: masks are left out. %(key)s in dataset.toml, with their pictures, takes them"),
+    say("%(names)s: captions of no file. %(name)s seems to be that of %(file)s: call it %(right)s"),
+    say(
+        "%(names)s: captions of no file. A caption has the name of its file, such as %(example)s for cat.png"
+    ),
+    say("%(names)s: more than %(n)s times as long as wide, as few models know pictures: crop them"),
+    say("%(names)s: equal copies, learned more often than others. Delete all but one of %(n)s"),
+    say("... and %(n)s more groups of equal copies"),
+    say("%(files)s to learn from: few. Most is learned by heart; 10 to 30 are usual"),
+    say(
+        "%(captions)s: lists of tags (%(tags)s, ...). %(reader)s such lists, so they are in another "
+        "order each time (shuffle_caption), %(kept)s. The training encodes them in each step"
+    ),
+    say(
+        "%(captions)s: lists of tags (%(tags)s, ...). %(reader)s such lists, so they are in another "
+        "order each time (shuffle_caption). The training encodes them in each step"
+    ),
+    say(
+        "%(tag)s: the model's own tags have blanks (%(words)s). To write yours so (the old captions "
+        "are kept as .bak), in the folder %(folder)s:"
+    ),
+    say(
+        "%(tag)s: such a model's own tags have blanks (%(words)s). To write yours so (the old "
+        "captions are kept as .bak), in the folder %(folder)s:"
+    ),
+    say("and describe it again, as its lists have commas then:"),
+    say(
+        "%(folder)s: left out. A folder of this name holds what pictures are made from, and %(model)s "
+        "does not edit, --task %(task)s does. If it is to be learned, rename it"
+    ),
+    say(
+        "%(folder)s: left out. A folder of this name holds what pictures are made from, and %(model)s "
+        "does not edit. If it is to be learned, rename it"
+    ),
+    say("%(folder)s: left out. Runs write into a folder of this name: rename it"),
+    say("%(folder)s: left out because it is too deep. Move its files up, or give this folder to `new`"),
+    say("%(folder)s: left out. No file there has the name of a picture next to it"),
+    say(
+        "%(folder)s: left out, as %(kind)s learns no control pictures. %(n)s of %(total)s pictures "
+        "have one there. --train %(option)s trains %(other)s on such pairs (docs/control.md)"
+    ),
+    say(
+        "%(folder)s: %(n)s of %(total)s pictures have no reference in %(source)s, such as %(name)s: "
+        "learned without one"
+    ),
+    say(
+        "%(names)s: learned as results. If they are what others are made from, move them into a "
+        "folder control"
+    ),
+    say("%(names)s: not trained on, its reference cannot be read: %(reason)s"),
+    say("%(names)s: without sound: only the pictures are learned"),
+    say("%(names)s: captions of %(count)s. %(n)s are written into %(suffix)s files, which count from now on"),
+    say("%(names)s: captions of %(count)s"),
+    say("%(names)s: the %(suffix)s file says something else than the list, and counts"),
+    say("--task %(task)s is taken: %(about)s. Others: %(others)s"),
+    say("--task %(typed)s: %(task)s is taken, %(about)s"),
+    say(
+        "--task %(task)s: the network has %(size)s, and a card of %(memory)s GiB holds a part of it. "
+        "Smaller: %(others)s"
+    ),
+    say("The whole model is trained. Its weights: %(fit)s"),
+    say("Each saved file has %(size)s; with the states output takes about %(total)s"),
+    say("--%(option)s: the one inside %(file)s. --model_file %(value)s takes another"),
+    say(
+        "This processor computes bfloat16 many times slower than float32, so all is in float32, which "
+        "needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
+    ),
+    say("Files recognized:"),
+    say("Nothing is wrong."),
+    say("In the folder %(folder)s:"),
+    say("The run can begin: %(command)s"),
+    say("caches: %(valid)s files are valid, %(new)s items need encoding"),
+    say("caches of %(name)s: %(valid)s are valid, %(new)s captions need encoding"),
+    say(
+        "Training on it, without %(items)s for validation: %(batches)s batches an epoch, as many "
+        "steps without accumulation"
+    ),
+    say("Training on it: %(batches)s batches an epoch, as many steps without accumulation"),
     say("left out: %(reason)s"),
     say("%(names)s: left out, %(reason)s"),
     say("%(names)s: shorter than %(frames)s frames (at %(fps)s a second)"),
@@ -46,6 +165,38 @@ LINES = (
     say("captions that are not UTF-8: %(names)s: read as %(encoding)s"),
     say("%(n)s cannot be read and has no caption, which ends a run: delete each, or move it away:"),
     say("%(n)s cannot be read and have no caption, which ends a run: delete each, or move it away:"),
+    say("%(folder)s: made from %(source)s"),
+    say("%(licence)s: %(terms)s. https://%(address)s"),
+    say("wrote %(file)s"),
+    say("dataset.toml, [[datasets]] %(table)s: %(images)s, %(items)s"),
+    say("%(size)s: %(n)s items x %(repeats)s, %(batches)s batches of %(batch)s"),
+    # why a model cannot be trained whole
+    say("the file of %(model)s has weights in 8 bits, in which steps would be lost"),
+    say("%(model)s has no script that trains it whole"),
+    say("%(model)s has two transformers, which are trained one at a time: see docs/wan22.md"),
+    say("%(model)s takes %(size)s GiB of weights and about %(more)s more, and the card has %(memory)s GiB"),
+    # errors that end `new`
+    say(
+        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. Make this of it:"
+    ),
+    say(
+        "%(kind)s: %(folder)s: %(model)s learns edits, and there is no picture to edit from. "
+        "%(names)s seem to be such pictures: move them into %(place)s. Make this of it:"
+    ),
+    say("%(path)s  the edit as a text, such as: the cat wears a hat"),
+    say("%(path)s  what it is made from; of several cat_0.jpg, cat_1.jpg"),
+    say("%(path)s  a result"),
+    say("Other names for control: before, source, reference. It may also be next to the folder of results."),
+    say("%(kind)s: %(folder)s has no clip and no picture that can be read. Give one that has."),
+    say("%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some."),
+    say(
+        "%(kind)s: %(folder)s has no sound, and %(model)s learns sound. Give clips that have some, or "
+        "take --task %(task)s, which learns pictures and movement alone."
+    ),
+    say(
+        "%(kind)s: --task %(task)s learns from clips of at least %(seconds)s seconds, and %(folder)s "
+        "has none. Choose another --family or --task."
+    ),
     # how a run ended
     say("ended by an error after step %(step)s: %(reason)s"),
     say("ended while %(doing)s: %(reason)s"),
@@ -62,9 +213,70 @@ LINES = (
 )
 # what stands in their places
 PARTS = (
+    say("%(word)s is the class of %(subject)s: its pictures seem to be for regularization"),
+    say("%(name)s is the name of a folder of regularization pictures"),
+    say("%(n)s files"),
+    say("1 file"),
+    say("1 caption"),
+    say("a LoRA"),
+    say("a ControlNet-LLLite"),
+    say("a ControlNet"),
+    say("an embedding"),
+    say("the whole model"),
+    say("once"),
+    say("%(n)s times"),
+    say("%(n)s regularization pictures"),
+    say("1 regularization picture"),
+    say("but for the first %(n)s (keep_tokens)"),
+    say("but for those before %(mark)s (keep_tokens_separator)"),
+    say("Models made from %(model)s on tags read"),
+    say("%(model)s reads"),
+    say("neither media nor captions"),
+    say("this kind is not read; %(remedy)s"),
+    say("convert them to PNG, or `pip install pillow-heif`"),
+    say("convert them to PNG, or install a plugin of Pillow that reads them"),
+    say("convert them to PNG"),
+    say("develop them to PNG"),
+    say("unpack them"),
+    say("convert them to .mp4"),
+    say("audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"),
+    say("as %(kind)s learns pictures alone"),
+    say("without layers, such as %(name)s"),
+    say("conditioning images of OneTrainer. Move them into a folder control"),
+    say("it cannot be listed (%(reason)s)"),
+    say(
+        "captions are read from %(suffix)s files. Rename them, or in a folder of their own give its "
+        "table in dataset.toml %(key)s"
+    ),
+    say("%(file)s is empty (0 bytes)"),
+    say("%(file)s is no image that can be read, or it is damaged"),
+    say("%(file)s: its caption cannot be read. Save it as UTF-8"),
+    say("a file of that name"),
+    say("the file of that name"),
+    say(
+        "%(file)s, of files from %(smallest)s to %(largest)s, reduced to the area of %(area)s that "
+        "the model's page has"
+    ),
+    say("%(file)s, reduced to the area of %(area)s that the model's page has"),
+    say("%(file)s, of files from %(smallest)s to %(largest)s"),
+    say("Its transformer: %(fit)s"),
+    say("fits"),
+    say("fits in 8 bits"),
+    say("does not fit"),
+    say("in 8 bits, %(left)s GiB in RAM"),
+    say("edits"),
+    say("layers"),
+    say("sound"),
+    say("%(size)s in float32"),
+    say("%(size)s in bf16, which fits a card of %(memory)s GiB"),
+    say("%(size)s in bf16, of which about %(left)s GiB wait in RAM"),
+    say("%(n)s images"),
+    say("1 image"),
+    say("%(n)s items"),
+    say("1 item"),
     say("%(some)s and %(more)s more"),
-    say("%(one)s and %(two)s"),
     say("%(one)s, and %(two)s"),
+    say("%(one)s and %(two)s"),
     say("%(n)s pictures"),
     say("%(n)s clips"),
     say("%(n)s sounds"),
@@ -90,6 +302,7 @@ PARTS = (
     say("caching captions"),
     say("training"),
 )
+OF_CATALOGUE = ("about", "terms")  # placeholders of whole texts of the catalogue, which pages translate too
 # titles of the commands that can follow a run, and sentences below them
 COMMANDS = (
     say("Generate with it"),
@@ -175,9 +388,16 @@ def _find(text: str, forms: Sequence[Words]) -> Words | None:
     for form in forms:
         values = _read_values(form.key, text)
         if values is not None:
-            translated = {name: _find(value, (*PARTS, *REASONS)) or value for name, value in values.items()}
+            translated = {name: _find_part(name, value) for name, value in values.items()}
             return Words(text, form.key, translated)
     return None
+
+
+def _find_part(name: str, value: str) -> str:
+    """Return what stands in a placeholder, as a text that pages translate if it has a known form."""
+    if name in OF_CATALOGUE:
+        return Words(value, value, {})
+    return _find(value, (*REASONS, *PARTS)) or value
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:

@@ -467,7 +467,7 @@ def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults)
 
 
 def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
-    """Return the LoRAs of an expert. `by_key` are the words of each option of a command."""
+    """Return the LoRAs of an expert. `by_key` are the arguments of each option of a command."""
     end = f"_{expert}" if expert else ""
     paths = by_key.get(f"lora_weight{end}", ())
     strengths = [*by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]
@@ -574,6 +574,7 @@ class RenderRequest:
             raise OptionError(say("%(path)s is not there any more. Choose another LoRA", path=lora.path))
 
     def _check_text(self, name: str, text: str) -> None:
+        """Raise OptionError if the text of a field is not a possible value of its option."""
         option = self.recipe.find_line_option(name)
         assert option is not None, say("the model has the field")
         try:

@@ -515,6 +515,7 @@ class RenderWorker:
         return session
 
     def _start_session(self, render_job: RenderJob) -> LoadedModel:
+        """Start a process with the model of a render job."""
         folder = Path(render_job.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")

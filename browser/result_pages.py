@@ -323,7 +323,10 @@ class Remaker:
         raise OptionError(say("%(name)s: no run here has this LoRA (any more).", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
-        """Return the path of the image or clip that a result started from. Raises OptionError."""
+        """Return the path of the image or clip that a result started from.
+
+        Raises OptionError if it is not among the results.
+        """
         render_job = self.find_render_job(result)
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():

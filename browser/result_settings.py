@@ -303,7 +303,10 @@ def remake(
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return the options of the model, updated with the settings. Raises OptionError."""
+    """Return the options of the model, updated with the settings.
+
+    Raises OptionError if a setting does not fit the model.
+    """
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
     fixed = _keep_fixed(settings, recipe, options)
@@ -419,7 +422,10 @@ def _has_folder(words: Sequence[str]) -> bool:
 def _read_line(
     settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
-    """Return the options of a prompt line that the settings stand for. Raises OptionError."""
+    """Return the options that the settings would have in a prompt line.
+
+    Raises OptionError if a value is invalid.
+    """
     options = read_script_options(recipe.family)
     line: dict[str, str | list[str]] = {}
     for name, text in settings.values.items():

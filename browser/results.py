@@ -54,7 +54,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Kind of media, by the suffix: picture, clip or sound."""
+        """Kind of media, by the suffix: image, clip or sound."""
         return KINDS[self.path.suffix.lower()]
 
 
@@ -135,7 +135,7 @@ class _Entry(NamedTuple):
 
 
 def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
-    """List a folder. Raises OSError.
+    """List a folder. Raises OSError if that is not possible.
 
     `changed` is its modification time before the listing; `earlier` are the entries listed before.
     """

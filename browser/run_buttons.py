@@ -58,6 +58,7 @@ from browser.run_start import (
 )
 from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
+from browser.samples import list_images
 from browser.site import Site
 from modules.command import as_typed
 from modules.console import as_size
@@ -89,34 +90,47 @@ class MakingCommand:
 
     place: int  # among the commands of the history
     words: Sequence[str]
-    line: str
-    is_complete: bool  # nothing in it has to be filled in
+    is_of_here: bool  # it may be queued without being read
+    missing: Sequence[str] = ()  # words that stand for what the run does not know
+    pictures: Sequence[str] = ()  # that it can follow, as paths in its folder
 
-    def read(self, flags: Sequence[str]) -> str:
-        """Return the word after the first of these options; "" if the command has none of them."""
-        for flag, word in zip(self.words, self.words[1:], strict=False):
-            if flag in flags:
-                return word
-        return ""
+    def find_index(self, flags: Sequence[str]) -> int:
+        """Return the index of the word after the first of these options; 0 if the command has none."""
+        return next((place for place, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
 
-    @property
-    def prompt(self) -> str:
-        """Prompt of the command."""
-        return self.read([PROMPT])
+    def read(self, index: int) -> str:
+        """Return the text of a field; "" for a word that has to be replaced."""
+        word = self.words[index]
+        return "" if word in self.missing else word
 
     @property
-    def control(self) -> str:
-        """Path of the command's control image or clip; "" if it has none."""
-        return self.read(CONTROL_FLAGS)
+    def fields(self) -> list[tuple[int, str, str]]:
+        """Index of each word that the form asks for, its label and its text."""
+        prompt = self.find_index([PROMPT])
+        control = self.control_index
+        fields: list[tuple[int, str, str]] = []
+        if prompt:
+            fields.append((prompt, say("Prompt"), self.read(prompt)))
+        if control:
+            fields.append((control, say("Control picture"), self.read(control)))
+        for index, word in enumerate(self.words):
+            if index > 1 and word in self.missing and index not in (prompt, control):
+                fields.append((index, self.words[index - 1], ""))
+        return fields
 
-    def fill(self, prompt: str, control: str) -> list[str]:
-        """Return the words with another prompt and control image."""
+    @property
+    def control_index(self) -> int:
+        """Index of the path of the control image or clip; 0 if the command has none."""
+        return self.find_index(CONTROL_FLAGS)
+
+    def fill(self, form: Form) -> list[str]:
+        """Return the words with what was typed. Raises OptionError for a field that is empty."""
         words = list(self.words)
-        for number, flag in enumerate(self.words[:-1]):
-            if flag == PROMPT and prompt:
-                words[number + 1] = prompt
-            elif flag in CONTROL_FLAGS and control:
-                words[number + 1] = control
+        for index, label, text in self.fields:
+            typed = "".join(form.get(f"word {index}", ())).strip() or text
+            if not typed:
+                raise OptionError(say("Fill in %(label)s.", label=label))
+            words[index] = typed
         return words
 
 
@@ -309,21 +323,25 @@ class RunButtons:
                 if command.title == GENERATE:
                     words = split_words(command_part(command.bash))
                     find_program(words, Path.cwd())
-                    is_complete = not command.missing and run.is_of_here
-                    return MakingCommand(place, words, command.bash, is_complete)
+                    making = MakingCommand(place, words, run.is_of_here, split_words(command.missing))
+                    folder = working_folder(run, group_options(words))
+                    if making.control_index and self.site.runs.is_below(folder):
+                        return replace(making, pictures=list_images(folder))
+                    return making
         return None
 
     def make(self, shown: ShownRun, form: Form) -> str:
         """Queue the command that generates with the run's file, with the typed prompt and control image."""
         run = shown.summary
         making = self.find_making(run)
-        if making is None or not making.is_complete:
+        if making is None or not making.is_of_here:
             raise OptionError(say("Its history has no command that can be queued as it stands."))
-        prompt, control = ("".join(form.get(name, ())).strip() for name in ("prompt", "control"))
+        words = making.fill(form)
         folder = working_folder(run, group_options(making.words))
-        if control and control != making.control and not self.site.runs.is_inside(folder / control):
+        control = words[making.control_index]
+        is_typed = making.control_index and control != making.words[making.control_index]
+        if is_typed and not self.site.runs.is_inside(folder / control):
             raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=control))
-        words = making.fill(prompt, control)
         check_options(words, folder)
         self.site.queue.add_and_begin(words, folder)
         return say("It is in the queue.")
@@ -505,7 +523,8 @@ class RunButtons:
             results.append(trace)
         if not results and shown.plan is not None:
             has_runs = any(trace.parent.glob(f"*{END}"))
-            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            # other runs of this folder were trained with the other files
+            names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
@@ -524,7 +543,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that were listed."""
         try:
-            self.describe_removal(shown)  # what refuses it
+            self.describe_removal(shown)  # raises the reason why the run cannot be removed now
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(

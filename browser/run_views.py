@@ -145,7 +145,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
             folder = run.history.parent
             if folder.name == "output":  # as `new` calls it in each described folder
                 folder = folder.parent
-            label = say("%(name)s in %(name2)s", name=run.name, name2=folder.name)
+            label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
         labeled.append((run, label))
     return labeled
 

@@ -304,7 +304,10 @@ def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
-    """Return losses from all over a history, fewer than two times SPOTS."""
+    """Return losses that are evenly spread over a history, fewer than 2 * SPOTS.
+
+    A short history is read in full; of a long one, a line at each of SPOTS positions is read.
+    """
     size = len(content)
     if size <= FULL_READ_BYTES:
         losses = [float(loss) for _, loss in LOSS.findall(content)]

@@ -486,7 +486,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the images of a folder and its subfolders as relative paths; at most MOST_PICTURES."""
+    """Return the images of a folder and its subfolders as relative paths; at most MAX_IMAGES."""
     images: list[str] = []
     waiting = [(folder, 0)]
     while waiting and len(images) < MAX_IMAGES:

@@ -257,7 +257,7 @@ class Gate:
         return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
 
     def _opens(self, request: Request, word: str) -> bool:
-        """Return whether a word in the address admits a browser: the token, or the ticket."""
+        """Return whether a text in the address admits a browser: it is the token or the ticket."""
         if self._fits(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
@@ -434,7 +434,7 @@ def make_app(
     Args:
         runs: Runs below the roots.
         host: Name of the server in requests, in addition to IP addresses and this machine's name.
-        token: Secret word; None to let everybody in.
+        token: Secret token; None to let everybody in.
         read_only: Reject requests that could write.
         queue: The queue; None for that of `open_queue`.
         models: The models folder.

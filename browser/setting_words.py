@@ -57,6 +57,49 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("overfit"): ("network_dropout", "caption_dropout_rate", "max_train_steps", "learning_rate"),
     say("dropout"): ("network_dropout", "caption_dropout_rate"),
     say("lora strength"): ("network_alpha", "network_dim"),
+    say("train_batch_size"): ("batch_size",),
+    say("accumulation"): ("gradient_accumulation_steps",),
+    say("learning rate"): ("learning_rate", "lr_scheduler", "unet_lr", "text_encoder_lr"),
+    say("network rank"): ("network_dim", "network_alpha"),
+    say("lora rank"): ("network_dim", "network_alpha"),
+    say("linear"): ("network_dim",),
+    say("lora weight"): ("network_alpha", "network_dim"),
+    say("lokr"): ("network_module", "network_args"),
+    say("conv"): ("network_args", "network_module"),
+    say("overtraining"): ("max_train_steps", "learning_rate", "network_dropout", "caption_dropout_rate"),
+    say("regularization"): ("prior_loss_weight", "network_dropout"),
+    say("weight decay"): ("optimizer_args",),
+    say("min snr"): ("min_snr_gamma",),
+    say("offset noise"): ("noise_offset",),
+    say("sampling"): ("sample_every_n_steps", "timestep_sampling", "sample_prompts"),
+    say("sampling method"): ("sample_every_n_steps", "timestep_sampling", "sample_prompts"),
+    say("sample"): ("sample_every_n_steps", "sample_prompts", "sample_at_first"),
+    say("prompt"): ("sample_prompts",),
+    say("timestep distribution"): ("timestep_sampling",),
+    say("validation"): ("validation_split", "validate_every_n_steps"),
+    say("flip"): ("flip_aug",),
+    say("augmentation"): ("flip_aug", "color_aug", "random_crop"),
+    say("crop"): ("random_crop", "resolution"),
+    say("aspect ratio"): ("enable_bucket", "resolution"),
+    say("image size"): ("resolution",),
+    say("checkpointing"): ("gradient_checkpointing",),
+    say("backup"): ("save_state", "save_every_n_steps"),
+    say("save"): ("save_every_n_steps", "save_every_n_epochs", "save_last_n_steps", "save_state"),
+    say("iterations"): ("max_train_steps",),
+    say("text encoder"): ("text_encoder_lr", "network_train_unet_only"),
+    say("block lr"): ("network_args", "block_lr"),
+    say("masked training"): ("masked_loss",),
+    say("shuffle"): ("shuffle_caption",),
+    say("keep tokens"): ("keep_tokens",),
+    say("seed"): ("seed",),
+    say("loss"): ("loss_type",),
+    say("low vram"): ("blocks_to_swap", "gradient_checkpointing", "fp8_base", "fp8_scaled", "nf4_base"),
+    say("layer offloading"): ("blocks_to_swap",),
+    say("block swap"): ("blocks_to_swap",),
+    say("workers"): ("max_data_loader_n_workers",),
+    say("upload"): ("huggingface_repo_id",),
+    say("scheduler"): ("lr_scheduler",),
+    say("warm up"): ("lr_warmup_steps", "lr_scheduler"),
     say("sampler"): ("timestep_sampling", "sample_every_n_steps", "sample_prompts", "sample_sampler"),
 }
 # keys of dataset.toml in WORDS -> what each does
@@ -73,10 +116,16 @@ DATASET_KEYS: Mapping[str, Words] = {
 }
 
 
-def list_words(name: str) -> str:
+def rank_words(name: str) -> dict[str, int]:
     """Return other programs' names for an option or key, in English and in the language of the page.
 
-    The names are separated by blanks.
+    The value of each name is the place of the option among those that it stands for: 0 for the one that acts
+    most.
     """
-    words = [word for word, names in WORDS.items() if name in names]
-    return " ".join(dict.fromkeys([*(word.english() for word in words), *(word.shown() for word in words)]))
+    ranks: dict[str, int] = {}
+    for word, names in WORDS.items():
+        if name in names:
+            rank = [*names].index(name)
+            for shown in (word.english(), word.shown().lower()):
+                ranks[shown] = min(rank, ranks.get(shown, rank))
+    return ranks

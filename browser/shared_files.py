@@ -52,7 +52,10 @@ class Blank(NamedTuple):
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a file without its metadata, or the range that the request asks for. Raises OSError."""
+    """Return a file without its metadata, or the range that the request asks for.
+
+    Raises OSError if it cannot be read.
+    """
     size = path.stat().st_size
     blanks = find_blanks(path)
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
@@ -85,7 +88,10 @@ def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Itera
 
 
 def find_blanks(path: Path) -> list[Blank]:
-    """Return what is sent in place of a file's metadata; [] for a file without. Raises OSError."""
+    """Return what is sent in place of a file's metadata; [] for a file without.
+
+    Raises OSError if it cannot be read.
+    """
     find = _FINDERS.get(path.suffix.lower())
     if find is None:
         return []

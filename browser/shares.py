@@ -94,7 +94,7 @@ class Shares:
         return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
-        """Return the link with a word; None if there is none."""
+        """Return the link with this secret word in its address; None if there is none."""
         found = [share for share in self.list_all() if _is_same(share.word, word)]
         return found[0] if found else None
 

@@ -196,7 +196,10 @@ class TagPages:
 
 
 def _has_only(folder: Path, suffix: str) -> bool:
-    """Return whether the captions of a folder end in a suffix, and none in .txt. Raises OSError."""
+    """Return whether a folder has files with a suffix, and none with .txt.
+
+    Raises OSError if the folder cannot be listed.
+    """
     suffixes = {path.suffix for path in folder.iterdir()}
     return suffix in suffixes and ".txt" not in suffixes
 

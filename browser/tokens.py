@@ -43,14 +43,17 @@ class Connection:
 
 @dataclass(frozen=True)
 class PageToken:
-    """The word of a server, and the file that holds it."""
+    """The secret token of a server, and the file that holds it."""
 
     word: str | None  # None: everybody who reaches the port may use the page
     place: Path | None = None  # None: it is kept nowhere
 
 
 def select_token(options: BrowserOptions) -> PageToken:
-    """Return the word of --token, or the user's own. Raises OptionError as `BrowserOptions.read_token`."""
+    """Return the token from --token, or the user's stored one.
+
+    Raises OptionError if the file of --token cannot be used.
+    """
     if options.token is not None:
         word = options.read_token()
         if os.name != "nt" and stat.S_IMODE(options.token.stat().st_mode) & 0o077:
@@ -63,7 +66,7 @@ def select_token(options: BrowserOptions) -> PageToken:
 
 
 def _own_token() -> PageToken:
-    """Return the user's word, which is made at the first start."""
+    """Return the user's stored token, which is created at the first start."""
     word = _read_own()
     if word is None:
         try:
@@ -80,14 +83,14 @@ def _make_word() -> str:
 
 
 def _read_own() -> str | None:
-    """Return the user's word; None if there is none, or only that of an older version."""
+    """Return the user's stored token; None if there is none, or only one from an older version."""
     word = (read_user_file(FILE) or "").strip()
     return word if WORD.fullmatch(word) and word.endswith(_NEW) else None
 
 
 @dataclass
 class Ticket:
-    """A word that opens the page once, for the web browser that this program starts.
+    """A secret that opens the page once, for the web browser that this program starts.
 
     All users of the machine can see the command line of that browser, so it must not contain the token.
     """
@@ -97,9 +100,9 @@ class Ticket:
     is_used: bool = False
 
     def take(self, word: str, connection: Connection | None) -> bool:
-        """Return whether a word is the ticket and still valid, and invalidate it.
+        """Return whether `word` is the ticket and still valid, and invalidate it.
 
-        `connection` is the one that sent the word. Where the system shows its owner, this must be the user.
+        `connection` is the one that sent it. If the system shows its owner, this must be the user.
         """
         if self.is_used or time.monotonic() > self.end:
             return False

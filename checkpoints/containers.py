@@ -138,7 +138,7 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, it describes {described}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the facts of a tensor. `entry` is the tensor's object in the header.
+        """Return the dtype, shape and position of a tensor. `entry` is the tensor's object in the header.
 
         Raises:
             ValueError: If they do not agree.

@@ -107,7 +107,7 @@ def load_planned(
 
 
 def text_quantization(form: str) -> Quantization:
-    """Return the `Quantisation` of a text encoder.
+    """Return the `Quantization` of a text encoder.
 
     Args:
         form: Name of a module of `checkpoints.stored`.
@@ -215,7 +215,7 @@ def shapes_of(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """Hold the shapes of a transformer's tensors, from which its dimensions are read."""
+    """The shapes of a transformer's tensors, from which its dimensions are read."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
@@ -313,6 +313,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
+    """Return one source whose tensor is the concatenation of the parts' tensors."""
     if len(parts) == 1:
         return parts[0]
 

@@ -33,17 +33,18 @@ from contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.bars import BYTES, track
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError
+from modules.integers import round_up
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Hold which weights of linear layers are stored in a form while a network is loaded."""
+    """Settings of a loading: which weights of linear layers are stored in which form."""
 
     form: StoredForm | None  # that options ask for
     rounded: frozenset[str] = frozenset()
-    staying: frozenset[str] = frozenset()  # as the file has them
+    staying: frozenset[str] = frozenset()  # as in the file
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.staying
@@ -383,11 +384,11 @@ class _Filling:
             return
         source = self._sources[name]
         part = source.names[0]
-        is_stored_so = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
-        if self._patch is not None or not is_stored_so:
+        is_as_stored = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
+        if self._patch is not None or not is_as_stored:
             tensor.copy_(self._make(name, tensor.dtype))
             return
-        # straight to where it stays, which is not there twice
+        # read directly into the network's memory: a copy in between would be needed for nothing
         if tensor.device.type == "cpu":
             self._checkpoint.read(part, tensor)
         else:
@@ -416,7 +417,7 @@ class _Filling:
             tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
-            start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
+            start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
@@ -446,7 +447,7 @@ def _check_fit(
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_FAULTS lines of them."""
+    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_ERRORS lines of them."""
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()

@@ -21,6 +21,7 @@ from checkpoints.stored.packed import RowForm
 from contract.loading import Packing, TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
+from modules.integers import round_up
 from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
@@ -74,7 +75,7 @@ class GgufFile(HeaderFile):
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
-        self._place_tensors(starts, -(-head.place // align) * align, size)
+        self._place_tensors(starts, round_up(head.place, align), size)
         self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
         self._name_like_transformers()
 

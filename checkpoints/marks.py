@@ -21,6 +21,7 @@ from checkpoints.stored.forms import Stored
 from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.stored.packed import RowForm, four_bits
 from contract.loading import Packing, TensorInfo
+from modules.integers import ceil_div, round_up
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -
 
 
 def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: int) -> None:
-    shape = (-(-rows // 128) * 128, -(-columns // 4) * 4)  # padded to whole tiles
+    shape = (round_up(rows, 128), round_up(columns, 4))  # padded to whole tiles
     layer.companion("weight_scale", (dtype,), shape)
 
 
@@ -369,7 +370,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     if "nested_offset" in state:  # the largest magnitudes are in 8 bits themselves
         ends += ["weight.nested_absmax", "weight.nested_quant_map"]
         peak_dtypes = (torch.uint8,)
-        groups = -(-blocks // layer.number("nested_blocksize", 256))
+        groups = ceil_div(blocks, layer.number("nested_blocksize", 256))
         layer.companion("weight.nested_absmax", _FLOATS, (groups,))
         layer.companion("weight.nested_quant_map", _FLOATS, (256,))
     layer.companion("weight.absmax", peak_dtypes, (blocks,))

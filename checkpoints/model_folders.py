@@ -18,8 +18,8 @@ from modules.text_files import parse_json, read_tensor_header, read_text
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-MAX_SIDE = 2048  # pixels of the pictures that a network is given; Depth Pro looks at 1536
-MAX_PIXELS = 1 << 24  # of a picture for a language model; Qwen's processors say 12,845,056
+MAX_SIDE = 2048  # pixels of the images that a network is given; Depth Pro looks at 1536
+MAX_PIXELS = 1 << 24  # of an image for a language model; Qwen's processors say 12,845,056
 MAX_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
 DEFAULT_NUMBER = 4096  # up to which a setting is no size that the weights have to show
 NO_SIZES = ("theta", "token_id")  # in keys of a base of frequencies, and of words
@@ -86,7 +86,10 @@ def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
-    """Return the shapes of all tensors in the safetensors files of a folder. Raises CheckpointError."""
+    """Return the shapes of all tensors in the safetensors files of a folder.
+
+    Raises CheckpointError if a file is damaged.
+    """
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:

@@ -26,7 +26,7 @@ SUFFIXES = (".json", ".model")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Hold which files are the tokenizer of one text encoder, and where they may be."""
+    """The files that make up the tokenizer of one text encoder, and where they may be."""
 
     option: str  # "--t5_tokenizer"
     names: tuple[str, ...]  # any of these files is one; the first that exists is used
@@ -264,7 +264,10 @@ def _measure_growth(normaliser: Mapping[str, Any]) -> float:
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length of the longest text in a charsmap: index size, index, texts that end in NUL."""
+    """Return the length of the longest replacement text in a charsmap of SentencePiece.
+
+    The bytes are the size of an index, the index, and the texts, each of which ends in NUL.
+    """
     texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
     return float(max(map(len, texts.split(b"\0"))))
 

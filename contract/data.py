@@ -27,9 +27,9 @@ CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, e
 # inputs of a model that a sample in training may lack (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
-# latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
+# latents of a control video or a reference image, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
-# control picture of a network that sees pixels, 3 H W uint8, in caches; with samples' strength in conditions
+# control image of a network that sees pixels, 3 H W uint8, in caches; with samples' strength in conditions
 CONTROL_PIXELS, CONTROL_STRENGTH = "control_pixels", "control_strength"
 IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
 # latents of references other than control media, with _0, _1, ...
@@ -49,14 +49,14 @@ HAS_AUDIO = "has_sound"
 # because integers stay on the host
 FPS = "reelsmith_fps"
 
-# numbers that a model gets about each picture, in batches B 6 float32: height and width of its file, top and
+# numbers that a model gets about each image, in batches B 6 float32: height and width of its file, top and
 # left of `modules.media.buckets.inner_box`, height and width that it is trained at
 SIZES = "reelsmith_sizes"
 # in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
 # that box
 SAID_SIZES = "reelsmith_said_sizes"
 
-# places in time of latent frames that do not follow each other (a picture and its control images, which are
+# places in time of latent frames that do not follow each other (an image and its control images, which are
 # then frames of its latents): in caches F, in batches and conditions B F, on the host
 PLACES = "f_indices"
 
@@ -113,7 +113,7 @@ class MadeBy:
     """The encoder that made a cache file, as the file's record states it."""
 
     path: Path
-    part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
+    part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
     windows: int = 0  # how many items its clip gives; 0: the cache does not say
@@ -134,7 +134,7 @@ class Batch:
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
     # custom_attributes that are on in the table of each sample; () if no table has some
     attributes: tuple[frozenset[str], ...] = ()
-    # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
+    # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch
     # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
@@ -256,7 +256,7 @@ class MediaBatch:
     # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W C, each of its own
     # size; C = 4 as that of `frames`
     control: tuple[Tensor, ...] = ()
-    alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
+    alpha: Tensor | None = None  # B H W uint8: of images that are transparent somewhere
     table: MediaTable = MediaTable()
     # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
     references: tuple[Tensor, ...] = ()
@@ -376,26 +376,26 @@ class LatentSpec:
     # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
     in_sections: bool = False
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
-    # cache files hold a picture's latents as C H W, without the axis of its one frame
+    # cache files hold an image's latents as C H W, without the axis of its one frame
     flat_in_caches: bool = False
-    # latents of pictures are 0 where these are transparent; else they are laid on white
+    # latents of images are 0 where these are transparent; else they are laid on white
     masks_latents: bool = False
-    # pixels have a fourth channel, alpha, which pictures and their references keep; 255 if a file has none
+    # pixels have a fourth channel, alpha, which images and their references keep; 255 if a file has none
     has_alpha: bool = False
-    has_layers: bool = False  # frames are a picture and its layers, from back to front, each encoded alone
-    has_full: bool = True  # with layers: the first frame is the whole picture, not the lowest layer
+    has_layers: bool = False  # frames are an image and its layers, from back to front, each encoded alone
+    has_full: bool = True  # with layers: the first frame is the whole image, not the lowest layer
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
     # in training the latents of an item's references stand in front of its clip's, the last one first
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
-    clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    clip: int = 0  # frames of a clip that is encoded separately; 0: a video is encoded whole
     tail: int = 1  # frames of a video behind its whole clips
     holds_audio: bool = False  # see `AudioSpec.is_inside`
     # metadata that other programs give caches of the same name for another use: name, value of this run
     declared: tuple[tuple[str, str], ...] = ()
     tells_sizes: bool = False  # batches have `SIZES`
-    # caches of pictures hold means: those of another model are these if its autoencoder is the same
+    # caches of images hold means: those of another model are these if its autoencoder is the same
     shares_caches: bool = False
 
     @property

@@ -36,7 +36,7 @@ class FamilyEntry:
     room: str  # its folder; functions and records of its options.py have the same names in each
     own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
-    cache: str = ""  # likewise, of its caching scripts
+    cache: str = ""  # what the names of its caching scripts begin with
     trained: str = "dit"  # field of its option records that names the file whose weights a training changes
     trainer: str = ""  # its training script, if that is not `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
@@ -344,7 +344,7 @@ class Script(partial[None]):
         return script
 
     def run(self) -> None:
-        """Run the script with the words of the command line; a `UserError` ends it without a traceback."""
+        """Run the script with these command-line arguments; a `UserError` ends it without a traceback."""
         command_line(self, explain=partial(identify, family=self.family))
 
 

@@ -34,8 +34,9 @@ from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from modules.integers import ceil_div
 
-if TYPE_CHECKING:  # a generation fits no pictures to buckets
+if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
 
 
@@ -73,8 +74,8 @@ class NoiseSpec:
     # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
-    cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
-    # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
+    cut_logit: rules.CutLogit | None = None  # of the sampler cut_logit_normal
+    # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
     audio_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations
     # visit evenly
@@ -153,7 +154,7 @@ class DitSpec:
     with_convolutions: tuple[str, ...] = ()
     numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
-    # each size is compiled by itself: torch's compiler fails on convolutions of general sizes
+    # each size is compiled separately: torch's compiler fails on convolutions of general sizes
     compiles_each_size: bool = False
     # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
@@ -197,7 +198,7 @@ class DitSpec:
         if not self.side_list:
             return places
         main, side = counts
-        share = -(-main // max(side, 1))
+        share = ceil_div(main, max(side, 1))
         return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
@@ -382,7 +383,7 @@ def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
 class Abilities:
     """Abilities that only some families have."""
 
-    hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
+    hear: bool = False  # it is a `HearsAudio`: its clips can have sound, in some runs
     rate: bool = False  # the frame rate is an input of the model, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"

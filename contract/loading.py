@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints.stored.forms import Stored
 from modules.errors import CheckpointError
+from modules.integers import round_up
 from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 
@@ -26,7 +27,7 @@ class Packing:
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return a shape with each axis rounded up to a multiple of `pad`."""
-        return tuple(-(-length // self.pad) * self.pad for length in shape)
+        return tuple(round_up(length, self.pad) for length in shape)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Placement:
     # (name, shape) of a weight that could stay as the file packs it -> whether the caller adds to the layer's
     # output what `patch` would add to the weight; None: never
     leave_unmerged: Callable[[str, tuple[int, ...]], bool] | None = None
-    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
+    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as in the file, fp8 in 16 bits
     quantization: Quantization | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged

@@ -58,7 +58,7 @@ class MadeNetwork:
     # given the captions of all pictures: says which of them it learns nothing from, "" if there are none;
     # raises DatasetError if all are such
     check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
-    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each picture of a batch
+    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each image of a batch
 
 
 def describe_start(called: str, sizes: str, path: Path | None) -> str:

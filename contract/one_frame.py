@@ -15,7 +15,7 @@ MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
 class OneFrame:
     """Frame indices of the target and the controls, and which frames of FramePack's sections are left out."""
 
-    target_index: int | None = None  # None: as the family has it
+    target_index: int | None = None  # None: as in the family
     control_indices: tuple[int, ...] = ()  # of the first controls
     has_post: bool = True  # one black frame after the controls
     has_2x: bool = True  # two black frames at half resolution

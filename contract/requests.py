@@ -39,7 +39,7 @@ class Prompt:
     # set by families whose prompts have marks that captions do not have (brackets are weights): of this many
     # chunks of tokens; None: the text is read as a caption
     marked_chunks: int | None = None
-    # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
+    # reference images that an encoder sees with the text, in order; it reads and resizes them itself
     pictures: tuple[Path, ...] = ()
     # width and height that each of these is to cover; None: as the encoder reads them
     image_size: tuple[int, int] | None = None
@@ -49,7 +49,7 @@ class Prompt:
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
     further_text: str | None = None  # of such a caption: read with its references, in place of it
-    # pictures, clips and sounds that the family presents in front of the text, in order: its own records
+    # images, clips and sounds that the family presents in front of the text, in order: its own records
     presented: tuple[Any, ...] = ()
 
 
@@ -88,7 +88,7 @@ class Request:
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
-    control_images: tuple[Path, ...] = ()  # reference pictures, in their order (--control_image_path)
+    control_images: tuple[Path, ...] = ()  # reference images, in their order (--control_image_path)
     source: Source | None = None  # what denoising starts from; None: noise
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
@@ -141,8 +141,8 @@ class Prepared:
     slow_frames: "Slow | None" = None  # a frequency of the frames' positions, for a long video
     first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
-    joint: Joint | None = None  # the latents are those of a picture and its sound
-    audio_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
+    joint: Joint | None = None  # the latents are those of an image and its sound
+    audio_shift: float = 1.0  # by which noise levels of an image are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
     # what the network is fed at the beginning of each step, if a source is given and the sections bring their
     # own solver; (): as the solver's name and the other settings say
@@ -178,7 +178,7 @@ class Prepared:
 logger = logging.getLogger(__name__)
 
 
-# for `keep_usable_media`: of a model that makes pictures from texts alone
+# for `keep_usable_media`: of a model that makes images from texts alone
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
 _OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
 

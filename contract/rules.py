@@ -101,7 +101,7 @@ class StreamGuidance:
 
     text: float | None = None  # None: the guidance scale of the request; 1: none
     perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
-    modality: float = 1.0  # i: picture and sound do not hear each other; 1: none
+    modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
     rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
 
 
@@ -137,7 +137,7 @@ class GuidanceRules:
     # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
     token_side: int | None = None
     projection: Projection | None = None
-    # in place of the usual formula: of the picture, and of its sound; empty: the usual formula in each
+    # in place of the usual formula: of the image, and of its sound; empty: the usual formula in each
     streams: tuple[StreamGuidance, ...] = ()
     perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
     negative_skips: NegativeSkips = NegativeSkips()
@@ -148,7 +148,7 @@ AS_PLAIN = GuidanceRules()
 
 @dataclass(frozen=True)
 class ConsistencyRules:
-    """Rules for the parts of an edited picture that count as changed at each step.
+    """Rules for the parts of an edited image that count as changed at each step.
 
     All other parts are reset to the original.
     """
@@ -182,7 +182,7 @@ class NpzFormat:
     variable_length: frozenset[str] = frozenset()
     # names of arrays of latents end in the size, so that a file has those of several resolutions
     has_resolutions: bool = True
-    # older programs call the latents of a picture STEM.npz, without size and model
+    # older programs call the latents of an image STEM.npz, without size and model
     has_nameless: bool = False
 
 
@@ -385,9 +385,9 @@ IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # of a clip with sound: in logs
 class AudioLearning:
     """Loss weights of a clip's audio and images in training, and their noise levels."""
 
-    image_weight: float = 1.0  # of the loss, of pictures without sound too
+    image_weight: float = 1.0  # of the loss, of images without sound too
     audio_weight: float = 1.0
-    has_own_times: bool = False  # the noise level of the sound is drawn by itself; else it is the picture's
+    has_own_times: bool = False  # the noise level of the sound is drawn separately; else it is the image's
     given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
 
 
@@ -409,13 +409,13 @@ class ReferenceRules:
     own_shape: bool = False
     area: int | None = None  # pixels at most; None: as many as the target has
     # it takes references of reference_directory and reference_path, in addition to control media: a clip has
-    # as many frames as its target, a picture is one frame
+    # as many frames as its target, an image is one frame
     clips: bool = False
     size_factor: int = 1  # by which their sides are smaller than their target's
     time_factor: int = 1  # the first of their frames is taken, then one of each so many
     frames: int = 0  # at most; 0: as many as the target has
     dropped: float = 0.0  # share of batches that are trained without those of clips
-    on_white: bool = False  # each is one picture, whole on white of that size; of a clip its first frame
+    on_white: bool = False  # each is one image, whole on white of that size; of a clip its first frame
     control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
 
     @property

@@ -73,7 +73,7 @@ class Turn:
     step: int  # from 0, of those that are made
     num_steps: int
     timestep: float  # what the network is fed
-    next_timestep: float  # likewise in the next step; 0 in the last one
+    next_timestep: float  # what it is fed in the next step; 0 in the last one
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
@@ -87,13 +87,13 @@ class Overrides:
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
-    isolated: bool = False  # picture and sound do not hear each other
+    isolated: bool = False  # image and audio do not attend to each other
     away: Away | None = None
     slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
     # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
     given_frames: int = 0
-    joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
+    joint: Joint | None = None  # the noisy latents are B N of an image and its sound; timesteps B or B 2
     # what a network keeps between the passes of a section; None: it may keep nothing
     section_cache: dict[Any, Any] | None = None
     turn: Turn | None = None  # set by the denoising loop
@@ -187,7 +187,7 @@ class Section:
     stage: int = 0  # of `Prepared.stages`
     # a solver of the family's own; None: the one that the request names
     solver: "OwnSolver | None" = None
-    shown: int | None = None  # latent frames of the picture; those behind them are not part of the clip
+    shown: int | None = None  # latent frames of the image; those behind them are not part of the clip
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:
@@ -213,8 +213,8 @@ class Step:
     num_steps: int  # that are made
     sigma: float  # noise level of `noisy`
     timestep: float  # what the network is fed
-    noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
-    audio_sigma: float | None = None  # noise level of the sound; None: as the picture's
+    noisy: Tensor  # B C F H W, float32; B N of an image and its sound
+    audio_sigma: float | None = None  # noise level of the sound; None: as the image's
     next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 

@@ -243,7 +243,7 @@ def _is_flat(name: str, tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold the contents of a cache file, or only the facts in its header."""
+    """The contents of a cache file, or only the information in its header."""
 
     place: Path | str  # its path: of a million only a few are asked for
     metadata: Mapping[str, str]
@@ -319,7 +319,7 @@ class CacheStore(Protocol):
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write an entry, replacing one of the same name; `tensors` are keyed by their names in the file.
 
-        Equal contents give equal bytes. Raises OutputError.
+        Equal contents give equal bytes. Raises OutputError if the entry cannot be written.
         """
 
     def remove(self, name: str) -> None:

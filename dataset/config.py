@@ -45,6 +45,13 @@ logger = logging.getLogger(__name__)
 TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
+# keys that only tables with subsets have
+OF_SUBSETS = {
+    name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
+    "it out, or write the file with them"
+    for name, key in SUBSET_KEYS.items()
+    if name not in KEYS and key.place != SUBSET
+}
 
 # A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
 # source key of sounds -> source key of clips
@@ -113,6 +120,7 @@ def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[Datas
         problems=problems,
         misplaced=misplaced,
         names=forms.SPELLINGS,
+        of_other_layout=OF_SUBSETS,
     )
     tables = []
     for index, entry in enumerate(entries):
@@ -336,7 +344,7 @@ def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", 
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return a line for each key of reference pictures, for a model that takes none."""
+    """Return a line for each key of reference images, for a model that takes none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -370,6 +378,7 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
 ) -> DatasetTable | None:
+    """Return a table of a dataset file; None, with lines added to `problems`, if it is not valid."""
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
@@ -391,6 +400,7 @@ def _read_table(
         problems=problems,
         misplaced=_find_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
+        of_other_layout=OF_SUBSETS,
     )
     unused = find_unused(entry) if entry.get("validation") else None
     if unused is not None:
@@ -449,7 +459,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Turn a table of sound files without pictures into a table of clips."""
+    """Turn a table of sound files without images into a table of clips."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)

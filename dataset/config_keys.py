@@ -216,7 +216,7 @@ class Stale(enum.Flag):
     FRAMES = enum.auto()  # latents: other frames of a clip are taken
     LATENTS = enum.auto()  # by their size, their mask, or what they are made from
     SECTIONS = enum.auto()  # latents of a family with sections
-    REFERENCES = enum.auto()  # latents of pictures that have references
+    REFERENCES = enum.auto()  # latents of images that have references
     TEXTS = enum.auto()  # the embeddings of captions
     LEARNING = enum.auto()  # no cache, but a run that continues from a state
 
@@ -361,8 +361,8 @@ def parse_config(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be read: {error.strerror}.{paths.explain_missing(path)} Give --dataset_config "
-            "the file's path."
+            f"{path} cannot be read: {error.strerror}{paths.describe_lookup(path)}."
+            f"{paths.explain_missing(path)} Give --dataset_config the file's path."
         ) from error
     try:
         content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats=True)
@@ -409,21 +409,26 @@ def read_keys(
     misplaced: Mapping[str, str],
     names: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
+    of_other_layout: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
 
     Each mistake adds a line to `problems`.
 
     `misplaced` are the key that cannot stand in this table -> reason, which follows the value in the message.
-    `names` are other names of keys. `ignored` are the keys that are read elsewhere.
+    `names` are other names of keys. `ignored` are the keys that are read elsewhere. `of_other_layout` are
+    keys of tables in another layout -> reason, which follows the value in the message.
     """
+    layout_reasons = of_other_layout or {}
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # the name that each key has in the table
     for spelling, value in table.items():
         name = (names or {}).get(spelling, spelling)
         if spelling in ignored:
             continue
-        if name not in keys:
+        if name not in keys and name in layout_reasons:
+            problems.append(f"{where}: {spelling} = {show(value)} {layout_reasons[name]}")
+        elif name not in keys:
             allowed = [key for key in keys if key not in misplaced]
             problems.append(f"{where}: {unknown(spelling, value, [*ignored, *allowed])}")
         elif name in misplaced:

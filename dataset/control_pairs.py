@@ -16,7 +16,7 @@ from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
-SHAPE_SLACK = 0.02  # by which width / height of a control picture may differ; rounding alone is less
+SHAPE_SLACK = 0.02  # by which width / height of a control image may differ; rounding alone is less
 SHOWN = 3  # names in a message
 
 
@@ -31,8 +31,8 @@ def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None]
     Tables whose images are not on this machine, because only caches were copied, are skipped.
 
     Raises:
-        DatasetError: For a table without control pictures, for pictures without one, and for control pictures
-            without a picture.
+        DatasetError: For a table without control images, for images without one, and for control images
+            without an image.
     """
     by_folder: dict[Path, list[MediaSource]] = {}
     for table in config.datasets:

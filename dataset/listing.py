@@ -24,9 +24,9 @@ from dataset.sources.media_source import (
     pause_collection,
     raise_errors,
 )
+from dataset.sources.missing import hint_of_start
 from dataset.sources.references import lack_references, limit_references
 from dataset.table import DatasetConfig, DatasetTable
-from modules.command import quote_for_shell
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
@@ -35,14 +35,6 @@ logger = logging.getLogger(__name__)
 
 MAX_READ = 20_000  # captions, only to warn
 MAX_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
-
-
-def _hint_of_start(table: DatasetTable) -> str:
-    folder, path = table.config_path.absolute().parent, table.directory
-    if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
-        return ""
-    move = quote_for_shell(["cd", str(folder)])
-    return f" Relative paths start in the current folder: to start in the file's folder, first `{move}`."
 
 
 def find_sources(
@@ -63,10 +55,9 @@ def find_sources(
     with pause_collection():
         sources = _list_sources(table, captions, errors)
     if not sources and not errors:
-        contents = form_of(table).empty.format(kind=table.kind)
+        contents, hint = form_of(table).empty.format(kind=table.kind), ""
         if table.directory is not None:
-            contents = describe_entries(table)
-        hint = _hint_of_start(table)
+            contents, hint = describe_entries(table), hint_of_start(table.directory, table.config_path)
         raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
@@ -88,10 +79,6 @@ def find_sources(
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     if table.directory is None:
         return form_of(table).list_sources(table, faults)
-    if not table.directory.is_dir():
-        hint = _hint_of_start(table)
-        if hint:
-            raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
     sources = list_table_folder(table, captions, faults)
     if table.worse_directory is not None:
         from dataset.sources.pairs import add_rejected  # few tables have any
@@ -206,7 +193,7 @@ def find_all_sources(
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a remark for each caption that was read in another encoding than UTF-8."""
+    """Return a warning for each caption that was read in another encoding than UTF-8."""
     remarks = []
     for source in sources:
         if source.caption_encoding is not None:
@@ -217,7 +204,7 @@ def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
-    """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
+    """Warn about columns that nothing reads, and if a model that edits gets no reference image at all."""
     unread: list[Fault] = []
     for table in config.datasets:
         if form_of(table).has_columns:

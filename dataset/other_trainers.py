@@ -39,7 +39,7 @@ def of_suffix(suffix: str) -> str:
 
 
 def hint_of(content: Any) -> str:
-    """Return a hint at the trainer whose file this seems to be, and the keys to use; "" if not known."""
+    """Return which trainer's file this seems to be, and the keys to use here; "" if that is not known."""
     keys: list[str] = []
     tables = content
     if isinstance(content, dict):

@@ -57,7 +57,7 @@ def cache_family_latents(
             for name, option, why in entry.encoders:
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
-        # of families that hear, whose options may say where the sound is
+        # of families with audio, whose options may say where the sound is
         audio_files = getattr(family_options, "audio_files", None)
         if audio_files is not None:
             config = with_audio_files(config, *audio_files)

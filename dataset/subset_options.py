@@ -68,7 +68,7 @@ FACES = forms.Form(
 )
 
 SUBSET_KEYS: Mapping[str, SubsetKey] = {
-    # where pictures are
+    # where images are
     "image_dir": SubsetKey(forms.PATH, None, SUBSET, field="", option=""),
     "metadata_file": SubsetKey(forms.PATH, None, SUBSET, field=SAME, option=""),
     "conditioning_data_dir": SubsetKey(forms.PATH, None, SUBSET, "conditioning_directory"),
@@ -119,7 +119,7 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "caption_tag_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, "changes.part_dropout_rate"),
     "token_warmup_min": SubsetKey(forms.FROM_ZERO, 1, ANYWHERE, "changes.warmup_min"),
     "token_warmup_step": SubsetKey(_UNTIL, 0.0, ANYWHERE, "changes.warmup_step"),
-    # pictures that change
+    # images that change
     "flip_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.flip"),
     "color_aug": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.color"),
     "random_crop": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.random_crop"),

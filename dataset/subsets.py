@@ -20,6 +20,7 @@ from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET,
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from dataset.timestep_keys import find_window_error
 from modules.errors import DatasetError
+from modules.integers import round_up
 from modules.option_values import as_shape
 from modules.text_files import real_path
 
@@ -30,10 +31,10 @@ _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # of a folder: repeats and class
 
 @dataclasses.dataclass(frozen=True)
 class FolderName:
-    """The name of a folder of pictures as image trainers read it: `10_ohwx man`."""
+    """The name of a folder of images as image trainers read it: `10_ohwx man`."""
 
     repeats: int
-    words: str  # the caption of pictures without one; "": none
+    words: str  # the caption of images without one; "": none
 
 
 def read_folder_name(name: str) -> FolderName | None:
@@ -221,7 +222,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
     """
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
-    maximum = -(-rule.maximum // step) * step
+    maximum = round_up(rule.maximum, step)
     if warns and (minimum, maximum) != (rule.minimum, rule.maximum):
         logger.warning(
             "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d",
@@ -291,10 +292,10 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Give each table without a cache_directory its own folder: `1024x768` next to its pictures.
+    """Give each table without a cache_directory its own folder: `1024x768` next to its images.
 
-    Several datasets may have one folder of pictures; if their resolutions are equal too, the later one gets
-    `1024x768_2`. Caches that other programs share, which hold many resolutions, are next to the pictures.
+    Several datasets may have one folder of images; if their resolutions are equal too, the later one gets
+    `1024x768_2`. Caches that other programs share, which hold many resolutions, are next to the images.
     """
     used: Counter[tuple[str, str]] = Counter()
     changed = []
@@ -346,7 +347,7 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
     """Return a subset for each folder whose name begins with a number of repeats.
 
-    A warning names other folders with pictures. `known` is a folder that another option reads.
+    A warning names other folders with images. `known` is a folder that another option reads.
     """
     try:
         with os.scandir(folder) as entries:
@@ -385,7 +386,7 @@ def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None)
 
 
 def _warn_left_out(folder: Path, option: str) -> None:
-    """Warn that a folder is left out, if it has pictures, or folders that say how often each is repeated."""
+    """Warn that a folder is left out, if it has images, or folders that say how often each is repeated."""
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "

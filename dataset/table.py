@@ -24,7 +24,7 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """Changes to a caption each time its picture is trained; its parts stand between separators."""
+    """Changes to a caption each time its image is trained; its parts stand between separators."""
 
     shuffle: bool = False
     separator: str = ","
@@ -60,7 +60,7 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes to a picture each time it is trained."""
+    """Changes to an image each time it is trained."""
 
     flip: bool = False  # latents of both sides are cached
     color: bool = False  # hue and gamma
@@ -69,7 +69,7 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the given keys that need pictures encoded each time; not flip_aug: both sides are cached."""
+        """Return the given keys that need images encoded each time; not flip_aug: both sides are cached."""
         keys = {
             "color_aug": self.color,
             "random_crop": self.random_crop,
@@ -159,7 +159,7 @@ class DatasetTable:
     # the worse one of each pair, of which the table's own is the better
     worse_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LEARNING, rank=7)
     mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LATENTS | LEARNING, rank=6)
-    # of models that hear: whether clips have sound, and where it is instead of in the clips
+    # of models with audio: whether clips have sound, and where it is instead of in the clips
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
     # transparent parts are not learned
@@ -187,23 +187,23 @@ class DatasetTable:
     fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
     fp_1f_target_index: int | None = key(forms.PLACE, kinds=IMAGE, stale=SECTIONS)
     fp_1f_no_post: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=SECTIONS)
-    # of reference pictures; with both, only larger ones are resized
+    # of reference images; with both, only larger ones are resized
     no_resize_control: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
-    # None: the picture's own resolution
+    # None: the image's own resolution
     control_resolution: tuple[int, int] | None = key(
         forms.SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1
     )
     # of batches, trained without them
     reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
-    # pictures are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
+    # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
     multiple_target: bool = key(
         forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
     )
-    # how the family takes control images as references; None: they are fitted like their picture
+    # how the family takes control images as references; None: they are fitted like their image
     references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: "ReferenceRules | None" = None
-    is_of_audio: bool = False  # its clips are sounds without pictures
+    is_of_audio: bool = False  # its clips are sounds without images
     gives_latents: bool = False  # computed before, so that no frames are read
     uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
@@ -217,7 +217,7 @@ class DatasetTable:
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
     is_reg: bool = False  # regularization images: as many are trained as others of the group
-    image_folder: Path | None = None  # that the names of pictures in a list are relative to
+    image_folder: Path | None = None  # that the names of images in a list are relative to
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
@@ -301,16 +301,16 @@ class DatasetTable:
 
     @property
     def learns_edits(self) -> bool:
-        """Return whether these are pictures for a model that was trained to edit reference pictures."""
+        """Return whether these are images for a model that was trained to edit reference images."""
         return self.kind == "image" and self.references is not None and self.references.edits
 
     @property
     def texts_see_references(self) -> bool:
-        """Whether text encoders see the reference pictures of a caption's image."""
+        """Whether text encoders see the reference images of a caption's image."""
         return self.references is not None and self.references.seen_by_text
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return the settings that decide how text encoders see reference pictures, if they see encoded ones.
+        """Return the settings that decide how text encoders see reference images, if they see encoded ones.
 
         `bucket` are the width and height of their item. The values are JSON.
         """
@@ -364,7 +364,7 @@ class DatasetTable:
         values = self.changed(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
-        for name, subset_key in SUBSET_KEYS.items():  # those that make captions and pictures differ each time
+        for name, subset_key in SUBSET_KEYS.items():  # those that make captions and images differ each time
             record, _, inner = subset_key.field.partition(".")
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)

@@ -2,7 +2,7 @@
 
 import shlex
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
@@ -262,7 +262,8 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     """Return a sentence with the command that downloads a missing file, if it is a released one.
 
     Many models share an autoencoder or text encoder. Of the models of these scripts, or of all models if
-    there are none, the one with the smallest download is chosen.
+    there are none, the one with the smallest download is chosen. If only models of other scripts have the
+    file, the sentence says so, with the smallest download for these scripts.
     """
     downloads = []
     for in_fp8 in (False, True):
@@ -272,11 +273,22 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
                 if component.option is not None and path.parts[-len(parts) :] == parts:
                     downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
     of_scripts = [download for download in downloads if download.is_of(scripts)]
-    # text encoders in 8 bits only if the file is one of them
-    chosen = min(
-        of_scripts or downloads, key=lambda download: (download.in_fp8, download.missing_bytes), default=None
+    chosen = _select_smallest(of_scripts or downloads)
+    if chosen is None:
+        return None
+    of_own = [_Download(model, False, chosen.folder) for model in model_sets()]
+    own = _select_smallest([download for download in of_own if download.is_of(scripts)])
+    if of_scripts or own is None:
+        return f"{chosen.command} downloads it"
+    return (
+        f"{path.name} is a file of {chosen.model.title}, and of no model of this script. {own.command} "
+        "downloads files that fit"
     )
-    return None if chosen is None else f"{chosen.command} downloads it"
+
+
+def _select_smallest(downloads: Sequence[_Download]) -> _Download | None:
+    # text encoders in 8 bits only if the missing file is one of them
+    return min(downloads, key=lambda download: (download.in_fp8, download.missing_bytes), default=None)
 
 
 @cache

@@ -293,6 +293,7 @@ def find_other_kind(path: Path, name: str) -> str | None:
 def _receive(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
+    """Download what is missing of a file into `partial`, in several tries if the connection breaks."""
     name = _shown(partial)
     have = partial.stat().st_size if partial.exists() else 0
     if have:

@@ -160,9 +160,9 @@ PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
 class ImageVae(nn.Module):
-    """Encoder and decoder of pictures, which are clips of one frame. Subclasses set both networks.
+    """Encoder and decoder of images, which are clips of one frame. Subclasses set both networks.
 
-    Build it on the meta device. tile: edge of a tile in pixels, a multiple of `stride`; larger pictures are
+    Build it on the meta device. tile: edge of a tile in pixels, a multiple of `stride`; larger images are
     cut, which changes the result a little. None: they are computed whole.
     """
 
@@ -190,7 +190,7 @@ class ImageVae(nn.Module):
         """Return a sample of the posterior, or its mean if `generators` is None.
 
         `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
-        `generators` are one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on
+        `generators` are one for each image; the noise is drawn in float32. Returns B Z 1 h w, float32, on
         the VAE's device.
 
         Raises:
@@ -279,7 +279,7 @@ class Autoencoder(ImageVae):
         return torch.cat(results)
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        # in float32: 16 bits would tint every picture
+        # in float32: 16 bits would tint every image
         return super()._pixels(latents.to(self.device).float() / SCALE + SHIFT)
 
 

@@ -21,7 +21,7 @@ class AutoencoderConfig:
 
     latent_channels: int  # Z
     groups: int  # in every group norm
-    widths: tuple[int, ...]  # channels of each level, from the picture to the latents
+    widths: tuple[int, ...]  # channels of each level, from the image to the latents
     encoder_blocks: int  # residual blocks in a level
     decoder_blocks: int
     decoder_widths: tuple[int, ...] = ()  # of a decoder that is narrower than the encoder; (): `widths`

@@ -32,9 +32,9 @@ CONTROL = "--cn"  # of a line of samples
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
-    """Return a table for the checks of other pictures.
+    """Return a table for the checks of other images.
 
-    `taker` is what sees the control pictures.
+    `taker` is what sees the control images.
 
     Raises:
         DatasetError: If it has none.
@@ -48,10 +48,10 @@ def check_controls(table: MediaTable, taker: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entries of pictures, each with its control picture as it was cropped and mirrored.
+    """Return the cache entries of images, each with its control image as it was cropped and mirrored.
 
     Raises:
-        DatasetError: If a picture has several.
+        DatasetError: If an image has several.
     """
     if len(media.control) > 1:
         raise DatasetError(
@@ -66,7 +66,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 
 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
-    """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
+    """Return the control images of a batch, B 3 H W uint8, among its conditions.
 
     `stride` is the number of pixels along a side of a latent pixel. `taker` names the network that sees them.
 
@@ -104,7 +104,7 @@ def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
 
 
 def read_control(path: Path, width: int, height: int, strength: float) -> dict[str, Tensor]:
-    """Return a control picture at a size with its strength, as conditions: 1 3 H W uint8, and 1."""
+    """Return a control image at a size with its strength, as conditions: 1 3 H W uint8, and 1."""
     frame = read_image(path)
     if frame.shape[:2] != (height, width):
         frame = resize_frame(frame, (width, height), "lanczos")
@@ -121,7 +121,7 @@ def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tu
 
 
 def strength_in(cond: Conditions) -> float:
-    """Return the strength of the control pictures among conditions; 1 if none is stated."""
+    """Return the strength of the control images among conditions; 1 if none is stated."""
     strength: Any = cond.get(CONTROL_STRENGTH)
     return 1.0 if strength is None else float(strength[0])
 

@@ -78,7 +78,7 @@ class TransformerFiles(ABC):
         return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
-        """Return the facts of the transformer's header, which is read once per file and process."""
+        """Return the transformer's header, which is read once per file and process."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -99,7 +99,7 @@ class TransformerFiles(ABC):
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return the facts that latents depend on besides the pixels."""
+        """Return everything besides the pixels that latents depend on."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
@@ -200,7 +200,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Name what a teacher sees and a training sample may lack: the caption, and reference pictures."""
+        """Name what a teacher sees and a training sample may lack: the caption, and reference images."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:

@@ -168,12 +168,12 @@ class LanguageUse:
     pads_left: bool = False  # without a pad: the last token stands where it would if there were one
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
-    pictures: ImageUse | None = None  # how pictures stand in a prompt; None: never
-    # Keys of where pictures stood among the states, and of their sizes. Theirs are then left out, and places
+    pictures: ImageUse | None = None  # how images stand in a prompt; None: never
+    # Keys of where images stood among the states, and of their sizes. Theirs are then left out, and places
     # count those that are left; sizes are rows and columns of half tokens. "": their states stay
     slots_key: str = ""
     sizes_key: str = ""
-    # key of hashes of the pictures of a dataset's text, as `ImageUse.hash_images` makes them; "": none
+    # key of hashes of the images of a dataset's text, as `ImageUse.hash_images` makes them; "": none
     hashes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
@@ -315,7 +315,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load the language model, with its vision tower if the family shows it pictures.
+        """Load the language model, with its vision tower if the family shows it images.
 
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
@@ -381,7 +381,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
         L is the number of tokens of the prompt and of the template after it, n the number of states. Stacked
-        states are n C instead of nC. `pictures` holds the images of each prompt.
+        states are n C instead of nC. `rows` are token ids; the first `dropped` tokens of each row, which are
+        the template before the prompt, get no states. `pictures` holds the images of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -520,7 +521,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return hashed
 
     def load_tower(self, device: torch.device) -> None:
-        """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
+        """Load the vision tower onto a device, unless it is loaded or the family shows no images.
 
         Raises:
             CheckpointError: If the file has none, or one of another model.
@@ -639,7 +640,7 @@ def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse)
 
 
 def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
-    """Return the prompt with the tokens of its pictures in front of it."""
+    """Return the prompt with the tokens of its images in front of it."""
     total = len(pictures.counts)
     text = "".join(use.write(number, tokens, total) for number, tokens in enumerate(pictures.counts, 1))
     return written._replace(

@@ -74,13 +74,13 @@ class LanguageModel:
     kind: str  # prefix of `model_type` in a config.json
     defaults: Mapping[str, float]  # values that its config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
-    eps: float  # likewise
+    eps: float  # of the norms, if there is no config.json
     head_width: int = 128  # likewise, if the tensors do not show it
     marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
     grid_shares: tuple[int, int, int] | tuple[()] | None = None
-    tower: VisionTower | None = None  # that sees pictures in prompts
+    tower: VisionTower | None = None  # that sees images in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
     # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, the
@@ -156,7 +156,10 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the settings of Gated DeltaNet layers, and which layers these are. Raises ValueError."""
+    """Return the settings of Gated DeltaNet layers, and which layers these are.
+
+    Raises ValueError if a setting is missing or invalid.
+    """
     _ = width  # unused: DeltaNet's heads have widths of their own
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]

@@ -2,7 +2,7 @@
 
 The tower is the class of transformers; its files are those of the language model next to it.
 """
-# Letters: B prompts, L tokens, P patches of all pictures, K numbers of a patch, C width of the language model
+# Letters: B prompts, L tokens, P patches of all images, K numbers of a patch, C width of the language model
 
 import importlib
 import math
@@ -27,11 +27,11 @@ from modules.media.reading import read_image, resize_cover, resize_stretched
 
 Shown = TypeVar("Shown")
 MIN_SIDE = 28  # pixels that reducing leaves of a side
-MAX_RATIO = 200  # of the sides of a picture, for the released image processor
+MAX_RATIO = 200  # of the sides of an image, for the released image processor
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Tensor:
-    """Read a picture in its own size, or covering `size`: H W 3 uint8.
+    """Read an image in its own size, or covering `size`: H W 3 uint8.
 
     Raises:
         MediaError: If it cannot.
@@ -53,25 +53,25 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageUse:
-    """Settings with which a family shows pictures to the text encoder, as parts of the prompt."""
+    """Settings with which a family shows images to the text encoder, as parts of the prompt."""
 
-    text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
-    alone: str = ""  # likewise, of a picture that is the only one, if that differs
+    text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the image
+    alone: str = ""  # the text for an image that is the only one, if that differs
     token: str = "<|image_pad|>"
-    # a picture as it is shown, of `Prompt.image_size` if that is given: H W 3 uint8; MediaError
+    # an image as it is shown, of `Prompt.image_size` if that is given: H W 3 uint8; MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
     # pixels of `Prompt.frames`, H W C uint8, as they are shown: H W 3
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
     # hashes of `Prompt.frames`, for caches: n 32 uint8; None: there are none
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
-    shown: int | None = None  # the first pictures that are shown; None: all
-    fewest: int = 3136  # pixels; smaller pictures are enlarged
-    most: int = 12845056  # pixels; larger pictures are reduced
+    shown: int | None = None  # the first images that are shown; None: all
+    fewest: int = 3136  # pixels; smaller images are enlarged
+    most: int = 12845056  # pixels; larger images are reduced
     between: str = ""  # text between two of them
     always: bool = True  # prompts have some; else the tower is loaded when one does
 
     def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
-        """Return the pictures that the text encoder is shown: the first `shown` of them."""
+        """Return the images that the text encoder is shown: the first `shown` of them."""
         return pictures[: self.shown]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
@@ -87,14 +87,14 @@ class ImageUse:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """The pictures of a prompt as the vision tower takes them."""
+    """The images of a prompt as the vision tower takes them."""
 
     patches: Tensor  # P K float32
-    sides: tuple[tuple[int, int], ...] = ()  # rows and columns of tokens of each picture
+    sides: tuple[tuple[int, int], ...] = ()  # rows and columns of tokens of each image
 
     @property
     def counts(self) -> list[int]:
-        """Number of tokens of each picture."""
+        """Number of tokens of each image."""
         return [rows * columns for rows, columns in self.sides]
 
 
@@ -283,7 +283,7 @@ def embed_images(
 
 
 def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the states of all pictures' tokens, and the states that are added after the first layers."""
+    """Return the states of all images' tokens, and the states that are added after the first layers."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
     grids = [(1, rows * merge, columns * merge) for prompt in prompts for rows, columns in prompt.sides]
@@ -307,7 +307,7 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
     places: list[Tensor] = []
     for is_image, group in groupby(ids, lambda number: number == token):
         length = len(list(group))
-        while length and is_image:  # pictures may follow one another
+        while length and is_image:  # images may follow one another
             rows, columns = remaining.pop(0)
             no_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(no_time, torch.arange(rows), torch.arange(columns))

@@ -136,7 +136,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 
 
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
-    """Return the latents of the reference pictures among conditions, in order, on the device."""
+    """Return the latents of the reference images among conditions, in order, on the device."""
 
     def number(name: str) -> int:
         return int(name.removeprefix(CONTROL).lstrip("_") or 0)
@@ -160,7 +160,7 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
-    """Return the request with its reference pictures in all prompts.
+    """Return the request with its reference images in all prompts.
 
     `size` are `Prompt.image_size`.
     """
@@ -186,7 +186,7 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
 
 
 class ModelOfImages(OneTransformer):
-    """Base of the families that generate pictures, with what they have in common."""
+    """Base of the families that generate images, with what they have in common."""
 
     moments: MomentsRules = NO_MOMENTS
     to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
@@ -234,7 +234,7 @@ class ModelOfImages(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture.
+        """Return the cache entry of each image.
 
         It is a posterior sample, seeded by its name, float32; or, with references, the posterior's mean
         together with the means of the references.
@@ -249,13 +249,13 @@ class ModelOfImages(OneTransformer):
         return entries
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise AssertionError: `NO_MOMENTS` refuses moments of pictures earlier."""
+        """Raise AssertionError: `NO_MOMENTS` refuses moments of images earlier."""
         raise AssertionError(NO_MOMENTS.refusal)
 
     # generation
 
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
-        """Fill open fields of a request for one picture, cut its size to whole patches, check files.
+        """Fill open fields of a request for one image, cut its size to whole patches, check files.
 
         `flow_shift` and `negative` are defaults for the request.
         """
@@ -292,7 +292,7 @@ class ModelOfImages(OneTransformer):
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: a picture has none besides its texts."""
+        """Return no conditions: an image has none besides its texts."""
         return {0: {}}
 
     @property
@@ -302,11 +302,11 @@ class ModelOfImages(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Denoising may start from a picture or a latent file."""
+        """Denoising may start from an image or a latent file."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
 
         `seed` is where latents are drawn.
         """
@@ -317,7 +317,7 @@ class ModelOfImages(OneTransformer):
         return latents * self.latent.scale
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32."""
+        """Return the noise of an image, 1 C 1 h w float32."""
         shape = self.latent.shape(1, prepared.height, prepared.width)
         return noise.draw(shape, self._noise_dtype).float()
 
@@ -345,8 +345,8 @@ class ModelOfImages(OneTransformer):
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
-    """Raise OptionError if the model cannot use the reference pictures. They are known to be readable."""
-    from modules.media.reading import image_size  # only with reference pictures
+    """Raise OptionError if the model cannot use the reference images. They are known to be readable."""
+    from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"
     if len(paths) > rules.most:

@@ -199,7 +199,7 @@ def decode_in_tiles(
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:
-    """Return the generator for the posterior sample of a clip or a picture.
+    """Return the generator for the posterior sample of a clip or an image.
 
     Args:
         owner: The name of the cached item, or the seed of the generation. So an item's cache does not depend

@@ -16,7 +16,7 @@ MAX_SIZE = 1 << 16  # of these in a config.json
 # as released, not to be read from the tensors. Of Qwen2.5-VL:
 HEAD_WIDTH = 80
 WINDOW = 112  # pixels that layers attend within
-FULL_EVERY = 8  # each eighth layer attends to the whole picture
+FULL_EVERY = 8  # each eighth layer attends to the whole image
 # of Qwen3-VL: heads, and by the number of layers those whose states reach the language model's first layers
 HEADS = 16
 DEEP_LAYERS = {24: [5, 11, 17], 27: [8, 16, 24]}

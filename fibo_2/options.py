@@ -87,7 +87,8 @@ def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict
 def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     turbo: dict[str, Any] = {}
-    # a sample says its own; the file's name need not say that it is Turbo
+    # the distilled transformer needs Turbo's steps, and its file name need not show that; a sample's own
+    # number of steps comes first
     if options.distilled_dit is not None and not sample.get("steps"):
         turbo = {"--infer_steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {

@@ -95,5 +95,5 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 
 def find_size(path: Path) -> Size:
-    """Return the size of an edit's result, from the first image. Raises MediaError."""
+    """Return the size of an edit's result, from the first image. Raises MediaError if that cannot be read."""
     return trained_size(image_size(path))

@@ -134,7 +134,10 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
 
 def _list_oddities(text: str, is_edit: bool) -> list[str]:
-    """Return what is wrong with the keys of an object, and what of it is not read. Raises CaptionError."""
+    """List the errors in an object's keys and what is not read.
+
+    Raises CaptionError if the text is broken JSON.
+    """
     content = read_caption(text) or {}
     errors = find_caption_errors(text)
     if content.get(INSTRUCTION) and not is_edit:

@@ -9,6 +9,7 @@ from typing import Any
 
 from flux.options import CHROMA, DEFAULT_GUIDANCE, FLUX
 from modules.errors import OptionError
+from modules.integers import round_up
 from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
 from modules.option_values import option_words
 from modules.options import Options, option
@@ -81,7 +82,7 @@ class FluxImageOptions(Options, title="what to make"):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, rounded up to multiples of 16."""
-        return round_up(self.height), round_up(self.width)
+        return round_up_side(self.height), round_up_side(self.width)
 
 
 class FluxMinimalOptions(Options):
@@ -102,9 +103,9 @@ def is_fp8(dtype: str | None) -> bool:
     return dtype is not None and "8" in dtype and "16" not in dtype
 
 
-def round_up(side: int) -> int:
+def round_up_side(side: int) -> int:
     """Return a side in pixels, rounded up to a multiple of 16."""
-    return -(-side // SIZE_STEP) * SIZE_STEP
+    return round_up(side, SIZE_STEP)
 
 
 # options of flux_generate_image.py -> as they are typed here
@@ -157,7 +158,7 @@ def negative(text: str) -> str:
 
 def line_sizes(text: str) -> int:
     """Return a side of a line in pixels, rounded up. Raises ValueError if it is not a whole number."""
-    return round_up(int(text))
+    return round_up_side(int(text))
 
 
 # letters of a line whose values are read otherwise than in flux_generate_image.py: key, how, may be empty

@@ -65,7 +65,7 @@ class Flux2Vae(Autoencoder):
 
     stride = 16
     mean: Tensor  # C 1 1 float32, of packed latents
-    deviation: Tensor  # likewise
+    deviation: Tensor  # C 1 1 float32, of packed latents
 
     def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
         super().__init__(config, tile)

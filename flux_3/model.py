@@ -56,7 +56,7 @@ class Flux3Tokens:
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
-    text_lengths: Lengths | None  # likewise, of the T tokens of the text
+    text_lengths: Lengths | None  # how many of the T tokens of the text are real; None: all
     second: SecondText | None = None
     second_lengths: Lengths | None = None  # as `text_lengths`, of the second text
     parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
@@ -245,7 +245,7 @@ class Flux3Layout(NamedTuple):
     """The key of a table of rotations."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
-    references: tuple[tuple[int, int], ...]  # likewise, of each reference
+    references: tuple[tuple[int, int], ...]  # rows, columns of each reference's tokens
     texts: tuple[int, ...]  # tokens of each text
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from encoders.pictures import read_reference
+from modules.integers import round_up
 from modules.media.buckets import Fit, Size, fit_within
 from modules.media.reading import image_size, read_image, resize_frame
 
@@ -41,14 +42,14 @@ def fit_canvas(size: Size, step: int) -> Canvas:
     scale = min(1.0, math.sqrt(MAX_PIXELS / math.prod(size)), MAX_SIDE / max(size))
     while True:
         width, height = (max(1, round(side * scale)) for side in size)
-        canvas = _round_up(width, step), _round_up(height, step)
+        canvas = _round_side(width, step), _round_side(height, step)
         if math.prod(canvas) <= MAX_PIXELS:
             return Canvas((width, height), canvas)
         scale *= SHRINKING
 
 
-def _round_up(side: int, step: int) -> int:
-    return min(MAX_SIDE, max(MIN_SIDE, -(-side // step) * step))
+def _round_side(side: int, step: int) -> int:
+    return min(MAX_SIDE, max(MIN_SIDE, round_up(side, step)))
 
 
 def canvas_of(path: Path, step: int) -> Canvas:
@@ -75,7 +76,10 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
 
 
 def fit_among(path: Path, step: int) -> Fit:
-    """Return the fit that reduces and crops one of several references. Raises MediaError."""
+    """Return the fit that reduces and crops one of several references.
+
+    Raises MediaError if its size cannot be read.
+    """
     return fit_within(image_size(path), AMONG_SEVERAL, step)
 
 

@@ -87,7 +87,10 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
-    """Read an image as a mask, h w in 0..1. `size` is the latents' width and height. Raises MediaError."""
+    """Read an image as a mask, h w in 0..1.
+
+    `size` is the latents' width and height. Raises MediaError if the image cannot be read.
+    """
     from modules.media.reading import read_mask
 
     gray = numpy.array(Image.fromarray(read_mask(path)).convert("L"))
@@ -95,7 +98,10 @@ def read_mask(path: Path, size: Size) -> Tensor:
 
 
 def read_alpha(path: Path, size: Size) -> Tensor | None:
-    """Read the alpha channel of an image, h w in 0..1; None if it has none. Raises MediaError."""
+    """Read the alpha channel of an image, h w in 0..1; None if it has none.
+
+    Raises MediaError if the image cannot be read.
+    """
     from modules.media.reading import read_image
 
     image = torch.from_numpy(read_image(path, alpha=True))

@@ -162,6 +162,7 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
 
 
 def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
+    """Return how many sections a request asks for: by a number, by seconds or by frames."""
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
     if is_image:

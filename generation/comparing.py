@@ -76,7 +76,7 @@ class Cell(NamedTuple):
 
 
 class ClipFiles(NamedTuple):
-    """Paths of a finished clip or picture, and of its latents."""
+    """Paths of a finished clip or image, and of its latents."""
 
     video: Path
     latents: Path
@@ -92,7 +92,7 @@ Column = tuple[Variant, Sequence[Cell]]
 
 @explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
-    """Generate all missing clips, then write the grids. Raises UserError."""
+    """Generate all missing clips, then write the grids. Raises UserError if a clip or grid cannot be made."""
     _check(options)
     start = time.monotonic()
     device = select_device(options.device)

@@ -158,20 +158,19 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
-        can_stack = not split and _are_alike(conditions)
+        can_stack = not split and _are_alike(conditions)  # to one batch; others run one by one
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams) or step.audio_sigma is not None:
-                # images and audio have timesteps of their own: B 2
+            if any(clean_streams) or step.audio_sigma is not None:  # B 2: of images, and of audio
                 audio_timesteps = timesteps
                 if step.audio_sigma is not None:
                     audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
                 streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
                 timesteps = torch.stack([times * (not is_clean) for times, is_clean in streams], dim=1)
-            # ids identify the pass, because all steps of a section use the same objects
+            # ids tell passes apart: all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,

@@ -75,7 +75,7 @@ class DitLoader:
     def __call__(
         self, expert: int, place: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert onto the device, or as `aside` does. Raises OptionError."""
+        """Load an expert onto the device, or as `aside` does. Raises OptionError if a LoRA does not fit."""
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())

@@ -98,7 +98,7 @@ class ExpertTurns:
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
-        """Return remarks about the memory that the experts find free.
+        """Return notes about the memory that the experts find free.
 
         Args:
             plan: The memory plan.

@@ -17,11 +17,12 @@ DEFAULT_NAMES = (
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:
-    """Return the key in `keys` for a long name, or None.
+    """Return the key of an option for a long name as people type it; None if there is no such option.
 
     Args:
         word: The long name.
-        keys: Names of options on the command line of the generation scripts, with those of `SIDES`.
+        keys: Keys of all options: their names on the command line, and those of the two sides of
+            --video_size.
     """
     name = word.lower().replace("-", "_")
     name = SIDES.get(name, name)

@@ -196,7 +196,7 @@ class GenerationOptions(Options, title="run"):
     settings: Mapping[str, Any] = option(default={})
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
-    # options given that do nothing without reference pictures
+    # options given that do nothing without reference images
     of_references: tuple[str, ...] = option(default=(), facts=NO_PIXELS)
     # arguments of the options that are typed, with their usual values too
     typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
@@ -265,7 +265,9 @@ class GenerationOptions(Options, title="run"):
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
-            raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
+            has_other_work = self.from_file is not None or self.interactive or bool(self.latent_path)
+            or_omit = ", or leave the option out" if has_other_work else ""
+            raise OptionError(f"--prompt is empty: say what the {what} should show{or_omit}")
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")

@@ -65,7 +65,7 @@ class LineOption:
 def read_seed(text: str) -> int:
     """Parse a seed; a text that is not a number is hashed to a seed, which is logged.
 
-    Raises ValueError.
+    Raises ValueError if the seed is out of range.
     """
     seed = text_to_seed(text)
     if seed == -1:  # of other programs: a random one
@@ -76,7 +76,7 @@ def read_seed(text: str) -> int:
 
 
 def read_number(text: str) -> float:
-    """Parse a number. Raises ValueError."""
+    """Parse a number. Raises ValueError if the text is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -91,7 +91,10 @@ def _read_rate(text: str) -> int:
 
 
 def read_size(text: str) -> dict[str, int]:
-    """Parse `480 832`, in the order of --video_size. Raises ValueError."""
+    """Parse `480 832`, in the order of --video_size.
+
+    Raises ValueError if the text does not have this form.
+    """
     match = JOINED.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
@@ -156,7 +159,7 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# of models that take reference pictures
+# of models that take reference images
 REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats=True)}
 
 
@@ -174,7 +177,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# the same for models that make pictures, which have no frames and take no videos
+# the same for models that make images, which have no frames and take no videos
 IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
     # the image guides have another name for one solver

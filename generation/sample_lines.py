@@ -53,7 +53,7 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "ctr": prompt_lines.LineOption("cfg_trunc_ratio", _read_leading_number),
     "rcfg": prompt_lines.LineOption("renorm_cfg", _read_leading_number),
     **{name: prompt_lines.LineOption(name, _read_leading_number) for name in ("mu", "y1", "y2")},
-    # of networks that see a control picture
+    # of networks that see a control image
     "am": prompt_lines.LineOption("control_multiplier", _read_leading_number),
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
@@ -109,7 +109,10 @@ _CHARACTERS = {
 
 
 def _read_size(text: str) -> Mapping[str, int]:
-    """Parse `480 832`, in the order of --video_size. Raises ValueError."""
+    """Parse `480 832`, in the order of --video_size.
+
+    Raises ValueError if the text does not have this form.
+    """
     sides = prompt_lines.read_size(text)
     return {"height": sides["video_size_height"], "width": sides["video_size_width"]}
 
@@ -204,7 +207,10 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
-    """Return the entries of a prompt file with their numbers, from 1. Raises ValueError."""
+    """Return the entries of a prompt file with their numbers, from 1.
+
+    Raises ValueError if the file is malformed.
+    """
     if suffix == ".txt":
         return [*prompt_lines.numbered_lines(text)]
     if suffix == ".toml":
@@ -218,7 +224,10 @@ def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
 
 
 def _read_toml_entries(text: str) -> list[dict[str, Any]]:
-    """Return the subsets of a prompt file, each merged with the shared values. Raises ValueError."""
+    """Return the subsets of a prompt file, each merged with the shared values.
+
+    Raises ValueError if the file is malformed.
+    """
     table = parse_toml(text).get("prompt")
     subsets = table.get("subset", []) if isinstance(table, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
@@ -274,7 +283,10 @@ def _list_kinds() -> dict[str, type]:
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:
-    """Convert a value of a prompt's table to the type of its key. Raises OptionError."""
+    """Convert a value of a prompt's table to the type of its key.
+
+    Raises OptionError if it has another type.
+    """
     if kind is list and isinstance(value, str):
         value = [value]
     if key == "seed" and isinstance(value, str):
@@ -290,7 +302,7 @@ def _convert(key: str, value: Any, kind: type, where: str) -> Any:
 
 
 def _read_sides(size: Any, where: str) -> Mapping[str, int]:
-    """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError."""
+    """Return the sides of a size such as [480, 832] or "480 832". Raises OptionError if it is not a size."""
     try:
         return _read_size(" ".join(map(str, size)) if isinstance(size, list) else str(size))
     except ValueError as error:

@@ -128,7 +128,7 @@ class OutputOptions(Options, title="output"):
     )
     format: FormatOptions
     # what the script has; no options
-    numbers_single: bool = option(default=False)  # a single picture is NAME_000.png, never in a folder
+    numbers_single: bool = option(default=False)  # a single image is NAME_000.png, never in a folder
     # only such are made: NAME.png with --output_type images too
     pictures: bool = option(default=False, facts=NO_PIXELS)
     # how files are called: "" TIME_SEED, "released" TIME_seedSEED_PROMPT, "time" TIME alone
@@ -238,7 +238,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 
 NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"
-# what a script of pictures refuses
+# what a script of images refuses
 OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
 EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
@@ -246,7 +246,7 @@ OPTIMIZED = (
     "warning"
 )
 
-PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
+PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes images
 IMAGE_FPS = 1  # what stands where a video has its rate
 # --optimized, of every family
 FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
@@ -283,7 +283,7 @@ class ScriptDefaults:
     # as the family's `LatentSpec` has them, for forms, which load no torch; a task may have its own
     side_step: int = 16
     lengths: ClipLengths = DEFAULT_LENGTHS
-    pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
+    pictures: bool = False  # the script makes single images; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
     # options, of the family too, that are None where they are not given: their default is the model's own, or
     # it counts who gave them -> their help, "" as it is
@@ -298,7 +298,7 @@ class ScriptDefaults:
     riflex_beyond: int = 0  # frames: videos of up to so many are not changed
     # videos are made section by section and can be watched while they grow; there is no --video_length
     in_sections: bool = False
-    numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
+    numbers_single: bool = False  # a single image is NAME_000.png, never in a folder
     # shared option -> other flags for it, the usual one first
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # shared options that the model has no use for: there are none, or they are refused for this reason

@@ -202,7 +202,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
 
 
 def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
-    """Return the texts of `wanted_texts` without duplicates."""
+    """Return each text of several requests once. `prompts` are results of `wanted_texts`."""
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():

@@ -36,7 +36,7 @@ TEMPLATE = Path(__file__).resolve().parent / "compare.html"
 CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
 BACKGROUND, EMPTY = "white", (225, 225, 225)
 HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
-SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent pictures
+SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent images
 NARROWEST_COLUMN = 128  # pixels: for its label
 MOST_FRAMES = 2000  # of a clip that are shown
 MAX_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
@@ -74,16 +74,19 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
     prompts = []
     for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts)):
-        rows_of_prompt = [
-            (row, list(_embed_cells(grid.columns, row, is_lower=index > 0))) for index, row in enumerate(rows)
-        ]
+        rows_of_prompt = []
+        for index, row in enumerate(rows):
+            cells = [*_embed_cells(grid.columns, row, is_lower=index > 0)]
+            rows_of_prompt.append((row, cells))
         prompts.append({"rows": rows_of_prompt})
     write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_image, grid.clips)):
         return [page, sheet]
     # limited by the number of videos that can be open at once, and by the height of the frame
-    max_rows = max(1, min(MAX_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
+    rows_to_open = MAX_PLAYING // len(grid.columns)
+    rows_in_height = TALLEST // (CELL + LINE)
+    max_rows = max(1, min(rows_to_open, rows_in_height))
     if max_rows < len(grid.rows):
         logger.warning("%s shows the first %d of %d prompts", video.name, max_rows, len(grid.rows))
     playing = replace(grid, rows=grid.rows[:max_rows])

@@ -45,7 +45,7 @@ TEXT_KEYS = LLAVA_USE.keys | CLIP.keys
 # argument of the network, in their order -> name in caches
 TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # default
-FLOW_SHIFT = 7.0  # likewise
+FLOW_SHIFT = 7.0  # default
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
+from modules.integers import round_up
 from modules.option_values import HEIGHT_WIDTH, option_words
 from modules.options import Options, Rejection, option, unsupported
 from modules.script_options import parse_options
@@ -76,7 +77,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, rounded up to multiples of 16."""
         height, width = self.video_size if len(self.video_size) == 2 else self.video_size * 2
-        return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
+        return round_up(height, SIZE_STEP), round_up(width, SIZE_STEP)
 
 
 class OfficialModelOptions(Options, title="model", dashed=True):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.devices import numbers_on
+from modules.integers import ceil_div
 from modules.layers.convolution import conv3d, empty_clip
 
 KERNEL = 3  # size of every convolution that is not pointwise
@@ -187,7 +188,7 @@ class HunyuanCausalConv(nn.Module):
         """Return the indices of the frames that results `start` to `stop` see, with the first repeated."""
         step = self.conv.stride[0]
         frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
-        return [-(-max(0, frame) // self.enlarge[0]) for frame in frames]
+        return [ceil_div(max(0, frame), self.enlarge[0]) for frame in frames]
 
     def _convolve(self, padded: Tensor) -> Tensor:
         conv = self.conv

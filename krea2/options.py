@@ -160,7 +160,7 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
 
 
 def check_mu(mu: float, option: str) -> None:
-    """Raise OptionError unless mu is a number from -MOST_MU to MOST_MU."""
+    """Raise OptionError unless mu is a number from -MAX_MU to MAX_MU."""
     if not math.isfinite(mu) or abs(mu) > MAX_MU:
         raise OptionError(f"{option} {mu:g}: give a number from -{MAX_MU:g} to {MAX_MU:g}; 1.15 is usual")
 

@@ -358,7 +358,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Ten
 def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
     """Return additional channels of queries and keys, L E each, whose products add to attention's logits.
 
-    References do not see each other. Source: the released code of LTX-2.
+    References do not see each other. The product of a query and a key over these channels is the number to
+    add: two channels give the logarithms between video and references, and one channel for each reference R
+    gives UNSEEN between its queries and the keys of the other references. Source: the released code of LTX-2.
 
     Args:
         strengths: M, 0..1: how strongly each reference token and the video attend to each other. The

@@ -15,7 +15,7 @@ class StreamNames(NamedTuple):
 
     prefix: str  # before the names of its own modules and tables
     cross_rows: str  # shifts and scales, for the entire model, of the attention between the streams
-    cross_gate: str  # likewise, the gate of what it takes from the other stream
+    cross_gate: str  # gate, for the entire model, of what the stream takes from the other one
     cross_table: str  # a block's shifts and scales of that attention
     cross_attn: str  # a block's attention from this stream to the other one
 

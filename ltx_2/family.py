@@ -235,7 +235,7 @@ class Ltx2(Ltx2Media):
     ) -> Tensor:
         """Predict the velocity in float32, B C F H W; with audio B N of video and audio joined.
 
-        The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_SOUND.
+        The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_AUDIO.
         """
         joint = overrides.joint
         image, audio = split_audio(noisy, joint)
@@ -531,6 +531,8 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the sections of all stages, which have no noisy references; return the latents."""
+
         def draw(stage: Prepared) -> Tensor:
             joint = stage.joint
             if joint is None:

@@ -316,7 +316,7 @@ class LtxModel(nn.Module):
         return self._mark_first(tokens, sum(references.counts), latents.shape[-1] * latents.shape[-2])
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
-        """Turn tokens B L+M W into the velocities of the streams, as their latents came, in float32."""
+        """Turn tokens B L+M W into the velocity of each stream, float32, in the shape of its latents."""
         velocities = {}
         for names, stream_x in tokens.split(x).items():
             stream = tokens.streams[names]

@@ -33,6 +33,7 @@ from ltx_2.reference_options import (
 )
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.integers import ceil_div
 from modules.media.pixels import to_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.options import override_options
@@ -114,7 +115,7 @@ def pack(picture: Tensor, tokens: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Undo `pack`: return the latents and the `count` tokens after them, B C N."""
-    frames = packed.shape[2] - -(-count // math.prod(packed.shape[3:]))
+    frames = packed.shape[2] - ceil_div(count, math.prod(packed.shape[3:]))
     return packed[:, :, :frames], packed[:, :, frames:].flatten(2)[..., :count]
 
 

@@ -207,11 +207,13 @@ def _apply_settings(
     is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
     encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
+    # of the decoder, files have one of two names for a setting; the second name counts more
     decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)
     is_causal = settings.get("decoder_causal", is_causal)
-    from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])  # listed from the pixels on
+    # the settings list shortcuts from the pixels on, the decoder's parts begin at the latents
+    from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])
     parts: list[BlockGroup | Resampling] = []
     for part in decoder.parts:
         if isinstance(part, Resampling):

@@ -14,7 +14,7 @@ from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, tak
 MAX_TOKENS = 256  # default maximum length of a caption with the system prompt
 MOST_TOKENS = 8192  # that Gemma 2 was trained with
 CFG_TRUNC_RATIO = 0.25  # default
-RENORM_CFG = 1.0  # likewise
+RENORM_CFG = 1.0  # default
 # options of a generation -> their names in Request.extra, which training samples use too
 EXTRAS = {"cfg_trunc_ratio": "cfg_trunc_ratio", "renorm_cfg": "renorm_cfg"}
 

@@ -26,6 +26,7 @@ from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSourc
 from lumina.configs import PROMPT_START
 from lumina.options import MAX_TOKENS
 from modules.devices import dtype_name
+from modules.integers import round_up
 
 GEMMA_OPTION = "--gemma2"
 GEMMA_NAMES = (
@@ -132,7 +133,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.dtype = dtype
         self.system_prompt = system_prompt
         self.in_negative = in_negative
-        self.length = -(-max_tokens // TOKEN_STEP) * TOKEN_STEP
+        self.length = round_up(max_tokens, TOKEN_STEP)
         self.most = max_tokens
 
     @property

@@ -112,7 +112,7 @@ class H3CachingEncoder(H3TextEncoder):
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
-        """Return the marks of a cache; see `make_marks`."""
+        """Return the metadata of a text cache: its task, teacher and presented media; see `make_marks`."""
         return make_marks(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:

@@ -74,7 +74,7 @@ _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_ev
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
 LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
-FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # likewise; its tensors do not show it
+FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # in its metadata too: its tensors do not show it
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
     "interleaved by head, single files stacked; default: by the file's name. Files that "

@@ -33,7 +33,7 @@ class ImageGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class ImagePlace:
-    """Position of the tokens of a clip or a picture."""
+    """Position of the tokens of a clip or an image."""
 
     grid: ImageGrid
     start: float  # on the clock of its first latent frame

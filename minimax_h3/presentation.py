@@ -6,7 +6,7 @@ prompt follows as it was typed. Rows of a vision block, including its two border
 all others that of texts, 1. Each text is tokenized separately. Source: the released code, as in diffusers.
 
     prompt = replace(prompt, presented=present_keyframes([first, last]))      # H W 3 uint8, on the canvas
-    prompt = replace(prompt, presented=(show_clip(frames, has_sound=True), SHOWN_SOUND))
+    prompt = replace(prompt, presented=(show_clip(frames, has_sound=True), SHOWN_AUDIO))
     conditions = encoder.encode([prompt])                                     # H3TextEncoder, of files.py
 """
 # Letters: F frames, H W pixels

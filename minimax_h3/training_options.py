@@ -472,7 +472,10 @@ def warn_of_clean_shares(args: argparse.Namespace) -> None:
 
 
 def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher is to see additional media in a task with conditions of its own."""
+    """Raise OptionError if a teacher sees more than the learner in a task other than t2va.
+
+    The other tasks have keyframes or references of their own.
+    """
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(
             f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "

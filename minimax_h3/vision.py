@@ -25,7 +25,7 @@ BOTH_FILE = "processor_config.json"  # the file that transformers 5 writes, with
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MAX_PIXELS = 1 << 40  # in a preprocessor file
-MAX_ENLARGED = 1 << 24  # likewise, to which smaller images are enlarged
+MAX_ENLARGED = 1 << 24  # in a preprocessor file: to which smaller images are enlarged
 
 
 @dataclass(frozen=True)
@@ -173,21 +173,29 @@ def resized_sides(
         raise MediaError(
             f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
         )
-    most = limits.most
+
+    # the limits are numbers of pixels of the whole clip
+    max_pixels = limits.most
     if limits.tokens_of_frame:
-        of_frame = min(limits.tokens_of_frame * step**2, limits.most // frames)
-        most = max(of_frame, int(limits.fewest * 1.05)) * frames
-    even_frames = round(frames / at_once) * at_once
-    rounded = round(height / step) * step, round(width / step) * step
-    pixels = even_frames * math.prod(rounded)
-    if pixels > most:
-        scale = math.sqrt(frames * height * width / most)
+        pixels_of_frame = min(limits.tokens_of_frame * step**2, limits.most // frames)
+        # the released processor keeps the upper limit 5 % above the lower one
+        pixels_of_frame = max(pixels_of_frame, int(limits.fewest * 1.05))
+        max_pixels = pixels_of_frame * frames
+
+    # what is compared with the limits are the rounded sides, but the scale comes from the original ones
+    rounded_frames = round(frames / at_once) * at_once
+    rounded_height = round(height / step) * step
+    rounded_width = round(width / step) * step
+    rounded_pixels = rounded_frames * rounded_height * rounded_width
+    pixels = frames * height * width
+    if rounded_pixels > max_pixels:
+        scale = math.sqrt(pixels / max_pixels)
         lower_height = math.floor(height / scale / step) * step
         lower_width = math.floor(width / scale / step) * step
         return max(step, lower_height), max(step, lower_width)
-    if pixels < limits.fewest:
-        scale = math.sqrt(limits.fewest / (frames * height * width))
+    if rounded_pixels < limits.fewest:
+        scale = math.sqrt(limits.fewest / pixels)
         upper_height = math.ceil(height * scale / step) * step
         upper_width = math.ceil(width * scale / step) * step
         return upper_height, upper_width
-    return rounded
+    return rounded_height, rounded_width

@@ -21,6 +21,7 @@ flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
 installed: find modules of installed packages, importing none
+integers: divide and round whole numbers upwards
 interpreter: refuse a Python that cannot run Reelsmith; answer from tables
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside

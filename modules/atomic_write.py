@@ -129,14 +129,15 @@ def place_new(file: Path, path: Path) -> None:
         OSError: If the file cannot be moved.
     """
     if os.name == "nt":
-        os.rename(file, path)  # Windows replaces nothing by this  # noqa: PTH104
+        os.rename(file, path)  # on Windows this fails if the name is taken  # noqa: PTH104
         return
     try:
         os.link(file, path)  # noqa: PTH200
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.EXDEV):
             raise
-        path.open("xb").close()  # a disk without second names: exFAT, some of the network
+        # the disk has no hard links (exFAT, some network drives): claim the name with an empty file
+        path.open("xb").close()
         try:
             os.replace(file, path)
         except BaseException:

@@ -76,6 +76,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def _open_bar(self) -> None:
+        """Open tqdm's bar at the present state of the work."""
         self.enter_context(logging_redirect_tqdm())  # log lines go above the bar
         bar = tqdm(
             total=self.total,
@@ -87,7 +88,7 @@ class Bar(ExitStack):
             bar_format=STEPS_FORMAT if self.unit == STEPS and self.total is not None else None,
         )
         self._bar = self.enter_context(bar)
-        bar.start_t -= self.now() - self._start
+        bar.start_t -= self.now() - self._start  # the work began before the bar was opened
         bar.update(self.done)
         bar.refresh()
 

@@ -59,6 +59,7 @@ def render_chat(
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset are asked about in the same words
 def _render(template: str, variables: str, seconds: float) -> str:
+    """Render a template in a process of its own, with bounds on memory, time and length."""
     spec = importlib.util.find_spec("jinja2")
     if spec is None or spec.origin is None:
         raise InstallationError("chat templates need the package jinja2. Run: pip install jinja2")

@@ -309,7 +309,7 @@ def wait_for_first_process() -> None:
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     """Make a message safe for a console: control codes are written out, long lines shortened.
 
-    `typed` are the words of the command line. Where the message quotes them, line breaks are removed and long
+    `typed` are the command-line arguments. Where the message quotes them, line breaks are removed and long
     words are shortened.
     """
     for word in typed:

@@ -35,19 +35,19 @@ MAX_PICKLE_STEPS = 600_000  # of a file of torch.save: 10,000 tensors; seconds o
 SHORT_PICKLE_BYTES = 1 << 18  # of what takes no more steps, unless it is made to
 MAX_PICKLE_BYTES = 1 << 22  # of a pickled program's names that are looked through
 MAX_NOTE_CHARACTERS = 1 << 20  # of a detector; one of a thousand classes has some 20 thousand
-MAX_ONNX_SIDE = 1 << 12  # pixels of the pictures that a file takes
+MAX_ONNX_SIDE = 1 << 12  # pixels of the images that a file takes
 MAX_ONNX_MEMORY = 2 << 30  # bytes of a run, besides three times the weights
 MAX_ONNX_SECONDS = 120  # of a run, for each image: slow processors need some ten
 
-# pictures and videos
+# images and videos
 MAX_PIXELS = 1 << 27  # above 100-megapixel cameras
-MAX_DECODED_BYTES = 3 << 29  # 1.5 GiB, of a picture while it is decoded: 12 for each of so many pixels
+MAX_DECODED_BYTES = 3 << 29  # 1.5 GiB, of an image while it is decoded: 12 for each of so many pixels
 MAX_IMAGE_BYTES = 9 << 27  # of a file: pixels of 64 bits as they are, and what is said of them
 MAX_FRAME_BYTES = 100_000_000  # of a decoded frame of a clip: 8K of 10 bits. Decoders hold up to 17 of them,
 MAX_LONE_FRAME_BYTES = (
     1 << 28
 )  # but few where each frame stands alone, as in ProRes: 8K of 12 bits with alpha
-MAX_SHOWN_SECONDS = 60.0  # of one picture; more is a damaged time, or a slide show
+MAX_SHOWN_SECONDS = 60.0  # of one image; more is a damaged time, or a slide show
 MAX_TAG_CHARACTERS = 1 << 18  # of a text in a file's metadata that is looked through
 
 # data sets
@@ -80,7 +80,7 @@ MAX_LINE_OPTIONS = 300  # of a prompt line; all that there are, several times
 MAX_LINE_SHOWN = 400  # characters of a line in a warning about it
 MAX_WILDCARD_ROUNDS = 50  # of lines that draw from a file themselves
 MAX_WILDCARD_DRAWS = 100_000  # of a text: lines that draw several lines each have no end otherwise
-MAX_WILDCARD_CHARACTERS = 1 << 22  # likewise
+MAX_WILDCARD_CHARACTERS = 1 << 22  # of a text with its wildcards drawn
 MAX_TEMPLATE_SECONDS = 15.0  # of a chat template, with the start of its process; usual ones take 0.01 s
 MAX_TEMPLATE_CHARACTERS = 1 << 20  # that it makes
 MAX_TEMPLATE_MEMORY = 1 << 30  # bytes of its process

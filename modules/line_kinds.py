@@ -13,8 +13,8 @@ from modules.installation import TELLS_KINDS
 FAULT = "fault"  # a file cannot be used, or the run would end
 WARNING = "warning"  # somebody may want to change something
 CAPTIONS = "captions"  # about files without a caption
-NEXT = "next"  # about the next command
-KINDS = (FAULT, WARNING, CAPTIONS, NEXT)
+NEXT, MEND = "next", "mend"  # about the next command; the second: listed files are to be corrected first
+KINDS = (FAULT, WARNING, CAPTIONS, NEXT, MEND)
 END = "> "  # between a kind and its line
 
 

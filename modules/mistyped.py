@@ -274,7 +274,7 @@ def explain_rest(
 ) -> str:
     """Explain words that belong to no option.
 
-    `words` are all words of the command line, and `unused` those that belong to no option. `by_place` are the
+    `words` are all command-line arguments, and `unused` those that belong to no option. `by_place` are the
     options that are recognized without a flag.
     """
     first = unused[0]

@@ -167,7 +167,7 @@ def _cannot_run(path: Path, error: Exception) -> CheckpointError:
 
 
 def _require_file(path: Path) -> int:
-    """Return the size of a file. Raises CheckpointError."""
+    """Return the size of a file. Raises CheckpointError if it is missing or not a regular file."""
     try:
         return require_regular_file(path)
     except FileNotFoundError:

@@ -143,7 +143,9 @@ def convert_value(value: Any, hint: Any, option: str) -> Any:
     for kind in kinds:
         if kind is Path:
             if not str(value):
-                raise OptionError(f"{option} is empty: give a path, or leave the option out")
+                raise OptionError(
+                    f"{option} is empty: give a path, or leave the option out if the run does not need it"
+                )
             return to_path(option, str(value))
         if typing.get_origin(kind) is tuple:
             items = value if isinstance(value, (list, tuple)) else [value]
@@ -323,7 +325,7 @@ def few_digits(text: str) -> int:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line.
+    """Return options as arguments of a command line.
 
     True stands for a switch; None, False and an empty sequence leave an option out. A single text that begins
     with - is joined to its flag by an equals sign.
@@ -339,7 +341,7 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def value_words(value: Any) -> list[str]:
-    """Return an option's value as words of a command line: none for None, several for a sequence."""
+    """Return an option's value as arguments of a command line: none for None, several for a sequence."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):

@@ -37,19 +37,19 @@ FREE = {"resume": "free"}  # it may give another one
 HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, of files: by their names
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
 SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
-OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says it anew
+OF_DECODING = {"record": "decoding"}  # its value as given; a run that only decodes records its own
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 IN_IMAGE_FILES = {"image_files": True}  # files of image trainers record it if it is not given, too
 OF_BLOCKS = {"of_blocks": True}  # it acts between the blocks of a transformer
 OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
-OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference pictures
+OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference images
 OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
+APPENDS = {"reach": "appends"}  # a file grows at its end; if a file of options asks for it, only a log may
 # something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
 # fact `intention`: what any other does
 SENDS = {"reach": "sends"}
@@ -572,8 +572,11 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
-def info_of(cls: type) -> dict[str, dict[str, Any]]:
-    """Return the facts of every option of a record, nested records included, by the option's public name."""
+def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
+    """Return the metadata of every option of a record by the option's public name.
+
+    Options of nested records are included.
+    """
     hints = hints_of(cls)
     info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
@@ -583,6 +586,10 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
         for name, info_inside in inner.items():
             info[name] = {**outer, **info_inside}
     return info
+
+
+# collected once for each record; all callers share the result
+info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         self._front_words = find_front_words()
         if self._front_words:
+            # started as `reelsmith.py train wan`: the help names that command instead of the script
             settings.setdefault("prog", " ".join(self._front_words))
             script = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
             typed = f"python {' '.join(self._front_words)}"
@@ -85,8 +86,11 @@ class Parser(argparse.ArgumentParser):
         self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
         # whether other arguments, or a file, may replace those that are parsed before records are read
         self.changes_values = False
-        texts = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
-        for flag, text in texts.items():  # `_show_help` reads them
+        help_flags = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
+        for (
+            flag,
+            text,
+        ) in help_flags.items():  # declared for the help alone: `_show_help` acts on them earlier
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
@@ -237,19 +241,20 @@ class Parser(argparse.ArgumentParser):
         """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
-        for place in range(len(spelled) - 1, 0, -1):
-            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[place - 1])
-            if number is not None and re.fullmatch(UNIT, spelled[place], re.IGNORECASE):
-                spelled[place - 1 : place + 1] = [f"{number[0]} {spelled[place]}"]
-        end = spelled.index("--") if "--" in spelled else None
-        for place, word in enumerate(spelled[:end]):
+        # join `12`, `GB` to `12 GB`, from the end, so that joining two words moves none that is still to come
+        for index in range(len(spelled) - 1, 0, -1):
+            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[index - 1])
+            if number is not None and re.fullmatch(UNIT, spelled[index], re.IGNORECASE):
+                spelled[index - 1 : index + 1] = [f"{number[0]} {spelled[index]}"]
+        end = spelled.index("--") if "--" in spelled else None  # nothing behind `--` is an option
+        for index, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
             is_flag = name[:2] == "--" and name[2:] != ""
             is_known = name in flags or (is_flag and any(flag.startswith(name) for flag in flags))
             if is_flag and not is_known:
                 with_other_dashes = "--" + name[2:].translate(_OTHER_DASHES)
                 if with_other_dashes in flags:
-                    spelled[place] = "=".join([with_other_dashes, *value])
+                    spelled[index] = "=".join([with_other_dashes, *value])
         return spelled
 
     def _show_help(self, words: Sequence[str]) -> None:
@@ -395,7 +400,7 @@ def _explain_number(action: argparse.Action, word: str) -> str:
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
-    """Map the flags by which messages call typed options to the flags that the user typed."""
+    """Return the flag that the user typed for each typed option, by the flag that messages would name."""
     names: Mapping[str, str] = getattr(args, "typed_names", {})
     return names
 

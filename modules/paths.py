@@ -154,6 +154,11 @@ def explain_missing(path: Path) -> str:
     return "" if near is None else f" Did you mean {near}?"
 
 
+def describe_lookup(path: Path) -> str:
+    """Return " (looked for at ...)" with the full path of a relative path; "" for an absolute path."""
+    return "" if path.is_absolute() else f" (looked for at {path.absolute()})"
+
+
 def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     """Return a missing path with its first missing part replaced by the most similar name that is there.
 

@@ -36,7 +36,7 @@ class AcceptedOption(NamedTuple):
 
 
 class RepeatedOption(NamedTuple):
-    """Hold an option of an earlier command that the next one may need too."""
+    """An option of an earlier command that the next one may need too."""
 
     name: str
     flags: tuple[str, ...]  # all spellings

@@ -15,7 +15,7 @@ def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Par
     """Return the arguments of the running script with its parser; the command line is parsed once.
 
     Args:
-        argv: Words of the command line. None: those of the process, which the script's table has read.
+        argv: Arguments of the command line. None: those of the process, which the script's table has read.
         build_parser: Makes the parser of the script from its records, where no table has read the words.
     """
     answered = take_answered() if argv is None else None

@@ -45,7 +45,7 @@ class VaeOptions(Options):
         return VAE_TILE if self.vae_tiling else None
 
     def words(self) -> dict[str, Any]:
-        """Return the file as printed commands name it."""
+        """Return the VAE's options for a command that is printed."""
         return {"--vae": self.vae or FillIn("VAE_FILE")}
 
 
@@ -86,7 +86,7 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that encode texts in the same way.
+        """Return the options for a printed command that encodes texts in the same way.
 
         `stand_in` takes the place of a file that is not given.
         """

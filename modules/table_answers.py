@@ -36,7 +36,7 @@ class _TableParser(Parser):
 
 
 class CommandLine(NamedTuple):
-    """Hold the words of a command line as the options of a script."""
+    """The arguments of a command line, as options of a script."""
 
     parser: Parser
     arguments: argparse.Namespace
@@ -64,7 +64,7 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
 
     Args:
         script: Path of the script in the checkout or the package.
-        words: Words of the command line behind the script.
+        words: Arguments of the command line behind the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
     table = find_table(script)

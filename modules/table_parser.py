@@ -106,18 +106,20 @@ def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
+    """Return the action of argparse that a row of a table describes, made without calling its constructor."""
     flags = row["flags"]
     dest = row.get("dest") or _name_after(flags)
-    name_of_kind = row.get("action", "store")
-    kind = _ACTIONS[name_of_kind]
-    usual = {**_DEFAULTS, **_OF_SWITCH.get(name_of_kind, {})}
-    info = {name: row.get(name, default) for name, default in usual.items()}
+    action_name = row.get("action", "store")
+    kind = _ACTIONS[action_name]
+    defaults = {**_DEFAULTS, **_OF_SWITCH.get(action_name, {})}
+    info = {name: row.get(name, default) for name, default in defaults.items()}
     if kind is argparse.BooleanOptionalAction:  # its help differs between versions of Python
         on_flags = [flag for flag in flags if not flag.startswith("--no-")]
         built: argparse.Action = kind(on_flags, dest, default=info["default"], help=info["help"])
         info |= {"help": built.help, "nargs": built.nargs}
     action = kind.__new__(kind)
     vars(action).update(info, option_strings=flags, dest=dest)
+    # the table is JSON: lists stand for tuples, and names for types
     for name in ("choices", "known_as", "stays"):
         if isinstance(info[name], list):
             setattr(action, name, tuple(info[name]))
@@ -126,8 +128,9 @@ def _build_action(row: Mapping[str, Any]) -> Any:
     if isinstance(info["type"], str):
         action.type = _NUMBERS.get(info["type"]) or _NamedType(info["type"])
     if "refusal" in row:
-        rejection = {**row["refusal"], "values": tuple(row["refusal"].get("values", ()))}
-        action.refusal = Rejection(**{"help": "", "reason": "", "instead": "", "settings": {}, **rejection})  # type: ignore[attr-defined]
+        rejection = {"help": "", "reason": "", "instead": "", "settings": {}, **row["refusal"]}
+        rejection["values"] = tuple(rejection.get("values", ()))
+        action.refusal = Rejection(**rejection)  # type: ignore[attr-defined]
         action.help = row.get("help") or _help_of(action.refusal)  # type: ignore[attr-defined]
     if "not_given" in row:
         action.not_given = row["not_given"]  # type: ignore[attr-defined]

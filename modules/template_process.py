@@ -33,6 +33,7 @@ def _limit_memory(size_bytes: int) -> None:
 
 
 def _generate(job: dict[str, Any]) -> str:
+    """Render a template in a sandbox and return the text."""
     sys.path.append(job["packages"])
     import jinja2
     import jinja2.ext

@@ -173,8 +173,10 @@ def _decode(content: bytes, encoding: str) -> str | None:
 
 
 def _measure_characters(text: str) -> float:
-    default = sum(char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text)
-    return default / max(len(text), 1)
+    plausible = sum(
+        char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text
+    )
+    return plausible / max(len(text), 1)
 
 
 def _rate_text(text: str, encoding: str) -> float:
@@ -222,13 +224,13 @@ def _rate_sign(char: str, encoding: str) -> float:
     lead = char.encode(encoding)[0]
     match encoding:
         case "gb18030":
-            is_default = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+            is_common = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
         case "big5":
-            is_default = 0xA4 <= lead <= 0xC6
+            is_common = 0xA4 <= lead <= 0xC6
         case "cp932":
-            is_default = 0x88 <= lead <= 0x97
+            is_common = 0x88 <= lead <= 0x97
         case "euc_jp":
-            is_default = 0xB0 <= lead <= 0xCF
+            is_common = 0xB0 <= lead <= 0xCF
         case _:
-            is_default = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
-    return 0.4 if is_default else -1.0
+            is_common = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+    return 0.4 if is_common else -1.0

@@ -110,10 +110,12 @@ def read_tensor_header(
     Raises:
         ValueError: If the header is wrong; entries are not looked at.
     """
+    # the file: 8 bytes with the length of the header, the header as JSON, then the tensors' bytes
     start = read(min(size, first))
     length = int.from_bytes(start[:8], "little")
     end = 8 + length
-    if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
+    shortest_end = 8 + len("{}")
+    if not shortest_end <= end <= min(MAX_HEADER_BYTES + 8, size):
         raise ValueError(f"it claims {length} bytes, the file has {size}" if size else "it is empty")
     if len(start) < 9:
         start += read(1)

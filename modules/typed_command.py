@@ -21,7 +21,7 @@ VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
 
 def read_command(option: str, text: str) -> list[str]:
-    """Return the words of a command, split as this system's command line is.
+    """Return the arguments of a command, split as this system's command line is.
 
     `option` is the flag of its option.
 

@@ -188,6 +188,7 @@ class MossImage(pictures.ModelOfImages):
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
         missing = sorted(block for block in blocks if count is not None and block >= count)
+        # the default is for the released model: of a smaller one, blocks that it lacks are left out silently
         is_default = blocks == own.read_blocks(own.SKIPPED)
         if missing and not is_default:
             raise OptionError(

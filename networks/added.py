@@ -187,16 +187,16 @@ class AddedPart:
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return the addition to the output by the change of the weight; None if it does not change."""
-        if self._angles is not None:
+        if self._angles is not None:  # a rotation of the input, passed through the module's own weight
             added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
             if self.rows is None:
                 return added
             outputs = torch.zeros_like(added)
             outputs[..., self.rows] = added[..., self.rows]
             return outputs
-        if self._chain:
+        if self._chain:  # factors of low rank
             return self._low_rank(x).to(out.dtype)
-        if self._full is None:
+        if self._full is None:  # only the bias changes
             return None
         # recomputed in every pass: stored, all of them would be as large as the model
         delta = (self._addition(self._full, x.device) * self.multiplier).to(out.dtype)

@@ -74,7 +74,10 @@ class _Sources(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """A key of settings, as spellings vary: `transformer.LoRA_alpha` has the name `loraalpha`."""
+    """A key of settings.
+
+    Its name is the same for all spellings: `loraalpha` for `transformer.LoRA_alpha`.
+    """
 
     network: str  # that it begins with, as a pipeline calls it; else ""
     name: str

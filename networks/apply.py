@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
+from modules.integers import ceil_div
 from networks import deltas
 from networks.delta import Delta, read_deltas
 from networks.deltas import CPU, ROWS, SET
@@ -227,8 +228,8 @@ class Change:
             start = 0 if block is None else block.start
             step = 1 if block is None else block.step or 1
             # first to end: those of the block's rows that are in the change
-            first = max(0, -(-(self.rows.start - start) // step))
-            end = min(len(total), -(-(self.rows.stop - start) // step))
+            first = max(0, ceil_div(self.rows.start - start, step))
+            end = min(len(total), ceil_div(self.rows.stop - start, step))
             if first >= end:
                 return
             offset = start - self.rows.start

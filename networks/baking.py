@@ -93,7 +93,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     assert baking.rank is not None
     tensors = lora.tensors
     if family is not None and any(name.endswith(NEEDING_WEIGHT) for name in tensors):
-        # one for parts of a fused weight becomes one for the whole weight, as the model has it
+        # one for parts of a fused weight becomes one for the whole weight, as in the model
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}

@@ -150,7 +150,7 @@ def _draw_curve(curve: str, count: int) -> list[float]:
 
 
 def _read_numbers(name: str, texts: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Return numbers of at least 0. Raises OptionError."""
+    """Return numbers of at least 0. Raises OptionError if the text holds anything else."""
     numbers = []
     for text in texts:
         try:

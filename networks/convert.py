@@ -290,7 +290,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         converted_lora = ConvertedLora(tensors, metadata)
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
-    words = ""
+    baked_note = ""
     unjoinable = _find_unjoinable_factors(tensors)
     if unjoinable:
         if options.lokr_rank is None:
@@ -303,7 +303,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         replaced = ungroup(unjoinable)
         baking = Baking(options.lokr_rank, select_device(None))
         plain = bake(replace(lora, tensors=replaced), Z_IMAGE, baking)
-        words = plain.words
+        baked_note = plain.words
         unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
         tensors = {**unchanged, **plain.lora.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
@@ -312,7 +312,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         ConvertedLora(tensors, metadata),
         sources=[lora],
         family=Z_IMAGE,
-        baked=words,
+        baked=baked_note,
     )
 
 

@@ -186,12 +186,12 @@ class Delta:
         """Return rows and columns of the matrix that the factors change; None if they change no matrix."""
         matrices = [part for part in self.factors if part in PARTS and part not in _NO_MATRICES]
         is_matrix = all(self.factors[part].ndim == 2 for part in matrices)
-        full = self.factors.get("diff", self.factors.get(SET))
         if not is_matrix:
             return None
+        full = self.factors.get("diff", self.factors.get(SET))
         if full is not None:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
-        if not composing.CORES.isdisjoint(self.factors):
+        if not composing.CORES.isdisjoint(self.factors):  # of a convolution
             return None
         whole = self.with_factors({part: tensor for part, tensor in self.factors.items() if part != ROWS})
         try:
@@ -363,7 +363,7 @@ def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def read_delta(factors: Factors) -> Delta:
-    """Return the delta of one module. Of the modules of a file, `read_deltas` is quicker."""
+    """Return the delta of one module. For all modules of a file, use `read_deltas`, which is faster."""
     return Delta(factors, _find_algebras(factors))
 
 

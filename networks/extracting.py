@@ -327,7 +327,7 @@ class KeptChange:
     """Add up how much of the change of a model a LoRA keeps."""
 
     total: float = 0.0  # sum of the squares of the change
-    lost: float = 0.0  # likewise, of what the LoRA leaves out
+    lost: float = 0.0  # sum of the squares of what the LoRA leaves out
 
     @property
     def share(self) -> float:

@@ -4,7 +4,7 @@ The weight is that of a Linear or a Conv2d. Such a network needs neither the fro
 stored as, nor keeps the whole change for the backward pass. Factors have the names and shapes of LyCORIS'
 files: those of a convolution are matrices too, in which the values of its kernel are further columns.
 """
-# Letters: B pictures, H W their size
+# Letters: B images, H W their size
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution of one group moves over a picture."""
+    """How a convolution of one group moves over an image."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]

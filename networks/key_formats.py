@@ -95,16 +95,16 @@ def to_native(
         with_texts: Whether to rename tensors of text encoders too.
     """
     internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
-    default = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
-    if any(MARKS.search(key) for key in default.tensors):
-        default = rewrite(default.tensors)
+    rearranged = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    if any(MARKS.search(key) for key in rearranged.tensors):
+        rearranged = rewrite(rearranged.tensors)
 
-    places = _place_keys(default.tensors)
+    places = _place_keys(rearranged.tensors)
     dialects = sorted({place.dialect for place in places.in_dit.values()})
     named_by_dialect = [_FAMILY_OF_DIALECT[dialect] for dialect in dialects if dialect in _FAMILY_OF_DIALECT]
-    family_name = default.family_name or next(iter(named_by_dialect), None)
+    family_name = rearranged.family_name or next(iter(named_by_dialect), None)
     hint = family_hint or family_name
-    families = _families_of_places(places.in_dit, default.tensors, hint)
+    families = _families_of_places(places.in_dit, rearranged.tensors, hint)
     if len(families) > 1:
         families = _families_by_form(families, places)
         if len(families) == 1:
@@ -122,16 +122,16 @@ def to_native(
         if first_keys.setdefault(name, key) != key:
             repeated[key] = first_keys[name]
     return NativeTensors(
-        tensors=_rename(names, first_keys, default.tensors),
+        tensors=_rename(names, first_keys, rearranged.tensors),
         dialect=" + ".join(dialects),
         text_encoder=tuple(key for key in places.in_texts if key not in text_names),
-        texts=_rename(text_names, first_keys, default.tensors),
+        texts=_rename(text_names, first_keys, rearranged.tensors),
         unknown=(*places.unknown, *internal),
         repeated=repeated,
-        clash=_find_clash(repeated, default.tensors),
+        clash=_find_clash(repeated, rearranged.tensors),
         paths={modules[place.path]: place.path for place in places.in_dit.values()},
         stacked={
-            names[key].partition(".")[0]: count for key, count in default.stacked.items() if key in names
+            names[key].partition(".")[0]: count for key, count in rearranged.stacked.items() if key in names
         },
         families=tuple(families),
         family_name=family_name,

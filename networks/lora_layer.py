@@ -176,7 +176,9 @@ class LoraLayer(nn.Module):
         if factors is None:
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
         down, up = factors
-        hidden = self._masked(functional.linear(x, down), dropouts)
+        hidden = functional.linear(x, down)
+        if self.rank_mask is not None or dropouts is not None:
+            hidden = self._masked(hidden, dropouts)
         if isinstance(self.lora_up, BlockUp):
             return self.lora_up.multiply(hidden, up)
         return functional.linear(hidden, up)

@@ -290,7 +290,7 @@ def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
-    """Return the mean norm of up to MOST_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
+    """Return the mean norm of up to MAX_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
     rows = torch.randperm(layer.out_features, generator=torch.Generator().manual_seed(seed))[:MAX_ROWS]
     chosen = value_of(layer, layer.weight)[rows.to(layer.weight.device)]
     return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()

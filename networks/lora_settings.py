@@ -207,7 +207,7 @@ def read_settings(
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
-    """Return the values of `--network_args` that are not None. Raises OptionError."""
+    """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid."""
     readers = dict(_READERS)
     if rules is not None:
         readers |= readers_of(rules)
@@ -245,7 +245,10 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return which ranks act; None: all. Raises OptionError."""
+    """Return the rule that decides which ranks act; None if all do.
+
+    Raises OptionError if a value is invalid.
+    """
     asked = [kind for kind in VARIANTS if not values.keys().isdisjoint((kind.switch, *kind.numbers))]
     rules = (kind.read_rule_of_arguments(values, rank) for kind in asked)
     return next((rule for rule in rules if rule is not None), None)
@@ -279,6 +282,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
     names = [start + path.replace(".", "_") for start, path in modules]
 
     def fit(argument: str, pattern: Pattern, fits_some: bool) -> Pattern:
+        """Return the pattern if it fits as written, else one that matches in any spelling."""
         if fits_some or not modules:
             return pattern
         loose = re.compile(in_any_spelling(pattern.pattern))
@@ -361,7 +365,7 @@ def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
 
 
 def _read_pairs(kind: type[int] | type[float], argument: str, text: Any) -> ByPattern:
-    """Read pairs of pattern and number. Raises OptionError."""
+    """Read pairs of pattern and number. Raises OptionError if one is malformed."""
     pairs = []
     for part in str(text).split(","):
         pattern, equals, number_text = part.strip().partition("=")
@@ -416,7 +420,10 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> ByPattern:
-    """Return the pairs of pattern and learning rate of an argument. Raises OptionError."""
+    """Return the pairs of pattern and learning rate of an argument.
+
+    Raises OptionError if one is malformed.
+    """
     return _read_pairs(float, argument, text)
 
 

@@ -27,12 +27,17 @@ class OwnModule:
 
     rules: LoraRules | None = None  # a family's arguments that choose among the modules of its `DitSpec`
     kind: NetworkKind = LORA
+    family: str = ""  # the only one that it is for, as LoRA files name it; "": it is for any
 
 
 OWN_MODULES = {
     **{kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module},
     # LoRAs under the names that other LoRA tuners have
-    **{family.network_module: OwnModule(family.rules) for family in FAMILIES if family.network_module},
+    **{
+        family.network_module: OwnModule(family.rules, family=family.name)
+        for family in FAMILIES
+        if family.network_module
+    },
 }
 # settings that are allowed with --dim_from_weights
 WITH_FILE = {

@@ -13,7 +13,7 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import add_missing_alphas, group_by_module
-from networks.kinds.contract import LoraModule, Target
+from networks.kinds.contract import LoraModule, RankRule, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
@@ -270,26 +270,25 @@ def build_network(
     for layer_name, target in targets.items():
         if layer_name in layers:
             layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
-    _mask_ranks(layers, settings, dit)
+    if settings.rank_rule is not None:
+        _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
 
 
-def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
+def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
     """Add rank masks to the LoRAs of a DiT; text encoders see no noise level, so their LoRAs have no masks.
 
     Raises:
         OptionError: If only text encoders are trained.
     """
-    if settings.rank_rule is None:
-        return
     if dit is None:
         raise OptionError(
-            f"--network_args {settings.rank_rule.kind.switch}=True: the noise of a sample decides which "
+            f"--network_args {rule.kind.switch}=True: the noise of a sample decides which "
             "ranks act, and text encoders, which alone learn here, see none. Leave it out"
         )
     for name, layer in layers.items():
         if name.startswith(OURS) and isinstance(layer, LoraLayer):
-            layer.rank_mask = mask_for(dit, settings.rank_rule, layer.rank)
+            layer.rank_mask = mask_for(dit, rule, layer.rank)
 
 
 def _joining_layers(
@@ -349,18 +348,20 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
         settings: Settings of the network.
     """
     if not name.startswith(OURS):
-        settings = replace(settings, rules=None)
+        settings = replace(settings, rules=None)  # the rules are about blocks of the transformer
     rules = settings.rules
     blocks = settings.train_blocks
     if rules is not None and blocks is not None and not placed.path.startswith(rules.choices[blocks]):
         return True
     if _is_excluded(placed.path, settings):
         return True
-    places = find_by_pattern(settings.reg_ranks, name)
-    if places:
-        _, rank = settings.reg_ranks[places[-1]]
+    matching = find_by_pattern(settings.reg_ranks, name)
+    if matching:
+        _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
         return not rank
-    size = _size(placed.path, placed.module, replace(settings, conv_rank=settings.conv_rank or 1))
+    # without conv_rank convolutions get no LoRA by default, but no argument leaves them out: any rank will do
+    with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
+    size = _size(placed.path, placed.module, with_convolutions)
     return size is None or not size.rank
 
 
@@ -446,7 +447,8 @@ def build_from_tensors(
             f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
             f"{list_some(absent)}"
         )
-    _mask_ranks(layers, settings, dit)
+    if settings.rank_rule is not None:
+        _mask_ranks(layers, settings.rank_rule, dit)
     return OwnNetwork(layers, settings)
 
 

@@ -643,7 +643,7 @@ def mend_split_alphas(
         num_parts = len({part.index for part in parts} - {None, SWAPPED})
         heights = fused_heights(num_parts, len(up), down.shape[1])
         if heights and diagonal_blocks(up, heights) is not None:
-            mended[f"{name}.alpha"] = alpha * len(heights)
+            mended[f"{name}.alpha"] = alpha * len(heights)  # as the rank: k times that of one part
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")

@@ -1,6 +1,6 @@
 """Rearrange LoRA files whose factors match the modules of no model into the usual form.
 
-XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: picture, lora2: text; qkv or proj)
+XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: image, lora2: text; qkv or proj)
            single_blocks.0.processor.qkv_lora.down.weight, .proj_lora. (as their processors compute: the first
            adds to queries, keys and values of linear1, the second to linear2)
 numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
@@ -65,22 +65,23 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     The change of the weights stays the same: n numbered factors become one LoRA with n times the rank and
     alpha, whose up factor is block-diagonal.
     """
-    default: dict[str, Tensor] = {}
+    rewritten: dict[str, Tensor] = {}
     family_name = ""
     for key, tensor in _take_apart(tensors).items():
         match = _XLABS.fullmatch(key)
         names = [] if match is None else _in_flux(match)
-        if match is None or not names:
-            default[key] = tensor
+        if match is None or not names:  # not of XLabs
+            rewritten[key] = tensor
             continue
         family_name = "flux"
         if len(names) == 1:
-            default[names[0]] = tensor
+            rewritten[names[0]] = tensor
             continue
+        # q, k and v become three LoRAs: each has its rows of the up factor, and the whole down factor
         parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
         for name, part in zip(names, parts, strict=True):
-            default[name] = part.clone()  # copies: files cannot hold tensors that share memory
-    return _put_together(default)._replace(family_name=family_name)
+            rewritten[name] = part.clone()  # copies: files cannot hold tensors that share memory
+    return _put_together(rewritten)._replace(family_name=family_name)
 
 
 def _in_flux(match: re.Match[str]) -> list[str]:
@@ -105,7 +106,7 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     apart = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
         factors = {part: tensors[key] for part, key in keys.items()}
-        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as PEFT has them
+        if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
         heights = _heights_of_parts(layer.name, factors)
         if not heights:
@@ -174,7 +175,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
     """Join the numbered factors of each module to one LoRA."""
-    default = dict(tensors)
+    joined = dict(tensors)
     stacked: dict[str, int] = {}
     single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
     alpha_of_all = single[0] if single else None
@@ -185,12 +186,12 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
             continue
         for part_keys in keys.values():
             for key in part_keys.values():
-                del default[key]
-        default.pop(f"{module}.alpha", None)
+                del joined[key]
+        joined.pop(f"{module}.alpha", None)
         for part, tensor in _build_diagonal(pieces).items():
-            default[f"{module}.{part}"] = tensor
+            joined[f"{module}.{part}"] = tensor
         stacked[f"{module}.{DOWN}"] = len(pieces)
-    return Rewritten(default, stacked)
+    return Rewritten(joined, stacked)
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:

@@ -279,10 +279,11 @@ class LoraRounding:
         return {METADATA_KEY: self.words()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log the summary of `words`, once.
+        """Log how the merged weights were rounded, as `words` describes it, and forget the counts.
 
         Args:
-            num_unmerged: Number of weights in 8 or 4 bits next to which LoRAs are added.
+            num_unmerged: Number of 8-bit or 4-bit weights that are not merged: their LoRAs are computed next
+                to them.
         """
         words = self.words()
         if num_unmerged and not self._num_changed and self._rule != AUTO:

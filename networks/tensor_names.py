@@ -179,7 +179,10 @@ def in_default_spelling(key: str) -> str:
 
 
 def without_starts(path: str) -> list[Bare]:
-    """Return the path with 0, 1, 2 ... known prefixes removed; the first prefix shows the dialect."""
+    """Return a module's path with 0, 1, 2 ... known prefixes removed.
+
+    The dialect of each result is that of the first prefix that was removed.
+    """
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [Bare(path, special)]

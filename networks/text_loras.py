@@ -37,6 +37,8 @@ def uses_for(
         prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
             after `for_encoders`.
     """
+    # keys of metadata that describe the DiT's part of a file: its model, and arguments such as rank masks
+    about_dit = ("ss_base", "modelspec", "ss_network_args")
     parts = []
     for use in uses:
         lora = replace(use.lora, text_tensors={})
@@ -49,8 +51,6 @@ def uses_for(
                 for name, tensor in texts.items()
                 if prefix_of(name) == prefix
             }
-            # metadata that name the DiT, or how its ranks are masked
-            about_dit = ("ss_base", "modelspec", "ss_network_args")
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
             lora = replace(
                 lora,
@@ -165,7 +165,7 @@ class TensorPiece:
     """A tensor of a network, or a third of one in which the file stacks three."""
 
     network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
-    name: str  # as LoRA files have it, with "."; the U-Net's as in the file
+    name: str  # as in LoRA files, with "."; the U-Net's as in the file
     third: int | None = None  # of the rows; None: all
     is_transposed: bool = False
 

@@ -295,7 +295,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         heights = (rows // 2, rows // 2)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
-    is_plain = DOWN in factors and len(factors) <= 3
+    is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
     blocks = diagonal_blocks(factors[UP], heights) if is_plain else None
     parts: Sequence[Factors | None]
     parts = _cut_rows(factors, heights) if blocks is None else cut_blocks(factors, blocks)

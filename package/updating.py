@@ -122,14 +122,14 @@ def go_back(root: Path) -> None:
             has changed then.
     """
     with _only_change(root):
-        is_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
+        was_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
         _repair(root)
         if not (root / ".git").exists():
-            if not is_unfinished:  # else it is undone now
+            if not was_unfinished:  # an unfinished update has just been undone by `_repair`
                 _undo_zip(root)
             return
         note = _read_commits(root)
-        _reject_changes(root)
+        _reject_changes(root, "back")
         _reject_own_commits(root, note)
         _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_back=True))
     _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
@@ -185,6 +185,7 @@ def _only_change(root: Path) -> Iterator[None]:
 
 
 def _repair(root: Path) -> None:
+    """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
     kept, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     if part.exists() and old.exists() and not kept.exists():  # ended between two renamings
         os.replace(old, kept)
@@ -211,7 +212,7 @@ def _keep_program(root: Path) -> None:
 
 
 def _update_clone(root: Path) -> None:
-    _reject_changes(root)
+    _reject_changes(root, "an update")
     before = _git(root, "rev-parse", "HEAD")
     _git(root, "fetch", "--quiet")
     after = _git(root, "rev-parse", "@{upstream}")
@@ -220,7 +221,8 @@ def _update_clone(root: Path) -> None:
         _say("This is the newest version.")
         return
     _move_clone(root, CloneMove(before, after, is_back=False))
-    _say(f"Updated by {count} changes, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
+    changes = f"{count} change{'s' if count != '1' else ''}"
+    _say(f"Updated by {changes}, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
     _say("back returns to the version before.")
 
 
@@ -334,12 +336,12 @@ def _list_changes(root: Path) -> list[str]:
     return [line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()]
 
 
-def _reject_changes(root: Path) -> None:
+def _reject_changes(root: Path, command: str) -> None:
     changed = _list_changes(root)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"You changed {', '.join(changed[:3])}{more}, which an update would overwrite. Commit that, or "
+            f"You changed {', '.join(changed[:3])}{more}, which {command} would overwrite. Commit that, or "
             "put it aside with git stash, and run again"
         )
 
@@ -368,6 +370,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
+    """Replace the program's files by those of a zip file, so that the change can be undone."""
     unfinished = root / NOTES / BACK / UNFINISHED
     new = root / NOTES / NEW
     try:

@@ -39,8 +39,8 @@ class Tool:
     aliases: tuple[str, ...]  # other names, in lower case
     record: type[Options]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
-    needs_video: bool = False  # it can do nothing with a single picture
-    hides: bool = False  # its result must not show the source, also not in a cover picture
+    needs_video: bool = False  # it can do nothing with a single image
+    hides: bool = False  # its result must not show the source, also not in a cover image
 
 
 TOOLS = (
@@ -83,7 +83,7 @@ class Chain:
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
     """Parse the command line of a tool's script, including `--then` and further tools.
 
-    Invalid options end the program as in argparse. Raises OptionError.
+    Invalid options end the program as in argparse. Raises OptionError if two options contradict each other.
     """
     if argv is None:
         argv = sys.argv[1:]

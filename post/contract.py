@@ -26,7 +26,7 @@ class Clip:
     path: Path  # path of the video, for messages
     width: int
     height: int
-    rate: Fraction | None  # pictures a second on average; None: a single picture
+    rate: Fraction | None  # images a second on average; None: a single image
     frames: int | None  # as its file says, for progress; None: not known
     is_deep: bool  # what stages compute is wanted with 16 bits a channel, else with 8
 
@@ -88,7 +88,7 @@ def batch_norm(width: int) -> nn.BatchNorm2d:
     return norm
 
 
-LARGEST = 65535  # pixels of a side; no codec and few picture files take more
+LARGEST = 65535  # pixels of a side; no codec and few image files take more
 
 
 def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:

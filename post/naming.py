@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIX = ".png"
 # including those of phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-CAPTIONS = (".txt", ".caption")  # besides the pictures and clips of datasets
+CAPTIONS = (".txt", ".caption")  # besides the images and clips of datasets
 NAMED = 3  # files that a message names
 
 

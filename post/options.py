@@ -165,7 +165,7 @@ class InterpolationOptions(Options, title="interpolation"):
 
 
 METHODS = ("blur", "fill")
-MAX_HELD = 300  # pictures that are kept in memory for the sake of those before them
+MAX_HELD = 300  # images that are kept in memory for the sake of those before them
 _BLUR = "blur"
 
 

@@ -118,7 +118,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     logger.info("%s: %s in %s", frames, count_of(written, "frame"), in_words(seconds))
 
 
-# Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
+# Run stages on a video: decode, stages and encode at the same time, with few images in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     """Return metadata entries `post_N` for the tools of this run, numbered after those of earlier runs."""
     numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
@@ -126,7 +126,7 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 
 
-SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
+SECONDS = Fraction(1)  # that a single image is shown; no tool for images reads it
 
 
 def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:

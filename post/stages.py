@@ -139,7 +139,7 @@ def _explain_memory(what: str) -> Iterator[None]:
 
 
 # The tools of --post: decoded frames of a generation go through them on their way into the file.
-Frame = NDArray[np.uint8]  # H W 3, RGB; a single picture may have alpha, H W 4
+Frame = NDArray[np.uint8]  # H W 3, RGB; a single image may have alpha, H W 4
 LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list[NamedStage]]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.compile_options import Compilation
 from modules.devices import free_memory, half_where_fast, is_out_of_memory, select_compute_dtype
 from modules.errors import CheckpointError, MemoryPlanError
+from modules.integers import ceil_div, round_up
 from post.options import ToolNetworkOptions
 from running.compile import check_compilation, compile_each
 from running.planning.device_memory import host_room, spare_bytes
@@ -23,14 +24,9 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
-FULL = 0  # size of a tile that means the whole picture
+FULL = 0  # size of a tile that means the whole image
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
 SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
-
-
-def round_up(number: int, step: int) -> int:
-    """Round a number up to the next multiple of `step`."""
-    return -(-number // step) * step
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
@@ -75,8 +71,8 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
     tile = max(tile // step * step, overlap + step)
     if length <= tile:
         return [(0, length)]
-    number = -(-(length - overlap) // (tile - overlap))
-    size = round_up(-(-(length + (number - 1) * overlap) // number), step)
+    number = ceil_div(length - overlap, tile - overlap)
+    size = round_up(ceil_div(length + (number - 1) * overlap, number), step)
     last = length - size
     starts = [index * last // (number - 1) // step * step for index in range(number - 1)]
     return [(start, start + size) for start in [*starts, last]]
@@ -175,8 +171,8 @@ class Fitting:
     """
 
     device: torch.device
-    batch: int  # pictures at once
-    tile: int  # pixels of the network's input; WHOLE: whole pictures
+    batch: int  # images at once
+    tile: int  # pixels of the network's input; WHOLE: whole images
     is_auto: bool  # tiles may become smaller
     overlap: int
     step: int = 1

@@ -14,7 +14,7 @@ from modules.atomic_write import write_text
 from modules.errors import OutputError
 from modules.text_files import parse_json, parse_toml, read_text
 from modules.version import VERSION
-from project.media import WRITTEN
+from project.options import WRITTEN
 
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves

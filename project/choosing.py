@@ -38,7 +38,7 @@ from modules.text_files import read_safetensors_texts
 from project.fitting import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.options import check_trigger, find_models
+from project.options import check_trigger, find_models, script_family
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -50,16 +50,16 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 class ModelInfo:
     """What the record of a model's family says about the model."""
 
-    references: int  # most pictures that one is made from; 0: it does not edit
+    references: int  # most images that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
     hears: bool  # it learns the sound of clips
     pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
-    learns_clips: bool  # False: it learns pictures alone
+    learns_clips: bool  # False: it learns images alone
     min_seconds: float  # minimum length of a clip; shorter ones are not used
     learns_audios: bool  # it also learns sounds without clips
-    regularises: bool  # it also learns regularization pictures, of the class
-    learns_alpha: bool  # it learns the transparency of pictures
-    learns_layers: bool  # it learns pictures with their layers
+    regularises: bool  # it also learns regularization images, of the class
+    learns_alpha: bool  # it learns the transparency of images
+    learns_layers: bool  # it learns images with their layers
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
     dtypes: Mapping[str, Sequence[str]]
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
@@ -87,7 +87,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one that hears
+    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one with audio
         audio = audio_of(family)
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_inside
@@ -110,7 +110,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
 
 
 def learns_audio_alone(model: ModelSet) -> bool:
-    """Return whether the model can be trained on sounds without pictures."""
+    """Return whether the model can be trained on sounds without images."""
     return bool(model.data.get("sound_alone"))
 
 
@@ -179,7 +179,10 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
-    """Check the trigger word that a run learns, as its training script does. Raises OptionError."""
+    """Check the trigger word that a run learns, as its training script does.
+
+    Raises OptionError if the script would reject it.
+    """
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
@@ -209,16 +212,6 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
         if words[start].lstrip("-") in names and not is_missing:
             selected += [words[start], *values]
     return selected
-
-
-def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents.
-
-    Raises:
-        KeyError: If the command is not one that caches latents.
-    """
-    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
-    return scripts[words[1]]
 
 
 def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
@@ -272,9 +265,9 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
         if kind.has_few_steps:
             subject = "a model of few steps"
         task = _find_task_of(family, model, kind)
-        instead = "give another --task" if task is None else f"give --task {task}"
+        instead = "" if task is None else f"--task {task}, or "
         return (
-            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: {instead}, or the "
+            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: give {instead}the "
             f"file of {model.task}"
         )
     return None

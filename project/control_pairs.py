@@ -11,7 +11,7 @@ from modules.errors import DatasetError
 from modules.line_kinds import warning
 from project.kinds.contract import RunKind
 
-# folders of control pictures
+# folders of control images
 CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pictures?))?", re.IGNORECASE)
 
 

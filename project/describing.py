@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from contract.requests import COUNTS, VALUES
+from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
+from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
@@ -38,7 +40,7 @@ from project.options import RUN_FILE
 from project.tags import TagLists, as_words
 from training.config_options import OTHERS_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
@@ -79,7 +81,7 @@ class Choice:
     trigger: str | None
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of all tables that another trainer's project has
-    places: Mapping[Path, Mapping[str, Any]]  # likewise, of the table of a folder
+    places: Mapping[Path, Mapping[str, Any]]  # keys of the table of a folder
     training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # files for validation, if there are enough
 
@@ -90,7 +92,7 @@ class Choice:
 
     @property
     def media(self) -> list[Media]:
-        """Clips, pictures or sounds of the folder."""
+        """Clips, images or sounds of the folder."""
         return self.content.media
 
     @property
@@ -133,6 +135,14 @@ class Choice:
     def inside(self, path: Path) -> str:
         """Return a path relative to the folder, with forward slashes."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of the dataset, as a prompt of a sample."""
+
+    instruction: str  # "" if it has no caption
+    images: str  # options for the images that it changes
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
@@ -180,8 +190,8 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
     # no other file has the shape of a panorama
-    default = [item for item in learned if not is_narrow(item)] or learned
-    ranked = sorted(default, key=lambda item: _area(item.size))
+    typical = [item for item in learned if not is_narrow(item)] or learned
+    ranked = sorted(typical, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 
@@ -267,7 +277,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
     """
     shortest = min(choice.size)
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
-    largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
+    largest = round_up(2 * max(choice.size), SIDE_STEP)
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
     of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
     lines = ["", *_format_toml_table("[[datasets]]", of_dataset)]
@@ -356,14 +366,18 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 def describe_samples(choice: Choice) -> str:
     """Return prompts.txt: the subject in two situations that no caption mentions, and a prompt without it.
 
-    For a network with control images, the prompts are captions together with their control images.
+    For a network with control images, the prompts are captions together with their control images. For
+    edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
     released_values = _released_values(choice.model)
     if choice.content.controls:
         return _describe_control_samples(choice, released_values)
     if choice.content.layers:
         return _describe_layer_samples(choice, released_values)
-    captions = [item.caption for item in choice.media if item.caption]
+    edits = _list_edits(choice)
+    if edits:
+        return _describe_edit_samples(choice, edits, released_values)
+    captions = [find_text(item.caption) for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
     # without the names of regularization folders, which only name the class
     names = [name.words for place, name in choice.content.names.items() if place in learned]
@@ -371,23 +385,35 @@ def describe_samples(choice: Choice) -> str:
     if choice.tags is not None:
         subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
-    references = _list_reference_options(choice)
     if not choice.kind.learns_word:
-        prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
+        prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
     quality = choice.model.data.get("tags")
     if quality:
         prompts = [f"{quality}, {prompt}" for prompt in prompts]
     size = _sample_size(choice)
-    media_of_samples = itertools.cycle(references[:3] or _start_options(choice))
+    start = _write_start_options(choice)
     lines = ""
-    for seed, (prompt, media) in enumerate(zip(prompts, media_of_samples, strict=False), start=1):
-        parts = [prompt, size, released_values, media, f"--d {seed}"]
+    for seed, prompt in enumerate(prompts, start=1):
+        parts = [prompt, size, released_values, start, f"--d {seed}"]
+        lines += " ".join(filter(None, parts)) + "\n"
+    return lines
+
+
+def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
+    """Return prompt lines for the first and a middle edit as they are trained, and one for another edit."""
+    shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
+    samples = [edit for edit in shown if edit.instruction]
+    if not samples or not choice.kind.learns_word:
+        samples.append(Edit(OTHER_EDIT, edits[-1].images))
+    lines = ""
+    for seed, edit in enumerate(samples, start=1):
+        parts = [edit.instruction, _sample_size(choice), released_values, edit.images, f"--d {seed}"]
         lines += " ".join(filter(None, parts)) + "\n"
     return lines
 
 
 def _describe_control_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last pair: caption, size and control picture."""
+    """Return prompt lines for the first, a middle and the last pair: caption, size and control image."""
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
@@ -402,7 +428,7 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
 
 
 def _describe_layer_samples(choice: Choice, released_values: str) -> str:
-    """Return prompt lines for the first, a middle and the last picture, with their numbers of layers."""
+    """Return prompt lines for the first, a middle and the last image, with their numbers of layers."""
     images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
     for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
@@ -479,22 +505,24 @@ def _released_values(model: ModelSet) -> str:
     return " ".join(options)
 
 
-def _start_options(choice: Choice) -> list[str]:
+def _write_start_options(choice: Choice) -> str:
     """Return the options for the first and last frame of all samples, if the model starts from frames."""
-    return [_write_frames(choice)] if choice.model.data.get("from_image") else [""]
+    return _write_frames(choice) if choice.model.data.get("from_image") else ""
 
 
-def _list_reference_options(choice: Choice) -> list[str]:
-    """Return a line of --ci options for each image all of whose references can be read."""
+def _list_edits(choice: Choice) -> list[Edit]:
+    """Return the edits of the dataset all of whose references can be read."""
     references = choice.content.references
-    lines = []
+    edits = []
     for item in choice.media:
         if item.kind != "image" or item.path.parent not in references:
             continue
         sources = reference_of(item, references[item.path.parent])[: choice.facts.references]
         if sources and not any(map(why_unused, sources)):
-            lines.append(" ".join(f"--ci {choice.inside(path)}" for path in sources))
-    return lines
+            images = " ".join(f"--ci {choice.inside(path)}" for path in sources)
+            instruction = add_trigger(find_text(item.caption or ""), choice.trigger or "")
+            edits.append(Edit(_plain(instruction), images))
+    return edits
 
 
 def _write_frames(choice: Choice) -> str:
@@ -547,7 +575,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 
 
 def _words_of(choice: Choice, step: str) -> list[str]:
-    """Return the words of a model's command, with the audio-only option if the folder holds only sounds."""
+    """Return the arguments of a model's command, with its audio-only option if the folder has only audio."""
     words = shlex.split(choice.model.commands[step])
     if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()

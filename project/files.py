@@ -18,7 +18,7 @@ from downloads.listing import describe_licenses, excludes_many, gigabytes, print
 from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OptionError, OutputError
-from modules.line_kinds import CAPTIONS, NEXT, KindLine, fault, show_kinds, warning
+from modules.line_kinds import CAPTIONS, MEND, NEXT, KindLine, fault, show_kinds, warning
 from modules.media.reading import first_frame
 from modules.media.writing import write_png
 from modules.options import option_values
@@ -48,13 +48,14 @@ from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.known import remember_folder
-from project.media import WRITTEN, FolderContent, Media, collect_content, has_control_pairs, name_some
+from project.media import FolderContent, Media, collect_content, has_control_pairs, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files
 from project.new_options import NewOptions
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
     RUN_FILE,
+    WRITTEN,
     as_operand,
     download_options,
     find_models,
@@ -77,7 +78,7 @@ def write_project(options: NewOptions) -> None:
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures.
+    learns images.
 
     Raises:
         OutputError: If one of the three files exists.
@@ -366,7 +367,8 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
         first.append("correct what is listed above")
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
-    return KindLine(NEXT, f"First {', and '.join(first)}. Then {does}" if first else does)
+    kind = MEND if has_errors else NEXT
+    return KindLine(kind, f"First {', and '.join(first)}. Then {does}" if first else does)
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:

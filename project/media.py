@@ -31,21 +31,20 @@ from modules.text_files import parse_toml, read_text, real_path
 from project.control_pairs import CONTROLS, describe_control_pairs
 from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
-from project.options import RUN_FILE
+from project.options import WRITTEN
 
 if TYPE_CHECKING:  # with torch, and pages ask for pairs too
     from project.choosing import ModelInfo
 
 CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
-WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)
 CHECK_PAGE = "check.html"
-FIRST_FRAMES = "first_frames"  # folder of pictures that `new` takes from clips
+FIRST_FRAMES = "first_frames"  # folder of images that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
 CONTROL_FOLDER = "conditioning"
 DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
 REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
-# folders of what pictures are made from, also as control_images
+# folders of what images are made from, also as control_images
 REFERENCES = re.compile(
     r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
     r"([-_ ]?(images?|pictures?))?",
@@ -54,7 +53,7 @@ REFERENCES = re.compile(
 SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # minimum shorter side: smaller images are enlarged, and the model learns their blur
 FEW_MEDIA = 3  # fewer are said to be few
-LONG = 4  # sides of one picture
+LONG = 4  # sides of one image
 MAX_FOLDERS = 1000  # that are looked into for media that are left out
 MAX_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
 AUDIO_HELP = (
@@ -69,7 +68,7 @@ class Media:
     path: Path
     kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
     size: tuple[int, int]  # width, height; of a sound 0, 0
-    seconds: Fraction | None  # None: a picture, or a file that does not say
+    seconds: Fraction | None  # None: an image, or a file that does not say
     caption: str | None  # on one line; None: there is none
 
     @property
@@ -89,13 +88,15 @@ class FolderContent:
     new_captions: dict[Path, str] = field(default_factory=dict)
     other_captions: list[Path] = field(default_factory=list)  # files whose caption file is not as the list
     bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
-    unreadable: list[Path] = field(default_factory=list)  # clips and pictures
-    first_frames: dict[Path, Path] = field(default_factory=dict)  # picture -> clip
-    regularising: list[Path] = field(default_factory=list)  # folders of regularization pictures to train on
+    unreadable: list[Path] = field(default_factory=list)  # clips and images
+    first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
+    regularising: list[Path] = field(default_factory=list)  # folders of regularization images to train on
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
-    # folder of pictures -> folder of their references
+    # folder of images -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
-    controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
+    controls: dict[Path, Path] = field(
+        default_factory=dict
+    )  # folder of images -> that of their control images
     # layers of an image, from back to front
     layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -208,10 +209,10 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line for each folder of control images in, or next to, the folder and its training folders.
+    """Return a line about each folder of control images that belongs to a folder or its training folders.
 
-    `kind` is what is trained. `control_kind` is what could be trained on control images; None if nothing
-    could, and then no line is returned.
+    Such folders are inside the folder or next to it. `kind` is what is trained. `control_kind` is what could
+    be trained on control images; None if nothing could, and then no line is returned.
     """
     if control_kind is None:
         return {}
@@ -631,7 +632,8 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
             right = caption_path(Path(owner), suffix)
             hint = f"{path.name} seems to be that of {owner}: call it {right}"
             return f"{name_some(paths)}: captions of no file. {hint}"
-    return f"{name_some(paths)}: captions of no file. That of cat.mp4 is cat{suffix}"
+    example = f"cat{suffix} for cat.png"
+    return f"{name_some(paths)}: captions of no file. A caption has the name of its file, such as {example}"
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:

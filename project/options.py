@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from contract.families import FAMILIES, caption_formats
+from contract.families import FAMILIES, caption_formats, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from modules import installation
 from modules.command import as_typed
@@ -16,6 +16,7 @@ from modules.paths import path_from
 from modules.text_files import bad_character, real_path
 
 RUN_FILE = "run.toml"
+WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # in a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
 KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", FULL_MODEL)  # of `project.kinds.composing.KINDS`
@@ -128,3 +129,13 @@ def check_trigger(word: str) -> None:
         raise OptionError(
             f"--trigger_word has {len(word.strip())} characters: give 1 to {MAX_OF_WORD}, such as mrsfluff"
         )
+
+
+def script_family(words: Sequence[str]) -> str:
+    """Return the family of a command that caches latents.
+
+    Raises:
+        KeyError: If the command is not one that caches latents.
+    """
+    scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
+    return scripts[words[1]]

@@ -65,7 +65,7 @@ class RunOptions(Options):
 
     @property
     def end_words(self) -> list[str]:
-        """Return the words of the command to start at the end; [] without --on_end."""
+        """Return the arguments of the command to start at the end; [] without --on_end."""
         return [] if self.on_end is None else read_command(ON_END, self.on_end)
 
     @property

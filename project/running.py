@@ -30,7 +30,6 @@ from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.checked import remember_checked, was_checked
-from project.choosing import script_family
 from project.ending import EndCommand, describe_run
 from project.fitting import transformers_of
 from project.kinds.composing import LORA, find_kind_of, kinds_by_script
@@ -44,6 +43,7 @@ from project.options import (
     find_own_script,
     make_caption_words,
     own_command,
+    script_family,
     typed_in,
 )
 from project.run_options import RunOptions
@@ -51,7 +51,7 @@ from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path
-from training.saving.states import find_latest
+from training.saving.files import recover_states, state_pattern
 
 ARCHITECTURE = "modelspec.architecture"  # in metadata of trained files
 # kinds of faults of a check
@@ -132,7 +132,7 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
         return
     if _report_trained(project, options):
         return
-    if find_latest(project.output, project.name) is not None:
+    if _has_state(project):
         project = _extend_training(project, ["--resume", "latest"])
     if project.missing and not (options.download or options.dry_run):
         raise OptionError(_explain_missing(project, options.models))
@@ -147,6 +147,18 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
     _print_ending(project, left_out)
+
+
+def _has_state(project: Project) -> bool:
+    """Return whether the training can continue from a complete state."""
+    recover_states(project.output, project.name)
+    pattern = state_pattern(project.name)
+    names = [path.name for path in project.output.iterdir()] if project.output.is_dir() else []
+    if not any(map(pattern.fullmatch, names)):
+        return False
+    from training.saving.states import find_latest  # it loads torch, which a first run does without
+
+    return find_latest(project.output, project.name) is not None
 
 
 def _print_ending(project: Project, left_out: Sequence[str]) -> None:
@@ -463,7 +475,10 @@ def _is_check_of_media(words: Sequence[str]) -> bool:
 
 
 def _check_training(project: Project) -> None:
-    """Let the training script check its options and files before the long caching. Raises OptionError."""
+    """Let the training script check its options and files before the long caching.
+
+    Raises OptionError if the script rejects them.
+    """
     words = project.commands[-1]
     process = subprocess.run(
         [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],

@@ -129,7 +129,7 @@ class Version:
     name: str  # name of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
-    architecture: str  # modelspec.architecture, as musubi-tuner has it
+    architecture: str  # modelspec.architecture, as in musubi-tuner
     release: ModelRelease
     use: LanguageUse
     references: ReferenceRules | None = None

@@ -256,7 +256,10 @@ def find_turbo(dit: Path | None) -> Turbo | None:
 
 
 def _read_levels(index: Path) -> tuple[float, ...] | None:
-    """Return `sample_sigmas` of a model_index.json; None if it has none. Raises CheckpointError."""
+    """Return `sample_sigmas` of a model_index.json; None if it has none.
+
+    Raises CheckpointError if they are not noise levels.
+    """
     try:
         content = parse_json(read_text(index))
         levels = content.get("sample_sigmas")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
 RECOMPILE_LIMIT = 32
-# the same if each size is compiled by itself: blocks of all widths of a U-Net share their code
+# the same if each size is compiled separately: blocks of all widths of a U-Net share their code
 VARIANTS_OF_EACH_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}

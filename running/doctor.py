@@ -47,6 +47,7 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def _examine_packages() -> Iterator[Finding]:
+    """Yield the findings about the required packages, then about each optional one."""
     try:
         check_requirements()
     except InstallationError as error:

@@ -92,7 +92,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Turns prompt lines into requested pictures.
+    """Turns prompt lines into requested images.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -141,6 +141,7 @@ class Asking:
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> AskedImage:
+        """Return the requested image of a prompt line: its texts, its files and its settings."""
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
             values = read_line(text, line.label)
@@ -322,7 +323,7 @@ def _warn_of_unused(
 
 
 def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedImage]]:
-    """Group consecutive pictures with equal settings and the same kinds of inputs.
+    """Group consecutive images with equal settings and the same kinds of inputs.
 
     Args:
         pictures: The images.

@@ -93,7 +93,7 @@ def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
 
 
 def assemble(options: GenImgOptions, device: torch.device) -> Maker:
-    """Load the checkpoint and everything that changes it; return the object that makes pictures with them.
+    """Load the checkpoint and everything that changes it; return the object that makes images with them.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """

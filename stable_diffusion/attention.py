@@ -1,5 +1,5 @@
 """Attention of a U-Net by the back end that a training names, instead of diffusers' own."""
-# Letters: B pictures, L query tokens, S key tokens, N heads, D head width, C = N * D
+# Letters: B images, L query tokens, S key tokens, N heads, D head width, C = N * D
 
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BesideUnet:
-    """Hold a network next to a U-Net without registering it as a submodule."""
+    """A network next to a U-Net, held without registering it as a submodule."""
 
-    # given control pictures, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
+    # given control images, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
     # call of the U-Net: further arguments for it
     see: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]

@@ -21,9 +21,9 @@ from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, ModelKind
-from stable_diffusion.diffusers_parts import translate_vae_names
 from stable_diffusion.files import GIVE, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
+from stable_diffusion.released_names import VAE_LEVELS, map_vae_names
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
@@ -225,7 +225,6 @@ def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[in
 VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
 
 VAE_GROUPS = 32  # number of groups in all group norms, as released
-LEVELS = 4  # resolutions: 8 pixels are one latent pixel
 LATENT_CHANNELS = 4
 CONFIG_CLASSES = {"AutoencoderKL"}
 GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
@@ -262,23 +261,25 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
     shape = dialects.shapes_of(vae, sources, wrong)
     levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
-    if channels != LATENT_CHANNELS or levels != {LEVELS}:
+    if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:
         raise CheckpointError(
             f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
             f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
-            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n"
+            f"{LATENT_CHANNELS} and {VAE_LEVELS}. It is of another model, or tensors are missing.\n"
             f"  Give {GIVE_VAE}.",
             checkpoint.path,
         )
-    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))
+    widths = tuple(
+        shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(VAE_LEVELS)
+    )
     groups = declared_groups(checkpoint, CONFIG_CLASSES) or VAE_GROUPS
     check_groups(checkpoint, widths, groups)
     config = {
         "in_channels": shape("encoder.conv_in.weight")[1],
         "out_channels": shape("decoder.conv_out.weight")[0],
         "block_out_channels": widths,
-        "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
-        "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
+        "down_block_types": ("DownEncoderBlock2D",) * VAE_LEVELS,
+        "up_block_types": ("UpDecoderBlock2D",) * VAE_LEVELS,
         "layers_per_block": dialects.count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
         "latent_channels": channels,
         "norm_num_groups": groups,
@@ -299,14 +300,7 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
             break
     vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(vae)
-    try:
-        names = _translate_names(stored)
-    except KeyError as error:  # it asks for the other half of a pair
-        raise CheckpointError(
-            f"{checkpoint.path} is incomplete: {prefix}{error.args[0]} is missing. Download or copy it "
-            "again.",
-            checkpoint.path,
-        ) from error
+    names = map_vae_names(stored, num_levels=dialects.count(stored, r"decoder\.up\.\d+"))
     sources = dialects.rename_sources(
         stored, lambda name: dialects.translate_name(names.get(name, name), _OLD_ATTENTION)
     )
@@ -316,30 +310,13 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     return vae, sources
 
 
-def _translate_names(sources: Mapping[str, TensorSource]) -> dict[str, str]:
-    """Map released names to diffusers' names, for the tensors that its single-file loader knows."""
-    levels = [""] * dialects.count(sources, r"decoder\.up\.\d+")
-    if not levels:
-        return {}
-    hollow = {name: _TensorName(name) for name in sources}
-    released_names = translate_vae_names(hollow, {"down_block_types": levels, "up_block_types": levels})
-    return {released: ours for ours, released in released_names.items() if released is not None}
-
-
-class _TensorName(str):
-    """A tensor's name with the shape of a matrix, so that diffusers' conversion does not reshape it."""
-
-    shape = (0, 0)
-    ndim = 2
-
-
 def _as_matrix(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 2 else weight.flatten(1)
 
 
-# Convolutions computed in bands of rows, so that a large picture needs less memory in the VAE.
+# Convolutions computed in bands of rows, so that a large image needs less memory in the VAE.
 #
-# Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
+# Only the workspace of the convolutions shrinks; norms and attention see the whole image, so that the
 # result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
     """Make convolutions with kernels larger than 1x1 compute in at most `bands` bands of rows."""

@@ -3,7 +3,7 @@
 A batch goes this way: prompts -> `AskedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
 the denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
 """
-# Letters: B pictures, R rows of one call of the U-Net, L tokens, C width, h w latent size
+# Letters: B images, R rows of one call of the U-Net, L tokens, C width, h w latent size
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,7 +4,7 @@ Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each ste
 and their residuals are averaged. Source: Zhang et al. 2023, arXiv 2302.05543. The networks are diffusers'.
 """
 
-# Letters: B pictures, R rows of one call of the U-Net, L tokens, H W pixels
+# Letters: B images, R rows of one call of the U-Net, L tokens, H W pixels
 
 import contextlib
 import logging
@@ -155,7 +155,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     return ControlNets(networks, options.uses, model)
 
 
-# Guide images of ControlNets: read, resized to the picture's size and prepared.
+# Guide images of ControlNets: read, resized to the image's size and prepared.
 #
 # The pixels are those of diffusers' ControlNet pipelines: Lanczos, RGB, 0..1.
 KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 1024 takes 3 MB

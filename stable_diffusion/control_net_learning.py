@@ -2,7 +2,7 @@
 
 Source: Zhang et al. 2023, arXiv 2302.05543. The network is diffusers'.
 """
-# Letters: B pictures, H W pixels
+# Letters: B images, H W pixels
 
 import inspect
 import re

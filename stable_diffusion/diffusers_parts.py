@@ -4,7 +4,6 @@ Importing them takes eight processor seconds, as they import torch's compiler, P
 only describes a model (`new`, checks of options and files' marks) does without.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -52,14 +51,6 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     from diffusers.schedulers import scheduling_ddim
 
     return scheduling_ddim.rescale_zero_terminal_snr(betas)
-
-
-def translate_vae_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a released VAE under diffusers' names."""
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    convert: Callable[..., dict[str, Any]] = convert_ldm_vae_checkpoint
-    return convert(tensors, config)
 
 
 def diffusers_version() -> str:

@@ -2,7 +2,7 @@
 
 Pictures are those of gen_img.py, which has further ways to make them; networks and samplers are diffusers'.
 """
-# Letters: B pictures, L tokens, C width, h w latent size
+# Letters: B images, L tokens, C width, h w latent size
 
 import logging
 import re
@@ -30,6 +30,7 @@ from contract.data import (
     send_tensor,
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from contract.few_steps import FewSteps
 from contract.loading import Placement
 from contract.made_networks import MadeNetwork
 from contract.new_words import WordToLearn
@@ -167,8 +168,14 @@ class StableDiffusion(ModelOfImages):
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
 
+    few_steps: ClassVar[FewSteps] = FewSteps(adapter="", targets=())  # Turbo, Lightning, LCM and the like
     can: ClassVar[Abilities] = Abilities(
-        bring_texts=True, train_checkpoint=True, make_network=True, take_words=True, learn_words=True
+        bring_texts=True,
+        train_checkpoint=True,
+        make_network=True,
+        take_words=True,
+        learn_words=True,
+        tell_few_steps=True,
     )
 
     @property
@@ -293,7 +300,7 @@ class StableDiffusion(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture, with its control picture if it has one."""
+        """Return the cache entry of each image, with its control image if it has one."""
         entries = super().encode_media(encoders, media)
         return control_pictures.add_controls(entries, media) if media.control else entries
 
@@ -544,7 +551,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
 
         The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
         gen_img.py.
@@ -576,11 +583,11 @@ class StableDiffusion(ModelOfImages):
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1
         scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
-        left_out = None if source is None else prepared.first_step
-        solver = begin_sampling(scheduler, prepared.steps, [generator], left_out)
+        num_skipped = None if source is None else prepared.first_step
+        solver = begin_sampling(scheduler, prepared.steps, [generator], num_skipped)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
         if source is not None and source.needs_vae:
-            # skips the numbers that sampled the posterior in `encode_source`
+            # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
         return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)

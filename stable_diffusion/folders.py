@@ -226,7 +226,7 @@ def _name_parts(folder: Path) -> str:
 def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     """Return the settings in a network's config.json that its class in diffusers accepts.
 
-    Raises CheckpointError.
+    Raises CheckpointError if the file cannot be read.
     """
     file = folder / "config.json"
     config = read_settings(file)

@@ -19,8 +19,8 @@ from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 # Modules that enlarge the first stage's pictures (--highres_fix_upscaler): ours or the user's own.
 #
 # Such a module has `create_upscaler(**args)`. What it returns has `upscale(vae, imgs, latents, dtype, width,
-# height, batch_size, vae_batch_size)`, which returns as many pictures (PIL) or latents (B 4 h w, as the U-Net
-# sees them). It gets pictures (`latents` is None), or latents (`imgs` is None) if its `support_latents()`
+# height, batch_size, vae_batch_size)`, which returns as many images (PIL) or latents (B 4 h w, as the U-Net
+# sees them). It gets images (`latents` is None), or latents (`imgs` is None) if its `support_latents()`
 # says so.
 OPTION = "--highres_fix_upscaler"
 OURS = "stable_diffusion.model_upscaler"
@@ -121,7 +121,7 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
 
 
 def read_args(text: str) -> dict[str, str]:
-    """Read `key=value`, several joined by `;`. Raises OptionError."""
+    """Read `key=value`, several joined by `;`. Raises OptionError if one does not have this form."""
     args = {}
     for part in filter(str.strip, text.split(";")):
         key, sign, value = (piece.strip() for piece in part.partition("="))
@@ -147,7 +147,7 @@ class SavedStage:
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
 
-# how pictures are made in two stages, made once for a run; the upscaler of the first stage's pictures, if any
+# how images are made in two stages, made once for a run; the upscaler of the first stage's images, if any
 Highres = tuple[HighresOptions, UpscalingModule | None]
 
 

@@ -159,13 +159,13 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
     return None
 
 
-# Dynamic prompts: `a {red|green} cat`, where one variant is chosen for each picture.
+# Dynamic prompts: `a {red|green} cat`, where one variant is chosen for each image.
 #
 # {a|b|c}             one of them
 # {2$$a|b|c}          two of them, joined by ", ", in the order in which they are written
 # {1-2$$a|b|c}        one or two of them; {-2$$...} none to two, {2-$$...} two to all
 # {2$$ and $$a|b|c}   joined by " and "
-# {e$$a|b}            each of them in a picture of its own; {e$$2$$a|b|c} each pair
+# {e$$a|b}            each of them in an image of its own; {e$$2$$a|b|c} each pair
 # \{ and \}           braces that stay
 #
 # Groups may hold groups: the innermost are replaced first.
@@ -422,7 +422,7 @@ def module_lines(
         for index in count():
             try:
                 prompts = prompter(args, pipe, random, round_seed, index, count_images())
-            except Exception as error:  # likewise
+            except Exception as error:  # the module runs any code of its own
                 raise failed("the prompter", error) from error
             if prompts is None:
                 return

@@ -42,7 +42,7 @@ class TrainedLllite(Lllite):
         super().__init__(parts, dropout)
         self.multiplier = 1.0
         # of the present call of the U-Net, and of its blocks that a backward pass computes again: control
-        # pictures, B 3 H W in -1..1 (None: the U-Net alone), and the strength of a sample
+        # images, B 3 H W in -1..1 (None: the U-Net alone), and the strength of a sample
         self.controls: Tensor | None = None
         self.strength = 1.0
 

@@ -7,7 +7,7 @@ layer(x + multiplier * up(mid(join(conditioning1(control), down(x)))))
 
 Positive and negative rows are changed alike. Source: the documents and files of kohya-ss/controlnet-lllite.
 """
-# Letters: B pictures, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
+# Letters: B images, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -113,7 +113,10 @@ class _LlliteBatch:
 
 
 def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
-    """Check all files by their headers, before anything is loaded. Raises CheckpointError."""
+    """Check all files by their headers, before anything is loaded.
+
+    Raises CheckpointError if one does not fit.
+    """
     for use in options.uses if options.control_net_lllite_models else ():
         if kind is not SDXL:
             raise CheckpointError(

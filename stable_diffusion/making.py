@@ -1,5 +1,5 @@
 """A batch of pictures: texts, start, the denoising loop, pixels."""
-# Letters: B pictures, h w latent size
+# Letters: B images, h w latent size
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -218,6 +218,7 @@ class Maker:
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
     def _encode(self, pictures: Sequence[contract.AskedImage]) -> _Texts:
+        """Encode the prompts and negative prompts of a group of images."""
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
         avoided = [self._list_avoided(picture) for picture in pictures]

@@ -4,7 +4,7 @@ SNR is the ratio of signal to noise of a timestep, a / (1 - a), where a is `alph
 Sources: DDPM, Ho et al. 2020, arXiv 2006.11239; min-SNR, Hang et al. 2023, arXiv 2303.09556; zero terminal
 SNR, Lin et al. 2023, arXiv 2305.08891; debiased estimation, Yu et al. 2023, arXiv 2310.08442.
 """
-# Letters: B pictures, C channels, h w latent size
+# Letters: B images, C channels, h w latent size
 
 from dataclasses import dataclass
 

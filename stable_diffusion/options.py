@@ -252,7 +252,7 @@ class GenImgOptions(Options, title="run"):
 
 
 def read_gen_img(description: str | None, argv: Sequence[str] | None) -> GenImgOptions:
-    """Parse a command line of gen_img.py. Raises OptionError."""
+    """Parse a command line of gen_img.py. Raises OptionError if options contradict each other."""
     options: GenImgOptions
     (options,) = parse_options(description, argv, GenImgOptions)
     return options

@@ -39,8 +39,8 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
         parts: Number of parts of the prompt.
         width: Width in pixels.
         height: Height in pixels.
-        color_codes: Number of parts that pure colors mark instead of channels; the index of a part is the sum
-            of red 1, green 2 and blue 4.
+        color_codes: If given, parts are marked by pure colors instead of channels, and this is the number of
+            colors in use. Part 1 is red, 2 green, 3 yellow, 4 blue and so on: red counts 1, green 2, blue 4.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -54,7 +54,10 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
     codes = ((colors >= 128) * np.array([1, 2, 4])).sum(-1)  # H W
     regions = torch.ones(parts, height, width)
     for part in range(min(parts, color_codes or _CHANNELS)):
-        region = colors[..., part] / np.float32(255) if color_codes is None else codes == part + 1
+        if color_codes is None:
+            region = colors[..., part] / np.float32(255)
+        else:
+            region = codes == part + 1  # code 0, black, marks no part
         if region.any():
             regions[part] = torch.from_numpy(region.astype(np.float32))
     return regions

@@ -15,19 +15,15 @@ TEXTS: Mapping[ModelKind, tuple[tuple[str, bool], ...]] = {
     SD2: ((SD2_TEXT, True),),
     SDXL: ((CLIP_L, False), (OPEN_CLIP, True)),
 }
-_VAE_LEVELS = 4
-_VAE = (
-    (r"(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.mid.block_1."),
-    (r"(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.mid.block_2."),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.mid.attn_1."),
-    (r"encoder\.down_blocks\.(\d)\.resnets\.", r"encoder.down.\1.block."),
-    (r"encoder\.down_blocks\.(\d)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"attn_1\.group_norm\.", "attn_1.norm."),
-    (r"attn_1\.to_out\.0\.", "attn_1.proj_out."),
-    (r"attn_1\.to_([qkv])\.", r"attn_1.\1."),
+VAE_LEVELS = 4  # resolutions of the VAE: 8 pixels are one latent pixel
+_VAE_ATTENTION = (
+    ("norm", "group_norm"),
+    ("proj_out", "to_out.0"),
+    ("q", "to_q"),
+    ("k", "to_k"),
+    ("v", "to_v"),
 )
+_VAE_SHORTCUT = ("nin_shortcut", "conv_shortcut")
 
 
 def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -55,15 +51,47 @@ def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[t
         yield f"{UNET}{paths[start]}{name.removeprefix(start)}", name
 
 
+def _vae_paths(num_levels: int) -> Iterator[tuple[str, str]]:
+    """Yield the released path and our path of the VAE's modules that have two names."""
+    for side in ("encoder", "decoder"):
+        yield f"{side}.norm_out.", f"{side}.conv_norm_out."
+        for index in (0, 1):
+            yield f"{side}.mid.block_{index + 1}.", f"{side}.mid_block.resnets.{index}."
+        for released, ours in _VAE_ATTENTION:
+            yield f"{side}.mid.attn_1.{released}.", f"{side}.mid_block.attentions.0.{ours}."
+    for level in range(num_levels):
+        # the decoder's levels are counted from the smallest features, released ones from the largest
+        upward = num_levels - 1 - level
+        yield f"encoder.down.{level}.block.", f"encoder.down_blocks.{level}.resnets."
+        yield f"encoder.down.{level}.downsample.", f"encoder.down_blocks.{level}.downsamplers.0."
+        yield f"decoder.up.{level}.block.", f"decoder.up_blocks.{upward}.resnets."
+        yield f"decoder.up.{level}.upsample.", f"decoder.up_blocks.{upward}.upsamplers.0."
+
+
 def released_vae_name(name: str) -> str:
     """Return the released name of a weight of the VAE."""
-    place = re.match(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers\.0)\.", name)
-    if place is not None:  # counted from the smallest features, released ones from the largest
-        part = "block" if place[2] == "resnets" else "upsample"
-        name = f"decoder.up.{_VAE_LEVELS - 1 - int(place[1])}.{part}.{name[place.end() :]}"
-    for pattern, released in _VAE:
-        name = re.sub(pattern, released, name)
+    released_shortcut, our_shortcut = _VAE_SHORTCUT
+    for released, ours in _vae_paths(VAE_LEVELS):
+        if name.startswith(ours):
+            name = released + name.removeprefix(ours).replace(our_shortcut, released_shortcut)
+            break
     return f"{VAE}{name}"
+
+
+def map_vae_names(released_names: Collection[str], num_levels: int) -> dict[str, str]:
+    """Return diffusers' name for each released name of the VAE that differs from it.
+
+    Args:
+        released_names: Names of the tensors, without the prefix of a whole checkpoint.
+        num_levels: Number of levels of the decoder.
+    """
+    released_shortcut, our_shortcut = _VAE_SHORTCUT
+    mapped = {}
+    for released, ours in _vae_paths(num_levels):
+        for name in released_names:
+            if name.startswith(released):
+                mapped[name] = ours + name.removeprefix(released).replace(released_shortcut, our_shortcut)
+    return mapped
 
 
 def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from modules.console import count_of
 from modules.control_codes import replace_control_codes
 from modules.devices import Failures, free_memory, freeze_libraries, select_device
 from modules.errors import MemoryPlanError, OutputError
+from modules.integers import ceil_div
 from modules.media.writing import write_png
 from modules.text_files import real_path
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
@@ -46,7 +47,7 @@ from stable_diffusion.options import GenImgOptions, ImageOutputOptions
 logger = logging.getLogger(__name__)
 
 
-# Names of the pictures that are written, and the texts in them.
+# Names of the images that are written, and the texts in them.
 
 
 @dataclass
@@ -155,7 +156,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_image(program: str, path: Path) -> None:
-    """Open a picture. Does not wait for the viewer, and ignores its errors."""
+    """Open an image. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
         [program, str(real_path(path))],
         stdin=subprocess.DEVNULL,
@@ -287,7 +288,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
     )
 
     def prompted() -> Iterator[Line]:
-        """Yield the lines of a round; a module that fails ends it."""
+        """Yield the lines of a round. An error of the user's module ends the round."""
         with failures.note_errors("the next prompt"):
             yield from lines_of_round(asking.seeds.round_seed)
 
@@ -315,7 +316,7 @@ def _make_lines(
             "--images_per_prompt to %d to use all",
             count_of(unused, "picture"),
             "was" if unused == 1 else "were",
-            -(-len(images) // len(lines)),
+            ceil_div(len(images), len(lines)),
         )
     return paths
 

@@ -1,6 +1,6 @@
 """Samplers: diffusers' schedulers as solvers of the loop; and calls of the U-Net, with guidance."""
 
-# Letters: B pictures, R rows of one call: B for each pass, L tokens, C width, h w latent size
+# Letters: B images, R rows of one call: B for each pass, L tokens, C width, h w latent size
 
 import inspect
 import warnings
@@ -303,7 +303,7 @@ class UnetPasses:
     model: Model
     sampler: SchedulerSolver
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
-    # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint takes with the sample
+    # B 5 h w: mask and masked image, which the U-Net of an inpainting checkpoint takes with the sample
     inpainting: Tensor | None = None
 
     def predict(

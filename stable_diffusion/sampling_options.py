@@ -133,7 +133,7 @@ def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
         )
 
 
-# Pictures that begin small: two stages, Deep Shrink and Gradual Latent.
+# Images that begin small: two stages, Deep Shrink and Gradual Latent.
 DEEPEST = 8
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, pad
 
 from modules.errors import OptionError
+from modules.integers import ceil_div
 from stable_diffusion.contract import AskedImage, Idea, UnetCall
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, Unsharp
@@ -139,7 +140,7 @@ class _Shrinking:
             if depth == self.depth:
                 size = smaller_size(size, self.shrink.ds_ratio)
             if isinstance(block, Downsample2D):
-                size = -(-size[0] // 2), -(-size[1] // 2)
+                size = ceil_div(size[0], 2), ceil_div(size[1], 2)
             sizes.append(size)
         return sizes
 
@@ -156,9 +157,11 @@ class _Shrinking:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
         upsample_size = kwargs.get("upsample_size")
-        # for a picture with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
+        # for an image with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
         # right unless that skip is from before the features were made smaller
-        if upsample_size is not None and [-(-side // 2) for side in upsample_size] != list(self.skips[-1]):
+        if upsample_size is not None and [ceil_div(side, 2) for side in upsample_size] != list(
+            self.skips[-1]
+        ):
             upsample_size = None
         fitted = resize_like(kwargs["hidden_states"], self.skips[0])
         return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}

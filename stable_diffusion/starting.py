@@ -4,7 +4,7 @@ A picture's generator is drawn from in the order of diffusers' pipelines: the po
 the start noise, the posterior of the unmasked input; then come the steps.
 """
 
-# Letters: B pictures, h w latent size, H W in pixels: 8 times as much
+# Letters: B images, h w latent size, H W in pixels: 8 times as much
 
 import logging
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 # Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
 # --noise_offset_prob).
 #
-# All numbers come from the picture's own generator, and none is drawn by what is not asked for, so that a
-# picture depends neither on its batch nor on these options if they are left out.
+# All numbers come from the image's own generator, and none is drawn by what is not asked for, so that a
+# image depends neither on its batch nor on these options if they are left out.
 LEVELS = 6  # maximum number of levels of pyramid noise, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 MIN_STEP, MAX_STEP = 2.0, 4.0
@@ -241,7 +241,7 @@ def _read_masks(pictures: Sequence[AskedImage]) -> Tensor:
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
 
 
-# Pictures to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
+# Images to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
 logger = logging.getLogger(__name__)
 
 STRIDE = 8  # pixels of one latent

@@ -286,10 +286,10 @@ def default_layer(kind: ModelKind, missing_layers: int) -> int:
     return max(1, kind.clip_skip - missing_layers)
 
 
-# CLIP vision conditioning (--clip_vision_strength): a picture's vector in place of the text's pooled state.
+# CLIP vision conditioning (--clip_vision_strength): an image's vector in place of the text's pooled state.
 #
 # SDXL's second text encoder is that of OpenCLIP's bigG, whose image tower makes vectors of the same kind. The
-# picture's vector, times the strength, replaces the pooled state of the prompt; the negative prompt keeps its
+# image's vector, times the strength, replaces the pooled state of the prompt; the negative prompt keeps its
 # own.
 OPTION = "--clip_vision_strength"
 FOLDER = "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"  # in --tokenizer_cache_dir

@@ -196,14 +196,14 @@ def _text_name(weight: str) -> str:
 def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Marks) -> dict[str, bytes]:
     """Return the content of the files with settings and tokenizers, by their path in the folder."""
     schedule = _describe_schedule(checkpoint.path, release.marks, marks)
+    vae_config = {"sample_size": release.kind.size, **release.vae.config}
     settings = {
         f"{_UNET_FOLDER}/config.json": _describe("UNet2DConditionModel", _simplify(release.unet.config)),
-        f"{VAE_PART}/config.json": _describe(
-            "AutoencoderKL", {"sample_size": release.kind.size, **release.vae.config}
-        ),
+        f"{VAE_PART}/config.json": _describe("AutoencoderKL", vae_config),
         _SCHEDULE: schedule,
         _INDEX: _describe_index(checkpoint.path, release, schedule["_class_name"]),
     }
+
     texts: dict[str, bytes] = {}
     are_open_clip = [text.is_open_clip for text in release.texts]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
@@ -213,10 +213,14 @@ def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Mar
         tokens = {"bos_token_id": words.start, "eos_token_id": words.end, "pad_token_id": pad}
         name = text_encoder_name(number)
         settings[f"{name}/config.json"] = _describe_text(text.network.config, number, tokens)
+
         folder = name.replace("text_encoder", "tokenizer")
-        texts |= {f"{folder}/{part}": content for part, content in _read_tokenizer(source, file).items()}
-        settings |= {f"{folder}/{part}": value for part, value in _describe_tokens(text.is_open_clip).items()}
-    return {name: _as_json(value) for name, value in settings.items()} | texts
+        for part, content in _read_tokenizer(source, file).items():
+            texts[f"{folder}/{part}"] = content
+        for part, value in _describe_tokens(text.is_open_clip).items():
+            settings[f"{folder}/{part}"] = value
+    written_settings = {name: _as_json(value) for name, value in settings.items()}
+    return written_settings | texts
 
 
 def _as_json(value: Mapping[str, Any]) -> bytes:

@@ -269,6 +269,21 @@ def test_links_between_pages_lead_somewhere_and_the_index_names_every_page() -> 
     assert {page for page in PAGES if page.name != "README.md"} - linked == set()
 
 
+def test_pages_that_messages_name_exist() -> None:
+    named = set()
+    for path in ROOT.rglob("*.py"):
+        first = path.relative_to(ROOT).parts[0]
+        if first in {"tests", "build", "dist"} or first.startswith("."):
+            continue
+        text = path.read_text(encoding="utf-8")
+        for line in text.splitlines() if re.search(r"docs/\w+\.md", text) else ():
+            is_message = '"' in line.partition("#")[0] and not line.lstrip().startswith('"""')
+            named |= {*re.findall(r"docs/\w+\.md", line.partition("#")[0])} if is_message else set()
+
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
     | {"training.reports", "training.config_options", "training.features.composing"}
+    | {"training.learning_options", "training.noise_options", "training.saving.options"}
     | {"downloads.catalogue", "downloads.listing"}
     | {
         "dataset.subset_options",
@@ -70,7 +71,7 @@ FLOORS = {
     "modules": (
         {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
-        | {"text_encodings", "varints", "version"},
+        | {"integers", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
@@ -157,6 +158,7 @@ _LIGHT = {
         *(
             "help_text",
             "installed",
+            "integers",
             "mistyped",
             "option_checks",
             "option_tables",
@@ -388,6 +390,12 @@ def test_a_family_is_described_without_packages_that_take_seconds(family: str) -
     reached = _reached_from(f"{room}/family.py", at_start=True)
     names = {name.partition(".")[0] for path in reached for name in _imported(path, at_start=True)}
     assert not names & {"diffusers", "transformers", "peft", "accelerate"}
+
+
+def test_a_run_begins_without_packages_that_take_seconds() -> None:
+    reached = _reached_from("run_project.py", "project/running.py", at_start=True)
+    names = {name.partition(".")[0] for path in reached for name in _imported(path, at_start=True)}
+    assert not names & {"torch", "numpy", "cv2", "PIL", "accelerate"}
 
 
 def test_caching_a_folder_reads_nothing_of_lists_tars_and_addresses() -> None:

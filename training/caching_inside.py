@@ -45,6 +45,7 @@ from dataset.sources.remarks import (
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size, quiet
 from modules.errors import DatasetError, OptionError
+from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
@@ -331,7 +332,7 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
     with join_processes("cpu") as share:
         for store in stores if share.count > 1 else ():
             mine = list(store.entries.items())
-            for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
+            for number in range(max(share.gather(ceil_div(len(mine), SENT_AT_ONCE)))):
                 some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
                 for theirs in share.gather(some):
                     new = {name: entry for name, entry in theirs.items() if name not in store.entries}
@@ -372,15 +373,18 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
+    # whole text encoders are trained along with a whole transformer
     if options.full_dit is not None:
         full_texts = _select_full_texts(family, caches_texts)
         if full_texts is not None:
             return full_texts
+    # a new word is learned
     if LIVE_TEXTS in options.joined.needs:
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning = _select_learning_encoders(family, options, able)
         return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=able)
+    # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
@@ -389,12 +393,13 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
         learning = _select_learning_encoders(family, options, able)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
-        if 0 < len(learning) < len(encoders):
+        if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
             return LiveTexts(learning, learning, prefixes)
         if learning and _learns_in_spite_of_caches(family, options, learning):
             return LiveTexts(encoders, learning, prefixes)
     if caches_texts or not options.is_for_images:
         return None
+    # image trainers need no caches: without any, texts are encoded while training
     stores = Stores(npz_names(family))
     end = text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):

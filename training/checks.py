@@ -61,7 +61,8 @@ def check_before_loading(
     """
     sampling = others.sampling
     family.check_given_files()
-    reject_quantized_bases(family, options)
+    if options.full_dit is not None:
+        reject_quantized_bases(family)
     for check_files in options.joined.on.check_files:
         check_files(family, others)
     if sampling is not None:
@@ -74,7 +75,7 @@ def check_before_loading(
         check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
-    if counts and not swap.is_auto:
+    if counts and swap.blocks_to_swap and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
     for check in options.joined.on.check:
         check(family, counts)
@@ -91,9 +92,9 @@ def check_before_loading(
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
 
 
-def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
-    """Raise CheckpointError if a transformer with weights in 8 or 4 bits is to be fully fine-tuned."""
-    for path in () if options.full_dit is None else family.dit_files:
+def reject_quantized_bases(family: Family) -> None:
+    """Raise CheckpointError if a transformer that is fully fine-tuned has weights in 8 or 4 bits."""
+    for path in family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
@@ -222,8 +223,21 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
     )
 
 
+def reject_foreign_module(family: Family, options: TrainingOptions) -> None:
+    """Raise OptionError if --network_module is for the LoRAs of another model."""
+    module = "" if options.network is None else options.network.network_module or ""
+    owner = OWN_MODULES[module].family if module in OWN_MODULES else ""
+    if module != family.lora_module and owner not in ("", family.name):
+        # its rules name layers of another model, and its files would name another model
+        raise OptionError(
+            f"--network_module {module} is for another model than this script trains. Give "
+            f"{family.lora_module}, or leave the option out"
+        )
+
+
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the network module, its settings, and the LoRAs that the networks start from."""
+    reject_foreign_module(family, options)
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
@@ -232,13 +246,6 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        has_rules = known_module is not None and known_module.rules is not None
-        if has_rules and module != family.lora_module:
-            # its rules name layers of another model: only layers that happen to have these names would learn
-            raise OptionError(
-                f"--network_module {module} is for another model than this script trains. Give "
-                f"{family.lora_module}, or leave the option out"
-            )
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths, family.dit.numbered)
             merge = options.joined.merge
@@ -382,11 +389,11 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    default = learner.default_rate
+    usual_rates = learner.default_rate
     finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     # the usual rates are those of Adam; Adafactor with a fixed rate is common for full models
     is_comparable = "adam" in name or (is_full and name == "adafactor")
-    if not is_comparable or finds_rate_itself or default.low <= rate <= default.high:
+    if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
-    level = "LOW" if rate < default.low else "HIGH"
-    return f"{text}, which is {level} for {learner.has_rate_of}: {default.usual} is usual"
+    level = "LOW" if rate < usual_rates.low else "HIGH"
+    return f"{text}, which is {level} for {learner.has_rate_of}: {usual_rates.usual} is usual"

@@ -148,7 +148,9 @@ def note_experts(
         samples_with_others: Whether samples also use transformers that are not trained.
     """
     experts, default = family.experts, family.defaults.experts
-    _warn_of_few_steps(family, options)
+    warning = describe_few_steps(family, options)
+    if warning:
+        logger.warning("%s", warning)
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
@@ -170,30 +172,29 @@ def note_experts(
         _warn_of_all_levels(options, boundary)
 
 
-def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
-    """Warn if a transformer that was distilled to few steps would lose this ability."""
+def describe_few_steps(family: Family, options: TrainingOptions) -> str:
+    """Return a warning if a transformer that was distilled to few steps would lose this ability, else ""."""
     is_adapted = options.frozen.training_adapter is not None
-    if is_adapted or options.joined.keeps_steps or not knows_few_steps(family):
-        return
+    # an embedding or a network with control images leaves the transformer alone
+    changes_transformer = options.network is not None or options.full_dit is not None
+    if is_adapted or options.joined.keeps_steps or not (changes_transformer and knows_few_steps(family)):
+        return ""
     why = family.why_few_steps()
-    if why is not None:
-        rule = family.few_steps
-        fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
-        if rule.is_certain:
-            fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
-        if options.full_dit is not None:  # which has no frozen model to learn towards
-            logger.warning("%s %s: %s. %s.", fact, rule.lost, rule.cost, rule.instead_of_full)
-            return
-        logger.warning(
-            "%s %s: with the trained network %s. %s. If you train this one, docs/targets.md tells how it "
-            "keeps more of %s: %s.",
-            fact,
-            rule.lost,
-            rule.cost,
-            rule.instead,
-            rule.lost,
-            ", or ".join(target.options for target in rule.targets),
+    if why is None:
+        return ""
+    rule = family.few_steps
+    fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+    if rule.is_certain:
+        fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
+    if options.full_dit is not None:  # which has no frozen model to learn towards
+        return f"{fact} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
+    warning = f"{fact} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
+    if rule.targets:
+        targets = ", or ".join(target.options for target in rule.targets)
+        warning += (
+            f" If you train this one, docs/targets.md tells how it keeps more of {rule.lost}: {targets}."
         )
+    return warning
 
 
 def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:

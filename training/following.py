@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from contract.family import Family
 from contract.whole import trains_checkpoint
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
+from dataset.cache.commands import recall_options
 from modules.command import quote_for_powershell
 from modules.console import quiet
 from modules.installation import command_words
@@ -51,7 +53,7 @@ class TrainingCommand:
     script_options: Sequence[ScriptOption] = ()
     entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
     family_options: Any = None  # record of the family's options
-    recalled: Sequence[RepeatedOption] = ()  # options that made the caches, see `recall_options`
+    family: str = ""  # name by which cache folders remember the options of its caching commands
 
     @property
     def typed(self) -> dict[str, str]:
@@ -77,20 +79,19 @@ class TrainingCommand:
             )
         )
 
-    def generation_words(self, sample: Mapping[str, Any], with_caches: bool) -> list[str]:
+    def generation_words(self, sample: Mapping[str, Any], recalled: Sequence[RepeatedOption]) -> list[str]:
         """Return the script and the options that generate.
 
         Args:
             sample: Values of the sample, as `Request` names them.
-            with_caches: Whether to name the files that made the caches, which a training without samples does
-                not need.
+            recalled: Options that made the caches, which name files that the training did not need.
         """
         assert self.entry is not None
-        if not with_caches:
+        if not recalled:
             return self.entry.generation_words(self.family_options, sample, self.typed)
         with quiet():  # creating the record again would repeat its warnings
-            filled = fill_options(self.family_options, self.recalled)
-        typed_before = {option.name: option.typed for option in self.recalled}
+            filled = fill_options(self.family_options, recalled)
+        typed_before = {option.name: option.typed for option in recalled}
         return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
 
 
@@ -120,9 +121,10 @@ class NextSteps:
     # training item
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
-    is_of_caches: bool = False  # the run makes no samples: the files that made the caches are named
+    # options that made the caches, see `recall_options`; a run with samples has been given these files itself
+    recalled: Sequence[RepeatedOption] = ()
 
-    @property
+    @cached_property
     def converted_for(self) -> str:
         """Tool that reads LoRAs of this family only after a conversion; empty if no conversion is needed."""
         family_names = read_family({TRAINED_ON: self.plan.family.name})
@@ -277,10 +279,8 @@ class NextSteps:
     def _generate(self, file: Path) -> PageCommand:
         shows_sample = self.plan.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        speed = self.plan.options.speed
-        launcher = self._launcher() if speed.joined.for_generation else ["python"]
-        generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
-        words = [*generation, *option_words(say_for_generation(speed))]
+        launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
+        words = self._generation_words
         folder_flag = self.command.spellings.get("save_path", "--save_path")
         of_sample = [
             *say_sample(self.sample, self.command.spellings),
@@ -295,6 +295,12 @@ class NextSteps:
         if f"--dit_{HIGH_NOISE}" in words:
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
         return _command("Generate with it", [*launcher, *words, *of_sample], note)
+
+    @cached_property
+    def _generation_words(self) -> list[str]:
+        """Script and options that generate, except for the trained files and the sample."""
+        of_speed = option_words(say_for_generation(self.plan.options.speed))
+        return [*self.command.generation_words(self.sample, self.recalled), *of_speed]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved together with a file: that of the high-noise expert, and the others."""
@@ -315,7 +321,7 @@ class NextSteps:
         """Add the trained files of one transformer, and the LoRAs of samples, to a command.
 
         Args:
-            words: Words of the command.
+            words: Arguments of the command.
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
@@ -339,7 +345,7 @@ class NextSteps:
         """Replace a transformer in a command by a trained file.
 
         Args:
-            words: Words of the command.
+            words: Arguments of the command.
             name: Name of the option for the transformer.
             file: The trained file.
         """
@@ -356,7 +362,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
-    """Return the command-line words that reproduce a sample, given by the field names of `Request`.
+    """Return the command-line arguments that reproduce a sample, given by the field names of `Request`.
 
     Args:
         sample: Values of the sample.
@@ -394,8 +400,12 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
         return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
     if not plan.accelerator.is_main_process:
         return NextSteps(plan, command, sample={})
-    cached_with = {option.name: option.value for option in command.recalled}
-    return NextSteps(plan, command, sample=say_example(plan, cached_with), is_of_caches=True)
+    recalled: Sequence[RepeatedOption] = ()
+    if command.entry is not None and plan.options.loop.dataset_config is not None:
+        folders = (table.cache_directory for table in plan.config.datasets)
+        recalled = recall_options(folders, command.family, command.entry)
+    cached_with = {option.name: option.value for option in recalled}
+    return NextSteps(plan, command, sample=say_example(plan, cached_with), recalled=recalled)
 
 
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     """Count the captions with each tag, a part between commas, by the name of the items' folder.
 
     A caption counts once, however often its item is repeated. Tables whose captions are not on this machine,
-    because only their caches were copied, are left out. Only the MOST_TAGS most frequent tags of a folder are
+    because only their caches were copied, are left out. Only the MAX_TAGS most frequent tags of a folder are
     kept, because they are written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
@@ -128,7 +128,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     }
 
 
-# --- pictures
+# --- images
 # ------------------------------------------------------------------------------------------------------------
 
 

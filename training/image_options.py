@@ -122,7 +122,8 @@ def read_image_training(
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
-        log_idle(args, options, family_options)
+        if args.options_of_file:
+            log_idle(args, options, family_options)
     if options.predicted != RAW:
         logger.warning(
             "--model_prediction_type %s compares something else than the velocity with the velocity, as "

@@ -29,7 +29,6 @@ from running.run_blocks import stage_files_of
 from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
-from training.data.table_times import times_by_group
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import LearnerBeside
 from training.loss import LossRule
@@ -282,7 +281,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=DROPPED_CAPTIONS in joined.needs and CAPTION in family.fuller,
         reads_empty=EMPTY_PROMPT in joined.needs,
-        table_times=times_by_group(options.timesteps, plan.config.datasets),
+        table_times=plan.table_times,
         reads_rejected=REJECTED_ONES in joined.needs,
     )
 

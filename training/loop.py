@@ -256,7 +256,7 @@ class _Losses(NamedTuple):
     """Losses of a micro-batch, on the device and detached."""
 
     total: Tensor  # its share of the loss of the step
-    streams: tuple[Tensor, ...]  # of picture and sound, or of the picture alone
+    streams: tuple[Tensor, ...]  # of image and sound, or of the image alone
 
 
 def _accumulate(

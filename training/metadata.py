@@ -209,6 +209,7 @@ def file_metadata(
 
 
 def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
+    """Return the entries about the training: its options, its steps and its progress."""
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}

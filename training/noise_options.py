@@ -17,7 +17,7 @@ MIXTURES = {
     "qinglong_qwen": (("qwen_shift", 0.95), (RARE, 0.05)),
 }
 RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
-# Ideogram 4's: e^mu is the side of a square picture of as many tokens over 512 pixels, on a wider sigmoid
+# Ideogram 4's: e^mu is the side of a square image of as many tokens over 512 pixels, on a wider sigmoid
 IDEOGRAM_SHIFT = "ideogram4_shift"
 IDEOGRAM_SCALE = 1.5  # factor on the normal number
 PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
@@ -174,12 +174,12 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def lowest(self) -> int:
-        """Return the lower bound in thousandths."""
+        """Lower bound of the trained timesteps, 0 to 1000."""
         return 0 if self.min_timestep is None else self.min_timestep
 
     @property
     def highest(self) -> int:
-        """Return the upper bound in thousandths."""
+        """Upper bound of the trained timesteps, 0 to 1000."""
         return NUM_TIMESTEPS if self.max_timestep is None else self.max_timestep
 
 

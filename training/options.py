@@ -162,7 +162,9 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def joined(self) -> JoinedRun:
-        """Return the run that features have joined, as far as options alone decide. Raises OptionError.
+        """Return the run that features have joined, as far as options alone decide.
+
+        Raises OptionError if one rejects the run.
 
         It is never started: see `begin_run` in `features/composing.py`.
         """
@@ -363,7 +365,8 @@ def read_training(
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
-        log_idle(args, options, family_options)
+        if args.options_of_file:
+            log_idle(args, options, family_options)
     return options, family_options, list_script_options(command.parser, family_options, options)
 
 
@@ -392,7 +395,7 @@ def training_parser(
 
     Args:
         doc: The script's docstring.
-        learner: `TrainedNetworkOptions` or `WholeDitOptions`.
+        learner: `TrainedNetworkOptions` or `FullDitOptions`.
         settings: Defaults and settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -34,12 +35,13 @@ from training.checks import (
 )
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.data.table_times import check_times, list_times
+from training.data.table_times import check_times, list_times, times_by_group
 from training.experts import check_computing, module_of, note_experts
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, KEPT, REJECTED_ONES
 from training.features.hooks import JoinedRun
 from training.learner import Learner
+from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -47,6 +49,7 @@ from training.processes import make_accelerator
 from training.resuming import (
     RunSettings,
     check_resumable,
+    describe_adapter,
     find_state,
     first_progress,
     settings_of,
@@ -83,10 +86,23 @@ class TrainingPlan:
     validation: Sequence[TrainingItem]
     order: BatchOrder
     steps: StepPlan
+    table_times: Mapping[int, TimestepOptions]  # see `times_by_group`
     sources: BatchSources  # where batches are read from
     texts: LiveTexts | None  # encoded while training; None: all come from caches
-    settings: RunSettings  # that states record
     changes: Mapping[str, str]  # of settings, by --resume_changed
+    adapter: str | None  # --training_adapter with a hash of its content, as the run found it
+
+    @cached_property
+    def settings(self) -> RunSettings:
+        """The settings that states record; a run that saves none does not collect them."""
+        return settings_of(
+            self.family,
+            self.options,
+            seed=self.progress.seed,
+            order=self.order,
+            plan=self.steps,
+            adapter=self.adapter,
+        )
 
     @property
     def sampled(self) -> Family:
@@ -174,19 +190,14 @@ def make_plan(
     if is_main:
         times = list_times(options.timesteps, config.datasets)
         note_experts(family, options, times, samples_with_others=others.sampling is not None)
-    settings = settings_of(family, options, seed=progress.seed, order=order, plan=steps)
+    frozen = options.frozen
+    adapter = None
+    if frozen.training_adapter is not None:
+        strength = frozen.training_adapter_multiplier
+        adapter = describe_adapter(frozen.training_adapter, strength, with_content=True)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
-    changes: Mapping[str, str] = {}
-    if saved is not None:
-        changes = check_resumable(saved, settings, options, saving)
-    if changes and isinstance(saved, SavedState):
-        take_over(changes, progress, saved)
-        # the changes may have started a new plan in the middle of the run
-        steps = _plan_steps(options, order, accelerator.num_processes, progress)
-    if options.start is not None and options.start.is_given:
-        begin_later(options.start, progress, steps, saved is not None)
-    return TrainingPlan(
+    plan = TrainingPlan(
         family=family,
         options=options,
         joined=joined,
@@ -205,11 +216,32 @@ def make_plan(
         validation=validation,
         order=order,
         steps=steps,
+        table_times=times_by_group(options.timesteps, config.datasets),
         sources=sources,
         texts=texts,
-        settings=settings,
-        changes=changes,
+        changes={},
+        adapter=adapter,
     )
+    if saved is not None:
+        plan = _compare_with_state(plan, saved)
+    if options.start is not None and options.start.is_given:
+        begin_later(options.start, progress, plan.steps, saved is not None)
+    return plan
+
+
+def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
+    """Compare a run with the state that it continues from; return the plan with what that changes.
+
+    Raises:
+        OptionError: If the state is of another run.
+    """
+    changes = check_resumable(saved, plan.settings, plan.options, plan.saving)
+    steps = plan.steps
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, plan.progress, saved)
+        # the changes may have started a new plan in the middle of the run
+        steps = _plan_steps(plan.options, plan.order, plan.accelerator.num_processes, plan.progress)
+    return replace(plan, changes=changes, steps=steps)
 
 
 def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:

@@ -22,10 +22,11 @@ from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import judge_rate, reject_quantized_bases
+from training.checks import judge_rate, reject_foreign_module, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
+from training.experts import describe_few_steps
 from training.features.composing import begin_run
 from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
@@ -87,6 +88,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     from data_tools.report import check, findings  # only with --check
 
+    reject_foreign_module(family, options)
     workers = max(1, os.cpu_count() or 1)
     config = read_config(options, family, learner)
     counters = findings.load_counters(family.text_encoders)
@@ -132,6 +134,9 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         _add_words(read, result.tables)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
+    few_steps = describe_few_steps(family, options)
+    if few_steps:
+        lines.append(few_steps)
     targets = joined.describe_targets()
     if targets:
         lines = ["Targets:", *findings.indent(targets), *lines]
@@ -194,8 +199,10 @@ def _plan(
     others: OtherFamilies,
 ) -> None:
     """Print how much memory the run would need (--plan)."""
+    reject_foreign_module(family, options)
     family.check_given_files()  # first: caches are made with them
-    reject_quantized_bases(family, options)
+    if options.full_dit is not None:
+        reject_quantized_bases(family)
     config = read_config(options, family, learner)
     texts = find_live_texts(family, options, config)
     for check_texts in options.joined.on.texts:

@@ -154,9 +154,24 @@ class RunSettings:
 
 
 def settings_of(
-    family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan
+    family: Family,
+    options: TrainingOptions,
+    *,
+    seed: int,
+    order: BatchOrder,
+    plan: StepPlan,
+    adapter: str | None,
 ) -> RunSettings:
-    """Return the settings for comparing a resumed run with its saved state."""
+    """Return the settings for comparing a resumed run with its saved state.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        seed: Seed of the run.
+        order: Order of its batches.
+        plan: Plan of its steps.
+        adapter: See `describe_adapter`, with the file's content; None without --training_adapter.
+    """
     config = public_config(options) | {"network_module": module_of(family, options)}
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
     identity |= _flagged(config, "identity")
@@ -165,7 +180,7 @@ def settings_of(
     identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
-    identity[TRAINING_ADAPTER] = _adapter_with_content(options)
+    identity[TRAINING_ADAPTER] = adapter
     return RunSettings(identity, _habits_of(family, options, config), type(family.options))
 
 
@@ -195,11 +210,6 @@ def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
     return {
         f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
     }
-
-
-def _adapter_with_content(options: TrainingOptions) -> str | None:
-    path, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
-    return None if path is None else describe_adapter(path, strength, with_content=True)
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
@@ -258,7 +268,7 @@ def check_resumable(
     }
     before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
-    # likewise of before there were targets and features
+    # nor does a state of before there were targets and features name them
     unsaid: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}

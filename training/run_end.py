@@ -49,7 +49,7 @@ def start_command(
 
     Args:
         option: Flag of the option.
-        words: Words of the command.
+        words: Arguments of the command.
         facts: What is known of the run.
         error: Error that ended the run.
         has_begun: Whether the run itself has begun. Before that, wrong options start nothing, because

@@ -163,7 +163,7 @@ class ValidationOptions(Options, title="validation"):
         """Return whether to validate at the end of an epoch of this many steps, at `step`.
 
         Without options: after each epoch that saves a file, and after each that passes a multiple of
-        LEAST_STEPS steps; a few batches are not worth a validation.
+        MIN_STEPS steps; a few batches are not worth a validation.
         """
         if self.validate_every_n_epochs is not None:
             return epoch % self.validate_every_n_epochs == 0

@@ -26,7 +26,6 @@ from training.options import (
 )
 
 if TYPE_CHECKING:
-    from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,7 @@ def training_script(
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
+        """Read the options and run the training, or print what the options ask for."""
         record = entry.options_record(kind)
         if images is None:
             options, family_options, script_options = read_training(
@@ -99,7 +99,7 @@ def training_script(
                 script_options,
                 entry=entry,
                 family_options=family_options,
-                recalled=_recall(options, family),
+                family=family,
             )
             room = import_own(f"{entry.room}.family")
             make_sampling = getattr(room, "family_for_samples", lambda options: None)
@@ -128,21 +128,3 @@ def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
             load_dataset_config(options.loop.dataset_config, options.subset)
     for line in list_without_effect(options, family_options):
         logger.warning(line)
-
-
-def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":
-    """Return the options that made the caches of a training, if its cache folders remember them."""
-    from dataset.cache.commands import recall_options  # not for --help: these load json and hashlib
-    from dataset.config import load_dataset_config
-    from modules.console import quiet
-
-    path = options.loop.dataset_config
-    if path is None:
-        return []
-    try:
-        with quiet():  # the training reads the file too, and reports what is wrong with it
-            config = load_dataset_config(path, options.subset)
-    except UserError:
-        return []
-    folders = (table.cache_directory for table in config.datasets)
-    return recall_options(folders, family, FAMILIES[family])

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from modules.integers import ceil_div
+
 T = TypeVar("T")
 
 
@@ -106,9 +108,9 @@ class StepPlan:
         self.everyone = self.processes * self.peers
         self.works_together = self.in_lockstep or self.peers > 1
         self.group_size = self.processes * self.accumulation
-        self.steps_per_epoch = -(-self.num_batches // self.group_size)
+        self.steps_per_epoch = ceil_div(self.num_batches, self.group_size)
         later_steps = self.total_steps - self.steps_until(self.first_epoch + 1)
-        self.num_epochs = self.first_epoch + 1 + max(0, -(-later_steps // self.steps_per_epoch))
+        self.num_epochs = self.first_epoch + 1 + max(0, ceil_div(later_steps, self.steps_per_epoch))
 
     def steps_until(self, epoch: int, position: int = 0) -> int:
         """Return the steps of the run before micro-batch `position` of epoch `epoch` (from 0)."""

@@ -39,7 +39,7 @@ from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
-LOW_STRENGTH = 0.1  # a lower alpha / rank gets a remark
+LOW_STRENGTH = 0.1  # a lower alpha / rank gets a note
 SHOWN_NAMES = 6  # maximum number of parts that are named per learning rate
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
@@ -116,12 +116,13 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     lora = plan.learner.lora
     sizes = _sizes_of_file(run)
     num_weights = sum(parameter.numel() for parameter in parameters)
+    times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", _describe_data(plan)),
-        ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
+        ("timesteps", "\n".join(times)),
         ("targets", "\n".join(plan.joined.describe_targets()) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", _describe_rates(options, run.model.trainable, plan.learner)),
@@ -145,6 +146,7 @@ def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Lea
     # in full fine-tuning all parts may have rates other than --learning_rate
     is_replaced = options.network is None and bool(names_by_rate) and default not in names_by_rate
     has_one_rate = len(names_by_rate) < 2
+    # --learning_rate is described if it is in use: at 0, only a part without a rate of its own uses it
     if has_one_rate and not is_replaced and (default != 0 or default in names_by_rate):
         return judged
     parts = "\n".join(f"{rate:g}: {_shorten_list(names)}" for rate, names in names_by_rate.items())
@@ -164,11 +166,13 @@ def _make_writing_rows(
     plan = run.plan
     options = run.options
     samples = options.samples
-    sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+    sampling = None
+    if samples.are_made:
+        sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     page = page_path(plan.names.folder, plan.names.name)
     return [
         ("saves", _saving_times(plan.saving)),
-        ("samples", sampling if samples.are_made else None),
+        ("samples", sampling),
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
@@ -278,26 +282,29 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
     """Show the result of a finished run, and the commands that can follow."""
-    names, logs = run.plan.names, run.options.logs
-    losses, network = run.progress.losses, run.options.network
+    names = run.plan.names
+    losses = run.progress.losses
+
+    rows: list[Row] = []
+    for path in names.files(names.name).values():
+        if path.exists():
+            rows.append(("result", f"{path} ({as_size(_size_of(path))})"))
+    if story.validations:
+        rows.append(("best by validation", describe_best(story, names.folder, names.name)))
+    rows.append(("steps", _describe_speed(run.logs.clock)))
+    if run.joined.on.before_step:  # a feature that can skip steps
+        rows.append(("skipped steps", str(run.progress.skipped)))
+    if losses:
+        rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
     samples = names.folder / SAMPLE_FOLDER
-    has_samples = run.sampler is not None and samples.is_dir()
-    rows: list[Row] = [
-        ("result", f"{path} ({as_size(_size_of(path))})")
-        for path in names.files(names.name).values()
-        if path.exists()
-    ]
-    rows += [
-        ("best by validation", describe_best(story, names.folder, names.name) if story.validations else None),
-        ("steps", _describe_speed(run.logs.clock)),
-        ("skipped steps", str(run.progress.skipped) if run.joined.on.before_step else None),
-        ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
-        ("samples", str(samples) if has_samples else None),
-        ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
-        ("peak memory", _describe_peak(run)),
-        ("other tools", describe_elsewhere(network)),
-        ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
-    ]
+    if run.sampler is not None and samples.is_dir():
+        rows.append(("samples", str(samples)))
+    if not run.options.logs.no_page:
+        rows.append(("page", str(page_path(names.folder, names.name))))
+    rows.append(("peak memory", _describe_peak(run)))
+    rows.append(("other tools", describe_elsewhere(run.options.network)))
+    if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
+        rows.append(("commands", f"typed in {Path.cwd()}"))
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
 
 

@@ -320,7 +320,7 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
     """
     if dtype is None:
         return dtypes
-    return {name: dtype if default.is_floating_point else default for name, default in dtypes.items()}
+    return {name: dtype if current.is_floating_point else current for name, current in dtypes.items()}
 
 
 def open_unused(dit: nn.Module) -> OpenedTensors | None:

@@ -79,7 +79,9 @@ class Requests:
     agreed: bool = field(default=False, init=False)  # all processes know of it
     _looked: float | None = field(default=None, init=False)
     _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
-    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise; files that are ignored
+    _passed: dict[Path, int] = field(
+        default_factory=dict, init=False
+    )  # ignored files, with their time of change
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:

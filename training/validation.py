@@ -93,7 +93,9 @@ class Validation:
         steps = self.plan.steps
         measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = measured[self.process :: steps.processes]
+        # processes whose networks are split have to run as many passes as the process with the most items
         lacks_item = steps.in_lockstep and len(items) * steps.processes < len(measured)
+        # the expert of each noise level
         experts = [expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts) for sigma in self.sigmas]
         sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         sums[-1] = len(items)
@@ -108,7 +110,7 @@ class Validation:
             for item in track(items, title, len(items), unit="item"):
                 losses = self._losses(item, sigmas, dit, autocast)
                 sums[level_indices] += torch.tensor(losses, dtype=torch.float64)
-            if lacks_item:  # other processes gather the blocks' parts from this one
+            if lacks_item:  # its losses are dropped; the others gather the blocks' parts from this process
                 self._losses(measured[-1], sigmas, dit, autocast)
         return sums
 

@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
-    """Warn about captions without a word that text encoders are to learn. Raises DatasetError."""
+    """Warn about captions without a word that text encoders are to learn.
+
+    Raises DatasetError if the dataset cannot be read.
+    """
     captions = [
         _complete(item.kind.caption(item.source_stem, number), item.table)
         for item in items

@@ -271,12 +271,12 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if config.json attaches VACE's blocks to other blocks than the released ones."""
-    default = list(range(0, layers, layers // vace_layers))
+    released = list(range(0, layers, layers // vace_layers))
     file, settings = read_config_json(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
-    if is_its and settings.get("vace_layers", default) != default:
+    if is_its and settings.get("vace_layers", released) != released:
         raise CheckpointError(
-            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {default} here, "
+            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {released} here, "
             f"as in every release. Give such a model, or correct the file.",
             path,
         )

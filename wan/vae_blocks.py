@@ -304,7 +304,10 @@ class UpStage(nn.Module):
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
-        """Apply the layers to the next frames x, and add repeated values of x if they enlarge."""
+        """Apply the layers to the next frames x.
+
+        Upsampling layers add x, with its values repeated, to their result.
+        """
         h = x
         for layer in self.upsamples:
             h = layer(h, memory)

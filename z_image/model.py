@@ -14,6 +14,7 @@ from lumina.blocks import GroupedAttention, Heads, JointTransformerBlock, Lumina
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
 from modules.devices import numbers_on
+from modules.integers import round_up
 from modules.layers.norms import RMSNorm, in_own_dtype
 from z_image.configs import DIT, TIME_SCALE, TOKEN_STEP, ZImageConfig
 
@@ -80,7 +81,7 @@ class ZImageModel(LuminaModel):
 
     def count_tokens(self, real: int) -> int:
         """Return the padded number of tokens of a text or an image."""
-        return -(-real // TOKEN_STEP) * TOKEN_STEP
+        return round_up(real, TOKEN_STEP)
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
         """Return image tokens, B L C, of patches, B P 4Z, padded."""

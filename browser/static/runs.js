@@ -45,6 +45,7 @@
   // A panel that closes takes the focus with its button: it goes back to the button that has opened it.
   let opener = "";
   document.addEventListener("htmx:before:request", ({ target }) => {
+    if (target.matches?.("#removal form")) turn += 1; // what is being removed is not asked how it stands
     if (target.matches?.("form:is([hx-target='#panel'], [hx-target='#removal']):not(#panel form, #removal form)")) opener = target.querySelector("button").id;
   });
   document.addEventListener("htmx:after:swap", ({ target }) => {

@@ -22,15 +22,36 @@ const isEdited = (field) => valueOf(field) !== defaultOf(field);
 const markEdited = () => keyFields().forEach((field) => field.closest("tr").classList.toggle("edited", isEdited(field)));
 
 // ---- the table: search over names and helps, and what was typed is marked
+const wordsIn = (text) => text.normalize("NFKC").toLowerCase().replaceAll("_", " "); // letters of full width count as the usual ones
+
+// Names of other programs for a setting, each with its place among the settings that it stands for.
+const namesOf = (row) => Object.entries(JSON.parse(row.dataset.words ?? "{}")).map(([name, rank]) => [wordsIn(name), rank]);
+
+// How near a row is to what was typed: 0 is the nearest.
+function nearness(row, typed) {
+  const key = wordsIn(row.querySelector("th code")?.textContent ?? ""), names = namesOf(row);
+  if (key === typed) return 0;
+  const least = (found) => Math.min(...found.map(([, rank]) => rank));
+  const same = least(names.filter(([name]) => name === typed)), alike = least(names.filter(([name]) => name.includes(typed)));
+  if (same < Infinity) return 1 + same;
+  if (key.includes(typed)) return 40;
+  return alike < Infinity ? 60 + alike : 100;
+}
+
 function filterRows(field) {
-  const words = field.value.normalize("NFKC").toLowerCase().split(/\s+/).filter(Boolean); // letters of full width count as the usual ones
-  const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
+  const typed = wordsIn(field.value).trim().replace(/\s+/g, " "), words = typed.split(" ").filter(Boolean);
+  const list = document.querySelector(field.dataset.find), rows = [...list?.querySelectorAll("tr") ?? []];
   let count = 0;
+  rows.forEach((row, place) => { row.dataset.place ??= place; });
   for (const row of rows) {
-    const text = `${row.textContent} ${row.dataset.help ?? ""} ${row.dataset.words ?? ""}`.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
+    const text = wordsIn(`${row.textContent} ${row.dataset.help ?? ""}`) + namesOf(row).map(([name]) => ` ${name}`).join("");
+    const isOffered = !row.dataset.idle || !typed || wordsIn(row.querySelector("th code").textContent) === typed; // one that the run ignores is shown to who names it
+    row.hidden = !isOffered || !words.every((word) => text.includes(word));
+    row.near = typed && !row.hidden && row.querySelector("th") ? nearness(row, typed) + (row.dataset.idle ? 1000 : 0) : 0;
     count += !row.hidden;
   }
+  const sorted = [...rows].sort((one, other) => one.near - other.near || one.dataset.place - other.dataset.place);
+  if (sorted.some((row, place) => row !== rows[place])) list.append(...sorted);
   if (!field.dataset.count) return;
   document.getElementById(field.dataset.count).textContent = !rows.length ? "" : words.length ? translate("%(count)s of %(n)s keys", { count, n: rows.length }) : translate("%(n)s keys", { n: rows.length });
 }

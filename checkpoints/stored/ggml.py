@@ -159,15 +159,15 @@ def kind_of_package(number: int) -> Kind | None:
 
     try:
         kind = gguf.GGMLQuantizationType(number)
-        gguf.quants.dequantize(numpy.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+        weights_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[kind]
+        gguf.quants.dequantize(numpy.zeros((1, bytes_per_block), numpy.uint8), kind)  # fails if it cannot
     except (ValueError, KeyError, NotImplementedError):
         return None
 
     def values(blocks: Tensor) -> Tensor:
         if type(blocks) is not Tensor:  # a fake tensor of a memory plan has no values
-            return torch.empty(len(blocks), weights, device=blocks.device)
+            return torch.empty(len(blocks), weights_per_block, device=blocks.device)
         weights_of_blocks = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
         return torch.from_numpy(weights_of_blocks).to(blocks.device)
 
-    weights, size = gguf.GGML_QUANT_SIZES[kind]
-    return Kind(kind.name, weights, size, halves=(), values=values)
+    return Kind(kind.name, weights_per_block, bytes_per_block, halves=(), values=values)

@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from modules.integers import ceil_div
 from modules.speed_options import Quantization
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -59,29 +60,36 @@ class Nf4:
         """
         rows, columns = weight.shape
         flat = weight.reshape(-1)
-        packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=weight.device)
-        peaks = torch.empty(-(-len(flat) // BLOCK), device=weight.device)
+
+        # round the weights piece by piece, so that only a piece has a float32 copy; a byte holds two of them
+        packed = torch.empty(ceil_div(len(flat), 2), dtype=torch.uint8, device=weight.device)
+        peaks = torch.empty(ceil_div(len(flat), BLOCK), device=weight.device)
         for start in range(0, len(flat), PIECE):
-            codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
-            packed[start // 2 : start // 2 + len(codes)] = codes
-            peaks[start // BLOCK : start // BLOCK + len(block_peaks)] = block_peaks
-        # the maxima themselves are rounded to 8 bits, in nested blocks
+            weight_codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
+            first_byte = start // 2
+            packed[first_byte : first_byte + len(weight_codes)] = weight_codes
+            first_block = start // BLOCK
+            peaks[first_block : first_block + len(block_peaks)] = block_peaks
+
+        # round the maxima themselves to 8 bits, in nested blocks
         offset = peaks.mean()
         values = nested_values(weight.device)
-        blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
-        nested_peaks = blocks.abs().amax(1)
-        scaled = blocks / nested_peaks.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
+        nested_blocks = _pad_rows(peaks - offset, NESTED_BLOCK)
+        nested_peaks = nested_blocks.abs().amax(1)
+        scaled = nested_blocks / nested_peaks.clamp_min(1e-30)[:, None]  # 1e-30: blocks of zeros stay zeros
         peak_codes = _find_nearest(scaled, values).to(torch.uint8)
+        peak_codes = peak_codes.view(-1)[: len(peaks)]  # without the padding of the last nested block
+
         shape = (rows, columns)
-        companions = (peak_codes.view(-1)[: len(peaks)], nested_peaks, values, offset.view(1))
+        companions = (peak_codes, nested_peaks, values, offset.view(1))  # in the order of `companions`
         return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> Stored:
         """Return the weight and its statistics on the meta device, to plan memory."""
-        blocks = -(-shape[0] * shape[1] // BLOCK)
+        blocks = ceil_div(shape[0] * shape[1], BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
-        statistics = [torch.empty(size, device="meta") for size in (-(-blocks // NESTED_BLOCK), 256, 1)]
+        statistics = [torch.empty(size, device="meta") for size in (ceil_div(blocks, NESTED_BLOCK), 256, 1)]
         return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -181,4 +189,4 @@ def _pad_rows(flat: Tensor, width: int) -> Tensor:
 
 def _packed_shape(shape: Shape) -> tuple[int, int]:
     rows, columns = shape
-    return (rows, columns // 2) if columns % 2 == 0 else (-(-rows * columns // 2), 1)
+    return (rows, columns // 2) if columns % 2 == 0 else (ceil_div(rows * columns, 2), 1)

@@ -63,7 +63,7 @@ class CaptionList:
     def take_waiting(self, waiting: Path) -> None:
         """Add the captions that a killed run of an earlier version left in a file next to the list.
 
-        Raises OutputError.
+        Raises OutputError if the list cannot be written.
         """
         waiting_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
         # the last line may be unfinished, even within a letter

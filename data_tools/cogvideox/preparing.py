@@ -156,7 +156,7 @@ def _resolve(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     settings = dataclasses.asdict(options.shape)
     for name, value in settings.items():
         if isinstance(value, tuple):
-            settings[name] = list(value)  # as JSON has it
+            settings[name] = list(value)  # as in JSON
     earlier = read_prepared(options.output_dir)
     now = PreparedFolder(None, {}, settings)
     if maker is not None:

@@ -22,7 +22,7 @@ from modules.text_files import real_path
 logger = logging.getLogger(__name__)
 
 MADE = "control_picture"  # name of the text in a written PNG; its value says how it was made
-FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pictures
+FOLDER_NAME = "conditioning"  # of the control images, in the folder of the images
 
 
 class ControlImageOptions(Options, title="what to make"):
@@ -75,7 +75,7 @@ class ControlImageOptions(Options, title="what to make"):
 class Plan:
     """What to do for each image of a folder."""
 
-    jobs: list[tuple[Path, Path]] = field(default_factory=list)  # picture, its control picture to write
+    jobs: list[tuple[Path, Path]] = field(default_factory=list)  # image, its control image to write
     done: list[Path] = field(default_factory=list)  # made before, in the same way
     other_way: list[Path] = field(default_factory=list)  # made before by this program, in another way
     foreign: list[Path] = field(default_factory=list)  # of other programs
@@ -124,7 +124,7 @@ def make_control_images(options: ControlImageOptions) -> None:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, sorted, without hidden ones, masks and condition images."""
+    """Return the images of a folder, sorted, without hidden ones, masks and condition images."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -147,14 +147,14 @@ def _reject_equal_stems(pictures: Sequence[Path]) -> None:
 
 
 def _describe_way(options: ControlImageOptions) -> str:
-    """Return how control pictures are made, as it is written into them."""
+    """Return how control images are made, as it is written into them."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
     return "canny {} {}".format(*options.thresholds)
 
 
 def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
-    """Return the function from a picture to its control picture, both H W 3."""
+    """Return the function from an image to its control image, both H W 3."""
     if options.depth is not None:
         from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
 

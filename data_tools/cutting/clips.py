@@ -17,15 +17,15 @@ from modules.media.encoding import Picture, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import SourceInfo
 
-SAMPLE_SECONDS = 0.25  # between two pictures that are measured
+SAMPLE_SECONDS = 0.25  # between two frames that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
 ROUNDING = 1e-6  # seconds: times are sums of fractions
-BLACK_PART = 0.5  # of the pictures of a clip
+BLACK_PART = 0.5  # of the frames of a clip
 
 
 @dataclass(frozen=True, slots=True)
 class ImageMeasures:
-    """Measures of one picture."""
+    """Measures of one frame."""
 
     number: int
     brightness: float
@@ -41,7 +41,7 @@ class VideoLook:
 
     width: int
     height: int
-    starts: "array[float]" = field(default_factory=lambda: array("d"))  # start of each picture, in seconds
+    starts: "array[float]" = field(default_factory=lambda: array("d"))  # start of each frame, in seconds
     end: float = 0.0
     samples: list[ImageMeasures] = field(default_factory=list)
     changes: list[SceneChange] = field(default_factory=list)
@@ -60,7 +60,7 @@ class VideoLook:
 def look_at(
     info: SourceInfo, frames: Iterable[Picture], detector: SceneDetector, black_threshold: float
 ) -> VideoLook:
-    """Read all pictures of a video; measure some, and find the scene changes."""
+    """Read all frames of a video; measure some, and find the scene changes."""
     look = VideoLook(info.width, info.height)
     due = 0.0
     for number, frame in enumerate(frames):
@@ -101,7 +101,7 @@ class PlannedClip:
     end: int
     start: float  # seconds
     seconds: float
-    brightness: float  # these three: means of some pictures; 0..1, and of `measures.sharpness`
+    brightness: float  # these three: means of some frames; 0..1, and of `measures.sharpness`
     motion: float
     sharpness: float
     dropped: str = ""  # why it is left out
@@ -131,7 +131,7 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
 
 
 def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
-    """Return first and end of each scene between changes; the pictures of a change belong to no scene."""
+    """Return first and end of each scene between changes; the frames of a change belong to no scene."""
     begins = [0, *(end for _, end in changes)]
     ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]

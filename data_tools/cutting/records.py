@@ -132,7 +132,7 @@ def _parse_record(text: str) -> CutRecord:
 
 
 def write_record(output: Path, record: CutRecord) -> None:
-    """Write a record, completely or not at all. Raises OutputError."""
+    """Write a record, completely or not at all. Raises OutputError if it cannot be written."""
     content = {"version": VERSION, **asdict(record)}
     # in ASCII: a path may hold bytes that are not text
     write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")

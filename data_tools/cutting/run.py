@@ -199,7 +199,10 @@ class Workshop:
     stop: Event = field(default_factory=Event)
 
     def cut(self, job: CuttingJob) -> CutResult:
-        """Cut a video, or finish the work of an interrupted run. Raises UserError."""
+        """Cut a video, or finish the work of an interrupted run.
+
+        Raises UserError if the video cannot be read or a clip cannot be written.
+        """
         path = job.source
         record = job.record
         why = "" if record is None else record.changes(path, self.options)
@@ -234,7 +237,7 @@ class Workshop:
         return record
 
     def _look_at(self, path: Path) -> VideoLook:
-        """Read all pictures of a video once."""
+        """Read all frames of a video once."""
         info = source_info(path)
         detector = SceneDetector(self.options.scenes.scene_threshold, float(info.rate))
         with contextlib.closing(self._frames(path, "scenes of")) as frames:
@@ -279,7 +282,7 @@ class Workshop:
                 )
 
     def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
-        """Yield the pictures of a video, with a progress bar. Raises MediaError."""
+        """Yield the frames of a video, with a progress bar. Raises MediaError if one cannot be decoded."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
                 yield frame
@@ -309,7 +312,7 @@ class Workshop:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
-        """Write the missing clips in one pass over the pictures; return how many.
+        """Write the missing clips in one pass over the frames; return how many.
 
         A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
         Raises MediaError, OutputError.

@@ -11,8 +11,8 @@ from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbn
 # (first, end): frames in between belong to no scene; at a hard cut both are the first frame of the new
 # scene
 SceneChange = tuple[int, int]
-FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
-PLAIN_SECONDS = 0.1  # pictures of one color for that long are the end of a scene
+FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
+PLAIN_SECONDS = 0.1  # frames of one color for that long are the end of a scene
 # from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # place in a dissolve, equal to the share of the second scene; and the most variance that may remain there,
@@ -20,7 +20,7 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 # scenes that move are found, and none within them
 DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
-BEGUN = 0.08  # share of the other scene from which a picture belongs to a dissolve
+BEGUN = 0.08  # share of the other scene from which a frame belongs to a dissolve
 
 
 class _Jump(NamedTuple):
@@ -40,20 +40,20 @@ class SceneDetector:
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
-        """rate: pictures per second."""
+        """rate: frames per second."""
         self._threshold = threshold
         self._flash = max(1, round(rate * FLASH_SECONDS))
         self._plain = max(2, round(rate * PLAIN_SECONDS))
         self._count = 0
         self._before: Thumbnail | None = None
         self._jump: _Jump | None = None  # possible flash
-        self._structured: Thumbnail | None = None  # the last picture that was not plain
+        self._structured: Thumbnail | None = None  # the last frame that was not plain
         self._plain_since: int | None = None
         self._changes: list[SceneChange] = []
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
-        """Look at the next picture, H W 3."""
+        """Look at the next frame, H W 3."""
         now = thumbnail(pixels)
         number = self._count
         self._count += 1
@@ -81,7 +81,7 @@ class SceneDetector:
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
-        """Return the changes, in order, after the last picture."""
+        """Return the changes, in order, after the last frame."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)
@@ -99,7 +99,7 @@ class SceneDetector:
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
-        """Track runs of pictures of one color. Returns whether this picture is one."""
+        """Track runs of frames of one color. Returns whether this frame is one."""
         pixels = now.grey[~now.is_white]
         # of one color besides white: `scene_distance` cannot judge it
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
@@ -183,7 +183,7 @@ class _Dissolves:
         return True
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
-        """Return the share of the second scene in each picture from `offset` on."""
+        """Return the share of the second scene in each frame from `offset` on."""
         begin = self._images[offset].grey
         way = self._images[-1].grey - begin
         length = max(float(np.square(way).sum()), 1e-12)

@@ -7,9 +7,9 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import bad_character
 
-FOLDER_NAME = "masks"  # of the masks, inside the folder of the pictures
+FOLDER_NAME = "masks"  # of the masks, inside the folder of the images
 MODEL_FOLDER = Path("models/clipseg")  # that tools/download.py fills
-BACKGROUND_FILE = Path("models/background/u2net.onnx")  # likewise
+BACKGROUND_FILE = Path("models/background/u2net.onnx")  # that tools/download.py fills
 FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # likewise
 WATERMARK = ("a watermark", "a logo", "text")
 MAX_WORDS = 300  # characters of what to find

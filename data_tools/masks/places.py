@@ -114,7 +114,7 @@ def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
 
 
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
-    """Return the pictures and clips of a folder, sorted, without hidden ones, masks and condition images.
+    """Return the images and clips of a folder, sorted, without hidden ones, masks and condition images.
 
     An animated GIF or WebP is a clip.
 
@@ -170,7 +170,10 @@ def mask_line(folder: PurePath) -> str:
 
 
 def read_frames(mask: Path) -> Iterator[Gray]:
-    """Yield the frames of a mask, each H W: one of a picture, all of a clip or folder. Raises MediaError."""
+    """Yield the frames of a mask, each H W: one of an image, all of a clip or folder.
+
+    Raises MediaError if the mask cannot be read.
+    """
     if mask.is_dir():
         yield from (as_gray(read_mask(image)) for image in folder_images(mask))
     elif is_still(mask):
@@ -180,7 +183,10 @@ def read_frames(mask: Path) -> Iterator[Gray]:
 
 
 def read_frame(mask: Path, number: int) -> Gray:
-    """Return one frame of a mask, H W; of a shorter mask the last. Raises MediaError."""
+    """Return one frame of a mask, H W; the last one if the mask is shorter.
+
+    Raises MediaError if the mask cannot be read.
+    """
     if mask.is_dir():
         images = folder_images(mask)
         return as_gray(read_mask(images[min(number, len(images) - 1)]))
@@ -243,7 +249,10 @@ def _write_frames(folder: Path, frames: Iterable[Gray], texts: Mapping[str, str]
 
 
 def keep_before(place: MaskPlace) -> None:
-    """Save a copy of the mask for `undo_change`, replacing an earlier copy. Raises OutputError."""
+    """Save a copy of the mask for `undo_change`, replacing an earlier copy.
+
+    Raises OutputError if it cannot be written.
+    """
     with atomic_folder(place.before) as temporary:
         if place.mask is None:
             return
@@ -255,7 +264,7 @@ def keep_before(place: MaskPlace) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder, which vanishes at once. Raises OutputError."""
+    """Delete a file or a folder, which vanishes at once. Raises OutputError if it cannot be deleted."""
     with explain_errors(path):
         if path.is_dir() and not path.is_symlink():
             waste = temporary_name(path)

@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class Finder(Protocol):
-    """Finds something in pictures."""
+    """Finds something in images."""
 
     def find(self, frame: Frame) -> Values:
-        """Return the values of a picture, H W 3: h w, 0..1."""
+        """Return the values of an image, H W 3: h w, 0..1."""
 
 
 class _NothingFoundError(Exception):
-    """Nothing was found in a picture, or in no frame of a clip."""
+    """Nothing was found in an image, or in no frame of a clip."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ def make_masks(options: MaskOptions) -> None:
 def _make_mask(
     place: MaskPlace, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
 ) -> None:
-    """Write a mask, and note what came of it. Raises OutputError."""
+    """Write a mask and note the outcome. Raises OutputError if the mask cannot be written."""
     try:
         is_written = write_mask(place, frames, place.kind == "video", texts)
     except MediaError as error:
@@ -125,7 +125,7 @@ def _make_mask(
 
 
 def _masks_of(folder: Path, options: MaskOptions) -> Path:
-    """Return the folder of the masks for a folder of pictures. Raises OptionError."""
+    """Return the folder of the masks for a folder of images. Raises OptionError if it is that folder."""
     if options.beside:
         return folder
     if options.output is None:
@@ -215,7 +215,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
             else:
                 plan.jobs.append(place)
         elif made_by.split("\n")[-1] == way:
-            continue  # made before, by the same method
+            continue  # the last line of the note in the mask names the method: it is the same
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:
@@ -241,7 +241,7 @@ def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
 
 
 def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
-    """Yield the mask of a picture, or of each frame of a clip, H W.
+    """Yield the mask of an image, or of each frame of a clip, H W.
 
     Raises:
         MediaError: For a file that cannot be read, _NothingFoundError at the end if nothing was found.
@@ -278,7 +278,10 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load what finds. Raises CheckpointError."""
+    """Load the model that finds the masked areas.
+
+    Raises CheckpointError if its file is missing or damaged.
+    """
     if options.prompts:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 

@@ -19,7 +19,7 @@ from modules.onnx_models import load_onnx
 from post.faces.boxes import Detector
 from post.faces.detectors import load_detector
 
-# of ImageNet, by which networks of this kind see pictures
+# of ImageNet, by which networks of this kind see images
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
@@ -34,7 +34,7 @@ class BackgroundFinder:
     side: int  # S
 
     def find(self, frame: Frame) -> Values:
-        """Return what stands before the background of a picture, H W 3: h w, from 0 to 1 in each picture.
+        """Return what stands before the background of an image, H W 3: h w, from 0 to 1 in each image.
 
         Raises:
             CheckpointError: If the network fails.
@@ -47,7 +47,7 @@ class BackgroundFinder:
         return ((values - low) / max(high - low, np.finfo(np.float32).tiny)).astype(np.float32)
 
     def as_input(self, frame: Frame) -> NDArray[np.float32]:
-        """Return a picture, H W 3, as the network takes it: 1 3 S S, divided by its brightest value."""
+        """Return an image, H W 3, as the network takes it: 1 3 S S, divided by its brightest value."""
         small = Image.fromarray(frame).resize((self.side, self.side), Image.Resampling.LANCZOS)
         pixels = np.asarray(small, np.float32)
         normal = (pixels / max(float(pixels.max()), 1e-6) - MEAN) / DEVIATION
@@ -55,10 +55,10 @@ class BackgroundFinder:
 
 
 def load_background_finder(path: Path) -> BackgroundFinder:
-    """Load a U2Net-like ONNX file.
+    """Load an ONNX file whose network is like U2Net.
 
     Raises:
-        CheckpointError: If it is none, or cannot be run; InstallationError without onnxruntime.
+        CheckpointError: If it is not such a file or cannot be run.
     """
     _require_file("--background", path)
     model = load_onnx(path)
@@ -86,7 +86,7 @@ class FaceFinder:
     least_score: float
 
     def find(self, frame: Frame) -> Values:
-        """Return the boxes of faces in a picture, H W 3: H W, 1 inside, also where a box covers a part."""
+        """Return the boxes of faces in an image, H W 3: H W, 1 inside, also where a box covers a part."""
         values = np.zeros(frame.shape[:2], np.float32)
         for face in self.detector.find(frame, self.least_score):
             left, top = (max(0, math.floor(side)) for side in face.box[:2])

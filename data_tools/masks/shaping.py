@@ -3,7 +3,7 @@
 Source: the numbers of OneTrainer's masks, modules/module/BaseImageMaskModel.py and modules/util of
 github.com/Nerogar/OneTrainer; the median over frames, the fading edge and masks that are not there are ours.
 """
-# Letters: h w the network's grid, H W the picture
+# Letters: h w the network's grid, H W the image
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ class MaskShape:
     def find(self, values: Values, size: tuple[int, int]) -> Values:
         """Return where something is found, H W, 1 or, at a fading edge, less.
 
-        `size` is width and height of the picture.
+        `size` is width and height of the image.
 
         Not inverted: `finish` does that.
         """

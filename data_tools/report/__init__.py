@@ -3,6 +3,7 @@
 check: plans of caching, caches of a training
 files: each file for programs: crop, caption, caches
 findings: faults and totals of each table; captions as UTF-8
+layers: layers that do not fit their image
 masks: how much of each mask is learned, lone masks
 looks: read a source once: frames, crop, measures, references
 numbers: all numbers of a dataset as one JSON object

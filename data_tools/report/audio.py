@@ -44,11 +44,11 @@ def is_heard(table: DatasetTable) -> bool:
 
 
 def listen(source: MediaSource) -> Heard:
-    """Return facts about the sound of a clip, without decoding it.
+    """Return information about the audio of a clip, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
-    seconds = None  # of the pictures
+    seconds = None  # of the images
     try:
         with fetch(source) as here:
             path = find_audio(here)
@@ -100,7 +100,7 @@ def check_audio(
     """Report on a table's audio and its caches; `plans` are the plans for caching the table's latents."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
-        """Return the facts about a clip's sound, and how many of its caches are valid."""
+        """Return information about a clip's audio, and how many of its caches are valid."""
         try:
             audio = listen(plan.source)
             num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.kept)

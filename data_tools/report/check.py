@@ -27,6 +27,7 @@ from data_tools.report.findings import (
     load_counters,
     repair_captions,
 )
+from data_tools.report.layers import find_unusable_layers
 from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
 from dataset.batches.checks import SameEncoders, describe_identity
@@ -59,6 +60,7 @@ from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
@@ -347,6 +349,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
     """Compare sources with their caches, and return the plans; sources without a record are decoded."""
     table = findings.table
     plans, unreadable = _plan_sources(findings, recipe, workers)
+    unreadable += find_unusable_layers(plans, workers)
     _count_items(findings, plans, workers)
     findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
     _add_plan_warnings(findings, plans)
@@ -499,7 +502,7 @@ def check_training(
 
 
 def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], latent: LatentSpec) -> None:
-    """Add the cached items of a table, by the size of their pictures and references."""
+    """Add the cached items of a table, by the size of their images and references."""
     for group in group_items(items).values():
         first = group[0]
         reference_sides = [side * latent.stride[1] for side in first.references]
@@ -510,7 +513,7 @@ def _count_cached_items(findings: TableFindings, items: Sequence[TrainingItem], 
 def _describe_epoch(items: Sequence[TrainingItem], batches_per_step: int) -> str:
     """Return a line about the items, batches and steps of an epoch."""
     order = BatchOrder(items, seed=0)
-    num_steps = -(-order.num_batches // batches_per_step)
+    num_steps = ceil_div(order.num_batches, batches_per_step)
     steps = count_of(num_steps, "step")
     if batches_per_step > 1:
         steps += f" of {batches_per_step} batches"

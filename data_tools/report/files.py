@@ -77,7 +77,7 @@ def _describe_source(source: MediaSource) -> Numbers:
 
 
 def _describe_look(look: Look) -> Numbers:
-    """Return the facts of a source as JSON values."""
+    """Return the measured values of a source as JSON values."""
     fit = look.fit
     return {
         "size": look.size,

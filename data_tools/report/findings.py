@@ -25,6 +25,7 @@ from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
+from modules.integers import ceil_div
 from modules.limits import MAX_CAPTION_BYTES
 from modules.paths import path_exists
 from modules.text_encodings import EncodingGuess
@@ -96,7 +97,7 @@ class TableFindings:
         rows = []
         for bucket, num_items in sorted(self.buckets.items()):
             num_shown = round(num_items * self.table.num_repeats * self.times)
-            num_batches = -(-num_shown // batch_size)
+            num_batches = ceil_div(num_shown, batch_size)
             last_batch = num_shown - (num_batches - 1) * batch_size if num_shown else batch_size
             rows.append(BucketRow(bucket, num_items, num_batches, last_batch))
         return rows
@@ -164,7 +165,7 @@ class CheckResult:
 
     @property
     def num_remarks(self) -> int:
-        """Number of remarks in all tables."""
+        """Number of warnings in all tables."""
         return sum(len(findings.remarks) for findings in self.tables)
 
     @property
@@ -289,7 +290,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Count the reference pictures of images; remark on each image without one if other images have some."""
+    """Count the reference images; add a warning for each image without one if others have some."""
     counts = count_references(findings.sources)
     if not counts:
         return

@@ -47,7 +47,7 @@ GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
 SHADE = 0.3  # brightness of the part that is cut off
 SMALL = 150  # longer side in a group of copies
-COLOR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colors
+COLOR_SIDE = 4  # side of the small images that tell copies from images of equal shapes in other colors
 DIGITS = 4  # of measures
 
 
@@ -66,13 +66,13 @@ class Measures:
     """Measures of the used frames of a source; for a clip, means over some frames."""
 
     brightness: float  # 0..1
-    motion: float  # 0..1; 0 for a picture
+    motion: float  # 0..1; 0 for an image
     sharpness: float  # the median over the frames
     is_black: bool  # all frames are black
     is_static: bool  # a clip in which nothing moves, and which is not black
     is_blurred: bool  # most frames are blurred
     is_flat: bool  # all frames have one color, so that their hash says nothing
-    hashes: tuple[int, ...]  # one for a picture, four for a clip
+    hashes: tuple[int, ...]  # one for an image, four for a clip
     colors: bytes  # the same frames as 4 x 4 RGB, one after the other
 
 
@@ -102,12 +102,12 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
-        """Percentage of the resized picture that the bucket cuts off."""
+        """Percentage of the resized image that the bucket cuts off."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
     def enlarged(self) -> float:
-        """Factor by which the picture is enlarged; below 1 it is reduced."""
+        """Factor by which the image is enlarged; below 1 it is reduced."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
@@ -117,7 +117,7 @@ class Look:
 
 
 def cut_percent(fit: Fit) -> float:
-    """Return the percentage of the resized picture that the bucket cuts off."""
+    """Return the percentage of the resized image that the bucket cuts off."""
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
@@ -220,7 +220,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 
 
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Return the facts in the header of a source; decode a clip whose header has no frame count."""
+    """Return the information in the header of a source; decode a clip whose header has no frame count."""
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, latent.pixel_step, latent.lengths)
@@ -264,7 +264,7 @@ def _look_over(
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the facts in the header of latents that were computed before."""
+    """Add the information in the header of latents that were computed before."""
     tensors = measure_source(source, latent)
     span = full_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)
@@ -368,7 +368,7 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 
 def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
-    """Return the measures of a picture or a clip from its frames, all of one size."""
+    """Return the measures of an image or a clip from its frames, all of one size."""
     are_black = all(map(is_black, frames))
     flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
@@ -396,13 +396,13 @@ def _small_colors(frame: Frame) -> bytes:
     return np.asarray(small, np.uint8).tobytes()
 
 
-# --- the reference pictures of an image, next to the image itself
+# --- the reference images of an image, next to the image itself
 # ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ShownReference:
-    """A reference picture, or another control image, as a card shows it."""
+    """A reference image, or another control image, as a card shows it."""
 
     name: str
     picture: Markup | None = None

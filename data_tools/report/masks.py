@@ -21,6 +21,7 @@ from dataset.table import folder_id
 from modules.bars import Bar
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
+from modules.integers import ceil_div
 from modules.media import reading
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
@@ -75,22 +76,23 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
     source = plan.source
     assert source.mask is not None
     width, height, *_ = plan.items[0]
-    place = functools.partial(reading.resize_cover, bucket=(width, height))
+    resize = functools.partial(reading.resize_cover, bucket=(width, height))
     try:
         size = reading.frame_size(source.path)
         if reading.is_still(source.mask):
-            mask = read_still(source.mask, place, size, num_frames=1)
+            mask = read_still(source.mask, resize, size, num_frames=1)
         else:
             num_frames = reading.count_frames(source.mask)
-            step = -(-num_frames // SHOWN_FRAMES)
+            step = ceil_div(num_frames, SHOWN_FRAMES)  # every step-th frame is read
             frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
-            shown = -(-num_frames // step)
-            mask = read_moving(source.mask, frames, place=place, size=size, num_frames=shown)
+            num_read = ceil_div(num_frames, step)
+            mask = read_moving(source.mask, frames, place=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
     _, down, across = latent.stride
     weights = shrink_mask(torch.from_numpy(mask.copy()), (1, down, across)).float()
-    return MaskShare(source.mask, source.stem, float((weights > LEARNED).float().mean()), not mask.any())
+    learned_share = float((weights > LEARNED).float().mean())
+    return MaskShare(source.mask, source.stem, learned_share, is_black=not mask.any())
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:

@@ -27,7 +27,7 @@ MAX_PATHS = 20  # of a text
 SHOWN_TEXT = 300  # characters of a text that occurs more than once
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
-# English words that say nothing about a picture; other languages are counted whole
+# English words that say nothing about an image; other languages are counted whole
 _STOP_WORDS = """
 a about above after again against all along also am an and any are around as at be because been before behind
 being below between both but by can could did do does doing down during each either else etc every few for
@@ -212,7 +212,7 @@ def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
 
 
 def _complete_bucket(bucket: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return width, height and frames; 1 frame for pictures."""
+    """Return width, height and frames; 1 frame for images."""
     frames = bucket[2] if len(bucket) > 2 else 1
     return bucket[0], bucket[1], frames
 

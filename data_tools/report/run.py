@@ -220,7 +220,7 @@ def _warnings_of(look: Look) -> dict[str, str | None]:
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
-    """Return groups of near duplicates among files of a kind, and add a remark to each file of a group.
+    """Return groups of near duplicates among files of a kind, and add a warning to each file of a group.
 
     A file that several tables name, by absolute or relative paths, counts once.
     """
@@ -263,7 +263,7 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
 # --- copies
 # ------------------------------------------------------------------------------------------------------------
 
-# Hashes compare shapes; colors tell more for pictures with few shapes. Copies differ in brightness,
+# Hashes compare shapes; colors tell more for images with few shapes. Copies differ in brightness,
 # contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
 SAME_COLORS, MAX_SHIFT, MIN_GAIN = 0.06, 0.25, 0.6
@@ -279,7 +279,7 @@ Indices = NDArray[np.int64]
 class _Colors:
     """Colors of N files: to compare those whose hashes match."""
 
-    pictures: NDArray[np.uint8]  # N K C: small pictures of K frames
+    pictures: NDArray[np.uint8]  # N K C: small images of K frames
     is_flat: NDArray[np.bool_]  # N
 
 

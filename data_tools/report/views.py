@@ -28,7 +28,7 @@ from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
-SHEET_FRAMES = 8  # frames of a clip in one picture
+SHEET_FRAMES = 8  # frames of a clip in one image
 WINDOW_WIDTH = 1600  # pixels
 CONSOLE_FRAMES = 4
 SHADES = " .:-=+*#%@"  # dark to light, for text on a background
@@ -47,7 +47,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     dropped: list[Failure] = []
 
     def decode(source: MediaSource) -> DecodedMedia:
-        # a randomly changed picture is shown in one of its variants
+        # a randomly changed image is shown in one of its variants
         return decode_source(
             source,
             fps,
@@ -173,7 +173,7 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
         if frames.shape[-1] != 3:
             alpha = frames[..., 3:].astype(np.float32) / 255
             frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
-        if frames.shape[1] != height:  # reference pictures may have another height
+        if frames.shape[1] != height:  # reference images may have another height
             size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
             frames = np.stack([resize_frame(frame, size, "area") for frame in frames])
         parts.append(frames)
@@ -182,12 +182,12 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
-    """Return evenly chosen frames side by side as one picture."""
+    """Return evenly chosen frames side by side as one image."""
     return np.concatenate(select_evenly(list(frames), most), axis=1)
 
 
 def colored_text(picture: Frame, columns: int, background: str | None) -> str:
-    """Return a picture as lines for a terminal with 24-bit colors.
+    """Return an image as lines for a terminal with 24-bit colors.
 
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.

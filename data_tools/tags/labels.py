@@ -58,7 +58,7 @@ def has_mapping(folder: Path) -> bool:
 
 
 def _read_table(text: str) -> tuple[Label, ...]:
-    """Read `tag_id,name,category,count`. Raises ValueError."""
+    """Read `tag_id,name,category,count`. Raises ValueError if a row is malformed."""
     labels = []
     rows = csv.DictReader(text.splitlines())
     if not {"name", "category"} <= {*(rows.fieldnames or ())}:
@@ -72,7 +72,7 @@ def _read_table(text: str) -> tuple[Label, ...]:
 
 
 def _read_mapping(text: str) -> tuple[Label, ...]:
-    """Read {index: {"tag": ..., "category": ...}}. Raises ValueError."""
+    """Read {index: {"tag": ..., "category": ...}}. Raises ValueError if the content is malformed."""
     content = parse_json(text, no_repeats=True)
     if not isinstance(content, dict) or len(content) > _MAX_TAGS:
         raise ValueError("it has to be an object of numbers and tags")

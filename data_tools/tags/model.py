@@ -1,5 +1,5 @@
 """Run a tagger's ONNX file on pictures and clips."""
-# Letters: B pictures, S side of the network's input, T tags
+# Letters: B images, S side of the network's input, T tags
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from modules.onnx_models import OnnxModel, load_onnx
 
 MODEL = "model.onnx"
 Numbers = NDArray[np.float32]
-IMAGE_BYTES = 1 << 26  # memory for each picture of a batch
+IMAGE_BYTES = 1 << 26  # memory for each image of a batch
 _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
 
 
@@ -37,7 +37,7 @@ class Tagger:
     side: int  # S
     is_channels_first: bool
     is_of_logits: bool  # its colors are -1..1 and its outputs logits, else 0..255 and probabilities
-    fixed_batch: int | None  # number of pictures that it takes, if it takes no other
+    fixed_batch: int | None  # number of images that it takes, if it takes no other
     batch_size: int
     joins_by_mean: bool
     max_frames: int
@@ -95,15 +95,18 @@ class Tagger:
         """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
         height, width = frame.shape[:2]
         side = max(height, width)
-        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes
+        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes: reduce it first
             scale = self.side / side
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
-            height, width = frame.shape[:2]
+            height = max(1, round(height * scale))
+            width = max(1, round(width * scale))
+            frame = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
             side = self.side
+
         square = np.full((side, side, 3), 255, np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = frame[..., ::-1]
+        top = (side - height) // 2
+        left = (side - width) // 2
+        square[top : top + height, left : left + width] = frame[..., ::-1]  # RGB to BGR
+
         if side > self.side:
             small = cv2.resize(square, (self.side, self.side), interpolation=cv2.INTER_AREA)
             return np.asarray(small, np.uint8)

@@ -29,7 +29,7 @@ class TagChoice:
     sorts: bool  # by falling probability, else in the order of the labels
 
     def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags of a picture in order, each once.
+        """Return the tags of an image in order, each once.
 
         `probabilities` are one for each label.
         """

@@ -142,7 +142,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
 
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
-    """Yield a line if a text encoder saw fewer reference pictures than the item has."""
+    """Yield a line if a text encoder saw fewer reference images than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
@@ -195,14 +195,14 @@ def _mask_errors(
         made_from = record.options.get("mask")
     else:  # other programs make no mask but from transparency
         made_from = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
-    allowed: set[str | None]
+    allowed: set[str | None]  # origins that the table permits; None stands for no mask
     if table.alpha_mask:
         allowed = {FROM_ALPHA}
     elif table.mask_directory is not None:
         companions = _companions_now(item)
         has_mask = companions is not None and companions.has_mask
         allowed = {FROM_FILE} if has_mask else {FROM_FILE, None}
-    elif table.directory is None:
+    elif table.directory is None:  # a list, whose rows may name masks
         allowed = {FROM_FILE, None}
     else:
         allowed = {None}
@@ -332,9 +332,9 @@ def _source_errors(
 
 
 def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield the reasons why latents of reference pictures are not what a table asks for.
+    """Yield the reasons why latents of reference images are not what a table asks for.
 
-    Deleted picture files are not a fault; pictures that a list no longer names are one.
+    Deleted image files are not a fault; images that a list no longer names are one.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:

@@ -22,12 +22,12 @@ class ExampleItem:
     """Files of a training item that can be passed to generation as an example."""
 
     caption: str = ""
-    picture: Path | None = None  # the item itself, if it is a picture on disk
+    picture: Path | None = None  # the item itself, if it is an image on disk
     controls: tuple[Path, ...] = ()  # control images in order, or one control clip
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
-    places: str = ""  # of a single picture and its control images, as --one_frame_inference takes them
+    places: str = ""  # of a single image and its control images, as --one_frame_inference takes them
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
@@ -71,7 +71,7 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
 
 def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:
     with contextlib.suppress(UserError, OSError):
-        if item.kind.sizes is None:  # else its picture is encoded while training
+        if item.kind.sizes is None:  # else its image is encoded while training
             return stores.of(item.table).read(item.file_name, is_full=False).keys
     return frozenset()
 

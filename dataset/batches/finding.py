@@ -31,9 +31,9 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, form_of
 from dataset.sources.media_source import pause_collection
+from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
-from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: i
 
 
 def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
-    """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
+    """Return how many images a cache of layers has; 1 if it is damaged, which reading it reports."""
     if kind.sizes is not None:
         return kind.sources[file.stem].num_images
     with contextlib.suppress(CacheError):
@@ -290,7 +290,7 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model takes reference pictures, and none of about LOOKED_AT items has one."""
+    """Return whether the model takes reference images, and none of about LOOKED_AT items has one."""
     edited = [item for item in items if _is_edited(item.table)]
     for item in edited[:: len(edited) // LOOKED_AT + 1]:
         if item.kind.sizes is not None:
@@ -304,7 +304,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
 
 
 def _is_edited(table: DatasetTable) -> bool:
-    """Return whether the model edits the reference pictures or clips of a table."""
+    """Return whether the model edits the reference images or clips of a table."""
     if table.learns_edits:
         return True
     return table.clip_references is not None and table.clip_references.edits
@@ -390,7 +390,7 @@ def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[st
 
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
-    except DatasetError:  # none at all: the caches were copied without the pictures
+    except DatasetError:  # none at all: the caches were copied without the images
         return None
 
 
@@ -458,8 +458,7 @@ def _explain_empty(table: DatasetTable) -> str:
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
-        where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
-        error = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
+        error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
     if of_any_model is not None:
         error += (
             f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"

@@ -18,7 +18,7 @@ class ItemKind:
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
     has_text: bool = True  # False: captions are encoded while training
-    # by stem: of the pictures that are encoded while training; None: their latents are cached
+    # by stem: of the images that are encoded while training; None: their latents are cached
     sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
     # by stem, if anything is read from them
     sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
@@ -27,7 +27,7 @@ class ItemKind:
     compared: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that latent caches of its pictures would have."""
+        """Return the names that latent caches of its images would have."""
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
@@ -48,7 +48,7 @@ LiveTables = Mapping[int, ItemKind]  # by table index: tables with a part that i
 class TrainingItem:
     """A pair of cache files. There may be millions."""
 
-    file_name: str  # of the latents; whole, as the listing has it: a copy of each would be a lot
+    file_name: str  # of the latents; whole, as in the listing: a copy of each would be a lot
     stem_length: int  # of `file_name`, how much is the name of the source
     table: DatasetTable
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
@@ -56,7 +56,7 @@ class TrainingItem:
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
-    # width and height of the latents of each reference picture, if they must be equal in a batch
+    # width and height of the latents of each reference image, if they must be equal in a batch
     references: tuple[int, ...] = ()
     # C T M of its sound, silent or not, if it must be equal in a batch
     audio: tuple[int, ...] = ()

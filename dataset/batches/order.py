@@ -22,6 +22,7 @@ from dataset.cache_files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
+from modules.integers import ceil_div
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def count_batches(items: Sequence[Grouped]) -> int:
 
 
 def _count_batches(pools: Mapping[tuple[int, ...], Sequence[Grouped]]) -> int:
-    return sum(-(-len(pool) // pool[0].table.batch_size) for pool in pools.values())
+    return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools.values())
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:

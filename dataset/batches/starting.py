@@ -55,7 +55,7 @@ def check_caches(
 ) -> None:
     """Read caches before training begins: all caches of a small dataset, a sample of a large one.
 
-    At most MAX_READ items and captions and MOST_READ_BYTES are read; additional captions of an item come
+    At most MAX_READ items and captions and MAX_READ_BYTES are read; additional captions of an item come
     last. Items and texts that are encoded while training are not read.
 
     Args:
@@ -121,7 +121,7 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
 
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield at most MOST_READ random items with the index of a caption; additional captions come last."""
+    """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
     further = ((item, number) for item in sample for number in range(1, item.captions))
@@ -195,7 +195,7 @@ def _compare_reading(
     """Warn of caches whose clips an earlier version read with frames in another order or orientation.
 
     `items` are pairs of an item and the mark that says how its clip was read. `keeps_alpha` is the field of
-    the family's LatentSpec. At most MOST_LOOKED_AT clips are checked; missing files are skipped.
+    the family's LatentSpec. At most MAX_LOOKED_AT clips are checked; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():
@@ -226,7 +226,7 @@ def compare_sources(
 ) -> None:
     """Warn of files without latents, latents without a file, and sound that is not cached.
 
-    Caching may have been stopped between a clip's latents and its sound. Folders of more than MOST_LISTED
+    Caching may have been stopped between a clip's latents and its sound. Folders of more than MAX_LISTED
     files are left out.
 
     Args:

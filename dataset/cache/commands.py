@@ -28,7 +28,7 @@ from modules.repeated_options import (
 )
 from modules.text_files import parse_json, read_text, real_path
 
-NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
+NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of images
 VERSION = 1
 MAX_BYTES = 1 << 20  # of a few families with a few dozen options each
 MAX_CHARACTERS = 10_000  # of one value

@@ -8,6 +8,8 @@ import tarfile
 import zlib
 from pathlib import Path
 
+from modules.integers import ceil_div
+
 _COMMENT = re.compile(
     rb" comment=(?P<facts>reelsmith 1 (?P<kind>entry|removed) (?P<generation>\d{1,9}) (?P<size>\d{1,11}) "
     rb"(?P<crc32>[0-9a-f]{8}) )(?P<check>[0-9a-f]{8}) (?P<name>.+?)\n"
@@ -35,7 +37,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
                 return rows
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             start = file.tell()
-            num_blocks = -(-header.size // tarfile.BLOCKSIZE)
+            num_blocks = ceil_div(header.size, tarfile.BLOCKSIZE)
             end = start + num_blocks * tarfile.BLOCKSIZE
             if not start <= end <= size:
                 raise tarfile.HeaderError("a wrong size")
@@ -56,7 +58,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Return the facts in a header's content. Raises tarfile.HeaderError if they are damaged."""
+    """Return the information in a header's content. Raises tarfile.HeaderError if it is damaged."""
     comment = _COMMENT.search(content)
     if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
         raise tarfile.HeaderError("a wrong comment")

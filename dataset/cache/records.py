@@ -80,7 +80,7 @@ class TextRecord:
     crc32: Mapping[str, str]
     # the table's additions to captions, and the number of captions; without default values
     settings: Mapping[str, Any] = field(default_factory=dict)
-    references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
+    references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with it
     as_shown: int = 0  # and saw as a viewer shows them
 
 
@@ -126,7 +126,10 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the facts in a record. Raises ValueError, and errors of wrong types, if they are damaged."""
+    """Return the information in a record.
+
+    Raises ValueError, or an error of a wrong type, if it is damaged.
+    """
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
         raise ValueError(f"a clip of {kept_frames!r} frames")

@@ -110,7 +110,10 @@ class ShardStore:
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
-        """Write an entry that is the bytes of a file; None: remove it. Raises OutputError."""
+        """Write an entry with the bytes of a file; None removes the entry.
+
+        Raises OutputError if that fails.
+        """
         with self._lock:
             catalog = self._read_catalog()
             if self._writer is not None:

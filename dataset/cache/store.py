@@ -71,7 +71,7 @@ class SingleFiles:
             raise CacheError(f"{self.folder / name}: cannot be read ({error.strerror})") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file of these bytes. Raises OutputError."""
+        """Write these bytes as a file. Raises OutputError if that fails."""
         write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:

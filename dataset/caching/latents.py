@@ -25,7 +25,7 @@ from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 
-if TYPE_CHECKING:  # it is loaded only for families that hear
+if TYPE_CHECKING:  # it is loaded only for families with audio
     from dataset.sources.audio import SpanAudios
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
@@ -76,7 +76,7 @@ def decode(
     missing = plan.missing or ()
     audios: SpanAudios | None = None
     if recipe.keeps_audio and recipe.audio is not None and missing and source.table.kind == "video":
-        from dataset.sources.audio import audios_of  # only of families that hear
+        from dataset.sources.audio import audios_of  # only of families with audio
 
         with fetch(source) as here:
             audios = audios_of(here, missing, recipe.fps, recipe.audio)

@@ -43,7 +43,7 @@ PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer 
 
 @dataclass(frozen=True)
 class NextCommand:
-    """Hold the command that follows a caching command, and the values that it needs."""
+    """The command that follows a caching command, and the values that it needs."""
 
     words: Sequence[str]
     remember: Callable[[], None]  # keeps the options of this command, once all is cached
@@ -64,7 +64,7 @@ class NextCommand:
 
 @dataclass(frozen=True)
 class Share:
-    """Hold this process' rank among `count` processes, and its device."""
+    """This process's rank among `count` processes, and its device."""
 
     rank: int
     count: int

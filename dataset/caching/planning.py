@@ -75,7 +75,7 @@ class Recipe:
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
-    audio: AudioSpec | None = None  # of a family that hears
+    audio: AudioSpec | None = None  # of a family with audio
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the options in the record of an item of a source.
@@ -142,7 +142,7 @@ class Recipe:
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
-            changed = None  # latents of pictures only hold a place, whatever made them
+            changed = None  # latents of images only hold a place, whatever made them
         return changed or records.options_difference(recorded, options, self.latent)
 
 
@@ -279,7 +279,7 @@ class Planning:
             if has_companions(source) and not any(records.CLOCK in text for text in texts if text):
                 return None  # headers have to be compared
             if not self._is_as_shown(texts):
-                return None  # from an earlier version: the result depends on the pictures
+                return None  # from an earlier version: the result depends on the images
             shape += (file[len(source.stem) :], *texts)
         return tuple(shape)
 
@@ -323,7 +323,7 @@ class Planning:
         return unknown
 
     def _read_recorded_clip(self) -> ClipInfo | None:
-        """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
+        """Return what earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
         recorded: list[ClipInfo] = []
         for file in self.existing:

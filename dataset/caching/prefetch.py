@@ -66,7 +66,7 @@ class CacheReport:
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
-    silent: tuple[Failure, ...] = ()  # clips without sound, of a model that hears
+    silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all

@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """Parts of a caption's item that text encoders see, besides reference pictures."""
+    """Parts of a caption's item that text encoders see, besides reference images."""
 
     clip: bool = False  # its frames
     media: bool = False  # the references of its row
@@ -48,7 +48,7 @@ def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionFile:
-    """Hold one text, the cache file of its embeddings, and the work left to do. There may be a million."""
+    """One text, the cache file of its embeddings, and the work left to do. There may be a million."""
 
     table: DatasetTable
     file_name: str  # of the cache file
@@ -58,9 +58,7 @@ class CaptionFile:
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
     embeds: Path | None = None  # what text encoders gave for it, computed before
-    source: MediaSource | None = (
-        None  # whose reference pictures, or what `sight` says, an encoder sees with it
-    )
+    source: MediaSource | None = None  # whose reference images, or what `sight` says, an encoder sees with it
     references: Sequence[tuple[Path, Origin | None]] = ()  # these files
     sight: "Sight" = BLIND
     # what `plan_texts` finds: encoders that must encode it, in order
@@ -185,7 +183,7 @@ def _files_of_table(
 
 
 def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
-    """Return the files that an encoder sees: the clip, or the picture with its control pictures."""
+    """Return the files that an encoder sees: the clip, or the image with its control images."""
     files = source.parts[: 1 + len(source.control)] if sight.clip else ()
     if not sight.media:
         return files
@@ -232,7 +230,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
     """Describe how a record differs from what is encoded now; None if it does not.
 
-    Compared are text, encoder, settings and reference pictures.
+    Compared are text, encoder, settings and reference images.
     """
     changed = (
         difference(record.encoder, identity)

@@ -129,7 +129,7 @@ class TextWork:
         self._loaded: TextEncoder | None = None
         self._failed: dict[
             str, Failure
-        ] = {}  # by the name of the file: its text, or reference pictures, are unusable
+        ] = {}  # by the name of the file: its text, or reference images, are unusable
 
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
@@ -323,7 +323,7 @@ class TextWork:
         )
 
     def _frames_of(self, source: MediaSource) -> tuple[Tensor, ...]:
-        """Return a source's reference pictures as the VAE encodes them, each H W C.
+        """Return a source's reference images as the VAE encodes them, each H W C.
 
         Raises:
             MediaError: If one cannot be used.

@@ -38,7 +38,7 @@ from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError
 
-if TYPE_CHECKING:  # it is loaded only for families that hear
+if TYPE_CHECKING:  # it is loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.holds_audio and hears_audio(family):
-            from dataset.caching import audio  # only of families that hear
+            from dataset.caching import audio  # only of families with audio
 
             hearing = cast("HearingFamily", family)
             self._audio = audio.AudioWork(
@@ -322,7 +322,7 @@ class MediaWork:
         Files of sections that an item no longer has are removed afterwards.
         """
         if self._encoders is None and not batch[0].moments:
-            self.free()  # the networks of pictures and of sound take turns
+            self.free()  # the networks of images and of sound take turns
             self._encoders = latents.load_encoders(self._family, self._device)
         names = [_latent_name(item) for item in batch]
         keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]

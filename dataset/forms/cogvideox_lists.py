@@ -14,15 +14,15 @@ from dataset.forms.contract import TableRow
 from dataset.forms.rows import check_text, locate
 from dataset.sources.captions import complete_captions
 from dataset.sources.media_source import Fault, MediaSource, number_repeats
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
-from modules.paths import explain_missing
 
 # folders next to that of the clips
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 # lists of the folder form; the second name of prompts is what the tools of CogVideoX write
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
-# usual columns, the first that is there; in JSONL prompts come first
+# columns that are looked for in this order, in JSON Lines the captions' in the opposite order
 CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 
@@ -78,7 +78,7 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
     keys = table.of(CogVideoXKeys)
     root = keys.cogvideox_root
     if not root.is_dir():
-        raise DatasetError(f"{name}: {root}: no such folder.{explain_missing(root)} Correct the path.")
+        raise DatasetError(f"{name}: {root}: no such folder{explain_lookup(root, table.config_path)}")
     open_rows = _open_lists if keys.dataset_file is None else _open_table
     clips = open_rows(table, root, name)
     for row in clips.rows:
@@ -171,6 +171,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     if path is None:
         raise DatasetError(f"{name}: dataset_file {keys.dataset_file} is neither there nor in {root}")
     names = column_names(path)
+    # a JSON Lines file with both columns has its captions in "prompt", a CSV table in "caption"
     caption_columns = CAPTION_COLUMNS[::-1] if row_format(path) is JSON_LINES else CAPTION_COLUMNS
     caption = table.caption_column or _first_of(caption_columns, names)
     video = keys.video_column or _first_of(VIDEO_COLUMNS, names)

@@ -18,7 +18,9 @@ from modules.errors import DatasetError
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     """Return the keys that say where items are: for images, for clips, then those for any kind."""
+    # keys of one kind of media, such as image_directory and video_directory: the name behind the kind
     of_kind: list[tuple[str, forms.Form, DataForm]] = []
+    # keys that are spelled alike for all kinds
     alone: dict[str, tuple[TableKey, DataForm]] = {}
     for form in FORMS:
         record: Any = form.keys or DatasetTable

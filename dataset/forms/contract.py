@@ -40,7 +40,7 @@ FindCell = Callable[[TableRow], "PackedFile | None"]  # the file in a row; None:
 
 
 class LookedAt(NamedTuple):
-    """A list or table, as remarks about its columns look at it."""
+    """A list or table, as warnings about its columns look at it."""
 
     media: str  # column of the media
     read: set[str]  # columns that are read, except companions by number
@@ -59,7 +59,7 @@ class DataForm:
     shared_keys: ClassVar[tuple[str, ...]] = ()  # keys of some forms that its tables take as well
     metadata_key: ClassVar[str] = ""  # of the source in a subset's metadata, in place of class and repeats
     empty: ClassVar[str] = "has no lines"  # behind the name of an empty source, {kind} filled in
-    has_columns: ClassVar[bool] = False  # `look_at` opens it, for remarks about columns that nothing reads
+    has_columns: ClassVar[bool] = False  # `look_at` opens it, for warnings about columns that nothing reads
     is_listed_in_training: ClassVar[bool] = False  # to compare the companions of items with those of now
     has_caches_of_others: ClassVar[bool] = False  # other programs keep theirs next to the images
     names_images_anywhere: ClassVar[bool] = False  # images of one table may be in many folders
@@ -84,7 +84,7 @@ class DataForm:
         return "no caption_extension in its table, such as .txt"
 
     def look_at(self, table: DatasetTable) -> LookedAt:
-        """Open a list or table for remarks about its columns."""
+        """Open a list or table for warnings about its columns."""
         raise NotImplementedError(self.name)
 
     def list_addresses(self, table: DatasetTable) -> list[str]:

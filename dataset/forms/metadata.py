@@ -1,4 +1,4 @@
-"""A JSON file of image trainers: caption and tags by picture. A subset of the image guides' form names it."""
+"""A JSON file of image trainers: caption and tags by image. A subset of the image guides' form names it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key that such subsets have, which `SUBSET_KEYS` declares."""
+    """The key metadata_file of a subset, which names its list of images and captions."""
 
     metadata_file: Path
     folder = None  # `dataset.subsets` chooses where their caches are
@@ -38,13 +38,13 @@ class Metadata(DataForm):
     names_images_anywhere = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the file and find the pictures that it names."""
+        """Read the file and find the images that it names."""
         from dataset.forms.metadata_listing import list_metadata  # it loads what decodes
 
         return list_metadata(table, table.source, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
-        """Return where a missing caption would be: in the entry of its picture."""
+        """Return where a missing caption would be: in the entry of its image."""
         return 'neither "caption" nor "tags" in its entry'
 
 

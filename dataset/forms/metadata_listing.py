@@ -6,6 +6,7 @@ from typing import Any
 
 from dataset.sources.captions import captions_in, lines_of, not_utf8
 from dataset.sources.media_source import Fault, MediaSource, unique_stems
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
@@ -19,11 +20,11 @@ SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of ima
 
 
 def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
-    """Return a source for each picture that a table's metadata_file names, with its captions and tags.
+    """Return a source for each image that a table's metadata_file names, with its captions and tags.
 
         {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
 
-    A key is a path, or a name in the table's folder of pictures, with or without its suffix. Raises
+    A key is a path, or a name in the table's folder of images, with or without its suffix. Raises
     DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
     """
     try:
@@ -32,7 +33,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
         raise not_utf8(path, 0) from None
     except OSError as error:
         raise DatasetError(
-            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+            f"{table.name}: metadata_file = {path}: {error.strerror}{explain_lookup(path, table.config_path)}"
         ) from error
     except ValueError as error:
         raise DatasetError(f"{path} is not valid JSON: {error}") from None

@@ -103,7 +103,10 @@ def read_members(path: Path) -> dict[str, bytes]:
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a file, replacing an existing one; equal contents give equal bytes. Raises OutputError."""
+    """Write a file, replacing an existing one.
+
+    Equal contents give equal bytes. Raises OutputError if the file cannot be written.
+    """
     size_bytes = sum(map(len, members.values()))
     with atomic_path(path, size_bytes) as temporary, zipfile.ZipFile(temporary, "w") as file:
         for name in sorted(members):

@@ -71,7 +71,7 @@ class NpzStore:
     latent: LatentSpec
     text_keys: frozenset[str]  # of a whole text cache
     folder: Path
-    # pictures that a list names, which may be in many folders: stem -> path without suffix
+    # images that a list names, which may be in many folders: stem -> path without suffix
     listed: Mapping[str, Path] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files
     holds_only_caches: ClassVar[bool] = False
@@ -210,7 +210,7 @@ class NpzStore:
         source = self._source_stem(name)
         if folder / source in stems:
             name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder or source in self.listed:  # of a picture that left the list
+        elif folder != self.folder or source in self.listed:  # of an image that left the list
             return None
         return name + part
 
@@ -221,7 +221,7 @@ class NpzStore:
     # --- latents ---
 
     def _bucket(self, name: str) -> tuple[Size, Size]:
-        """Return the size of a picture, and its size in the table's bucket."""
+        """Return the size of an image, and its size in the table's bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")

@@ -156,25 +156,26 @@ def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
     """Count the unpacked bytes of a column in a row group; return its `largest_value`."""
     largest = 0
     num_values = 0
-    place = chunk.data_page_offset
+    offset = chunk.data_page_offset
     if chunk.dictionary_page_offset is not None:
-        place = min(place, chunk.dictionary_page_offset)
-    end = place + chunk.total_compressed_size
-    while place < end and num_values < chunk.num_values:
-        header, header_size = _read_header(content, place)
+        offset = min(offset, chunk.dictionary_page_offset)
+    end = offset + chunk.total_compressed_size
+    while offset < end and num_values < chunk.num_values:
+        header, header_size = _read_header(content, offset)
         unpacked_size = _number(header, _UNPACKED)
         packed_size = _number(header, _PACKED)
         pages.add(unpacked_size)
-        repeats = header.get(_TYPE) == _DICTIONARY_PAGE
-        kind = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
-        if kind is not None:
-            count = _number(header[kind], 1)
-            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+        # values that rows refer to: a dictionary, or below a page of texts that repeat starts of earlier ones
+        is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
+        data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
+        if data_page is not None:
+            count = _number(header[data_page], 1)
+            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)  # the rest is counted already
             num_values += count
-            repeats |= header[kind].get(_ENCODINGS[kind]) == _DELTA_BYTE_ARRAY
-        if repeats:
+            is_referred_to |= header[data_page].get(_ENCODINGS[data_page]) == _DELTA_BYTE_ARRAY
+        if is_referred_to:
             largest = max(largest, unpacked_size)
-        place += header_size + packed_size
+        offset += header_size + packed_size
     return largest
 
 

@@ -15,6 +15,8 @@ from urllib.request import url2pathname
 from dataset.forms.contract import FindCell, TableRow
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.sources.missing import explain_lookup
+from dataset.sources.numbering import GAPS, find_gap
 from dataset.table import FURTHER_TEXT, DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError
@@ -63,6 +65,7 @@ class RowReader:
     is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
     base: Path | None = None  # where relative paths start; None: in the working folder
     _identities: list[str] = field(default_factory=list)  # of each source, differs if sources do
+    _gaps: list[str] = field(default_factory=list)  # rows whose numbered columns skip a number
 
     def read(
         self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
@@ -164,7 +167,13 @@ class RowReader:
             part = self._part(name, value, where) if number else None
             if number and part is not None:
                 layers[number] = part
+        self._note_gap(layers, column, where)
         return [layers[number] for number in sorted(layers)]
+
+    def _note_gap(self, parts: Mapping[int, Part], column: str, where: str) -> None:
+        gap = find_gap(parts)
+        if gap is not None:
+            self._gaps.append(f"{where}: there is no {column}_{gap}, but {column}_{max(parts)}")
 
     def _read_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
         """Return the control media and the references of a row, each ordered by number."""
@@ -179,6 +188,8 @@ class RowReader:
             first = control_number(name, "reference_path")
             if first is not None:
                 self._add_parts(references, "reference_path", name, value, first=first, where=where)
+        self._note_gap(controls, "control_path", where)
+        self._note_gap(references, "reference_path", where)
         ordered_controls = [controls[number] for number in sorted(controls)]
         ordered_references = [references[number] for number in sorted(references)]
         return ordered_controls, ordered_references
@@ -215,6 +226,8 @@ class RowReader:
             keeps_stem = stem == source.stem or (self.is_list and not source.origins)
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
+        if self._gaps:
+            logger.warning("%s %s, such as %s", len(self._gaps), f"{self.unit}s {GAPS}", self._gaps[0])
         return check_controls(self.table, numbered, faults, where=f"{self.unit}s of {self.file}")
 
     @property
@@ -331,7 +344,10 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. `cells` find the files in rows, by column. Raises DatasetError."""
+    """Return the source of a row. `cells` find a row's files by column.
+
+    Raises DatasetError if a cell is invalid.
+    """
     if row.fault is not None:
         raise DatasetError(f"{row.where}: {row.fault}")
     if not cells:
@@ -455,7 +471,8 @@ def require_file(table: DatasetTable) -> Path:
     """
     path = table.source
     if not path.exists():
-        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+        end = explain_lookup(path, table.config_path)
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file{end}")
     return path
 
 

@@ -90,7 +90,7 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
-    """Open a table for remarks about its columns. `path_column` is the value in the dataset file.
+    """Open a table for warnings about its columns. `path_column` is the value in the dataset file.
 
     Raises DatasetError as listing it does.
     """

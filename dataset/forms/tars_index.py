@@ -132,6 +132,7 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
+    """Return the samples and the faults of an opened tar, up to its end or its first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
     groups: dict[str, _Group] = {}  # by key

@@ -19,6 +19,7 @@ from dataset.sources.captions import captions_in
 from dataset.sources.downloads import HTTP, download, protocol_error
 from dataset.sources.folders import media_suffixes
 from dataset.sources.mask_files import mask_suffixes
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
@@ -225,7 +226,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """
     if is_address(name) and protocol_of(name) == "file":
         name = url2pathname(split_address(name).path)
-    yield from _list_remote_tars(table, name) if is_address(name) else _list_local_tars(name)
+    yield from _list_remote_tars(table, name) if is_address(name) else _list_local_tars(table, name)
 
 
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
@@ -261,7 +262,7 @@ def _find_remote(pattern: str) -> list[str]:
         raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None
 
 
-def _list_local_tars(name: str) -> list[Path]:
+def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
     try:
         path = expand_path(name)
     except ValueError as error:
@@ -274,8 +275,7 @@ def _list_local_tars(name: str) -> list[Path]:
     # the caches may be next to the sources
     matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
-        where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        raise DatasetError(f"{path}: no such file{where}. Correct the path.")
+        raise DatasetError(f"{path}: no such file{explain_lookup(path, table.config_path)}")
     return [Path(match) for match in matches]
 
 

@@ -13,7 +13,9 @@ layers: pictures with layers: whose they are, read together
 left_out: files and folders that nothing reads
 mask_files: which files are masks, and of what
 media_source: an image or clip, its names and faults
+missing: where a missing path was looked for, and a hint
 moments: moments of clips, computed before, and of which VAE
+numbering: numbers that are missing among numbered files
 pairs: the worse one of each pair, by its name
 references: reference pictures: which, how large, what is wrong
 remarks: about media and captions, in caching, training and --check

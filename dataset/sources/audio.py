@@ -118,7 +118,7 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have audio although none is cached.
 
-    `silent` are the stems of clips without cached audio. At most MOST_OPENED files are opened, none is
+    `silent` are the stems of clips without cached audio. At most MAX_OPENED files are opened, none is
     downloaded, and unreadable ones are skipped.
     """
     local = (source for source in sources if source.stem in silent and not any(source.origins))

@@ -3,10 +3,10 @@
 import codecs
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from contract.families import caption_formats
 from contract.rules import TokenCount
@@ -167,13 +167,33 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
         return None
     import json  # only with such a caption
 
-    keys = [key for format in caption_formats().values() for key in (format.main, format.instruction)]
-    key = next((key for key in keys if isinstance(content.get(key), str)), None)
+    key = _find_key(content, _list_text_keys())
     if key is None:
         return None
     missing = "" if add_trigger(caption, trigger) == caption else trigger
     content[key] = complete_caption(content[key], missing, prefix, suffix)
     return json.dumps(content, ensure_ascii=False)
+
+
+def find_text(caption: str) -> str:
+    """Return the text of a caption; of a JSON object its instruction, or else its main text.
+
+    Returns "" for an object without either.
+    """
+    content = read_if_object(caption)
+    if content is None:
+        return caption
+    key = _find_key(content, reversed(_list_text_keys()))
+    return content[key] if key else ""
+
+
+def _list_text_keys() -> list[str]:
+    """Return the main key of each JSON format, followed by the key of its instruction."""
+    return [key for format in caption_formats().values() for key in (format.main, format.instruction)]
+
+
+def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
 def lines_of(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from dataset.sources.frames import (
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import MediaError
+from modules.integers import ceil_div
 from modules.media import reading
 from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
@@ -144,7 +145,7 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Hold the facts from a clip's header."""
+    """Information from a clip's header."""
 
     frames: int | None
     rate: float  # frames a second; NaN if they are not shown equally long
@@ -157,7 +158,7 @@ class _Timing:
 
 
 class _Pair:
-    """Compares a clip with its control clip or mask, by their headers. Raises MediaError."""
+    """Comparison of a clip with its control clip or mask, by their headers."""
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
@@ -209,7 +210,7 @@ class _Pair:
 
 
 def _list_moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are not still pictures."""
+    """Yield the control clips, masks and references of a clip that are not still images."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):
@@ -224,9 +225,9 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether a cache that was made when each clip was timed by itself equals one made now.
+    """Return whether a cache that was made when each clip was timed on its own equals one made now.
 
-    Headers are read, of files at addresses and in tars too. Raises MediaError.
+    Headers are read, of files at addresses and in tars too. Raises MediaError if one cannot be read.
     """
     with fetch(source) as here:
         paths = _list_moving_companions(here)
@@ -246,7 +247,7 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     """
     clips = [source for source in sources if has_companions(source) and not source.origins]
     errors = []
-    step = -(-len(clips) // LOOKED_AT) or 1
+    step = ceil_div(len(clips), LOOKED_AT) or 1
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):

@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-LOOKED_AT = 10_000  # pictures and clips of a dataset
+LOOKED_AT = 10_000  # images and clips of a dataset
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -133,7 +133,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
             source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
             keeps = control_keeps if number else source_keeps
             kinds = _describe(colors, keeps)
-            # GIF and WebP files in a folder of pictures are named when they are listed
+            # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
                 kinds[MOVING] = ""
@@ -143,7 +143,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return remarks on the colors of a file: its kind, and a text behind the path."""
+    """Return warnings on the colors of a file: its kind, and a text behind the path."""
     remarks = {}
     if colors.is_transparent and not keeps_transparency:
         remarks["are transparent and filled with white"] = ""

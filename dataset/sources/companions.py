@@ -50,7 +50,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         if folder is None:
             continue
         try:
-            paired, alone = _pair(folder, key, stems)
+            paired, alone = _pair(table, folder, key, stems)
             if not paired:
                 raise DatasetError(_explain_unpaired(table, folder, key, stems))
         except DatasetError as error:
@@ -86,12 +86,17 @@ def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> N
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), remark, paths[0])
 
 
-def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Return the paths for each stem, in order, and the paths without a stem. Raises DatasetError."""
+def _pair(
+    table: DatasetTable, folder: Path, key: str, stems: Collection[str]
+) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
+    """Return the paths for each stem, in order, and the paths without a stem.
+
+    Raises DatasetError if two files have one stem and number.
+    """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
     alone = []
-    for entry in list_entries(folder, key):
+    for entry in list_entries(folder, key, table.config_path):
         path = folder / entry.name
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
@@ -166,7 +171,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return those references of a source of which the model takes a single picture."""
+    """Return those references of a source of which the model takes a single image."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -174,7 +179,7 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines about the pairs of a table for its report; add a remark for each item without partner."""
+    """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
     for key, title, counts in (
         (REFERENCE, "references", [len(source.references) for source in sources]),
         (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),

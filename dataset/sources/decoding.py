@@ -50,10 +50,10 @@ from modules.media.reading import (
 Clip = NDArray[np.uint8]  # F H W C
 
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
-LARGE = 1 << 14  # the side of a picture that no table finds too small
+LARGE = 1 << 14  # the side of an image that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
-DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
-SMALL_IMAGE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
+DECODED_COPIES = 9  # bytes of a pixel while an image is decoded: three copies in RGB
+SMALL_IMAGE = 1 << 26  # bytes up to which images are decoded by all threads at once
 
 
 class ByteBudget:
@@ -98,7 +98,7 @@ class DecodedMedia:
     control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
-    # each f h w 3: of a clip as many as frames, of a picture one
+    # each f h w 3: of a clip as many as frames, of an image one
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # 255 is made anew; as many as frames
     worse: Clip | None = None  # of the worse one, like `frames`
@@ -199,7 +199,8 @@ def _decode_clip(
 ) -> DecodedMedia:
     """Read a clip and its control media; `here` is the source with local files."""
     table = source.table
-    clock: list[tuple[int, float]] = []  # number and second of each kept frame
+    # number and second of each kept frame; complete once `frames` below have been read
+    clock: list[tuple[int, float]] = []
 
     def read_frames() -> Iterator[Frame]:
         for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
@@ -238,7 +239,7 @@ def _decode_clip(
         from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
         companions["worse"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
-    # decoding stops early where there are enough: then there may be more
+    # decoding stops once there are enough frames, and then the clip may have more
     complete = enough is None or count < enough
     return DecodedMedia(
         source=source,
@@ -301,7 +302,7 @@ def planned_bytes(source: MediaSource) -> int:
 def _decode_image(
     source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read a picture and its control pictures.
+    """Read an image and its control images.
 
     `source` has been fetched. With `has_alpha`, all get four channels.
     """
@@ -344,13 +345,13 @@ def _decode_image(
     placed = place(image)
     frames = (add_alpha(placed) if has_alpha else placed)[None]
     if source.layers:
-        from dataset.sources.layers import read_layers  # few pictures have any
+        from dataset.sources.layers import read_layers  # few images have any
 
         frames = np.stack([frames[0], *read_layers(source, size, place)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
     companions: dict[str, Any] = {}
     if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions  # few pictures have any
+        from dataset.sources.companions import read_companions  # few images have any
 
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
@@ -402,7 +403,7 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
 
     `size` is the original size of the chosen image.
     """
-    from dataset.sources.pairs import require_equal_size  # few pictures have any
+    from dataset.sources.pairs import require_equal_size  # few images have any
 
     assert source.worse is not None
     rejected = read_image(source.worse, has_alpha and not source.table.alpha_mask)

@@ -12,6 +12,7 @@ from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.mask_files import files_by_stem, masks_by_stem
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.sources.missing import explain_lookup
 from dataset.table import DatasetTable, folder_id
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -19,7 +20,6 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
-from modules.paths import similar_path
 from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         paths = list(layers)
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
-        folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+        folder = ControlFolder(table.control_directory, {path.stem for path in paths}, table.config_path)
         controls = _find_folder_controls(table, folder, paths, faults)
     masks: dict[Path, Path] = {}
     if table.mask_directory is not None:
@@ -193,10 +193,10 @@ def _find_companions(
 def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[str, list[Path]]:
     """Return the masks or audio files in a folder by the stem of the image or clip they belong to."""
     if what == "mask":
-        entries = list_entries(folder, "mask_directory")
+        entries = list_entries(folder, "mask_directory", table.config_path)
         is_beside = table.directory is not None and folder_id(folder) == folder_id(table.directory)
         return masks_by_stem(map(Path, entries), table.kind, is_beside)
-    entries = list_entries(folder, "audio_directory")
+    entries = list_entries(folder, "audio_directory", table.config_path)
     suffixes = AUDIO_SUFFIXES | VIDEO_SUFFIXES
     if folder == table.directory:  # a clip is not a file next to itself
         suffixes = AUDIO_SUFFIXES
@@ -214,7 +214,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     assert table.directory is not None
     suffixes, spare = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
-    entries = list_entries(table.directory, f"{table.name}: {key}")
+    entries = list_entries(table.directory, f"{table.name}: {key}", table.config_path)
     endings = [split_name(entry.name)[1].lower() for entry in entries]
     media: list[Path] = []
     spare_files: list[Path] = []
@@ -241,7 +241,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the files of a table of pictures that are clips of another table; log how many they are."""
+    """Return the files of a table of images that are clips of another table; log how many they are."""
     animations = {path for path in paths if _moves(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
@@ -332,15 +332,15 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 class ControlFolder:
     """Contents of a `control_directory`, listed once, so that files are found without scanning it again."""
 
-    def __init__(self, folder: Path, stems: Container[str]) -> None:
-        """List the folder; `stems` are those of all images or clips of the table.
+    def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
+        """List the folder; `stems` are those of all images or clips of the table in the dataset file.
 
         Raises:
             DatasetError: If the folder cannot be listed.
         """
         self._folder = folder
         self._stems = stems
-        entries = [folder / entry.name for entry in list_entries(folder, "control_directory")]
+        entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
         # of equal names the first is kept
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
@@ -430,7 +430,7 @@ def _ends_in(path: Path, suffixes: Container[str]) -> bool:
     return path.suffix.lower() in suffixes
 
 
-def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
+def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Sequence["os.DirEntry[str]"]:
     """List a folder, sorted, without names that begin with a dot.
 
     Entries are not converted to Path, because there may be a million.
@@ -443,12 +443,9 @@ def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
             visible = [entry for entry in entries if entry.name[0] != "."]
         return sorted(visible, key=lambda entry: entry.name)
     except OSError as error:
-        where = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
-        hint = "Correct the path."
-        if isinstance(error, FileNotFoundError):
-            similar = similar_path(folder, only_folders=True)
-            hint = hint if similar is None else f"Did you mean {similar}?"
-        raise DatasetError(f"{key} = {folder}: {error.strerror}{where}. {hint}") from error
+        raise DatasetError(
+            f"{key} = {folder}: {error.strerror}{explain_lookup(folder, config_path)}"
+        ) from error
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -504,7 +501,7 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
 
 
 def _has_several(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file holds several pictures; if it is damaged, whether the table is one of clips."""
+    """Return whether a file holds several images; if it is damaged, whether the table is one of clips."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
     except MediaError:  # which decoding reports
@@ -522,7 +519,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Explain why an entry named like a picture or clip is not a regular file."""
+    """Explain why an entry named like an image or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:

@@ -25,6 +25,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
+from modules.integers import ceil_div, round_up
 from modules.media import buckets
 from modules.media.decoding import is_animation
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
@@ -98,7 +99,7 @@ def media_table(
     has_references: bool = False,
     shown: tuple[tuple[ShownMedium, ...], ...] = (),
 ) -> MediaTable:
-    """Return the facts about a table that families check."""
+    """Return the properties of a table that families check."""
     is_full = table.frame_extraction == "full"
     has_targets = table.kind == "video" and not is_full
     return MediaTable(
@@ -214,7 +215,7 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     Only headers of local clips are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
     """
     clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
-    step = -(-len(clips) // LOOKED_AT) or 1
+    step = ceil_div(len(clips), LOOKED_AT) or 1
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
     errors = []
     for source in clips[::step]:
@@ -244,7 +245,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         if has_rate and table.source_fps is None and not source.origins:
             clips.append(source)
     errors = []
-    step = -(-len(clips) // LOOKED_AT) or 1
+    step = ceil_div(len(clips), LOOKED_AT) or 1
     for source in clips[::step]:
         try:
             rate = file_rate(source.path)
@@ -258,7 +259,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
 
 FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" plays them at their speed'
 Mask = NDArray[np.uint8]  # F H W
-Place = Callable[[Frame], Frame]  # resizes and crops a picture
+Place = Callable[[Frame], Frame]  # resizes and crops an image
 
 
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
@@ -335,7 +336,7 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     if rule is not None and rule.step % step:
         raise DatasetError(
             f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
-            f"needs. Use {-(-rule.step // step) * step}."
+            f"needs. Use {round_up(rule.step, step)}."
         )
     width, height = table.resolution
     area = width * height
@@ -356,7 +357,7 @@ def _check_multiple(table: DatasetTable, step: int) -> None:
     if width % step == 0 and height % step == 0:
         return
     smaller = width // step * step, height // step * step
-    larger = -(-width // step) * step, -(-height // step) * step
+    larger = round_up(width, step), round_up(height, step)
     options = " or ".join(str(list(option)) for option in dict.fromkeys((smaller, larger)) if min(option))
     raise DatasetError(
         f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
@@ -365,7 +366,10 @@ def _check_multiple(table: DatasetTable, step: int) -> None:
 
 
 def _sizes_of_buckets(table: DatasetTable, step: int) -> tuple[buckets.Size, ...]:
-    """Return the sizes of a table's buckets; () if each image has its own bucket. Raises DatasetError."""
+    """Return the sizes of a table's buckets; () if each image has its own bucket.
+
+    Raises DatasetError if the table's sizes are invalid.
+    """
     rule = table.buckets
     width, height = table.resolution
     try:

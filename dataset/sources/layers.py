@@ -10,7 +10,7 @@ from modules.media.buckets import Size
 from modules.media.reading import Frame, add_alpha, read_image
 from modules.option_values import as_shape
 
-Layers = Mapping[Path, tuple[Path, ...]]  # of each whole picture, from back to front
+Layers = Mapping[Path, tuple[Path, ...]]  # of each whole image, from back to front
 
 
 def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
@@ -60,7 +60,7 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
         owner = layer.stem.rpartition("_")[0]
         if owner in by_stem:
             by_stem[owner].append(layer)
-        else:  # a layer of a layer: it is a picture by itself, which then lacks layers
+        else:  # a layer of a layer: it is an image by itself, which then lacks layers
             by_stem.setdefault(layer.stem, [])
     wholes = [path for path in paths if path.stem in by_stem]
     return {full: tuple(sorted(by_stem[full.stem], key=_number_of)) for full in wholes}

@@ -20,8 +20,8 @@ from modules.media.remedies import remedy_of
 LOOKED_INTO = 1000  # names of a folder inside a folder
 # files that are usual next to media and are not read: files of runs and caches, captions of other programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
-_DEFAULT = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
-_DEFAULT |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
+_EXPECTED = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
+_EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 # usual suffixes of captions, in lower case
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}
@@ -150,9 +150,9 @@ class CaptionOwners:
             self._by_stem[_as_read(Path(name).stem)] = name
 
     def find(self, stem: str) -> str | None:
-        """Return the file that a caption is probably of; None if there is none.
+        """Return the file that a caption probably belongs to; None if there is none.
 
-        Its name differs in capitals, in the Unicode form of its letters, or has the suffix of the file too
+        The names may differ in capitals or Unicode form, and the caption's name may contain the file's suffix
         (`cat.png.txt`). `stem` is the name of the caption without its suffix.
         """
         key = _as_read(stem)
@@ -252,10 +252,10 @@ class _UnusedRules:
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True
         ending = suffix.lower()
-        return ending not in self.caption_endings and ending in _DEFAULT
+        return ending not in self.caption_endings and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this ending may be pictures, which no table of the folder reads."""
+        """Return whether files with this ending may be images, which no table of the folder reads."""
         return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
@@ -280,7 +280,7 @@ def _other_folders(config: DatasetConfig) -> set[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Return whether a file with the suffix of an animation is a still picture."""
+    """Return whether a file with the suffix of an animation is a still image."""
     try:
         return not is_animation(path)
     except MediaError:  # which decoding reports

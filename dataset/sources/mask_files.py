@@ -25,8 +25,8 @@ def mask_suffixes(kind: str) -> frozenset[str]:
 def masks_by_stem(entries: Iterable[Path], kind: str, is_beside: bool) -> dict[str, list[Path]]:
     """Return the masks among the entries of a folder, by the names without suffix of what they mask.
 
-    `kind` is image or video. `is_beside` says that the folder is that of the pictures or clips themselves;
-    then only files with the label of masks are masks, because a picture is not a mask of itself.
+    `kind` is image or video. `is_beside` says that the folder is that of the images or clips themselves;
+    then only files with the label of masks are masks, because an image is not a mask of itself.
     """
     masks: dict[str, list[Path]] = {}
     for stem, paths in files_by_stem(entries, mask_suffixes(kind), kind == "video").items():

@@ -25,7 +25,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
 # likewise: that sound is from a file of its own; what is shown, in order
 AUDIO_FILE, SHOWN = "sound_file", "shown"
-# warning for a model that takes reference pictures and gets none
+# warning for a model that takes reference images and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
     "control_path in the lines of a list or table; an IC-LoRA has reference_directory, reference_path"
@@ -120,7 +120,7 @@ class MediaSource:
     )
     shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
     further_text: str | None = None  # of its row, to be read with `shown`
-    layers: tuple[Path, ...] = ()  # of a picture, from back to front
+    layers: tuple[Path, ...] = ()  # of an image, from back to front
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
@@ -145,7 +145,7 @@ class MediaSource:
 
     @property
     def num_images(self) -> int:
-        """Return how many pictures an image is: itself and its layers."""
+        """Return how many images an image is: itself and its layers."""
         return 1 + len(self.layers)
 
     @property
@@ -262,7 +262,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     return numbered
 
 
-# endings of pictures, clips, sounds and tars: no other comes from an address, as programs run files by theirs
+# endings of images, clips, sounds and tars: no other comes from an address, as programs run files by theirs
 DOWNLOADED_SUFFIXES = frozenset(
     [
         ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl",

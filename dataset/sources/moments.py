@@ -85,7 +85,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return the facts of the clip that moments 2C F h w were made from.
+    """Return the properties of the clip from which moments 2C F h w were made.
 
     If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
     one.

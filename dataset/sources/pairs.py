@@ -53,7 +53,7 @@ def add_rejected(
 def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
-    for entry in list_entries(folder, "worse_directory"):
+    for entry in list_entries(folder, "worse_directory", table.config_path):
         path = folder / entry.name
         if entry.is_dir():
             if table.kind == "video":

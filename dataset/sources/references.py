@@ -35,7 +35,7 @@ def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSourc
 
 
 def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return remarks about images whose reference picture is the image itself, or a copy of it."""
+    """Return warnings about images whose reference image is the image itself, or a copy of it."""
     kind = "have a reference picture that is equal to the image: an edit that changes nothing is learned"
     return [
         Fault(kind, str(source.path), source.stem)
@@ -162,7 +162,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
 
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
-    """Return the error for a reference picture that cannot be used."""
+    """Return the error for a reference image that cannot be used."""
     text = f"a reference picture of {source.path.name} cannot be used: {error}"
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 

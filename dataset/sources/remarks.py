@@ -18,6 +18,7 @@ from dataset.sources.references import find_equal_references
 from dataset.sources.wildcards import fill_wildcards, has_choice
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
+from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ BACKSLASH = (
     "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
     "leave it out. Remove the backslashes"
 )
+TORN = (
+    "captions are JSON objects, which shuffle_caption, caption_tag_dropout_rate and token_warmup_step take "
+    "apart. Leave these keys out"
+)
 _BACKSLASH = re.compile(r"\\[()\[\]]")
 
 
@@ -41,7 +46,7 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
-    """Return remarks about the rates, lengths, order, references and colors of sources.
+    """Return warnings about the rates, lengths, order, numbers, references and colors of sources.
 
     `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
     """
@@ -55,6 +60,10 @@ def find_media_warnings(
     # the items of a folder are files; companions, and what lists name, may be folders of frames
     if have_companions or any(source.table.directory is None for source in sources):
         remarks += find_reordered(sources)
+    if any(source.references or source.control or source.layers for source in sources):
+        from dataset.sources.numbering import find_number_gaps  # few tables have any
+
+        remarks += find_number_gaps(sources)
     if any(source.references or source.control for source in sources):
         from dataset.sources.companions import find_moving_references  # few tables have any
 
@@ -90,6 +99,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     remarks: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}
+        if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
+            kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
             kinds |= dict.fromkeys(_find_marks(caption, draws=source.table.changes.wildcards))
         if kinds:
@@ -115,7 +126,7 @@ def _find_marks(caption: str, draws: bool) -> Iterator[str]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a remark for each caption that an encoder cuts off, and the bytes of all text caches by encoder.
+    """Return a warning for each caption that an encoder cuts, and the bytes of all text caches by encoder.
 
     `counters` are found by the names of the encoders.
     """

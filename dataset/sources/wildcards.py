@@ -62,9 +62,9 @@ def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> 
         group = groups[-1]
         matched = min(group.opened, closed)
         content = "".join(group.pieces)
-        if matched % 2:
+        if matched % 2:  # pairs of braces stand for braces; the odd one is that of a choice
             content = generator.choice(content.split("|"))
-        else:
+        else:  # no choice: its bars are kept from the choice around it
             content = content.replace("|", _BAR)
         pairs = matched // 2
         group.pieces = ["{" * pairs, content, "}" * pairs]

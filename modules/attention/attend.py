@@ -410,7 +410,7 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
                 torch.autograd.grad(result.float().sum(), inputs)
 
 
-# Letters: B batch, L tokens of picture or video, T tokens of the first text, T' of the second, N heads
+# Letters: B batch, L tokens of image or video, T tokens of the first text, T' of the second, N heads
 
 
 # outputs of attention to the wanted text and to another one, each B L N D -> the output to use instead
@@ -421,17 +421,17 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 class SecondText:
     """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
-    before: int  # tokens of the picture, L
+    before: int  # tokens of the image, L
     count: int  # its own tokens, T'
     lengths: Lengths | None  # how many of the L + T' tokens are real; None: all
     steer: Steer
 
     def without(self, x: Tensor) -> Tensor:
-        """Return the picture with the first text, B L+T ..."""
+        """Return the image with the first text, B L+T ..."""
         return x[:, : -self.count]
 
     def alone(self, x: Tensor) -> Tensor:
-        """Return the picture with the second text, B L+T' ..."""
+        """Return the image with the second text, B L+T' ..."""
         return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class DpmPlusPlus:
 
 @dataclass(frozen=True)
 class UniPCVariant:
-    """Hold how the released implementations of UniPC differ.
+    """A released implementation of UniPC: the points in which they differ.
 
     B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """
@@ -208,7 +208,7 @@ class UniPC:
 
 @dataclass(frozen=True)
 class _Level:
-    """Hold one noise level."""
+    """One noise level of a schedule."""
 
     sigma: float
     alpha: float
@@ -227,7 +227,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """Hold the clean sample predicted at a noise level."""
+    """The clean sample predicted at a noise level."""
 
     level: _Level
     x0: Tensor

@@ -110,18 +110,18 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normed, factor = ctx.saved_tensors
-        for_normed, for_shift, for_factor, *_ = ctx.needs_input_grad
-        if for_shift or for_factor or factor.dtype != torch.float32:
+        needs_normed, needs_shift, needs_factor, *_ = ctx.needs_input_grad
+        if needs_shift or needs_factor or factor.dtype != torch.float32:
             gradient = gradient.to(factor.dtype)  # sums over tokens in 16 bits would be too coarse
-        of_normed = None
-        if for_normed:
-            of_normed = torch.empty_like(gradient, dtype=ctx.dtype)
-            for part, target, times in split_segments(ctx.split, [factor], gradient, of_normed):
+        normed_gradient = None
+        if needs_normed:
+            normed_gradient = torch.empty_like(gradient, dtype=ctx.dtype)
+            for part, target, times in split_segments(ctx.split, [factor], gradient, normed_gradient):
                 torch.mul(part, times, out=target)
         return (
-            of_normed,
-            _sum_rows(gradient, factor, ctx.split) if for_shift else None,
-            _sum_rows(gradient * normed, factor, ctx.split) if for_factor else None,
+            normed_gradient,
+            _sum_rows(gradient, factor, ctx.split) if needs_shift else None,
+            _sum_rows(gradient * normed, factor, ctx.split) if needs_factor else None,
             None,
             None,
         )

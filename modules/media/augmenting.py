@@ -13,7 +13,7 @@ import numpy as np
 from modules.media.buckets import Fit, Size, how_to_resize
 from modules.media.reading import Frame
 
-COLOR_RATE = 1 / 3  # of pictures whose colors change, as image trainers do it
+COLOR_RATE = 1 / 3  # of images whose colors change, as image trainers do it
 MAX_HUE = 8  # of 180 steps of a color wheel, either way
 GAMMAS = (0.95, 1.05)
 
@@ -22,7 +22,7 @@ _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
 
 @dataclass(frozen=True)
 class Face:
-    """Position and size of a face in a picture, in pixels."""
+    """Position and size of a face in an image, in pixels."""
 
     x: int  # of its middle
     y: int
@@ -31,7 +31,7 @@ class Face:
 
 
 def change_colors(frame: Frame, numbers: random.Random) -> Frame:
-    """Return the picture; with probability COLOUR_RATE, with its hue turned or its gamma changed a little."""
+    """Return the image; with probability COLOR_RATE, with its hue turned or its gamma changed a little."""
     if numbers.random() >= COLOR_RATE:
         return frame
     if numbers.random() < 0.5:
@@ -68,7 +68,7 @@ def fit_face(
     numbers: random.Random,
     anywhere: bool = False,
 ) -> Fit:
-    """Return the scale and crop of a picture around a face.
+    """Return the scale and crop of an image around a face.
 
     The length of the bucket's short side, in lengths of the face, is drawn from the range `sides`. The image
     always covers the bucket, and is not enlarged just to reach that ratio. The face is centered, or with

@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """Fit of a picture to a bucket: resize to `resized`, then crop the bucket at `crop`."""
+    """Fit of an image to a bucket: resize to `resized`, then crop the bucket at `crop`."""
 
     resized: Size
     crop: Size  # left, top
@@ -89,7 +89,7 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
     return Fit((width, height), crop, bucket, how)
 
 
-# The buckets of image trainers: sizes by a shortest and a longest side, and how a picture fits one.
+# The buckets of image trainers: sizes by a shortest and a longest side, and how an image fits one.
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:

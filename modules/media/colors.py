@@ -29,7 +29,7 @@ Frame = NDArray[np.uint8]  # H W C
 AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # Pillow's modes that count as gray when a profile is chosen. Browsers let profiles of RGB count for gray
-# pictures too
+# images too
 _GRAY = frozenset({"1", "L", "LA", "La"})
 _LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
 _SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
@@ -49,7 +49,7 @@ _PLACES = {
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
 _UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
-# in Pillow's names; photos with a map of their brightness (MPO) have several pictures, and do not move
+# in Pillow's names; photos with a map of their brightness (MPO) have several images, and do not move
 _ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
 _BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colors
 _BAND_PIXELS = 1 << 18  # that are turned at a time
@@ -59,7 +59,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 @dataclass(frozen=True)
 class Colors:
-    """Facts that a picture or a clip states about its colors."""
+    """What the file of an image or a clip states about its colors."""
 
     is_transparent: bool  # somewhere
     is_converted: bool  # its numbers are not those of sRGB
@@ -68,14 +68,14 @@ class Colors:
     is_interlaced: bool = False
     by_codes: bool = False  # it is converted, by codes of a clip or of an AVIF
     is_square: bool = True  # its pixels are
-    is_animated: bool = False  # it is a picture of several frames, shown one after the other
+    is_animated: bool = False  # it is an image of several frames, shown one after the other
 
 
 @dataclass(frozen=True)
 class _Profile:
     data: bytes
     mode: str  # of the picture: "L", "RGB" or "CMYK"
-    path: Path = field(compare=False)  # of the first picture that has it, for a message
+    path: Path = field(compare=False)  # of the first image that has it, for a message
 
 
 def upright(file: Image.Image) -> Image.Image:
@@ -104,7 +104,7 @@ def _note_info(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the picture has transparency.
+    """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the image has transparency.
 
     `image` comes from `upright`. `path` is for messages only.
     """
@@ -127,7 +127,7 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 
 def row_blocks(height: int, width: int) -> Iterator[slice]:
-    """Yield the rows of a picture, some 260,000 pixels at a time."""
+    """Yield the rows of an image, some 260,000 pixels at a time."""
     step = max(1, _BAND_PIXELS // max(width, 1))
     for top in range(0, height, step):
         yield slice(top, min(top + step, height))
@@ -165,7 +165,7 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
 
 
 def look_at(path: Path, file: Image.Image) -> Colors:
-    """Return the facts about an opened picture's colors. Pixels are read only if it may be transparent."""
+    """Return information about an opened image's colors. Pixels are read only if it may be transparent."""
     _note_info(file)
     profile = _find_profile(path, file)
     transform, error = (None, None) if profile is None else _transform(profile)
@@ -221,10 +221,10 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Return the colors of a picture as sRGB, H W 3, also below transparent pixels."""
+    """Return the colors of an image as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit gray instead of scaling it
         info = image.info
-        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
         image = Image.fromarray(~gray if _INVERTED in info else gray)
         image.info = info
     profile = _find_profile(path, image)
@@ -234,7 +234,7 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     colors = _in_mode(image, "RGB")
     curve = _make_curve(image.info) if profile is None else None
     if curve is not None:
-        colors = colors.point(curve * 3)
+        colors = colors.point(curve * 3)  # the same curve for red, green and blue
     return np.array(colors)
 
 
@@ -250,7 +250,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
-    """Return the ICC profile of a picture, or one made from its PNG chunks; None if it has neither."""
+    """Return the ICC profile of an image, or one made from its PNG chunks; None if it has neither."""
     if image.mode == "LAB":  # which Pillow converts to sRGB
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))

@@ -59,7 +59,7 @@ class Companions:
             source: The opened file.
             suffix: Suffix of the new file.
             rate: Frame rate of the new file.
-            covers: Whether to keep cover pictures and all else that may hold pictures: XMP, and attachments
+            covers: Whether to keep cover images and all else that may hold pictures: XMP, and attachments
                 other than fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
@@ -80,7 +80,7 @@ class Companions:
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
 
-        `video` is the stream of the new pictures, which gets the tags of the old ones.
+        `video` is the stream of the new images, which gets the tags of the old ones.
         """
         if self._main is not None:
             self._describe(video, self._main)
@@ -202,7 +202,7 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        """Add an attached file, if it is a font or may hold a picture."""
+        """Add an attached file, if it is a font or may hold an image."""
         file_name = stream.metadata.get("filename", "").lower()
         is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
         is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()

@@ -241,7 +241,10 @@ def declared_end(container: Any, stream: Any) -> Fraction | None:
 
 
 def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
-    """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
+    """Return FFmpeg's first frame, and the width and height of its upright image.
+
+    Raises MediaError if there is no frame.
+    """
     first = next(container.decode(stream), None)
     if first is None:
         reject_cut(path)

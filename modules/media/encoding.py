@@ -66,11 +66,11 @@ class Codec:
     options: Mapping[str, str]
     has_crf: bool  # whether it has the options crf and preset
     suffixes: tuple[str, ...]
-    threads: int = 0  # that work on whole pictures; 0: one for each core, where the bytes are the same
+    threads: int = 0  # that work on whole images; 0: one for each core, where the bytes are the same
 
 
-# One thread that looks ahead, as several divide pictures and judge each part alone. With AVX-512, x264's
-# macroblock tree also adds up lanes behind the end of a row, which nobody wrote: equal pictures would become
+# One thread that looks ahead, as several divide images and judge each part alone. With AVX-512, x264's
+# macroblock tree also adds up lanes behind the end of a row, which nobody wrote: equal images would become
 # different files. Whatever has AVX-512 has AVX2; without the tree files are much larger (docs/decisions.md)
 _AVX512F = 13  # CV_CPU_AVX_512F, which OpenCV has for C++ only
 X264 = {"x264-params": "lookahead-threads=1" + (":asm=avx2" if cv2.checkHardwareSupport(_AVX512F) else "")}
@@ -109,7 +109,7 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def select_encoder(codec: str, width: int, height: int) -> str:
-    """Return the codec, or h264 for pictures that are too small for an encoder of h265."""
+    """Return the codec, or h264 for images that are too small for an encoder of h265."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
@@ -145,7 +145,7 @@ def select_codec(path: Path, codec: str) -> Codec:
 
 
 def check_image(path: Path, codec: str, first: Pixels) -> None:
-    """Raise MediaError if pictures like the first one are too small for the codec."""
+    """Raise MediaError if images like the first one are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 is the minimum")

@@ -5,17 +5,17 @@ from, `cat-condlabel.png`. There are folders of masks too.
 """
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
-MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no pictures, lower case
+MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no images, lower case
 MASKS_BEFORE = ".before"  # in a folder of masks that this program has made or changed
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return the label that a file's name, without suffix, ends in; None: it is a picture."""
+    """Return the label that a file's name, without suffix, ends in; None: it is an image."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 
 
 def owner_of(stem: str, label: str) -> str:
-    """Return the name of the picture that a file belongs to if its name ends in `label`; else the name."""
+    """Return the name of the image that a file belongs to if its name ends in `label`; else the name."""
     return stem[: -len(label)] if label_of(stem) == label else stem

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from modules.media.colors import Frame
 from modules.media.writing import write_png
 
-LAYER, COMPOSITE = "_layer{}", "_composite"  # behind the name of a result; layer 0 is the whole picture
+LAYER, COMPOSITE = "_layer{}", "_composite"  # behind the name of a result; layer 0 is the whole image
 
 
 def compose_layers(layers: Sequence[Frame]) -> Frame:
-    """Lay pictures, H W 4 uint8 with plain colors, one over the other, the first one lowest: H W 4 uint8."""
+    """Lay images, H W 4 uint8 with plain colors, one over the other, the first one lowest: H W 4 uint8."""
     height, width, _ = layers[0].shape
     colors: NDArray[np.float64] = np.zeros((height, width, 3))  # times opacity
     opacity: NDArray[np.float64] = np.zeros((height, width, 1))

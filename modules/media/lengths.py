@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """The lengths step * n + first, n = 0, 1, 2, ...; and 1, a picture."""
+    """The lengths step * n + first, n = 0, 1, 2, ...; and 1, an image."""
 
     step: int
     first: int = 1

@@ -5,7 +5,7 @@ that were sampled evenly (F H W 3 works too). Equal frames give equal numbers. A
 fixed size, so that they hardly depend on the resolution.
 """
 
-# Letters: H, W height and width; h, w those of a reduced picture
+# Letters: H, W height and width; h, w those of a reduced image
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ BLURRED = 0.002
 
 FLAT = 0.008  # standard deviation of gray values below which there is no structure: two of 255 steps
 HASH_SIDE, HASH_BLOCK = 32, 8
-NEAR = 6  # bits that differ between copies, at most; pictures that have nothing in common differ in about 31
+NEAR = 6  # bits that differ between copies, at most; images that have nothing in common differ in about 31
 CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
@@ -111,7 +111,7 @@ def perceptual_hash(frame: Frame) -> int:
     """Return a 63-bit hash that is nearly equal for copies: rescaled, recompressed, brighter or darker ones.
 
     The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms except the
-    constant one gives a bit: whether it is above their median. Mirrored pictures differ. A flat frame gives
+    constant one gives a bit: whether it is above their median. Mirrored images differ. A flat frame gives
     0.
     Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1.
     Unlike Zauner, we keep the terms that are constant in one direction, because stripes have no others.
@@ -162,21 +162,21 @@ def _reduce(frame: Frame, factor: float) -> Gray:
     return np.asarray(small.astype(np.float32) @ LUMA / np.float32(255), np.float32)
 
 
-# Tell whether a new scene begins between two neighboring pictures.
+# Tell whether a new scene begins between two neighboring images.
 #
 # A cut changes both the structure and the colors at once. Motion moves things and keeps the colors; a flash
 # or a fade changes the brightness and leaves everything in its place. So both distances have to be large.
 LONG_SIDE = 32  # of a thumbnail
 MAX_SHIFT = 6  # cells that all may have moved together, in x and y
 BINS = 16  # of the histogram of each color
-SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count less
+SMALL_CHANGE = 0.05  # of the range: images that differ less on average count less
 FLAT_SCENE = 0.005  # deviation of the gray values below which there is no structure to compare
 WHITE = 245  # of 255
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """Reduced picture for comparisons."""
+    """Reduced image for comparisons."""
 
     grey: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: a color is at its upper end
@@ -184,7 +184,7 @@ class Thumbnail:
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """Return the reduced form of a picture (H W 3)."""
+    """Return the reduced form of an image (H W 3)."""
     height, width = pixels.shape[:2]
     factor = min(1.0, LONG_SIDE / max(height, width))
     columns = max(1, round(width * factor))
@@ -215,7 +215,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
-    max_structure = 2.0  # of pictures that are each other's negatives
+    max_structure = 2.0  # of images that are each other's negatives
     if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < least:
         return 0.0
     height, width = first.grey.shape

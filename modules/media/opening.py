@@ -25,7 +25,7 @@ from modules.limits import (
 )
 from modules.text_files import require_regular_file
 
-# FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
+# FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single images
 VIDEO_FORMATS = (
     "mov", "matroska", "avi", "flv", "asf", "mpeg", "mpegts", "ogg",
     "gif", "apng", "nut", "mxf", "rm", "wtv", "dv", "swf",
@@ -45,7 +45,7 @@ IMAGE_FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL",
     "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA",
 )  # fmt: skip
-# bytes for each pixel that are held while a picture of a format is decoded and turned, as measured; others
+# bytes for each pixel that are held while an image of a format is decoded and turned, as measured; others
 # take at most DECODED_BYTES: 4 as Pillow holds them, 8 as a decoder does or as they are returned
 DECODER_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 30, "HEIF": 30, "JXL": 40}
 DECODED_BYTES = 12
@@ -57,7 +57,7 @@ _ALONE = {
 }
 LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame: above 4K of 10 bits
 _LONE_CODECS = frozenset({"png", "ffv1"})  # whose frames stand alone, though FFmpeg does not say so
-ATTACHED_IMAGE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
+ATTACHED_IMAGE = 1 << 10  # FFmpeg's mark of covers, which are streams of images to it
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm
 _DAMAGE: tuple[type[Exception], ...] = (
@@ -83,7 +83,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def _check_memory(path: Path, image: Image.Image) -> None:
-    """Raise MediaError if a picture would take too much memory to decode."""
+    """Raise MediaError if an image would take too much memory to decode."""
     width, height = image.size
     taken = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
     if taken > MAX_DECODED_BYTES:
@@ -152,7 +152,7 @@ def select_thread_type(codec: Any) -> str:
 
 
 def _open_full(path: Path) -> Any:
-    """Open a container of pictures.
+    """Open a container of images.
 
     Raises:
         MediaError: For an MP4 that is cut short, else FFmpegError.
@@ -242,12 +242,12 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
-    """Return whether a stream is the cover picture of a song."""
+    """Return whether a stream is the cover image of a song."""
     return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise MediaError if a picture is larger than MAX_PIXELS."""
+    """Raise MediaError if an image is larger than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise MediaError(
             f"{path} has {width} x {height} pixels, {width * height / 1e6:.0f} million; at most "
@@ -288,7 +288,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _is_video(path: Path) -> bool:
-    """Return whether a file that Pillow does not know holds moving pictures."""
+    """Return whether a file that Pillow does not know holds moving images."""
     try:
         with open_container(
             path, [name for name in VIDEO_FORMATS if not name.endswith("_pipe")]
@@ -298,7 +298,7 @@ def _is_video(path: Path) -> bool:
         return False
 
 
-# Import PyAV, which brings FFmpeg, at its first use: reading pictures or caches does not need it.
+# Import PyAV, which brings FFmpeg, at its first use: reading images or caches does not need it.
 if TYPE_CHECKING:
     import av as av
 else:

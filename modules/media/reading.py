@@ -48,7 +48,7 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
 # suffixes of images that Pillow always reads, lower case
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"}) | TIFF_SUFFIXES
 
-# at which share of a frame's time at a new rate its picture is looked up: away from the edges of pictures at
+# at which share of a frame's time at a new rate its image is looked up: away from the edges of images at
 # the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 
@@ -65,7 +65,7 @@ OPENCV_METHODS = {
 
 PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
 ONE_COLOR = 2  # of 255, by which one color may differ: programs round what is transparent
-TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of a picture as it is stored
+TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of an image as it is stored
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def join_alpha(colors: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 
 
 def media_colors(path: Path) -> Colors:
-    """Return the facts about the colors of an image, a clip (by its first frame) or a folder of images.
+    """Return the information about the colors of an image, a clip (by its first frame) or a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are laid on white.
 
@@ -177,7 +177,10 @@ def media_colors(path: Path) -> Colors:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does. Raises MediaError."""
+    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does.
+
+    Raises MediaError if it cannot be read.
+    """
     look = MaskLook()
     frame = read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
@@ -459,7 +462,10 @@ def is_laid_otherwise(path: Path) -> bool:
 
 
 def count_frames(path: Path, threads: int = 0) -> int:
-    """Return the number of frames from the header, else by decoding all frames. Raises MediaError."""
+    """Return the number of frames from the header, else by decoding all frames.
+
+    Raises MediaError if the file cannot be read.
+    """
     return video_info(path).frames or sum(1 for _ in video_frames(path, threads=threads))
 
 
@@ -504,7 +510,7 @@ def _check_shown(path: Path, seconds: float) -> None:
 # The texts that images and videos carry.
 logger = logging.getLogger(__name__)
 
-# metadata of cameras and editors, which hold a small picture written as letters, and any text like that
+# metadata of cameras and editors, which hold a small image written as letters, and any text like that
 _OF_IMAGES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
 # what a tool did to a finished file, counted on; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)

@@ -39,7 +39,7 @@ class TrackInfo:
 
 
 def track_info(path: Path) -> TrackInfo | None:
-    """Return facts about the audio track that `read_track` would read; None if there is no track.
+    """Return information about the audio track that `read_track` would read; None if there is no track.
 
     Raises:
         MediaError: If the file cannot be opened.
@@ -151,7 +151,7 @@ def _track(container: Any) -> Any | None:
 
 
 def _find_origin(container: Any) -> Fraction:
-    """Return the second at which the first picture is shown, or without pictures the first sound is heard."""
+    """Return the second at which the first image is shown, or without images the first sound is heard."""
     main = container.streams.best("video")
     if main is None or is_cover(main) or main.start_time is None:
         return time_origin(container)

@@ -30,11 +30,11 @@ FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """Facts about a video before it is read; sizes are of the upright pictures."""
+    """Facts about a video before it is read; sizes are of the upright images."""
 
     width: int
     height: int
-    rate: Fraction  # pictures a second on average
+    rate: Fraction  # images a second on average
     frames: int | None  # by the header, or by duration and rate; for progress only
     is_deep: bool  # more than 8 bits a channel
 
@@ -179,19 +179,19 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Give pictures exact and rising times."""
+    """Give images exact and rising times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: pictures a second. `tick` is the rounding of the file's times, in seconds."""
+        """rate: images a second. `tick` is the rounding of the file's times, in seconds."""
         self._step = 1 / rate
-        # coarser ticks are the grid of the pictures themselves
+        # coarser ticks are the grid of the images themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
         self._origin: Fraction | None = None  # of the grid of a constant rate
         self._previous = -self._step
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown.
+        """Return the time at which the next image is shown.
 
         `time` is what the file states; None if it states none.
         """
@@ -206,7 +206,7 @@ class Clock:
             time = self._previous + self._step
         nearest = self._origin + round((time - self._origin) / self._step) * self._step
         snapped = nearest if abs(nearest - time) <= self._tolerance else time
-        # pictures that claim the same moment are shown one after the other, before the next one's turn
+        # images that claim the same moment are shown one after the other, before the next one's turn
         later = [moment for moment in (snapped, time) if moment > self._previous]
         self._previous = later[0] if later else self._previous + self._step / 4
         return self._previous
@@ -215,12 +215,12 @@ class Clock:
         """Return the origin of the grid of frame times; `time` is the first frame's time in the file."""
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
-        if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
+        if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the images are not
             self._shift = nearest - time
         return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 
     def duration(self, seconds: Fraction | None) -> Fraction:
-        """Return the seconds for which a picture is shown, if no other follows it.
+        """Return the seconds for which an image is shown, if no other follows it.
 
         `seconds` is what the file states.
         """
@@ -234,9 +234,9 @@ def _find_rate(stream: Any) -> Fraction:
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
         return DEFAULT_RATE
-    for default in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
-        if abs(average - default) <= default * RATE_TOLERANCE:
-            return default
+    for standard in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
+        if abs(average - standard) <= standard * RATE_TOLERANCE:
+            return standard
     return Fraction(average).limit_denominator(1001) or Fraction(average)
 
 

@@ -121,20 +121,20 @@ class _ImageTime(NamedTuple):
 
 
 class Timing:
-    """The times of the pictures that an encoder holds."""
+    """The times of the images that an encoder holds."""
 
     def __init__(self, rate: Fraction) -> None:
-        """rate: pictures a second, which the encoder counts with."""
-        self.count = 0  # pictures so far
+        """rate: images a second, which the encoder counts with."""
+        self.count = 0  # images so far
         self._make_rate = rate
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._shown: dict[int, _ImageTime] = {}  # by the number of the picture
+        self._shown: dict[int, _ImageTime] = {}  # by the number of the image
 
     @property
     def seconds(self) -> Fraction:
-        """Duration of the pictures so far."""
+        """Duration of the images so far."""
         return self._end - self._begin
 
     def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
@@ -166,7 +166,7 @@ class Timing:
         """
         waiting = None
         first: int | None = None  # when the first packet is stored, in ticks
-        ahead: int | None = None  # ticks between packets that are stored before the first picture is shown
+        ahead: int | None = None  # ticks between packets that are stored before the first image is shown
         for packet in packets:
             shown = round(packet.pts * packet.time_base * self._make_rate)
             stored = round(packet.dts * packet.time_base * self._make_rate)
@@ -174,9 +174,9 @@ class Timing:
             packet.pts, packet.duration = self._shown[shown]
             if stored >= 0:
                 packet.dts = self._shown[stored].start
-            else:  # counted backwards from the first picture
+            else:  # counted backwards from the first image
                 if ahead is None:
-                    # the shortest picture so far: a mean of long ones would make the file begin too early
+                    # the shortest image so far: a mean of long ones would make the file begin too early
                     ahead = min(place.length for place in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
@@ -197,11 +197,11 @@ class Timing:
 
         `first` is the time at which the first packet is stored, in ticks.
         """
-        # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
-        # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
+        # stored so late that all together last as long as the images are shown: MP4 counts from one packet
+        # to the next one stored, and would lose what the encoder is ahead of an image held near the end
         end = first + round(self.seconds * self._ticks)
         packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
-        # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
+        # and, if another image is shown after it, as long as is missing, but not beyond the end of all
         last = round(self._end * self._ticks)
         packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
 
@@ -236,7 +236,7 @@ def write_video(
 
     `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
     crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
-    with the first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row
+    with the first frame; it is cut, or silent from its end on, to last as long as the images. The last row
     or column of an odd size is cropped. Colors are BT.709 and tagged so. No time and no random id is
     written.
 
@@ -257,7 +257,7 @@ class WrittenVideo:
     width: int
     height: int
     frames: int
-    seconds: Fraction  # from the first picture to the end of the last one
+    seconds: Fraction  # from the first image to the end of the last one
 
 
 def write_shown(
@@ -275,19 +275,19 @@ def write_shown(
     tags: Mapping[str, str] | None = None,
     track: Track | None = None,
 ) -> WrittenVideo:
-    """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
+    """Encode images, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     `frames` are read one at a time; 8 and 16 bits may be mixed. Their times rise. `rate` is the number of
-    pictures a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
+    images a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
     millisecond, in .mkv to half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`.
     `list_companions` is a video whose sound, subtitles, attachments, chapters and tags are copied into this
     one without re-encoding; parts that the format cannot hold are logged. `covers` says whether its cover
-    pictures go too, and whatever else may show the old pictures. `section_of` is a part of a video whose
+    images go too, and whatever else may show the old images. `section_of` is a part of a video whose
     sound goes into this one, in place of all that. `track` is generated sound. For `tags` see `write_video`;
     they replace the video's own.
 
     Raises:
-        MediaError: If there is no frame, the codec does not fit the suffix or the pictures, or their size
+        MediaError: If there is no frame, the codec does not fit the suffix or the images, or their size
             changes.
         ValueError: If their times do not rise.
         OutputError: If the file cannot be written.
@@ -371,7 +371,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
-    """Yield the writer of all streams other than pictures, and that of a whole copied video.
+    """Yield the writer of all streams other than images, and that of a whole copied video.
 
     The first writer adds a generated audio track, or streams of a video that this function opens. The second
     result is the same object if a full video is copied, else None. Both are None if there is nothing to add,
@@ -423,7 +423,7 @@ def join_segments(
 
     `tags` are as in `write_video`.
 
-    Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
+    Images are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one.
 
     Raises:

@@ -51,7 +51,7 @@ def speaking(chosen: Language) -> Iterator[None]:
 
 
 class Words(str):
-    """Hold an English text, and what its translation is made of: the table's key, and the values in it."""
+    """An English text with the parts of its translation: the key in the table, and the values to insert."""
 
     __slots__ = ("key", "values")
     key: str
@@ -91,7 +91,7 @@ class Words(str):
 
 
 class JoinedWords(Words):
-    """Hold texts with a separator between them, each of which is translated."""
+    """Texts with a separator between them, each of which is translated."""
 
     __slots__ = ()
 

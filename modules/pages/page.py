@@ -142,7 +142,7 @@ FILE_POLICY = (
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Render a template and write the page, completely or not at all. Raises OutputError."""
+    """Render a template and write the page, completely or not at all. Raises OutputError if that fails."""
     write_text(path, render_page(template, title, values))
 
 

@@ -21,14 +21,14 @@ class DoraAlgebra(Algebra):
         self.magnitudes = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return the magnitudes if they belong neither to rows nor to columns; None otherwise."""
+        """Return the error if the number of magnitudes fits neither rows nor columns; None if it fits one."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.part} has the shape {list(shape)}"
         return None
 
     def row_parts(self, factors: Factors) -> set[str] | None:
-        """Return the magnitudes if there is one for each row; none if there is one for each input."""
+        """Return the part whose values belong to rows: the magnitudes, or none if they belong to inputs."""
         return set() if is_by_input(factors[self.part]) else {self.part}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
@@ -66,4 +66,4 @@ def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
     """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
     summed_axes = [place for place in range(weight.ndim) if place != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
-    return norms + torch.finfo(torch.float32).eps  # as LyCORIS and ComfyUI have it
+    return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

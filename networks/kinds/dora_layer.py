@@ -61,7 +61,7 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
         mixed = (up * products.T).sum(1)
         of_change = ((up @ (down @ down.T)) * up).sum(1)
         squares = of_frozen + 2 * layer.scale * mixed + layer.scale**2 * of_change
-        return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
+        return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as in LyCORIS
 
 
 def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
 """The products of a LoHa's factors, and the layer that is trained: the heavy half of `loha.py`."""
-# Letters: R rank; B pictures, H W their size
+# Letters: R rank; B images, H W their size
 
 from collections.abc import Mapping
 from typing import Any

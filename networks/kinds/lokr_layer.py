@@ -1,5 +1,5 @@
 """The products of a LoKr's factors, and the layer that is trained: the heavy half of `lokr.py`."""
-# Letters: R rank; out = l * k and in = m * n, the sizes that are split; B pictures, H W their size
+# Letters: R rank; out = l * k and in = m * n, the sizes that are split; B images, H W their size
 
 import math
 from collections.abc import Mapping

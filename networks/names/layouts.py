@@ -122,19 +122,26 @@ class GrownBlocks:
         return order
 
     def places(self, source: int, depth: int) -> list[list[int]]:
-        """Return, for each block of a variant, the blocks of a deeper one that come from it.
+        """Return, for each block of a variant, the indices of the blocks of a deeper one that copy it.
 
-        Of several copies of a block the last one is repeated.
+        A variant may hold several copies of one original. The additional copies of the deeper variant all
+        come from the last of these.
+
+        Args:
+            source: Number of blocks of the variant.
+            depth: Number of blocks of the deeper variant.
         """
         places: list[list[int]] = []
-        place = 0
+        next_index = 0  # in the deeper variant
         originals = self.originals(source)
         counts = Counter(self.originals(depth))
-        for index, block in enumerate(originals):
-            is_last = index + 1 == len(originals) or originals[index + 1] != block
-            count = counts[block] - originals.count(block) + 1 if is_last else 1
-            places.append([*range(place, place + count)])
-            place += count
+        for index, original in enumerate(originals):
+            is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
+            count = 1
+            if is_last_copy:
+                count += counts[original] - originals.count(original)
+            places.append([*range(next_index, next_index + count)])
+            next_index += count
         return places
 
 

@@ -161,28 +161,41 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     """Return the message about words that begin no command; it suggests the command that was meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
     script = Path(words[0]).name.removesuffix(".py")
+
+    # commands that have all typed words, or whose script was typed instead
     near = []
     for command in commands:
         has_these_words = bool(typed) and {*typed.split()} <= {*command.words}
         if has_these_words or command.script == script:
             near.append(command.name)
-    # a word that all names of a kind begin with makes none of them similar
-    of_kind = {
-        " ".join(command.words[1:]): command.name for command in commands if command.words[0] == words[0]
-    }
+
+    # commands whose first word is right, such as `train`, by their other words
+    of_kind = {}
+    for command in commands:
+        if command.words[0] == words[0]:
+            of_kind[" ".join(command.words[1:])] = command.name
+
     if not near and of_kind:
+        # compare the other words alone: the first one would make all of these names similar
         rest = typed.partition(" ")[2]
-        alike = difflib.get_close_matches(rest, of_kind, 1)
-        alike = alike or difflib.get_close_matches(rest.partition(" ")[0], of_kind, 1)
-        near = [of_kind[rest] for rest in alike]
+        similar = difflib.get_close_matches(rest, of_kind, 1)
+        if not similar:
+            second_word = rest.partition(" ")[0]
+            similar = difflib.get_close_matches(second_word, of_kind, 1)
+        near = [of_kind[other_words] for other_words in similar]
     elif not near:
         names = [command.name for command in commands]
         near = difflib.get_close_matches(typed, names, 1, SIMILAR)
-        kinds = [command.words[0] for command in commands]
-        near = near or difflib.get_close_matches(words[0], [*names, *kinds], 1)
-    hint = f" Did you mean {PROGRAM} {' or '.join(near)}?" if near else ""
-    if words[0].lower() in _MEANT and not (of_kind and near):
-        hint = f" Did you mean {PROGRAM} {_MEANT[words[0].lower()]}?"
+        if not near:
+            kinds = [command.words[0] for command in commands]
+            near = difflib.get_close_matches(words[0], [*names, *kinds], 1)
+
+    meant = _MEANT.get(words[0].lower())
+    hint = ""
+    if meant is not None and not (of_kind and near):
+        hint = f" Did you mean {PROGRAM} {meant}?"
+    elif near:
+        hint = f" Did you mean {PROGRAM} {' or '.join(near)}?"
     if of_kind and not near:
         hint += f" There are {', '.join(of_kind.values())}."
     return f"{typed or words[0]!r} is no command.{hint}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from modules.devices import select_compute_dtype
 from modules.errors import NothingFoundError, OptionError
+from modules.integers import ceil_div
 from modules.media.encoding import Picture, Pixels, in_eight_bits
 from modules.onnx_models import may_be_onnx
 from post.blurring.tracks import Box, Tracks, widened
@@ -97,7 +98,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     kernel = (size // factor) | 1  # odd
     image: Any = np.ascontiguousarray(pixels)
     if factor > 1:
-        small_size = (-(-width // factor), -(-height // factor))  # rounded up
+        small_size = (ceil_div(width, factor), ceil_div(height, factor))  # rounded up
         image = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (kernel, kernel), sigma / factor)
     if factor > 1:
@@ -156,7 +157,7 @@ class _Count:
     """Counts for the summary in the log."""
 
     pictures: int = 0
-    with_findings: int = 0  # pictures in which something was found
+    with_findings: int = 0  # images in which something was found
     covered_without: int = 0  # others in which something is covered all the same
 
     @property

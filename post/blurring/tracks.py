@@ -18,13 +18,13 @@ MIN_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the 
 REACH = 1.5  # times its longer side: the farthest that a box may be away and still match
 MOTION = 5  # sightings that tell how something moves
 MAX_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
-GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
+GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each image from where it was seen
 
 
 class Sighting(NamedTuple):
     """Position of an object found in one image."""
 
-    number: int  # of the picture
+    number: int  # of the image
     box: Box
 
 
@@ -83,10 +83,10 @@ class Tracks:
     Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
     """
 
-    hold: int  # pictures for which something stays covered after it was last found
-    lookback: int  # pictures that are covered before something is first found
+    hold: int  # images for which something stays covered after it was last found
+    lookback: int  # images that are covered before something is first found
     started: int = 0  # things that were found, as far as they could be told apart
-    longest_gap: int = 0  # pictures in which something was missed between two sightings
+    longest_gap: int = 0  # images in which something was missed between two sightings
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:

@@ -16,10 +16,10 @@ from modules.media.encoding import Pixels
 class FoundFace:
     """One detection, most often a face."""
 
-    # left, top, right, bottom in pixels; it may reach outside the picture
+    # left, top, right, bottom in pixels; it may reach outside the image
     box: tuple[float, float, float, float]
     score: float  # 0..1
-    # 5 2, x and y in pixels: the eyes, left one in the picture first, nose, corners of the mouth;
+    # 5 2, x and y in pixels: the eyes, left one in the image first, nose, corners of the mouth;
     # None: the detector does not tell
     landmarks: NDArray[np.float32] | None
 
@@ -105,8 +105,8 @@ class Area:
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
-# Where faces lie, and the square pictures of them that the networks restore.
-Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one picture -> x, y in another
+# Where faces lie, and the square images of them that the networks restore.
+Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one image -> x, y in another
 
 # where the landmarks lie in a face of 512 x 512 pixels, as the networks were trained (FFHQ)
 TEMPLATE_SIZE = 512
@@ -120,7 +120,7 @@ TEMPLATE = np.array(
     ],
     dtype=np.float32,
 )
-BORDER = (132, 133, 135)  # around the picture, in RGB: as the networks know it
+BORDER = (132, 133, 135)  # around the image, in RGB: as the networks know it
 MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 
 

@@ -19,7 +19,7 @@ from post.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet, read_lay
 
 logger = logging.getLogger(__name__)
 
-SIDE = 640  # of the copy of a large picture that is looked at
+SIDE = 640  # of the copy of a large image that is looked at
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:

@@ -20,6 +20,7 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shap
 from checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.integers import ceil_div
 from modules.layers.convolution import lay_out, layouts
 from post.contract import batch_norm
 from post.faces.boxes import FoundFace, select_best, shrunk
@@ -33,9 +34,9 @@ from post.faces.retinaface_bodies import (
 
 logger = logging.getLogger(__name__)
 
-# Letters: B batch, C channels, H W height and width of the picture, h w of features, N anchors
+# Letters: B batch, C channels, H W height and width of the image, h w of features, N anchors
 
-MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the pictures it was trained with
+MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the images it was trained with
 STEPS = (8, 16, 32)  # pixels between the anchors of each scale
 SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale: two at each place
 CENTER_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
@@ -145,8 +146,8 @@ def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of an image, N 4: center x, center y, width and height as fractions of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
-        rows = torch.arange(-(-height // step), dtype=torch.float64)
-        columns = torch.arange(-(-width // step), dtype=torch.float64)
+        rows = torch.arange(ceil_div(height, step), dtype=torch.float64)
+        columns = torch.arange(ceil_div(width, step), dtype=torch.float64)
         y, x = torch.meshgrid(
             (rows + 0.5) * step / height,
             (columns + 0.5) * step / width,
@@ -177,7 +178,7 @@ class RetinaFaceDetector:
     """A loaded network. Images whose short side exceeds `side` are searched in a smaller copy."""
 
     network: RetinaFace
-    side: int | None  # None: every picture at its full size
+    side: int | None  # None: every image at its full size
     device: torch.device
 
     @torch.inference_mode()
@@ -189,7 +190,7 @@ class RetinaFaceDetector:
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
         chosen = (scores >= least_score).nonzero()[:, 0]
         priors = anchors(*image.shape[2:])[chosen]
-        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
+        size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
         corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         chosen_scores = scores[chosen].numpy()

@@ -11,7 +11,7 @@ from torch.nn.functional import relu
 
 from post.contract import batch_norm
 
-# Letters: B batch, C channels, H W height and width of the picture
+# Letters: B batch, C channels, H W height and width of the image
 
 MOBILE_STRIDES = ((2, 1, 2, 1, 2, 1), (2, 1, 1, 1, 1, 1), (2, 1))  # of the blocks of each stage
 MOBILE_SLOPE = 0.1

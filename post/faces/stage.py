@@ -105,7 +105,7 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
     size = enlarged_size(width, height, upscale)
     if size == (width, height):
         return pixels
-    # the sharp filter would alias where pictures shrink
+    # the sharp filter would alias where images shrink
     sharp_or_mean = cv2.INTER_LANCZOS4 if upscale > 1 else cv2.INTER_AREA
     result: Pixels = cv2.resize(pixels, size, interpolation=sharp_or_mean)  # type: ignore[assignment]
     return result

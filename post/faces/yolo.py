@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
+from modules.integers import round_up
 from modules.limits import MAX_NOTE_CHARACTERS
 from modules.onnx_models import OnnxModel, Shape
 from post.faces.boxes import FoundFace, Numbers, select_best, shrunk
-from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SIDE = 640  # side of the square picture, if the file does not fix it
+DEFAULT_SIDE = 640  # side of the square image, if the file does not fix it
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
 OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
-PADDING = 114  # gray around pictures that are not square
+PADDING = 114  # gray around images that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
@@ -38,7 +38,7 @@ CLASSES_SHOWN = 8
 class YoloLayout:
     """Layout of the rows in a YOLO's output."""
 
-    side: int  # of the square picture that is looked at
+    side: int  # of the square image that is looked at
     classes: int | None  # None: the file does not say
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 
@@ -98,17 +98,22 @@ class YoloDetector:
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
         """Return the rows with at least this score."""
-        # numbers of candidates: one for each cell of the grids with these steps
-        counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
+        # possible numbers of candidates: there is one for each cell of a network's grids
+        counts = []
+        for steps in (STEPS, *OTHER_STEPS):
+            cells = [(self.layout.side // step) ** 2 for step in steps]
+            counts.append(sum(cells))
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             # the file selects the best boxes itself: corners, score, class, then points
             rows = result[result[:, BOX] >= least_score]
-            return _Rows(rows[:, :BOX], rows[:, BOX], _read_points(rows[:, BOX + 2 :], 3))
+            points = _read_points(rows[:, BOX + 2 :], numbers_of_point=3)
+            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
         if result.shape[1] in counts:  # candidates along columns
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
             raise _other_layout(self.path, str(list(result.shape)))
         num_classes, numbers_of_point = self._split_columns(result.shape[1])
+        # columns: center, width and height of the box, the score of each class, then points
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]

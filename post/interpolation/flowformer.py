@@ -22,7 +22,7 @@ from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 # FlowFormer's decoder: refine one estimate of the flow repeatedly, attending to the memory of each place.
 #
 # Sources: Huang et al. 2022, arXiv 2203.16194, section 3.3; Jiang et al. 2021, arXiv 2104.02409 (motion of
-# places that look alike, for those that are hidden in the second picture).
+# places that look alike, for those that are hidden in the second image).
 COSTS = SIDE**2  # read about each place in every iteration
 
 
@@ -168,10 +168,10 @@ def _apply_to_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return run(_flatten_rows(x).contiguous()).T.reshape(x.shape)
 
 
-# Letters: H W sides of a picture, C width of the features at an eighth of them
+# Letters: H W sides of an image, C width of the features at an eighth of them
 
 ITERATIONS = 32  # as trained
-TABLE_BYTES = 1 << 30  # a table of all pairs of places is kept up to this size: pictures of 1024 x 1024
+TABLE_BYTES = 1 << 30  # a table of all pairs of places is kept up to this size: images of 1024 x 1024
 STAGES = 2  # at a quarter and at an eighth of the sides
 UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
 
@@ -231,7 +231,7 @@ class FlowFormer(nn.Module):
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
-            # by the size alone, so that a picture gives the same on every device
+            # by the size alone, so that an image gives the same on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
             costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
             memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)

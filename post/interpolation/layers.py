@@ -20,7 +20,7 @@ class EncodedImage:
 
     quarter: Tensor  # 1 C H/4 W/4, features that the synthesis warps
     eighth: Tensor  # 1 C H/8 W/8, the same, coarser and deeper
-    matching: Tensor  # 1 C H/8 W/8, features that are compared between pictures
+    matching: Tensor  # 1 C H/8 W/8, features that are compared between images
     extra: Any  # data that only the estimator that made it uses
 
 
@@ -94,7 +94,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)
 
 
-# Move pictures along optical flow: backward by sampling, forward by adding up; and resize. All in float32.
+# Move images along optical flow: backward by sampling, forward by adding up; and resize. All in float32.
 #
 # Sources: Jaderberg et al. 2015, arXiv 1506.02025 (sampling); Niklaus and Liu 2020, arXiv 2003.05534
 # (splatting).
@@ -197,10 +197,10 @@ def resize(image: Tensor, factor: float) -> Tensor:
     return interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
-# Compare the features of two pictures around given places, at four scales.
+# Compare the features of two images around given places, at four scales.
 #
 # The usual way keeps the products of all pairs of places, which takes memory with the fourth power of the
-# side. Averaging and sampling are linear, so that the same numbers come from averaging the second picture's
+# side. Averaging and sampling are linear, so that the same numbers come from averaging the second image's
 # features and multiplying only those around each place; all offsets share the same four neighbors. Source
 # of the lookup: Teed and Deng 2020, arXiv 2003.12039.
 # Letters: C channels, h w height and width of the features, P places (h times w), N places of a chunk

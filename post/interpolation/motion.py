@@ -191,11 +191,11 @@ def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     return (both + 1) / 2, scale
 
 
-# GIMM-VFI: pictures at any time between two, from their optical flow.
+# GIMM-VFI: images at any time between two, from their optical flow.
 #
 # Sources: Guo et al. 2024, arXiv 2407.08680 (motion); Li et al. 2023, arXiv 2304.09790 (synthesis).
 # Written from the formulas.
-# Letters: H W height and width of the pictures
+# Letters: H W height and width of the images
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from post.contract import batch_norm
 from post.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, grid_of
 
-# Letters: H W height and width of a picture, h w those of the features: an eighth
+# Letters: H W height and width of an image, h w those of the features: an eighth
 
 ITERATIONS = 20
 SCALE = 8

@@ -141,10 +141,10 @@ def _leaky(x: Tensor) -> Tensor:
     return leaky_relu(x, SLOPE)
 
 
-# Letters: C channels, H W height and width of the pictures, K blends
+# Letters: C channels, H W height and width of the images, K blends
 
 PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colors
-FLOWS, IMAGES = 4, 12  # channels: flows to both pictures; both pictures unchanged, and warped
+FLOWS, IMAGES = 4, 12  # channels: flows to both images; both images unchanged, and warped
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Maps:
     matching: Tensor  # float32
 
 
-# at a quarter of the size: flow to both pictures, 1 4 h w in pixels of this size, float32; mask, 1 1 h w,
+# at a quarter of the size: flow to both images, 1 4 h w in pixels of this size, float32; mask, 1 1 h w,
 # logit, float32; feature, 1 C h w
 Refined = tuple[Tensor, Tensor, Tensor]
 
@@ -189,8 +189,8 @@ Refined = tuple[Tensor, Tensor, Tensor]
 class Blend:
     """K ways to blend two images; float32."""
 
-    flow: Tensor  # 1 4K H W: K flows to the first picture, then K to the second
-    mask: Tensor  # 1 K H W, 0..1: the share of the first picture
+    flow: Tensor  # 1 4K H W: K flows to the first image, then K to the second
+    mask: Tensor  # 1 K H W, 0..1: the share of the first image
     colors: Tensor  # 1 3K H W, colors to add
 
     def enlarged(self, factor: float) -> "Blend":

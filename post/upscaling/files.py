@@ -58,7 +58,7 @@ class UpscalerKind:
     name: str
     mode: str  # value of --mode
     build: Callable[[Any], Network]
-    repeats_edge: bool  # how pictures are padded to its step: as in the original tools
+    repeats_edge: bool  # how images are padded to its step: as in the original tools
 
 
 SWINIR = UpscalerKind("SwinIR", "swinir", SwinIR, repeats_edge=True)

@@ -121,7 +121,7 @@ class RRDBNet(nn.Module):
         return self.conv_last(leaky_relu(self.conv_hr(x), SLOPE, inplace=True))
 
 
-# The compact networks of Real-ESRGAN (SRVGGNet): a row of convolutions, added to the enlarged picture.
+# The compact networks of Real-ESRGAN (SRVGGNet): a row of convolutions, added to the enlarged image.
 #
 # Made for videos: many times faster than RRDBNet. Source: the released realesr-animevideov3 and
 # realesr-general-x4v3 of Wang et al. 2021, arXiv 2107.10833.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from modules.integers import round_up
 from modules.layers.convolution import layouts
 from modules.media.encoding import Picture, Pixels
 from post import tiling
@@ -21,7 +22,7 @@ from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 logger = logging.getLogger(__name__)
 
 
-SIZES = (32, 64)  # side of the test pictures
+SIZES = (32, 64)  # side of the test images
 OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and their copies while resizing
 
 
@@ -31,7 +32,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network take equal memory, so only one block of each kind is run.
     """
-    sizes = [tiling.round_up(size, config.step) for size in SIZES]
+    sizes = [round_up(size, config.step) for size in SIZES]
     peaks = []
     for size in sizes:
         with META:
@@ -164,8 +165,8 @@ class UpscalerStage:
         config = self.upscaler.config
         if room is None:
             return tiling.FULL
-        width = tiling.round_up(clip.width, config.step)
-        height = tiling.round_up(clip.height, config.step)
+        width = round_up(clip.width, config.step)
+        height = round_up(clip.height, config.step)
         if batch * width * height * PLENTY <= room:  # not worth measuring
             return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)

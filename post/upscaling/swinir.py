@@ -21,7 +21,7 @@ from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3
-MEAN = (0.4488, 0.4371, 0.4040)  # of the pictures of DIV2K, as trained; the files do not hold it
+MEAN = (0.4488, 0.4371, 0.4040)  # of the images of DIV2K, as trained; the files do not hold it
 EPSILON = 1e-5
 APART = -100.0  # added to the score of two tokens that shifting has put into one window
 WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches

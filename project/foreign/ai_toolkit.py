@@ -26,7 +26,7 @@ _FIRST = "config.process[0]"
 _TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _WORDS = ("textual_inversion_trainer", "textual_inversion")
 _OF_LOKR = left("network_args and network_dim below [training] say it: docs/networks.md")
-_SLIDER = "--slider of a training script learns from two texts, without files: docs/sliders.md"
+_SLIDER = "--slider of a training script learns from two texts, without files: docs/targets.md"
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:

@@ -17,7 +17,7 @@ from project.options import check_trigger
 NEW, TRAINING, DATA = "new", "training", "data"
 MODEL = "model"  # the name of a model: a task is looked for
 FILE = "file"  # a file of a model: its name may be that of a released file
-FOLDER = "folder"  # with pictures or clips
+FOLDER = "folder"  # with images or clips
 EPOCHS = "epochs"  # they become steps; name: which of epochs and steps counts there
 PER_EPOCH = "per epoch"  # something is done after so many epochs; name: the option with steps
 SHARE = "share"  # the warm-up as a fraction of the run

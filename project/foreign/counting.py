@@ -13,10 +13,12 @@ from dataset.table import DatasetTable
 from modules.atomic_write import write_text
 from modules.console import quiet
 from modules.errors import UserError
+from modules.integers import ceil_div
 from modules.run_limits import temporary_folder
 from modules.text_files import real_path
 from project import describing
-from project.media import WRITTEN, Media
+from project.media import Media
+from project.options import WRITTEN
 
 DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
 
@@ -62,7 +64,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
         except UserError:  # `new` reports what is wrong with the files
             return max(len(choice.media), 1)
     accumulated = choice.training.get("gradient_accumulation_steps", 1)
-    return -(-count_batches(files) // accumulated)
+    return ceil_div(count_batches(files), accumulated)
 
 
 def _lengths(choice: describing.Choice, table: DatasetTable, item: Media) -> list[int]:

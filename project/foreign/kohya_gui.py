@@ -62,7 +62,7 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     if slider is not None:
         raise NoRun(
             f"{slider} is of LECO, a slider, and `new` does not set one up. --slider of a training script "
-            "learns from two texts, without files: docs/sliders.md"
+            "learns from two texts, without files: docs/targets.md"
         )
     if _is_lllite(values):
         return ForeignRun("lllite", "lllite_cond_dim")

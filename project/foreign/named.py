@@ -78,9 +78,10 @@ def _take_option(project: ForeignProject, option: AskedOption, key: str, value: 
     """
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
-    is_switched_off = option.kind == "switch" and (is_chosen or option.default is True)
-    is_nothing = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
-    if is_nothing and not is_switched_off:
+    # "off" says something about a switch that would be on otherwise; of other options, nothing
+    turns_off = option.kind == "switch" and (is_chosen or option.default is True)
+    is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
+    if is_empty and not turns_off:
         project.idle.append(show(key))
         return
     read = option.read(value)

@@ -116,31 +116,43 @@ class ForeignProject:
 
     def lines(self, folder: Path) -> list[str]:
         """Return the report about the file, with every key once. `folder` is the described folder."""
-        is_here = {key: is_same_folder(self.path, place, folder) for key, place in self.folders.items()}
-        taken = [*self.taken, *(key for key, is_same in is_here.items() if is_same)]
-        elsewhere = [
-            f"{key} = {show(self.folders[key])}: {folder} is described"
-            for key, is_same in is_here.items()
-            if not is_same
-        ]
-        reasons = [f"{', '.join(keys)}: {reason}" for reason, keys in self.reasons.items()]
         lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
+
+        # a key that names the described folder is taken; other folders are left out
+        taken = [*self.taken]
+        other_folders: list[str] = []
+        for key, place in self.folders.items():
+            if is_same_folder(self.path, place, folder):
+                taken.append(key)
+            else:
+                other_folders.append(f"{key} = {show(place)}: {folder} is described")
         if taken:
             lines.append(f"  taken: {', '.join(dict.fromkeys(taken))}")
         if self.assumed:
-            default = ", ".join(f"{key} = {show(value)}" for key, value in self.assumed.items())
-            lines.append(f"  taken as {self.title} has it if a file does not say it: {default}")
-        lines += [f"  changed: {text}" for text in self.changed]
-        lines += [f"  left: {text}" for text in (*elsewhere, *self.left, *reasons)]
+            assumed = [f"{key} = {show(value)}" for key, value in self.assumed.items()]
+            lines.append(f"  taken as {self.title} has it if a file does not say it: {', '.join(assumed)}")
+
+        for text in self.changed:
+            lines.append(f"  changed: {text}")
+        for text in (*other_folders, *self.left):
+            lines.append(f"  left: {text}")
+        for reason, keys in self.reasons.items():
+            lines.append(f"  left: {', '.join(keys)}: {reason}")
         if self.idle:
             lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.idle))}")
         if self.empty:
             lines.append(f"  left, without a value: {', '.join(self.empty)}")
-        near = {key: self._find_near(key) for key in self.unknown}
-        misspelt = [f"{key} (for {meant}?)" for key, meant in near.items() if meant]
+
+        misspelt: list[str] = []
+        unknown: list[str] = []
+        for key in self.unknown:
+            meant = self._find_near(key)
+            if meant:
+                misspelt.append(f"{key} (for {meant}?)")
+            else:
+                unknown.append(key)
         if misspelt:
             lines.append(f"  left, seems to be misspelt: {', '.join(misspelt)}")
-        unknown = [key for key, meant in near.items() if not meant]
         if unknown:
             lines.append(f"  left, {NO_REASON}: {', '.join(unknown)}")
         return lines

@@ -19,7 +19,7 @@ _OF_LORA = ("network_module", "network_dim", "network_alpha", "network_dropout",
 _OF_EMBEDDING = ("init_word", "num_vectors_per_token")
 # arguments of networks that only LoRAs have, of those that other programs have
 _OF_LORA_ALONE = ("dora_wd", "rank_dropout", "module_dropout")
-# keys of dataset.toml by which captions, or pictures, are others each time
+# keys of dataset.toml by which captions, or images, are others each time
 VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
@@ -34,7 +34,7 @@ class Forms(NamedTuple):
     step: int  # sides are multiples of this
     takes_subsets: bool  # the form of the image guides
     has_subsets: bool  # it is written in any case
-    regularizes: bool = False  # the folder has regularization pictures
+    regularizes: bool = False  # the folder has regularization images
 
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
@@ -164,9 +164,8 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        if (
-            "blocks_to_swap" in script.known
-        ):  # only fused_backward_pass updates a block while it is on the card
+        # only fused_backward_pass updates a block while it is on the card
+        if "blocks_to_swap" in script.known:
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "

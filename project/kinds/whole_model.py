@@ -27,7 +27,7 @@ RECIPE: Mapping[str, Any] = {
     "max_grad_norm": 0,
     "fused_backward_pass": True,
 }
-FREE = 3  # GiB of a card for activations of one picture of 1024 x 1024, with checkpointing
+FREE = 3  # GiB of a card for activations of one image of 1024 x 1024, with checkpointing
 SAVES = 4  # number of saves over the run, because each is a whole model
 KEPT = 2  # number of saved files and states that are kept in addition to the result
 

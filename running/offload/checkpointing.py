@@ -38,6 +38,7 @@ from torch.utils.checkpoint import (
 
 from contract.family import DitSpec
 from contract.loading import TensorInfo
+from modules.integers import ceil_div
 from modules.private_torch import function_modes
 from running.offload.host_memory import Transfer, allocate, transfer_to
 
@@ -284,7 +285,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 def _in_pieces(method: Method, tokens: int) -> Method:
     def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
-        count = -(-x.shape[1] // tokens)
+        count = ceil_div(x.shape[1], tokens)
         if count == 1 or not (block.training and torch.is_grad_enabled()):
             return method(block, x, *inputs)
         # compiled code plans by itself what to keep and what to recompute

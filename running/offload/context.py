@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from modules.attention.attend import SecondText
+from modules.integers import ceil_div
 from modules.private_torch import exchange_rows
 from running.offload.sharding import gather_parts
 
@@ -62,7 +63,7 @@ class TokenPart:
     @property
     def size(self) -> int:
         """Return the number of tokens of each part; the last parts may be shorter."""
-        return -(-self.length // self.count)
+        return ceil_div(self.length, self.count)
 
     @property
     def run(self) -> slice:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from contract.loading import TensorInfo
 from modules.devices import free_memory
+from modules.integers import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -113,16 +114,12 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
         # the driver cannot lock an empty piece, and an empty tensor fits into any
         if size and piece_start < end and is_piece_full:
             pieces.append(range(piece_start, end))
-            end = _round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next piece starts on a new page
+            end = round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next piece starts on a new page
             piece_start = end
         offsets.append(end)
-        end += _round_up(size, ALIGNMENT)
+        end += round_up(size, ALIGNMENT)
     # one byte at least, because an empty mapping is an error
     return offsets, [*pieces, range(piece_start, max(end, 1))]
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def wait_for_all(machine: Machine | None) -> None:

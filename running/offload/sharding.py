@@ -27,6 +27,7 @@ from torch import Tensor, distributed, nn
 
 from contract.steps import Overrides
 from modules.devices import keep_heap_small
+from modules.integers import ceil_div
 from running.offload.joining import agree
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
@@ -215,7 +216,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
         weight: The split weight.
     """
     num_processes = distributed.get_world_size()
-    rows_per_process = -(-weight.shape[0] // num_processes)  # the last processes may have fewer
+    rows_per_process = ceil_div(weight.shape[0], num_processes)  # the last processes may have fewer
     row_bytes = math.prod(weight.shape[1:]) * part.dtype.itemsize
     # as bytes, padded to equal sizes, because a gather takes equal parts and few dtypes
     padded = torch.zeros(rows_per_process * row_bytes, dtype=torch.uint8, device=part.device)
@@ -234,7 +235,7 @@ def rows_of(weight: Any, full: Tensor) -> Tensor:
     """Return a view of the rows of `full` that this process has of a split weight."""
     mesh = weight.device_mesh
     count = rows_here(weight).shape[0]
-    first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+    first = mesh.get_local_rank() * ceil_div(weight.shape[0], mesh.size())
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modules.integers import round_up
 from modules.layers.convolution import compute_piece
 from modules.private_torch import (
     READ_NUMBER,
@@ -45,7 +46,7 @@ Moment = Mapping[str, int]  # bytes by kind
 
 def round_up_bytes(size: int) -> int:
     """Round a size up to a multiple of the allocation granularity of CUDA's allocator."""
-    return -(-size // GRANULE) * GRANULE
+    return round_up(size, GRANULE)
 
 
 @dataclass
@@ -94,7 +95,10 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """Enter another place of the run; live tensors without another kind count as kept from then on."""
+        """Enter another part of the run.
+
+        From now on, live tensors without another kind count as kept from an earlier part.
+        """
         self._place = place
         self._number += 1
         self._here = 0
@@ -319,6 +323,8 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
 def _watch(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
+    """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
+
     def enter_hook(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 

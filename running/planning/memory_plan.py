@@ -266,7 +266,7 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
-    """Print the plan as a table in GiB, followed by its remarks and `last_line`."""
+    """Print the plan as a table in GiB, followed by its notes and `last_line`."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         is_marked = phase is plan.worst and len(plan.phases) > 1
@@ -350,7 +350,7 @@ def print_plan(
         prediction: Prediction of the device bytes.
         swap: Options of block swap.
         room: Available memory.
-        plan_of: Makes the plan from the number of swapped blocks and a list of remarks.
+        plan_of: Makes the plan from the number of swapped blocks and a list of notes.
         advice: Returns lines of advice if the plan does not fit.
     """
     blocks, reason = swap_for(prediction, swap, room)

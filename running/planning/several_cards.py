@@ -115,7 +115,7 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
 
 
 def _words_of(division: Division) -> tuple[str, ...]:
-    """Return the command-line words that divide a step in this way."""
+    """Return the command-line arguments that divide a step in this way."""
     values = divided_options(division)
     return tuple(
         option_words({f"--{name}": value for name, value in values.items() if value != UNDIVIDED[name]})
@@ -213,7 +213,7 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         argv: Arguments of the planning command.
         is_training: Whether the run is a training.
     """
-    kept: list[str] = []  # words of the command without the options that a way decides, and their values
+    kept: list[str] = []  # arguments of the command without the options that a way decides, and their values
     num_values = 0  # how many of the next words are values of a removed option
     for word in argv[1:]:
         name, equals, _ = word.partition("=")

@@ -111,10 +111,10 @@ def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace
 
 
 def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.device") -> None:
-    """Let the active ways act on a network after all other changes.
+    """Let the active ways to run prepare a complete network, as its last change before the first step.
 
     Raises:
-        OptionError: If a way cannot run this network.
+        OptionError: If a way to run does not support this network.
     """
     for finish in speed.joined.on.finish:
         finish(network, lay_out(speed, False), device)

@@ -104,12 +104,17 @@ def list_script_texts(path: Path) -> Iterator[str]:
         yield match[2].replace('\\"', '"')
 
 
+WORDS_OF_TITLE = re.compile(r" (with|without|in) |, guided")  # titles with words beside names
+
+
 def list_catalog_texts() -> Iterator[str]:
     """Yield the texts of the list of models that the page shows."""
     yield UNVERIFIED
     for models in (model_sets(), model_sets(True)):
         for model in models:
             yield model.about
+            if WORDS_OF_TITLE.search(model.title):
+                yield model.title
             for part in model.components:
                 yield part.title
                 yield from (file.licence.terms for file in part.files)

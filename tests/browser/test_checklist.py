@@ -12,7 +12,7 @@ from browser.command_output import REPAIR, OutputLine, read_output_lines
 from browser.folders import MediaFolder
 from browser.jobs import Job
 from modules.installation import TELLS_KINDS
-from modules.line_kinds import CAPTIONS, FAULT, KINDS, NEXT, WARNING
+from modules.line_kinds import CAPTIONS, FAULT, KINDS, MEND, NEXT, WARNING
 from modules.pages.language import show
 from project.files import write_project
 from project.new_options import NewOptions
@@ -37,7 +37,7 @@ red_hat: the model's own tags have blanks (red hat). To write yours so, in the f
   python tools/tag.py . --rename 'red_hat'
 fault> 1 cannot be read and has no caption, which ends a run: delete each, or move it away:
   bad.png
-next> First correct what is listed above. Then reelsmith run /x checks, caches and trains
+mend> First correct what is listed above. Then reelsmith run /x checks, caches and trains
 """
 
 
@@ -77,7 +77,7 @@ def test_the_kind_of_a_line_makes_it_a_row_and_its_wording_does_not(text: str) -
         return [row.grade for row in make_checklist(None, [OutputLine(text, kind=kind)]).rows]
 
     assert grade(WARNING) == [WARN]
-    assert grade("") == grade(CAPTIONS) == grade(NEXT) == []
+    assert grade("") == grade(CAPTIONS) == grade(NEXT) == grade(MEND) == []
 
 
 def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
@@ -109,7 +109,8 @@ def test_new_tells_the_kinds_of_its_lines_to_the_page_alone(
     kinds = {kind: [line.text for line in lines if line.kind == kind] for kind in KINDS}
     assert sorted(text.split(":")[0] for text in kinds[WARNING]) == ["alone.txt", "p0.png, p1.png, p2.png"]
     assert len(kinds[CAPTIONS]) == 2
-    assert len(kinds[NEXT]) == 1
+    assert len(kinds[MEND]) == 1  # the broken file is to be mended first
+    assert kinds[NEXT] == []
     assert all("bad.png" in text or "cannot be read" in text for text in kinds[FAULT])
     assert [row.grade for row in make_checklist(None, lines).rows] == [BAD, WARN, WARN]
 

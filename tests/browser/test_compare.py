@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -30,9 +31,9 @@ PROMPTS = ("a dog", "two <b>dogs")
 IMAGE = np.zeros((32, 32, 3), np.uint8)
 
 
-def write_comparable(folder: Path, name: str = "x", command: str = COMMAND) -> None:
+def write_comparable(folder: Path, name: str = "x", command: str = COMMAND, **told: Any) -> None:
     """A run with files of steps 2, 4 and 6, samples of two prompts at 2 and 4, the lowest loss at 4."""
-    write_run(folder, name)
+    write_run(folder, name, **told)
     history = History(history_path(folder, name), 1, 6)
     for step, loss in ((2, 0.3), (4, 0.2), (6, 0.25)):
         history.add(step, saved=f"{name}-step{step}.safetensors")
@@ -346,3 +347,32 @@ def test_the_focus_stays_near_a_run_that_is_left_out(served: Served) -> None:
         page.keyboard.press("Space")
         wait_until(page, "!document.querySelector('input[name=run][type=checkbox]')")
         wait_until(page, "document.activeElement.closest('form.compare') !== null")
+
+
+def test_missing_ones_are_made_from_where_prompts_are_typed(served: Served, folder: Path) -> None:
+    write_comparable(folder.parent / "y", "y", written_in=str(folder.parent / "y"))
+    fields = find_form(show(served, (6,), "y"))
+    assert fields.index('name="more"') < fields.index('id="make_them"')
+    body = f"{form(served, (6,), 'y')}&{urlencode({'prompt': 'none of these'})}"
+    refused = served.ask("/compare", "POST", body, Origin=served.url)
+    assert (refused.status, "Tick a prompt, or type one" in refused.text) == (422, True)
+    assert jobs(folder) == []
+    with open_page(f"{served.url}/compare?{form(served, (6,), 'y')}") as page:
+        page.get_by_label("Further prompts").fill("a hen --d 3")
+        page.get_by_role("button", name="Make them").click()  # which takes what has just been typed
+        page.get_by_text("job 1: waiting").first.wait_for()
+        assert "a+hen" in page.url
+        assert page.problems == []
+    prompts = Path(jobs(folder)[0][jobs(folder)[0].index("--from_file") + 1])
+    assert "a hen --d 3" in prompts.read_text(encoding="utf-8")
+
+
+def find_form(text: str) -> str:
+    """Return the HTML of the form in which files and prompts are chosen."""
+    return text.partition('<form action="/compare"')[2].partition("</form>")[0]
+
+
+def test_a_command_of_elsewhere_is_read_before_it_is_queued(served: Served) -> None:
+    page = show(served, (6,), more="a hen")
+    assert 'id="make_them"' not in page
+    assert page.index("<details open>") < page.index("Make them")

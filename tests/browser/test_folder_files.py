@@ -200,3 +200,5 @@ def test_a_picture_that_cannot_be_read_is_drawn_as_that(served: Served) -> None:
         assert (image.status, image.headers["content-type"]) == (200, "image/svg+xml")
         assert "cannot be read" in image.text
         assert image.headers["cache-control"] == "no-store"
+        chinese = served.ask(f"/new/picture?path={quote(str(place))}", Accept_Language="zh")
+        assert "无法读取" in chinese.text

@@ -684,3 +684,92 @@ def test_settings_and_memory_open_for_all_that_can_be_trained(script: str, tmp_p
         assert memory.status == 200
         # the path of a script in a folder with blanks is quoted
         assert re.search(rf"{re.escape(script)}(&#39;)? --config_file run.toml --plan", memory.text)
+
+
+@pytest.mark.parametrize(
+    ("lines", "idle"),
+    [
+        (
+            "",
+            {
+                "lr_warmup_steps",
+                "lr_scheduler_power",
+                "lr_scheduler_num_cycles",
+                "save_last_n_steps",
+                "huber_c",
+            },
+        ),
+        ('lr_scheduler = "cosine_with_restarts"', {"lr_scheduler_power", "save_last_n_steps", "huber_c"}),
+        (
+            "save_every_n_steps = 5",
+            {"lr_warmup_steps", "lr_scheduler_power", "lr_scheduler_num_cycles", "huber_c"},
+        ),
+        (
+            'loss_type = "huber"\nhuber_c = 0.2',
+            {"lr_warmup_steps", "lr_scheduler_power", "save_last_n_steps"},
+        ),
+    ],
+)
+def test_settings_that_the_other_settings_leave_idle_say_so(lines: str, idle: set[str]) -> None:
+    looked_at = (
+        *("lr_warmup_steps", "lr_scheduler_power", "lr_scheduler_num_cycles", "save_last_n_steps"),
+        *("huber_c", "learning_rate", "network_dim", "lr_scheduler"),
+    )
+    rows = list_rows(f"[training]\n{lines}\n", list_settings()["wan_train_network.py"], None)
+    found = {row.key for row in rows if row.idle}
+    assert found & {*looked_at} == idle | ({"lr_scheduler_num_cycles"} if "huber" in lines else set())
+    assert [bool(row.idle) for row in rows] == sorted(bool(row.idle) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("locale", "searches"),
+    [
+        (
+            "en",
+            {
+                "batch": "dataset-batch_size",
+                "learning rate": "learning_rate",
+                "lr": "learning_rate",
+                "rank": "network_dim",
+                "dim": "network_dim",
+                "epochs": "max_train_epochs",
+                "LoRA strength": "network_alpha",
+                "overfit": "network_dropout",
+                "low vram": "blocks_to_swap",
+                "sampling": "sample_every_n_steps",
+                "seed": "seed",
+                "save": "save_every_n_steps",
+            },
+        ),
+        (
+            "zh",
+            {"批量": "dataset-batch_size", "学习率": "learning_rate", "显存": "blocks_to_swap", "采样": None},
+        ),
+        (
+            "ja",
+            {"バッチ": "dataset-batch_size", "学習率": "learning_rate", "解像度": None, "サンプリング": None},
+        ),
+    ],
+)
+def test_the_setting_that_acts_comes_first_and_idle_ones_are_not_offered(
+    locale: str, searches: dict[str, str | None], tmp_path: Path
+) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_settings(served, folder, locale=locale) as page:
+        found = {}
+        for word in searches:
+            page.locator("[data-find='#setting-rows']").fill(word)
+            found[word] = page.locator("#setting-rows tr:visible").first.get_attribute("id")
+            assert page.locator("#setting-rows tr[data-idle]:visible").count() == 0
+        expected = {word: key and f"row-{key}" for word, key in searches.items()}
+        assert {word: found[word] for word, key in searches.items() if key} == {
+            word: key for word, key in expected.items() if key
+        }
+        page.locator("[data-find='#setting-rows']").fill("lr_warmup_steps")
+        assert page.locator("#row-lr_warmup_steps").is_visible()  # by its name, with the reason
+        page.locator("[data-find='#setting-rows']").fill("")
+        places = page.eval_on_selector_all(
+            "#setting-rows tr", "rows => rows.map((row) => +row.dataset.place)"
+        )
+        assert places == sorted(places)
+        assert page.problems == []

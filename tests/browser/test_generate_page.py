@@ -633,6 +633,8 @@ def test_a_lora_from_elsewhere_is_used_by_its_path(served: Served, root: Path) -
     path = root / "loras" / "style.safetensors"
     path.parent.mkdir()
     save_file({"x": torch.zeros(1)}, path, {"ss_base_model_version": "wan"})
+    form = post(served, "form", fields_of(served)).text
+    assert f'<option value="{path}">style.safetensors</option>' in form
     fields = fields_of(served, lora_file=f'"{path}"', lora_strength="0.6")
     answer = post(served, "make", fields)
     assert (answer.status, message(answer)) == (200, "")

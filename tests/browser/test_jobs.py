@@ -718,3 +718,12 @@ def test_a_paused_queue_says_so_and_a_job_that_ended_shows_what_it_printed(
         assert "--task TASK --list shows the files of one" in served.ask("/queue").text
         queue.begin_work()
         assert "The queue is paused." not in served.ask(served.of("x")).text
+
+
+def test_add_without_a_line_says_what_is_missing(queue: JobQueue) -> None:
+    with serve_runs(queue.folder.parent, queue=queue) as served, open_page(f"{served.url}/queue") as page:
+        page.click(".add button")
+        page.get_by_text("Type a command first, such as:").wait_for()
+        assert page.locator("#said").bounding_box()["y"] >= 0
+        assert [error for error in page.problems if "422" not in error] == []
+    assert queue.jobs() == []

@@ -96,7 +96,7 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         training.thread.join(0.1)
     with open_page(f"{served.url}/") as page:
         page.click("text=x")
-        page.wait_for_selector("text=running")
+        page.wait_for_selector("#deeds .status >> text=/training|sampling/")
         page.wait_for_selector('[aria-label="a cat, step 0"] video')
         points = "ask().then(() => plots[0]?.plot.data[0].length ?? 0)"
         training.step_until(lambda: page.evaluate(points) > 2, 25)
@@ -119,7 +119,7 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         page.click("#stop")
         training.step_until(lambda: not training.thread.is_alive(), 2)
         page.evaluate("ask()")
-        page.wait_for_selector(".status >> text=/stopped after step/", timeout=PATIENCE * MILLISECONDS)
+        page.wait_for_selector("#deeds .status.stopped", timeout=PATIENCE * MILLISECONDS)
         wait_until(page, "!document.querySelector('button[value=sample]')")  # the parts come one by one
         assert page.problems == []
 

@@ -162,3 +162,15 @@ def test_every_page_shows_the_line(tmp_path: Path, address: str) -> None:
     ):
         wait_until(page, "document.querySelector('#machine a')?.textContent.startsWith('y, step 4')")
         assert page.problems == []
+
+
+def test_the_line_says_at_once_that_a_run_has_ended(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "x", 10, None)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 10, "doing": "saving"}) + "\n")
+    with serve_runs(tmp_path) as served:
+        assert "x, step 10 of 10, saving" in served.ask("/machine").text
+        assert "保存" in served.ask("/machine", Accept_Language="zh").text
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 10, "ended": "finished", "kind": "good"}) + "\n")
+        assert "nothing runs" in served.ask("/machine").text

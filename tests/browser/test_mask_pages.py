@@ -641,3 +641,29 @@ def test_a_mask_that_another_server_has_drawn_first_is_not_replaced(folder: Path
     with pytest.raises(MaskConflictError):
         servers[1].draw(folder, place, png, "")
     assert not (folder / ".masks.lock").exists()
+
+
+def test_a_typed_color_stays_while_the_form_is_built_again(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    save_image(folder / "a.png")
+    query = urlencode({"folder": folder, "part": "form", "finder": "colour", "colour": "12ab34"})
+    with serve_runs(tmp_path) as served:
+        assert 'name="colour" value="12ab34"' in served.ask(f"/new/masks?{query}").text
+
+
+def test_a_job_that_waits_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "pictures" / "a.png")
+    queue = open_queue(Runs([tmp_path]), read_only=False)
+    monkeypatch.setattr(queue, "begin_work", lambda *_, **__: None)
+    fields = {"folder": str(tmp_path / "pictures"), "finder": "colour", "colour": "00ff00"}
+    asked = f"/new/masks?{urlencode({'folder': fields['folder'], 'part': 'progress'})}"
+    with serve_runs(tmp_path, queue=queue) as served:
+        assert served.ask("/new/masks/write", "POST", urlencode(fields), Origin=served.url).status == 200
+        assert "the queue is paused" in served.ask(asked).text
+        with monkeypatch.context() as changed:
+            changed.setattr(type(queue), "worker", "here")
+            assert "begins when the jobs before it have ended" in served.ask(asked).text
+            queue.problem = "Generate makes result 7: the job begins after it"
+            shown = served.ask(asked).text
+    assert "Generate makes result 7: the job begins after it" in shown
+    assert "the queue is paused" not in shown

@@ -172,6 +172,7 @@ def test_captions_are_written_as_objects_where_the_form_says_so() -> None:
     ("text", "steps"),
     [
         ("2,000", 2000),
+        ("２０００", 2000),
         ("2 000", 2000),
         ("2.000", 2000),
         ("1'500", 1500),

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
@@ -589,6 +590,26 @@ def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
     right = html.unescape(served.ask(f"/new?{urlencode({'steps': '2,000', 'trigger': 'zorb'})}").text)
     assert "--max_train_steps 2000" in right.split('id="next"')[1]
     assert 'role="alert"' not in right.split('id="hours"')[1].split("</p>")[0]
+
+
+def test_a_folder_that_cannot_be_is_said_at_once_with_its_reason(served: Served, root: Path) -> None:
+    (root / "empty").mkdir()
+    (root / "empty" / "note.txt").write_text("x", encoding="utf-8")
+    (picture, *_) = write_images(root / "set", 1)
+    wrong = {
+        str(picture): f"{picture} is a file. Give its folder: {picture.parent}",
+        str(root / "empty"): "has no clips, pictures or sounds. Drop some here first.",
+        str(root / "none"): "no such folder below",
+    }
+    if os.name != "nt":
+        wrong |= dict.fromkeys((r"C:\Users\me", "d:/x", r"\\nas\x"), "that is a path of Windows")
+    for folder, reason in wrong.items():
+        page = html.unescape(served.ask(f"/new?{urlencode({'folder': folder, 'family': 'wan'})}").text)
+        assert reason in re.sub("<!--.*?-->", "", page).split('id="folder_fault"')[1].split("</p>")[0]
+    (root / "empty" / "inner").mkdir()  # that may hold media
+    for right in (root / "empty", root / "set"):
+        page = served.ask(f"/new?{urlencode({'folder': str(right), 'family': 'wan'})}").text
+        assert 'role="alert"' not in page.split('id="folder_fault"')[1].split("</p>")[0]
 
 
 def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:

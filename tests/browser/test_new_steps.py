@@ -195,9 +195,23 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
     assert press_button(served, "load", folder=str(root / "set"), accept="yes").status == 422
 
 
+def press(step: Any, by_keys: bool, word: str) -> None:
+    """Press the button of the page: by Enter where the focus is, which is on it, or by a click."""
+    assert step.inner_text() == word
+    if by_keys:
+        assert step.evaluate("step => step === document.activeElement"), word
+        step.page.keyboard.press("Enter")
+    else:
+        step.click()
+
+
 @pytest.mark.slow
-def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path) -> None:
-    """From an empty page; the model is on disk, and is small."""
+@pytest.mark.parametrize("by_keys", [False, True], ids=["clicks", "keys"])
+def test_six_clicks_and_one_typed_word_lead_to_a_running_training(by_keys: bool, tmp_path: Path) -> None:
+    """From an empty page; the model is on disk, and is small.
+
+    by_keys: From Prepare on, the focus stays on the button, and Enter is all that is pressed.
+    """
     write_images(tmp_path / "roots" / "kittens", 3, captions=True)
     models = tmp_path / "models"
     (model,) = [one for one in find_models() if (one.family, one.task) == ("wan", "t2v-1.3B")]
@@ -217,17 +231,19 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
         page.get_by_text("kittens", exact=True).click()
         page.wait_for_url("**folder=**")
         page.get_by_label("Trigger word").fill("ohwx")
-        page.get_by_role("button", name="Prepare", exact=True).click()
+        step = page.locator("#step")
+        step.focus()
+        press(step, by_keys, "Prepare")
         page.get_by_role("button", name="Preparing …").wait_for()
         page.get_by_role("button", name="Checking …").wait_for(timeout=180 * SECONDS)
         start = page.get_by_role("button", name="Start", exact=True)
         start.wait_for(timeout=180 * SECONDS)
         assert page.locator("#standing").inner_text() == "Prepared, checked: no fault."
-        start.click()
+        press(step, by_keys, "Start")
         page.get_by_role("link", name="Show the training").wait_for(timeout=PATIENCE * MILLISECONDS)
         clicks += 3
         assert clicks <= MAX_CLICKS
-        page.get_by_role("link", name="Show the training").click()
+        press(step, by_keys, "Show the training")
         state = page.locator("main .status").first
         begun = re.compile("caching|loading|training|sampling")
         state.filter(has_text=begun).wait_for(timeout=120 * SECONDS)

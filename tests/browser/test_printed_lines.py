@@ -2,6 +2,7 @@
 
 import re
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,19 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 import torch
+from PIL import Image
 
 from browser.page_language import read_texts
-from browser.printed_lines import is_for_terminal, translate_line
+from browser.printed_lines import is_for_terminal, translate_command, translate_line, translate_reason
 from browser.render_queue import PHASES
+from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_images
 from tests.commands import ROOT
-from training.reports.history import HIGHEST, PREDICTED, History
+from training.reports.history import HIGHEST, PREDICTED, History, PageCommand
 from training.summary import list_memory
 
 
@@ -58,6 +61,74 @@ def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
             assert words.shown() != line
             assert any(ord(character) > 0x3000 for character in words.shown())
     assert [translate_line(line) for line in shown] == shown
+
+
+def save(path: Path, width: int = 320, mode: str = "RGB", caption: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (width, 300), zlib.crc32(path.name.encode()) % 0xFFFFFF).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def fill_odd_folders(root: Path) -> None:
+    """Write folders of which `new` has much to say."""
+    for index in range(4):
+        save(root / "tags" / f"t{index}.png", caption=f"1girl, solo, blue_hair, looking_back, t{index}")
+        save(root / "kohya" / "img" / "10_ohwx man" / f"k{index}.png")
+        save(root / "kohya" / "reg" / "1_man" / f"r{index}.png")
+        save(root / "pairs" / f"e{index}.png", caption="an edge")
+        save(root / "pairs" / "conditioning" / f"e{index}.png")
+        save(root / "masks" / f"m{index}.png", caption="a cat")
+        save(root / "masks" / "masks" / f"m{index}.png")
+        save(root / "mixed" / f"p{index}.png", width=500 + index, mode="RGBA", caption="a dog")
+    mixed = root / "mixed"
+    save(mixed / "tiny.png", width=64, caption="tiny")
+    save(mixed / "wide.png", width=3000)
+    for name in ("same1.png", "same2.png"):
+        Image.new("RGB", (300, 300), 77).save(mixed / name)
+    (mixed / "p0.txt").write_bytes("schön".encode("latin-1"))
+    (mixed / "p1.txt").write_text("", encoding="utf-8")
+    for name in ("broken.png", "empty.jpg", "notes.txt", "x.pdf", "x.heic", "x.psd", "x.wav", "x.zip"):
+        (mixed / name).write_bytes(b"" if name == "empty.jpg" else b"x")
+    (root / "none").mkdir()
+    (root / "none" / "a.pdf").write_bytes(b"x")
+
+
+# what no language changes: paths, options, keys, code, names of models, programs and formats
+NAMES = re.compile(
+    r"`[^`]*`|'[^']*'|\([^()]*, \.\.\.\)|--[\w-]+|\S*[/_=\[]\S*|[A-Z]\w*(?:-\w+)*"
+    r"|[\w./~\\ -]*\.(?:png|jpg|txt|toml|pdf|heic|psd|wav|zip|md|bak)\b"
+    r"|\b(?:wan|edit|t2v|resolution|transformer|fp8|control|before|source|reference)\b"
+    r"|\b(?:pip|install|pillow-heif|ohwx|man|reg|true|lora|masks|python|reelsmith|run|hair|1girl|solo)\b"
+    r"|\bthe cat wears a hat\b"
+)
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_no_english_word_is_left_of_odd_folders(
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    fill_odd_folders(tmp_path)
+    models = {"stable_diffusion": "xl", "wan": "t2v-1.3B", "qwen_image": "edit"}
+    printed: list[str] = []
+    for folder in sorted(tmp_path.iterdir()):
+        for family, task in models.items():
+            options = NewOptions.usual(
+                folder=folder, family=family, task=task, memory=12, models=tmp_path, overwrite=True
+            )
+            try:
+                write_project(options)
+            except UserError as error:
+                printed += f"{type(error).__name__}: {error}".splitlines()
+            printed += capsys.readouterr().out.splitlines()
+    shown = {line.strip() for line in printed if line.strip() and not is_for_terminal(line)}
+    shown = {line for line in shown if not line.startswith(("python ", "reelsmith "))}
+    assert len(shown) > 50
+    with speaking(Language(code, read_texts(code))):
+        texts = {line: show(translate_line(line)).replace(str(tmp_path), "") for line in shown}
+    left = {line: text for line, text in texts.items() if re.search(r"[a-z]{3,}", NAMES.sub("", text))}
+    assert left == {}
 
 
 @pytest.mark.parametrize("code", ["zh", "ja"])
@@ -138,3 +209,41 @@ def test_all_that_a_training_notes_of_its_memory_and_its_end_is_translated(tmp_p
             assert texts["ended by an error after step %(step)s: %(reason)s"].split("%")[0] in page
         assert "measured" not in page
         assert texts["most host memory of this process so far, measured"] in page
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+@pytest.mark.parametrize(
+    ("told", "stays"),
+    [
+        (
+            "/d/x.safetensors cannot be written: the disk is full. No partial file was kept. Free some space "
+            "or choose another folder, and run again.",
+            "/d/x.safetensors",
+        ),
+        ("the device has too little memory for this run: CUDA out of memory.", "CUDA out of memory"),
+        ("m/dit.safetensors: there is no such file or folder. Did you mean m/dit2.safetensors?", "dit2"),
+        ("step 7: the loss is nan, the gradient norm 1.0; nothing of this step was saved.", "nan"),
+    ],
+)
+def test_the_reason_of_an_end_is_told_in_the_language_of_the_page(told: str, stays: str, code: str) -> None:
+    with speaking(Language(code, read_texts(code))):
+        for shown in (
+            show(translate_reason(f"{told}\n  details")),
+            show(translate_line(f"ended by an error after step 7: {told}")),
+        ):
+            assert stays in shown
+            assert not re.search("cannot|memory for|no such|nothing of|ended", shown)
+        assert show(translate_reason(f"{told}\n  details")).endswith("\n  details")
+    assert translate_reason("another text\nof two lines") == "another text\nof two lines"
+
+
+def test_commands_below_a_run_are_told_in_the_language_of_the_page() -> None:
+    note = "The first sample again; change the prompt. Commands here are typed in the folder /d/a b."
+    command = PageCommand("Convert the LoRA for ComfyUI", "python x.py", "python x.py", note)
+    assert translate_command(command) == command
+    with speaking(Language("zh", read_texts("zh"))):
+        shown = translate_command(command)
+        assert "ComfyUI" in show(shown.title)
+        assert "Convert" not in show(shown.title)
+        assert "/d/a b" in show(shown.note)
+        assert not re.search("Commands|sample", show(shown.note))

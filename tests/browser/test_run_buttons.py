@@ -81,7 +81,7 @@ def write_generating_run(output: Path, kind: str | None, script: str = "wan_gene
         file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", ""]]}) + "\n")
 
 
-def write_controlled_run(output: Path, more: str = "") -> None:
+def write_controlled_run(output: Path, missing: str = "", with_gaps: bool = False) -> None:
     """Write a run whose history has a command that follows a control picture with the run's file."""
     info = {"written_in": str(output), "working_folder": str(output.parent)}
     path = write_run(output, "own", kind="good", **info)
@@ -89,9 +89,16 @@ def write_controlled_run(output: Path, more: str = "") -> None:
     Image.new("RGB", (8, 8)).save(control)
     words = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
     words += f"--prompt 'a cat' --guide_image_path {output.name}/edges.png"
+    if with_gaps:
+        words = words.replace("a cat", "what it should show").replace(
+            f"{output.name}/edges.png", "CONTROL_PICTURE"
+        )
+        words += " --vae VAE_FILE"
     line = f"python gen_img.py {words}"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", more]]}) + "\n")
+        file.write(
+            json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", missing]]}) + "\n"
+        )
     (output.parent / "model.safetensors").touch()
 
 
@@ -103,12 +110,18 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     page = served.ask(f"{address_of(served)}deeds").text
     assert "Make a picture with it" in page
     assert "is used by a command, in a terminal" not in page
-    assert 'name="prompt" value="a cat"' in page
-    assert 'name="control" value="output/edges.png"' in page
+    labels = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
+    values = dict(re.findall(r'<input id="(word-\d+)" name="word \d+" value="([^"]*)"', page))
+    fields = {labels[id]: values[id] for id in labels}
+    assert fields == {"Prompt": "a cat", "Control picture": "output/edges.png"}
+    listed = re.search('<datalist id="control_pictures">(.*?)</datalist>', page)
+    assert listed is not None
+    assert '<option value="cat.png">' in listed[1]
 
     other = output / "other.png"
     other.write_bytes((output / "edges.png").read_bytes())
-    assert press(served, "make", prompt="two dogs", control=other).status == 200
+    prompt, control = (id.replace("-", " ") for id in labels)
+    assert press(served, "make", **{prompt: "two dogs", control: other}).status == 200
 
     (job,) = queue.jobs()
     assert job.words[1:] == [
@@ -116,15 +129,31 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
         *("--control_net_lllite_models", "output/own.safetensors", "--prompt", "two dogs"),
         *("--guide_image_path", str(other)),
     ]
-    assert press(served, "make", prompt="two dogs", control="/etc/passwd").status == 422
+    assert press(served, "make", **{prompt: "two dogs", control: "/etc/passwd"}).status == 422
 
 
-def test_a_command_with_gaps_is_filled_in_on_the_queue(served: Served, tmp_path: Path) -> None:
-    write_controlled_run(tmp_path / "my clips" / "output", "VAE_FILE")
+def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQueue, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_controlled_run(output, "CONTROL_PICTURE 'what it should show' VAE_FILE", with_gaps=True)
     page = served.ask(f"{address_of(served)}deeds").text
-    assert "Make a picture with it" not in page
-    assert "Fill in what is missing, then put it into the queue" in page
-    assert press(served, "make", prompt="x").status == 422
+    names = dict(re.findall(r'<label for="(word-\d+)">([^<]+)</label>', page))
+    assert [*names.values()] == ["Prompt", "Control picture", "--vae"]
+    assert "CONTROL_PICTURE" not in page
+    prompt, control, vae = (id.replace("-", " ") for id in names)
+    empty = press(served, "make", **{prompt: "two dogs", vae: "model.safetensors"})
+    assert (empty.status, "Fill in Control picture." in empty.text) == (422, True)
+    (tmp_path / "my clips" / "vae.safetensors").touch()
+    typed = {prompt: "two dogs", control: "output/edges.png", vae: "vae.safetensors"}
+    assert press(served, "make", **typed).status == 200
+    (job,) = queue.jobs()
+    assert job.words[-6:] == [
+        "--prompt",
+        "two dogs",
+        "--guide_image_path",
+        "output/edges.png",
+        *job.words[-2:],
+    ]
+    assert job.words[-2:] == ["--vae", "vae.safetensors"]
 
 
 @pytest.mark.parametrize("script", ["none.py"])

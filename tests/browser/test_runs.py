@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from browser.options import BrowserOptions
-from browser.run_views import LiveStanding, select_runs, share_page
+from browser.run_views import LiveStanding, label_runs, select_runs, share_page
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
 from browser.start import run_browser
 from modules.errors import OptionError
@@ -58,7 +58,7 @@ def test_the_time_left_has_pauses_and_a_pause_says_what_is_made(tmp_path: Path) 
     history.add(5, doing="sample 1 of 2, step 140 of 300")
     history.flush()
     (run,) = runs.list_all()
-    assert LiveStanding.of(run, runs.open(run).story).left == "· sample 1 of 2, step 140 of 300"
+    assert LiveStanding.of(run, runs.open(run).story).left == "· sampling 1 of 2, step 140 of 300"
 
 
 def ended_process() -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_list_and_page_tell_the_seconds_of_the_last_50_steps_as_the_bar_does(tmp
     assert look(tmp_path)["x"].left == "40 s"
     with serve_runs(tmp_path) as served:
         page = served.ask(served.of("x")).text
-    assert "<b>1</b>mean of the last 50 steps, without pauses; 2 min in all" in page
+    assert "<b>1</b><span>mean of the last 50 steps, without pauses; 2 min in all" in page
     assert "· 40 s left" in page
 
 
@@ -338,3 +338,16 @@ def test_only_samples_that_play_have_a_player(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         found = {name: served.ask(served.of(name)).text.count('id="play"') for name in ("pictures", "clips")}
     assert found == {"pictures": 0, "clips": 1}
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders_and_cards_show_no_paths(tmp_path: Path) -> None:
+    write_run(tmp_path / "cats" / "output", "own")
+    write_run(tmp_path / "dogs" / "output", "own")
+    write_run(tmp_path / "hens" / "output", "own.run", kind=None)
+    labels = {label for _, label in label_runs(Runs([tmp_path]).list_all())}
+    assert labels == {"own in cats", "own in dogs", "own in hens"}
+    with serve_runs(tmp_path) as served:
+        for address in ("/", "/?view=table"):
+            assert str(tmp_path / "cats") not in served.ask(address).text
+        (cats,) = [run for run in served.runs.list_all() if run.history.parent.parent.name == "cats"]
+        assert str(tmp_path / "cats") in served.ask(f"/run/{cats.id}/").text

@@ -528,7 +528,7 @@ ROW = re.compile(r"^\| `(GET|POST) (\S+)`(?:: ([^|]*))? \|", re.MULTILINE)
 
 
 def read_page() -> str:
-    return (ROOT / "docs" / "browser.md").read_text(encoding="utf-8")
+    return (ROOT / "tests" / "browser" / "addresses.md").read_text(encoding="utf-8")
 
 
 def read_rows(text: str) -> dict[str, set[str]]:
@@ -554,8 +554,10 @@ def test_the_documentation_says_of_each_address_what_it_may_do(root: Path) -> No
             method, _, path = address.partition(" ")
             others = {word for word in words if f"{path.replace('{what}', word)}" in str(routes.keys())}
             assert words - others <= rows[address], address
-    cells = [line.split("|")[2:-1] for line in text.splitlines() if ROW.match(line)]
-    assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in cells)
+    for line in filter(ROW.match, text.splitlines()):
+        cells = line.split("|")[2:-1]
+        assert len(cells) == (2 if "`GET " in line else 4), line  # those that write or start have a sentence
+        assert all(cell.strip() for cell in cells), line
 
 
 BUTTONS: dict[str, Callable[[Site], Collection[str]]] = {  # of pages that look a word up

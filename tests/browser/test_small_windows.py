@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.browser.described_folders import describe
 from tests.browser.serving import Served, serve_runs, write_run
@@ -137,3 +138,26 @@ def test_the_end_of_a_run_is_told_once_however_many_pages_are_open(served: Serve
         tabs[0].wait_for_timeout(300)
         assert tabs[0].evaluate("localStorage.getItem('notices')") == "own: finished;"
         assert sum(tab.title() == "own: finished" for tab in tabs) == 1
+
+
+def test_samples_come_before_the_second_row_of_buttons_and_numbers_take_one_line(
+    served: Served, folder: Path
+) -> None:
+    shutil.rmtree(folder / "clips" / "output")
+    write_generating(folder / "clips" / "output", "good")
+    Image.new("RGB", (64, 64)).save(folder / "clips" / "output" / "sample" / "own_1.png")
+    with open_page(served.url + served.of("own"), 360, 800) as page:
+        assert len(tops_of(page, "#first .tile")) == 1
+        order = ["h1", "#first progress", "#generate_with", "#samples", ".grid", "#train_on", "#remove"]
+        tops = [page.locator(one).first.bounding_box()["y"] for one in order]
+        assert tops == sorted(tops)
+        assert page.locator("#shots .grid td").first.bounding_box()["y"] < 700
+        assert len(tops_of(page, "#deeds button")) == 1
+        page.get_by_label("up to").fill("1")
+        page.get_by_role("button", name="Train on").click()
+        page.locator("#done_further").get_by_text("give more than that").wait_for()
+        page.get_by_role("button", name="Remove").click()
+        question = page.get_by_role("button", name="Move it into the bin")
+        question.wait_for()
+        assert question.bounding_box()["y"] > page.locator("#train_on").bounding_box()["y"]
+        assert [error for error in page.problems if "422" not in error] == []

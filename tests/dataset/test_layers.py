@@ -1,5 +1,7 @@
 """Pictures with their layers: which file is whose, what is refused, and how they are read."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -10,8 +12,10 @@ from dataset.config import load_dataset_config
 from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
 from dataset.sources.layers import check_layers
+from dataset.sources.numbering import find_number_gaps
 from dataset.table import DatasetTable
 from modules.errors import DatasetError, MediaError
+from tests.faults.messages import run_here
 
 
 def write(path: Path, color: int = 0, alpha: int | None = 0, size: tuple[int, int] = (48, 32)) -> None:
@@ -112,6 +116,54 @@ def test_layers_that_cannot_be_are_refused(tmp_path: Path, second: dict[str, int
     (source,) = find_sources(read_table(tmp_path))
     with pytest.raises(MediaError, match=message):
         decode_source(source, 1.0, has_alpha=True)
+
+
+@pytest.mark.parametrize("name", ["a_2.png", "a_3.png"])
+def test_check_finds_a_layer_that_hides_others_before_anything_is_cached(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", alpha=None)
+    for number in (1, 2, 3):
+        write(tmp_path / f"a_{number}.png", alpha=255 if f"a_{number}.png" == name else 9)
+    caption(tmp_path, "a")
+    read_table(tmp_path)
+
+    words = ["--model_version", "layered", "--dataset_config", "data.toml", "--check"]
+    printed = io.StringIO()
+    code, _ = run_here("qwen_image_cache_latents.py", *words, folder=tmp_path, printed=printed)
+
+    assert code == 1
+    assert f"{name} is opaque, so that it hides the layers below it" in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("names", "gap"),
+    [("a_1 a_3", "a_2"), ("a_0 a_1 a_3", "a_2"), ("a_2 a_3", "a_1"), ("a_1 a_2", ""), ("a_0 a_1", "")],
+)
+def test_a_number_that_layers_leave_out_is_told(names: str, gap: str, tmp_path: Path) -> None:
+    for name in ("a", *names.split()):
+        write(tmp_path / f"{name}.png")
+    caption(tmp_path, "a")
+
+    remarks = [one.text for one in find_number_gaps(find_sources(read_table(tmp_path)))]
+
+    last = names.split()[-1]
+    assert remarks == ([f"{tmp_path / 'a.png'}: there is no {gap}, but {last}"] if gap else [])
+
+
+@pytest.mark.parametrize("column", ["image_path", "control_path"])
+def test_a_number_that_a_list_leaves_out_is_told(
+    column: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "x", "y"):
+        write(tmp_path / f"{name}.png")
+    line = f'{{"image_path": "a.png", "{column}_1": "x.png", "{column}_3": "y.png", "caption": "c"}}'
+    (tmp_path / "list.jsonl").write_text(line)
+    table = read_table(tmp_path, source='image_jsonl_file = "{}/list.jsonl"')
+    if column == "control_path":
+        table = replace(table, multiple_target=False)
+
+    find_sources(table)
+
+    assert f"there is no {column}_2, but {column}_3" in caplog.text
 
 
 @pytest.mark.parametrize("keys", ["alpha_mask = true", 'worse_directory = "worse"'])

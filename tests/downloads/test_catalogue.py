@@ -268,6 +268,14 @@ def option_of(words: list[str], name: str) -> str:
 SCRIPTS_OF_FAMILIES = {name: entry.main_scripts for name, entry in with_scripts().items()}
 
 
+def is_of_script(hint: str, scripts: set[str]) -> bool:
+    """Whether the download that a hint names is of a model that one of the scripts runs."""
+    words = hint.split()
+    named = option_of(words, "--family"), option_of(words, "--task")
+    (model,) = [one for one in model_sets() if (one.family, one.task) == named]
+    return any(command.split()[1] in scripts for command in model.commands.values())
+
+
 @pytest.mark.parametrize("family", [None, *SCRIPTS_OF_FAMILIES])
 def test_every_missing_file_is_answered_with_the_least_download_of_the_script_that_asks(
     family: str | None, tmp_path: Path
@@ -284,11 +292,15 @@ def test_every_missing_file_is_answered_with_the_least_download_of_the_script_th
                     having[model.family, model.task] = size, runs
             hint = identify(tmp_path / part, family)
             assert hint is not None
+            of_family = {name: size for name, (size, runs) in having.items() if runs}
+            if scripts and not of_family:
+                assert f"{part.name} is a file of " in hint
+                assert is_of_script(hint, scripts), (family, part)
+                continue
             words = shlex.split(hint.removesuffix(" downloads it"))
             chosen = option_of(words, "--family"), option_of(words, "--task")
             if in_fp8 and "--fp8_encoders" not in words:
                 continue  # a file of the usual sets too
-            of_family = {name: size for name, (size, runs) in having.items() if runs}
             sizes = of_family or {name: size for name, (size, _) in having.items()}
             assert sizes[chosen] == min(sizes.values()), (family, part)
 
@@ -319,6 +331,14 @@ def test_a_script_says_which_download_of_its_family_brings_a_file(tmp_path: Path
 
     assert code != 0
     assert "--family anima --task base" in said
+
+
+def test_a_missing_file_of_another_family_is_answered_with_a_download_of_the_own_one(tmp_path: Path) -> None:
+    hint = identify(tmp_path / "qwen_image_vae.safetensors", "fibo_2")
+
+    assert hint is not None
+    assert "qwen_image_vae.safetensors is a file of " in hint
+    assert "--family fibo_2 --task " in hint
 
 
 def test_the_list_of_a_task_names_files_sizes_sources_and_licences() -> None:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dataset.config import load_dataset_config
+from modules.command import quote_for_shell
 from modules.errors import DatasetError
 from tests.dataset.making import make_clip, make_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -52,6 +53,11 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "misspelt table": ("[[datasets]]", "[[dataset]]", ("Did you mean datasets?",)),
     "key of the folder misspelt": ("video_directory", "video_dir", ("Did you mean video_directory?",)),
     "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
+    "key of subsets": ("batch_size", "shuffle_caption", ("is a key of tables with [[datasets.subsets]]",)),
+    "key of subsets in a table": (
+        *("[5]", "[5]\ncaption_tag_dropout_rate = 0.1"),
+        ("caption_tag_dropout_rate = 0.1 is a key of tables with [[datasets.subsets]]",),
+    ),
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
     "batch as a text": ("= 1", '= "4"', ('batch_size = "4" (text)', "a whole number, 1 or more")),
     "batch as a switch": ("= 1", "= true", ("batch_size = true (true or false)",)),
@@ -273,3 +279,37 @@ def test_the_problems_of_a_file_are_told_whoever_it_is_of(key: str, is_theirs: b
     with pytest.raises(DatasetError, match="the source of its items is missing") as raised:
         load_dataset_config(path)
     assert ("seems to be a file of" in str(raised.value)) is is_theirs
+
+
+FOUND_FROM_THE_FILE = {
+    "control": ("[5]", '[5]\ncontrol_directory = "control"', "control"),
+    "masks": ("[5]", '[5]\nmask_directory = "control"', "control"),
+    "list": ('video_directory = "clips"', 'video_jsonl_file = "rows.jsonl"', "rows.jsonl"),
+    "tars": ('video_directory = "clips"', 'video_tars = ["rows.jsonl"]', "rows.jsonl"),
+}
+
+
+@pytest.mark.parametrize("mistake", FOUND_FROM_THE_FILE)
+def test_a_relative_path_of_a_file_in_another_folder_is_told_with_both_places(
+    mistake: str, folder: Path
+) -> None:
+    old, new, name = FOUND_FROM_THE_FILE[mistake]
+    clips = folder / "clips"
+    text = CONFIG.replace(old, new, 1).replace('"clips"', f'"{clips.as_posix()}"')
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+    (folder / "rows.jsonl").touch()
+    elsewhere = folder / "élse where"
+    elsewhere.mkdir()
+
+    vae = folder / "model" / "vae.safetensors"
+
+    code, said = run_here(LATENTS[0], "--vae", vae, "--dataset_config", "../dataset.toml", folder=elsewhere)
+
+    move = quote_for_shell(["cd", str(folder)])
+    looked = f"(looked for at {elsewhere / name})"
+    assert_one_message(code, said, name, looked, f"first `{move}`", remedy=False)
+
+
+def test_a_configuration_that_is_not_there_is_told_with_the_place_it_was_looked_for(folder: Path) -> None:
+    (folder / "dataset.toml").unlink()
+    told(folder, LATENTS, "dataset.toml cannot be read", f"(looked for at {folder / 'dataset.toml'})")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.messages import assert_one_message
+from tests.faults.messages import assert_one_message, run_here
 from tests.faults.mistakes import (
     COMMANDS,
     FULL_TRAININGS,
@@ -117,6 +117,8 @@ NAMES = (
     wrong(TRAININGS, "--load_tensors", "key of the dataset file: write load_tensors = ... in its table"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora_wann", "Did you mean networks.lora_wan?"),
     wrong(NETWORK_TRAININGS, "--network_module networks.lora-wan", "is not an import path"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux_2", "is for another model than this"),
+    wrong(NETWORK_TRAININGS, "--network_module networks.lora_flux", "is for another model than this"),
     wrong(NETWORK_TRAININGS, "--network_module json", "Python's standard library"),
     wrong(NETWORK_TRAININGS, "--network_module packaging", "create_network"),
     wrong(NETWORK_TRAININGS, "--network_args include_patterns=.*ffn.*", "write a Python list"),
@@ -372,3 +374,15 @@ def test_a_mistake_is_one_short_message_before_a_model_is_loaded(
     assert isinstance(code, int)
     message = assert_one_message(code, said, *mistake.words, remedy=False)
     assert 1 <= len(message.splitlines()) <= 3, message
+
+
+@pytest.mark.parametrize(("more", "may_omit"), [((), False), (("--interactive",), True)])
+def test_an_empty_prompt_is_left_out_only_if_something_else_is_to_be_done(
+    more: tuple[str, ...], may_omit: bool, tmp_path: Path
+) -> None:
+    words = ["--model_version", "layered", "--prompt=", "--save_path", "o", *more]
+
+    told = run_here("qwen_image_generate_image.py", *words, folder=tmp_path)
+
+    message = assert_one_message(*told, "--prompt is empty: say what the picture should show", remedy=False)
+    assert ("leave the option out" in message) is may_omit

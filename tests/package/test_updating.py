@@ -184,10 +184,14 @@ def clone(tmp_path: Path) -> Path:
 def test_a_clone_goes_forward_and_back(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = git(clone, "rev-parse", "HEAD")
     update(clone, None)
-    assert "Updated by 1 changes" in capsys.readouterr().err
+    assert "Updated by 1 change, from" in capsys.readouterr().err
     update(clone, None)
     assert capsys.readouterr().err == "This is the newest version.\n"
     assert (clone / "set_up.py").read_text(encoding="utf-8") == "new"
+    (clone / "set_up.py").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"You changed set_up\.py, which back would overwrite"):
+        go_back(clone)
+    git(clone, "checkout", "--quiet", "set_up.py")
     go_back(clone)
     assert git(clone, "rev-parse", "HEAD") == before
     assert git(clone, "branch", "--show-current") == "main"

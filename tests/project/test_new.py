@@ -1,5 +1,6 @@
 """What `new` makes of folders that people have: pairs, phone photos, damaged files; and what it asks."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -71,6 +72,54 @@ def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> Non
     shown = [line.split("--ci ")[1].split(" --")[0].strip() for line in prompts]
     assert shown == [(Path(sources) / name).as_posix() for name in ("p0.jpg", "p1.jpg", "p2_0.jpg")]
     assert all((folder / name).exists() for name in shown)
+    instructions = [line.split(" --", 1)[0] for line in prompts]
+    assert instructions == ["make it blue 0", "make it blue 1", "make it a pencil drawing"]
+
+
+JSON_EDITS = [
+    '{"structured_caption": {"short_description": "a hat"}, "edit_instruction": "give her a hat --s 3"}',
+    '{"edit_instruction": "ohwx: take the hat away", "short_description": "a bare head"}',
+    "{broken",
+]
+
+
+@pytest.mark.parametrize(
+    ("captions", "word", "expected"),
+    [
+        (JSON_EDITS, "ohwx", ["ohwx, give her a hat s 3", "ohwx: take the hat away"]),
+        ([], "ohwx", ["ohwx", "ohwx"]),
+        ([], None, []),
+    ],
+)
+def test_samples_of_edits_are_what_a_user_would_ask_for(
+    captions: list[str], word: str | None, expected: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    write_photos(folder, captions=False)
+    write_photos(folder / "control", captions=False)
+    for number, caption in enumerate(captions):
+        (folder / f"p{number}.txt").write_text(caption, encoding="utf-8")
+    words = ["--trigger_word", word] if word else []
+
+    told = run_here("new_project.py", folder, "--family", "fibo_2", *words, folder=tmp_path)
+
+    assert told == (0, "")
+    prompts = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" --", 1)[0] for line in prompts] == [*expected, "make it a pencil drawing"]
+
+
+def test_samples_of_json_captions_name_the_subject_and_not_the_keys(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_photos(folder, captions=False)
+    for number in range(3):
+        caption = {"short_description": f"a red hat, {number}", "context": "a catalog"}
+        (folder / f"p{number}.txt").write_text(json.dumps(caption), encoding="utf-8")
+
+    told = run_here("new_project.py", folder, "--family", "fibo_2", "--task", "dev", folder=tmp_path)
+
+    assert told == (0, "")
+    first, *_ = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("a red hat, in falling snow --w ")
 
 
 def test_an_unreadable_reference_is_told_and_in_no_sample(tmp_path: Path) -> None:

@@ -20,11 +20,14 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import TRAINED_EXPERT
+from stable_diffusion.family import StableDiffusion
+from stable_diffusion.training_files import TrainingFiles
 from tests.tiny import flux as tiny_flux
 from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny import z_image as tiny_z_image
 from tests.training import toy
 from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
+from training.run import train_network
 from z_image.family import ZImage, ZImageFiles
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -288,6 +291,40 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
     assert "Train on another, or give --training_adapter with a LoRA that undoes the dist" in said[0][0]
     assert "If you train this one" in said[0][0]
     assert "keeps more of them: --guided_target 3" in said[0][0]
+
+
+def test_check_says_that_a_transformer_is_distilled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.write_caches(tmp_path)
+    said = []
+    for family in (Turbo(), toy.ToyFamily()):
+        assert train_network(family, toy.toy_options(tmp_path, "--check")) == 0
+        said.append(capsys.readouterr().out)
+
+    assert ["may be distilled for few steps (it is called turbo)" in text for text in said] == [True, False]
+    assert "Train on another, or give --training_adapter" in said[0]
+
+
+@pytest.mark.parametrize("preview", ["--check", "--plan"])
+def test_previews_refuse_the_network_module_of_another_model(preview: str, tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+    words = ["--network_module", "networks.lora_flux_2", preview]
+
+    with pytest.raises(OptionError, match="networks.lora_flux_2 is for another model than this script"):
+        train_network(toy.ToyFamily(), toy.toy_options(tmp_path, *words))
+
+
+@pytest.mark.parametrize(("name", "found"), [("dreamXL_turbo_v2", True), ("sd_xl_base_1.0", False)])
+def test_checkpoints_of_stable_diffusion_are_known_by_their_names(
+    name: str, found: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    path.touch()
+    family = StableDiffusion(TrainingFiles((), path))
+
+    assert (family.why_few_steps() is not None) is found
+    assert family.can.tell_few_steps
 
 
 def test_a_distilled_model_that_is_trained_whole_is_told_what_a_whole_model_can_do(

@@ -32,7 +32,7 @@ from training.noise_options import (
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
 _IDEOGRAM_SIDE = 16 / 512  # of a token: 16 of the 512 pixels at which Ideogram 4's shift is 1
-_IDEOGRAM_TOKENS = (256, 16384)  # of pictures of 256 and of 2048 pixels
+_IDEOGRAM_TOKENS = (256, 16384)  # of images of 256 and of 2048 pixels
 _FOUR_PIXELS = (1, 1, 1, 2, 2)  # latents, B C F H W, that are one token of most models
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
@@ -216,8 +216,8 @@ def _focus_shares(
     """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    default = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
-    return torch.where(u < focus, in_range, default)
+    unfocused = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    return torch.where(u < focus, in_range, unfocused)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
@@ -299,7 +299,7 @@ def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
     """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
     if noise.audio_shift == 1:
         return times
-    # from the levels: near 1 the sigmas of pictures have lost digits
+    # from the levels: near 1 the sigmas of images have lost digits
     sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.audio_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())

@@ -46,12 +46,12 @@ from training.learning_options import NO_FROZEN_MODEL
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
-# of `JoinedRun.needs`: what batches have besides pictures and captions
+# of `JoinedRun.needs`: what batches have besides images and captions
 EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
-# likewise: batches may need the model without the network
+# of `JoinedRun.needs` too: batches may need the model without the network
 BASE_MODEL = "the model without the network"
-# likewise: text encoders work while training, as they learn a new word
+# of `JoinedRun.needs` too: text encoders work while training, as they learn a new word
 LIVE_TEXTS = "text encoders that learn a word"
 
 # of `custom_attributes` of a table: its samples stay as the model without the network predicts them
@@ -65,8 +65,9 @@ class FeatureOptions(Options):
     """Base class of a feature's options; the parser, --config_file and --help are composed of all of them.
 
     Attributes:
-        at: Position in --help.
-        facts: How resuming and metadata treat all options of the record, such as HABIT or FREE.
+        at: Where the options stand in --help, one of the constants AT_... above.
+        facts: Facts that hold for all options of the record, such as whether resuming may change them (HABIT,
+            FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
         of_run: Record of those options that `run` has too and passes to its training.

@@ -108,7 +108,7 @@ def make_word_rows(
         encoders: The loaded networks of the text encoders that learn the word, by the prefix of their names
             in LoRA files.
         seed: Seed of the run.
-        with_values: Whether the vectors start with the values of a file, as in `make_trained_network`.
+        with_values: Whether the vectors start with the values of a file, see `MakeNetwork`.
     """
     if with_values:
         _note_beginning(word)

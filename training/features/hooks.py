@@ -395,7 +395,7 @@ class Hooks:
     # given the passes of a step, its batch and what the prediction is compared with, the clip first: the
     # comparisons in their place
     target: list[Compare] = field(default_factory=list)
-    validation: list[Compare] = field(default_factory=list)  # likewise, while the run validates
+    validation: list[Compare] = field(default_factory=list)  # the comparisons while the run validates
     # likewise: errors of each sample in passes with gradients that come before the usual one
     passes: list[MorePasses] = field(default_factory=list)
     # given the DiT, its batch and the seed of the run: what a pass with gradients runs in
@@ -416,7 +416,9 @@ class JoinedRun:
     # of the dataset, and the model: empty and None while they are not known, before `on.start`
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
-    needs: set[str] = field(default_factory=set)  # what batches have: EMPTY_PROMPT, WORSE_ONES and the like
+    needs: set[str] = field(
+        default_factory=set
+    )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
     targets: list[StepTarget] = field(default_factory=list)
     # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
     keeps_steps: bool = False

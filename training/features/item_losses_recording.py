@@ -56,7 +56,7 @@ def _not_begun() -> Progress:
 def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
     """Start the file of a process: keep the lines up to a step if it belongs to this run, else empty it.
 
-    Raises OutputError.
+    Raises OutputError if the file cannot be written.
     """
     own = items_path(folder, name, process)
     with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
@@ -67,7 +67,7 @@ def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -
 
 
 def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
-    """Add lines to the file of a process. Raises OutputError."""
+    """Add lines to the file of a process. Raises OutputError if they cannot be written."""
     append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
 
 
@@ -77,7 +77,7 @@ def _as_line(draw: ItemDraw) -> str:
 
 
 def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> None:
-    """Write thumbnails of items, by their keys. Raises OutputError."""
+    """Write thumbnails of items, by their keys. Raises OutputError if one cannot be written."""
     values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
     write_text(images_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
 
@@ -186,7 +186,7 @@ class ItemLossRecorder:
         """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
-        """Start the file with its lines of earlier steps. Raises OutputError."""
+        """Start the file with its lines of earlier steps. Raises OutputError if it cannot be written."""
         assert self._process is not None
         keep_draws(
             self.folder,
@@ -208,7 +208,7 @@ class ItemLossRecorder:
             self._write()
 
     def _write(self) -> None:
-        """Write the waiting lines. Raises OutputError."""
+        """Write the waiting lines. Raises OutputError if they cannot be written."""
         draws, self._draws = self._draws, []
         self._written = self.now()
         if draws and self._process is not None:

@@ -23,7 +23,7 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
 
     @property
     def words(self) -> list[str]:
-        """Return the words of the command.
+        """Return the arguments of the command.
 
         Raises:
             OptionError: If the command cannot be started.

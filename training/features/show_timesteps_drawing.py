@@ -20,7 +20,7 @@ from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 TITLE_LENGTH = 100  # characters above a diagram
-SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels
+SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of an image of 1024 x 1024 pixels
 
 
 def show_timesteps(

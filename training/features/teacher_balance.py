@@ -59,18 +59,18 @@ def find_balance(
     if focus is None:
         return NO_FOCUS
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
-    default = _compute_default_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
+    unfocused = _compute_default_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
     in_range = _BandShares(
         inside=_share_of_range(options, max(low, lowest), min(high, highest)),
         trained=_share_of_range(options, lowest, highest),
     )
     focused = _BandShares(
-        inside=(1 - focus) * default.inside + focus * in_range.inside,
-        trained=(1 - focus) * default.trained + focus * in_range.trained,
+        inside=(1 - focus) * unfocused.inside + focus * in_range.inside,
+        trained=(1 - focus) * unfocused.trained + focus * in_range.trained,
     )
-    if not default.trained:  # draws of the focus alone are trained
+    if not unfocused.trained:  # draws of the focus alone are trained
         return NO_FOCUS
-    before, after = default.inside / default.trained, focused.inside / focused.trained
+    before, after = unfocused.inside / unfocused.trained, focused.inside / focused.trained
     return FocusBalance(inside=_ratio(before, after), outside=_ratio(1 - before, 1 - after))
 
 

@@ -109,6 +109,7 @@ class Teaching:
     def _compare_with_teacher(
         self, passes: TrainingPasses, noisy_batch: NoisyBatch
     ) -> list[TargetComparison]:
+        """Return the comparisons with the teacher: for samples inside and outside of its band."""
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band

@@ -1,10 +1,11 @@
 """Which tokens of a micro-batch go through the middle blocks (--tread)."""
-# Letters: B batch, L tokens of the grid of a picture or video, K those that take part, F H W latents
+# Letters: B batch, L tokens of the grid of an image or video, K those that take part, F H W latents
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
 
+from modules.integers import ceil_div
 from modules.private_torch import disable_modes
 from modules.seeds import derive_seed
 from training.loss import NoisyBatch, place_weights
@@ -44,7 +45,7 @@ def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: 
 def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
     frames, rows, columns = sizes
     num_latent_frames = noisy_batch.noise.shape[2]
-    return -(-noisy_batch.given_frames * frames // num_latent_frames) * rows * columns
+    return ceil_div(noisy_batch.given_frames * frames, num_latent_frames) * rows * columns
 
 
 def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from contract.steps import Overrides
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
-# from the sizes of a grid of picture tokens to the places in it that take part, B K rising
+# from the sizes of a grid of image tokens to the places in it that take part, B K rising
 SelectPlaces = Callable[[tuple[int, ...]], Tensor]
 
 
@@ -30,7 +30,7 @@ class Route:
     """A range of blocks, and the tokens that pass through them."""
 
     first: int  # number of a block, from 0; negative: from the end
-    last: int  # likewise; it belongs to the route
+    last: int  # number of a block, as `first`; it belongs to the route
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
@@ -50,7 +50,7 @@ def block_number(number: int, count: int) -> int:
 
 @contextmanager
 def routed(dit: nn.Module, route: Route) -> Iterator[None]:
-    """Route only the selected tokens through the middle blocks of the network during the block."""
+    """Route only the selected tokens through the middle blocks, for as long as the `with` block lasts."""
     before = runner_of(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
     try:

@@ -157,6 +157,7 @@ def _front_matter(
     spec: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
+    """Return the YAML header of a model card."""
     tags = ["reelsmith", *(["lora"] if is_lora else [])]
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)

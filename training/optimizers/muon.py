@@ -21,7 +21,7 @@ from training.trainable import Trainable
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz steps, by Jordan
 NUM_STEPS = 5
 EPS = 1e-7
-BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # of AdamW; as KohakuMossTrainer has them
+BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # of AdamW; as in KohakuMossTrainer
 LIKE_ADAM = "match_rms_adamw"  # of adjust_lr_fn
 ADJUSTMENTS = (None, "original", LIKE_ADAM)
 PARTS = "matrices"  # of a group: how many each of its weights holds; 0: AdamW steps the weights

@@ -46,6 +46,7 @@ def plan_ways(
     """
 
     def rehearse_on_one(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
+        """Predict a step on one card; the result divides the prediction over several cards."""
         counter = TokenCounter()
         prediction = predict(
             family,

@@ -436,10 +436,11 @@ def parse_row(line: bytes) -> Row | None:
         if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MAX_STEPS):
             return None
         names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
+        # names are later joined to the run's folder, and must not lead out of it
         if not all(Path(name).name == name and "\\" not in name for name in names):
             return None
         if "session" not in row:
-            Story.of([row])  # a line may be edited: whatever it lacks, it lacks here
+            Story.of([row])  # fails here, not in a reader of the run, if a user's edit broke the line
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
         return None
     return row

@@ -39,7 +39,7 @@ VERSION = 1
 LEVELS = 10  # ranges of noise levels that are compared
 MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
-SIDE = 96  # pixels of a small picture
+SIDE = 96  # pixels of a small image
 MAX_IMAGE = 64 << 10  # characters of one image
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
@@ -110,7 +110,7 @@ def _read_session(path: Path) -> int | None:
 
 
 def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
-    """Yield the lines of a file if it belongs to this run. Raises OSError."""
+    """Yield the lines of a file if it belongs to this run. Raises OSError if it cannot be read."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:
         return
@@ -166,13 +166,13 @@ def _range_of(level: float) -> int:
 
 def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
     total = sum(draw.loss for draw in draws)
-    default = sum(means[_range_of(draw.level)] for draw in draws)
-    hardness = total / default if default > 0 else 1.0
+    expected = sum(means[_range_of(draw.level)] for draw in draws)
+    hardness = total / expected if expected > 0 else 1.0
     error = None
-    if len(draws) > 1 and default > 0:
+    if len(draws) > 1 and expected > 0:
         # of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
         squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
-        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / default
+        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / expected
     return ItemLoss(key, len(draws), total / len(draws), hardness, error)
 
 

@@ -83,7 +83,7 @@ class StepReport:
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
     skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
-    # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
+    # losses of the parts that had micro-batches in the step, by name: experts, or image and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
     # means of the further numbers of features, by name
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -212,7 +212,8 @@ class Logs:
                 numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
-        self.values(_list_tracked_values(report), report.step)
+        if self.recorders:
+            self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
         """Return as many of the numbers as fit next to a bar of the given width."""

@@ -32,7 +32,7 @@ MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 @dataclass(frozen=True)
 class Standing:
-    """Hold the state of a run."""
+    """The state of a run."""
 
     start: Start
     step: int
@@ -125,34 +125,39 @@ def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
         story: Content of the run's history.
         most: Approximate number of points of a curve.
     """
-    experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
-    # families with audio record losses by stream in place of losses by expert
-    of_streams = experts.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
-    expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
-    rates = {
-        name.removeprefix("lr/").replace("unet", "transformer"): points
-        for name, points in story.rates.items()
-    }
-    bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    declared = () if story.start is None else story.start.charts
-    further = [
-        _draw_numbers(story, chart, most)
-        for chart in (*declared, *find_uncharted([*story.numbers], declared))
-    ]
+    charts: list[Chart] = []
     losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
         values = [story.validations[step] for step in steps]
         lowest = values.index(min(values))
         losses.append(Curve(say("validation"), steps, values, has_dots=len(steps) < 60, best=lowest))
-    charts = (
-        Chart(losses, "step", "loss", say("Loss")),
-        Chart(make_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
-        *further,
-        Chart(make_curves(rates, most), "step", "learning rate", say("Learning rate")),
-        Chart(make_curves({say("seconds"): story.seconds}, most), "step", "seconds", say("Seconds per step")),
-        Chart(make_curves(bands, most, has_dots=True), "step", "loss", say("Validation loss by noise")),
-    )
+    charts.append(Chart(losses, "step", "loss", say("Loss")))
+
+    by_expert = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    # families with audio record losses by stream in place of losses by expert
+    is_by_stream = by_expert.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
+    expert_title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
+    charts.append(Chart(make_curves(by_expert, most, SMOOTHING), "step", "loss", expert_title))
+
+    # numbers that features of the run record: with a chart that they declare, else with one of their own
+    declared = () if story.start is None else story.start.charts
+    uncharted = find_uncharted([*story.numbers], declared)
+    charts += [_draw_numbers(story, chart, most) for chart in (*declared, *uncharted)]
+
+    rates: dict[str, Points] = {}
+    for name, points in story.rates.items():
+        rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
+    charts.append(Chart(make_curves(rates, most), "step", "learning rate", say("Learning rate")))
+
+    seconds = make_curves({say("seconds"): story.seconds}, most)
+    charts.append(Chart(seconds, "step", "seconds", say("Seconds per step")))
+
+    by_timestep: dict[str, Points] = {}
+    for name, points in story.bands.items():
+        by_timestep[f"timestep {name.rpartition('_')[2]}"] = points
+    validations = make_curves(by_timestep, most, has_dots=True)
+    charts.append(Chart(validations, "step", "loss", say("Validation loss by noise")))
     return [chart for chart in charts if chart.curves]
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
+from modules.integers import ceil_div
 from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.language import say
@@ -28,7 +29,7 @@ LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
 GAP = 8  # pixels of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
-MAX_ROWS = 40  # a picture of more would be too tall to look at
+MAX_ROWS = 40  # an image of more would be too tall to look at
 MIN_WIDTH = 480  # so that a prompt can be read
 # file of a sample, prompt, step -> the clip, or why there is none
 LoadClip = Callable[[str, str, int], Markup | str]
@@ -45,7 +46,7 @@ class ReducedClip:
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     """Return the files of the samples with this mark by the number of their prompt, the newest of each.
 
-    Of a picture with layers it is the file that shows them together.
+    Of an image with layers it is the file that shows them together.
     """
     end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
     pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
@@ -83,7 +84,7 @@ def read_reduced(path: Path) -> ReducedClip:
 
 
 def _draw_audio(path: Path) -> Frame:
-    """Return a picture of a WAV file's amplitude over time."""
+    """Return an image of a WAV file's amplitude over time."""
     from modules.media.samples import read_track, track_info  # of runs with sound alone
 
     info = track_info(path)
@@ -203,7 +204,7 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     if len(rows) <= most:
         return list(rows)
     stride = 1
-    while -(-len(rows) // stride) > most - 2:
+    while ceil_div(len(rows), stride) > most - 2:
         stride *= 2
     chosen = {*range(0, len(rows), stride), len(rows) - 1}
     if best_step is not None:

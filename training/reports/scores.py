@@ -47,7 +47,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class ScoreNote:
-    """A remark about the scores of a run: a key of `NOTES`, and the values in its text."""
+    """A note about the scores of a run: a key of `NOTES`, and the values in its text."""
 
     kind: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class SampleScore:
     prompt: int  # its number
     file: str
     clip: float | None = None  # cosine of sample and prompt, -1..1
-    likeness: float | None = None  # mean cosine to the nearest training pictures
-    nearest: str = ""  # the nearest training picture
+    likeness: float | None = None  # mean cosine to the nearest training images
+    nearest: str = ""  # the nearest training image
     nearest_cosine: float | None = None
     is_copied: bool = False  # it is nearly the same as the nearest one
-    is_near: bool = False  # nearer to it than training pictures are to each other
+    is_near: bool = False  # nearer to it than training images are to each other
     steps: int | None = None  # of denoising
 
 
@@ -96,7 +96,7 @@ class StepScores:
 
     @property
     def nearest_cosine(self) -> float | None:
-        """Return the largest cosine of a sample and its nearest training picture."""
+        """Return the largest cosine of a sample and its nearest training image."""
         return max(
             (one.nearest_cosine for one in self.samples if one.nearest_cosine is not None), default=None
         )
@@ -124,7 +124,7 @@ class RunScores:
 
     model: str  # name of the folder of the model
     rows: tuple[StepScores, ...]
-    num_training: int = 0  # training pictures and clips that samples were compared with
+    num_training: int = 0  # training images and clips that samples were compared with
     near_threshold: float | None = None  # cosine from which a sample is too near; None: too few to say
     notes: tuple[ScoreNote, ...] = ()
     version: int = VERSION
@@ -156,7 +156,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def write_scores(path: Path, scores: RunScores) -> None:
-    """Write the scores of a run, with the means of each step and the best file. Raises OutputError."""
+    """Write the scores of a run, with the means of each step and the best file.
+
+    Raises OutputError if they cannot be written.
+    """
     values = asdict(scores)
     del values["unsampled"]
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
@@ -369,7 +372,7 @@ def _shown(value: float | None) -> str:
 
 
 def _list_warnings(row: StepScores) -> list[str]:
-    """Return the remarks on the samples of a step."""
+    """Return the notes on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]

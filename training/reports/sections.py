@@ -12,7 +12,7 @@ SAMPLES = "sample"  # folder of samples, in the output folder
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of a run's page. Texts are escaped; pictures and diagrams are Markup."""
+    """A part of a run's page. Texts are escaped; images and diagrams are Markup."""
 
     key: str  # of its address on the page
     title: str
@@ -48,7 +48,7 @@ def items_path(folder: Path, name: str, process: int = 0) -> Path:
 
 
 def images_path(folder: Path, name: str) -> Path:
-    """Return the file of small pictures of these items."""
+    """Return the file of small images of these items."""
     return folder / f"{name}-items.json"
 
 

@@ -338,7 +338,8 @@ def set_aside(
 def find_results(names: Names) -> list[Path]:
     """Return the files, states, samples and pages that a run has written under its name.
 
-    Words that were saved next to LoRAs are found even if `names` has others, or none.
+    Embeddings of learned words that were saved next to LoRAs are found even if `names` has other words or
+    none.
     """
     from training.reports.sections import is_section_file  # only before the first step
 

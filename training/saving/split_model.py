@@ -61,15 +61,15 @@ def train_split_dit(
         part_rates: See `train_dit`.
         form: See `train_dit`.
     """
-    default = train_dit(dit, learning_rate, name_parts, part_rates, form)
-    rows = {weight: trained_rows(weight) for weight in default.parameters if is_split(weight)}
+    trainable = train_dit(dit, learning_rate, name_parts, part_rates, form)
+    rows = {weight: trained_rows(weight) for weight in trainable.parameters if is_split(weight)}
     groups = [
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
-        for group in default.groups
+        for group in trainable.groups
     ]
     write = partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)
     return replace(
-        default,
+        trainable,
         groups=groups,
         writes={"": WrittenFile(write)},
         split={part: weight for weight, part in rows.items()},

@@ -61,7 +61,7 @@ class VectorStore:
             self.write()
 
     def write(self) -> None:
-        """Write the vectors if there are new ones. Raises OutputError."""
+        """Write the vectors if there are new ones. Raises OutputError if they cannot be written."""
         self._saved = time.monotonic()
         if len(self.vectors) > self._written:
             save_tensors(self.path, self.vectors)
@@ -135,7 +135,10 @@ class Embedder:
 
 
 def read_frames(path: Path, num_frames: int) -> list[Frame]:
-    """Return a picture as one frame, H W 3, or evenly spaced frames of a clip. Raises MediaError."""
+    """Return an image as one frame, H W 3, or evenly spaced frames of a clip.
+
+    Raises MediaError if the file cannot be read.
+    """
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
         return pick_frames(path, lambda length: _select_evenly(length, num_frames), lambda frame: frame)
     return [read_image(path)]
@@ -149,7 +152,7 @@ def _select_evenly(length: int, most: int) -> set[int]:
 
 
 def _hash_content(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the files of a folder. Raises OSError."""
+    """Return the SHA-256 of a file, or of the files of a folder. Raises OSError if one cannot be read."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as opened:

@@ -45,7 +45,7 @@ class ImageTextModel:
     """A loaded model with its preprocessing of images and texts."""
 
     network: Any
-    processor: Any  # of pictures
+    processor: Any  # of images
     tokenizer: Any
     padding: str
     max_tokens: int

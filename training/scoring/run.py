@@ -151,7 +151,7 @@ def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors 
 
 
 def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
-    """Return remarks about what was left out of the scores of a run."""
+    """Return notes about what was left out of the scores of a run."""
     notes = []
     if embedder.unreadable:
         notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
@@ -203,7 +203,7 @@ def _find_histories(folder: Path, pattern: str) -> list[Path]:
 
 
 def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
-    """Return the dataset of the training pictures; None with a note if it is not there."""
+    """Return the dataset of the training images; None with a note if it is not there."""
     if options.dataset_config is not None:
         return options.dataset_config
     start = run.story.start

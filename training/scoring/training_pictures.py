@@ -22,16 +22,16 @@ from training.scoring.embeddings import Medium, read_frames
 
 logger = logging.getLogger(__name__)
 
-NEAREST = 3  # training pictures that the likeness is the mean of, as far as there are so many
-# A sample is very near to a training picture if so many of 100 training pictures are less like the training
-# picture that is most like them. A fixed cosine says little: in a dataset of one person all are alike.
+NEAREST = 3  # training images that the likeness is the mean of, as far as there are so many
+# A sample is very near to a training image if so many of 100 training images are less like the training
+# image that is most like them. A fixed cosine says little: in a dataset of one person all are alike.
 NEAR_SHARE = 0.99
-MIN_TO_COMPARE = 8  # training pictures, below which this share says nothing
+MIN_TO_COMPARE = 8  # training images, below which this share says nothing
 ROWS = 1024  # of a product of all with all
 
 
 class Neighbor(NamedTuple):
-    """A training picture and its cosine to a sample."""
+    """A training image and its cosine to a sample."""
 
     place: int  # among the media
     cosine: float
@@ -39,7 +39,7 @@ class Neighbor(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingVectors:
-    """Vectors of all frames of the training pictures and clips."""
+    """Vectors of all frames of the training images and clips."""
 
     media: Sequence[Medium]
     vectors: Tensor  # M D: of all frames, one medium after the other
@@ -111,7 +111,7 @@ def _open_source(source: MediaSource) -> Iterator[Path]:
 
 
 def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
-    """Return whether a frame of a sample is nearly the same as a frame of a training picture or clip.
+    """Return whether a frame of a sample is nearly the same as a frame of a training image or clip.
 
     The rule is that of the dataset's page: the same shapes and colors, in any size and brightness.
     """
@@ -122,6 +122,6 @@ def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
 
 
 def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
-    """Return whether a sample copies a training picture, from their files. Raises MediaError or OSError."""
+    """Return whether a sample copies a training image, from their files. Raises MediaError or OSError."""
     with sample as sample_path, picture.open() as image_path:
         return are_copies(read_frames(sample_path, num_frames), read_frames(image_path, num_frames))

@@ -29,7 +29,7 @@ from training.loss import (
     sample_errors,
 )
 
-# numbers of each sample, B: of the picture; if the batch has sound, also of that
+# numbers of each sample, B: of the image; if the batch has sound, also of that
 Streams = tuple[Tensor, ...]
 Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, batch -> errors
 
@@ -118,7 +118,7 @@ def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     weights = [noisy_batch.weights]
     if noisy_batch.audio is not None:
         weights.append(noisy_batch.audio.weights)
-    # passes may have one error of both streams, which is weighted as the picture
+    # passes may have one error of both streams, which is weighted as the image
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=False))
 
 

@@ -12,6 +12,7 @@ from dataset.sources.remarks import (
     BACKSLASH,
     LONE_BRACE,
     NOT_DRAWN,
+    TORN,
     find_caption_warnings,
     find_cut_captions,
     whole_texts,
@@ -96,6 +97,10 @@ def table_of(folder: Path, caption: str, **keys: object) -> DatasetTable:
         ("a {red|blue coat", {"enable_wildcard": True}, [LONE_BRACE]),
         (r"miku \(vocaloid\)", {}, [BACKSLASH]),
         ("miku (vocaloid)", {}, []),
+        ('{"short_description": "a, b"}', {"shuffle_caption": True}, [TORN]),
+        ('{"short_description": "a, b"}', {"caption_tag_dropout_rate": 0.1}, [TORN]),
+        ('{"short_description": "a, b"}', {}, []),
+        ("{a, b", {"shuffle_caption": True}, []),
     ],
 )
 def test_marks_that_are_learned_as_text_are_named(

@@ -1,0 +1,48 @@
+"""Find settings that have no effect in a run because of its other settings, as the options declare it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from modules.errors import UserError
+from modules.options import Options, option_name
+from modules.pages.language import say
+from training.learning_options import LrScheduleOptions
+from training.noise_options import LossOptions, TimestepOptions
+from training.saving.options import SavingOptions
+
+RECORDS: tuple[type[Options], ...] = (LrScheduleOptions, SavingOptions, TimestepOptions, LossOptions)
+WARM_UP, SCHEDULE = "lr_warmup_steps", "lr_scheduler"
+WITHOUT_WARM_UP = "constant"  # schedule with which a training refuses warm-up steps
+
+
+def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """Return the reason why options have no effect, by their names.
+
+    An option that the run sets is left out: the training itself says what it ignores.
+
+    Args:
+        values: Options that the run sets.
+        defaults: Default values of the options of its script.
+    """
+    all_values = {**defaults, **values}
+    reasons = {name: reason for record in RECORDS for name, reason in _list_idle(record, all_values)}
+    if all_values.get(SCHEDULE) == WITHOUT_WARM_UP:
+        reasons[WARM_UP] = say(
+            "No effect in this run: %(needed)s is %(value)s.", needed=SCHEDULE, value=WITHOUT_WARM_UP
+        )
+    return {name: reason for name, reason in reasons.items() if name not in values}
+
+
+def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each option of a record that cannot act with these values, and the reason."""
+    names = {option_name(field): field.name for field in dataclasses.fields(record)}
+    known = {names[name]: value for name, value in values.items() if name in names}
+    try:
+        made = record.usual(**known)
+        for field in dataclasses.fields(record):
+            conditions = field.metadata.get("acts_if") or {}
+            if not all(acts(made) for acts in conditions.values()):
+                yield option_name(field), say("No effect in this run, with its other settings.")
+    except (UserError, TypeError, ValueError):
+        return  # the table shows these values, and the training says what is wrong with them

@@ -1,0 +1,35 @@
+"""Read the layers of images as caching would, so that layers that do not fit are reported before."""
+
+from collections.abc import Iterator, Sequence
+
+from dataset.caching.planning import SourcePlan
+from dataset.caching.prefetch import Failure, map_ahead
+from dataset.sources.layers import read_layers
+from modules.bars import Bar
+from modules.errors import MediaError
+from modules.media.reading import Frame, image_size
+
+
+def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[Failure]:
+    """Yield a failure for each image whose layers cannot be read, differ in size or hide others.
+
+    Images whose caches are valid were read when they were cached; images at addresses are not fetched.
+    """
+    read = [plan for plan in plans if plan.source.layers and plan.missing and not plan.source.origins]
+    bar = Bar(len(read), "Reading layers", "image")
+    for failure in map_ahead(read, _read_all, workers, bar):
+        if failure is not None:
+            yield failure
+
+
+def _read_all(plan: SourcePlan) -> Failure | None:
+    try:
+        read_layers(plan.source, image_size(plan.source.path), place=_keep_corner)
+    except MediaError as error:
+        return Failure.of(plan.source, error)
+    return None
+
+
+def _keep_corner(frame: Frame) -> Frame:
+    """Return one pixel: only whether a layer can be used is asked for."""
+    return frame[:1, :1]

@@ -1,0 +1,31 @@
+"""Explain where a path in a dataset file was looked for, and from which folder it would be found."""
+
+from pathlib import Path
+
+from modules.command import quote_for_shell
+from modules.paths import describe_lookup, explain_missing, path_exists
+from modules.text_files import real_path
+
+
+def explain_lookup(path: Path, config_path: Path | None) -> str:
+    """Return the end of a message that a path does not exist: where it was looked for, and a hint.
+
+    Begins with " (looked for at ...)" for a relative path, else with the full stop.
+
+    Args:
+        path: The path, as the dataset file has it.
+        config_path: The dataset file; None if no file names the path.
+    """
+    if path_exists(path):  # it cannot be opened, which its name does not explain
+        return ". Correct the path."
+    hint = "" if config_path is None else hint_of_start(path, config_path)
+    return f"{describe_lookup(path)}.{hint or explain_missing(path) or ' Correct the path.'}"
+
+
+def hint_of_start(path: Path, config_path: Path) -> str:
+    """Return a hint for a relative path that exists from the folder of a dataset file; "" for any other."""
+    folder = real_path(config_path.parent)
+    if path.is_absolute() or folder == Path.cwd() or not path_exists(folder / path):
+        return ""
+    move = quote_for_shell(["cd", str(folder)])
+    return f" Relative paths start in the current folder: to start in the file's folder, first `{move}`."

@@ -1,0 +1,40 @@
+"""Find numbers that are missing among the numbered files of an image: its layers, controls and references."""
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from dataset.sources.media_source import Fault, MediaSource
+
+GAPS = "have numbered files of which one is missing: the others are used in their order without it"
+
+
+def find_gap(numbers: Collection[int]) -> int | None:
+    """Return the lowest missing number up to the largest one, counted from 0 or 1; None if none is."""
+    first = 0 if 0 in numbers else 1
+    expected = range(first, max(numbers, default=0) + 1)
+    return next((number for number in expected if number not in numbers), None)
+
+
+def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return a remark for each image of a folder whose numbered files skip a number."""
+    remarks = []
+    for source in sources:
+        if source.table.directory is None:  # the files of a list have any names
+            continue
+        for files in (source.layers, source.control, source.references):
+            numbers = _read_numbers(source.stem, files)
+            gap = find_gap(numbers)
+            if gap is not None:
+                text = f"{source.path}: there is no {source.stem}_{gap}, but {source.stem}_{max(numbers)}"
+                remarks.append(Fault(GAPS, text, source.stem))
+    return remarks
+
+
+def _read_numbers(stem: str, files: Sequence[Path]) -> set[int]:
+    """Return the numbers behind the stem in the names of files; other files have none."""
+    numbers = set()
+    for file in files:
+        start, _, number = file.stem.rpartition("_")
+        if start == stem and number.isdecimal():
+            numbers.add(int(number))
+    return numbers
