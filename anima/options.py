@@ -66,13 +66,13 @@ class AnimaTextOptions(Options):
         "text encoder, else from the hub"
     )
     qwen3_max_token_length: int = option(
-        "tokens of a prompt that Qwen3 reads", default=MAX_TOKENS, least=1, most=MAX_QWEN3_TOKENS
+        "tokens of a prompt that Qwen3 reads", default=MAX_TOKENS, minimum=1, maximum=MAX_QWEN3_TOKENS
     )
     t5_max_token_length: int = option(
         "tokens of a prompt that the adapter reads, with T5's end token; the model has rows for 512",
         default=MAX_TOKENS,
-        least=1,
-        most=MAX_TOKENS,
+        minimum=1,
+        maximum=MAX_TOKENS,
     )
     text_encoder_dtype: str | None = option(
         "dtype that the text encoder computes in; default: bfloat16, but float32 with a float32 model, or "
@@ -100,7 +100,7 @@ class AnimaTextOptions(Options):
 def _rate_option(part: str) -> Any:
     return option(
         f"learning rate of {part}; 0 does not train it; default: --learning_rate",
-        least=0,
+        minimum=0,
         below=math.inf,
         facts=HABIT,
     )
@@ -193,16 +193,20 @@ def read_targets(text: str) -> tuple[str, ...]:
     return tuple(target for target in TARGETS if target in chosen)
 
 
-def _size(help: str, default: int, least: int = 1, most: int = 4096) -> Any:
-    return option(help, default=default, least=least, most=most, hint=f"{default} is usual", facts=IDENTITY)
+def _size(help: str, default: int, minimum: int = 1, maximum: int = 4096) -> Any:
+    return option(
+        help, default=default, minimum=minimum, maximum=maximum, hint=f"{default} is usual", facts=IDENTITY
+    )
 
 
 class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train_control_net_lllite.py besides those of all image trainers."""
 
     cond_emb_dim: int = _size("number of values for the control image at each token", 32)
-    lllite_cond_dim: int = _size("channels of the convolutions that see the control image; even", 64, least=2)
-    lllite_cond_resblocks: int = _size("residual blocks among them", 1, least=0, most=64)
+    lllite_cond_dim: int = _size(
+        "channels of the convolutions that see the control image; even", 64, minimum=2
+    )
+    lllite_cond_resblocks: int = _size("residual blocks among them", 1, minimum=0, maximum=64)
     lllite_use_aspp: bool = option(
         "let them see wide surroundings too, by dilated convolutions", facts=IDENTITY
     )
@@ -214,13 +218,13 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
         facts=IDENTITY,
     )
     lllite_dropout: float | None = option(
-        "fraction of the inner values that is set to zero during training", least=0, below=1, facts=HABIT
+        "fraction of the inner values that is set to zero during training", minimum=0, below=1, facts=HABIT
     )
     lllite_multiplier: float = option(
         "strength with which it acts while it learns",
         default=1.0,
-        least=-10,
-        most=10,
+        minimum=-10,
+        maximum=10,
         hint="1 is usual",
         facts=IDENTITY,
     )
@@ -275,8 +279,8 @@ class AnimaGenerationOptions(Options, title=NAME):
     lllite_multiplier: float = option(
         "strength of --lllite_weights",
         default=1.0,
-        least=-10,
-        most=10,
+        minimum=-10,
+        maximum=10,
         hint="1 is usual",
         needs="lllite_weights",
     )

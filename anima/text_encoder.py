@@ -49,14 +49,14 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache  # one object for each length
-def make_use(most: int) -> LanguageUse:
-    """Return the settings of Qwen3, which reads at most `most` tokens of a prompt."""
+def make_use(maximum: int) -> LanguageUse:
+    """Return the settings of Qwen3, which reads at most `maximum` tokens of a prompt."""
     return LanguageUse(
         name="qwen3",
         states_key=STATES,
         model=QWEN3_SMALL,
         source=qwen_tokenizer("--qwen3_tokenizer", "Qwen/Qwen3-0.6B-Base"),
-        most=most,
+        maximum=maximum,
         at_once=1,  # so that a state does not depend on other prompts, to the last bit
     )
 
@@ -77,13 +77,13 @@ class AnimaTextEncoder(LanguageModelEncoder):
         self.t5_most = t5_most
         self.keys = frozenset({STATES, MASK, IDS, WEIGHTS})
         self.variable_length = frozenset()
-        self.weighed = ""  # weights of words multiply the adapter's rows
+        self.takes_weights = ""  # weights of words multiply the adapter's rows
         self._read_t5: TextTokenizer | None = None
 
     @property
     def identity(self) -> Mapping[str, str]:
         """What the states depend on in addition to the text, found without loading weights."""
-        lengths = {"tokens": str(self.most), "t5_tokens": str(self.t5_most)}
+        lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_most)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
@@ -95,7 +95,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
     ) -> list[Conditions]:
-        """Return each prompt's states, `most` C, and their mask, int64; both 0 after its tokens.
+        """Return each prompt's states, `maximum` C, and their mask, int64; both 0 after its tokens.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
@@ -106,8 +106,8 @@ class AnimaTextEncoder(LanguageModelEncoder):
             if row:
                 (encoded,) = super().compute(network, tokenizer, [row], dropped)
                 (states,) = encoded[STATES]
-            mask = (torch.arange(self.most) < len(row)).to(torch.int64)
-            conditions.append({STATES: pad(states, (0, 0, 0, self.most - len(row))), MASK: mask})
+            mask = (torch.arange(self.maximum) < len(row)).to(torch.int64)
+            conditions.append({STATES: pad(states, (0, 0, 0, self.maximum - len(row))), MASK: mask})
         return conditions
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:

@@ -44,7 +44,7 @@ class Device:
 
     def __init__(self) -> None:
         self._plain = Transfer(HOST)
-        self.weights = self.most = 0
+        self.weights = self.maximum = 0
         self.mark, self.copy, self.wait, self.finish = (
             getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")
         )
@@ -58,7 +58,7 @@ class Device:
     def take(self, owner: object, size_bytes: int) -> None:
         """Count bytes until their owner is gone."""
         self.weights += size_bytes
-        self.most = max(self.most, self.weights)
+        self.maximum = max(self.maximum, self.weights)
         weakref.finalize(owner, self._give, size_bytes)
 
     def _give(self, size_bytes: int) -> None:
@@ -66,7 +66,7 @@ class Device:
 
     def note_step(self, activations: int) -> None:
         """Record a step that takes `activations` bytes in addition to the weights."""
-        self.most = max(self.most, self.weights + activations)
+        self.maximum = max(self.maximum, self.weights + activations)
 
 
 def main() -> None:
@@ -74,11 +74,13 @@ def main() -> None:
     Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as made:
         family = _family(Path(made))
-        most, loads = _run(family, [1, 0] * VIDEOS, TIMESTEPS)
+        maximum, loads = _run(family, [1, 0] * VIDEOS, TIMESTEPS)
         alone, _ = _run(family, [0], TIMESTEPS[2:])
-    print(f"device: {most / 1e6:.1f} MB, one expert alone {alone / 1e6:.1f} MB, ratio {most / alone:.3f}")
+    print(
+        f"device: {maximum / 1e6:.1f} MB, one expert alone {alone / 1e6:.1f} MB, ratio {maximum / alone:.3f}"
+    )
     print(f"loads of {VIDEOS} videos: {', '.join(f'expert {n}: {loads[n]}' for n in sorted(loads))}")
-    raise SystemExit(most / alone > AIM or max(loads.values()) > 1)
+    raise SystemExit(maximum / alone > AIM or max(loads.values()) > 1)
 
 
 def _family(folder: Path) -> Wan:
@@ -124,7 +126,7 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
                 predict = predictor(family, dit_at, Step(0, 4, 1.0, timestep, noise), True)
                 _ = predict(text), predict(text)
                 device.note_step(max(sum(moment.values()) for moment in ledger.peaks.values()))
-    return device.most, loads
+    return device.maximum, loads
 
 
 if __name__ == "__main__":

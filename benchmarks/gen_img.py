@@ -128,7 +128,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     import torch
 
     from stable_diffusion.assembling import assemble
-    from stable_diffusion.contract import AskedImage, ImageSettings
+    from stable_diffusion.contract import ImageSettings, RequestedImage
     from stable_diffusion.options import read_gen_img
 
     words = ["--ckpt", str(folder / "model"), "--tokenizer_cache_dir", str(folder / "tokenizers")]
@@ -136,7 +136,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     maker = assemble(options, torch.device("cpu"))
     settings = ImageSettings(args.size, args.size, args.steps, SCALE)
     images = [
-        AskedImage(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
+        RequestedImage(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
         for seed, prompt in enumerate(PROMPTS[: args.batch])
     ]
     return lambda: list(maker.make(images).images or ())

@@ -279,11 +279,11 @@ def report(group: Group) -> str:
     return "\n".join(lines)
 
 
-def indented(text: str, most: int = 25) -> list[str]:
+def indented(text: str, maximum: int = 25) -> list[str]:
     """Return the lines of a text indented; the middle of a long text is left out."""
     lines = text.splitlines()
-    if len(lines) > most:
-        lines = [*lines[:3], "...", *lines[3 - most :]]
+    if len(lines) > maximum:
+        lines = [*lines[:3], "...", *lines[3 - maximum :]]
     return ["    " + line for line in lines]
 
 

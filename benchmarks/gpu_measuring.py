@@ -120,16 +120,16 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
 
 
 def time_call(
-    call: Callable[[], object], device: torch.device, least: int, most: int, enough: float
+    call: Callable[[], object], device: torch.device, minimum: int, maximum: int, enough: float
 ) -> list[float]:
     """Return the seconds of each call, each ended by the device's last kernel.
 
-    There are at least `least` and at most `most` calls, and no other after `enough` seconds or after a long
-    one.
+    There are at least `minimum` and at most `maximum` calls, and no other after `enough` seconds or after a
+    long one.
     """
     times: list[float] = []
     synchronize(device)
-    while len(times) < least or (len(times) < most and sum(times) < enough):
+    while len(times) < minimum or (len(times) < maximum and sum(times) < enough):
         if times and times[0] > LONG:
             break
         start = time.perf_counter()

@@ -108,8 +108,8 @@ class RoomFigures:
         }
         return "\n".join(f"{value:>9}  {name}" for name, value in figures.items())
 
-    def _count(self, name: str, most: int) -> int:
-        return sum(getattr(one, name) > most for one in self.functions)
+    def _count(self, name: str, maximum: int) -> int:
+        return sum(getattr(one, name) > maximum for one in self.functions)
 
 
 def product_files(room: str | None = None) -> Iterator[tuple[str, str]]:

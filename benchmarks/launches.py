@@ -128,7 +128,7 @@ def main() -> None:
     print(f", ratio {wholes[0] / wholes[1]:.3f}")
     print(f"one more block of each kind: {of_blocks[0]}, diffusers and PEFT {of_blocks[1]}", end="")
     print(f", ratio {of_blocks[0] / of_blocks[1]:.3f}")
-    for name, count in (ours[1] - ours[0]).most_common(args.most):
+    for name, count in (ours[1] - ours[0]).most_common(args.maximum):
         print(f"  {count:4d} {name} (there {baseline[1][name] - baseline[0][name]})")
 
 

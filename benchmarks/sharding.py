@@ -63,8 +63,10 @@ def main() -> None:
             shared = run(Path(name), 2, [*command, "--output_dir", "shared", "--shard_base"])
             size = (Path(name) / LARGE).stat().st_size
             print(f"{kind}, {size / 1e6:.0f} MB of weights; one process {alone / 1e6:.0f} MB")
-            for rank, most in enumerate(shared):
-                print(f"process {rank} of 2: {most / 1e6:.0f} MB, {most / alone:.2f} of one (aim: {AIM})")
+            for rank, maximum in enumerate(shared):
+                print(
+                    f"process {rank} of 2: {maximum / 1e6:.0f} MB, {maximum / alone:.2f} of one (aim: {AIM})"
+                )
             is_missed = is_missed or max(shared) > AIM * alone
         weights = swapped_bytes(Path(name) / LARGE)
         words = [*commands[LORA], "--blocks_to_swap", str(SWAPPED)]
@@ -107,14 +109,14 @@ def run(folder: Path, count: int, command: list[str]) -> list[int]:
 def watch(folder: Path, count: int, command: list[str]) -> int:
     """Return the peak of the bytes that `count` processes together have for a command."""
     large = [LARGE if word == TINY else word for word in command]
-    started, most = start(folder, count, [PLAIN, *large]), 0
+    started, maximum = start(folder, count, [PLAIN, *large]), 0
     while any(process.poll() is None for process in started):
         with contextlib.suppress(OSError):  # one that has just ended
-            most = max(most, sum(map(proportional_bytes, started)))
+            maximum = max(maximum, sum(map(proportional_bytes, started)))
         time.sleep(PAUSE)
     if any(process.returncode for process in started):
         raise SystemExit("a training failed: its message is above")
-    return most
+    return maximum
 
 
 def proportional_bytes(process: subprocess.Popen[str]) -> int:

@@ -245,22 +245,22 @@ def row_of(name: str, total: Sum, unit: float) -> Iterator[str]:
         )
 
 
-def longest(sums: Sums, unit: float, most: int) -> Iterator[str]:
+def longest(sums: Sums, unit: float, maximum: int) -> Iterator[str]:
     """Yield the kernels other than large products and attention, those with most bytes first."""
     yield "| phase | operator | times | GB | token tensors | line |"
     yield "|---|---|---|---|---|---|"
     passes = [item for item in sums.items() if item[0][1] not in {ATTENTION, PRODUCT}]
-    for (phase, _, name, line), each in sorted(passes, key=lambda item: -item[1].size)[:most]:
+    for (phase, _, name, line), each in sorted(passes, key=lambda item: -item[1].size)[:maximum]:
         sizes = f"{each.size / GB:.2f} | {each.size / unit:.2f}"
         yield f"| {phase} | {name} | {each.count:.0f} | {sizes} | {line} |"
 
 
-def report(found: Traffic, rates: Rates, most: int) -> Iterator[str]:
+def report(found: Traffic, rates: Rates, maximum: int) -> Iterator[str]:
     """Yield all lines that are printed for a row."""
     for name, sums in found.blocks.items():
         yield f"### One of {found.counts[name]} blocks of `{name}`: tokens {found.inputs[name] / GB:.3f} GB\n"
         yield from table(sums, found.inputs[name], rates)
-        yield from longest(sums, found.inputs[name], most)
+        yield from longest(sums, found.inputs[name], maximum)
         yield ""
     yield "### Step\n"
     yield from table(found.step, max(found.inputs.values()), rates)
@@ -293,7 +293,7 @@ def main() -> None:
             raise SystemExit(f"--rows {row.name}: only training and generation are counted")
         kind = "as if compiled, an estimate" if args.fused else "eager"
         print(f"## {row.name}: {row.model.name}, {row.size}, {row.about}. Counted {kind}\n")
-        print("\n".join(report(traffic_of_row(row, rates, args.fused), rates, args.most)), flush=True)
+        print("\n".join(report(traffic_of_row(row, rates, args.fused), rates, args.maximum)), flush=True)
 
 
 if __name__ == "__main__":

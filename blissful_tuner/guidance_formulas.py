@@ -226,9 +226,9 @@ def limit_norm(limit: float) -> GuidanceStage:
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         axes = tuple(range(1, velocity.ndim))
-        most = limit * torch.linalg.vector_norm(velocities[POSITIVE], dim=axes, keepdim=True)
+        maximum = limit * torch.linalg.vector_norm(velocities[POSITIVE], dim=axes, keepdim=True)
         size = torch.linalg.vector_norm(velocity, dim=axes, keepdim=True)
-        return torch.where(size > most, velocity * (most / size), velocity)
+        return torch.where(size > maximum, velocity * (maximum / size), velocity)
 
     return GuidanceStage((POSITIVE,), change)
 

@@ -20,8 +20,8 @@ class NagOptions(Options, title=NAG):
     nag_scale: float | None = option(
         "steer attention away from --nag_prompt, with or without --guidance_scale; 4 to 11 are common, "
         "1 turns it off",
-        least=1,
-        most=MAX_NAG,
+        minimum=1,
+        maximum=MAX_NAG,
         hint="1 is off, 4 to 11 are usual",
     )
     nag_tau: float = option(
@@ -29,15 +29,15 @@ class NagOptions(Options, title=NAG):
         "outputs are scaled back",
         default=3.5,
         above=0,
-        only_with="nag_scale",
+        ignored_without="nag_scale",
         hint="2.5 to 5 are usual",
     )
     nag_alpha: float = option(
         "fraction of the steered attention in the result, 0 to 1",
         default=0.5,
-        least=0,
-        most=1,
-        only_with="nag_scale",
+        minimum=0,
+        maximum=1,
+        ignored_without="nag_scale",
         hint="0 is off",
     )
 
@@ -65,30 +65,38 @@ class GuidanceOptions(Options, title="guidance"):
     )
     cfg_apply_ratio: float | None = option(
         "with --cfg_skip_mode: fraction of the steps that keep guidance, 0 to 1",
-        least=0,
-        most=1,
-        only_with="cfg_skip_mode",
+        minimum=0,
+        maximum=1,
+        ignored_without="cfg_skip_mode",
     )
     slg_mode: str | None = option(
         "skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the "
         "negative pass",
         choices=("original", "uncond"),
-        only_with="slg_layers",
+        ignored_without="slg_layers",
     )
-    slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10", only_with="slg_mode")
+    slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10", ignored_without="slg_mode")
     slg_scale: float = option(
         "strength of --slg_mode original",
         default=DEFAULT_SLG,
-        least=-MAX_SCALE,
-        most=MAX_SCALE,
-        only_with="slg_mode",
+        minimum=-MAX_SCALE,
+        maximum=MAX_SCALE,
+        ignored_without="slg_mode",
         hint="3 is usual",
     )
     slg_start: float = option(
-        "fraction of the steps at which it begins", default=0.0, least=0, most=1, only_with="slg_mode"
+        "fraction of the steps at which it begins",
+        default=0.0,
+        minimum=0,
+        maximum=1,
+        ignored_without="slg_mode",
     )
     slg_end: float = option(
-        "fraction of the steps at which it ends", default=0.3, least=0, most=1, only_with="slg_mode"
+        "fraction of the steps at which it ends",
+        default=0.3,
+        minimum=0,
+        maximum=1,
+        ignored_without="slg_mode",
     )
     cfgzerostar_scaling: bool = option(
         "CFG-Zero*: scale the negative prediction to fit the positive one; no extra pass"
@@ -97,22 +105,22 @@ class GuidanceOptions(Options, title="guidance"):
         "CFG-Zero*: number of first steps whose prediction is multiplied by --cfgzerostar_multiplier; "
         "2 for text-to-video and 1 for image-to-video are common, -1 is none",
         default=-1,
-        least=-1,
+        minimum=-1,
         hint="1 or 2 are usual, -1 turns it off",
     )
     cfgzerostar_multiplier: float = option(
         "with --cfgzerostar_init_steps: the factor; 0 skips the passes of these steps",
         default=0.0,
-        least=-MAX_SCALE,
-        most=MAX_SCALE,
-        only_with="cfgzerostar_init_steps",
+        minimum=-MAX_SCALE,
+        maximum=MAX_SCALE,
+        ignored_without="cfgzerostar_init_steps",
         hint="0 is usual",
     )
     perp_neg: float | None = option(
         "perpendicular negative guidance: weight of what the negative prompt does not share with the "
         "prompt; 1.5 to 2 are common; one extra pass, for the empty prompt",
-        least=-MAX_SCALE,
-        most=MAX_SCALE,
+        minimum=-MAX_SCALE,
+        maximum=MAX_SCALE,
         excludes="cfgzerostar_scaling",
         hint="1.5 to 2 are usual; it replaces the formula of guidance",
     )
@@ -120,8 +128,8 @@ class GuidanceOptions(Options, title="guidance"):
         "fraction of the standard deviation added by guidance that is removed, 0 to 1: against "
         "oversaturated images",
         default=0.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
     disable_embedded_for_cfg: bool = option(
         "at steps with guidance, call the model without its embedded guidance"
@@ -233,7 +241,7 @@ class PreviewOptions(Options, title="previews"):
     preview_latent_every: int | None = option(
         "every N steps, show the clip as it will probably look, in latent_preview.mp4 or .png in "
         "--save_path; counts sections if a clip is made in several (FramePack)",
-        least=1,
+        minimum=1,
         hint="leave it out for no previews",
     )
     preview_vae: Path | None = option(  # None: a linear map from latents to colors
@@ -296,24 +304,24 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
     magcache_retention_ratio: float = option(
         f"share of the steps, from the first on, in which nothing is skipped; default {RETENTION:g}",
         default=RETENTION,
-        least=0,
-        most=1,
-        only_with="magcache_mag_ratios",
+        minimum=0,
+        maximum=1,
+        ignored_without="magcache_mag_ratios",
     )
     magcache_threshold: float = option(
         "largest error of passes skipped in a row: higher is faster and further from the plain video; "
         f"default {THRESHOLD:g}",
         default=THRESHOLD,
-        least=0,
+        minimum=0,
         hint=NOTHING_SKIPPED,
-        only_with="magcache_mag_ratios",
+        ignored_without="magcache_mag_ratios",
     )
     magcache_k: int = option(
         f"largest number of passes skipped in a row; default {MAX_SKIPS}",
         default=MAX_SKIPS,
-        least=0,
+        minimum=0,
         hint=NOTHING_SKIPPED,
-        only_with="magcache_mag_ratios",
+        ignored_without="magcache_mag_ratios",
     )
     magcache_calibration: bool = option(
         "skip nothing, and print --magcache_mag_ratios as measured",
@@ -324,7 +332,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
     teacache_threshold: float | None = option(  # None and 0: no TeaCache
         "skip by TeaCache until the predicted change reaches this: 0.1 to 0.15 with the published "
         "coefficients; higher is faster and further from the plain video",
-        least=0,
+        minimum=0,
         hint=NOTHING_SKIPPED,
     )
     teacache_coefficients: tuple[float, ...] | None = option(
@@ -332,7 +340,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         "any",
         nargs="+",
         metavar="NUMBER",
-        only_with="teacache_threshold",
+        ignored_without="teacache_threshold",
     )
     teacache_calibration: bool = option(
         "skip nothing, and print --teacache_coefficients as fitted",

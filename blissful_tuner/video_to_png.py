@@ -24,7 +24,7 @@ class VideoToPngOptions(Options):
     )
     num_frames: int | None = option(
         "write only this many frames from the beginning, and read no more",
-        least=1,
+        minimum=1,
         hint="leave it out for all frames",
     )
 

@@ -77,12 +77,12 @@ class SourceOptions(Options, title="video or image to start from"):
     v2v_extra_noise: float | None = option(
         "noise added to the noisy video, for more change",
         flags=("--v2v_extra_noise", "--v2_extra_noise"),
-        least=0,
-        most=MAX_NOISE,
+        minimum=0,
+        maximum=MAX_NOISE,
         hint=DEFAULT_NOISE,
     )
     i2_extra_noise: float | None = option(
-        "noise added to the noisy image of --i2i_path", least=0, most=MAX_NOISE, hint=DEFAULT_NOISE
+        "noise added to the noisy image of --i2i_path", minimum=0, maximum=MAX_NOISE, hint=DEFAULT_NOISE
     )
     # the script's defaults, by option
     of_script: Mapping[str, Any] = option(name="usual_sources", default={})

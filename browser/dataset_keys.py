@@ -105,7 +105,7 @@ def read_batch_field(text: str) -> int:
         say(
             "Pictures of a step %(text)s: give a whole number from 1 to %(most)s.",
             text=text or "-",
-            most=MAX_IN_BATCH,
+            maximum=MAX_IN_BATCH,
         )
     )
 

@@ -68,7 +68,7 @@ def image_families() -> frozenset[str]:
             if word in families:
                 name = families[word]
                 frames[name] = max(frames.get(name, 1), model.data["frames"])
-    return frozenset(name for name, most in frames.items() if most == 1)
+    return frozenset(name for name, maximum in frames.items() if maximum == 1)
 
 
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it

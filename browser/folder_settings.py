@@ -128,7 +128,7 @@ def read_settings(script: str) -> Sequence[Setting]:
     return [
         Setting(**vars(option))
         for option in describe_options(build_parser(table, script))
-        if option.refusal is None and option.name not in NOT_IN_FILE
+        if option.rejection is None and option.name not in NOT_IN_FILE
     ]
 
 

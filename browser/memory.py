@@ -137,7 +137,7 @@ def read_plan(text: str) -> ReadPlan | None:
 
 
 @dataclass(frozen=True)
-class Switches:
+class MemoryOptions:
     """The keys of run.toml with the largest effect on memory, as the page shows them."""
 
     swap: str  # number of swapped blocks
@@ -148,7 +148,7 @@ class Switches:
     can_swap: bool
 
 
-def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
+def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> MemoryOptions:
     """Return the switches of a run.toml. `names` are all options of its training script."""
 
     def find(forms: Mapping[str, Sequence[str]]) -> str:
@@ -157,7 +157,7 @@ def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
 
     weights = {form: keys for form, keys in WEIGHTS.items() if any(key in names for key in keys)}
     checkpointing = {form: keys for form, keys in CHECKPOINTING.items() if all(key in names for key in keys)}
-    return Switches(
+    return MemoryOptions(
         swap=str(values.get(SWAP, "")),
         weights=find(weights),
         checkpointing=find(checkpointing),
@@ -167,7 +167,7 @@ def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
     )
 
 
-def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], names: Sequence[str]) -> str:
+def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str], names: Sequence[str]) -> str:
     """Return run.toml with the switches that the form has changed. Raises ValueError if it is not TOML."""
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()

@@ -290,14 +290,14 @@ def without_groups(text: str) -> str:
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
-def parse_integer(text: str, most: int) -> int | None:
-    """Return the whole number above 0 in a text; None for any other text, or if it is larger than `most`."""
+def parse_integer(text: str, maximum: int) -> int | None:
+    """Return the whole number above 0 in a text; None for any other text, or if it exceeds `maximum`."""
     text = without_groups(text)
     digits = text.lstrip("0")
-    if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(most))):
+    if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(maximum))):
         return None  # Python refuses to read thousands of digits
     number = int(digits)
-    return number if number <= most else None
+    return number if number <= maximum else None
 
 
 def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:

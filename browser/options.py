@@ -35,8 +35,8 @@ class BrowserOptions(Options, title="browser"):
     port: int | None = option(
         f"port to listen at; 0: any that is free (default: {DEFAULT_PORT}, so that a bookmark holds, or any "
         "if that is taken)",
-        least=0,
-        most=65535,
+        minimum=0,
+        maximum=65535,
     )
     host: str = option(
         "address to listen at. Others than this machine's own let the network in, and need --token: 0.0.0.0 "

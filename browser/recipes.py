@@ -201,14 +201,14 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a field that holds a number."""
-        least = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
+        minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MOST_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
             **dict.fromkeys(SIDES, (1, MAX_SIDE)),
             "steps": (1, MAX_STEPS),
             "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
             "layers": (1, MOST_FRAMES),
-            "guidance": (least, MAX_SCALE),
+            "guidance": (minimum, MAX_SCALE),
             "cfg": (-MAX_SCALE, MAX_SCALE),
             "high_cfg": (-MAX_SCALE, MAX_SCALE),
             "share": (0, 1),
@@ -583,8 +583,8 @@ class RenderRequest:
             raise OptionError(say("%(label)s: %(error)s", label=self._label(name), error=error)) from None
         if not isinstance(value, (int, float)):
             return
-        least, most = self.recipe.find_limits(name)
-        if not least <= value <= most:
+        minimum, maximum = self.recipe.find_limits(name)
+        if not minimum <= value <= maximum:
             what = "share" if name == "share" else "number"
             raise OptionError(
                 say(
@@ -592,8 +592,8 @@ class RenderRequest:
                     label=self._label(name),
                     text=text,
                     what=what,
-                    least=f"{least:,g}",
-                    most=f"{most:,g}",
+                    minimum=f"{minimum:,g}",
+                    maximum=f"{maximum:,g}",
                 )
             )
         near = self.recipe.nearest(name, value)

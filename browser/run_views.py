@@ -231,7 +231,7 @@ def run_page(
         story,
         now.shown,
         load=linked_clip,
-        most=MAX_SAMPLES,
+        maximum=MAX_SAMPLES,
         name=run.name,
     )
     commands = present_commands(story, run.history.parent, run.name)
@@ -329,7 +329,7 @@ def collect_news(
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), most=MAX_POINTS)
+        charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news

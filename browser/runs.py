@@ -344,9 +344,9 @@ def find_doing(tail: bytes) -> str:
     return "" if row is None or is_over else str(row["doing"])
 
 
-def _read_last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | None:
-    """Return the last line that has this key and begins at or after the offset `least`."""
-    place = content.rfind(f', "{key}": '.encode(), max(0, least))
+def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | None:
+    """Return the last line that has this key and begins at or after the offset `minimum`."""
+    place = content.rfind(f', "{key}": '.encode(), max(0, minimum))
     if place < 0:
         return None
     begin = content.rfind(b"\n", 0, place) + 1

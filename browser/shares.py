@@ -161,7 +161,7 @@ def read_days(form: Form) -> int:
     """Return for how many days a link is valid. Raises UserError if the field has no such number."""
     days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
-        raise UserError(say("A link holds 1 to %(most)s days", most=MAX_DAYS))
+        raise UserError(say("A link holds 1 to %(most)s days", maximum=MAX_DAYS))
     return days
 
 
@@ -232,7 +232,7 @@ class SharePages:
             story,
             make_shared_standing(now),
             load=shared_clip,
-            most=MAX_SHOWN,
+            maximum=MAX_SHOWN,
             name=run.name,
             has_sections=False,  # no training images are named
         )

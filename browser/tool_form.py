@@ -108,10 +108,10 @@ def give_value(option: str, text: str) -> list[str]:
 
 def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_integer: bool) -> None:
     """Raise OptionError if a text is not a number that an option with these limits accepts."""
-    least = facts.get("least", facts.get("above", -math.inf))
-    most = facts.get("most", facts.get("below", math.inf))
+    minimum = facts.get("minimum", facts.get("above", -math.inf))
+    maximum = facts.get("maximum", facts.get("below", math.inf))
     try:
-        is_right = least <= (int(text) if is_integer else float(text)) <= most
+        is_right = minimum <= (int(text) if is_integer else float(text)) <= maximum
     except ValueError:
         is_right = False
     if is_right:
@@ -119,8 +119,8 @@ def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_inte
     values = {
         "label": field.label,
         "text": shorten(text, 40),
-        "least": f"{least:g}",
-        "most": f"{most:g}",
+        "least": f"{minimum:g}",
+        "most": f"{maximum:g}",
     }
     if is_integer:
         raise OptionError(

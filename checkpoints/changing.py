@@ -29,7 +29,7 @@ from checkpoints.opening import (
 )
 from checkpoints.shard_options import INDEX
 from checkpoints.shards import plan_shards, write_planned
-from checkpoints.stored.fp8 import dequantise, is_fp8
+from checkpoints.stored.fp8 import dequantize, is_fp8
 from contract.loading import TensorInfo
 from modules.atomic_write import atomic_files
 from modules.console import count_of
@@ -232,7 +232,7 @@ def _as_dtype(
     if scale is None and tensor.dtype == dtype:
         return tensor
     try:
-        converted = dequantise(tensor, scale, dtype)
+        converted = dequantize(tensor, scale, dtype)
     except RuntimeError as error:
         shape = None if scale is None else list(scale.shape)
         raise CheckpointError(

@@ -321,8 +321,8 @@ def _check_program(path: Path, times: int) -> None:
                 if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(_TOO_LONG)
                 steps = pickletools.genops(archive.read(info))
-                most = times * MAX_PICKLE_STEPS
-                if sum(1 for _ in itertools.islice(steps, most + 1)) > most:
+                maximum = times * MAX_PICKLE_STEPS
+                if sum(1 for _ in itertools.islice(steps, maximum + 1)) > maximum:
                     raise ValueError(_TOO_LONG)
 
 

@@ -362,7 +362,7 @@ class _Filling:
         """Return a weight of the file, rounded to a form after the patch; record the rounding error."""
         first_part = self._sources[name].names[0]
         plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
-        stored = form.quantise(plain)
+        stored = form.quantize(plain)
         self.errors[name] = _measure_rounding_error(plain, stored)
         self.rounded_forms[name] = stored.form.how
         return stored
@@ -431,7 +431,7 @@ class _Filling:
 def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
     """Return sum |error| / sum |weight| of a rounded weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    back = stored.form.quantise(sample).value()
+    back = stored.form.quantize(sample).value()
     wide = sample.float()
     error = (back - wide).abs().sum() / wide.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
     for companion in stored.tensors[1:]:

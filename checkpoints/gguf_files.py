@@ -211,10 +211,10 @@ class GgufFile(HeaderFile):
 
 
 class _Header:
-    """Reader of the numbers and texts in a file's header; raises ValueError beyond `most` bytes."""
+    """Reader of the numbers and texts in a file's header; raises ValueError beyond `maximum` bytes."""
 
-    def __init__(self, file: BinaryIO, most: int) -> None:
-        self._file, self._most, self.place = file, most, 0
+    def __init__(self, file: BinaryIO, maximum: int) -> None:
+        self._file, self._most, self.place = file, maximum, 0
 
     def take(self, size: int) -> bytes:
         self.place += size
@@ -225,9 +225,9 @@ class _Header:
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
-    def text(self, most: int | None = None) -> str:
+    def text(self, maximum: int | None = None) -> str:
         length = self.number("Q")
-        if most is not None and length > most:
+        if maximum is not None and length > maximum:
             raise ValueError(f"a tensor has a name of {length} bytes")
         return self.take(length).decode("utf-8")
 

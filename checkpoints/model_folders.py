@@ -149,11 +149,11 @@ def build_without_memory(build: Callable[[Any], Any], config: Any) -> Any:
         return build(config)
 
 
-def _check_numbers(path: Path, content: Any, most: int, reason: str) -> None:
+def _check_numbers(path: Path, content: Any, maximum: int, reason: str) -> None:
     for name, number in _list_numbers(content):
         is_size = not any(word in name for word in NO_SIZES)
-        if is_size and not abs(number) <= most:  # NaN too
-            raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {most:,}", path)
+        if is_size and not abs(number) <= maximum:  # NaN too
+            raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {maximum:,}", path)
 
 
 def _check_sides(path: Path, content: Any) -> None:

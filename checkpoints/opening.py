@@ -50,17 +50,17 @@ class Checkpoint(contextlib.ExitStack):
         path: Path,
         places: Mapping[str, tuple[TensorFile, str]],
         files: Sequence[TensorFile],
-        refusal: str = "",
+        rejection: str = "",
     ) -> None:
         """Take over open files, which are closed with the checkpoint.
 
-        `refusal` is the reason why packed weights cannot be read, or "".
+        `rejection` is the reason why packed weights cannot be read, or "".
         """
         super().__init__()
         for file in files:
             self.callback(file.close)
         self.path = path
-        self.refusal = refusal
+        self.rejection = rejection
         self._files = files
         self._places = dict(places)  # our name -> file and the name there
         self.tensors: dict[str, TensorInfo] = {}
@@ -117,23 +117,23 @@ class Checkpoint(contextlib.ExitStack):
             remaining = places.keys() - with_prefix.keys()
             if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
                 places = {name.removeprefix(prefix): place for name, place in with_prefix.items()}
-        return Checkpoint(self.path, places, self._files, self.refusal)
+        return Checkpoint(self.path, places, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
         """Return a checkpoint of the tensors with one of the prefixes; it shares the open files."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
-        return Checkpoint(self.path, places, self._files, self.refusal)
+        return Checkpoint(self.path, places, self._files, self.rejection)
 
     def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
         """Return a checkpoint with renamed tensors, without those renamed to ""; it shares the open files."""
         places = {name_of(name): place for name, place in self._places.items() if name_of(name)}
-        return Checkpoint(self.path, places, self._files, self.refusal)
+        return Checkpoint(self.path, places, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
         """Return the tensors of both, sharing the open files; this one wins if both have a name."""
         places = {**second._places, **self._places}
         files = [*self._files, *second._files]
-        return Checkpoint(self.path, places, files, self.refusal or second.refusal)
+        return Checkpoint(self.path, places, files, self.rejection or second.rejection)
 
 
 def open_file(path: Path) -> TensorFile:
@@ -361,9 +361,9 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
     Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
     read.
     """
-    if checkpoint.refusal:
+    if checkpoint.rejection:
         remedy = "Download or copy it again, or give the bf16 file of the model."
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.refusal}.\n  {remedy}", checkpoint.path)
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.rejection}.\n  {remedy}", checkpoint.path)
     how = _find_form(checkpoint.tensors)
     if how:
         raise CheckpointError(
@@ -472,7 +472,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
         as_stored = fp8.stored_fp8 if in_fp8 else None
         if scale is not None:
-            sources[name] = TensorSource((name, scale), fp8.dequantise, as_stored)
+            sources[name] = TensorSource((name, scale), fp8.dequantize, as_stored)
         else:
             sources[name] = TensorSource((name,), None, as_stored)
     return sources

@@ -32,7 +32,7 @@ from checkpoints.opening import (
 )
 from checkpoints.stored.forms import Shape
 from checkpoints.stored.fp8 import E4M3, is_fp8
-from checkpoints.stored.fp8 import quantise as round_to_fp8
+from checkpoints.stored.fp8 import quantize as round_to_fp8
 from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.writing import stream_tensors
 from contract.families import FAMILIES
@@ -334,7 +334,7 @@ class _Rounding:
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
         else:
-            codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantise(weight).tensors
+            codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantize(weight).tensors
         assert codes is not None
         assert scale is not None
         return codes, scale.reshape(self.scale_shape)

@@ -54,7 +54,7 @@ FPS = "reelsmith_fps"
 SIZES = "reelsmith_sizes"
 # in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
 # that box
-SAID_SIZES = "reelsmith_said_sizes"
+STATED_SIZES = "reelsmith_said_sizes"
 
 # places in time of latent frames that do not follow each other (an image and its control images, which are
 # then frames of its latents): in caches F, in batches and conditions B F, on the host
@@ -141,7 +141,7 @@ class Batch:
     view: str = ""
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
     # latents of the worse one of each pair, if a target asks for them; like `latents`
-    worse: Tensor | None = None
+    rejected: Tensor | None = None
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
     # plain metadata of each sample's text cache, which other programs write too; () if texts are encoded live
     text_metadata: tuple[Mapping[str, str], ...] = ()
@@ -308,7 +308,7 @@ class MomentsBatch:
 class MomentsRules:
     """Whether a family's caches can be made from moments instead of frames."""
 
-    refusal: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
+    rejection: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
     with_image: bool = False  # whether those of the first frame alone are needed too
 
 
@@ -394,7 +394,7 @@ class LatentSpec:
     holds_audio: bool = False  # see `AudioSpec.is_inside`
     # metadata that other programs give caches of the same name for another use: name, value of this run
     declared: tuple[tuple[str, str], ...] = ()
-    tells_sizes: bool = False  # batches have `SIZES`
+    has_size_conditions: bool = False  # batches have `SIZES`
     # caches of images hold means: those of another model are these if its autoencoder is the same
     shares_caches: bool = False
 
@@ -524,8 +524,8 @@ def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
         weights: Weights of the prompt's tokens, at most L.
     """
     assert isinstance(rows, Tensor)
-    weighed = rows.clone()
+    takes_weights = rows.clone()
     factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
     factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
-    weighed[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
-    return weighed
+    takes_weights[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    return takes_weights

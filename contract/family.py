@@ -630,7 +630,7 @@ class HearsAudio(Protocol):
         """Decode the audio latents of one clip, 1 C T M, to its track."""
 
 
-def hears_audio(family: Described) -> TypeGuard[HearsAudio]:
+def trains_audio(family: Described) -> TypeGuard[HearsAudio]:
     """Return whether clips of this run have audio."""
     return audio_of(family) is not None
 

@@ -343,13 +343,13 @@ def check_frames(option: str, path: Path, needed: int) -> None:
         raise too_short(option, path, available, needed)
 
 
-def count_frames_up_to(path: Path, most: int) -> int:
-    """Count the frames of a video or a folder of images by decoding them, and stop at `most`.
+def count_frames_up_to(path: Path, maximum: int) -> int:
+    """Count the frames of a video or a folder of images by decoding them, and stop at `maximum`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    return _decode_frames(path, most, *_stat_file(path))
+    return _decode_frames(path, maximum, *_stat_file(path))
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
@@ -368,10 +368,10 @@ def _decode_image(path: Path, *identity: int) -> None:
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _decode_frames(path: Path, most: int, *identity: int) -> int:
+def _decode_frames(path: Path, maximum: int, *identity: int) -> int:
     from modules.media.reading import video_frames
 
-    return sum(1 for _ in itertools.islice(video_frames(path), most))
+    return sum(1 for _ in itertools.islice(video_frames(path), maximum))
 
 
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
@@ -433,18 +433,18 @@ def check_values(request: Request) -> None:
     for name, scale in request.expert_guidance.items():
         if not abs(scale) <= max_scale:
             raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {max_scale}")
-    for name, (option, character, most) in COUNTS.items():
+    for name, (option, character, maximum) in COUNTS.items():
         count = getattr(request, name)
-        if count is not None and not 1 <= count <= most:
+        if count is not None and not 1 <= count <= maximum:
             raise OptionError(
                 f"{option} {show_number(count)} (--{character} in a prompt line): give a number from 1 to "
-                f"{most}"
+                f"{maximum}"
             )
-    for name, (option, character, most) in VALUES.items():
+    for name, (option, character, maximum) in VALUES.items():
         value = getattr(request, name)
-        if value is not None and not abs(value) <= most:  # nan too
+        if value is not None and not abs(value) <= maximum:  # nan too
             raise OptionError(
-                f"{option} {value:g} (--{character} in a prompt line): give a number of at most {most}"
+                f"{option} {value:g} (--{character} in a prompt line): give a number of at most {maximum}"
             )
     if request.flow_shift is not None and request.flow_shift <= 0:
         raise OptionError(

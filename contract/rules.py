@@ -306,15 +306,15 @@ Place = tuple[int, int] | None
 CountTokens = Callable[[str], TokenCount]
 
 
-def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
-    """Return the number of characters that the first `most` tokens of a text cover.
+def kept_characters(ends: Sequence[int], maximum: int, length: int) -> int:
+    """Return the number of characters that the first `maximum` tokens of a text cover.
 
     Args:
         ends: Position after the last character of each token.
-        most: Number of tokens that are kept.
+        maximum: Number of tokens that are kept.
         length: Number of characters of the text.
     """
-    return length if len(ends) <= most else max(ends[:most], default=0)
+    return length if len(ends) <= maximum else max(ends[:maximum], default=0)
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
@@ -355,7 +355,7 @@ class ShiftedLogit:
     mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
     is_clamped: bool = False  # mu stays between the two
     is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
-    least: float = 1e-3  # smaller stretched draws are mirrored there
+    minimum: float = 1e-3  # smaller stretched draws are mirrored there
     uniform_share: float = 0.1  # of stretched draws are uniform
 
     def shift(self, tokens: int) -> float:
@@ -396,10 +396,10 @@ class ReferenceRules:
     """Rules for how a family uses reference images: the control images of an item or a request.
 
     Each image has its own size: that of the target, or what the keys of its table or `own_shape` set. If the
-    family uses clips as references, only `most`, `clips` and the fields below `clips` count.
+    family uses clips as references, only `maximum`, `clips` and the fields below `clips` count.
     """
 
-    most: int  # of one item or request
+    maximum: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
     # text encoders see each of an item as it is encoded to latents, in its size, crop and colors

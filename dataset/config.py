@@ -237,8 +237,8 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     for table in config.datasets:
         if table.kind == "video" and family.can.keep_time and table.source_fps is None:
             table = replace(table, source_fps=forms.AUTO)
-        finds_sound = family.latent.holds_audio and table.kind == "video"
-        tables.append(replace(table, finds_sound=finds_sound, shows_media=family.can.show_media))
+        finds_audio = family.latent.holds_audio and table.kind == "video"
+        tables.append(replace(table, finds_audio=finds_audio, shows_media=family.can.show_media))
     config = replace(config, datasets=tuple(tables))
     latent = family.latent
     if latent.has_layers or any(table.multiple_target for table in config.datasets):

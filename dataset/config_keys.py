@@ -68,10 +68,10 @@ def form_of(
     return Form(read, allowed)
 
 
-def whole(least: int, most: int, allowed: str = "") -> Form:
-    """Return the form of a key whose value is a whole number from `least` to `most`."""
-    limit = f"{least} or more" + (f", at most {most}" if most < MAX_COUNT else "")
-    return form_of(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
+def whole(minimum: int, maximum: int, allowed: str = "") -> Form:
+    """Return the form of a key whose value is a whole number from `minimum` to `maximum`."""
+    limit = f"{minimum} or more" + (f", at most {maximum}" if maximum < MAX_COUNT else "")
+    return form_of(int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}")
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> Form:

@@ -43,8 +43,8 @@ class CheckPageOptions(Options):
     html_items: int = option(
         "maximum number of files on the page: those with problems first, then an even selection",
         default=500,
-        least=1,
-        only_with="html",
+        minimum=1,
+        ignored_without="html",
     )
 
     def __post_init__(self) -> None:
@@ -65,14 +65,14 @@ class ShardOptions(Options):
         "any order and number at a time, into one cache folder. When all are done, run the command "
         "once without these two options: it checks everything, creates missing files and removes stale "
         "ones",
-        least=1,
-        most=MAX_SHARDS,
+        minimum=1,
+        maximum=MAX_SHARDS,
         needs="shard_index",
     )
     shard_index: int | None = option(
         "which part this run processes, from 0 to N - 1: every N-th source (or batch of captions) from "
         "this one on; several processes of accelerate launch divide it among themselves",
-        least=0,
+        minimum=0,
         needs="num_shards",
         hint="from 0",
     )
@@ -102,10 +102,13 @@ class CachingOptions(Options, title="caching"):
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
     batch_size: int | None = option(
-        "items to encode at once; default: batch_size of each dataset", least=1, most=MAX_AT_ONCE, often=True
+        "items to encode at once; default: batch_size of each dataset",
+        minimum=1,
+        maximum=MAX_AT_ONCE,
+        often=True,
     )
     num_workers: int | None = option(
-        "threads that read ahead of the encoder; default: all cores but one", least=1, most=MAX_AT_ONCE
+        "threads that read ahead of the encoder; default: all cores but one", minimum=1, maximum=MAX_AT_ONCE
     )
     skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
     keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
@@ -167,7 +170,7 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
     cache_latents: bool = option("encode all images once and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files next to the images")
-    vae_batch_size: int = option("number of images to encode at once", default=1, least=1)
+    vae_batch_size: int = option("number of images to encode at once", default=1, minimum=1)
     skip_cache_check: bool = option("use cache files that exist without looking into them")
     cache_text_encoder_outputs: bool = option(
         "encode all captions once, and free the text encoders; not with captions that vary", often=True
@@ -175,8 +178,8 @@ class CachingInRunOptions(Options, title="caches made by this command"):
     cache_text_encoder_outputs_to_disk: bool = option("the same, in files")
     text_encoder_batch_size: int | None = option(
         "captions to encode at once; default: --train_batch_size",
-        least=1,
-        only_with=("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+        minimum=1,
+        ignored_without=("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
     )
 
     @property
@@ -230,11 +233,13 @@ class DebugOptions(Options, title="looking at the dataset"):
         often=True,
     )
     console_width: int = option(
-        "console: width in characters", default=80, least=8, most=1000, only_with="debug_mode"
+        "console: width in characters", default=80, minimum=8, maximum=1000, ignored_without="debug_mode"
     )
-    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})", only_with="debug_mode")
+    console_back: str | None = option(
+        f"console: background ({', '.join(COLOURS)})", ignored_without="debug_mode"
+    )
     console_num_images: int | None = option(
-        "console: at most this many items of each dataset", least=1, only_with="debug_mode"
+        "console: at most this many items of each dataset", minimum=1, ignored_without="debug_mode"
     )
 
     def __post_init__(self) -> None:
@@ -286,26 +291,26 @@ class RayOptions(Options, title="cluster"):
     )
     num_actors: int | None = option(
         "processes that encode; default: one for each GPU of the cluster, or a single one",
-        least=1,
-        most=MAX_AT_ONCE,
+        minimum=1,
+        maximum=MAX_AT_ONCE,
     )
     gpus_per_actor: float | None = option(
         "GPUs that each of them gets; 0.5 puts two on one GPU; default: 1 if the cluster has any",
-        least=0,
-        most=MAX_AT_ONCE,
+        minimum=0,
+        maximum=MAX_AT_ONCE,
         hint="0 for the CPU",
     )
     cpus_per_actor: int = option(
         "CPU cores that each of them gets, and threads that read ahead if --num_workers is not given",
         default=1,
-        least=1,
-        most=MAX_AT_ONCE,
+        minimum=1,
+        maximum=MAX_AT_ONCE,
     )
     num_shards: int | None = option(
         "pieces of the work, which actors take one after the other; more of them balance the load; "
         "default: 8 for each actor, or 1 for each if texts are cached",
-        least=1,
-        most=MAX_SHARDS,
+        minimum=1,
+        maximum=MAX_SHARDS,
     )
     temp_dir: Path | None = option(
         "where a cluster of this machine alone keeps its sockets and logs; a short path; default: Ray's own",

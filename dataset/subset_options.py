@@ -156,17 +156,21 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         needs="train_data_dir",
     )
     dataset_repeats: int = option(
-        "repeats of the images of --in_json", default=1, least=1, only_with="in_json"
+        "repeats of the images of --in_json", default=1, minimum=1, ignored_without="in_json"
     )
     dataset_class = unsupported(
         "it names code to run; describe the data in --dataset_config", "Python class of a data set", type=str
     )
     resolution: str | None = option("size in pixels: 512, or WIDTH,HEIGHT", often=True)
-    train_batch_size: int = option("number of images in a batch", default=1, least=1)
+    train_batch_size: int = option("number of images in a batch", default=1, minimum=1)
     enable_bucket: bool = option("sort images into buckets by aspect ratio", often=True)
-    min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MAX_SIDE)
-    max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MAX_SIDE)
-    bucket_reso_steps: int = option("sides are multiples of this", default=64, least=1)
+    min_bucket_reso: int = option(
+        "shortest side of a bucket, pixels", default=256, minimum=1, maximum=MAX_SIDE
+    )
+    max_bucket_reso: int = option(
+        "longest side of a bucket, pixels", default=1024, minimum=1, maximum=MAX_SIDE
+    )
+    bucket_reso_steps: int = option("sides are multiples of this", default=64, minimum=1)
     bucket_no_upscale: bool = option("create buckets that do not enlarge images")
     resize_interpolation: str | None = option(
         "default: area to shrink, lanczos to enlarge", choices=INTERPOLATIONS
@@ -177,22 +181,22 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     caption_prefix: str | None = option("text in front of every caption")
     caption_suffix: str | None = option("text behind every caption")
     shuffle_caption: bool = option("shuffle the parts of captions")
-    keep_tokens: int = option("number of tags at the start that keep their position", default=0, least=0)
+    keep_tokens: int = option("number of tags at the start that keep their position", default=0, minimum=0)
     keep_tokens_separator: str = option("separator between the fixed and the shuffled tags", default="")
     secondary_separator: str | None = option("joins what is shuffled and dropped as one part")
     enable_wildcard: bool = option("draw one of {a|b} and of several lines")
-    token_warmup_min: int = option("parts that are there from the start", default=1, least=1)
+    token_warmup_min: int = option("parts that are there from the start", default=1, minimum=1)
     token_warmup_step: float = option(
-        "when all tags are present: a step, or a fraction of the run below 1", default=0, least=0
+        "when all tags are present: a step, or a fraction of the run below 1", default=0, minimum=0
     )
     caption_dropout_rate: float = option(
-        "fraction of empty captions", default=0.0, least=0, most=1, hint=A_SHARE
+        "fraction of empty captions", default=0.0, minimum=0, maximum=1, hint=A_SHARE
     )
     caption_dropout_every_n_epochs: int = option(
-        "one epoch in every N has empty captions", default=0, least=0, hint="0: none"
+        "one epoch in every N has empty captions", default=0, minimum=0, hint="0: none"
     )
     caption_tag_dropout_rate: float = option(
-        "fraction of the tags of a caption that is dropped", default=0.0, least=0, most=1, hint=A_SHARE
+        "fraction of the tags of a caption that is dropped", default=0.0, minimum=0, maximum=1, hint=A_SHARE
     )
     color_aug: bool = option("vary hue and gamma; not with cached latents")
     flip_aug: bool = option("flip half of the images horizontally")
@@ -203,7 +207,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     alpha_mask: bool = option("transparent parts are not learned")
     masked_loss: bool = option("use the control image as the mask of the loss")
     prior_loss_weight: float = option(
-        "factor on the loss of regularization images", default=1.0, least=0, hint="1 is usual"
+        "factor on the loss of regularization images", default=1.0, minimum=0, hint="1 is usual"
     )
     debug_dataset: bool = option(
         "show each image and caption as it may be trained, in windows or else as files; train nothing"

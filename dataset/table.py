@@ -207,7 +207,7 @@ class DatasetTable:
     gives_latents: bool = False  # computed before, so that no frames are read
     uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
-    finds_sound: bool = False  # sound may be in files named like the clips, next to them
+    finds_audio: bool = False  # sound may be in files named like the clips, next to them
     shows_media: bool = False  # rows of lists may have `references`
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults

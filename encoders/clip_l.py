@@ -119,7 +119,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
 
-    most = CLIP_TOKENS
+    maximum = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
 
     def __init__(

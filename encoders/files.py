@@ -227,7 +227,7 @@ class OneTransformer:
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Raise DatasetError with the family's reason, because its caches cannot be made from moments."""
-        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
+        raise DatasetError(f"load_tensors: {self.moments.rejection}.")
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         """Return None: items have one cache file, without sections."""

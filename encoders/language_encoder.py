@@ -144,7 +144,7 @@ class LanguageUse:
     states_key: str  # of the states in what `encode` returns
     model: LanguageModel
     source: TokenizerSource
-    most: int  # tokens of a prompt that are kept, without those that are dropped
+    maximum: int  # tokens of a prompt that are kept, without those that are dropped
     before: str = ""  # the template up to the prompt
     after: str = ""
     # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count those of
@@ -160,7 +160,7 @@ class LanguageUse:
     final_norm: bool = False  # norm the last state that is read even if layers follow it
     pre_norm: bool = False  # read the last state before the final norm
     keeps_after: bool = False  # the text behind the prompt stays if that is cut
-    # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
+    # token that fills prompts to `maximum` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
     # with a pad: prompts are filled to a multiple of so many tokens instead, and each keeps its length. Such
     # tokens have position 1, as in the version of transformers that models were trained with
@@ -236,11 +236,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.on_cpu = on_cpu
         self.name = use.name
         self.source = use.source
-        self.most = use.most
+        self.maximum = use.maximum
         self.keys = use.keys
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
-        self.weighed = use.states_key
+        self.takes_weights = use.states_key
         self.pads_left = use.pads_left
 
     @property
@@ -454,8 +454,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.pad is None:
             return longest
         if use.pads_to:
-            return min(math.ceil(longest / use.pads_to) * use.pads_to, dropped + use.most)
-        return dropped + use.most
+            return min(math.ceil(longest / use.pads_to) * use.pads_to, dropped + use.maximum)
+        return dropped + use.maximum
 
     def _embed(
         self,
@@ -480,7 +480,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
         places = None
         if use.pad is None and use.pads_left:
-            places = torch.arange(use.most - ids.shape[1], use.most)[None]
+            places = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
         if use.pads_to:
             places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return ImageTokens(tokens, places, [])
@@ -502,7 +502,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode prompts as `FileTextEncoder.encode` does, together with the images that belong to them.
 
-        Tokens of images do not count towards the limit `most`.
+        Tokens of images do not count towards the limit `maximum`.
 
         Raises:
             MediaError: If an image cannot be used.

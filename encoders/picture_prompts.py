@@ -66,7 +66,7 @@ class ImageUse:
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
     shown: int | None = None  # the first images that are shown; None: all
     fewest: int = 3136  # pixels; smaller images are enlarged
-    most: int = 12845056  # pixels; larger images are reduced
+    maximum: int = 12845056  # pixels; larger images are reduced
     between: str = ""  # text between two of them
     always: bool = True  # prompts have some; else the tower is loaded when one does
 
@@ -226,7 +226,7 @@ def read_images(
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
-        max_pixels=use.most,
+        max_pixels=use.maximum,
         **{**of_tower, **(colors or {})},
     )
     inputs = cut(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")

@@ -72,7 +72,7 @@ PREVIEW_FACTORS = (
     (-0.1262, -0.0982, -0.0778),
 )
 PREVIEW_BIAS = (-0.0329, -0.0718, -0.0851)
-NO_MOMENTS = MomentsRules(refusal="the model makes pictures, not clips")
+NO_MOMENTS = MomentsRules(rejection="the model makes pictures, not clips")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class ModelOfImages(OneTransformer):
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Raise AssertionError: `NO_MOMENTS` refuses moments of images earlier."""
-        raise AssertionError(NO_MOMENTS.refusal)
+        raise AssertionError(NO_MOMENTS.rejection)
 
     # generation
 
@@ -349,10 +349,10 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
     from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"
-    if len(paths) > rules.most:
+    if len(paths) > rules.maximum:
         raise OptionError(
-            f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
-            + " ".join(map(str, paths[rules.most :]))
+            f"{option}: {len(paths)} reference pictures, {who} takes {rules.maximum} at most. Leave out "
+            + " ".join(map(str, paths[rules.maximum :]))
         )
     for path in paths:
         width, height = image_size(path)

@@ -133,8 +133,8 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
         self.name = use.name
         self.keys = use.keys
-        self.weighed = use.states
-        self.most = max_length
+        self.takes_weights = use.states
+        self.maximum = max_length
         self.dtype = dtype
         self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
@@ -146,7 +146,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
-            length=str(self.most),
+            length=str(self.maximum),
             mask="used" if self.uses_mask else "not used",
             weights=self.form,
         )
@@ -159,7 +159,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
         """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them."""
-        ids, masks = fill_rows(rows, self.most, PAD)
+        ids, masks = fill_rows(rows, self.maximum, PAD)
         results: list[Conditions] = []
         for group in in_groups(ids.tolist()):
             group_masks = masks[len(results) : len(results) + len(group)]

@@ -55,13 +55,13 @@ class Tokens(NamedTuple):
         )
         return sum(1 for _ in last_places)
 
-    def cut(self, most: int, end: float = math.inf) -> "Tokens":
-        """Shorten the text to `most` tokens; the tokens at the end that `behind` counts are kept."""
-        if len(self.ids) <= most:
+    def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
+        """Shorten the text to `maximum` tokens; the tokens at the end that `behind` counts are kept."""
+        if len(self.ids) <= maximum:
             return self
         behind = self.behind(end)
         last = len(self.ids) - behind
-        first = most - behind
+        first = maximum - behind
         return Tokens(self.ids[:first] + self.ids[last:], self.places[:first] + self.places[last:])
 
 
@@ -281,9 +281,9 @@ class FileTextEncoder(ABC, Generic[Network]):
     variable_length: frozenset[str] = frozenset()
     what: str = "the text encoder"  # in the log
     source: TokenizerSource
-    most: int  # tokens of a prompt that are kept, without those that are dropped
-    weighed: str = ""  # key of the states that the weights of parts multiply; "": none
-    pads_left: bool = False  # the states of a short prompt are the last ones of `most`
+    maximum: int  # tokens of a prompt that are kept, without those that are dropped
+    takes_weights: str = ""  # key of the states that the weights of parts multiply; "": none
+    pads_left: bool = False  # the states of a short prompt are the last ones of `maximum`
     logs_cuts: ClassVar[bool] = False  # log each prompt that is too long
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
@@ -354,21 +354,21 @@ class FileTextEncoder(ABC, Generic[Network]):
             try:
                 written = self.write(Prompt(text))
             except CaptionError:  # reported when the text is encoded, and by --check
-                return TokenCount(text, tokens=0, limit=self.most, num_read=len(text), size_bytes=0)
+                return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_behind = tokens.behind(written.end)
             # a cut never drops the template and the end token behind the prompt
             droppable = tokens.places[: len(tokens.places) - num_behind]
             ends = [0 if place is None else place[1] - written.start for place in droppable]
             length = len(written.prompt)
-            max_kept = dropped + self.most - num_behind
+            max_kept = dropped + self.maximum - num_behind
             characters = kept_characters(ends, max_kept, length)
             counted = max(len(tokens.ids) - dropped, 0)
-            stored = min(counted, self.most) if self.variable_length else self.most
+            stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
                 written.prompt,
                 tokens=counted,
-                limit=self.most,
+                limit=self.maximum,
                 num_read=min(max(characters, 0), length),
                 size_bytes=stored * token_bytes,
             )
@@ -426,7 +426,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):
-            max_tokens = dropped + prompt.uncounted + self.most
+            max_tokens = dropped + prompt.uncounted + self.maximum
             cut_tokens.append(tokens.cut(max_tokens, prompt.end))
         if self.logs_cuts:
             self._log_cuts(written, all_tokens, cut_tokens)
@@ -434,15 +434,15 @@ class FileTextEncoder(ABC, Generic[Network]):
         vocabulary = len(network.get_parameter(self.embedding))
         check_ids(rows, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, rows, dropped)
-        if not self.weighed:
+        if not self.takes_weights:
             return results
-        weighed = []
+        takes_weights = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             if prompt.spans:
                 weights = weights_of(prompt, tokens.places[dropped:])
                 conditions = self.weigh(conditions, weights)
-            weighed.append(conditions)
-        return weighed
+            takes_weights.append(conditions)
+        return takes_weights
 
     def _log_cuts(
         self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
@@ -454,18 +454,18 @@ class FileTextEncoder(ABC, Generic[Network]):
                 logger.info(
                     "%d tokens of the prompt are cut off, %d are used: %.60s",
                     left_out,
-                    self.most,
+                    self.maximum,
                     prompt.prompt,
                 )
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:
-            weights = [1.0] * (self.most - len(weights)) + [*weights]
-        states: Any = conditions[self.weighed]
+            weights = [1.0] * (self.maximum - len(weights)) + [*weights]
+        states: Any = conditions[self.takes_weights]
         if isinstance(states, Tensor):
-            return {**conditions, self.weighed: weigh_rows(states, weights)}
-        return {**conditions, self.weighed: [weigh_rows(rows, weights) for rows in states]}
+            return {**conditions, self.takes_weights: weigh_rows(states, weights)}
+        return {**conditions, self.takes_weights: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
         """Release the network; the next `load` reads it again."""

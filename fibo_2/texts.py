@@ -48,7 +48,7 @@ TEXT_USE = LanguageUse(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folder="", folders=(*BESIDE, "processor", "../processor"))
     ),
-    most=MOST_TOKENS,
+    maximum=MOST_TOKENS,
     before="<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,
@@ -59,7 +59,7 @@ TEXT_USE = LanguageUse(
         read=read_shown,
         show=shrink,
         fewest=3136,
-        most=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
+        maximum=1_605_632,  # limits of this release, which differ from those of Qwen3-VL
         always=False,
     ),
 )

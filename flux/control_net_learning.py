@@ -56,7 +56,7 @@ class TrainedFluxControl(nn.Module):
         """Return the parameter groups of the optimizer, and their names."""
         return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
 
-    def see_call(
+    def compute_residuals(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -122,7 +122,7 @@ def make_control_net(
     if options.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     trained = TrainedFluxControl(network.train(), dit.config)
-    dit.controlnet = trained.see_call
+    dit.controlnet = trained.compute_residuals
     return trained
 
 
@@ -171,11 +171,11 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
             "num_double_layers": (options.double_blocks, config.double_blocks),
             "num_single_layers": (options.single_blocks, config.single_blocks),
         }
-        for name, (asked, most) in sizes.items():
-            if asked > most:
+        for name, (asked, maximum) in sizes.items():
+            if asked > maximum:
                 raise OptionError(
                     f"--{name} {asked}: a ControlNet copies the first blocks, and {files.dit_path} has "
-                    f"{most} of them. Give fewer"
+                    f"{maximum} of them. Give fewer"
                 )
         return
     settings = read_settings(options.controlnet, config)

@@ -278,12 +278,12 @@ class Flux(ModelOfImages):
                 f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
                 f"{TEXTS_AGAIN}."
             )
-        most = self.files.t5_tokens
-        if length > most:
+        maximum = self.files.t5_tokens
+        if length > maximum:
             raise CacheError(
                 f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained "
-                f"with {most}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {most}, or train with "
-                f"--t5xxl_max_token_length {length}."
+                f"with {maximum}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {maximum}, or "
+                f"train with --t5xxl_max_token_length {length}."
             )
 
     def predict(

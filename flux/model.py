@@ -228,9 +228,9 @@ class FluxModel(BlockNetwork):
             return in_own_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
         if self.config.approximator is not None:  # one token of padding stays visible, as trained
-            most = mask.shape[1]
-            counts = None if counts is None else [min(count + 1, most) for count in counts]
-            longest = min(longest + 1, most)
+            maximum = mask.shape[1]
+            counts = None if counts is None else [min(count + 1, maximum) for count in counts]
+            longest = min(longest + 1, maximum)
         lengths = None if counts is None else make_lengths([before + count for count in counts], t5.device)
         return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 

@@ -73,8 +73,12 @@ class FluxImageOptions(Options, title="what to make"):
     guidance: float = option("guidance that FLUX.1 dev takes as an input", default=DEFAULT_GUIDANCE)
     negative_prompt: str | None = option("what to avoid")
     cfg_scale: float = option("guidance by the negative prompt; 1 turns it off", default=1.0)
-    width: int = option("in pixels; rounded up to a multiple of 16", default=1360, least=1, most=MAX_SIDE)
-    height: int = option("in pixels; rounded up to a multiple of 16", default=768, least=1, most=MAX_SIDE)
+    width: int = option(
+        "in pixels; rounded up to a multiple of 16", default=1360, minimum=1, maximum=MAX_SIDE
+    )
+    height: int = option(
+        "in pixels; rounded up to a multiple of 16", default=768, minimum=1, maximum=MAX_SIDE
+    )
     interactive: bool = option(
         "ask for prompts; their options (--w --h --s --d --g --c --n --m) hold for later ones"
     )

@@ -59,8 +59,8 @@ class FluxTextOptions(Options):
     text_encoder_form: str | None = text_form_option()
     t5xxl_max_token_length: int | None = option(
         "tokens that T5 reads; default: 512, for schnell 256",
-        least=2,
-        most=MOST_TOKENS,
+        minimum=2,
+        maximum=MOST_TOKENS,
         hint="tokens of T5 with the end token; 512 for dev and Chroma, 256 for schnell",
     )
     apply_t5_attn_mask: bool = option(
@@ -152,10 +152,10 @@ class OlderSwappingOptions(Options):
     """Older names of --blocks_to_swap; see `join_swapped`."""
 
     double_blocks_to_swap: int | None = option(
-        "added to --blocks_to_swap, which replaces it", least=0, facts=FREE
+        "added to --blocks_to_swap, which replaces it", minimum=0, facts=FREE
     )
     single_blocks_to_swap: int | None = option(
-        "half of it is added to --blocks_to_swap, as a single block is half as large", least=0, facts=FREE
+        "half of it is added to --blocks_to_swap, as a single block is half as large", minimum=0, facts=FREE
     )
 
 
@@ -202,14 +202,14 @@ class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, t
     )
     num_double_layers: int | None = option(
         f"double blocks that a new ControlNet copies; default: {DOUBLE_LAYERS}",
-        least=1,
-        most=MAX_BLOCKS,
+        minimum=1,
+        maximum=MAX_BLOCKS,
         facts=IDENTITY,
     )
     num_single_layers: int | None = option(
         f"single blocks that it copies too; default: {SINGLE_LAYERS}",
-        least=0,
-        most=MAX_BLOCKS,
+        minimum=0,
+        maximum=MAX_BLOCKS,
         facts=IDENTITY,
     )
     gradient_checkpointing: bool = option(name="gradient_checkpointing", facts=FREE)
@@ -250,8 +250,8 @@ class FluxGenerationOptions(Options, title=NAME):
     control_multiplier: float = option(
         f"strength of {CONTROL_NET}",
         default=1.0,
-        least=-10,
-        most=10,
+        minimum=-10,
+        maximum=10,
         hint="1 is usual",
         needs=CONTROL_NET[2:],
     )

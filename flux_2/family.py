@@ -109,7 +109,7 @@ class Flux2(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """How many reference images the model takes, and which networks use them."""
-        return ReferenceRules(most=MAX_REFERENCES)
+        return ReferenceRules(maximum=MAX_REFERENCES)
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -95,7 +95,7 @@ class Flux3(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """How many reference images the model takes, and which networks use them."""
-        return ReferenceRules(most=MAX_REFERENCES)
+        return ReferenceRules(maximum=MAX_REFERENCES)
 
     # the network
 

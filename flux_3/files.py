@@ -46,7 +46,7 @@ FLUX_3_USE = LanguageUse(
     states_key=KEY,
     model=QWEN3_VL,
     source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=BESIDE)),
-    most=8192,
+    maximum=8192,
     before=_BEFORE,
     after=_AFTER,
     states=(4, 8, 12, 16, 20, 24, 28, 32),

@@ -53,20 +53,20 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
         raise DatasetError(
             f"{table.name}: FramePack takes no control video. Remove control_directory or control_path."
         )
-    least = _count_least_frames(table)
-    if table.max_frames is not None and table.max_frames < least:
+    minimum = _count_least_frames(table)
+    if table.max_frames is not None and table.max_frames < minimum:
         raise DatasetError(
-            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {least}, 4 x "
+            f"{table.name}: max_frames = {table.max_frames} is less than a section takes: {minimum}, 4 x "
             f"{table.window} "
             f"(fp_latent_window_size) + 1. Set max_frames = {video_frames(4, table.window)} for up to 4 "
             "sections."
         )
-    short = [frames for frames in table.target_frames if frames < least]
+    short = [frames for frames in table.target_frames if frames < minimum]
     if short:
         raise DatasetError(
             f"{table.name}: target_frames = {list(table.target_frames)}, but clips of "
             f"{', '.join(map(str, short))} frames are too "
-            f"short: a section takes {least}, 4 x {table.window} (fp_latent_window_size) + 1. Use "
+            f"short: a section takes {minimum}, 4 x {table.window} (fp_latent_window_size) + 1. Use "
             "target_frames of 4 x "
             f"{table.window} x n + 1, such as [{video_frames(4, table.window)}], or frame_extraction = "
             '"full".'

@@ -73,8 +73,8 @@ ROPE_FACTOR = 0.5  # default of --rope_scaling_factor
 _IMAGE_ENCODER = "SigLIP image encoder: folder or file"
 _WINDOW: Mapping[str, Any] = {
     "default": WINDOW,
-    "least": 1,
-    "most": LARGEST_WINDOW,
+    "minimum": 1,
+    "maximum": LARGEST_WINDOW,
     "hint": f"latent frames of a section; the model was trained with {WINDOW}",
 }
 F1 = ("--f1", "--vanilla_sampling")  # the second is an earlier name
@@ -89,10 +89,10 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
     f1: bool = option("make caches for FramePack-F1, which generates sections in playing order", flags=F1)
     one_frame: bool = option("make caches for single images generated from control images")
     one_frame_no_2x: bool = option(
-        "with --one_frame: leave out the black frames at 2x", only_with="one_frame"
+        "with --one_frame: leave out the black frames at 2x", ignored_without="one_frame"
     )
     one_frame_no_4x: bool = option(
-        "with --one_frame: leave out the black frames at 4x", only_with="one_frame"
+        "with --one_frame: leave out the black frames at 4x", ignored_without="one_frame"
     )
 
     def __post_init__(self) -> None:
@@ -198,10 +198,10 @@ class FramePackGenerationOptions(Options, title="FramePack"):
         above=0,
         below=math.inf,
         hint="such as 0.5",
-        only_with="rope_scaling_timestep_threshold",
+        ignored_without="rope_scaling_timestep_threshold",
     )
     rope_scaling_timestep_threshold: int | None = option(
-        "apply --rope_scaling_factor at this timestep and above (0 to 1000)", least=0, most=1000
+        "apply --rope_scaling_factor at this timestep and above (0 to 1000)", minimum=0, maximum=1000
     )
     reproduce: bool = option(REPRODUCE)
 

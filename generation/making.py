@@ -17,7 +17,7 @@ from blissful_tuner.metadata import as_tags
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
-from contract.family import Family, hears_audio
+from contract.family import Family, trains_audio
 from contract.inputs import SOURCES
 from contract.requests import Box
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
@@ -133,7 +133,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if not options.interactive:
         _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
     if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        predicted = max(run.predicted.most, run.session.dits.max_beside)
+        predicted = max(run.predicted.maximum, run.session.dits.max_beside)
         logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
     return clips
 
@@ -392,7 +392,7 @@ def decode_all(
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     # with --save_audio also for families without audio, to warn that there is none
-    if hears_audio(run.family) or run.options.output.save_audio is not None:
+    if trains_audio(run.family) or run.options.output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
@@ -468,7 +468,7 @@ def make_tracks(
     """
     audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
-    if not audios or not hears_audio(run.family):
+    if not audios or not trains_audio(run.family):
         if output.save_audio is not None:
             logger.warning("--save_audio %s is ignored because nothing with sound is made", output.save_audio)
         return {}

@@ -12,7 +12,7 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
 from contract.data import Conditions
-from contract.family import Family, TextEncoder, can_divide, can_see, hears_audio, is_layered
+from contract.family import Family, TextEncoder, can_divide, can_see, is_layered, trains_audio
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt
 from contract.rules import Expert, noisiest
@@ -63,7 +63,7 @@ class PhasePrediction:
     after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
@@ -137,7 +137,7 @@ def predict(
     if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         after.append(rehearse_decoding(family, prepared, extra))
     joint = None if prepared.is_still else prepared.joint
-    if joint is not None and hears_audio(family) and options.output.writes_audio:
+    if joint is not None and trains_audio(family) and options.output.writes_audio:
         networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
             family.decode_audio(networks, torch.empty(1, *joint.audio))
@@ -453,8 +453,8 @@ def advice(
     )
     lines += changes
     if cheapest is not None:
-        limit = f"even --blocks_to_swap {cheapest.most} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(cheapest.most))}")
+        limit = f"even --blocks_to_swap {cheapest.maximum} leaves" if can_swap else "what is above leaves"
+        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(cheapest.maximum))}")
     return lines
 
 

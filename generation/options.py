@@ -70,7 +70,7 @@ class ExpertOptions(Options, title="two experts"):
     lora_multiplier_high_noise: tuple[float, ...] = option(
         "strength of each file of --lora_weight_high_noise; missing ones are 1",
         default=(1.0,),
-        only_with="lora_weight_high_noise",
+        ignored_without="lora_weight_high_noise",
         facts=OF_REQUEST,
     )
     offload_inactive_dit: bool = option(
@@ -156,8 +156,8 @@ class GenerationOptions(Options, title="run"):
     num_videos: int = option(  # each with its own seed
         "number of results for --prompt, with seed, seed + 1, ...",
         default=1,
-        least=1,
-        most=10_000,
+        minimum=1,
+        maximum=10_000,
         facts=NO_PIXELS,
         excludes=("from_file", "interactive"),
     )

@@ -315,7 +315,7 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
 class Peaks:
     """Expected peaks of device memory for tensors, in bytes."""
 
-    most: int  # of all phases
+    maximum: int  # of all phases
     decoding: int  # while latents become pixels
 
 

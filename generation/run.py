@@ -18,7 +18,7 @@ from torch import Tensor
 from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
-from contract.family import Family, hears_audio
+from contract.family import Family, trains_audio
 from contract.loading import Placement
 from contract.requests import Box
 from generation.dressing import (
@@ -198,7 +198,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
         CheckpointError: If the audio is not of this family's latent space.
     """
     fps = family.defaults.fps
-    spec = family.audio if hears_audio(family) else None
+    spec = family.audio if trains_audio(family) else None
     if spec is None:
         logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
         return

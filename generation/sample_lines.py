@@ -194,8 +194,8 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise OptionError(f"{option}: {error}") from None
     if not entries:
-        least = "one per line" if suffix == ".txt" else "at least one"
-        raise OptionError(f"{option}: the file has no prompt. Write {least}.")
+        minimum = "one per line" if suffix == ".txt" else "at least one"
+        raise OptionError(f"{option}: the file has no prompt. Write {minimum}.")
     place = "line" if suffix == ".txt" else "entry"
 
     def read_entry(numbered_entry: tuple[int, Any]) -> dict[str, Any]:

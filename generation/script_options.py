@@ -34,7 +34,7 @@ class RequestOptions(Options, title="what to make"):
         "size in pixels", default=(256, 256), nargs=2, metavar=HEIGHT_WIDTH, often=True
     )
     video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
-    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MAX_FPS)
+    fps: float | None = option("frames per second of the video file", type=int, above=0, maximum=MAX_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
         "a number or any text; default: a random seed for each video", type=str, often=True
@@ -104,7 +104,7 @@ class OutputOptions(Options, title="output"):
     trim_tail_frames: int = option(
         "number of frames to cut off the end, e.g. 3 frames that an end image has degraded",
         default=0,
-        least=0,
+        minimum=0,
         facts=OF_DECODING,
     )
     no_progressive_save: bool = option(

@@ -38,8 +38,8 @@ class HunyuanImageVaeOptions(Options):
     )
     vae_chunk_size: int | None = option(
         "number of rows that a convolution of the VAE computes at a time; fewer take less memory",
-        least=1,
-        most=100_000,
+        minimum=1,
+        maximum=100_000,
         facts=NO_PIXELS,
     )
 
@@ -79,7 +79,7 @@ class HunyuanImageTextOptions(Options):
 
 
 _LAST_PLAIN: Mapping[str, Any] = {
-    "least": -1,
+    "minimum": -1,
     "hint": "the last step, from 0, that is guided by the plain formula; -1: none is",
 }
 
@@ -95,7 +95,7 @@ class ProjectedGuidanceOptions(Options):
     )
     apg_start_step_general: int = option("the same for other prompts", default=APG_START, **_LAST_PLAIN)
     guidance_rescale_apg: float = option(
-        "--guidance_rescale of the steps with adaptive projected guidance", default=0.0, least=0, most=1
+        "--guidance_rescale of the steps with adaptive projected guidance", default=0.0, minimum=0, maximum=1
     )
 
 

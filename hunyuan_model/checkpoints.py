@@ -12,7 +12,7 @@ from checkpoints.containers import load_pickled
 from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from checkpoints.stored.fp8 import dequantise, stored_fp8
+from checkpoints.stored.fp8 import dequantize, stored_fp8
 from contract.family import DitSpec
 from contract.loading import TensorSource
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
@@ -255,7 +255,7 @@ def _scale_source(name: str, scale: float) -> TensorSource:
 
     return TensorSource(
         (name,),
-        lambda weight: dequantise(weight, factor(weight)),
+        lambda weight: dequantize(weight, factor(weight)),
         lambda weight: stored_fp8(weight, factor(weight)),
     )
 

@@ -51,8 +51,8 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
         default=(720, 1280),
         nargs="+",
         metavar=HEIGHT_WIDTH,
-        least=SIZE_STEP,
-        most=16384,
+        minimum=SIZE_STEP,
+        maximum=16384,
         hint="height and width in pixels",
     )
     video_length: int = option("number of frames, 4n + 1", default=129)
@@ -64,7 +64,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
         "from noise to video: always so here, accepted for the commands of the release"
     )
     seed: int | None = option("default: a random one for each video")
-    num_videos: int = option("how many, with seed, seed + 1, ...", default=1, least=1, most=10_000)
+    num_videos: int = option("how many, with seed, seed + 1, ...", default=1, minimum=1, maximum=10_000)
 
     def __post_init__(self) -> None:
         if len(self.video_size) > 2:
@@ -106,9 +106,9 @@ class OfficialModelOptions(Options, title="model", dashed=True):
         "times --ring-degree: the processes that share the tokens of a video, --context_parallel of "
         "hv_generate_video.py; start as many with torchrun",
         default=1,
-        least=1,
+        minimum=1,
     )
-    ring_degree: int = option("as --ulysses-degree: tokens are exchanged in one way", default=1, least=1)
+    ring_degree: int = option("as --ulysses-degree: tokens are exchanged in one way", default=1, minimum=1)
     # options that describe the released networks (our loader reads the files), and others with one value
     model = _only("HYVideo-T/2-cfgdistill")
     latent_channels = _only("16")

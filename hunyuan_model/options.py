@@ -31,8 +31,8 @@ class HunyuanVaeOptions(Options):
     file: VaeOptions = option(facts=OF_DECODING)
     vae_chunk_size: int | None = option(
         "number of frames that a layer of the VAE computes at a time; fewer take less memory",
-        least=1,
-        most=100_000,
+        minimum=1,
+        maximum=100_000,
         facts=NO_PIXELS,
     )
 
@@ -62,7 +62,7 @@ class TextReadingOptions(Options):
     hidden_state_skip_layer: int = option(
         "number of the language model's last layers to skip; the state before them is used",
         default=SKIP_LAYERS,
-        least=0,
+        minimum=0,
         hint="0 takes the last layer's state",
     )
     apply_final_norm: bool = option("apply the final norm to that state too")

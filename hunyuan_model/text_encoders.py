@@ -99,7 +99,7 @@ LLAVA_USE = LanguageUse(
     mask_key="llm_mask",
     model=LLAMA,
     source=LLAMA_TOKENIZER,
-    most=PROMPT_TOKENS,
+    maximum=PROMPT_TOKENS,
     pad="",
     record="llm",
 )

@@ -37,7 +37,7 @@ KREA_2_USE = replace(
     states_key=KEY,
     model=QWEN3_VL,
     source=replace(QWEN_USE.source, files=FROM),
-    most=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
+    maximum=512,  # including the template's tokens after the prompt, which remain if the prompt is cut off
     keeps_after=True,
     stacked=STATES,
 )
@@ -85,10 +85,10 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
 def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
     """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
     number = shapes.blocks(name)
-    least = dict(released).get(name, 0)
-    if number < least:
+    minimum = dict(released).get(name, 0)
+    if number < minimum:
         raise CheckpointError(
-            f"{shapes.path}: {number} of {least} blocks of {name} are there. Give the complete file.",
+            f"{shapes.path}: {number} of {minimum} blocks of {name} are there. Give the complete file.",
             shapes.path,
         )
     return number

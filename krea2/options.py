@@ -65,7 +65,7 @@ class Krea2LatentCachingOptions(Options, title=NAME):
 
     vae: QwenImageVaeOptions = option(settings=_VAE)
     edit: bool = option(f"for {_EDIT}")
-    match_target_res: bool = option(_MATCH, only_with="edit")
+    match_target_res: bool = option(_MATCH, ignored_without="edit")
 
 
 class Krea2TextCachingOptions(Options, title=NAME):
@@ -93,10 +93,10 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
         facts=FREE,
     )
     edit: bool = option(f"learn {_EDIT}. Caches need the same option", facts=HABIT)
-    match_target_res: bool = option(f"of samples: {_MATCH}", only_with="edit", facts=FREE)
+    match_target_res: bool = option(f"of samples: {_MATCH}", ignored_without="edit", facts=FREE)
     kv_cache: bool = option(
         f"{_ALONE}, which a generation with --kv_cache needs the LoRA to have learned",
-        only_with="edit",
+        ignored_without="edit",
         facts=HABIT,
     )
     turbo_dit_cache = not_needed("the transformer of --turbo_dit is kept in host memory anyway.")
@@ -126,11 +126,13 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
     width: int | None = option(
         "width in pixels, another spelling of the second number of --image_size",
         default=SIDE,
-        least=16,
-        most=MAX_SIDE,
+        minimum=16,
+        maximum=MAX_SIDE,
         facts=OF_REQUEST,
     )
-    height: int | None = option("height in pixels", default=SIDE, least=16, most=MAX_SIDE, facts=OF_REQUEST)
+    height: int | None = option(
+        "height in pixels", default=SIDE, minimum=16, maximum=MAX_SIDE, facts=OF_REQUEST
+    )
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
         f"default: {MU_OF_TURBO} for Turbo, else by the size",

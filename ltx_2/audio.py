@@ -219,7 +219,7 @@ def _translate_vocoder_name(name: str) -> str:
 
 
 def _read_generator(
-    shape: Shape, names: Collection[str], start: str, refusal: CheckpointError
+    shape: Shape, names: Collection[str], start: str, rejection: CheckpointError
 ) -> dict[str, Any]:
     """Read the settings of one generator of waveforms."""
     escaped = re.escape(start)
@@ -228,7 +228,7 @@ def _read_generator(
     for index in range(num_upsamplings):
         kernels.append(shape(f"{start}upsamplers.{index}.weight", 3)[2])
     if not kernels or not set(kernels) <= set(UPSAMPLINGS):
-        raise refusal
+        raise rejection
     hidden_channels, in_channels, _ = shape(f"{start}conv_in.weight", 3)
     num_blocks = count(names, rf"{escaped}resnets\.\d+") // num_upsamplings
     block_kernels = []

@@ -311,10 +311,10 @@ class Ltx2(Ltx2Media):
         frames = full_frames(frames, latent)
         check_size((width, height, frames), latent)
         references = self._resolve_references(request)
-        least = 2 * latent.pixel_step
-        if min(width, height) < least and self.version == "2.0":
+        minimum = 2 * latent.pixel_step
+        if min(width, height) < minimum and self.version == "2.0":
             raise OptionError(
-                f"--video_size {height} {width}: version 2.0 makes {least} pixels a side or more"
+                f"--video_size {height} {width}: version 2.0 makes {minimum} pixels a side or more"
             )
         defaults = self.defaults
         flow_shift = request.flow_shift or defaults.flow_shift

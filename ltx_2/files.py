@@ -365,6 +365,6 @@ def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
         mus=bounds if fixed is None else (fixed, fixed),
         is_clamped=options.shifted_logit_clamp_auto_shift,
         is_stretched=mode == "stretched",
-        least=options.shifted_logit_eps,
+        minimum=options.shifted_logit_eps,
         uniform_share=options.shifted_logit_uniform_prob,
     )

@@ -134,27 +134,29 @@ class Ltx2VaeOptions(Options):
 class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     """Weights of guidance for each stream; None: the release's."""
 
-    video_cfg_scale: float | None = option("weight of the prompt for the video; {default}", least=0)
-    audio_cfg_scale: float | None = option("weight of the prompt for the audio; {default}", least=0)
+    video_cfg_scale: float | None = option("weight of the prompt for the video; {default}", minimum=0)
+    audio_cfg_scale: float | None = option("weight of the prompt for the audio; {default}", minimum=0)
     video_modality_scale: float | None = option(
-        "guide the video away from predictions without audio; 1: not at all; {default}", least=0
+        "guide the video away from predictions without audio; 1: not at all; {default}", minimum=0
     )
     audio_modality_scale: float | None = option(
-        "guide the audio away from predictions without video; 1: not at all; {default}", least=0
+        "guide the audio away from predictions without video; 1: not at all; {default}", minimum=0
     )
     rescale_scale: float | None = option(
         "how far guided predictions are rescaled to the spread of unguided ones, for both streams; {default}",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
-    video_rescale_scale: float | None = option("the same for the video only", least=0, most=1)
-    audio_rescale_scale: float | None = option("the same for the audio only", least=0, most=1)
+    video_rescale_scale: float | None = option("the same for the video only", minimum=0, maximum=1)
+    audio_rescale_scale: float | None = option("the same for the audio only", minimum=0, maximum=1)
     stg_scale: float | None = option(
         "guide away from predictions whose self-attention is skipped in --stg_blocks; 0: not at all; "
         "{default}",
-        least=0,
+        minimum=0,
     )
-    stg_blocks: tuple[int, ...] | None = option("blocks whose self-attention is skipped; {default}", least=0)
+    stg_blocks: tuple[int, ...] | None = option(
+        "blocks whose self-attention is skipped; {default}", minimum=0
+    )
     stg_mode: str | None = option(
         "streams in which it is skipped; default: both", choices=("video", "audio", "both")
     )

@@ -132,7 +132,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
     ltx2_audio_dir: Path | None = option(
         "folder of the files of --ltx2_audio_source audio_files; default: next to the clips",
         place="there",
-        only_with="ltx2_audio_source",
+        ignored_without="ltx2_audio_source",
     )
     references: Ltx2ReferenceOptions
     ltx_version = _version()
@@ -189,10 +189,10 @@ class Ltx2SigmaOptions(Options):
         choices=("legacy", "stretched"),
     )
     shifted_logit_eps: float = option(
-        "stretched: draws below this are mirrored at it", default=1e-3, least=0, below=1
+        "stretched: draws below this are mirrored at it", default=1e-3, minimum=0, below=1
     )
     shifted_logit_uniform_prob: float = option(
-        "stretched: fraction of uniform draws", default=0.1, least=0, most=1
+        "stretched: fraction of uniform draws", default=0.1, minimum=0, maximum=1
     )
     shifted_logit_shift: float | None = option("shift of all clips; default: follows the number of tokens")
     shifted_logit_clamp_auto_shift: bool = option(
@@ -224,7 +224,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "if the file is another release than --ltx_version: off, warn or error",
         default="warn",
         choices=("off", "warn", "error"),
-        only_with="ltx_version",
+        ignored_without="ltx_version",
         facts=FREE,
     )
     lora_target_preset: str = option(
@@ -241,8 +241,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         facts=IDENTITY,
         often=True,
     )
-    video_loss_weight: float = option("weight of the video loss", default=1.0, least=0, facts=HABIT)
-    audio_loss_weight: float = option("weight of the audio loss", default=1.0, least=0, facts=HABIT)
+    video_loss_weight: float = option("weight of the video loss", default=1.0, minimum=0, facts=HABIT)
+    audio_loss_weight: float = option("weight of the audio loss", default=1.0, minimum=0, facts=HABIT)
     ltx2_train_direction: str = option(
         "what is learned from clips with audio. joint: both; a2v: images for audio that is given; v2a: "
         "audio for images that are given",
@@ -258,20 +258,20 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "fraction of clips whose first frame is given, without noise and out of the loss",
         name="ltx2_first_frame_conditioning_p",
         default=0.1,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=HABIT,
     )
     height: int = option(
-        "height of samples, if their line gives none", default=512, least=1, facts={**FREE, **OF_SAMPLES}
+        "height of samples, if their line gives none", default=512, minimum=1, facts={**FREE, **OF_SAMPLES}
     )
     width: int = option(
-        "width of samples, if their line gives none", default=768, least=1, facts={**FREE, **OF_SAMPLES}
+        "width of samples, if their line gives none", default=768, minimum=1, facts={**FREE, **OF_SAMPLES}
     )
     sample_num_frames: int = option(
         "frames of samples, if their line gives none: 8n + 1",
         default=41,
-        least=1,
+        minimum=1,
         facts={**FREE, **OF_SAMPLES},
     )
     references: Ltx2ReferenceOptions = option(facts=HABIT)
@@ -281,7 +281,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         HABIT,
     )
     ic_lora_ref_probability: float = option(
-        "fraction of batches that see their references", default=1.0, least=0, most=1, facts=HABIT
+        "fraction of batches that see their references", default=1.0, minimum=0, maximum=1, facts=HABIT
     )
     guidance: Ltx2GuidanceOptions = option(facts={**FREE, **OF_SAMPLES})
     stages: Ltx2StageOptions = option(facts={**FREE, **OF_SAMPLES})
@@ -341,8 +341,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     silent: bool = _silent()
     sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
     ltx_version = _version()
-    height: int | None = option("with --width: the same as --video_size", least=1, facts=NO_PIXELS)
-    width: int | None = option("with --height: the same as --video_size", least=1, facts=NO_PIXELS)
+    height: int | None = option("with --width: the same as --video_size", minimum=1, facts=NO_PIXELS)
+    width: int | None = option("with --height: the same as --video_size", minimum=1, facts=NO_PIXELS)
     frame_count: int | None = option("as --video_length", flags=("--sample_num_frames",), facts=NO_PIXELS)
     frame_rate: float | None = option("the same as --fps", facts=NO_PIXELS)
     sample_steps: int | None = option("the same as --infer_steps", facts=NO_PIXELS)
@@ -359,8 +359,8 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     image_crf: int | None = option(
         "compress the first image like a frame of a video of this H.264 quality, because the model "
         "learned from such frames; 0: do not compress; default: 33, for LTX-2.5 18",
-        least=0,
-        most=51,
+        minimum=0,
+        maximum=51,
     )
     drive_video: Path | None = option(
         "make audio for this video or folder of images, which does not change; with --ltx2_mode av",

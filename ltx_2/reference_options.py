@@ -19,15 +19,15 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
     reference_downscale: int = option(
         "factor by which the sides of references are smaller than their clip's",
         default=1,
-        least=1,
+        minimum=1,
         facts=HABIT,
     )
     reference_temporal_scale: int = option(
-        "take the first frame of references, and then every Nth", default=1, least=1, facts=HABIT
+        "take the first frame of references, and then every Nth", default=1, minimum=1, facts=HABIT
     )
     reference_frames: int | None = option(
         "frames of a reference at most, made 8n + 1; 1: its first; default: those of its clip",
-        least=1,
+        minimum=1,
         facts=HABIT,
     )
 
@@ -58,21 +58,21 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     )
     reference_downscale: int | None = option(
         "factor by which their sides are smaller; default: as the LoRA's metadata says, else 1",
-        least=1,
+        minimum=1,
     )
     reference_temporal_scale: int | None = option(
-        "take their first frame, and then every Nth; default: the same", least=1
+        "take their first frame, and then every Nth; default: the same", minimum=1
     )
     reference_frames: int | None = option(
         "frames of a reference at most; default: as the LoRA's metadata says, else those of the video",
-        least=1,
+        minimum=1,
     )
     reference_strength: float = option(
         "1: references stay clean; below 1: only this share of them is kept, and they are denoised with "
         "the video",
         default=1.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=OF_REQUEST,
     )
     video_conditioning: tuple[str, ...] | None = option(

@@ -61,8 +61,8 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of a reference's frames are encoded; see `thin_out`."""
     count = 1 + len(range(1, frames, rules.time_factor))
-    most = min(count, rules.frames or count)
-    return (most - 1) // frame_step * frame_step + 1
+    maximum = min(count, rules.frames or count)
+    return (maximum - 1) // frame_step * frame_step + 1
 
 
 def check_references(

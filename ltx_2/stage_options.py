@@ -21,28 +21,28 @@ class Ltx2StageOptions(Options, title="two stages"):
         "latent upscaler of the video, such as ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
         flags=("--spatial-upsampler-path",),
         place="there",
-        only_with=_STAGES,
+        ignored_without=_STAGES,
     )
     temporal_upsampler_path: Path | None = option(
         "latent upscaler that doubles the frames: the first stage then has half of them, at half the rate",
         place="there",
-        only_with=_STAGES,
+        ignored_without=_STAGES,
     )
     distilled_lora_path: Path | None = option(
-        "LoRA for few steps, which the second stage uses", place="there", only_with=_STAGES
+        "LoRA for few steps, which the second stage uses", place="there", ignored_without=_STAGES
     )
     sample_stage2_steps: int = option(
         "steps of the second stage; 3 use the released noise levels, other numbers are spread along these",
         default=3,
-        least=1,
-        most=1000,
-        only_with=_STAGES,
+        minimum=1,
+        maximum=1000,
+        ignored_without=_STAGES,
     )
     sample_stage1_distilled_lora_multiplier: float | None = option(
-        f"strength of --{_LORA} in the first stage; default: 0", only_with=_LORA
+        f"strength of --{_LORA} in the first stage; default: 0", ignored_without=_LORA
     )
     sample_stage2_distilled_lora_multiplier: float | None = option(
-        f"strength of --{_LORA} in the second stage; default: 1", only_with=_LORA
+        f"strength of --{_LORA} in the second stage; default: 1", ignored_without=_LORA
     )
 
     def __post_init__(self) -> None:
@@ -64,11 +64,11 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
         f"FILE [STRENGTH]: as --{_LORA} with --sample_stage2_distilled_lora_multiplier",
         flags=("--distilled-lora",),
         excludes=(_LORA, "sample_stage2_distilled_lora_multiplier"),
-        only_with=_STAGES,
+        ignored_without=_STAGES,
         facts=OF_REQUEST,
     )
     skip_stage_2: bool = option(
-        "end with the first stage's clip", flags=("--skip-stage-2",), only_with=_STAGES
+        "end with the first stage's clip", flags=("--skip-stage-2",), ignored_without=_STAGES
     )
     # files of --lora_weight that only the first stage has (IC-LoRAs), with their strengths
     first_loras: tuple[tuple[Path, float], ...] = option(default=())

@@ -140,7 +140,7 @@ GEMMA_USE = LanguageUse(
     states_key=STATES,
     model=GEMMA_3,
     source=TokenizerSource(TOKENIZER_FILES, begin="<bos>", may_be_inside=True),
-    most=ROWS,
+    maximum=ROWS,
     states=ALL_STATES,
     # padding is not computed: nothing reads its states, and others depend on it by their places only
     pads_left=True,
@@ -187,7 +187,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         self.streams = tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
-        self.weighed = prompt_key(self.streams[0])
+        self.takes_weights = prompt_key(self.streams[0])
         self.pads_left = False  # in the results a prompt's own rows are the first ones
 
     @property

@@ -139,7 +139,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def _read_half(
-    shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, refusal: CheckpointError
+    shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
     """Read the encoder or the decoder; what no tensor shows is as in LTX-2.3.
 
@@ -159,18 +159,18 @@ def _read_half(
             large, small = (width, convolved) if is_down else (convolved, width)
             ratio, remainder = divmod(large, small)
             if not parts or remainder or ratio not in FACTORS:
-                raise refusal
+                raise rejection
             parts.insert(0, Resampling(width_in, width, FACTORS[ratio], is_residual=is_down))
             width = width_in
         else:
             first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
             if first not in names or shape(first, 5)[1] != width:
-                raise refusal
+                raise rejection
             num_blocks = count(names, rf"{re.escape(name)}\.res_blocks\.\d+")
             parts.insert(0, BlockGroup(width, num_blocks))
     width_in, channels_in = shape(f"{half}.conv_in.conv.weight", 5)[:2]
     if width_in != width or not parts:
-        raise refusal
+        raise rejection
     return HalfConfig(
         channels_in,
         width_in=width_in,

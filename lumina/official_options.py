@@ -39,10 +39,10 @@ class LuminaImageOptions(Options, title="what to make"):
     steps: int = option("number of denoising steps", default=36)
     guidance_scale: float = option("1 turns guidance off", default=3.5)
     image_width: int = option(
-        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MAX_SIDE
+        "in pixels; cut to a multiple of 16", default=1024, minimum=SIZE_STEP, maximum=MAX_SIDE
     )
     image_height: int = option(
-        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MAX_SIDE
+        "in pixels; cut to a multiple of 16", default=1024, minimum=SIZE_STEP, maximum=MAX_SIDE
     )
     system_prompt: str = option("instruction before every prompt", default="")
     add_system_prompt_to_negative_prompt: bool = option("before negative prompts too")

@@ -31,8 +31,8 @@ class LuminaTextOptions(Options):
     )
     gemma2_max_token_length: int | None = option(
         f"tokens of a prompt that are read, with those of the system prompt; default {MAX_TOKENS}",
-        least=1,
-        most=MOST_TOKENS,
+        minimum=1,
+        maximum=MOST_TOKENS,
     )
     text_encoder_dtype: str | None = option(
         "dtype that the text encoder computes in; default: bfloat16, but float32 with a float32 model, or "

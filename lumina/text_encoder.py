@@ -106,7 +106,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"
     source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
-    weighed = "hidden_state"
+    takes_weights = "hidden_state"
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -134,7 +134,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         self.system_prompt = system_prompt
         self.in_negative = in_negative
         self.length = round_up(max_tokens, TOKEN_STEP)
-        self.most = max_tokens
+        self.maximum = max_tokens
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -142,7 +142,9 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
         words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
-        identity = self.identify("gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.most))
+        identity = self.identify(
+            "gemma2", config=words, dtype=dtype_name(self.dtype), tokens=str(self.maximum)
+        )
         return {**identity, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:

@@ -97,8 +97,8 @@ class ReferenceSizes:
             return None
         if reference.kind == IMAGE:
             return reference_image(reference.path, self.image, self.step)
-        most = frames if frames > 1 else round(MAX_SECONDS * FPS)
-        return reference_clip(reference.path, self.video, self.step, most)
+        maximum = frames if frames > 1 else round(MAX_SECONDS * FPS)
+        return reference_clip(reference.path, self.video, self.step, maximum)
 
 
 def encode_references(

@@ -84,7 +84,7 @@ H3_USE = LanguageUse(
     states_key=KEY,
     model=replace(QWEN3_VL, files=TEXT_FILES),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    most=MOST_TOKENS,
+    maximum=MOST_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
     blank=BLANK,
@@ -143,9 +143,9 @@ class H3TextEncoder(LanguageModelEncoder):
         in_front = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
-        if len(ids) > self.most:
+        if len(ids) > self.maximum:
             raise MediaError(
-                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.most} are the most. "
+                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.maximum} are the most. "
                 "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
             )
         check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)

@@ -65,7 +65,7 @@ class H3Condition:
 
 
 @dataclass(frozen=True)
-class TokenRun:
+class TokenSegment:
     """Consecutive tokens that share a time and a kind."""
 
     tokens: int
@@ -360,7 +360,7 @@ class H3Model(nn.Module):
         ordered_rules = list(levels)  # a segment names its level by the index of the rule
         segments = []
         for medium, part, rule in zip(media, parts, rules, strict=True):
-            segments.append(TokenRun(part.shape[1], ordered_rules.index(rule), medium.kind))
+            segments.append(TokenSegment(part.shape[1], ordered_rules.index(rule), medium.kind))
         segments += _split_text(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
@@ -448,18 +448,18 @@ class H3Model(nn.Module):
         return turns(angles.flatten(1)).unsqueeze(1).to(device)
 
 
-def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
+def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenSegment]:
     """Return the segments of a text, which has the time of the frames.
 
     `shown` says whether each token stands for a part of an image; see `H3Model.embed`.
     """
     if not shown:
-        return [TokenRun(num_text, 0, TEXT)]
-    segments: list[TokenRun] = []
+        return [TokenSegment(num_text, 0, TEXT)]
+    segments: list[TokenSegment] = []
     for is_image in shown:
         kind = IMAGE if is_image else TEXT
         if segments and segments[-1].kind == kind:
             segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
         else:
-            segments.append(TokenRun(1, 0, kind))
+            segments.append(TokenSegment(1, 0, kind))
     return segments

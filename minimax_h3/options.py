@@ -152,14 +152,14 @@ class H3TextCachingOptions(Options, title=NAME):
     reference_image_short_edge: int = option(
         "short side of reference images in pixels, as their latents are cached",
         default=IMAGE_EDGE,
-        least=TOKEN,
-        most=MAX_EDGE,
+        minimum=TOKEN,
+        maximum=MAX_EDGE,
     )
     reference_video_short_edge: int = option(
         "short side of reference clips in pixels, as their latents are cached",
         default=VIDEO_EDGE,
-        least=TOKEN,
-        most=MAX_EDGE,
+        minimum=TOKEN,
+        maximum=MAX_EDGE,
     )
     uncond_output: Path | None = option(
         "also write the states of --uncond_text to this file, for --h3_guidance_loss_uncond_cache; implies "
@@ -221,10 +221,10 @@ class H3LatentCachingOptions(Options, title=NAME):
     )
 
     reference_image_short_edge: int = option(
-        "short side of reference images in pixels", default=IMAGE_EDGE, least=TOKEN, most=MAX_EDGE
+        "short side of reference images in pixels", default=IMAGE_EDGE, minimum=TOKEN, maximum=MAX_EDGE
     )
     reference_video_short_edge: int = option(
-        "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MAX_EDGE
+        "short side of reference clips in pixels", default=VIDEO_EDGE, minimum=TOKEN, maximum=MAX_EDGE
     )
 
     def __post_init__(self) -> None:
@@ -290,8 +290,8 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         facts=of_request(TASK),
         often=True,
     )
-    height: int | None = option("with --width: the same as --video_size", least=1, facts=OF_REQUEST)
-    width: int | None = option("with --height: the same as --video_size", least=1, facts=OF_REQUEST)
+    height: int | None = option("with --width: the same as --video_size", minimum=1, facts=OF_REQUEST)
+    width: int | None = option("with --height: the same as --video_size", minimum=1, facts=OF_REQUEST)
     duration: float | None = option(
         "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
     )
@@ -310,7 +310,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "time shift of the audio's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
         default=3.0,
         above=0,
-        most=MAX_SHIFT,
+        maximum=MAX_SHIFT,
         facts=of_request("h3_shift_audio"),
     )
     media: H3MediaOptions

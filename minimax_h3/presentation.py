@@ -131,10 +131,10 @@ def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float
     stride = FPS / SEEN_FPS
     indices = tuple(range(0, frames, round(stride)))
     if len(indices) < at_once:
-        least = round((at_once - 1) * stride) + 1
+        minimum = round((at_once - 1) * stride) + 1
         raise MediaError(
             f"a reference video of {frames} frames at {FPS:g} a second is too short for the text encoder, "
-            f"which needs {least}. Give a longer one."
+            f"which needs {minimum}. Give a longer one."
         )
     times = [index / SEEN_FPS for index in range(len(indices))]
     times += [times[-1]] * (-len(times) % at_once)

@@ -69,20 +69,20 @@ class H3MediaOptions(Options, title="keyframes and references"):
         "list of a dataset, whose line --reference_index has the references", facts=of_request(JSONL)
     )
     reference_index: int = option(
-        "with --reference_jsonl: number of the line, from 0", default=0, least=0, facts=of_request(INDEX)
+        "with --reference_jsonl: number of the line, from 0", default=0, minimum=0, facts=of_request(INDEX)
     )
     reference_image_short_edge: int = option(
         "short side of reference images in pixels; less needs less memory and shows less",
         default=IMAGE_EDGE,
-        least=TOKEN,
-        most=MAX_EDGE,
+        minimum=TOKEN,
+        maximum=MAX_EDGE,
         facts=OF_REQUEST,
     )
     reference_video_short_edge: int = option(
         "short side of reference videos in pixels; they have at most 768 x 1344 pixels",
         default=VIDEO_EDGE,
-        least=TOKEN,
-        most=MAX_EDGE,
+        minimum=TOKEN,
+        maximum=MAX_EDGE,
         facts=OF_REQUEST,
     )
 

@@ -359,14 +359,14 @@ class ClipSource:
 
     path: Path
     size: Size
-    most: int
+    maximum: int
 
     def read(self) -> Tensor:
         """Read its frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for number, frame in enumerate(video_frames(self.path)):
-            if len(frames) >= self.most:
+            if len(frames) >= self.maximum:
                 break
             end = _find_slot(number + 1, fps)
             if end > _find_slot(number, fps):
@@ -374,7 +374,7 @@ class ClipSource:
                 frames += [resized] * (end - _find_slot(number, fps))
         if not frames:
             raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
-        return torch.from_numpy(np.stack(frames[: self.most]))
+        return torch.from_numpy(np.stack(frames[: self.maximum]))
 
     def _resize(self, frame: Frame) -> Frame:
         colors = frame[..., :3]

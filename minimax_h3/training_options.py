@@ -59,8 +59,8 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         "weight of the audio loss; clips without audio have none",
         default=1.0,
         flags=("--h3_audio_loss_weight",),
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
         often=True,
         facts=HABIT,
     )
@@ -70,7 +70,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         facts=HABIT,
     )
     h3_video_loss_weight: float = option(
-        "weight of the video loss", default=1.0, least=0, most=1000, facts=HABIT
+        "weight of the video loss", default=1.0, minimum=0, maximum=1000, facts=HABIT
     )
     h3_loss_balance: str = option(
         "modality: images and audio have a mean each",
@@ -80,23 +80,23 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         facts=HABIT,
     )
     h3_shift_video: float = option(
-        "shift of the noise levels of the video after the base time", default=12.0, above=0, most=1000,
+        "shift of the noise levels of the video after the base time", default=12.0, above=0, maximum=1000,
         facts=HABIT,
     )  # fmt: skip
     h3_shift_audio: float = option(
-        "shift of the noise levels of the audio after the base time", default=3.0, above=0, most=1000,
+        "shift of the noise levels of the audio after the base time", default=3.0, above=0, maximum=1000,
         facts=HABIT,
     )  # fmt: skip
     h3_visual_cond_clean: float = option(
         "fraction of the latents in keyframes and in images and clips of references; the rest is "
         "noise, new in each step",
         default=0.999,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=HABIT,
     )
     h3_audio_cond_clean: float = option(
-        "the same in audio of references", default=1.0, least=0, most=1, facts=HABIT
+        "the same in audio of references", default=1.0, minimum=0, maximum=1, facts=HABIT
     )
 
     def __post_init__(self) -> None:
@@ -116,14 +116,14 @@ class H3TargetOptions(Options, title="other names of shared targets"):
     """The known tuner's names of options that every family has; `translate` copies the values to those."""
 
     h3_guidance_loss_scale: float = option(
-        "--guided_target SCALE; 0: none", default=0.0, least=0, facts=HABIT
+        "--guided_target SCALE; 0: none", default=0.0, minimum=0, facts=HABIT
     )
     h3_guidance_loss_scale_audio: float | None = option("--guided_target_sound SCALE", facts=HABIT)
     h3_guidance_loss_sigma_min: float = option(
         "--guided_target_min_timestep, as a fraction of the base time; 0.15 is common",
         default=0.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=HABIT,
     )
     h3_guidance_loss_uncond_cache: Path | None = option(
@@ -149,55 +149,55 @@ class H3TargetOptions(Options, title="other names of shared targets"):
     h3_teacher_condition_sigma_max: float = option(
         "--teacher_max_timestep, as a fraction of the base time",
         default=0.75,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_teacher_loss_dc_weight: float = option(
         "--teacher_colour_weight; 0 to 0.3 leave the colors of the teacher out",
         default=1.0,
-        least=0,
-        most=100,
+        minimum=0,
+        maximum=100,
         needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_teacher_loss_mag_weight: float = option(
         "--teacher_size_weight",
         default=1.0,
-        least=0,
-        most=100,
+        minimum=0,
+        maximum=100,
         needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_teacher_preservation_weight: float = option(
         "--teacher_anchor_weight",
         default=1.0,
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
         needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_timestep_focus_prob: float = option(
-        "--timestep_focus; 0: none", default=0.0, least=0, below=1, facts=HABIT
+        "--timestep_focus; 0: none", default=0.0, minimum=0, below=1, facts=HABIT
     )
     h3_timestep_focus_min: float = option(
         "lower end of --timestep_focus_range, as a fraction of the base time",
         default=0.4,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="h3_timestep_focus_prob",
         facts=HABIT,
     )
     h3_timestep_focus_max: float = option(
         "upper end of --timestep_focus_range, as a fraction of the base time",
         default=0.8,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="h3_timestep_focus_prob",
         facts=HABIT,
     )
-    max_validation_items: int | None = option("--max_validation_steps", least=1, facts=FREE)
+    max_validation_items: int | None = option("--max_validation_steps", minimum=1, facts=FREE)
     h3_convrot_int8: bool = option("--convrot_int8", flags=("--int8_convrot_base",), facts=FREE)
     h3_convrot_int8_bwd: str = option(
         "--convrot_int8_bwd", default="bf16", choices=("bf16", "int8"), facts=FREE

@@ -41,15 +41,15 @@ class TileRow:
     overlaps: tuple[int, ...]
 
 
-def cut_axis(length: int, size: int, least: int, step: int) -> TileRow:
-    """Cover `length` with tiles of `size` that overlap by at least `least`, as the released VAE does.
+def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
+    """Cover `length` with tiles of `size` that overlap by at least `minimum`, as the released VAE does.
 
     All are in pixels. Overlaps grow in steps of `step`, in turn from the first, until the tiles fit exactly.
     """
     if size >= length:
         return TileRow((0,), length, ())
-    count = max(2, math.ceil((length - least) / (size - least)))
-    overlaps = [least] * (count - 1)
+    count = max(2, math.ceil((length - minimum) / (size - minimum)))
+    overlaps = [minimum] * (count - 1)
     rest = size * count - sum(overlaps) - length
     for number in range(rest // step):
         overlaps[number % (count - 1)] += step

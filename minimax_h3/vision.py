@@ -33,7 +33,7 @@ class Limits:
     """Limits for resizing and normalizing images, or clips, for the vision tower."""
 
     fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
-    most: int  # larger ones are reduced
+    maximum: int  # larger ones are reduced
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
     tokens_of_frame: int = 0  # maximum number of tokens per frame; 0 if only the entire clip is limited
 
@@ -88,10 +88,10 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     if not isinstance(sizes, dict):
         raise _make_error(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
-    most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
-    are_full = type(fewest) is int and type(most) is int
-    if not are_full or not 0 < fewest <= most <= MAX_PIXELS or fewest > MAX_ENLARGED:
-        raise _make_error(file, f"sizes of {fewest} to {most} pixels")
+    maximum = sizes.get("longest_edge", settings.get("max_pixels", released.maximum))
+    are_full = type(fewest) is int and type(maximum) is int
+    if not are_full or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
+        raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
@@ -99,7 +99,7 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     for name, numbers in colors.items():
         if not _are_colors(numbers, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {numbers!r}')
-    return replace(released, fewest=fewest, most=most, colors=colors, tokens_of_frame=tokens)
+    return replace(released, fewest=fewest, maximum=maximum, colors=colors, tokens_of_frame=tokens)
 
 
 def _are_colors(numbers: Any, above: float) -> bool:
@@ -113,7 +113,7 @@ def _make_error(file: Path, why: str) -> CheckpointError:
 
 def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
     """Cut an image, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
-    use = replace(use, fewest=limits.fewest, most=limits.most)
+    use = replace(use, fewest=limits.fewest, maximum=limits.maximum)
     return read_images(tower, [picture], use, limits.colors)
 
 
@@ -175,9 +175,9 @@ def resized_sides(
         )
 
     # the limits are numbers of pixels of the whole clip
-    max_pixels = limits.most
+    max_pixels = limits.maximum
     if limits.tokens_of_frame:
-        pixels_of_frame = min(limits.tokens_of_frame * step**2, limits.most // frames)
+        pixels_of_frame = min(limits.tokens_of_frame * step**2, limits.maximum // frames)
         # the released processor keeps the upper limit 5 % above the lower one
         pixels_of_frame = max(pixels_of_frame, int(limits.fewest * 1.05))
         max_pixels = pixels_of_frame * frames

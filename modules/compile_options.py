@@ -97,7 +97,7 @@ class CompileOptions(Options):
     compile_cache_size_limit: int | None = option(
         "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
         "uncompiled; default: at least 32",
-        least=1,
+        minimum=1,
         hint="leave it out for enough",
         needs="compile",
         facts={**NO_PIXELS, **FREE},

@@ -133,10 +133,10 @@ def count_of(number: int, what: str) -> str:
     return f"{number} {what}{end}"
 
 
-def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    """List at most `most` names, and say how many more there are."""
-    tail = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + tail
+def list_some(names: Sequence[str], maximum: int = SHOWN) -> str:
+    """List at most `maximum` names, and say how many more there are."""
+    tail = f" and {len(names) - maximum} more" if len(names) > maximum else ""
+    return ", ".join(names[:maximum]) + tail
 
 
 _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "needs"}

@@ -40,17 +40,19 @@ def replace_control_codes(name: str) -> str:
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
-def shorten(text: str, most: int) -> str:
-    """Return the text, or its beginning and its end if it has more than `most` characters."""
-    if len(text) <= most:
+def shorten(text: str, maximum: int) -> str:
+    """Return the text, or its beginning and its end if it has more than `maximum` characters."""
+    if len(text) <= maximum:
         return text
-    left_out = len(text) - most
-    return f"{text[: most // 2]}... ({left_out:,} characters left out) ...{text[len(text) - most // 2 :]}"
+    left_out = len(text) - maximum
+    return (
+        f"{text[: maximum // 2]}... ({left_out:,} characters left out) ...{text[len(text) - maximum // 2 :]}"
+    )
 
 
-def shorten_lines(text: str, most: int) -> str:
-    """Return a text whose lines have at most `most` characters each."""
-    return "\n".join(shorten(line, most) for line in text.split("\n"))
+def shorten_lines(text: str, maximum: int) -> str:
+    """Return a text whose lines have at most `maximum` characters each."""
+    return "\n".join(shorten(line, maximum) for line in text.split("\n"))
 
 
 # commands are copied as one line

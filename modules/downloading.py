@@ -95,7 +95,7 @@ def receive(
         OSError: If the file cannot be written.
     """
     path.touch()  # also of an empty file
-    most = path.stat().st_size  # bytes of the file at the last attempt that brought much
+    maximum = path.stat().st_size  # bytes of the file at the last attempt that brought much
     failures = 0
     version: str | None = None
     while True:
@@ -117,9 +117,9 @@ def receive(
                 os.truncate(path, 0)
             # what is sent again is not new, nor are a few bytes: a site could continue so without end
             have = path.stat().st_size
-            if have >= most + PIECE:
+            if have >= maximum + PIECE:
                 failures = 0
-                most = have
+                maximum = have
             else:
                 failures += 1
             if failures == tries:

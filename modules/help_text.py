@@ -80,7 +80,7 @@ class DescribedOption:
     is_list: bool
     choices: Sequence[str]
     default: str
-    refusal: str | None  # why it is refused or not needed
+    rejection: str | None  # why it is refused or not needed
     reach: str  # what it reaches outside of the program; see `find_reach`
 
 
@@ -107,7 +107,7 @@ def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
         is_list=action.nargs not in (None, 0, "?"),
         choices=[str(choice) for choice in action.choices or ()],
         default=str(action.default).lower() if is_switch else _describe_default(action),
-        refusal=None if rejection is None else (rejection.reason or rejection.instead),
+        rejection=None if rejection is None else (rejection.reason or rejection.instead),
         reach=getattr(action, "reach", ""),
     )
 

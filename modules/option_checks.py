@@ -25,13 +25,13 @@ class _Limit(NamedTuple):
 
 
 LIMITS: Mapping[str, _Limit] = {
-    "least": _Limit("of at least", operator.ge),
+    "minimum": _Limit("of at least", operator.ge),
     "above": _Limit("above", operator.gt),
-    "most": _Limit("of at most", operator.le),
+    "maximum": _Limit("of at most", operator.le),
     "below": _Limit("below", operator.lt),
 }
 # facts that this file checks, and which a table has too
-CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "spares")
+CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "must_not_replace")
 
 
 def check_value(name: str, value: Any, facts: Info) -> None:
@@ -84,10 +84,11 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
         value_of: Returns the value of another option by its public name.
 
     Raises:
-        OptionError: If a path is unusable, or if a file would replace a file that it must not (`spares`).
+        OptionError: If a path is unusable, or if a file would replace one of the option's
+            `must_not_replace`.
     """
     for path in list_paths(value):
-        for name in facts.get("spares", ()):
+        for name in facts.get("must_not_replace", ()):
             reject_replacing(flag, path, list_paths(value_of(name)))
         check_path(flag, path, facts["place"], facts.get("hint", ""))  # warns of a file that is replaced
 
@@ -118,8 +119,8 @@ def _check_limits(option: str, number: Any, facts: Info) -> None:
     shown = {}
     for fact, limit in limits.items():
         shown[fact] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
-    if "least" in shown and "most" in shown:
-        text = f"from {shown['least']} to {shown['most']}"
+    if "minimum" in shown and "maximum" in shown:
+        text = f"from {shown['minimum']} to {shown['maximum']}"
     else:
         text = " and ".join(f"{LIMITS[fact].words} {limit}" for fact, limit in shown.items())
     raise OptionError(f"{option} {show_number(number)}: give a number {text}{_find_hint(facts)}")

@@ -90,18 +90,18 @@ def option(
     positional: bool = False,
     by_place: bool = False,
     title: str = "",
-    least: float | None = None,
-    most: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
     one_of: Collection[str] = (),
     off: Collection[Any] = (),
     place: str = "",
-    spares: str | tuple[str, ...] = (),
+    must_not_replace: str | tuple[str, ...] = (),
     hint: str = "",
     needs: str | tuple[str, ...] = (),
     excludes: str | tuple[str, ...] = (),
-    only_with: str | tuple[str, ...] = (),
+    ignored_without: str | tuple[str, ...] = (),
     acts_if: Mapping[str, Callable[[Any], bool]] | None = None,
     refused: Mapping[str, str] | None = None,
     known_as: tuple[str, ...] = (),
@@ -122,20 +122,20 @@ def option(
         positional: Whether the option is given by position, without a flag.
         by_place: Whether words that belong to no option are taken as its value if its flag is not given.
         title: Heading of the option in the help, if it differs from that of the record.
-        least: Smallest allowed number; for a tuple, of each number.
-        most: Largest allowed number.
+        minimum: Smallest allowed number; for a tuple, of each number.
+        maximum: Largest allowed number.
         above: Exclusive lower limit.
         below: Exclusive upper limit.
         one_of: Allowed values, if the parser must not know them.
         off: Values that turn the option off, so that it does not count as given.
         place: What a path has to be, as `check_path` takes it; for a tuple, each path.
-        spares: Options of the record whose files this option's file must not replace.
+        must_not_replace: Options of the record whose files this option's file must not replace.
         hint: Advice that follows the message about a wrong value, or about `needs` or `excludes` if nothing
             else limits the value; with `place`, the text that follows "Give".
         needs: Option of the record that must be given too; for a tuple, one of the options.
         excludes: Options that cannot be given together with this one.
-        only_with: Like `needs`, but without the other option this one is ignored with a warning. In both
-            cases a default value that is typed causes a warning.
+        ignored_without: Like `needs`, but without the other option this one is ignored with a warning. In
+            both cases a default value that is typed causes a warning.
         acts_if: Maps a reason why the option may have no effect to a function of the record that returns
             whether it has an effect.
         refused: Maps values of `choices` that are rejected to the reason.
@@ -143,7 +143,7 @@ def option(
         facts: Further facts, such as FREE or NO_PIXELS.
         **settings: Further arguments of `add_argument`.
     """
-    metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
+    metadata: dict[str, Any] = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata |= {
         "one_of": tuple(one_of),
         "off": tuple(off),
@@ -152,7 +152,12 @@ def option(
         "option": name,
         "acts_if": acts_if,
     }
-    relations = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
+    relations = {
+        "needs": needs,
+        "excludes": excludes,
+        "ignored_without": ignored_without,
+        "must_not_replace": must_not_replace,
+    }
     for fact, names in relations.items():
         metadata[fact] = (names,) if isinstance(names, str) else names
     metadata = {fact: value for fact, value in metadata.items() if value not in (None, "", ())}
@@ -199,7 +204,7 @@ class Rejection(NamedTuple):
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
     """Return why an argument is not supported; None if it is."""
-    return vars(action).get("refusal")
+    return vars(action).get("rejection")
 
 
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
@@ -313,7 +318,7 @@ class _FieldChecks(NamedTuple):
 
 def _find_checks(cls: type) -> _FieldChecks:
     fields = dataclasses.fields(cls)
-    checked = {*LIMITS, "one_of", "excludes", "needs", "only_with"}
+    checked = {*LIMITS, "one_of", "excludes", "needs", "ignored_without"}
     return _FieldChecks(
         with_info=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
         with_reach=tuple(field for field in fields if find_reach(field.metadata)),
@@ -407,9 +412,9 @@ def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
 
 
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Warn if an option is ignored because none of the options in its `only_with` is given."""
+    """Warn if an option is ignored because none of the options in its `ignored_without` is given."""
     option = f"--{option_name(field)}"
-    useful = field.metadata.get("only_with", ())
+    useful = field.metadata.get("ignored_without", ())
     if useful and not _list_given(record, useful):
         value = getattr(record, field.name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -451,7 +456,7 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
 
 def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
     info = field.metadata
-    relations = [info[fact] for fact in ("needs", "only_with") if info.get(fact)]
+    relations = [info[fact] for fact in ("needs", "ignored_without") if info.get(fact)]
     has_all = all(_list_given(record, names) for names in relations)
     return has_all and all(acts(record) for acts in info.get("acts_if", {}).values())
 

@@ -489,7 +489,7 @@ def _add_field(
     action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
     action.facts = _list_checked_info(cls, field, action.default)  # type: ignore[attr-defined]
     if name in changes.refused:
-        action.refusal = Rejection(  # type: ignore[attr-defined]
+        action.rejection = Rejection(  # type: ignore[attr-defined]
             action.help or "",
             reason=changes.refused[name],
             instead="",
@@ -524,16 +524,16 @@ def _list_rejections(cls: type[Options]) -> list[tuple[str, Rejection]]:
     return [(name, rejection) for name, rejection in attributes if isinstance(rejection, Rejection)]
 
 
-def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Rejection) -> None:
+def _add_rejection(group: _Group, cls: type[Options], name: str, rejection: Rejection) -> None:
     """Declare an option of other programs; its help says why it is rejected or not needed."""
-    tail = "" if refusal.reason else f"not needed: {refusal.instead}"
-    text = "; ".join(part for part in (refusal.help, tail) if part)
-    text = text or refusal.reason.replace("%", "%%")
+    tail = "" if rejection.reason else f"not needed: {rejection.instead}"
+    text = "; ".join(part for part in (rejection.help, tail) if part)
+    text = text or rejection.reason.replace("%", "%%")
     flag = f"--{name.replace('_', '-') if cls.dashed else name}"
-    settings = dict(refusal.settings)
+    settings = dict(rejection.settings)
     flags = settings.pop("flags", ())
     action = group.add_argument(flag, *flags, help=text, **settings)
-    action.refusal = refusal  # type: ignore[attr-defined]
+    action.rejection = rejection  # type: ignore[attr-defined]
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:

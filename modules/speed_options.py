@@ -312,12 +312,12 @@ class GenerationFp8Options(Options):
     fp8: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)
     fp8_fast: bool = option(
-        f"with --fp8_scaled or --fp8: {_FAST.format(when='')}", only_with=("fp8_scaled", "fp8")
+        f"with --fp8_scaled or --fp8: {_FAST.format(when='')}", ignored_without=("fp8_scaled", "fp8")
     )
     upcast_linear: bool = option(
         "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
     )
-    upcast_quantization: bool = option(_UPCAST, only_with="fp8_scaled")
+    upcast_quantization: bool = option(_UPCAST, ignored_without="fp8_scaled")
     convrot_int8: bool = option(_INT8, excludes=("fp8", "fp8_scaled", "nf4_base"), hint=_ONE_FORM, often=True)
     nf4_base: bool = option(
         _NF4, flags=("--nf4",), excludes=("fp8", "fp8_scaled"), hint=_ONE_FORM, often=True

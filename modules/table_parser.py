@@ -127,11 +127,11 @@ def _build_action(row: Mapping[str, Any]) -> Any:
         action.metavar = tuple(info["metavar"])
     if isinstance(info["type"], str):
         action.type = _NUMBERS.get(info["type"]) or _NamedType(info["type"])
-    if "refusal" in row:
-        rejection = {"help": "", "reason": "", "instead": "", "settings": {}, **row["refusal"]}
+    if "rejection" in row:
+        rejection = {"help": "", "reason": "", "instead": "", "settings": {}, **row["rejection"]}
         rejection["values"] = tuple(rejection.get("values", ()))
-        action.refusal = Rejection(**rejection)  # type: ignore[attr-defined]
-        action.help = row.get("help") or _help_of(action.refusal)  # type: ignore[attr-defined]
+        action.rejection = Rejection(**rejection)  # type: ignore[attr-defined]
+        action.help = row.get("help") or _help_of(action.rejection)  # type: ignore[attr-defined]
     if "not_given" in row:
         action.not_given = row["not_given"]  # type: ignore[attr-defined]
     return action
@@ -217,9 +217,9 @@ def _name_after(flags: Sequence[str]) -> str:
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 
-def _help_of(refusal: Rejection) -> str:
+def _help_of(rejection: Rejection) -> str:
     """Return the help that an option of other programs has if it has no other."""
-    return refusal.reason.replace("%", "%%") or f"not needed: {refusal.instead}"
+    return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 
 def _find_key_file(hint: str) -> KeyFile:
@@ -280,10 +280,10 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
         default = usual[name]
         if plain != (list(default) if isinstance(default, tuple) else default):
             row[name] = plain
-    rejection: Rejection | None = vars(action).get("refusal")
+    rejection: Rejection | None = vars(action).get("rejection")
     if rejection is not None:
         said = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
-        row["refusal"] = {name: value for name, value in said.items() if value}
+        row["rejection"] = {name: value for name, value in said.items() if value}
         if row.get("help") == _help_of(rejection):
             del row["help"]
     if "not_given" in vars(action):

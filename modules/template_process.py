@@ -28,8 +28,8 @@ def _limit_memory(size_bytes: int) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size_bytes, most))
+        _, maximum = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size_bytes, maximum))
 
 
 def _generate(job: dict[str, Any]) -> str:

@@ -66,8 +66,8 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
 
 
 def _too_large(path: Path, limit_bytes: int) -> OSError:
-    most = f"{limit_bytes >> 20} MiB" if limit_bytes >> 20 else f"{limit_bytes:,} bytes"
-    text = f"it is larger than {most}, the most that is read"
+    maximum = f"{limit_bytes >> 20} MiB" if limit_bytes >> 20 else f"{limit_bytes:,} bytes"
+    text = f"it is larger than {maximum}, the most that is read"
     return OSError(errno.EFBIG, text, str(path))
 
 
@@ -148,13 +148,13 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises:
         OSError: If the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
-    most = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
+    maximum = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
     size = require_regular_file(path, limit_bytes) + 1
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         content = piece = os.read(handle, size)
-        while piece and len(content) < most:
-            piece = os.read(handle, min(most - len(content), _PIECE_BYTES))
+        while piece and len(content) < maximum:
+            piece = os.read(handle, min(maximum - len(content), _PIECE_BYTES))
             content += piece
     finally:
         os.close(handle)

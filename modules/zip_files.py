@@ -18,8 +18,8 @@ class BoundedFile(io.FileIO):
         Raises:
             BadZipFile: For a piece that is too large.
         """
-        most = MAX_LISTED_BYTES + 1
-        piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
-        if len(piece) == most:
+        maximum = MAX_LISTED_BYTES + 1
+        piece = super().read(maximum if size is None or size < 0 else min(size, maximum)) or b""
+        if len(piece) == maximum:
             raise zipfile.BadZipFile("its list of files is too long")
         return piece

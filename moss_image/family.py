@@ -94,7 +94,7 @@ class MossImage(pictures.ModelOfImages):
     @property
     def references(self) -> ReferenceRules:
         """How many reference images the model takes, and which networks use them."""
-        return ReferenceRules(most=MAX_REFERENCES, seen_by_text=True)
+        return ReferenceRules(maximum=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
 

@@ -49,7 +49,7 @@ TEXT_USE = LanguageUse(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folders=(".", "qwen_3_5", "tokenizer", "../tokenizer"))
     ),
-    most=MOST_TOKENS,
+    maximum=MOST_TOKENS,
     before=_BEFORE,
     after=f"{_AFTER}<think>\n",
     strips=True,
@@ -59,7 +59,7 @@ TEXT_USE = LanguageUse(
         read=read_shown,
         show=shrink,
         fewest=32 * 32,
-        most=SHOWN_PIXELS,
+        maximum=SHOWN_PIXELS,
         always=False,
     ),
 )

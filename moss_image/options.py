@@ -89,12 +89,12 @@ class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
     negative_skip_start: float = option(
         "of samples: fraction of the steps at which the skipping begins",
         default=0.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=FREE,
     )
     negative_skip_end: float = option(
-        "of samples: fraction of the steps at which it ends", default=1.0, least=0, most=1, facts=FREE
+        "of samples: fraction of the steps at which it ends", default=1.0, minimum=0, maximum=1, facts=FREE
     )
     joint_references: bool = option(f"of edits: {_JOINT}", facts=HABIT)
 
@@ -111,10 +111,14 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
     )
     negative_skip_blocks: str = option(_SKIPS, default=SKIPPED, facts=of_request("negative_skip_blocks"))
     negative_skip_start: float = option(
-        "fraction of the steps at which the skipping begins", default=0.0, least=0, most=1, facts=OF_REQUEST
+        "fraction of the steps at which the skipping begins",
+        default=0.0,
+        minimum=0,
+        maximum=1,
+        facts=OF_REQUEST,
     )
     negative_skip_end: float = option(
-        "fraction of the steps at which it ends", default=1.0, least=0, most=1, facts=OF_REQUEST
+        "fraction of the steps at which it ends", default=1.0, minimum=0, maximum=1, facts=OF_REQUEST
     )
     joint_references: bool = option(_JOINT, facts={**OF_REQUEST, **OF_REFERENCES})
 

@@ -47,20 +47,20 @@ class AveragingOptions(Options):
     beta: float = option(
         "fraction of the average so far at each further file; the first file keeps a large share",
         default=0.95,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         hint="such as 0.9",
     )
     beta2: float | None = option(
         "that share at the last file; it changes evenly from --beta to this",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         hint="such as 0.9",
     )
     sigma_rel: float | None = option(
         "instead of --beta: width of the average as a fraction of the run, 0.05 to 0.28 (power function)",
         above=0,
-        most=LARGEST_SIGMA,
+        maximum=LARGEST_SIGMA,
         hint="there all files count alike; 0.2 is a good start",
     )
     output_file: Path = option("safetensors file to write", required=True)

@@ -58,7 +58,10 @@ DIALECTS = ("sd-scripts", "ai-toolkit")
 # kinds of which --bake makes plain LoRAs without the model, and with it
 _BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
 _UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
-_RESULT: Mapping[str, Any] = {"place": "safetensors", "spares": ("input", "input_high_noise", "dit")}
+_RESULT: Mapping[str, Any] = {
+    "place": "safetensors",
+    "must_not_replace": ("input", "input_high_noise", "dit"),
+}
 
 
 class ConvertOptions(Options):
@@ -100,7 +103,7 @@ class ConvertOptions(Options):
     bake: int | None = option(
         f"make a plain LoRA of this rank of each {in_series(_BAKED, 'and')}, for "
         "tools that do not know them; says how much of the change is lost",
-        least=1,
+        minimum=1,
         hint="a rank",
     )
     dit: tuple[Path, ...] | None = option(
@@ -133,7 +136,9 @@ class FluxConvertOptions(Options, must_give=True):
     src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)
     dst: str = option(f"dialect to write: {' or '.join(DIALECTS)}", default="sd-scripts", one_of=DIALECTS)
     src_path: Path | None = option("LoRA file to read", place="there")
-    dst_path: Path | None = option("safetensors file to write", place="safetensors", spares="src_path")
+    dst_path: Path | None = option(
+        "safetensors file to write", place="safetensors", must_not_replace="src_path"
+    )
 
     def __post_init__(self) -> None:
         if self.src == self.dst:
@@ -147,7 +152,7 @@ class ComfyConvertOptions(Options):
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
-        "safetensors file to write", positional=True, place="safetensors", spares="src_path"
+        "safetensors file to write", positional=True, place="safetensors", must_not_replace="src_path"
     )
     reverse: bool = option("from ComfyUI's names to ours")
 
@@ -158,7 +163,7 @@ class ZImageConvertOptions(ComfyConvertOptions):
     lokr_rank: int | None = option(
         f"rank of the plain LoRAs that take the place of {_UNJOINABLE} for queries, keys and values, which "
         "cannot be joined; more loses less",
-        least=1,
+        minimum=1,
         excludes="reverse",
         hint="the way back leaves them as they are",
     )

@@ -95,7 +95,7 @@ def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
     highest = max(_numbers_in(lora.modules(), [grown.blocks]), default=-1)
     for key in grown.keys:
         text = lora.metadata.get(key, "")
-        if text.isdecimal() and highest < int(text) <= grown.most:
+        if text.isdecimal() and highest < int(text) <= grown.maximum:
             return int(text)
     return highest + 1 if highest + 1 in grown.depths else None
 

@@ -497,8 +497,8 @@ def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
 
 
-def _find_unchanged_texts(pair: Pair, least: float) -> set[str]:
-    """Return the text encoders whose values all changed by at most `least`."""
+def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
+    """Return the text encoders whose values all changed by at most `minimum`."""
     changed: dict[str, bool] = {}
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
@@ -506,12 +506,12 @@ def _find_unchanged_texts(pair: Pair, least: float) -> set[str]:
         if network and not changed.get(network):
             original = pair.original.read(name).float()
             change = (pair.tuned.read(name).float() - original).abs()
-            changed[network] = bool(change.numel() and float(change.max()) > least)
+            changed[network] = bool(change.numel() and float(change.max()) > minimum)
     unchanged = {network for network, has_changed in changed.items() if not has_changed}
     if unchanged:
         logger.info(
             f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
-            f"{least:g}, so the LoRA has nothing for it"
+            f"{minimum:g}, so the LoRA has nothing for it"
         )
     return unchanged
 

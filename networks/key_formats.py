@@ -172,11 +172,11 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
     returned.
     """
-    most = max((place.number for place in places.in_texts.values()), default=1)
+    maximum = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
-        has_prefix = any(start.endswith(str(most)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= most:
+        has_prefix = any(start.endswith(str(maximum)) for start, _ in family.encoders)
+        if has_prefix or len(family.encoders) >= maximum:
             by_texts.append(family)
     by_texts = by_texts or [*families]
     underscored = {place.path for place in places.in_dit.values() if "." not in place.path}
@@ -213,8 +213,8 @@ def _find_family_for_texts(
         families: Families that are possible by the names of the DiT's modules.
         hint: Family that the user or the metadata names.
     """
-    most = max((place.number for place in places.values()), default=1)
-    likely = [family for family in families if len(family.encoders) >= most] or families[:1]
+    maximum = max((place.number for place in places.values()), default=1)
+    likely = [family for family in families if len(family.encoders) >= maximum] or families[:1]
     if likely:
         return likely[0] if len({family.encoders for family in likely}) == 1 else None
     return next((family for family in FAMILIES if family.name == hint), None)

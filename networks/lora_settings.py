@@ -342,13 +342,13 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
 
 
 def _read_number(
-    kind: type[int] | type[float], argument: str, text: Any, least: float = 0, below: float = math.inf
+    kind: type[int] | type[float], argument: str, text: Any, minimum: float = 0, below: float = math.inf
 ) -> float | None:
     if text == "None":
         return None
     value = _as_number(kind, text)
-    if value is None or not least <= value < below:
-        limits = f"from {least:g} to below {below:g}" if below < math.inf else f"of at least {least:g}"
+    if value is None or not minimum <= value < below:
+        limits = f"from {minimum:g} to below {below:g}" if below < math.inf else f"of at least {minimum:g}"
         raise OptionError(
             f"--network_args {argument}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
         )
@@ -434,14 +434,14 @@ def _readers_with_numbers() -> dict[str, Reader]:
         if kind.numbers:
             readers[kind.switch] = _read_switch
         for name, number_type in kind.numbers.items():
-            readers[name] = partial(_read_number, number_type, least=1 if number_type is int else 0)
+            readers[name] = partial(_read_number, number_type, minimum=1 if number_type is int else 0)
     return readers
 
 
 _SHARE = partial(_read_number, float, below=1)
 _RATIO = partial(_read_number, float)
 _READERS: Mapping[str, Reader] = {
-    "conv_dim": partial(_read_number, int, least=1),
+    "conv_dim": partial(_read_number, int, minimum=1),
     "conv_alpha": _RATIO,
     **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
     **dict.fromkeys(

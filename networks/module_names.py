@@ -48,8 +48,8 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
     if not families:
         counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
-        most = max(counts.values())
-        families = [family for family, count in counts.items() if most > 0 and count == most]
+        maximum = max(counts.values())
+        families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
     return [family for family in families if family in hinted] or families
 
 

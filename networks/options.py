@@ -37,8 +37,8 @@ class FrozenModelOptions(Options, title="frozen model"):
     training_adapter_multiplier: float = option(
         "strength of --training_adapter",
         default=1.0,
-        least=-MAX_MULTIPLIER,
-        most=MAX_MULTIPLIER,
+        minimum=-MAX_MULTIPLIER,
+        maximum=MAX_MULTIPLIER,
         needs="training_adapter",
         hint="1 is usual",
         facts=FREE,
@@ -59,7 +59,7 @@ class NetworkOptions(Options, title="network"):
     )
     network_dim: int | None = option(
         "rank of the network; default 4",
-        least=1,
+        minimum=1,
         hint="the rank",
         acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},
         often=True,
@@ -68,8 +68,8 @@ class NetworkOptions(Options, title="network"):
     network_alpha: float = option(
         "strength is alpha / rank; 0 means alpha = rank",
         default=1,
-        least=0,
-        most=1_000_000,
+        minimum=0,
+        maximum=1_000_000,
         hint="0 means alpha = rank",
         acts_if={
             "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None,
@@ -80,7 +80,7 @@ class NetworkOptions(Options, title="network"):
     )
     network_dropout: float | None = option(
         f"fraction of the values between the two factors that is set to zero during training{_DROPOUTS}",
-        least=0,
+        minimum=0,
         below=1,
         facts=HABIT,
     )

@@ -57,16 +57,16 @@ class ResizeOptions(Options):
     save_to: Path = option(
         "safetensors file to write, in the dialect of --model",
         place="safetensors",
-        spares="model",
+        must_not_replace="model",
         required=True,
     )
     new_rank: int = option(
         "rank of the new LoRA; with --dynamic_method the largest one. Modules of a smaller rank keep theirs",
         default=4,
-        least=1,
+        minimum=1,
     )
     new_conv_rank: int | None = option(
-        "the same for convolutions; default: --new_rank", least=1, hint="a rank"
+        "the same for convolutions; default: --new_rank", minimum=1, hint="a rank"
     )
     dynamic_method: str | None = option(
         f"give each module a rank of its own. {RATIO}: the directions that are larger than the largest one "
@@ -326,14 +326,14 @@ def _resize_module(
     )
 
 
-def select_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
-    """Return the rank of a module, 1 to `most`, from its singular values, the largest first.
+def select_rank(sizes: np.ndarray[Any, Any], maximum: int, method: str | None, param: float | None) -> int:
+    """Return the rank of a module, 1 to `maximum`, from its singular values, the largest first.
 
     A module that learned nothing has rank 1.
 
     Args:
         sizes: Singular values, the largest first.
-        most: Largest rank.
+        maximum: Largest rank.
         method: Value of --dynamic_method.
         param: Value of --dynamic_param.
     """
@@ -349,7 +349,7 @@ def select_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, para
             wanted = param if method == SHARE_OF_SUM else param**2
             shares = np.cumsum(weights) / weights.sum()
             rank = int((shares < wanted - ROUNDING).sum()) + 1
-    return max(1, min(rank, most, len(sizes)))
+    return max(1, min(rank, maximum, len(sizes)))
 
 
 def _share(part: Any, whole: Any) -> float:
@@ -432,7 +432,7 @@ def _show_result(options: ResizeOptions, modules: Sequence[ResizedModule]) -> No
 
 
 def _describe_ranks(ranks: Sequence[int]) -> str:
-    least, most = min(ranks), max(ranks)
-    if least == most:
-        return str(most)
-    return f"{least} to {most}, {sum(ranks) / len(ranks):.1f} on average"
+    minimum, maximum = min(ranks), max(ranks)
+    if minimum == maximum:
+        return str(maximum)
+    return f"{minimum} to {maximum}, {sum(ranks) / len(ranks):.1f} on average"

@@ -155,14 +155,14 @@ class RandomRounding:
             values: The values.
             change: Sum of the changes by LoRAs, float32.
         """
-        least = math.inf
+        minimum = math.inf
         best = values
         for draw in range(_DRAWS):
             rounded = values.clone()
             replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
             lost = abs(float(((rounded - values) * change).sum()))
-            if lost < least:
-                least = lost
+            if lost < minimum:
+                minimum = lost
                 best = rounded
         values.copy_(best)
 

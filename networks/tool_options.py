@@ -66,19 +66,22 @@ class ExtractOptions(Options):
     )
     model_tuned: Path = option("the fine-tuned model", place="there", required=True)
     conv_dim: int | None = option(
-        "rank for residual blocks and convolutions; default: they get no LoRA", least=1
+        "rank for residual blocks and convolutions; default: they get no LoRA", minimum=1
     )
     min_diff: float = option(
-        "a text encoder of which no value has changed by more gets no LoRA", default=MIN_DIFF, least=0
+        "a text encoder of which no value has changed by more gets no LoRA", default=MIN_DIFF, minimum=0
     )
     save_precision: str | None = option("type of the LoRA's numbers; default: float", choices=PRECISIONS)
     save_to: Path = option(
-        "LoRA file to write", place="safetensors", spares=("model_org", "model_tuned"), required=True
+        "LoRA file to write",
+        place="safetensors",
+        must_not_replace=("model_org", "model_tuned"),
+        required=True,
     )
-    dim: int = option("rank of the LoRA", default=4, least=1)
+    dim: int = option("rank of the LoRA", default=4, minimum=1)
     device: str | None = option("device that computes; default: CUDA if available, else the CPU")
     clamp_quantile: float = option(
-        "limit the factors to this quantile of their values; 1: no limit", default=0.99, above=0.5, most=1
+        "limit the factors to this quantile of their values; 1: no limit", default=0.99, above=0.5, maximum=1
     )
     no_metadata: bool = option(ONLY_NEEDED)
 
@@ -100,7 +103,7 @@ class FullExtractWords(Options):
     load_tuned_model_to = not_needed(BY_TENSOR, type=str)
 
 
-_MERGED: Mapping[str, Any] = {"place": "safetensors", "spares": ("models", *FLUX_OUTPUTS)}
+_MERGED: Mapping[str, Any] = {"place": "safetensors", "must_not_replace": ("models", *FLUX_OUTPUTS)}
 
 
 class FluxMergeOptions(Options, must_give=True):
@@ -175,7 +178,7 @@ class FullMergeOptions(Options):
     save_to: Path = option(
         "file to write: the checkpoint, or the merged LoRA",
         place="safetensors",
-        spares=("models", "sd_model"),
+        must_not_replace=("models", "sd_model"),
         required=True,
     )
     models: tuple[Path, ...] = option(

@@ -62,7 +62,7 @@ class LoraOptions(Options):
     lora_multiplier: tuple[float, ...] = option(
         "strength of each file of --lora_weight; missing ones are 1",
         default=(1.0,),
-        only_with="lora_weight",
+        ignored_without="lora_weight",
         often=True,
     )
 

@@ -74,7 +74,7 @@ class FileChange:
 
 
 @dataclass(frozen=True)
-class UpdateNote:
+class UpdateRecord:
     """The commits before and after the last update of a clone; `after` is None in older notes."""
 
     before: str
@@ -87,7 +87,7 @@ class CloneMove:
 
     before: str
     after: str
-    is_back: bool
+    is_return: bool
 
 
 def update(root: Path, file: Path | None) -> None:
@@ -131,7 +131,7 @@ def go_back(root: Path) -> None:
         note = _read_commits(root)
         _reject_changes(root, "back")
         _reject_own_commits(root, note)
-        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_back=True))
+        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_return=True))
     _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
 
 
@@ -220,7 +220,7 @@ def _update_clone(root: Path) -> None:
     if count == "0":
         _say("This is the newest version.")
         return
-    _move_clone(root, CloneMove(before, after, is_back=False))
+    _move_clone(root, CloneMove(before, after, is_return=False))
     changes = f"{count} change{'s' if count != '1' else ''}"
     _say(f"Updated by {changes}, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
     _say("back returns to the version before.")
@@ -236,10 +236,10 @@ def _move_clone(root: Path, move: CloneMove) -> None:
     _keep_program(root)
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir()
-    words = [move.before, move.after, *(["back"] if move.is_back else [])]
+    words = [move.before, move.after, *(["back"] if move.is_return else [])]
     (kept / UNFINISHED).write_text("\n".join(words), encoding="ascii")
     try:
-        if move.is_back:
+        if move.is_return:
             _git(root, "reset", "--quiet", "--keep", move.after)
         else:
             _git(root, "merge", "--quiet", "--ff-only", move.after)
@@ -252,7 +252,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
 
 def _end_move(root: Path, move: CloneMove) -> None:
     note = root / NOTES / COMMIT
-    if move.is_back:
+    if move.is_return:
         note.unlink(missing_ok=True)
     else:
         note.write_text(f"{move.before}\n{move.after}\n", encoding="ascii")
@@ -268,7 +268,7 @@ def _finish_clone(root: Path, words: Sequence[str]) -> None:
     if len(words) < 2 or not all(map(OBJECT.fullmatch, words[:2])):  # killed before it began
         shutil.rmtree(root / NOTES / BACK)
         return
-    move = CloneMove(words[0], words[1], is_back=len(words) > 2)
+    move = CloneMove(words[0], words[1], is_return=len(words) > 2)
     lock = root / _git(root, "rev-parse", "--git-path", "index.lock")
     if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
@@ -287,7 +287,7 @@ def _list_differing(root: Path, commit: str) -> set[str]:
     return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
-def _read_commits(root: Path) -> UpdateNote:
+def _read_commits(root: Path) -> UpdateRecord:
     """Return the commits that the last update recorded.
 
     Raises:
@@ -302,10 +302,10 @@ def _read_commits(root: Path) -> UpdateNote:
             f"{path} does not name the version before the update any more. To return to one, look for it in "
             "git reflog, and type git reset --keep with its name"
         )
-    return UpdateNote(before=words[0], after=words[1] if words[1:] else None)
+    return UpdateRecord(before=words[0], after=words[1] if words[1:] else None)
 
 
-def _reject_own_commits(root: Path, note: UpdateNote) -> None:
+def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
     """Raise UserError if the branch has commits that are nowhere else, or is not the updated branch."""
     if _git(root, "rev-parse", "HEAD") == note.after:
         return

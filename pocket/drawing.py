@@ -201,6 +201,6 @@ def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0)
 
 def _apart(first: Thing, second: Thing) -> bool:
     """Return whether the bounding boxes stay two pixels apart in every frame."""
-    least = (first.pixels + second.pixels) / 2 + 2
+    minimum = (first.pixels + second.pixels) / 2 + 2
     ways = [np.array([each.center(index) for index in range(FRAMES)]) for each in (first, second)]
-    return bool((np.abs(ways[0] - ways[1]).max(axis=1) > least).all())
+    return bool((np.abs(ways[0] - ways[1]).max(axis=1) > minimum).all())

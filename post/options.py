@@ -88,13 +88,13 @@ class UpscalerOptions(Options, title="upscaling"):
         "size of the pieces that images are cut into, in pixels of the input; 0: never; auto, the "
         "default: only if memory does not hold the whole image",
         type=auto_or_number,
-        least=0,
+        minimum=0,
     )
-    tile_overlap: int = option("pixels that pieces share; they are blended there", default=32, least=0)
+    tile_overlap: int = option("pixels that pieces share; they are blended there", default=32, minimum=0)
     batch_size: int | None = option(
         "images that are computed at once; auto, the default: one on a CPU, several small ones on a GPU",
         type=auto_or_number,
-        least=1,
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
@@ -122,12 +122,12 @@ class InterpolationOptions(Options, title="interpolation"):
     factor: int = option(
         f"how many times as many pictures a second: usually 2 to 8, at most {MAX_FACTOR}",
         default=2,
-        least=1,
-        most=MAX_FACTOR,
+        minimum=1,
+        maximum=MAX_FACTOR,
         hint="1 leaves the pictures as they are",
     )
     ds_factor: float = option(
-        "compute flow at this part of the size: 0.5 for 2K, 0.25 for 4K", default=1.0, above=0, most=1
+        "compute flow at this part of the size: 0.5 for 2K, 0.25 for 4K", default=1.0, above=0, maximum=1
     )
     scene_threshold: float = option(
         "from this distance of two images on, 0 to 1, a new scene begins: the image before it is "
@@ -135,8 +135,8 @@ class InterpolationOptions(Options, title="interpolation"):
         "correlation of small gray copies moved against each other, and the part of colors that "
         "changes. Lower finds more cuts; 0 turns it off",
         default=0.25,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
 
     def __post_init__(self) -> None:
@@ -179,21 +179,21 @@ class BlurOptions(Options, title="what is blurred"):
         "size of the blur in pixels, made odd; at least half of the box, and at most the whole of it",
         title=_BLUR,
         default=51,
-        least=1,
-        most=9999,
+        minimum=1,
+        maximum=9999,
     )
     sigmax: int = option(
         "standard deviation of a blur of that size; at least a quarter of it",
         title=_BLUR,
         default=40,
-        least=1,
+        minimum=1,
     )
     conf: float = option(
         "least score of what is blurred, 0 to 1: whatever scores less stays visible, unless --hold or "
         "--lookback covers it; lower is safer",
         default=0.5,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
     method: str = option("blur, or fill with black", title=_BLUR, default="blur", choices=METHODS)
     margin: float = option(
@@ -201,8 +201,8 @@ class BlurOptions(Options, title="what is blurred"):
         "for exactly what was found",
         title=_BLUR,
         default=0.1,
-        least=0,
-        most=5,
+        minimum=0,
+        maximum=5,
         hint="a part of the box, such as 0.1",
     )
     ellipse: bool = option("blur the ellipse that fits into the box, not all of it", title=_BLUR)
@@ -210,18 +210,18 @@ class BlurOptions(Options, title="what is blurred"):
         "width of a soft edge outside of the blur, as part of the box's shorter side",
         title=_BLUR,
         default=0.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
     hold: int = option(
         "frames for which something stays blurred after it was last found; frames in which it was missed are "
         "blurred where it has moved through. This many frames wait in memory",
         default=15,
-        least=0,
-        most=MAX_HELD,
+        minimum=0,
+        maximum=MAX_HELD,
     )
     lookback: int = option(
-        "frames that are blurred before something is first found", default=10, least=0, most=MAX_HELD
+        "frames that are blurred before something is first found", default=10, minimum=0, maximum=MAX_HELD
     )
     detection_size: int = option(
         "images are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its "
@@ -264,23 +264,23 @@ class FacefixOptions(Options, title="faces"):
     weight: float = option(
         "fidelity of CodeFormer: 0 is the most beautiful face, 1 the most alike",
         default=DEFAULT_WEIGHT,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
     strength: float = option(
         "how much of the restored face is shown, 0 to 1; the rest is the original",
         default=1.0,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
     smooth: float = option(
         "keep faces of a video steady against trembling detections: 0 (off) to below 1",
         default=0.5,
-        least=0,
+        minimum=0,
         below=1,
     )
     upscale: float = option(
-        "size of the result: width and height times this", default=1, above=0, most=16, flags=("-s",)
+        "size of the result: width and height times this", default=1, above=0, maximum=16, flags=("-s",)
     )
     only_center: bool = option("restore only the face nearest the center")
     detection_model: str = option(

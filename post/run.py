@@ -79,8 +79,8 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
 FOLDER = "frames"
 
 
-def write_frames(path: Path, folder: Path, most: int | None) -> None:
-    """Write a video's frames, or the first `most`, to `folder`/frames as PNG; an image gives one PNG.
+def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
+    """Write a video's frames, or the first `maximum`, to `folder`/frames as PNG; an image gives one PNG.
 
     The folder appears only when all frames are written. No more of the video is read than necessary, and few
     frames are in memory.
@@ -98,7 +98,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
     is_single = is_image(path)
     # the beginning of a damaged file may still be useful
-    total = most if is_single or most is not None else source_info(path).frames
+    total = maximum if is_single or maximum is not None else source_info(path).frames
     make_folder(folder, "--output")
     started = time.monotonic()
     written = 0
@@ -109,7 +109,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
         else:
             with (
                 Bar(total, path.name, FRAMES) as bar,
-                read_ahead(shown_frames(path, limit=most)) as images,
+                read_ahead(shown_frames(path, limit=maximum)) as images,
             ):
                 for _ in keep_pngs(images, temporary):
                     written += 1

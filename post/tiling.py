@@ -205,12 +205,12 @@ class Fitting:
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = min(self.tile or longest, longest)
-        least = min_tile(self.step, self.overlap)
+        minimum = min_tile(self.step, self.overlap)
         if batch > 1:
             self.batch = batch // 2
             logger.info("Memory is full: from now on %d at once.", self.batch)
-        elif self.is_auto and side > least:
-            self.tile = max(round_up(side // 2, self.step), least)
+        elif self.is_auto and side > minimum:
+            self.tile = max(round_up(side // 2, self.step), minimum)
             logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
         else:
             raise MemoryPlanError(

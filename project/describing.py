@@ -211,10 +211,10 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     counts = sorted(count_frames(clip, model) for clip in timed)
     if not counts or counts[-1] < shortest_clip(model):
         return 1
-    most = default
+    maximum = default
     if memory >= LARGE and lengths == DEFAULT_LENGTHS:
-        most = 2 * default - 1
-    reached = min(most, counts[len(counts) // 4])
+        maximum = 2 * default - 1
+    reached = min(maximum, counts[len(counts) // 4])
     return max(lengths.fit(reached), shortest_clip(model))
 
 
@@ -262,9 +262,9 @@ def describe_dataset(choice: Choice) -> str:
             keys |= clip_keys
         lines += ["", *_format_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        least = shortest_clip(choice.model) / data["fps"]
+        minimum = shortest_clip(choice.model) / data["fps"]
         raise OptionError(
-            f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
+            f"--task {choice.model.task} learns from clips of at least {minimum:.1f} seconds, and "
             f"{choice.options.folder} has none. Choose another --family or --task."
         )
     return "\n".join([*lines, ""])

@@ -467,8 +467,8 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
         names = name_some([clip.path for clip in clips])
         learned = "which learns their first frame"
         if not describing.learns_stills_of_clips(model):
-            least = describing.shortest_clip(model)
-            learned = f"which learns nothing of less than {least} frames (at {model.data['fps']} a second)"
+            minimum = describing.shortest_clip(model)
+            learned = f"which learns nothing of less than {minimum} frames (at {model.data['fps']} a second)"
         lines.append(warning(f"{names}: too short for a clip of this model, {learned}"))
     images = [item.path for item in choice.media if item.kind == "image"]
     if images and model.data.get("from_image"):

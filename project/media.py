@@ -949,8 +949,8 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
     """Return lines about media that are used, but are perhaps unsuitable."""
-    least = facts.min_seconds
-    long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
+    minimum = facts.min_seconds
+    long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
     if len(content.media) < FEW_MEDIA:

@@ -39,7 +39,7 @@ class NewOptions(Options):
         "name of the trained file; when not given that of the folder, or an embedding's word"
     )
     max_train_steps: int = option(
-        "length of the training", default=2000, least=1, hint="1500 to 3000 are usual"
+        "length of the training", default=2000, minimum=1, hint="1500 to 3000 are usual"
     )
     train: str | None = option(
         "what is trained: a LoRA; lllite or controlnet: a network that follows control images; "

@@ -70,8 +70,8 @@ def ask_script(name: str) -> ScriptOptions:
     known: dict[str, AskedOption] = {}
     refused: dict[str, str] = {}
     for option in describe_options(build_parser(table, name)):
-        if option.refusal is not None:
-            refused[option.name] = option.refusal
+        if option.rejection is not None:
+            refused[option.name] = option.rejection
             continue
         known[option.name] = AskedOption(
             kind=option.kind,

@@ -45,7 +45,7 @@ QWEN_USE = LanguageUse(
     states_key=KEY,
     model=QWEN25_VL,
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    most=1024,  # including the template's tokens after the prompt
+    maximum=1024,  # including the template's tokens after the prompt
     before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
     "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
@@ -138,8 +138,10 @@ class Version:
     vae_files: str = VAE_FILES
 
 
-def _make_edit_version(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
-    rules = ReferenceRules(most, seen_by_text=True, edits=True)
+def _make_edit_version(
+    option: str, use: LanguageUse, maximum: int, clean_references: bool = False
+) -> Version:
+    rules = ReferenceRules(maximum, seen_by_text=True, edits=True)
     called = f"{NAME}-{option.capitalize()}"
     architecture = f"{NAME}-Edit-Plus" if option == EDIT_2509 else called
     return Version(

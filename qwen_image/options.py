@@ -144,25 +144,25 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
     )
     rcm_relative_threshold: bool = option(
         "count --rcm_threshold in shares of the largest difference of the step; 0.1 to 0.5 is then usual",
-        only_with="rcm_threshold",
+        ignored_without="rcm_threshold",
     )
     rcm_kernel_size: int = option(
         "blur differences over this many latent pixels, an odd number; 1: not at all",
         default=3,
-        least=1,
-        most=MAX_KERNEL,
-        only_with="rcm_threshold",
+        minimum=1,
+        maximum=MAX_KERNEL,
+        ignored_without="rcm_threshold",
     )
     rcm_dilate_size: int = option(
         "enlarge the changed area by this many latent pixels",
         default=0,
-        least=0,
-        most=MAX_KERNEL,
-        only_with="rcm_threshold",
+        minimum=0,
+        maximum=MAX_KERNEL,
+        ignored_without="rcm_threshold",
     )
     rcm_debug_save: bool = option(
         "write what is changed at each step as NAME_rcm_STEP.png, white",
-        only_with="rcm_threshold",
+        ignored_without="rcm_threshold",
         facts=NO_PIXELS,
     )
 
@@ -182,8 +182,8 @@ class QwenImageLayerOptions(Options, title="layers"):
     output_layers: int = option(
         "number of layers that --model_version layered takes the image apart into, from back to front",
         default=4,
-        least=1,
-        most=MAX_LAYERS,
+        minimum=1,
+        maximum=MAX_LAYERS,
         facts=of_request(LAYER_COUNT),
     )
     remove_first_image_from_target: bool = option(

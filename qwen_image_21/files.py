@@ -53,7 +53,7 @@ TEXT_USE = LanguageUse(
             folders=(".", "qwen_3_vl", "tokenizer", "processor", "../tokenizer", "../processor"),
         ),
     ),
-    most=MOST_TOKENS,
+    maximum=MOST_TOKENS,
     before=f"{_SYSTEM}<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     dropped=None,
@@ -68,7 +68,7 @@ TEXT_USE = LanguageUse(
         show=lay_on_white,
         hash_images=hash_images,
         fewest=1,  # no limits: the images already have their final sizes
-        most=1 << 40,
+        maximum=1 << 40,
         between=" ",
         always=False,
     ),

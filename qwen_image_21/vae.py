@@ -414,8 +414,8 @@ def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float
                 f'{len(MEAN)}. Put the config.json with its "{name}" next to the file.',
                 checkpoint.path,
             )
-        least = 1 / LARGEST if name == "latents_std" else -LARGEST
-        if not _are_numbers(values, channels, least):
+        minimum = 1 / LARGEST if name == "latents_std" else -LARGEST
+        if not _are_numbers(values, channels, minimum):
             meaning = "positive numbers" if name == "latents_std" else "numbers"
             raise CheckpointError(
                 f'{path}: "{name}" must be a list of {channels} {meaning}, one for each latent channel. '
@@ -425,10 +425,10 @@ def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float
     return tuple(means), tuple(deviations)
 
 
-def _are_numbers(values: Any, length: int, least: float) -> bool:
+def _are_numbers(values: Any, length: int, minimum: float) -> bool:
     if not isinstance(values, list | tuple) or len(values) != length:
         return False
-    return all(type(value) in (int, float) and least <= value <= LARGEST for value in values)
+    return all(type(value) in (int, float) and minimum <= value <= LARGEST for value in values)
 
 
 def read_vae_config(path: Path) -> QwenImage21VaeConfig:

@@ -62,7 +62,7 @@ class SwapOptions(Options):
         "computing a block takes longer than copying it",
         type=number_or_auto,
         metavar="N",
-        least=0,
+        minimum=0,
         off=(0,),
         often=True,
         known_as=("block_swap", "swap_blocks", "block_to_swap"),
@@ -76,8 +76,8 @@ class SwapOptions(Options):
         "count toward the blocks that --blocks_to_swap leaves there. More than 2 helps if copy times "
         "vary",
         default=SLOTS,
-        least=SLOTS,
-        only_with="blocks_to_swap",
+        minimum=SLOTS,
+        ignored_without="blocks_to_swap",
         hint="one block computes while the next one is copied",
     )
     use_pinned_memory_for_block_swap = not_needed(

@@ -11,7 +11,7 @@ from modules.devices import Failures
 from modules.errors import OptionError
 from modules.media.reading import image_size
 from modules.options import option_values, override_options
-from stable_diffusion.contract import SDXL, AskedImage, ImageSettings, ModelKind
+from stable_diffusion.contract import SDXL, ImageSettings, ModelKind, RequestedImage
 from stable_diffusion.lines import (
     LINE_OPTIONS,
     MULTIPLIERS,
@@ -106,10 +106,10 @@ class Asking:
     num_images: int = 0
     num_lines: int = 0
 
-    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedImage]:
+    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[RequestedImage]:
         """Yield the requested images of each line; lines that cannot be used are added to `failures`."""
         for line in lines:
-            images: list[AskedImage] = []
+            images: list[RequestedImage] = []
             self.num_lines += 1
             with failures.note_errors(line.label):
                 images = [
@@ -140,7 +140,7 @@ class Asking:
         chosen = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
-    def _make_image(self, line: Line, text: str, seed: int, number: int) -> AskedImage:
+    def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
         """Return the requested image of a prompt line: its texts, its files and its settings."""
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
@@ -155,7 +155,7 @@ class Asking:
             logger.warning(
                 "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
             )
-        return AskedImage(
+        return RequestedImage(
             label=line.label,
             prompt=values["prompt"],
             negative_prompt=values.get("negative_prompt") or "",
@@ -322,14 +322,14 @@ def _warn_of_unused(
         logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
-def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedImage]]:
+def batches(pictures: Iterable[RequestedImage], size: int) -> Iterator[list[RequestedImage]]:
     """Group consecutive images with equal settings and the same kinds of inputs.
 
     Args:
         pictures: The images.
         size: Largest number of images in a group.
     """
-    batch: list[AskedImage] = []
+    batch: list[RequestedImage] = []
     for image in pictures:
         if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(image)):
             yield batch
@@ -339,7 +339,7 @@ def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedIma
         yield batch
 
 
-def _group_key(picture: AskedImage) -> tuple[Any, ...]:
+def _group_key(picture: RequestedImage) -> tuple[Any, ...]:
     return (
         picture.settings,
         picture.image is None,

@@ -12,13 +12,13 @@ from torch import Tensor
 from checkpoints.dialects import count
 from modules.errors import OptionError
 from networks.predictions import compare_predictions
-from stable_diffusion.contract import AskedImage, Idea
+from stable_diffusion.contract import RequestedImage, UnetHook
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import OpenedCheckpoint, check_attention, load_release, open_release
 from stable_diffusion.loras import check_networks, load_networks, read_networks, words_of
-from stable_diffusion.making import Maker, MakesIdeas
+from stable_diffusion.making import BatchHook, ImageGenerator
 from stable_diffusion.names import unet_blocks
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
@@ -60,7 +60,9 @@ class LayerTexts:
     paths: Sequence[str]
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         """Change the U-Net for a batch and restore it at the end. Enter this before `Regions`."""
         with ExitStack() as stack:
             for place, path in enumerate(self.paths):
@@ -92,7 +94,7 @@ def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
         )
 
 
-def assemble(options: GenImgOptions, device: torch.device) -> Maker:
+def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     """Load the checkpoint and everything that changes it; return the object that makes images with them.
 
     Raises OptionError or CheckpointError, if possible before any network is loaded.
@@ -122,7 +124,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
     texts = Texts(model.texts, model.kind, options.text, list(layers), bundled=bundled)
-    ideas: list[MakesIdeas] = []
+    ideas: list[BatchHook] = []
     if control_nets is not None:
         ideas.append(control_nets)
     if lllites is not None:
@@ -137,7 +139,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
     vision = None
     if strength is not None:
         vision = ImageVectors(model, options.model.tokenizer_cache_dir, strength)
-    return Maker(
+    return ImageGenerator(
         model=model,
         texts=texts,
         sampling=options.sampling,

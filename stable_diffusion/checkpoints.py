@@ -330,7 +330,7 @@ class _Bands:
     """Computes a convolution band by band."""
 
     conv: nn.Conv2d
-    most: int  # bands
+    maximum: int  # bands
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C H W."""
@@ -338,10 +338,10 @@ class _Bands:
         pad_rows, pad_columns = (int(size) for size in conv.padding)  # number of zeros on each side
         # number of rows of the result
         rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1
-        if rows < 2 * self.most:
+        if rows < 2 * self.maximum:
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
-        edges = [rows * band // self.most for band in range(self.most + 1)]
+        edges = [rows * band // self.maximum for band in range(self.maximum + 1)]
         for start, end in pairwise(edges):
             band = self._cut_rows(x, start, end, pad_rows)
             convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))

@@ -1,6 +1,6 @@
 """The records that the parts of Stable Diffusion hand to each other.
 
-A batch goes this way: prompts -> `AskedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
+A batch goes this way: prompts -> `RequestedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
 the denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C width, h w latent size
@@ -124,7 +124,7 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
-class AskedImage:
+class RequestedImage:
     """One requested image, with its variants selected, its settings resolved and its files found."""
 
     label: str  # in messages: "line 3"
@@ -165,7 +165,7 @@ class UnetCall:
 
 
 # Looks at a call of the U-Net, may set up modules for it, and returns it, changed or not.
-Idea = Callable[[UnetCall], UnetCall]
+UnetHook = Callable[[UnetCall], UnetCall]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.media.edges import draw_edges
 from modules.media.reading import Frame, read_image, resize_frame
-from stable_diffusion.contract import SDXL, AskedImage, Idea, Model, ModelKind, UnetCall
+from stable_diffusion.contract import SDXL, Model, ModelKind, RequestedImage, UnetCall, UnetHook
 from stable_diffusion.control_net_files import OPTION, load_control_net
 from stable_diffusion.network_options import ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
@@ -59,7 +59,9 @@ class ControlNets:
         self._model = model
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         """Yield the hook that adds residuals for images of this size; None if they have no guides.
 
         Raises:
@@ -173,14 +175,14 @@ class BatchGuides:
         self,
         uses: Sequence[ControlUse],
         option: str,
-        pictures: Sequence[AskedImage],
+        pictures: Sequence[RequestedImage],
         width: int,
         height: int,
     ) -> None:
         """Read the guide images of a batch.
 
         Args:
-            uses: Networks in the order of `AskedImage.guides`.
+            uses: Networks in the order of `RequestedImage.guides`.
             option: Option that names the networks, for messages.
             pictures: Images of the batch.
             width: Width in pixels.

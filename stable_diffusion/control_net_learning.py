@@ -36,16 +36,16 @@ _HINT_BLOCK = re.compile(r"controlnet_cond_embedding\.blocks\.(\d+)\.(\w+)")
 class TrainedControlNet(nn.Module):
     """A ControlNet next to the U-Net of a training."""
 
-    def __init__(self, network: ControlNetModel, own_rate: float | None) -> None:
+    def __init__(self, network: ControlNetModel, new_layers_lr: float | None) -> None:
         """Store the network to train.
 
         Args:
             network: ControlNetModel of diffusers.
-            own_rate: Learning rate of the layers that a U-Net does not have; None uses the common rate.
+            new_layers_lr: Learning rate of the layers that a U-Net does not have; None uses the common rate.
         """
         super().__init__()
         self.network = network
-        self.own_rate = own_rate
+        self.new_layers_lr = new_layers_lr
         self.multiplier = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -54,15 +54,15 @@ class TrainedControlNet(nn.Module):
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
         """Return the parameter groups and their names: layers copied from the U-Net, and new layers."""
-        if self.own_rate is None:
+        if self.new_layers_lr is None:
             return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
-        rates = {"control_net copy": learning_rate, "control_net own": self.own_rate}
+        rates = {"control_net copy": learning_rate, "control_net own": self.new_layers_lr}
         params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
         for name, weight in self.network.named_parameters():
             params["control_net own" if name.startswith(OWN_PARTS) else "control_net copy"].append(weight)
         return [{"params": params[name], "lr": rate} for name, rate in rates.items()], [*rates]
 
-    def see_call(
+    def compute_residuals(
         self, controls: Tensor | None, strength: float, arguments: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the residuals as arguments for a call of the U-Net; {} without control images.
@@ -97,7 +97,7 @@ class TrainedControlNet(nn.Module):
 
 def make_control_net(
     path: Path | None,
-    own_rate: float | None,
+    new_layers_lr: float | None,
     checkpoints: bool,
     kind: ModelKind,
     unet: Any,
@@ -107,7 +107,7 @@ def make_control_net(
 
     Args:
         path: File to start from; None copies the U-Net.
-        own_rate: Learning rate of the layers that the U-Net does not have; None uses the common rate.
+        new_layers_lr: Learning rate of the layers that the U-Net does not have; None uses the common rate.
         checkpoints: Whether to use gradient checkpointing, as in the U-Net.
         kind: Kind of the checkpoint.
         unet: The U-Net.
@@ -124,8 +124,10 @@ def make_control_net(
     network.set_attn_processor(next(iter(unet.attn_processors.values())))
     if checkpoints:
         network.enable_gradient_checkpointing()
-    trained = TrainedControlNet(network.train(), own_rate)
-    unet.beside = BesideUnet(trained.see_call)  # calls of the U-Net then add the ControlNet's residuals
+    trained = TrainedControlNet(network.train(), new_layers_lr)
+    unet.beside = BesideUnet(
+        trained.compute_residuals
+    )  # calls of the U-Net then add the ControlNet's residuals
     return trained
 
 
@@ -148,7 +150,7 @@ def describe_control_net(
     files: TrainingFiles,
     *,
     path: Path | None,
-    own_rate: float | None,
+    new_layers_lr: float | None,
     checkpoints: bool,
 ) -> MadeNetwork:
     """Describe a ControlNet as a network that a training makes. For the arguments see `make_control_net`."""
@@ -165,7 +167,7 @@ def describe_control_net(
         called=CALLED,
         words=f"{CALLED}, {origin}",
         ending="controlnet",
-        make=partial(make_control_net, path, own_rate, checkpoints, files.kind),
+        make=partial(make_control_net, path, new_layers_lr, checkpoints, files.kind),
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
         default_rate=DefaultRate(5e-7, "1e-5", 5e-4),

@@ -41,7 +41,7 @@ def rate_option() -> Any:
         "learning rate of the parts that the U-Net does not have: the control image's embedding and "
         "the outputs, which are initialized to zero",
         default=1e-4,
-        least=0,
+        minimum=0,
         below=1000.0,
         hint="1e-4 is usual",
         facts=CHANGEABLE,

@@ -51,7 +51,7 @@ from stable_diffusion.files import Marks
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
 from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
-from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
+from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.textual_inversion import LearnedWord, check_words, read_bundled, with_bundled
 from stable_diffusion.tokenizers import SIZE as CHUNK
@@ -146,7 +146,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
         preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
         npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
-        tells_sizes=kind is SDXL,
+        has_size_conditions=kind is SDXL,
     )
 
 
@@ -576,7 +576,7 @@ class StableDiffusion(ModelOfImages):
         section = prompts[0].section(solver.seen(0), conditions)
         return (yield replace(section, solver=solver))
 
-    def _begin(self, prepared: Prepared) -> SeenSolver:
+    def _begin(self, prepared: Prepared) -> ScaledSolver:
         """Return the solver for an image, and its start noise."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
@@ -590,7 +590,7 @@ class StableDiffusion(ModelOfImages):
             # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
+        return ScaledSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents in model space to pixels."""
@@ -667,7 +667,7 @@ def with_inversion(model: StableDiffusion) -> StableDiffusion:
 
 
 def with_control_net(
-    model: StableDiffusion, path: Path | None, own_rate: float | None, checkpoints: bool
+    model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
 ) -> StableDiffusion:
     """Return the model for training a ControlNet. For the arguments see `make_control_net`."""
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -676,7 +676,7 @@ def with_control_net(
         model.options,
         model.files,
         path=path,
-        own_rate=own_rate,
+        new_layers_lr=new_layers_lr,
         checkpoints=checkpoints,
     )
     return replace(model, made_network=made, lora_module=MODULE)

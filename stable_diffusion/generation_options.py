@@ -121,13 +121,13 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     clip_skip: int | None = option(
         "layer of the text encoders whose states are used, from the end: 1 is the last one; default: 1, for "
         "XL 2",
-        least=1,
+        minimum=1,
         hint="1 or 2",
         often=True,
     )
     max_embeddings_multiples: int | None = option(
         "how long a prompt may be, in chunks of 75 tokens; default: 1, the rest is cut off with a warning",
-        least=1,
+        minimum=1,
         often=True,
     )
     no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")

@@ -26,7 +26,7 @@ from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import AskedImage, Model
+from stable_diffusion.contract import Model, RequestedImage
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.regions import split_parts
 from stable_diffusion.samplers import UnetPasses
@@ -155,7 +155,7 @@ class Guides:
     clip: FullClip | None
     vgg: Vgg16 | None
 
-    def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedImage) -> Guidance:
+    def steer(self, guidance: Guidance, passes: UnetPasses, picture: RequestedImage) -> Guidance:
         """Wrap guidance so that the networks steer one image.
 
         Args:
@@ -205,7 +205,7 @@ class Guides:
 
         return steered
 
-    def _measure(self, picture: AskedImage) -> Measure:
+    def _measure(self, picture: RequestedImage) -> Measure:
         """Return the function whose gradient steers an image: the sum of all networks' measures."""
         options = self.options
         clip = self.clip
@@ -220,7 +220,7 @@ class Guides:
             measures.append(_measure_features(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
-    def _read_clip_tokens(self, picture: AskedImage) -> list[int]:
+    def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
         """Return the tokens of the text for CLIP: start, as many as fit, end; weights are ignored."""
         text = picture.clip_prompt
         if text is None:

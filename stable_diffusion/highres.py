@@ -11,8 +11,8 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
-from stable_diffusion.contract import AskedImage, ImageSettings, Made, Model, SecondStart
-from stable_diffusion.making import Maker
+from stable_diffusion.contract import ImageSettings, Made, Model, RequestedImage, SecondStart
+from stable_diffusion.making import ImageGenerator
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 
@@ -142,7 +142,7 @@ class SavedStage:
     """One stage's result that is to be saved."""
 
     # with the seeds that were asked for, and with the settings of this stage
-    pictures: Sequence[AskedImage]
+    pictures: Sequence[RequestedImage]
     result: Made
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
@@ -168,17 +168,17 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 
 
 def make_images(
-    maker: Maker, highres: Highres | None, pictures: Sequence[AskedImage]
+    maker: ImageGenerator, highres: Highres | None, pictures: Sequence[RequestedImage]
 ) -> Iterator[SavedStage]:
     """Generate a batch; yield each stage's images that are to be saved, as soon as they are finished.
 
     Args:
         maker: Makes the images.
         highres: Options and upscaler of the second stage; None for one stage.
-        pictures: Images of equal settings, as `Maker.make` takes them.
+        pictures: Images of equal settings, as `ImageGenerator.make` takes them.
 
     Raises:
-        UserError: As `Maker.make` does, and if --highres_fix_upscaler fails.
+        UserError: As `ImageGenerator.make` does, and if --highres_fix_upscaler fails.
     """
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")
@@ -226,7 +226,7 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
     )
 
 
-def enlarge(maker: Maker, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
+def enlarge(maker: ImageGenerator, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
     """Enlarge the first stage's result to the size of the second stage.
 
     Args:

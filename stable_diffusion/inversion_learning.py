@@ -94,7 +94,7 @@ class LearntRows(nn.Module):
     def set_multiplier(self, multiplier: float) -> None:
         """Do nothing: texts are encoded before a pass, so no pass can do without the word."""
 
-    def tell_norms(self) -> None:
+    def log_norms(self) -> None:
         """Log the norm of each row and the mean norm of the table; warn of rows that are much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
@@ -121,9 +121,9 @@ class LearntRows(nn.Module):
 
 
 def report_rows(module: nn.Module) -> None:
-    """Log the norms of the vectors, as `LearntRows.tell_norms`."""
+    """Log the norms of the vectors, as `LearntRows.log_norms`."""
     assert isinstance(module, LearntRows)
-    module.tell_norms()
+    module.log_norms()
 
 
 def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:

@@ -28,8 +28,8 @@ class InversionOptions(Options, title="textual inversion"):
     num_vectors_per_token: int = option(
         "number of vectors of the word; each takes up one of the 75 tokens of a caption",
         default=1,
-        least=1,
-        most=MAX_VECTORS,
+        minimum=1,
+        maximum=MAX_VECTORS,
         hint="1 to 8 are usual",
         often=True,
         facts=IDENTITY,

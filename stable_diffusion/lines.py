@@ -204,14 +204,14 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
         mark = _EACH.match(group[1])
         if mark is not None:
             state = random.getstate()
-            options, fewest, most, joiner = _read_group(group[1][mark.end() :])
-            for size in range(fewest, most + 1):
+            options, fewest, maximum, joiner = _read_group(group[1][mark.end() :])
+            for size in range(fewest, maximum + 1):
                 for chosen in combinations(options, size):
                     random.setstate(state)
                     yield from _expand_groups(before + joiner.join(chosen) + after, random)
             return
-        options, fewest, most, joiner = _read_group(group[1])
-        places = sorted(random.sample(range(len(options)), random.randint(fewest, most)))
+        options, fewest, maximum, joiner = _read_group(group[1])
+        places = sorted(random.sample(range(len(options)), random.randint(fewest, maximum)))
         text = before + joiner.join(options[place] for place in places) + after
     yield text
 
@@ -226,10 +226,10 @@ def _read_group(content: str) -> tuple[list[str], int, int, str]:
     if exact is not None:
         low = high = exact
     fewest = min(int(low or "0"), len(options))
-    most = min(int(high or len(options)), len(options))
-    if fewest > most:
-        fewest, most = most, fewest
-    return options, fewest, most, JOINER if joiner is None else joiner
+    maximum = min(int(high or len(options)), len(options))
+    if fewest > maximum:
+        fewest, maximum = maximum, fewest
+    return options, fewest, maximum, JOINER if joiner is None else joiner
 
 
 logger = logging.getLogger(__name__)

@@ -69,9 +69,11 @@ class TrainedLllite(Lllite):
             assert isinstance(module, LlliteModule)
             layer = find_layer(unet, name, module.part, path, WEIGHTS)
             layer.register_forward_pre_hook(partial(self._change_input, module))
-        unet.beside = BesideUnet(self.see_call)  # type: ignore[assignment]
+        unet.beside = BesideUnet(self.compute_residuals)  # type: ignore[assignment]
 
-    def see_call(self, controls: Tensor | None, strength: float, _: Mapping[str, Any]) -> dict[str, Any]:
+    def compute_residuals(
+        self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Set the control images of a call of the U-Net; return {}, as the call needs no arguments."""
         self.see(controls, strength)
         return {}

@@ -13,7 +13,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from stable_diffusion.contract import SDXL, AskedImage, Idea, Model, ModelKind, UnetCall
+from stable_diffusion.contract import SDXL, Model, ModelKind, RequestedImage, UnetCall, UnetHook
 from stable_diffusion.control_net import BatchGuides, is_active
 from stable_diffusion.lllite_modules import (
     PREFIX,
@@ -57,7 +57,9 @@ class Lllites:
             self._layers.append(layers)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         """Attach the modules while a batch is generated; yield the hook, None if the batch has no guides.
 
         Raises:

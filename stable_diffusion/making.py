@@ -26,12 +26,12 @@ from stable_diffusion.small_start import begin_small, check_batch
 from stable_diffusion.text import ImageVectors, Texts
 
 
-class MakesIdeas(Protocol):
+class BatchHook(Protocol):
     """Creates an `Idea` for each batch, and may change modules while the batch is generated."""
 
     def for_batch(
-        self, pictures: Sequence[contract.AskedImage], width: int, height: int
-    ) -> AbstractContextManager[contract.Idea | None]:
+        self, pictures: Sequence[contract.RequestedImage], width: int, height: int
+    ) -> AbstractContextManager[contract.UnetHook | None]:
         """Open the block in which a batch is generated; yield its `Idea`, or None if the batch needs none."""
 
 
@@ -44,7 +44,7 @@ class _Texts(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Maker:
+class ImageGenerator:
     """Generates images with a loaded model, batch by batch."""
 
     model: contract.Model
@@ -52,7 +52,7 @@ class Maker:
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     networks: ChosenLoras | None = None
-    ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
+    ideas: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
@@ -71,7 +71,7 @@ class Maker:
     @torch.no_grad()
     def make(
         self,
-        pictures: Sequence[contract.AskedImage],
+        pictures: Sequence[contract.RequestedImage],
         start: contract.SecondStart | None = None,
         wants_images: bool = True,
     ) -> contract.Made:
@@ -110,7 +110,7 @@ class Maker:
         return contract.Made(joined, images)
 
     def _make_group(
-        self, pictures: Sequence[contract.AskedImage], start: contract.SecondStart | None
+        self, pictures: Sequence[contract.RequestedImage], start: contract.SecondStart | None
     ) -> Tensor:
         """Return the latents, B 4 h w, of images with texts of equal length."""
         settings = pictures[0].settings
@@ -152,7 +152,7 @@ class Maker:
         passes: samplers.UnetPasses,
         beginning: starting.Beginning,
         texts: _Texts,
-        picture: contract.AskedImage,
+        picture: contract.RequestedImage,
     ) -> Tensor:
         """Return the denoised latents. `picture` is any of the group, because all have the same settings."""
         sampler = beginning.sampler
@@ -204,20 +204,20 @@ class Maker:
 
     # Texts
 
-    def _count_chunks(self, picture: contract.AskedImage) -> int:
+    def _count_chunks(self, picture: contract.RequestedImage) -> int:
         return max(map(self.texts.chunks, [*self._split_parts(picture), *self._list_avoided(picture)]))
 
-    def _split_parts(self, picture: contract.AskedImage) -> list[str]:
+    def _split_parts(self, picture: contract.RequestedImage) -> list[str]:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
-    def _list_avoided(self, picture: contract.AskedImage) -> list[str]:
+    def _list_avoided(self, picture: contract.RequestedImage) -> list[str]:
         """Return the negative text, and with three passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
-    def _encode(self, pictures: Sequence[contract.AskedImage]) -> _Texts:
+    def _encode(self, pictures: Sequence[contract.RequestedImage]) -> _Texts:
         """Encode the prompts and negative prompts of a group of images."""
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
@@ -226,7 +226,7 @@ class Maker:
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
-        def join(picture: contract.AskedImage, texts: Sequence[str]) -> contract.TextState:
+        def join(picture: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
             """Join the states of an image's texts, one for each part of its prompt, into one state."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(parts) == 1:
@@ -248,7 +248,7 @@ class Maker:
 
     def _encode_parts(
         self,
-        picture: contract.AskedImage,
+        picture: contract.RequestedImage,
         prompts: Sequence[Sequence[str]],
         avoided: Sequence[Sequence[str]],
         is_regional: bool,
@@ -296,7 +296,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
 
 
-def _list_vision_paths(pictures: Sequence[contract.AskedImage]) -> list[Path]:
+def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path]:
     """Return the image whose CLIP vector each generated image uses. Raises OptionError if one has none."""
     paths = [image.image for image in pictures if image.image is not None]
     if len(paths) < len(pictures):

@@ -64,8 +64,8 @@ class ControlOptions(Options, title="ControlNet"):
     control_net_ratios: tuple[float, ...] | None = option(
         "fraction of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if "
         "not given",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs=_MODELS,
     )
 
@@ -171,13 +171,13 @@ class GuideOptions(Options, title="guidance by other networks"):
     clip_guidance_scale: float = option(
         "how strongly CLIP steers the image toward the prompt, or toward the text of --c; about 100",
         default=0.0,
-        least=0,
+        minimum=0,
         hint=_SCALE_HINT,
     )
     clip_image_guidance_scale: float = option(
         "how strongly CLIP steers the image toward that of --guide_image_path; about 100",
         default=0.0,
-        least=0,
+        minimum=0,
         hint=_SCALE_HINT,
     )
     clip_guidance_model: Path | None = option(
@@ -188,14 +188,14 @@ class GuideOptions(Options, title="guidance by other networks"):
     vgg16_guidance_scale: float = option(
         "how strongly VGG16 steers the image toward that of --guide_image_path; about 100",
         default=0.0,
-        least=0,
+        minimum=0,
         hint=_SCALE_HINT,
     )
     vgg16_guidance_layer: int = option(
         f"layer of VGG16 whose features are compared, 1 to {VGG_LAYERS}: 20 is that of conv4_2",
         default=VGG_LAYER,
-        least=1,
-        most=VGG_LAYERS,
+        minimum=1,
+        maximum=VGG_LAYERS,
         needs="vgg16_guidance_scale",
     )
     vgg16_guidance_model: Path | None = option(
@@ -242,7 +242,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         excludes=("network_merge_n_models", "network_pre_calc"),
     )
     network_merge_n_models: int | None = option(
-        "fold the first ones into the model", least=1, needs="network_weights"
+        "fold the first ones into the model", minimum=1, needs="network_weights"
     )
     network_pre_calc: bool = option(
         "fold the networks in for each batch, which is faster than adding them at each step and still lets "
@@ -256,8 +256,8 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         "the mask of regions (--mask_path, prompts with AND) has this many regions, each of one color: red "
         "1, green 2, yellow 3, blue 4, magenta 5, cyan 6, white 7; usually red, green and blue are a region "
         "each, and their values weights",
-        least=1,
-        most=7,
+        minimum=1,
+        maximum=7,
         excludes=("network_merge", "network_pre_calc"),
         hint="networks in regions are added while pictures are made",
     )

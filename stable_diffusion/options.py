@@ -41,8 +41,10 @@ class ModelOptions(Options, title="model"):
     )
     fp16: bool = option("compute in float16; else in float32", title=_SPEED, excludes="bf16", often=True)
     bf16: bool = option("compute in bfloat16; else in float32", title=_SPEED, often=True)
-    no_half_vae: bool = option("the VAE computes in float32", title=_SPEED, only_with=("fp16", "bf16"))
-    vae_slices: int | None = option("the VAE works in this many bands, to save memory", title=_SPEED, least=1)
+    no_half_vae: bool = option("the VAE computes in float32", title=_SPEED, ignored_without=("fp16", "bf16"))
+    vae_slices: int | None = option(
+        "the VAE works in this many bands, to save memory", title=_SPEED, minimum=1
+    )
     vae_batch_size: float | None = option(
         "images that the VAE takes at once; below 1: this share of --batch_size; usually all",
         title=_SPEED,
@@ -95,15 +97,15 @@ class ImageInputOptions(Options, title="prompts", must_give=True):
         hint="no other mode shows pictures",
     )
     images_per_prompt: int = option(
-        "images of each prompt, with different seeds", default=1, least=1, often=True
+        "images of each prompt, with different seeds", default=1, minimum=1, often=True
     )
-    n_iter: int = option("how many times all prompts are made", default=1, least=1)
+    n_iter: int = option("how many times all prompts are made", default=1, minimum=1)
     shuffle_prompts: bool = option(
         "go through the prompts in another order in each round",
         excludes="from_module",
         hint="the module decides which prompt is next",
     )
-    batch_size: int = option("images that are made at once", default=1, least=1, often=True)
+    batch_size: int = option("images that are made at once", default=1, minimum=1, often=True)
     seed: int | None = option(
         "seed of a single image; the seeds of several images are drawn from it; random if not given",
         often=True,
@@ -164,11 +166,11 @@ class TextOptions(Options, title="text"):
         "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
         "Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, 2 for "
         "XL",
-        least=1,
+        minimum=1,
         often=True,
     )
     max_embeddings_multiples: int | None = option(
-        "how long a prompt may be, in chunks of 75 tokens; usually 1, the rest is cut off", least=1
+        "how long a prompt may be, in chunks of 75 tokens; usually 1, the rest is cut off", minimum=1
     )
     emb_normalize_mode: str = option(
         "what weights such as (cat:1.3) leave unchanged: original: the mean of the embeddings, abs: the mean "

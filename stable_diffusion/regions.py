@@ -22,7 +22,7 @@ from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from networks.added import AddedPart
-from stable_diffusion.contract import AskedImage, Idea, TextState, UnetCall
+from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3
 _DARK = 1e-4  # below it, no part has a pixel: they share it
@@ -147,7 +147,7 @@ class Regions:
         self._unet = unet
         self._color_codes = color_codes
 
-    def read(self, picture: AskedImage, width: int, height: int) -> Tensor:
+    def read(self, picture: RequestedImage, width: int, height: int) -> Tensor:
         """Return the regions of an image's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises:
@@ -162,7 +162,9 @@ class Regions:
         return read_regions(picture.mask, parts, width=width, height=height, color_codes=self._color_codes)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         """Apply a batch's regions in the U-Net until the batch is done; yield None if prompts have one part.
 
         The context of a call holds all parts of each row, one after the other: R P*L C.

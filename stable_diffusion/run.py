@@ -30,7 +30,7 @@ from modules.media.writing import write_png
 from modules.text_files import real_path
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import SDXL, AskedImage, ModelKind
+from stable_diffusion.contract import SDXL, ModelKind, RequestedImage
 from stable_diffusion.highres import FIRST, Highres, make_images, prepare_highres
 from stable_diffusion.lines import (
     LINE_OPTIONS,
@@ -41,7 +41,7 @@ from stable_diffusion.lines import (
     list_lines,
     module_lines,
 )
-from stable_diffusion.making import Maker
+from stable_diffusion.making import ImageGenerator
 from stable_diffusion.options import GenImgOptions, ImageOutputOptions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ImageFiles:
     now: Callable[[], datetime] = datetime.now
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
 
-    def save(self, picture: AskedImage, image: Image, digit: str, number: int) -> Path:
+    def save(self, picture: RequestedImage, image: Image, digit: str, number: int) -> Path:
         """Write an image under an unused name, completely or not at all.
 
         Args:
@@ -105,7 +105,7 @@ class ImageFiles:
             write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
-    def _yield_names(self, picture: AskedImage, digit: str, number: int) -> Iterator[str]:
+    def _yield_names(self, picture: RequestedImage, digit: str, number: int) -> Iterator[str]:
         """Yield names without suffix, the preferred one first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
@@ -166,7 +166,7 @@ def show_image(program: str, path: Path) -> None:
     )
 
 
-Load = Callable[[GenImgOptions, torch.device], Maker]
+Load = Callable[[GenImgOptions, torch.device], ImageGenerator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class Run:
     """The parts of a run."""
 
     options: GenImgOptions
-    maker: Maker
+    maker: ImageGenerator
     highres: Highres | None
     asking: Asking
     files: ImageFiles
@@ -205,7 +205,7 @@ class Run:
                     paths += self._make([image])
         return paths
 
-    def _make(self, batch: Sequence[AskedImage]) -> list[Path]:
+    def _make(self, batch: Sequence[RequestedImage]) -> list[Path]:
         paths = []
         try:
             for stage in make_images(self.maker, self.highres, batch):

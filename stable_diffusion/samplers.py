@@ -18,7 +18,7 @@ from contract.data import Conditions
 from contract.steps import NO_OVERRIDES, Guidance, Overrides, Predict, Section, Step
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
-from stable_diffusion.contract import Idea, Model, TextState, UnetCall
+from stable_diffusion.contract import Model, TextState, UnetCall, UnetHook
 from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr, scheduler_class
 from stable_diffusion.sampling_options import TRAINED_STEPS
 
@@ -239,7 +239,7 @@ def begin_sampling(
 
 
 @dataclass
-class SeenSolver:
+class ScaledSolver:
     """A `SchedulerSolver` for one image, whose samples in the loop are inputs of the U-Net.
 
     Some schedulers scale a sample for the U-Net; the unscaled sample is kept here.
@@ -302,7 +302,7 @@ class UnetPasses:
 
     model: Model
     sampler: SchedulerSolver
-    ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
+    ideas: Sequence[UnetHook] = ()  # each sees the call as those before it left it
     # B 5 h w: mask and masked image, which the U-Net of an inpainting checkpoint takes with the sample
     inpainting: Tensor | None = None
 

@@ -26,8 +26,8 @@ class StartNoiseOptions(Options):
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="pyramid_noise_discount_range",
     )
     pyramid_noise_discount_range: tuple[float, ...] | None = option(
@@ -38,8 +38,8 @@ class StartNoiseOptions(Options):
     noise_offset_prob: float | None = option(
         "probability that an image begins with noise with an offset, which makes images darker or "
         "brighter as a whole; usually 0",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="noise_offset_range",
     )
     noise_offset_range: tuple[float, ...] | None = option(
@@ -60,13 +60,13 @@ class StartNoiseOptions(Options):
 class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
     """SDXL's size and crop conditions; None stands for the image's own size, and for no crop."""
 
-    original_height: int | None = option("original height; usually the height", least=1)
+    original_height: int | None = option("original height; usually the height", minimum=1)
     original_height_negative: int | None = option(
-        "original height for the negative prompt; usually that of the prompt", least=1
+        "original height for the negative prompt; usually that of the prompt", minimum=1
     )
-    original_width: int | None = option("original width; usually the width", least=1)
+    original_width: int | None = option("original width; usually the width", minimum=1)
     original_width_negative: int | None = option(
-        "original width for the negative prompt; usually that of the prompt", least=1
+        "original width for the negative prompt; usually that of the prompt", minimum=1
     )
     crop_top: int | None = option("rows cut off at the top; usually 0")
     crop_left: int | None = option("columns cut off at the left; usually 0")
@@ -78,20 +78,22 @@ class SamplingOptions(Options, title="sampling"):
     width: int | None = option(
         "width, a multiple of 8; usually 512, for XL 1024",
         name="W",
-        least=8,
-        most=LARGEST_SIDE,
+        minimum=8,
+        maximum=LARGEST_SIDE,
         hint=_SIZE_HINT,
         often=True,
     )
     height: int | None = option(
         "height, a multiple of 8; usually 512, for XL 1024",
         name="H",
-        least=8,
-        most=LARGEST_SIDE,
+        minimum=8,
+        maximum=LARGEST_SIDE,
         hint=_SIZE_HINT,
         often=True,
     )
-    steps: int = option("number of steps", default=50, least=1, most=MAX_STEPS, hint=STEPS_HINT, often=True)
+    steps: int = option(
+        "number of steps", default=50, minimum=1, maximum=MAX_STEPS, hint=STEPS_HINT, often=True
+    )
     sampler: str = option(
         "how steps are made; k_NAME is the same as NAME", default="ddim", choices=SAMPLERS, often=True
     )
@@ -101,8 +103,8 @@ class SamplingOptions(Options, title="sampling"):
     )
     strength: float | None = option(
         f"image to image: share of the steps that are made, 0 to 1; usually {DEFAULT_STRENGTH}",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         hint=STRENGTH_HINT,
         often=True,
     )
@@ -143,22 +145,22 @@ class HighresOptions(Options, title="highres fix: two stages"):
     highres_fix_scale: float | None = option(
         "make images in two stages: first at this share of width and height, such as 0.5",
         above=0,
-        most=1,
+        maximum=1,
         hint="the first stage's share of the whole, such as 0.5 where other programs say 2",
         often=True,
     )
     highres_fix_steps: int = option(
         "steps of the first stage",
         default=28,
-        least=1,
-        most=MAX_STEPS,
-        only_with="highres_fix_scale",
+        minimum=1,
+        maximum=MAX_STEPS,
+        ignored_without="highres_fix_scale",
         hint=STEPS_HINT,
     )
     highres_fix_strength: float | None = option(
         "fraction of the steps in the second stage, 0 to 1; usually --strength",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         needs="highres_fix_scale",
         hint=STRENGTH_HINT,
     )
@@ -190,19 +192,23 @@ class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repe
     """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
 
     ds_depth_1: int | None = option(
-        "input block of the U-Net where it begins, 0 to 8", least=0, most=DEEPEST, hint=_BLOCK
+        "input block of the U-Net where it begins, 0 to 8", minimum=0, maximum=DEEPEST, hint=_BLOCK
     )
-    ds_timesteps_1: int = option("it acts there down to this timestep", default=650, least=0, hint=_TIMESTEP)
+    ds_timesteps_1: int = option(
+        "it acts there down to this timestep", default=650, minimum=0, hint=_TIMESTEP
+    )
     ds_depth_2: int | None = option(
         "input block where it acts afterwards, 0 to 8",
-        least=0,
-        most=DEEPEST,
+        minimum=0,
+        maximum=DEEPEST,
         needs="ds_depth_1",
         hint=_BLOCK,
     )
-    ds_timesteps_2: int = option("it acts there down to this timestep", default=650, least=0, hint=_TIMESTEP)
+    ds_timesteps_2: int = option(
+        "it acts there down to this timestep", default=650, minimum=0, hint=_TIMESTEP
+    )
     ds_ratio: float = option(
-        "size of the features, as a share", default=0.5, above=0, most=1, hint="such as 0.5"
+        "size of the features, as a share", default=0.5, above=0, maximum=1, hint="such as 0.5"
     )
 
 
@@ -210,18 +216,18 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
     """Denoising begins with small latents, which grow."""
 
     gradual_latent_timesteps: int | None = option(
-        "latents grow below this timestep, such as 750", least=0, hint="a timestep, 0 to 1000"
+        "latents grow below this timestep, such as 750", minimum=0, hint="a timestep, 0 to 1000"
     )
-    gradual_latent_ratio: float = option("size at the beginning", default=0.5, above=0, most=1)
+    gradual_latent_ratio: float = option("size at the beginning", default=0.5, above=0, maximum=1)
     gradual_latent_ratio_step: float = option("how much they grow", default=0.125, above=0)
     gradual_latent_every_n_steps: int = option(
         "number of steps after which they grow again",
         default=3,
-        least=1,
+        minimum=1,
         flags=("--gradual_latent_every_n_steps", "--gradual_latent_ratio_every_n_steps"),
     )
     gradual_latent_s_noise: float = option(
-        "strength of the noise when they grow", default=1.0, least=0, hint="1 is the usual noise"
+        "strength of the noise when they grow", default=1.0, minimum=0, hint="1 is the usual noise"
     )
     gradual_latent_unsharp_params: str | None = option(
         "sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: the step's "

@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from modules.errors import OptionError
 from modules.integers import ceil_div
-from stable_diffusion.contract import AskedImage, Idea, UnetCall
+from stable_diffusion.contract import RequestedImage, UnetCall, UnetHook
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, Unsharp
 from stable_diffusion.starting import STRIDE, is_masked
@@ -36,7 +36,9 @@ class DeepShrinks:
     unet: Any
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         """Set the U-Net up for a batch and restore it at the end; yield None without Deep Shrink.
 
         Raises:
@@ -286,7 +288,7 @@ def begin_small(
     return resize_latents(latents, first), replace(sampler, around=growing)
 
 
-def check_batch(pictures: Sequence[AskedImage], sampler: str) -> None:
+def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:
     """Raise OptionError if a batch cannot be generated with Gradual Latent."""
     if sampler not in SAMPLERS:
         raise OptionError(

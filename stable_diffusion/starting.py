@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_mask
-from stable_diffusion.contract import AskedImage, ImageSettings, Model, SecondStart
+from stable_diffusion.contract import ImageSettings, Model, RequestedImage, SecondStart
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
@@ -135,17 +135,17 @@ class Beginning:
     inpainting: Tensor | None = None  # see `UnetPasses`
 
 
-def is_masked(picture: AskedImage) -> bool:
+def is_masked(picture: RequestedImage) -> bool:
     """Return whether an image is inpainted; with several prompt parts, a mask shows their regions instead."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
-def find_strength(picture: AskedImage, start: SecondStart | None) -> float | None:
+def find_strength(picture: RequestedImage, start: SecondStart | None) -> float | None:
     """Return the fraction of the steps that an input image goes through; None for a start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
-def check_start(model: Model, picture: AskedImage, start: SecondStart | None) -> None:
+def check_start(model: Model, picture: RequestedImage, start: SecondStart | None) -> None:
     """Raise OptionError for a mask without an image, or for an inpainting checkpoint without a mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
@@ -161,7 +161,7 @@ def check_start(model: Model, picture: AskedImage, start: SecondStart | None) ->
 
 def begin(
     model: Model,
-    pictures: Sequence[AskedImage],
+    pictures: Sequence[RequestedImage],
     start: SecondStart | None,
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
@@ -223,7 +223,7 @@ def begin(
     return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)))
 
 
-def _start_pixels(pictures: Sequence[AskedImage], start: SecondStart | None) -> Tensor | None:
+def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:
     """Return the pixels of the input images, B 3 H W; None for a start from latents or noise."""
     images = None if start is None else start.images
     if start is None:
@@ -234,7 +234,7 @@ def _start_pixels(pictures: Sequence[AskedImage], start: SecondStart | None) -> 
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
-def _read_masks(pictures: Sequence[AskedImage]) -> Tensor:
+def _read_masks(pictures: Sequence[RequestedImage]) -> Tensor:
     """Return the masks of images, B 1 H W, with 1 for the area to repaint."""
     settings = pictures[0].settings
     masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]

@@ -161,7 +161,7 @@ class Texts:
 
 
 def warn_of_unused(
-    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
+    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, maximum: int
 ) -> None:
     """Warn of a text that is cut off.
 
@@ -169,14 +169,14 @@ def warn_of_unused(
         parts: Parts of the text with their weights.
         tokenize: Returns the tokens of a text.
         count: Number of chunks of the text.
-        most: Maximum number of chunks.
+        maximum: Maximum number of chunks.
     """
-    if count > most:
+    if count > maximum:
         logger.warning(
             "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
             "--max_embeddings_multiples %d to read all of it",
-            tokenizers.SIZE * most,
-            shorten(tokenizers.cut_text(parts, tokenize, most), SHOWN),
+            tokenizers.SIZE * maximum,
+            shorten(tokenizers.cut_text(parts, tokenize, maximum), SHOWN),
             count,
         )
 
@@ -214,11 +214,11 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     if all(weight == 1 for weight in weights):
         return states
     plain = states.float()
-    weighed = plain * torch.tensor(weights, device=states.device)[:, None]
+    takes_weights = plain * torch.tensor(weights, device=states.device)[:, None]
     if mode != "none":
-        before, after = ((x.abs() if mode == "abs" else x).mean() for x in (plain, weighed))
-        weighed = weighed * torch.where(after == 0, 1.0, before / after)
-    return weighed.to(states.dtype)
+        before, after = ((x.abs() if mode == "abs" else x).mean() for x in (plain, takes_weights))
+        takes_weights = takes_weights * torch.where(after == 0, 1.0, before / after)
+    return takes_weights.to(states.dtype)
 
 
 def check_texts(

@@ -288,8 +288,8 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
     return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
 
 
-def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
-    """Return the end of a text, in whole words, that does not fit into `most` chunks. This is slow."""
+def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:
+    """Return the end of a text, in whole words, that does not fit into `maximum` chunks. This is slow."""
     words: list[Part] = []
     begins_chunk = False
     for part in parts:
@@ -298,5 +298,5 @@ def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
             words.append(Part(word, begins_chunk=begins_chunk))
             begins_chunk = False
     sizes = range(1, len(words) + 1)
-    fits = bisect_right(sizes, most, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))
+    fits = bisect_right(sizes, maximum, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))
     return " ".join(word.text for word in words[fits:])

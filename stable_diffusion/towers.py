@@ -185,12 +185,12 @@ class TowerEncoder:
         if file is None:
             file = source.download(path, may_download=False)
         words = self._teach(load_clip_words(source, file), vocabulary)
-        most = tokenizers.SIZE * self._chunks
+        maximum = tokenizers.SIZE * self._chunks
 
         def count(text: str) -> TokenCount:
             ids = words.tokenize(text)
-            num_read = len(text) if len(ids) <= most else _find_cut(text, words.tokenize, most)
-            return TokenCount(text, tokens=len(ids) + 2, limit=most + 2, num_read=num_read)
+            num_read = len(text) if len(ids) <= maximum else _find_cut(text, words.tokenize, maximum)
+            return TokenCount(text, tokens=len(ids) + 2, limit=maximum + 2, num_read=num_read)
 
         return count
 
@@ -287,8 +287,8 @@ class TowerEncoder:
         results: list[Conditions] = []
         for chunks, place in zip(texts, range(0, len(states), count), strict=True):
             joined = join_chunks(states[place : place + count])
-            weighed = weigh_states(joined, weights_of(chunks), WEIGHING)
-            conditions = {states_key: weighed[:length].cpu()}
+            takes_weights = weigh_states(joined, weights_of(chunks), WEIGHING)
+            conditions = {states_key: takes_weights[:length].cpu()}
             if pooled is not None:
                 conditions[POOLED] = pooled[place].cpu().clone()
             results.append(conditions)
@@ -324,10 +324,10 @@ class TowerEncoder:
         self._loaded.free()
 
 
-def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int:
-    """Return how many characters of a text its first `most` tokens cover, in whole words."""
+def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> int:
+    """Return how many characters of a text its first `maximum` tokens cover, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
-    number = bisect_right(ends, most, key=lambda end: len(tokenize(text[:end])))
+    number = bisect_right(ends, maximum, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0
 
 

@@ -29,8 +29,8 @@ class VariedNoiseOptions(Options, title="noise"):
     noise_offset: float | None = option(
         "add a random number times this to each channel of the noise, for darker and lighter images; "
         "0.05 is common",
-        least=0,
-        most=10,
+        minimum=0,
+        maximum=10,
         hint="0.05 is usual",
     )
     noise_offset_random_strength: bool = option(
@@ -38,22 +38,22 @@ class VariedNoiseOptions(Options, title="noise"):
     )
     adaptive_noise_scale: float | None = option(
         "add this times the mean of each channel of the latents to --noise_offset",
-        least=-10,
-        most=10,
+        minimum=-10,
+        maximum=10,
         needs="noise_offset",
         hint="0.005 is usual",
     )
     multires_noise_iterations: int | None = option(
         "levels of coarser noise that are added (pyramid noise); 6 to 10 are common",
-        least=0,
-        most=100,
+        minimum=0,
+        maximum=100,
         hint="6 to 10 are usual",
     )
     multires_noise_discount: float = option(
         "factor on each coarser level",
         default=0.3,
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         hint="0.1 to 0.8 are usual",
         acts_if={
             "there is no --multires_noise_iterations": lambda options: bool(options.multires_noise_iterations)
@@ -66,7 +66,7 @@ class LossWeightOptions(Options, title="loss"):
 
     min_snr_gamma: float | None = option(
         "limit the weight of nearly clean samples: their SNR counts as this at most; 5 is common",
-        least=0,
+        minimum=0,
         hint="5 is usual",
     )
     scale_v_pred_loss_like_noise_pred: bool = option(
@@ -74,7 +74,7 @@ class LossWeightOptions(Options, title="loss"):
     )
     v_pred_like_loss: float | None = option(
         "add this times the loss that a model of v would have; for models that predict noise",
-        least=0,
+        minimum=0,
         hint="0.1 to 1 are usual",
     )
     debiased_estimation_loss: bool = option("weight the losses by 1 / sqrt(SNR), of v by 1 / (SNR + 1)")

@@ -13,7 +13,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
     """Return the option of a text encoder's learning rate."""
     return option(
         f"learning rate of {help}; 0 freezes it; default: --learning_rate",
-        least=0,
+        minimum=0,
         below=LARGEST_RATE,
         hint="1e-6 is usual; 0 freezes it",
         acts_if=acts_if,

@@ -64,7 +64,7 @@ class Card:
         if self._counts:
             self._counts.emulated_forget_most_allocated()
 
-    def most(self) -> int:
+    def maximum(self) -> int:
         """Return the most bytes that were on the device at once."""
         return self._counts.emulated_most_allocated() if self._counts else 0
 
@@ -132,23 +132,23 @@ def main() -> None:
     gc.collect()
     release_heap()
     networks.beside.clear()
-    before, most, is_done = card.beside(), [0], threading.Event()
+    before, maximum, is_done = card.beside(), [0], threading.Event()
     card_before, card_most, peaks = card.held(), [0], list[int]()
     card.forget()
 
     def watch() -> None:
         while not is_done.wait(PAUSE):
-            most[0] = max(most[0], card.beside())
-            card_most[0] = max(card_most[0], card.most())  # a training forgets it when it has measured
+            maximum[0] = max(maximum[0], card.beside())
+            card_most[0] = max(card_most[0], card.maximum())  # a training forgets it when it has measured
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     for command in larger:
         sys.stdin = io.StringIO(typed)
-        most[0] = 0
+        maximum[0] = 0
         run(command)
         time.sleep(2 * PAUSE)
-        peaks.append(most[0] - before)
+        peaks.append(maximum[0] - before)
         gc.collect()
         release_heap()
     is_done.set()

@@ -85,10 +85,10 @@ def _encoded(track: Track, stream: Any) -> list[Any]:
     return packets + stream.encode(None)
 
 
-def clicks_in(samples: Any, least: float = 0.2) -> list[int]:
+def clicks_in(samples: Any, minimum: float = 0.2) -> list[int]:
     """Return the places of the clicks in one channel, ascending: where it is loudest round each."""
     left, found = np.abs(np.asarray(samples, np.float32)).copy(), list[int]()
-    while left.size and left.max() > least:
+    while left.size and left.max() > minimum:
         place = int(left.argmax())
         found.append(place)
         left[max(0, place - 200) : place + 200] = 0

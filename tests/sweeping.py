@@ -71,7 +71,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 def options_of(script: str) -> list[argparse.Action]:
     """The options of a script that it takes; those that are refused or not needed say so themselves."""
     actions = parser_of(script)._actions
-    return [one for one in actions if not hasattr(one, "refusal") and one.dest != "help"]
+    return [one for one in actions if not hasattr(one, "rejection") and one.dest != "help"]
 
 
 @dataclass
@@ -377,21 +377,21 @@ def _padded(old: Words, count: int) -> list[str | None]:
 
 def _other_number(text: str | None, kind: type, facts: Info) -> str:
     """A number near another one, within the limits of an option."""
-    least, most = facts.get("least", facts.get("above")), facts.get("most", facts.get("below"))
+    minimum, maximum = facts.get("minimum", facts.get("above")), facts.get("maximum", facts.get("below"))
     try:
         old = float(text) if text is not None else None
     except ValueError:
         old = None
     if kind is int:
         candidates = [old + 1, old - 1] if old is not None else [2, 1, 3, 0]
-        candidates += [least + 1] if least is not None else []
+        candidates += [minimum + 1] if minimum is not None else []
     else:
         candidates = [old * 0.5, old + 0.25, old + 1] if old else [0.5, 0.25, 1.5]
-        candidates += [least + 0.5] if least is not None else []
-        candidates += [(least + most) / 2] if least is not None and most is not None else []
+        candidates += [minimum + 0.5] if minimum is not None else []
+        candidates += [(minimum + maximum) / 2] if minimum is not None and maximum is not None else []
     for number in candidates:
-        within = (least is None or number > least or (number == least and "least" in facts)) and (
-            most is None or number < most or (number == most and "most" in facts)
+        within = (minimum is None or number > minimum or (number == minimum and "minimum" in facts)) and (
+            maximum is None or number < maximum or (number == maximum and "maximum" in facts)
         )
         if within and number != old:
             return f"{number:g}"

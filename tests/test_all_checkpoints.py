@@ -649,10 +649,10 @@ def test_sizes_without_sense_are_one_message(
         kind.checkpoints.load_dit(path, CPU)
 
 
-@pytest.mark.parametrize(("size", "most"), [("klein-4b", 13), ("klein-9b", 18), ("dev", 30)])
-def test_as_many_blocks_of_flux_2_are_swapped_as_the_known_tuner_allows(size: str, most: int) -> None:
+@pytest.mark.parametrize(("size", "maximum"), [("klein-4b", 13), ("klein-9b", 18), ("dev", 30)])
+def test_as_many_blocks_of_flux_2_are_swapped_as_the_known_tuner_allows(size: str, maximum: int) -> None:
     blocks = (FLUX_2[size]["double_blocks"], FLUX_2[size]["single_blocks"])
-    assert max_blocks(blocks, Flux2Model.spec.swap_counts) == most
+    assert max_blocks(blocks, Flux2Model.spec.swap_counts) == maximum
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers"])

@@ -159,7 +159,7 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
     if flag != "--mixed_precision":  # unset means the launcher's setting, which is "no" without one
         default = list(action.default) if isinstance(action.default, tuple) else action.default
         assert default == option["default"], f"{flag}: default {default!r}"
-    if option["choices"] and not hasattr(action, "refusal"):  # what is refused takes any value
+    if option["choices"] and not hasattr(action, "rejection"):  # what is refused takes any value
         refused = getattr(action, "refused", {})  # by name, with the reason
         ours, known = (
             set(action.choices or ()),
@@ -184,7 +184,7 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
     parser = parser_of(json.loads(manifest.read_text(encoding="utf-8"))["script"], monkeypatch)
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
-        if not hasattr(action, "refusal") or not action.refusal.reason:
+        if not hasattr(action, "rejection") or not action.rejection.reason:
             continue
         used = argparse.Namespace(**{**defaults, action.dest: "something"})
         with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is refused: (--)?\w+"):

@@ -456,12 +456,12 @@ def test_rooms_import_lower_floors_only(top: str) -> None:
 
 def test_root_scripts_are_thin() -> None:
     # a whole evening in one script; all checks of a change
-    most = {"quickstart.py": 200, "run_tests.py": 200}
+    maximum = {"quickstart.py": 200, "run_tests.py": 200}
     lines = {
         script: _count_lines(ROOT / script)
         for script in (*SCRIPTS, "quickstart.py", "run_tests.py", "set_up.py")
     }
-    assert {script: count for script, count in lines.items() if count > most.get(script, 150)} == {}
+    assert {script: count for script, count in lines.items() if count > maximum.get(script, 150)} == {}
 
 
 def test_every_folder_is_credited() -> None:

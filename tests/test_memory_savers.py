@@ -184,9 +184,9 @@ def test_no_process_holds_more_than_it_has_to(project: Path, name: str) -> None:
         if getattr(saver, part)
     )
 
-    most = max(one["most"] for one in run_watched(project, commands, saver.processes, saver.typed))
+    maximum = max(one["most"] for one in run_watched(project, commands, saver.processes, saver.typed))
 
-    assert most < allowed + saver.slack
+    assert maximum < allowed + saver.slack
 
 
 @dataclass(frozen=True)

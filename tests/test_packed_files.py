@@ -43,7 +43,7 @@ def project_of(name: str, folder: Path) -> TinyProject:
     return TinyProject(CHOSEN[name], folder)
 
 
-def compare(project: TinyProject, packed: Path, most: float = 1e-4, *more: object) -> None:
+def compare(project: TinyProject, packed: Path, maximum: float = 1e-4, *more: object) -> None:
     """Generate from the unpacked file and from the packed one in its place."""
     dit = project.folder / "model" / "dit.safetensors"
     (plain,) = project.generate("plain", *SAY, *more)
@@ -51,7 +51,7 @@ def compare(project: TinyProject, packed: Path, most: float = 1e-4, *more: objec
     (found,) = project.generate("packed", *SAY, *more)
     for name, latents in plain.items():
         difference = float((found[name] - latents).abs().max() / latents.abs().max())
-        assert difference <= most
+        assert difference <= maximum
 
 
 @pytest.mark.slow_cases(
@@ -225,9 +225,9 @@ def test_texts_are_those_of_the_values_of_a_packed_encoder(tmp_path: Path, name:
     assert found.keys() == expected.keys()
     # products in int8 round what goes into a layer, which T5's attention, without a scale, shows most: with
     # products in 16 bits it is within 2 % too
-    most = {"convrot": (1e-1, 5e-2), "Q8_0": (2e-2, 1e-4)}[form][0 if is_t5 else 1]
+    maximum = {"convrot": (1e-1, 5e-2), "Q8_0": (2e-2, 1e-4)}[form][0 if is_t5 else 1]
     for key, one in expected.items():
-        assert (found[key] - one).abs().max() <= most * one.abs().max()
+        assert (found[key] - one).abs().max() <= maximum * one.abs().max()
 
 
 def test_packed_weights_are_not_copied(tmp_path: Path) -> None:

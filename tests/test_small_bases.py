@@ -53,15 +53,15 @@ def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 @EACH
 def test_the_gradient_has_nearly_the_direction_of_that_in_16_bits(project: TinyProject, form: str) -> None:
     """With plain gradient descent the factor `up` is after one step the gradient itself, times the rate."""
-    how, _, name, least = FORMS[form]
-    least = LEAST.get((project.family.name, form), least)
+    how, _, name, minimum = FORMS[form]
+    minimum = LEAST.get((project.family.name, form), minimum)
     one_step = ["--optimizer_type", "SGD", "--max_train_steps", "1", "--learning_rate", "1"]
     expected = project.train("plain", *one_step)
     found = project.train(form, *one_step, *how)
 
     ups = [{k: t for k, t in lora.items() if k.endswith("lora_up.weight")} for lora in (found, expected)]
     assert found.keys() == expected.keys()
-    assert least < cosine(*ups) < 1 - 1e-7
+    assert minimum < cosine(*ups) < 1 - 1e-7
     with safe_open(project.folder / form / "x.safetensors", "pt") as file:
         assert file.metadata()["ss_base_form"] == name
         assert file.metadata()["ss_fp8_base"] == "False"
@@ -95,8 +95,8 @@ def test_every_network_learns_on_small_forms_and_savers_of_memory_change_nothing
     learning = [name for name in expected if name.endswith(ends)]
     assert learning
     some = [{name: each[name] for name in learning} for each in (found, expected)]
-    least = LEAST.get((project.family.name, form), FORMS[form][3])
-    assert least < cosine(*some) < 1 - 1e-7
+    minimum = LEAST.get((project.family.name, form), FORMS[form][3])
+    assert minimum < cosine(*some) < 1 - 1e-7
     savers = ("--gradient_checkpointing", "--blocks_to_swap", "1")
     saved = project.train(f"{way} saved", *one_step, *FORMS[form][0], *savers)
     assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
@@ -120,14 +120,14 @@ def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) ->
 
 
 @pytest.mark.slow_cases("wan t2v-1.3B-int8-0.1")
-@pytest.mark.parametrize(("form", "most"), [("int8", 0.1), ("nf4", 0.5)])
+@pytest.mark.parametrize(("form", "maximum"), [("int8", 0.1), ("nf4", 0.5)])
 def test_generation_makes_nearly_the_same(
-    project: TinyProject, tmp_path: Path, form: str, most: float
+    project: TinyProject, tmp_path: Path, form: str, maximum: float
 ) -> None:
     how = FORMS[form][1]
     expected, found = generated(project, tmp_path / "plain"), generated(project, tmp_path / form, *how)
 
-    assert all(1e-4 < one < most for one in apart(found, expected))
+    assert all(1e-4 < one < maximum for one in apart(found, expected))
     swapped = generated(project, tmp_path / "swapped", *how, "--blocks_to_swap", "1")
     assert max(apart(swapped, found)) == 0
 
@@ -144,8 +144,8 @@ def test_two_forms_and_files_in_fp8_are_refused_by_name(project: TinyProject, tm
 
 
 @pytest.mark.slow_cases("wan t2v-1.3B-nf4-0.08")
-@pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("nf4", 0.08)])
-def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most: float) -> None:
+@pytest.mark.parametrize(("form", "maximum"), [("int8", 0.03), ("nf4", 0.08)])
+def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, maximum: float) -> None:
     steps = ["--max_train_steps", "10", "--mixed_precision", "bf16", "--log_with", "tensorboard"]
     losses = []
     for name, how in (("plain", []), (form, FORMS[form][0])):
@@ -155,7 +155,7 @@ def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, most
 
     assert len(losses[0]) == len(losses[1]) == 10
     for plain, stored in zip(*losses, strict=True):
-        assert math.isclose(stored, plain, rel_tol=most)
+        assert math.isclose(stored, plain, rel_tol=maximum)
     assert losses[0] != losses[1]
 
 

@@ -51,8 +51,8 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def swap_most(project: TinyProject) -> tuple[str, ...]:
     """Swap as many blocks as the family can."""
     default = "4" if project.family.name in TWO_LISTS else "3"
-    most = {"flux_3": "5", "z_image": "2", "anima": "2"}.get(project.family.name, default)
-    return "--blocks_to_swap", most, "--img_in_txt_in_offloading"
+    maximum = {"flux_3": "5", "z_image": "2", "anima": "2"}.get(project.family.name, default)
+    return "--blocks_to_swap", maximum, "--img_in_txt_in_offloading"
 
 
 @pytest.mark.slow_cases("wan t2v-1.3B-fp8")

@@ -457,7 +457,7 @@ class OfFullCheckpoints(Options, title="full fine-tuning"):
 
     fused_optimizer_groups: int | None = option(
         "--fused_backward_pass, which steps each weight separately instead of groups of weights",
-        least=0,
+        minimum=0,
         facts=HABIT,
     )
     diffusers_xformers: bool = option("--xformers")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
 from contract.data import CAPTION
-from contract.family import Family, hears_audio, part_rates_of
+from contract.family import Family, part_rates_of, trains_audio
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
@@ -266,7 +266,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         experts=tuple(family.experts),
         on_noise=tuple(joined.on.noise),
         weighted_by=options.weighted_by,
-        audio=family.audio_learning if hears_audio(family) else None,
+        audio=family.audio_learning if trains_audio(family) else None,
         on_batch=tuple(joined.on.batch),
         sentences=plan.learner.sentences,
         view=joined.view,

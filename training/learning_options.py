@@ -177,7 +177,7 @@ class OptimizerOptions(Options, title="optimizer"):
     learning_rate: float = option(
         "step size of the optimizer; 1e-4 is common for a LoRA, 1 for Prodigy",
         default=2.0e-6,
-        least=0,
+        minimum=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual for a LoRA, 1 for Prodigy; 0 only makes sense if the optimizer finds its rate",
         often=True,
@@ -186,7 +186,7 @@ class OptimizerOptions(Options, title="optimizer"):
     max_grad_norm: float = option(
         "clip the gradient to this norm; 0 turns clipping off",
         default=1.0,
-        least=0,
+        minimum=0,
         hint="0 turns clipping off",
         facts=HABIT,
     )
@@ -223,7 +223,7 @@ class PartsOptions(Options, title="what is trained"):
     unet_lr: float | None = option(
         "learning rate of the transformer's network; default: --learning_rate",
         acts_if={"the transformer does not learn": lambda options: options.trains_dit},
-        least=0,
+        minimum=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
         facts=CHANGEABLE,
@@ -232,7 +232,7 @@ class PartsOptions(Options, title="what is trained"):
         "learning rates of the text encoders' networks, one for all or one for each; default: "
         "--learning_rate",
         acts_if={"the text encoders do not learn": lambda options: options.trains_texts},
-        least=0,
+        minimum=0,
         below=LARGEST_RATE,
         hint="1e-4 is usual",
         facts=CHANGEABLE,
@@ -312,7 +312,7 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         "rise from 0 during these steps; 0.05 or 5%% are fractions of the run",
         default=0,
         type=int_or_float,
-        least=0,
+        minimum=0,
         hint=OF_STEPS,
         acts_if={
             **_WITHOUT_CLASS,
@@ -323,27 +323,27 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
         "length of the decay of warmup_stable_decay; fractions as for --lr_warmup_steps",
         default=0,
         type=int_or_float,
-        least=0,
+        minimum=0,
         hint=OF_STEPS,
         acts_if=_of_curves("warmup_stable_decay"),
     )
     lr_scheduler_num_cycles: int = option(
         "cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay",
         default=1,
-        least=1,
+        minimum=1,
         acts_if=_of_curves("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     )
     lr_scheduler_power: float = option(
-        "power of polynomial", default=1, least=0, below=1000, acts_if=_of_curves("polynomial")
+        "power of polynomial", default=1, minimum=0, below=1000, acts_if=_of_curves("polynomial")
     )
     lr_scheduler_timescale: int | None = option(
         "time scale of inverse_sqrt; default: the warm-up steps",
-        least=1,
+        minimum=1,
         acts_if=_of_curves("inverse_sqrt"),
     )
     lr_scheduler_min_lr_ratio: float | None = option(
         "lowest factor of cosine_with_min_lr and warmup_stable_decay",
-        least=0,
+        minimum=0,
         below=1000,
         acts_if=_of_curves("cosine_with_min_lr", "warmup_stable_decay"),
     )

@@ -83,9 +83,9 @@ class NoisyBatch:
         tensors = moved_conditions(self.batch.tensors)
         undropped = moved_conditions(self.batch.undropped)
         empty_text = moved_conditions(self.batch.empty_text)
-        rejected = None if self.batch.worse is None else move(self.batch.worse)
+        rejected = None if self.batch.rejected is None else move(self.batch.rejected)
         batch = replace(
-            self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, worse=rejected
+            self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, rejected=rejected
         )
         return replace(
             self,

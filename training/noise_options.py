@@ -55,15 +55,15 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         default=1.0,
         name="discrete_flow_shift",
         above=0,
-        most=1000,
+        maximum=1000,
         hint="1 means no shift, 3 to 7 are usual",
         often=True,
     )
     sigmoid_scale: float = option(
         "factor on the normal number of sigmoid and all shifts",
         default=1.0,
-        least=0,
-        most=100,
+        minimum=0,
+        maximum=100,
         hint="1 is usual",
         acts_if={
             "only --timestep_sampling sigmoid and shift use it": lambda options: (
@@ -80,24 +80,24 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     logit_mean: float = option(
         "mean of logit_normal, logsnr, qinglong_flux",
         default=0.0,
-        least=-MAX_LOGIT,
-        most=MAX_LOGIT,
+        minimum=-MAX_LOGIT,
+        maximum=MAX_LOGIT,
         hint="0 is usual",
         acts_if=_OF_LOGIT,
     )
     logit_std: float = option(
         "width of logit_normal, logsnr, qinglong_flux",
         default=1.0,
-        least=0,
-        most=MAX_LOGIT,
+        minimum=0,
+        maximum=MAX_LOGIT,
         hint="1 is usual",
         acts_if=_OF_LOGIT,
     )
     mode_scale: float = option(
         "scale of the weighting scheme mode",
         default=1.29,
-        least=-MAX_LOGIT,
-        most=MAX_LOGIT,
+        minimum=-MAX_LOGIT,
+        maximum=MAX_LOGIT,
         hint="1.29 is usual",
         acts_if={
             "only --weighting_scheme mode uses it": lambda options: options.drawn_by == ("sigma", "mode"),
@@ -114,8 +114,8 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     )
     num_timestep_buckets: int | None = option(
         "stratified sampling: each run of N samples takes one timestep from each of N equal parts, shuffled",
-        least=1,
-        most=1_000_000,
+        minimum=1,
+        maximum=1_000_000,
         hint="leave it out for independent draws, 10 to 1000 are usual",
     )
     timestep_focus: float | None = option(

@@ -44,18 +44,18 @@ class LoopOptions(Options, title="training run"):
     max_train_steps: int = option(
         "optimizer steps in total; a resumed run continues the count",
         default=1600,
-        least=1,
-        most=MAX_STEPS,
+        minimum=1,
+        maximum=MAX_STEPS,
         often=True,
     )
     max_train_epochs: int | None = option(
-        "passes over the data; replaces --max_train_steps", least=1, most=MAX_STEPS, often=True
+        "passes over the data; replaces --max_train_steps", minimum=1, maximum=MAX_STEPS, often=True
     )
     max_data_loader_n_workers: int = option(
         "number of workers that read cache files, at most the number of CPUs; 0: none",
         default=8,
-        least=0,
-        most=1024,
+        minimum=0,
+        maximum=1024,
         hint="0 reads in the training process itself, 8 is usual",
     )
     persistent_data_loader_workers = not_needed(
@@ -65,7 +65,7 @@ class LoopOptions(Options, title="training run"):
         "seed for data order, noise, timesteps, dropout and LoRA weights, a number or any text; "
         "random by default",
         type=read_seed,
-        least=0,
+        minimum=0,
         below=TOO_LARGE_A_SEED,
         hint="leave it out for a random seed",
         often=True,
@@ -89,16 +89,16 @@ class LoopOptions(Options, title="training run"):
     gradient_accumulation_steps: int = option(
         "micro-batches per optimizer step and process",
         default=1,
-        least=1,
-        most=1_000_000,
+        minimum=1,
+        maximum=1_000_000,
         hint="1 means no accumulation, 1 to 16 are usual",
     )
     embedded_guidance: float = option(
         "embedded guidance fed to guidance-distilled models; other models have no such input",
         default=1.0,
         name="guidance_scale",
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
         hint="1 is usual for training",
         facts=HABIT,
     )
@@ -120,10 +120,10 @@ class StartOptions(Options, title="beginning later"):
     initial_epoch: int | None = option(
         "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
         "before it; the optimizer's state is not restored (--resume does)",
-        least=1,
+        minimum=1,
         excludes="initial_step",
     )
-    initial_step: int | None = option("the same, but skip this many steps", least=0)
+    initial_step: int | None = option("the same, but skip this many steps", minimum=0)
     skip_until_initial_step = not_needed("the data before the initial step are always left out.")
 
     @property
@@ -138,7 +138,7 @@ class ValidationOptions(Options, title="validation"):
     validation_split: float = option(
         "fraction of the source files reserved for the validation loss",
         default=0.0,
-        least=0,
+        minimum=0,
         below=1,
         hint="some must be left for training",
         often=True,
@@ -146,15 +146,17 @@ class ValidationOptions(Options, title="validation"):
     validate_every_n_steps: int | None = option(
         "how often to compute the validation loss; by default after each epoch, or about every 50 "
         "steps if epochs are shorter",
-        least=1,
+        minimum=1,
     )
-    validate_every_n_epochs: int | None = option("also compute it every N epochs", least=1)
+    validate_every_n_epochs: int | None = option("also compute it every N epochs", minimum=1)
     max_validation_steps: int | None = option(
-        "maximum number of batches per validation; default: all", least=1, hint="leave it out for all batches"
+        "maximum number of batches per validation; default: all",
+        minimum=1,
+        hint="leave it out for all batches",
     )
     validation_seed: int | None = option(
         "seed for the selection of validation files and for their noise; default: the same for all runs",
-        least=0,
+        minimum=0,
         below=TOO_LARGE_A_SEED,
         hint="leave it out for the usual choice",
     )
@@ -180,8 +182,8 @@ class SampleOptions(Options, title="samples while training"):
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option("generate samples every N steps", least=1, often=True)
-    sample_every_n_epochs: int | None = option("generate samples every N epochs", least=1, often=True)
+    sample_every_n_steps: int | None = option("generate samples every N steps", minimum=1, often=True)
+    sample_every_n_epochs: int | None = option("generate samples every N epochs", minimum=1, often=True)
     sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
         "let files named sample, save and stop in --output_dir act on every run of the folder; files "
@@ -264,8 +266,8 @@ class AcceleratorOptions(Options, title="precision and processes"):
     )
     ddp_timeout: int | None = option(
         "minutes that processes wait for each other; default: a day",
-        least=1,
-        most=525_600,
+        minimum=1,
+        maximum=525_600,
         hint="minutes; the most is a year",
         facts=FREE,
     )

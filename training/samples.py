@@ -20,7 +20,7 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from contract.data import Conditions, LatentSpec
 from contract.families import HIGH_NOISE
-from contract.family import Family, hears_audio
+from contract.family import Family, trains_audio
 from contract.loading import BlockPlace
 from contract.requests import Prepared, Prompts, Request, check_values
 from contract.rules import expert_at
@@ -210,7 +210,7 @@ class Sampler:
         track: Track | None = None
         if prepared.joint is not None:
             latents, audio = prepared.joint.split(latents)
-            assert hears_audio(family)
+            assert trains_audio(family)
             (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
             pixels = family.decode(encoders, latents)

@@ -102,8 +102,8 @@ def _train_checkpoint(
     elif name_parts:
         reject_no_match(dit, name_parts)
     for encoder in () if texts is None else texts.learning:
-        own_rate = parts.texts[encoder.name]
-        text_rate = learning_rate if own_rate is None else own_rate
+        new_layers_lr = parts.texts[encoder.name]
+        text_rate = learning_rate if new_layers_lr is None else new_layers_lr
         networks[encoder.name] = encoder.network
         for name, parameter in encoder.network.named_parameters():
             is_read = family.reads_weight(encoder.name, name)

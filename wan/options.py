@@ -192,8 +192,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
     first_frame_probability: float | None = option(
         "ti2v-5B: fraction of the batches of clips that are trained from image to video, with the "
         "first frame given; 0 trains text to video alone, 1 image to video alone; default: 0.5",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
         facts=IDENTITY,
     )
     one_frame: bool = option(
@@ -252,7 +252,10 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "slightly different videos"
     )
     i2v_extra_noise: float | None = option(
-        "noise added to the image condition, for more motion", least=0, most=10, hint="0.02 to 0.04 are usual"
+        "noise added to the image condition, for more motion",
+        minimum=0,
+        maximum=10,
+        hint="0.02 to 0.04 are usual",
     )
     # read here only to be checked early
     riflex_index: int = option()
@@ -271,8 +274,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "strength of VACE: one number, or one for each VACE layer; 0 is text to video",
         default=(1.0,),
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
-        least=-MAX_HINT_SCALE,
-        most=MAX_HINT_SCALE,
+        minimum=-MAX_HINT_SCALE,
+        maximum=MAX_HINT_SCALE,
         facts=of_request(SCALE),
         title="VACE",
         nargs="+",

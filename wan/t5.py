@@ -88,8 +88,8 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     keys = variable_length = TEXT_KEYS
     what = "umT5"
     source = TOKENIZER
-    most = MAX_TOKENS
-    weighed = "t5"
+    maximum = MAX_TOKENS
+    takes_weights = "t5"
     embedding = "token_embedding.weight"
     blocks: BlockPlace | None = None  # splits the network over processes
 

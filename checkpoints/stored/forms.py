@@ -45,12 +45,12 @@ class StoredForm(Protocol):
     def stays(self) -> bool:
         """Whether layers keep a file's weights in this form without an option that asks for it."""
 
-    def quantise(self, weight: Tensor) -> "Stored":
+    def quantize(self, weight: Tensor) -> "Stored":
         """Round a weight, out x in, of any float dtype."""
         ...
 
     def empty(self, shape: Shape) -> "Stored":
-        """Return, on the meta device, what `quantise` would return for a weight of this shape."""
+        """Return, on the meta device, what `quantize` would return for a weight of this shape."""
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:

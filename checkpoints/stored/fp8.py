@@ -25,7 +25,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
-def quantise(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor | None]:
+def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor | None]:
     """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
 
     `weight` is out x in. The kind "cast" clamps it to +-448 and rounds it, without a scale. "tensor" and
@@ -60,7 +60,7 @@ def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return weight * scale, multiplied in float32 and rounded once to `dtype`.
 
     `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
@@ -105,10 +105,10 @@ class Fp8:
         """Words for the log."""
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
-    def quantise(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> Stored:
         """Store a weight as the quantization says: cast, or divided by scales."""
         rows, columns = weight.shape
-        return Stored(self, (rows, columns), quantise(weight, self.quantization))
+        return Stored(self, (rows, columns), quantize(weight, self.quantization))
 
     def empty(self, shape: Shape) -> Stored:
         """Return a weight on the meta device, to plan memory. Scales are too small to count."""
@@ -118,7 +118,7 @@ class Fp8:
         """Return the weight times its scale in `dtype`."""
         weight, scale = tensors
         assert weight is not None
-        return dequantise(weight, scale, dtype)
+        return dequantize(weight, scale, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply in 8 bits if these inputs allow it, else by the dequantized weight."""

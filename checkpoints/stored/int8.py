@@ -52,7 +52,7 @@ class Int8:
             return self
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
-    def quantise(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> Stored:
         """Rotate the rows of a weight in groups and round them to int8, each with a scale."""
         rows, columns = weight.shape
         form = self._for_width(columns)

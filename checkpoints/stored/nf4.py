@@ -53,7 +53,7 @@ class Nf4:
     stays = True
     how = "in nf4 with nested statistics"
 
-    def quantise(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> Stored:
         """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
 
         The maxima, less their mean, are rounded to 8 bits in blocks of 256.

@@ -36,7 +36,7 @@ class RowForm:
         """Description of the form for the log."""
         return f"in {self.name}"
 
-    def quantise(self, weight: Tensor) -> Stored:
+    def quantize(self, weight: Tensor) -> Stored:
         """Raise NotImplementedError: these forms are only read."""
         raise NotImplementedError(f"{self.name} is only read")
 

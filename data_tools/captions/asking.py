@@ -48,14 +48,14 @@ class NoCaptionError(Exception):
         self.server_failed = server_failed
 
 
-def select_frames(num_frames: int, most: int) -> tuple[int, ...]:
-    """Return the indices of the frames to show: the middle frame of each of `most` equal parts, or all.
+def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
+    """Return the indices of the frames to show: the middle frame of each of `maximum` equal parts, or all.
 
     Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
     """
-    if num_frames <= most:
+    if num_frames <= maximum:
         return tuple(range(num_frames))
-    return tuple((2 * part + 1) * num_frames // (2 * most) for part in range(most))
+    return tuple((2 * part + 1) * num_frames // (2 * maximum) for part in range(maximum))
 
 
 def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:

@@ -25,7 +25,7 @@ class CaptionModelOptions(Options, title="a model that runs here"):
         "folder of a vision-language model for transformers (config.json, safetensors), or the name of "
         "its repository on Hugging Face; code that comes with a model is never run"
     )
-    batch_size: int | None = option("images or clips described together; default: 1", least=1, most=1024)
+    batch_size: int | None = option("images or clips described together; default: 1", minimum=1, maximum=1024)
     dtype: str | None = option(
         "bfloat16, float16 or float32; default: that of the model's files, on a CPU float32"
     )
@@ -42,10 +42,12 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
         facts=SENDS,
     )
     api_model: str | None = option("name of the model on the server", needs="api_base")
-    api_workers: int | None = option("requests at a time; default: 4", least=1, most=256, needs="api_base")
+    api_workers: int | None = option(
+        "requests at a time; default: 4", minimum=1, maximum=256, needs="api_base"
+    )
     api_timeout: float | None = option(
         "seconds to wait for an answer before the request is made again; default: 120",
-        least=1,
+        minimum=1,
         needs="api_base",
     )
 
@@ -75,31 +77,31 @@ class AskOptions(Options, title="what is asked"):
     )
     system_prompt: str | None = option("system message before the prompt")
     num_frames: int = option(
-        "frames of a clip to show, evenly spaced over all of it", default=8, least=1, most=MOST_FRAMES
+        "frames of a clip to show, evenly spaced over all of it", default=8, minimum=1, maximum=MOST_FRAMES
     )
     max_pixels: int = option(
         "most pixels of a frame; larger ones are scaled down; default: 262144, as 512 x 512",
         default=262_144,
-        least=1024,
+        minimum=1024,
     )
     max_new_tokens: int | None = option(
         f"most tokens of a caption; default: {TOKENS}, with --caption_format {TOKENS_OF_OBJECTS}",
-        least=1,
-        most=MOST_TOKENS,
+        minimum=1,
+        maximum=MOST_TOKENS,
     )
     temperature: float = option(
         "0 takes the most probable word every time; above 0 words are drawn",
         default=0.0,
-        least=0,
-        most=10,
+        minimum=0,
+        maximum=10,
         hint="1 draws words as the model learned them",
     )
     seed: int = option(
         "seed of drawn words, with --temperature above 0",
         default=0,
-        least=-(2**63),
+        minimum=-(2**63),
         below=2**64,
-        only_with="temperature",
+        ignored_without="temperature",
     )
 
     def __post_init__(self) -> None:
@@ -165,8 +167,8 @@ class WritingOptions(Options, title="what to do"):
     try_on: int | None = option(
         "make the captions of the first N files that lack one, print them, and write none; of any files if "
         "none lacks one",
-        least=1,
-        most=1000,
+        minimum=1,
+        maximum=1000,
         metavar="N",
         excludes="dry_run",
     )

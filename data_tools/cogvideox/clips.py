@@ -372,13 +372,13 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     return np.stack(pick_frames(path, choose, shape, threads, exact=False))
 
 
-def select_frames(available: int, buckets: Sequence[int], most: int) -> int | None:
+def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:
     """Return the bucket nearest to min(available, most); the first one wins a tie.
 
     Only buckets of at most `available` frames are considered; the result is None if there is none.
     """
     fitting = [bucket for bucket in buckets if bucket <= available]
-    return min(fitting, key=lambda bucket: abs(bucket - min(available, most)), default=None)
+    return min(fitting, key=lambda bucket: abs(bucket - min(available, maximum)), default=None)
 
 
 def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:

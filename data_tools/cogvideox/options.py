@@ -43,27 +43,29 @@ class ShapeOptions(Options, title="frames and sizes"):
         "heights in pixels; a clip gets the nearest size",
         default=SIDES,
         nargs="+",
-        least=16,
-        most=LONGEST_SIDE,
+        minimum=16,
+        maximum=LONGEST_SIDE,
     )
     width_buckets: tuple[int, ...] = option(
         "widths in pixels; a clip gets the nearest size",
         default=SIDES,
         nargs="+",
-        least=16,
-        most=LONGEST_SIDE,
+        minimum=16,
+        maximum=LONGEST_SIDE,
     )
     frame_buckets: tuple[int, ...] = option(
         "numbers of frames; a clip gets the nearest one that it has",
         default=(FRAMES,),
         nargs="+",
-        least=1,
-        most=MOST_FRAMES,
+        minimum=1,
+        maximum=MOST_FRAMES,
     )
-    max_num_frames: int = option("most frames of a clip", default=FRAMES, least=1, most=MOST_FRAMES)
-    target_fps: int = option("frames a second of the clips that are written", default=8, least=1, most=1000)
+    max_num_frames: int = option("most frames of a clip", default=FRAMES, minimum=1, maximum=MOST_FRAMES)
+    target_fps: int = option(
+        "frames a second of the clips that are written", default=8, minimum=1, maximum=1000
+    )
     random_flip: float | None = option(
-        "fraction of clips to mirror, left to right, from 0 to 1; default: none", least=0, most=1
+        "fraction of clips to mirror, left to right, from 0 to 1; default: none", minimum=0, maximum=1
     )
     video_reshape_mode: str | None = option(
         "resize until a clip covers its size, and cut out the center or a random part (none: as "
@@ -73,7 +75,7 @@ class ShapeOptions(Options, title="frames and sizes"):
     seed: int = option(
         "seed of names, flips and random parts; a run with the same seed continues the last one",
         default=42,
-        least=-(2**63),
+        minimum=-(2**63),
         below=2**64,
     )
 
@@ -102,8 +104,8 @@ class EncodingOptions(Options, title="encoding"):
     max_sequence_length: int = option(
         "tokens of a caption for CogVideoX; the text encoders of Wan and HunyuanVideo have their own numbers",
         default=MAX_TOKENS,
-        least=1,
-        most=4096,
+        minimum=1,
+        maximum=4096,
     )
     dtype: str = option(
         "dtype in which the VAE computes and its moments are saved; also for CogVideoX's text encoder, "
@@ -113,7 +115,7 @@ class EncodingOptions(Options, title="encoding"):
     )
     use_slicing: bool = option("encode the clips of a batch one by one")
     use_tiling: bool = option("encode large frames in tiles: less memory")
-    batch_size: int = option("clips or captions to encode at once", default=1, least=1, most=1024)
+    batch_size: int = option("clips or captions to encode at once", default=1, minimum=1, maximum=1024)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
     pin_memory: bool = option("copy frames to a GPU through pinned memory: faster")
 
@@ -122,12 +124,15 @@ class WorkerOptions(Options):
     """Numbers of threads for each kind of work."""
 
     num_decode_threads: int = option(
-        "threads that decode one clip; 0: FFmpeg's choice", default=0, least=0, most=MAX_THREADS
+        "threads that decode one clip; 0: FFmpeg's choice", default=0, minimum=0, maximum=MAX_THREADS
     )
     dataloader_num_workers: int = option(
-        "clips to read at a time, ahead of the encoder (0 and 1: one)", default=0, least=0, most=MAX_THREADS
+        "clips to read at a time, ahead of the encoder (0 and 1: one)",
+        default=0,
+        minimum=0,
+        maximum=MAX_THREADS,
     )
-    num_artifact_workers: int = option("threads that write files", default=4, least=1, most=MAX_THREADS)
+    num_artifact_workers: int = option("threads that write files", default=4, minimum=1, maximum=MAX_THREADS)
 
 
 class PrepareOptions(Options, title="output and threads"):

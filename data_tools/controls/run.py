@@ -34,8 +34,8 @@ class ControlImageOptions(Options, title="what to make"):
         f"{EDGE_THRESHOLDS[0]} {EDGE_THRESHOLDS[1]}, as --control_net_preps canny of gen_img.py",
         nargs="*",
         metavar="LOW HIGH",
-        least=0,
-        most=99_999,
+        minimum=0,
+        maximum=99_999,
         excludes="depth",
     )
     depth: Path | None = option(
@@ -51,7 +51,7 @@ class ControlImageOptions(Options, title="what to make"):
     )
     overwrite: bool = option("make again what this program has made; files of other programs always stay")
     device: str | None = option(
-        "of --depth: cuda, cuda:1, mps or cpu; default: the best one available", only_with="depth"
+        "of --depth: cuda, cuda:1, mps or cpu; default: the best one available", ignored_without="depth"
     )
 
     def __post_init__(self) -> None:

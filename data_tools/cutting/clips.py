@@ -160,12 +160,12 @@ def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions)
     """Divide a scene into as few pieces of equal duration as possible; [] if no division fits the limits."""
     seconds = look.time(end) - look.time(first)
     num_frames = end - first
-    least = 1
+    minimum = 1
     if lengths.max_seconds:
-        least = max(least, math.ceil(seconds / lengths.max_seconds - ROUNDING))
+        minimum = max(minimum, math.ceil(seconds / lengths.max_seconds - ROUNDING))
     if lengths.max_frames:
-        least = max(least, math.ceil(num_frames / lengths.max_frames))
-    for count in range(least, num_frames + 1):
+        minimum = max(minimum, math.ceil(num_frames / lengths.max_frames))
+    for count in range(minimum, num_frames + 1):
         # equal in time, so that any rate will do
         times = [look.time(first) + seconds * place / count - ROUNDING for place in range(1, count)]
         inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)

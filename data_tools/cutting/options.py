@@ -16,7 +16,7 @@ class SceneOptions(Options, title="scenes"):
     """How scenes are found."""
 
     scene_threshold: float = option(
-        "how much has to change at a cut; a lower one finds more", default=0.25, above=0, most=1
+        "how much has to change at a cut; a lower one finds more", default=0.25, above=0, maximum=1
     )
     detector = not_needed(
         "scenes are always found by this tool's own measure, which also finds dissolves.",
@@ -30,25 +30,26 @@ class SceneOptions(Options, title="scenes"):
 class LengthOptions(Options, title="lengths"):
     """How long clips are: in seconds, in frames, or both; then both limits hold."""
 
-    min_seconds: float = option("shorter clips are left out; 0: none are", default=1.0, least=0)
+    min_seconds: float = option("shorter clips are left out; 0: none are", default=1.0, minimum=0)
     max_seconds: float = option(
         "longer scenes are cut into equal clips; 0: at any length they stay whole",
         default=10.0,
-        least=0,
+        minimum=0,
         hint=NO_LIMIT,
     )
-    min_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
-    max_frames: int = option("the same, in frames; both limits hold", default=0, least=0, hint=NO_LIMIT)
+    min_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
+    max_frames: int = option("the same, in frames; both limits hold", default=0, minimum=0, hint=NO_LIMIT)
     trim_frames: int = option(
-        "frames to leave out at both ends of each scene, of transitions", default=0, least=0
+        "frames to leave out at both ends of each scene, of transitions", default=0, minimum=0
     )
 
     def __post_init__(self) -> None:
         for unit in ("seconds", "frames"):
-            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
-            if 0 < most < least:
+            minimum, maximum = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if 0 < maximum < minimum:
                 raise OptionError(
-                    f"--max_{unit} {most:g} is less than --min_{unit} {least:g}: no clip could be that long"
+                    f"--max_{unit} {maximum:g} is less than --min_{unit} {minimum:g}: "
+                    "no clip could be that long"
                 )
 
 
@@ -59,20 +60,20 @@ class ChoiceOptions(Options, title="what is left out"):
         "a clip is static if no part of the image changes its brightness (0 to 1) by that much",
         default=0.012,
         above=0,
-        most=1,
+        maximum=1,
     )
     black_threshold: float = option(
         "a clip is black if in half of its images nearly all pixels are darker than that (0 to 1)",
         default=0.1,
         above=0,
-        most=1,
+        maximum=1,
     )
     blur_threshold: float = option(
         "with --drop_blurred: a clip is blurred if most of its images are less sharp than that",
         default=0.002,
         above=0,
-        most=1,
-        only_with="drop_blurred",
+        maximum=1,
+        ignored_without="drop_blurred",
     )
     keep_static: bool = option("keep static clips, which are otherwise left out")
     keep_black: bool = option("keep black clips, which are otherwise left out")
@@ -85,8 +86,8 @@ class ClipFormat(CodecOptions, title="video format"):
     crf: int = option(
         "quality of h264 and h265, 0 to 51: a lower one is better and larger",
         default=12,
-        least=0,
-        most=51,
+        minimum=0,
+        maximum=51,
         hint="0 is lossless except for the conversion of colors",
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
@@ -111,7 +112,7 @@ class CuttingOptions(Options, title="input and output"):
     )
     jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
     dry_run: bool = option("print the scenes and what becomes of them, and write nothing")
-    num_workers: int = option("files that are worked on at once", default=1, least=1, most=64)
+    num_workers: int = option("files that are worked on at once", default=1, minimum=1, maximum=64)
     scenes: SceneOptions
     lengths: LengthOptions
     choice: ChoiceOptions

@@ -137,9 +137,9 @@ class _Dissolves:
         self._threshold = threshold
         steps = (max(2, round(rate * seconds / 2) * 2) for seconds in DISSOLVE_SECONDS)
         self._reaches = tuple(dict.fromkeys(steps))  # frames from the middle to the ends, even
-        most = 2 * max(self._reaches) + 1
-        self._images: deque[Thumbnail] = deque(maxlen=most)
-        self._variances: deque[float] = deque(maxlen=most)
+        maximum = 2 * max(self._reaches) + 1
+        self._images: deque[Thumbnail] = deque(maxlen=maximum)
+        self._variances: deque[float] = deque(maxlen=maximum)
         self._last_break = -1
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
@@ -176,9 +176,9 @@ class _Dissolves:
         """Return whether the variances from `offset` on are low enough between the ends."""
         begin = self._variances[offset]
         end = self._variances[-1]
-        for part, most in DIPS:
+        for part, maximum in DIPS:
             mean = (1 - part) * begin + part * end
-            if self._variances[offset + round(2 * reach * part)] > most * mean:
+            if self._variances[offset + round(2 * reach * part)] > maximum * mean:
                 return False
         return True
 

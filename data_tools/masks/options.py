@@ -61,16 +61,16 @@ class FinderOptions(Options, title="what to find"):
     least_score: float = option(
         "of --faces, and of --what with SAM 3: how sure of a thing the network has to be",
         default=0.5,
-        least=0,
-        most=1,
-        only_with=("faces", "what", "watermark"),
+        minimum=0,
+        maximum=1,
+        ignored_without=("faces", "what", "watermark"),
     )
     colour_distance: float = option(
         "of --colour: how far red, green and blue, each 0 to 1, may lie from it (root of the squares' sum)",
         default=0.1,
-        least=0,
-        most=2,
-        only_with="colour",
+        minimum=0,
+        maximum=2,
+        ignored_without="colour",
     )
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
 
@@ -105,26 +105,29 @@ class MaskShapeOptions(Options, title="the shape of the masks"):
     """From a network's values, 0..1, to a mask."""
 
     threshold: float | None = option(
-        "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", least=0, below=1
+        "a place is found where its value lies above; default: 0.3, with SAM 3 0.5", minimum=0, below=1
     )
     smooth_pixels: int | None = option(
         "average each value with those of so many neighbors on each side, counted on the network's own "
         f"grid, before the threshold; default: {NETWORK_SMOOTH}, of --faces and --colour 0",
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
     )
     expand_pixels: int = option(
-        "grow what is found by so many pixels of the image on each side", default=10, least=0, most=10_000
+        "grow what is found by so many pixels of the image on each side",
+        default=10,
+        minimum=0,
+        maximum=10_000,
     )
     feather_pixels: int = option(
-        "then let the edge fade to black over so many pixels more", default=0, least=0, most=10_000
+        "then let the edge fade to black over so many pixels more", default=0, minimum=0, maximum=10_000
     )
     steady_frames: int = option(
         "of clips: the value of a place is the median over so many frames before and after it, before the "
         "threshold, so that the edge does not flicker; 0: each frame for itself",
         default=2,
-        least=0,
-        most=100,
+        minimum=0,
+        maximum=100,
     )
     invert: bool = option("learn everything but what is found")
 
@@ -148,7 +151,7 @@ class MaskOptions(Options, title="what to do"):
         choices=("fill", "replace", "add", "subtract", "blend"),
         often=True,
     )
-    alpha: float = option("brightness of what is found, 1 is white", default=1.0, above=0, most=1)
+    alpha: float = option("brightness of what is found, 1 is white", default=1.0, above=0, maximum=1)
     overwrite: bool = option(
         "with --mode fill: make again masks that this program made in another way; what a person has drawn, "
         "accepted or removed stays"

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 
 from contract.data import AudioSpec, LatentSpec, MediaTable
-from contract.family import Caches, Described, TextEncoder, audio_of, fits_captions, hears_audio
+from contract.family import Caches, Described, TextEncoder, audio_of, fits_captions, trains_audio
 from data_tools.report.audio import check_audio, is_heard
 from data_tools.report.findings import (
     NO_COUNTERS,
@@ -110,9 +110,9 @@ def print_check(
             result,
             latent=family.latent,
             fps=family.defaults.fps,
-            most=page.html_items,
+            maximum=page.html_items,
             workers=workers,
-            hears=hears_audio(family),
+            hears=trains_audio(family),
         )
     return result.exit_code
 
@@ -306,7 +306,7 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        is_apart = hears_audio(family) and not recipe.keeps_audio
+        is_apart = trains_audio(family) and not recipe.keeps_audio
         if recipe.encoder and is_apart and is_heard(findings.table):
             _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:

@@ -277,7 +277,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         from dataset.sources.companions import companion_lines  # only with companions
 
         findings.caches += companion_lines(findings.sources, findings.remarks)
-    num_pairs = sum(source.worse is not None for source in findings.sources)
+    num_pairs = sum(source.rejected is not None for source in findings.sources)
     if num_pairs:
         findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
     left_out = folders.left_out_files(table)

@@ -209,10 +209,10 @@ def _add_audio(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
     """Draw as many frames of equal height side by side as fit in `width`; `fit` None draws no crop."""
     widest = max(frame.shape[1] for frame in frames)
-    most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
+    maximum = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
     parts: list[Frame] = []
-    for frame in select_evenly(frames, most):
+    for frame in select_evenly(frames, maximum):
         if parts:
             parts.append(gap)
         parts.append(frame if fit is None else draw_crop(frame, fit))
@@ -345,9 +345,9 @@ class EvenFrames:
         self._count += 1
 
 
-def select_evenly(items: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` items (at least one), evenly spaced from the first to the last."""
-    count = max(1, min(most, len(items)))
+def select_evenly(items: Sequence[T], maximum: int) -> list[T]:
+    """Return at most `maximum` items (at least one), evenly spaced from the first to the last."""
+    count = max(1, min(maximum, len(items)))
     indices = np.linspace(0, len(items) - 1, count).round().astype(int)
     return [items[index] for index in np.unique(indices)]
 

@@ -312,12 +312,12 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
     return edges
 
 
-def _select_bin_width(least: float, are_integers: bool) -> float:
-    """Return the smallest 1, 2 or 5 times a power of ten from `least` on; at least 1 for integers."""
-    if least <= 0:
+def _select_bin_width(minimum: float, are_integers: bool) -> float:
+    """Return the smallest 1, 2 or 5 times a power of ten from `minimum` on; at least 1 for integers."""
+    if minimum <= 0:
         return 1.0
-    power = 10.0 ** math.floor(math.log10(least))
-    factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(minimum))
+    factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
     width = factor * power
     return max(1.0, width) if are_integers else width
 

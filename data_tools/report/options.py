@@ -25,7 +25,7 @@ class ReportOptions(Options, title="report"):
     items: int = option(
         "most files with thumbnails on the page: those with remarks first, then an even choice; 0 for none",
         default=200,
-        least=0,
+        minimum=0,
         hint="0 for no thumbnails",
     )
     fps: float = option(
@@ -37,8 +37,8 @@ class ReportOptions(Options, title="report"):
     pixel_step: int = option(
         "sides of buckets are multiples of this: 16, or 32 for Wan2.2 TI2V-5B, LTX-2 and MiniMax-H3",
         default=16,
-        least=1,
-        most=1024,
+        minimum=1,
+        maximum=1024,
         hint="16, or 32 for Wan2.2 TI2V-5B, LTX-2 and MiniMax-H3",
     )
     frame_step: int = option(
@@ -51,8 +51,8 @@ class ReportOptions(Options, title="report"):
         "most reference images of an image that the model takes, for models that edit images; 0: it "
         "takes none, and control images are counted as those of FramePack and Fun-Control",
         default=0,
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
         hint="0 for a model without any",
     )
     no_decode: bool = option(
@@ -66,8 +66,8 @@ class ReportOptions(Options, title="report"):
     no_download: bool = option("download nothing: a file at an address that is not here counts as broken")
     num_workers: int | None = option(
         "threads that read files; default: all cores but one. The result does not depend on it",
-        least=1,
-        most=1024,
+        minimum=1,
+        maximum=1024,
     )
 
     def __post_init__(self) -> None:

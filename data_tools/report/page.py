@@ -70,11 +70,11 @@ def write_check_page(
     result: CheckResult,
     latent: LatentSpec,
     fps: float,
-    most: int,
+    maximum: int,
     workers: int,
     hears: bool = False,
 ) -> None:
-    """Write the page of a check: at most `most` files, each read once, in `workers` threads.
+    """Write the page of a check: at most `maximum` files, each read once, in `workers` threads.
 
     `hears` says that the model is trained with audio.
 
@@ -83,7 +83,7 @@ def write_check_page(
     """
     tables = result.tables
     drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
-    cards = _make_cards(tables, most, workers, drawing)
+    cards = _make_cards(tables, maximum, workers, drawing)
     num_files = sum(len(findings.sources) for findings in tables)
     sections = [
         (findings, _describe(findings.table), _cards_of(cards, findings.table)) for findings in tables
@@ -192,11 +192,11 @@ class _CardPlace:
 
 
 def _make_cards(
-    tables: Sequence[TableFindings], most: int, workers: int, drawing: _CardDrawing
+    tables: Sequence[TableFindings], maximum: int, workers: int, drawing: _CardDrawing
 ) -> list[Card]:
-    """Read at most `most` files again and return a card for each, in the order of the tables."""
+    """Read at most `maximum` files again and return a card for each, in the order of the tables."""
     places = []
-    for findings, indices in zip(tables, select_sources(tables, most), strict=True):
+    for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
         errors = findings.texts_by_stem("faults")
         remarks = findings.texts_by_stem("remarks")
         for index in indices:
@@ -262,8 +262,8 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     )
 
 
-def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
-    """Select at most `most` sources: those with errors first, then those with warnings, then the others.
+def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[int]]:
+    """Select at most `maximum` sources: those with errors first, then those with warnings, then the others.
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
@@ -282,8 +282,8 @@ def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
                 plain.append((table_index, index))
     chosen: list[list[int]] = [[] for _ in tables]
     for places in (faulty, remarked, plain):
-        count = min(most, len(places))
-        most -= count
+        count = min(maximum, len(places))
+        maximum -= count
         if count:
             for table_index, index in select_evenly(places, count):
                 chosen[table_index].append(index)
@@ -312,8 +312,12 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
     return segments
 
 
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} [... and {len(text) - most:,} more characters]"
+def _shorten(text: str, maximum: int) -> str:
+    return (
+        text
+        if len(text) <= maximum
+        else f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
+    )
 
 
 def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:

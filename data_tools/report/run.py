@@ -322,12 +322,12 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
     """Yield each index with the later ones whose hashes differ in few bits."""
     signs = _hash_signs(measures)
-    least = (BITS - 2 * NEAR) * len(measures[0].hashes)
+    minimum = (BITS - 2 * NEAR) * len(measures[0].hashes)
     at_once = max(1, PRODUCTS // len(measures))
     for start in range(0, len(measures), at_once):
         products = signs[start : start + at_once] @ signs[start:].T
         for index, products_of_one in enumerate(products, start):
-            near = np.flatnonzero(products_of_one >= least) + start
+            near = np.flatnonzero(products_of_one >= minimum) + start
             yield index, near[near > index]
 
 

@@ -58,12 +58,12 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             has_alpha=latent.has_alpha,
         )
 
-    def show_items(media: DecodedMedia, most: int | None) -> str:
-        """Show at most `most` items of a source, until the user answers something other than NEXT.
+    def show_items(media: DecodedMedia, maximum: int | None) -> str:
+        """Show at most `maximum` items of a source, until the user answers something other than NEXT.
 
         Returns that answer.
         """
-        for span in media.spans[:most]:
+        for span in media.spans[:maximum]:
             _log_item(media, span)
             file = folder / f"{media.source.table.index}_{media.key(span)}"
             answer = _show(way, file, side_by_side(media.cut(span)), fps=fps, debug=debug)
@@ -181,9 +181,9 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=2)
 
 
-def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
+def sheet(frames: NDArray[np.uint8], maximum: int = SHEET_FRAMES) -> Frame:
     """Return evenly chosen frames side by side as one image."""
-    return np.concatenate(select_evenly(list(frames), most), axis=1)
+    return np.concatenate(select_evenly(list(frames), maximum), axis=1)
 
 
 def colored_text(picture: Frame, columns: int, background: str | None) -> str:

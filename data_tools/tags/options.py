@@ -18,12 +18,12 @@ class TaggerOptions(Options, title="the tagger"):
         "folder with model.onnx and selected_tags.csv, or tag_mapping.json: a WD14-like tagger",
         default=MODEL_FOLDER,
     )
-    batch_size: int = option("images that the tagger sees at a time", default=1, least=1, most=1024)
+    batch_size: int = option("images that the tagger sees at a time", default=1, minimum=1, maximum=1024)
     num_frames: int = option(
         "frames of a clip that are tagged, evenly spaced; their tags are joined",
         default=8,
-        least=1,
-        most=1024,
+        minimum=1,
+        maximum=1024,
     )
     join_frames: str = option(
         "probability of a tag in a clip: the highest one of its frames, or their mean, which leaves out what "
@@ -44,13 +44,15 @@ class TaggerOptions(Options, title="the tagger"):
 class ThresholdOptions(Options, title="which tags are taken"):
     """Least probabilities of tags, by category."""
 
-    thresh: float = option("least probability of a tag", default=0.35, least=0, most=1)
-    general_threshold: float | None = option("the same, of what is seen; --thresh", least=0, most=1)
-    character_threshold: float | None = option("the same, of characters; --thresh", least=0, most=1)
-    copyright_threshold: float | None = option("the same, of series and brands; --thresh", least=0, most=1)
-    artist_threshold: float | None = option("the same, of artists; --thresh", least=0, most=1)
-    meta_threshold: float | None = option("the same, about the file itself; --thresh", least=0, most=1)
-    model_threshold: float | None = option("the same, of image models; --thresh", least=0, most=1)
+    thresh: float = option("least probability of a tag", default=0.35, minimum=0, maximum=1)
+    general_threshold: float | None = option("the same, of what is seen; --thresh", minimum=0, maximum=1)
+    character_threshold: float | None = option("the same, of characters; --thresh", minimum=0, maximum=1)
+    copyright_threshold: float | None = option(
+        "the same, of series and brands; --thresh", minimum=0, maximum=1
+    )
+    artist_threshold: float | None = option("the same, of artists; --thresh", minimum=0, maximum=1)
+    meta_threshold: float | None = option("the same, about the file itself; --thresh", minimum=0, maximum=1)
+    model_threshold: float | None = option("the same, of image models; --thresh", minimum=0, maximum=1)
     use_rating_tags: bool = option("put the most probable rating first")
     use_rating_tags_as_last_tag: bool = option("put it last", excludes="use_rating_tags")
     use_quality_tags: bool = option("put the most probable quality first, if the tagger has qualities")

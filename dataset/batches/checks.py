@@ -146,7 +146,7 @@ def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRe
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
-    num_references = min(_references_now(item) or 0, rules.most)
+    num_references = min(_references_now(item) or 0, rules.maximum)
     num_seen = min((len(record.references) for record in records.values()), default=num_references)
     if num_seen < num_references:
         images = count_of(num_references, "reference picture")
@@ -345,12 +345,12 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
     num_now = _references_now(item)
     if table.directory is None:
-        if num_now is not None and min(num_now, rules.most) != num_cached:
+        if num_now is not None and min(num_now, rules.maximum) != num_cached:
             yield f"{made_with}, now {table.source} names {num_now}"
     elif num_cached and table.control_directory is None:
         yield f"it was made with reference pictures, {table.name} has no control_directory"
-    elif num_now is not None and num_cached < min(num_now, rules.most):
-        yield f"{made_with}, now its image has {min(num_now, rules.most)}"
+    elif num_now is not None and num_cached < min(num_now, rules.maximum):
+        yield f"{made_with}, now its image has {min(num_now, rules.maximum)}"
 
 
 def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:

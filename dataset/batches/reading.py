@@ -107,7 +107,7 @@ def read_batch(
         undropped=_stack(full_texts, commands.text),
         network_multiplier=items[0].table.network_multiplier,
         empty_text=_stack(empty_texts, commands.text),
-        worse=rejected,
+        rejected=rejected,
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
@@ -243,8 +243,8 @@ class _Reader:
             if data.LOSS_MASK in unmirrored:  # caches hold no mirrored mask
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
-        said_sizes = part.tensors.pop(data.SAID_SIZES, None)  # used only by models that are told sizes
-        if self.latent.tells_sizes:
+        said_sizes = part.tensors.pop(data.STATED_SIZES, None)  # used only by models that are told sizes
+        if self.latent.has_size_conditions:
             part.tensors[data.SIZES] = _sizes_of(item, said_sizes, flip)
         return part
 
@@ -382,7 +382,7 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
     """Return `data.SIZES` of an image, without batch dimension.
 
-    `said` is `data.SAID_SIZES` from the cache, which takes precedence over computed sizes. `flip` says that
+    `said` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes. `flip` says that
     the image is mirrored.
     """
     bucket = item.bucket[0], item.bucket[1]

@@ -44,7 +44,7 @@ _NOT_COMPARED = frozenset(
 )
 # what `for_family` makes of keys: it differs between the scripts of a family, and texts depend on none of it
 _OF_FAMILY = (
-    *("finds_sound", "shows_media", "source_fps", "target_frames"),
+    *("finds_audio", "shows_media", "source_fps", "target_frames"),
     *("references", "clip_references", "reference_dropout_rate"),
 )
 # paths that are not listed: what is in them is named elsewhere, or is no source

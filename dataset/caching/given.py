@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 def reject_moments(family: Caches, table: DatasetTable) -> None:
     """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
-    if family.moments.refusal is not None:
-        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
+    if family.moments.rejection is not None:
+        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.rejection}.")
 
 
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:

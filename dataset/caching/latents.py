@@ -165,7 +165,7 @@ def encode(
         return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
-    all_rejected = [item.worse for item in items if item.worse is not None]
+    all_rejected = [item.rejected for item in items if item.rejected is not None]
     rejected = _stack_batch(all_rejected) if all_rejected else None
     encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
     if rejected is not None:
@@ -184,13 +184,13 @@ def encode(
     return with_both_sides
 
 
-def _with_frames(media: data.MediaBatch, worse: Tensor) -> data.MediaBatch:
+def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
     """Return the batch with the rejected clips in place of the chosen ones, for the same control media.
 
-    `worse` are the rejected clips, B F H W C uint8. The transparency of the chosen clips does not apply to
+    `rejected` are the rejected clips, B F H W C uint8. The transparency of the chosen clips does not apply to
     them and is dropped.
     """
-    return dataclasses.replace(media, frames=worse, alpha=None)
+    return dataclasses.replace(media, frames=rejected, alpha=None)
 
 
 def _join_rejected(
@@ -204,8 +204,8 @@ def _join_rejected(
     return joined
 
 
-def _add_rejected(entry: data.CacheEntry, worse: data.CacheEntry) -> data.CacheEntry:
-    tensors = {**entry.tensors, data.REJECTED_LATENTS: worse.tensors["latents"]}
+def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.CacheEntry:
+    tensors = {**entry.tensors, data.REJECTED_LATENTS: rejected.tensors["latents"]}
     return dataclasses.replace(entry, tensors=tensors)
 
 

@@ -104,7 +104,7 @@ class Recipe:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
-        if source.worse is not None:
+        if source.rejected is not None:
             options[REJECTED] = True
         if self.keeps_audio and table.kind == "video":
             options[AUDIO_FILE] = source.audio is not None
@@ -477,7 +477,7 @@ class Planning:
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
-        if self.source.worse is not None and REJECTED_LATENTS not in header.keys:
+        if self.source.rejected is not None and REJECTED_LATENTS not in header.keys:
             raise OtherKind(f"{path}: it has no latents of its worse one")
         if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
             raise OtherKind(f"{path}: it does not say how many frames make a second")

@@ -157,11 +157,11 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         )
 
 
-def first_lines(things: Sequence[object], most: int) -> list[str]:
+def first_lines(things: Sequence[object], maximum: int) -> list[str]:
     """Return the first lines of a long list, indented, and a line that counts those that are left out."""
-    lines = [f"  {line}" for line in things[:most]]
-    if len(things) > most:
-        lines.append(f"  ... and {len(things) - most} more")
+    lines = [f"  {line}" for line in things[:maximum]]
+    if len(things) > maximum:
+        lines.append(f"  ... and {len(things) - maximum} more")
     return lines
 
 
@@ -286,10 +286,10 @@ def fill_batches(
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
-        group, most = group_of(item), max_of(item)
+        group, maximum = group_of(item), max_of(item)
         waiting.setdefault(group, []).append(item)
         del item  # frees its frames before waiting for the next source
-        if len(waiting[group]) >= most:
+        if len(waiting[group]) >= maximum:
             yield waiting.pop(group)
         sizes = {group: sum(map(bytes_of, members)) for group, members in waiting.items()}
         if sum(sizes.values()) > max_bytes:
@@ -347,7 +347,9 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     if not num_frames:
         num_frames = _estimate_frames(source)
     width, height = table.resolution
-    clips = 1 + len(source.control) + len(source.references) + (source.worse is not None) + len(source.layers)
+    clips = (
+        1 + len(source.control) + len(source.references) + (source.rejected is not None) + len(source.layers)
+    )
     channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
     return int(num_frames) * width * height * channels
 

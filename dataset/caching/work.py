@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from contract.data import FPS, CacheEntry, MediaEncoders
-from contract.family import Caches, audio_of, hears_audio
+from contract.family import Caches, audio_of, trains_audio
 from contract.rules import ShownMedium
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
@@ -148,7 +148,7 @@ class MediaWork:
             for table in config.datasets
         }
         self._audio: AudioWork | None = None
-        if not family.latent.holds_audio and hears_audio(family):
+        if not family.latent.holds_audio and trains_audio(family):
             from dataset.caching import audio  # only of families with audio
 
             hearing = cast("HearingFamily", family)

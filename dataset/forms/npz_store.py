@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK, SAID_SIZES, LatentSpec
+from contract.data import LOSS_MASK, STATED_SIZES, LatentSpec
 from contract.rules import NpzFormat
 from dataset import cache_files
 from dataset.forms.npz_files import (
@@ -286,9 +286,9 @@ class NpzStore:
                 )
             latents = tensor[:, None]
             named[cache_files.tensor_name(key, latents)] = latents
-        if self.latent.tells_sizes:
+        if self.latent.has_size_conditions:
             sizes = _read_sizes(path, arrays)
-            named[cache_files.tensor_name(SAID_SIZES, sizes)] = sizes
+            named[cache_files.tensor_name(STATED_SIZES, sizes)] = sizes
         return cache_files.Entry.of(path, {}, named)
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -409,7 +409,7 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `SAID_SIZES` of another program's latents.
+    """Return `STATED_SIZES` of another program's latents.
 
     Raises:
         CacheError: If it is not in the file.

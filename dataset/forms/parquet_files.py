@@ -188,13 +188,13 @@ def _number(fields: dict[int, Any], field: int) -> int:
 
 def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
     """Return the fields of a page's header, and its size in bytes."""
-    for most in _HEADERS:
+    for maximum in _HEADERS:
         content.seek(place)
-        data = content.read(most)
+        data = content.read(maximum)
         try:
             return _read_struct(memoryview(data), 0)
         except IndexError:
-            if len(data) < most:
+            if len(data) < maximum:
                 break
     raise ValueError("a page is cut short")
 

@@ -103,12 +103,12 @@ class RowReader:
             mask=mask,
             references=references,
             control_mask=control_mask,
-            worse=rejected,
+            rejected=rejected,
             layers=layers,
         )
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._part("audio_path", audio_path, where)
-        if audio is None and self.table.finds_sound and not source.origins:
+        if audio is None and self.table.finds_audio and not source.origins:
             from dataset.sources.folders import find_audio_beside  # few lists need it
 
             audio = find_audio_beside(source.path)
@@ -377,7 +377,7 @@ def make_source(
     mask: Part | None = None,
     references: Sequence[Part] = (),
     control_mask: Part | None = None,
-    worse: Part | None = None,
+    rejected: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
     """Return the source made from one row, or from one sample of a tar. `where` is for messages only."""
@@ -385,7 +385,7 @@ def make_source(
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
-    parts = (media, *controls, *masks, *references, *([] if worse is None else [worse]), *layers)
+    parts = (media, *controls, *masks, *references, *([] if rejected is None else [rejected]), *layers)
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         path=media[0],
@@ -399,7 +399,7 @@ def make_source(
         origins=origins if any(origins) else (),
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
-        worse=None if worse is None else worse[0],
+        rejected=None if rejected is None else rejected[0],
         layers=tuple(path for path, _ in layers),
     )
 
@@ -452,9 +452,9 @@ def check_controls(
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{where} have no {needed}, while others have"
         faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
-    if any(source.worse for source in sources):
+    if any(source.rejected for source in sources):
         kind = f"{where} have no worse_path, while others have"
-        lacking = [source for source in sources if source.worse is None]
+        lacking = [source for source in sources if source.rejected is None]
         faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources
 

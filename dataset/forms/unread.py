@@ -106,8 +106,8 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
         first = 0 if name == table.control_column else control_number(name) or 0
         count = len([*filter(None, value)]) if isinstance(value, list) else 1
         numbered += [(first + place, name) for place in range(count)]
-    most = len(numbered) if table.control_count is None else table.control_count
-    return [name for _, name in sorted(numbered)[most:]]
+    maximum = len(numbered) if table.control_count is None else table.control_count
+    return [name for _, name in sorted(numbered)[maximum:]]
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:

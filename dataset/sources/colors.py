@@ -46,7 +46,7 @@ def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> st
         parts += [(path, control_keeps) for path in here.control]
         parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
         parts += [(path, False) for path in here.references]
-        parts += [(path, source_keeps) for path in (here.worse, *here.layers) if path is not None]
+        parts += [(path, source_keeps) for path in (here.rejected, *here.layers) if path is not None]
         return _otherwise(parts, as_shown)
 
 

@@ -137,8 +137,8 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
     """
     rules = table.clip_references
     for source in sources:
-        if len(source.references) > (0 if rules is None else rules.most):
-            takes = "none beside control_path" if rules is None else f"{rules.most} at most"
+        if len(source.references) > (0 if rules is None else rules.maximum):
+            takes = "none beside control_path" if rules is None else f"{rules.maximum} at most"
             raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
         if source.control_mask is not None and not (rules is not None and rules.control_masks):
             raise DatasetError(

@@ -101,7 +101,7 @@ class DecodedMedia:
     # each f h w 3: of a clip as many as frames, of an image one
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # 255 is made anew; as many as frames
-    worse: Clip | None = None  # of the worse one, like `frames`
+    rejected: Clip | None = None  # of the worse one, like `frames`
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
     # what the records of its caches say
     clip: ClipInfo | None = None
@@ -114,13 +114,13 @@ class DecodedMedia:
     def arrays(self) -> tuple[Any, ...]:
         """All arrays that encoders take: frames, control media, masks, references, rejected clip, moments."""
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
-        rejected = [] if self.worse is None else [self.worse]
+        rejected = [] if self.rejected is None else [self.rejected]
         return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
 
     @property
     def group(self) -> tuple[object, ...]:
         """Return the key that all items of a batch share: the table, and the shapes of stacked arrays."""
-        counts = len(self.control), len(self.references), self.worse is not None
+        counts = len(self.control), len(self.references), self.rejected is not None
         audio = () if self.audio is None else (self.audio.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio)
 
@@ -152,7 +152,7 @@ class DecodedMedia:
             mask=None if self.mask is None else self.mask[start:end].copy(),
             references=tuple(references),
             control_mask=None if self.control_mask is None else self.control_mask[start:end].copy(),
-            worse=None if self.worse is None else self.worse[start:end].copy(),
+            rejected=None if self.rejected is None else self.rejected[start:end].copy(),
         )
 
     def key(self, span: Span) -> str:
@@ -235,10 +235,10 @@ def _decode_clip(
 
         companions = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
         size_changes += companions.pop("size_changes")
-    if found_spans and here.worse is not None:
+    if found_spans and here.rejected is not None:
         from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
-        companions["worse"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
+        companions["rejected"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     # decoding stops once there are enough frames, and then the clip may have more
     complete = enough is None or count < enough
     return DecodedMedia(
@@ -292,7 +292,7 @@ def planned_bytes(source: MediaSource) -> int:
         source: The fetched source. Unreadable files count as 0, because decoding reports them.
     """
     total = 0
-    for path in (source.path, *source.control, *filter(None, (source.worse,)), *source.layers):
+    for path in (source.path, *source.control, *filter(None, (source.rejected,)), *source.layers):
         with contextlib.suppress(MediaError, OSError):
             width, height = image_size(path)
             total += width * height * DECODED_COPIES
@@ -355,8 +355,8 @@ def _decode_image(
 
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
-    if source.worse is not None:
-        companions["worse"] = _read_rejected(source, size, place=place, has_alpha=has_alpha)
+    if source.rejected is not None:
+        companions["rejected"] = _read_rejected(source, size, place=place, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -405,8 +405,8 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
     """
     from dataset.sources.pairs import require_equal_size  # few images have any
 
-    assert source.worse is not None
-    rejected = read_image(source.worse, has_alpha and not source.table.alpha_mask)
+    assert source.rejected is not None
+    rejected = read_image(source.rejected, has_alpha and not source.table.alpha_mask)
     require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
     placed = place(rejected)
     return (add_alpha(placed) if has_alpha else placed)[None]

@@ -60,7 +60,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 mask=None if source.mask is None else next(remaining),
                 control_mask=None if source.control_mask is None else next(remaining),
                 references=tuple(islice(remaining, len(source.references))),
-                worse=None if source.worse is None else next(remaining),
+                rejected=None if source.rejected is None else next(remaining),
                 layers=tuple(remaining),
                 origins=(),
             )

@@ -70,7 +70,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            audio=_audio_of(table, path, audios, faults) if audios or table.finds_sound else None,
+            audio=_audio_of(table, path, audios, faults) if audios or table.finds_audio else None,
             caption_encoding=content.encoding,
             layers=layers.get(path, ()),
         )
@@ -88,7 +88,7 @@ def _audio_of(
     """
     if clip in audios:
         return audios[clip], None
-    if not table.finds_sound or table.audio_directory is not None or table.audio == IGNORE:
+    if not table.finds_audio or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
         return find_audio_beside(clip)

@@ -115,7 +115,7 @@ class MediaSource:
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
     caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
-    worse: Path | None = (
+    rejected: Path | None = (
         None  # an image, clip or folder of images of the same size, which is to be less likely
     )
     shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
@@ -138,7 +138,7 @@ class MediaSource:
             *self.control,
             *masks,
             *self.references,
-            *filter(None, (self.worse,)),
+            *filter(None, (self.rejected,)),
             *self.layers,
         )
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
@@ -243,7 +243,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.audio,
             source.references,
             source.control_mask,
-            source.worse,
+            source.rejected,
             source.shown,
             source.further_text,
             source.layers,
@@ -316,15 +316,15 @@ def raise_errors(faults: Sequence[Fault]) -> None:
         raise DatasetError("\n".join(list_errors(faults, LISTED)))
 
 
-def list_errors(faults: Iterable[Fault], most: int) -> list[str]:
-    """Return lines: each kind with its count, then its first `most` faults."""
+def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
+    """Return lines: each kind with its count, then its first `maximum` faults."""
     by_kind: dict[str, list[str]] = {}
     for error in faults:
         by_kind.setdefault(error.kind, []).append(error.text)
     lines = []
     for kind, texts in by_kind.items():
-        lines += [f"{count_words(len(texts), kind)}:", *(f"  {text}" for text in texts[:most])]
-        lines += [f"  ... and {len(texts) - most} more"] if len(texts) > most else []
+        lines += [f"{count_words(len(texts), kind)}:", *(f"  {text}" for text in texts[:maximum])]
+        lines += [f"  ... and {len(texts) - maximum} more"] if len(texts) > maximum else []
     return lines
 
 

@@ -46,7 +46,7 @@ def add_rejected(
             example = f"{source.stem}.png" if table.kind == "image" else f"{source.stem}.mp4"
             text = f"{source.path}: {folder} has no worse one for it, such as {example}"
             faults.append(Fault(kind, text, source.stem))
-        paired.append(replace(source, worse=paths[0]) if len(paths) == 1 else source)
+        paired.append(replace(source, rejected=paths[0]) if len(paths) == 1 else source)
     return paired
 
 
@@ -67,7 +67,7 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
     """Raise MediaError if the worse one of a source has another width or height in pixels."""
     if size != rejected_size:
         raise MediaError(
-            f"{source.path} has {as_shape(size)} pixels, its worse one, {source.worse}, has "
+            f"{source.path} has {as_shape(size)} pixels, its worse one, {source.rejected}, has "
             f"{as_shape(rejected_size)}: both of a pair need one size. Make both alike"
         )
 
@@ -82,15 +82,15 @@ def read_rejected_clip(
     Raises:
         MediaError: If the rejected clip has another size or is shorter.
     """
-    assert here.worse is not None
+    assert here.rejected is not None
     frames: list[Clip] = []
-    for frame in companion_frames(here.worse, here.path, table=here.table, fps=fps, clock=clock):
+    for frame in companion_frames(here.rejected, here.path, table=here.table, fps=fps, clock=clock):
         if not frames:
             require_equal_size(here, size, (frame.shape[1], frame.shape[0]))
         frames.append(resize_cover(np.ascontiguousarray(frame[..., :3]), bucket))
         if len(frames) == count:
             return np.stack(frames)
     raise MediaError(
-        f"{here.path} gives {count} frames, its worse one, {here.worse}, only {len(frames)}: both of a pair "
-        "need one length. Cut the longer one"
+        f"{here.path} gives {count} frames, its worse one, {here.rejected}, only {len(frames)}: "
+        "both of a pair need one length. Cut the longer one"
     )

@@ -62,9 +62,9 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     assert table.references is not None
     if not any(source.control for source in sources):
         return sources
-    most = table.references.most
+    maximum = table.references.maximum
     number = len(sources)
-    over = [source for source in sources if len(source.control) > most]
+    over = [source for source in sources if len(source.control) > maximum]
     if over:
         logger.warning(
             "%s: %d of %d images have more reference pictures than the %d that this model takes; further "
@@ -72,11 +72,11 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
             table.name,
             len(over),
             number,
-            most,
+            maximum,
             over[0].path,
             len(over[0].control),
         )
-        sources = [_without_surplus(source, most) for source in sources]
+        sources = [_without_surplus(source, maximum) for source in sources]
     none = [source for source in sources if not source.control]
     if none:
         logger.warning(
@@ -90,13 +90,13 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     return sources
 
 
-def _without_surplus(source: MediaSource, most: int) -> MediaSource:
-    """Return a copy of a source with only its first `most` reference images."""
-    if len(source.control) <= most:
+def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
+    """Return a copy of a source with only its first `maximum` reference images."""
+    if len(source.control) <= maximum:
         return source
     # the first origin is that of the image
-    origins = source.origins[: 1 + most] + source.origins[1 + len(source.control) :]
-    return replace(source, control=source.control[:most], origins=origins)
+    origins = source.origins[: 1 + maximum] + source.origins[1 + len(source.control) :]
+    return replace(source, control=source.control[:maximum], origins=origins)
 
 
 def read_reference(

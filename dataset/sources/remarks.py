@@ -171,7 +171,7 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
         )
 
 
-def log_warnings(remarks: Sequence[Fault], most: int) -> None:
-    """Log all warnings as one message, in which at most `most` of each kind are named."""
+def log_warnings(remarks: Sequence[Fault], maximum: int) -> None:
+    """Log all warnings as one message, in which at most `maximum` of each kind are named."""
     if remarks:
-        logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, most))))
+        logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, maximum))))

@@ -124,7 +124,7 @@ class Kontext(Flux):
     @property
     def references(self) -> ReferenceRules:
         """One reference image, which is edited."""
-        return ReferenceRules(most=1, edits=True)
+        return ReferenceRules(maximum=1, edits=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:

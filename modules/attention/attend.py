@@ -332,7 +332,7 @@ def check_backend(
         return
     flag = flag_of(choice.mode, training)
     instead = f"Leave {flag} out to use torch's own attention."
-    reason = refusal(package, capability, dtype, training)
+    reason = rejection(package, capability, dtype, training)
     if reason is not None:
         raise OptionError(f"{flag} {reason} {instead}")
     try:
@@ -355,7 +355,7 @@ def check_backend(
         ) from error
 
 
-def refusal(
+def rejection(
     package: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
     """Return the reason why a package cannot serve a run, worded to follow "--flag"; None if it can.

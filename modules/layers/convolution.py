@@ -44,12 +44,12 @@ def empty_clip(x: Tensor, *size: int) -> Tensor:
 MOST = 2**31 - 1
 
 
-def repeat_pixels(x: Tensor, factor: int, most: int = MOST) -> Tensor:
+def repeat_pixels(x: Tensor, factor: int, maximum: int = MOST) -> Tensor:
     """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
 
-    Torch's own kernel is used for results of up to `most` values.
+    Torch's own kernel is used for results of up to `maximum` values.
     """
-    if x.numel() * factor**2 <= most:
+    if x.numel() * factor**2 <= maximum:
         return interpolate(x, scale_factor=float(factor), mode="nearest")
     batch, channels, height, width = x.shape
     is_last = x.is_contiguous(memory_format=torch.channels_last)

@@ -192,12 +192,12 @@ def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:
 
 
 def _blend_rows(frame: NDArray[Any]) -> NDArray[Any]:
-    most = int(np.iinfo(frame.dtype).max)
-    wide = np.uint16 if most == 255 else np.uint64
+    maximum = int(np.iinfo(frame.dtype).max)
+    wide = np.uint16 if maximum == 255 else np.uint64
     alpha = frame[..., 3:].astype(wide)
-    blended: NDArray[Any] = ((frame[..., :3] * alpha + most * (most - alpha) + most // 2) // most).astype(
-        frame.dtype
-    )
+    blended: NDArray[Any] = (
+        (frame[..., :3] * alpha + maximum * (maximum - alpha) + maximum // 2) // maximum
+    ).astype(frame.dtype)
     return blended
 
 

@@ -319,7 +319,7 @@ def is_animation(path: Path) -> bool:
     return (
         path.suffix.lower() in ANIMATION_SUFFIXES
         and path.is_file()
-        and len(_read_durations(path, most=2)) > 1
+        and len(_read_durations(path, maximum=2)) > 1
     )
 
 
@@ -349,8 +349,8 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
             yield turn_upright(pixels, orientation), seconds
 
 
-def _read_durations(path: Path, most: int | None = None) -> list[float]:
-    """Return the durations in seconds of all frames, or of the first `most`; empty for a still image."""
+def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
+    """Return the durations in seconds of all frames, or of the first `maximum`; empty for a still image."""
     with reading(path), path.open("rb") as file:
         start = file.read(6)
         if start[:4] == b"GIF8":
@@ -363,7 +363,7 @@ def _read_durations(path: Path, most: int | None = None) -> list[float]:
         try:
             for seconds in read_durations(file):
                 durations.append(seconds if seconds >= SHORTEST else DEFAULT)
-                if len(durations) == most:
+                if len(durations) == maximum:
                     break
         except EOFError:
             raise MediaError(f"{path} {_CUT}") from None

@@ -201,7 +201,7 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     return Thumbnail(gray, small.max(axis=-1) >= WHITE, histogram)
 
 
-def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
+def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) -> float:
     """Return the evidence for a cut, from 0 to 1: sqrt(structure * colors) * min(1, change / 0.05).
 
     - structure is 1 minus the best correlation of the gray thumbnails over all shifts of up to 6 of 32 cells,
@@ -210,13 +210,13 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     - colors is half the absolute difference of the histograms, averaged over red, green and blue.
     - change is the mean absolute difference of the gray values.
 
-    Distances below `least` may be returned as 0, which saves time.
+    Distances below `minimum` may be returned as 0, which saves time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
     max_structure = 2.0  # of images that are each other's negatives
-    if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < least:
+    if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < minimum:
         return 0.0
     height, width = first.grey.shape
     max_y = min(MAX_SHIFT, height // 4)

@@ -129,15 +129,15 @@ def _limit_frames(path: Path, codec: Any) -> None:
         MediaError: If one is too large.
     """
     stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
-    most = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
+    maximum = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
     taken = codec.width * codec.height * _pixel_bits(codec) // 8
-    if taken > most:
+    if taken > maximum:
         raise MediaError(
             f"{path} has frames of {codec.width} x {codec.height} pixels, {taken / 1e6:.0f} MB each when "
-            f"they are decoded; at most {most / 1e6:.0f} MB are read. Make the clip smaller."
+            f"they are decoded; at most {maximum / 1e6:.0f} MB are read. Make the clip smaller."
         )
     # the size may change within a stream
-    codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * most // _pixel_bits(codec)))}
+    codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * maximum // _pixel_bits(codec)))}
 
 
 def _pixel_bits(codec: Any) -> int:

@@ -123,7 +123,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
             begin = _find_origin(container)
             rate = stream.codec_context.sample_rate
             layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
-        most = int(seconds * rate)
+        maximum = int(seconds * rate)
         parts = []
         position = 0
         try:
@@ -133,7 +133,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
                     position = first
                 parts.append(samples[:, max(0, position - first) :])
                 position += parts[-1].shape[1]
-                if position >= most:
+                if position >= maximum:
                     break
         except av.FFmpegError as error:
             raise MediaError(
@@ -142,7 +142,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
             ) from error
     if not parts:
         return None
-    return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :most]), rate)
+    return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :maximum]), rate)
 
 
 def _track(container: Any) -> Any | None:

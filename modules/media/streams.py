@@ -60,9 +60,9 @@ def source_info(path: Path) -> SourceInfo:
 
 def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
     """Return the number of frames from the header, else from the duration; None if neither is plausible."""
-    most = path.stat().st_size  # a header may claim any number; each takes a byte at least
+    maximum = path.stat().st_size  # a header may claim any number; each takes a byte at least
     count = int(stream.frames)
-    if 0 < count <= most:
+    if 0 < count <= maximum:
         return count
     seconds = Fraction(0)
     if stream.duration:
@@ -70,7 +70,7 @@ def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> in
     elif container.duration:
         seconds = Fraction(container.duration, 1_000_000)
     count = round(seconds * rate)
-    return count if 0 < count <= most else None
+    return count if 0 < count <= maximum else None
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:

@@ -63,8 +63,8 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
-    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
-    small = next(number for number in range(most, 0, -1) if size % number == 0)
+    maximum = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    small = next(number for number in range(maximum, 0, -1) if size % number == 0)
     return small, size // small
 
 

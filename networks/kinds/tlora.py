@@ -29,7 +29,7 @@ _ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32
 class TLoraRule:
     """How many ranks act: floor((1 - level)^power * (R - least)) + least."""
 
-    least: int = 1  # at pure noise
+    minimum: int = 1  # at pure noise
     power: float = 1.0
 
     @property
@@ -39,7 +39,7 @@ class TLoraRule:
 
     def in_words(self) -> str:
         """Return the rule as --network_args has it."""
-        return f"{SWITCH}=True {MIN_RANK}={self.least} {ALPHA}={self.power:g}"
+        return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks of each sample, S.
@@ -48,9 +48,9 @@ class TLoraRule:
             rank: Rank of the LoRA.
             levels: Noise level of each sample, S, from 0 to 1.
         """
-        least = min(self.least, rank)
+        minimum = min(self.minimum, rank)
         shares = (1 - levels.float()).clamp(0, 1) ** self.power
-        return (shares * (rank - least) + _ROUNDING).floor() + least
+        return (shares * (rank - minimum) + _ROUNDING).floor() + minimum
 
 
 class TLoraKind(NetworkKind):
@@ -82,11 +82,11 @@ class TLoraKind(NetworkKind):
                 )
             return None
         default = TLoraRule()
-        least = values.get(MIN_RANK, default.least)
-        if least > rank:
+        minimum = values.get(MIN_RANK, default.minimum)
+        if minimum > rank:
             raise OptionError(
-                f"--network_args {MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
-                f"act at all levels of noise. Give less than --network_dim, such as {default.least}"
+                f"--network_args {MIN_RANK}={minimum}: the rank is {rank}, and at least so many ranks would "
+                f"act at all levels of noise. Give less than --network_dim, such as {default.minimum}"
             )
         power = values.get(ALPHA, default.power)
         if not power:
@@ -94,7 +94,7 @@ class TLoraKind(NetworkKind):
                 f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
                 f"{default.power:g} is usual"
             )
-        return TLoraRule(least, power)
+        return TLoraRule(minimum, power)
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
         """Return the rule in a file's metadata; None if all ranks act.
@@ -112,13 +112,13 @@ class TLoraKind(NetworkKind):
         if str(arguments.get(SWITCH, "")).lower() != "true":
             return None
         default = TLoraRule()
-        min_text = arguments.get(MIN_RANK, default.least)
+        min_text = arguments.get(MIN_RANK, default.minimum)
         power_text = arguments.get(ALPHA, default.power)
         try:
             rule = TLoraRule(int(min_text), float(power_text))
         except (ValueError, TypeError, OverflowError):
             rule = TLoraRule(0)
-        if rule.least < 1 or not 0 < rule.power < math.inf:
+        if rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
                 f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",

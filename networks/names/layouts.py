@@ -111,7 +111,7 @@ class GrownBlocks:
     depths: tuple[int, ...]  # blocks of the variants; each has the copies once more than the one before
     copied: frozenset[int]  # blocks of the first variant that the others repeat
     keys: tuple[str, ...]  # metadata of a LoRA file that say for how many blocks it is, ours first
-    most: int = 1000  # that a file may name
+    maximum: int = 1000  # that a file may name
 
     def originals(self, depth: int) -> list[int]:
         """Return, for each block of a variant, the block of the first one that it comes from."""

@@ -220,13 +220,13 @@ class BlurStage:
 
     def _report_nothing(self, clip: Clip) -> None:
         """Raise NothingFoundError, or only log it with --allow_none."""
-        least = f"nothing in it scores {self.options.conf} (--conf) or more"
+        minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
         if not self.options.allow_none:
             raise NothingFoundError(
-                f"{clip.path}: nothing was blurred and no file was written: {least}.\n  Lower --conf, look "
+                f"{clip.path}: nothing was blurred and no file was written: {minimum}.\n  Lower --conf, look "
                 "closer with a larger --detection_size, or write the video as it is with --allow_none."
             )
-        logger.warning("%s: nothing was blurred: %s.", clip.path, least)
+        logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
         image = waiting.picture

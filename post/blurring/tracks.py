@@ -203,8 +203,8 @@ def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
 
 def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
     """Return a box moved by the motion of several images; negative numbers move it back."""
-    most = MAX_MOVED * _find_longer_side(box)
-    x, y = (max(-most, min(most, step * pictures)) for step in motion)
+    maximum = MAX_MOVED * _find_longer_side(box)
+    x, y = (max(-maximum, min(maximum, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 

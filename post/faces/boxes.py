@@ -44,7 +44,7 @@ def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
     return result
 
 
-def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, most: int | None = None) -> list[int]:
+def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, maximum: int | None = None) -> list[int]:
     """Return the indices of boxes that no better box overlaps by more than `max_overlap`, best first.
 
     This is non-maximum suppression. Of equal scores the first counts as better. A box that is not finite
@@ -54,11 +54,11 @@ def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, most: int |
         boxes: Boxes, N 4.
         scores: Scores, N.
         max_overlap: Largest allowed intersection over union.
-        most: Largest number of indices.
+        maximum: Largest number of indices.
     """
     waiting = np.argsort(-scores, kind="stable")
     chosen: list[int] = []
-    while len(waiting) and (most is None or len(chosen) < most):
+    while len(waiting) and (maximum is None or len(chosen) < maximum):
         best = int(waiting[0])
         waiting = waiting[1:]
         chosen.append(best)
@@ -180,6 +180,6 @@ def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
 
 def crops(pixels: Pixels, matrices: Sequence[Matrix], size: int) -> NDArray[np.float32]:
     """Crop a face for each matrix; returns B 3 size size, -1..1."""
-    most = np.float32(65535 if pixels.dtype == np.uint16 else 255)
+    maximum = np.float32(65535 if pixels.dtype == np.uint16 else 255)
     faces = np.stack([crop(pixels, matrix, size) for matrix in matrices])
-    return faces.transpose(0, 3, 1, 2).astype(np.float32) / most * 2 - 1
+    return faces.transpose(0, 3, 1, 2).astype(np.float32) / maximum * 2 - 1

@@ -291,5 +291,5 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
     detector = load_detector(files.detector, device, torch.float32, option="--detection_model")
     default_least = MIN_SCORE_ONNX if may_be_onnx(files.detector) else MIN_SCORE
-    least = options.detection_threshold or default_least
-    return Facefix(options, detector, restorer, device=device, least_score=least)
+    minimum = options.detection_threshold or default_least
+    return Facefix(options, detector, restorer, device=device, least_score=minimum)

@@ -162,14 +162,14 @@ class ResidualGroup(nn.Module):
         windows = self._view_windows(x)
         results = self._view_windows(out)
         batch, rows, columns = windows.shape[:3]
-        most = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
+        maximum = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
         bias = attention.bias(index)
         # only windows in the last row and in the last column hold tokens that shifting has brought together
         for row_part, column_part in product(_split_windows(rows, shift), _split_windows(columns, shift)):
             mask = apart(self.window, row_part.masked, column_part.masked, bias)
-            for piece in pieces(batch, row_part.windows, column_part.windows, most):
+            for piece in pieces(batch, row_part.windows, column_part.windows, maximum):
                 some = windows[piece]
                 tokens = rearrange(some, "b h w p q c -> (b h w) (p q) c")
                 results[piece] = block(tokens, mask).reshape(some.shape)
@@ -208,13 +208,13 @@ def _split_windows(count: int, shift: int) -> list[_WindowRange]:
     return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
-def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Divide a batch of grids of windows into pieces of at most `most` windows (batch, rows, columns)."""
+def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Divide a batch of grids of windows into pieces of at most `maximum` windows (batch, rows, columns)."""
     if not rows or not columns:
         return
-    wide = min(len(columns), most)
-    high = max(1, min(len(rows), most // wide))
-    deep = max(1, min(batch, most // (wide * high)))
+    wide = min(len(columns), maximum)
+    high = max(1, min(len(rows), maximum // wide))
+    deep = max(1, min(batch, maximum // (wide * high)))
     for b, row, column in product(
         range(0, batch, deep),
         range(rows.start, rows.stop, high),

@@ -152,7 +152,7 @@ def read_rate(value: Any) -> float | None:
         return None
 
 
-def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
+def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
     """Return a reader of numbers within limits."""
 
     def read(value: Any) -> float:
@@ -161,16 +161,16 @@ def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
                 value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError("it is no number")
-        if not least <= value <= most:
-            raise ValueError(f"it has to be {least:.12g} to {most:.12g}")
+        if not minimum <= value <= maximum:
+            raise ValueError(f"it has to be {minimum:.12g} to {maximum:.12g}")
         return value
 
     return read
 
 
-def whole(least: int = 0, most: int = MAX_STEPS) -> Callable[[Any], int]:
+def whole(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
     """Return a reader of whole numbers within limits."""
-    of_number = number(least, most)
+    of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
         found = of_number(value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from project.foreign import contract
-from project.foreign.project import EpochsSaid, ForeignProject
+from project.foreign.project import FileEpochs, ForeignProject
 from project.new_options import NewOptions
 
 _SCHEDULES_WITHOUT_WARMUP = {"constant": "constant_with_warmup"}
@@ -64,7 +64,7 @@ def _take_said_steps(project: ForeignProject) -> int | None:
 
 
 def _leave_length(
-    project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, typed: int
+    project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, typed: int
 ) -> None:
     """Note that the project's length is not used, because another one was typed."""
     for said in epochs:
@@ -74,7 +74,7 @@ def _leave_length(
 
 
 def _select_steps(
-    project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, epoch: Epoch
+    project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, epoch: Epoch
 ) -> int | None:
     """Return the number of steps that applies: the project's own, or that of its epochs."""
     chosen = _select_epochs(epochs, said_steps, epoch.steps)
@@ -96,7 +96,7 @@ def _select_steps(
     return steps
 
 
-def _select_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoch: int) -> EpochsSaid | None:
+def _select_epochs(epochs: Sequence[FileEpochs], said_steps: int | None, in_epoch: int) -> FileEpochs | None:
     """Return the number of epochs that applies; None if a number of steps applies instead."""
     for said in epochs:
         if said.counts == contract.FIRST:

@@ -15,7 +15,7 @@ from project.options import find_models
 _VARIANT, _FILE, _KIND = range(3)
 
 
-class SaidModel(NamedTuple):
+class FileModel(NamedTuple):
     """A model that a key names."""
 
     source: int  # one of the three above
@@ -28,7 +28,7 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
 
     `values` holds all keys of the file; `rules` holds only the rules of keys that name a model.
     """
-    models: list[SaidModel] = []
+    models: list[FileModel] = []
     has_unknown_variant = False
     for key, rule in rules.items():
         found = _read_model(project, rule, key, values)
@@ -38,7 +38,7 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
     if not models:
         guessed = project.program.guess_model(values)
         if guessed is not None:
-            models.append(SaidModel(_KIND, *guessed))
+            models.append(FileModel(_KIND, *guessed))
             project.changed.append(f"no key says another model: --family {guessed[0]} --task {guessed[1]}")
     if has_unknown_variant:  # the usual variant of that kind of model is another one
         models = [model._replace(task=None) if model.source == _KIND else model for model in models]
@@ -52,7 +52,7 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
 
 def _read_model(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
-) -> SaidModel | None:
+) -> FileModel | None:
     """Return the model that a key names, and note it."""
     value = values[key]
     if value is False:
@@ -68,7 +68,7 @@ def _read_model(
         family, task = named
         if key not in project.assumed:
             project.note_change(key, value, f"--family {family} --task {task or '(asked for)'}")
-        return SaidModel(source, family, task)
+        return FileModel(source, family, task)
     if rule.to == contract.FILE:
         reason = "a file or folder of your own is given as --model_file NAME=PATH"
         project.models.setdefault(show(key), show(value))

@@ -17,7 +17,7 @@ NO_REASON = "this program has no such thing"
 MISSPELT = 0.85  # how alike two keys are, of which one seems to be the other
 
 
-class EpochsSaid(NamedTuple):
+class FileEpochs(NamedTuple):
     """Epochs that a key sets, and whether they take precedence over a number of steps."""
 
     key: str
@@ -55,8 +55,8 @@ class ForeignProject:
     network_arguments: dict[str, Any] = field(default_factory=dict)
     places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
     folders: dict[str, Path] = field(default_factory=dict)  # by key
-    epochs: list[EpochsSaid] = field(default_factory=list)
-    per_epoch: dict[str, EpochsSaid] = field(default_factory=dict)  # by the option with steps
+    epochs: list[FileEpochs] = field(default_factory=list)
+    per_epoch: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
     warmup_share: tuple[str, float] | None = None  # the key, and the share of the steps
     others: dict[str, Any] = field(default_factory=dict)  # keys without a rule, of a program that knows ours
     said: dict[str, str] = field(default_factory=dict)  # option or key here -> the key there

@@ -9,13 +9,13 @@ from modules.control_codes import shorten
 from modules.errors import UserError
 from project.foreign import contract
 from project.foreign.contract import KeyRule, NotSaid, Program, is_off
-from project.foreign.project import EpochsSaid, ForeignDataset, ForeignProject, show, without_numbers
+from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
 _DRAWN = -1  # files of an epoch that are still to be counted: num_repeats of the dataset says how many
 
 
 @dataclass(frozen=True)
-class SaidValue:
+class FileValue:
     """A value of a file."""
 
     rule: KeyRule
@@ -27,7 +27,7 @@ class SaidValue:
 def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Take over a value, or note why it is left out."""
     place = _find_place(project, key, value)
-    said = SaidValue(rule, show(key), value, place)
+    said = FileValue(rule, show(key), value, place)
     if rule.to == contract.LEFT:
         _leave(project, said)
         return
@@ -74,14 +74,14 @@ def _find_table(program: Program, key: str) -> str | None:
     return None
 
 
-def _leave(project: ForeignProject, said: SaidValue) -> None:
+def _leave(project: ForeignProject, said: FileValue) -> None:
     if is_off(said.value):
         project.idle.append(said.key)
     else:
         project.leave(said.key, said.rule.name)
 
 
-def _take_network(project: ForeignProject, said: SaidValue, module: str | None) -> None:
+def _take_network(project: ForeignProject, said: FileValue, module: str | None) -> None:
     """Take the kind of a network. `module` is the one that makes it; None means a LoRA."""
     if module is None:
         project.taken.append(said.key)
@@ -91,57 +91,57 @@ def _take_network(project: ForeignProject, said: SaidValue, module: str | None) 
     project.note_change(said.key, said.value, f"network_module = {module}")
 
 
-def _take_folder(project: ForeignProject, said: SaidValue, folder: Any) -> None:
+def _take_folder(project: ForeignProject, said: FileValue, folder: Any) -> None:
     project.folders[said.key] = folder
     if said.place is not None:
         said.place.path = folder
         said.place.key = said.key
 
 
-def _take_epochs(project: ForeignProject, said: SaidValue, number: Any) -> None:
-    project.epochs.append(EpochsSaid(said.key, number, said.rule.name))
+def _take_epochs(project: ForeignProject, said: FileValue, number: Any) -> None:
+    project.epochs.append(FileEpochs(said.key, number, said.rule.name))
 
 
-def _take_per_epoch(project: ForeignProject, said: SaidValue, number: Any) -> None:
-    project.per_epoch[said.rule.name] = EpochsSaid(said.key, number, said.rule.name)
+def _take_per_epoch(project: ForeignProject, said: FileValue, number: Any) -> None:
+    project.per_epoch[said.rule.name] = FileEpochs(said.key, number, said.rule.name)
 
 
-def _take_share(project: ForeignProject, said: SaidValue, percent: Any) -> None:
+def _take_share(project: ForeignProject, said: FileValue, percent: Any) -> None:
     project.warmup_share = (said.key, percent / 100)
 
 
-def _take_argument(project: ForeignProject, said: SaidValue, value: Any) -> None:
+def _take_argument(project: ForeignProject, said: FileValue, value: Any) -> None:
     project.arguments[said.rule.name] = value
     project.said[said.rule.name] = said.key
 
 
-def _take_arguments(project: ForeignProject, said: SaidValue, pairs: Mapping[str, str]) -> None:
+def _take_arguments(project: ForeignProject, said: FileValue, pairs: Mapping[str, str]) -> None:
     for name, text in pairs.items():
         project.arguments[name] = text
         project.said[name] = said.key
 
 
-def _take_network_argument(project: ForeignProject, said: SaidValue, value: Any) -> None:
+def _take_network_argument(project: ForeignProject, said: FileValue, value: Any) -> None:
     project.network_arguments[said.rule.name] = value
     project.said[said.rule.name] = said.key
 
 
-def _take_of_new(project: ForeignProject, said: SaidValue, value: Any) -> None:
+def _take_of_new(project: ForeignProject, said: FileValue, value: Any) -> None:
     _set(project, project.new, project.said, said, value)
 
 
-def _take_of_training(project: ForeignProject, said: SaidValue, value: Any) -> None:
+def _take_of_training(project: ForeignProject, said: FileValue, value: Any) -> None:
     _set(project, project.training, project.said, said, value)
 
 
-def _take_of_data(project: ForeignProject, said: SaidValue, value: Any) -> None:
+def _take_of_data(project: ForeignProject, said: FileValue, value: Any) -> None:
     if said.place is None:
         _set(project, project.data, project.said, said, value)
     else:
         _set(project, said.place.data, said.place.said, said, value)
 
 
-_TAKERS: Mapping[str, Callable[[ForeignProject, SaidValue, Any], None]] = {
+_TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
     contract.NEW: _take_of_new,
     contract.TRAINING: _take_of_training,
     contract.DATA: _take_of_data,
@@ -157,7 +157,7 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, SaidValue, Any], None]] = {
 
 
 def _set(
-    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], said: SaidValue, value: Any
+    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], said: FileValue, value: Any
 ) -> None:
     """Set an option or key, unless another key of the file has set it to something else.
 

@@ -106,10 +106,10 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     else:
         left = weights / 2**30 - max(memory - FREE, 0)
         fit = f"{weights / 2**30:.1f} GiB in bf16, of which about {left:.0f} GiB wait in RAM"
-    most = gigabytes((KEPT + 1) * written + KEPT * weights)
+    maximum = gigabytes((KEPT + 1) * written + KEPT * weights)
     return [
         f"The whole model is trained. Its weights: {fit}",
-        f"Each saved file has {gigabytes(written)}; with the states output takes about {most}",
+        f"Each saved file has {gigabytes(written)}; with the states output takes about {maximum}",
     ]
 
 

@@ -76,8 +76,8 @@ def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> 
 
     A list with several blocks can always swap one.
     """
-    most = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
-    return all(count <= limit for count, limit in zip(swapped, most, strict=True))
+    maximum = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
+    return all(count <= limit for count, limit in zip(swapped, maximum, strict=True))
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
         )
     swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.unswapped):
-        most = max_blocks(totals, spec.swap_counts, spec.unswapped)
+        maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
         raise OptionError(
-            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "
-            f"swapped. Use {most} or less"
+            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {maximum} can be "
+            f"swapped. Use {maximum} or less"
         )
     return swapped
 

@@ -161,8 +161,10 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     moves_layers = swap.img_in_txt_in_offloading
     slots = swap.block_swap_ring_size
-    most = max_blocks(totals, spec.swap_counts, spec.unswapped)
-    return [plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots)) for count in range(most + 1)]
+    maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
+    return [
+        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots)) for count in range(maximum + 1)
+    ]
 
 
 BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block that can be split
@@ -290,10 +292,10 @@ def _make_row(part: MemoryPart) -> tuple[str, str, str, str]:
 
 
 class Swappable(Protocol):
-    """Prediction of device bytes by number of swapped blocks, which is at most `most`."""
+    """Prediction of device bytes by number of swapped blocks, which is at most `maximum`."""
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         """Largest number of blocks that can be swapped."""
 
     def device(self, blocks: int, /) -> int:
@@ -302,7 +304,9 @@ class Swappable(Protocol):
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
     """Return the smallest number of swapped blocks that fits into `usable` bytes; None if no number does."""
-    return next((count for count in range(prediction.most + 1) if prediction.device(count) <= usable), None)
+    return next(
+        (count for count in range(prediction.maximum + 1) if prediction.device(count) <= usable), None
+    )
 
 
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
@@ -314,12 +318,12 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
     Raises:
         OptionError: If there are too few blocks.
     """
-    most = prediction.most
+    maximum = prediction.maximum
     if not swap.is_auto:
-        if swap.number > most:
+        if swap.number > maximum:
             raise OptionError(
-                f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be "
-                f"swapped. Use {most} or less"
+                f"--blocks_to_swap {swap.number}: at most {maximum} of this transformer's blocks can be "
+                f"swapped. Use {maximum} or less"
             )
         return swap.number, None
     if room is None:
@@ -327,9 +331,9 @@ def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tup
     count = smallest_swap(prediction, room.usable)
     usable = f"{gib(room.usable)} of {room.name} can be used"
     if count is None:
-        return most, (
-            f"--blocks_to_swap auto: {most}, the largest possible number; even so "
-            f"{gib(prediction.device(most))} GiB are predicted; {usable}."
+        return maximum, (
+            f"--blocks_to_swap auto: {maximum}, the largest possible number; even so "
+            f"{gib(prediction.device(maximum))} GiB are predicted; {usable}."
         )
     fewer = f"; with {count - 1} it would be {gib(prediction.device(count - 1))}" if count else ""
     return count, (

@@ -57,7 +57,7 @@ class Way:
     memory: MemoryPlan | None = None
     host: int = 0  # bytes of all processes
     fits: bool = False
-    refusal: str = ""
+    rejection: str = ""
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
@@ -86,15 +86,15 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
                 raise OptionError(f"{heads} heads of attention are not divisible by {division.context}")
             prediction = rehearsed.divide(division)
         except OptionError as error:
-            yield replace(way, refusal=str(error))
+            yield replace(way, rejection=str(error))
             continue
         yield _plan_way(way, prediction, 0, room=room, is_training=is_training)
         if words or not rehearsed.can_swap:
             continue
         # the undivided run with block swap: the fewest blocks that fit, or all if even that is too much
         fewest = smallest_swap(prediction, room.usable)
-        if fewest != 0 and prediction.most:
-            count = prediction.most if fewest is None else fewest
+        if fewest != 0 and prediction.maximum:
+            count = prediction.maximum if fewest is None else fewest
             way = replace(way, words=("--blocks_to_swap", str(count)))
             yield _plan_way(way, prediction, count, room=room, is_training=is_training)
 
@@ -150,11 +150,11 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
             break  # options that save more memory are not needed
     plans = [way.memory for way in ways if way.memory is not None]
     if not plans:  # no way is possible
-        raise OptionError(ways[0].refusal)
+        raise OptionError(ways[0].rejection)
     title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
     with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
     lines = [f"{title}{with_words}:", *format_table(ways)]
-    lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
+    lines += [f"{' '.join(way.words)} is not possible: {way.rejection}" for way in ways if way.rejection]
     fitting = [way for way in ways if way.fits]
     if fitting:
         memory = fitting[0].memory

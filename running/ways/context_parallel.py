@@ -34,7 +34,7 @@ class ContextParallelOptions(
         "N processes share the tokens of each clip: each holds a part of the tokens outside attention, "
         "and all tokens of a part of the heads inside attention. 1: none",
         default=1,
-        least=1,
+        minimum=1,
         metavar="N",
         facts={**SETTING, **OF_BLOCKS, **by_division("context")},
     )

@@ -30,7 +30,7 @@ def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
         return family.with_control_net(
             made,
             options.controlnet_model_name_or_path,
-            own_rate=None,
+            new_layers_lr=None,
             checkpoints=options.gradient_checkpointing,
         )
     return made

@@ -24,7 +24,7 @@ def _clip_skip() -> int | None:
     skip: int | None = option(
         "layer of the text encoder whose states are used, from the end: 1 is the last one, which is "
         "common; 2.x is loaded without OpenCLIP's last layer, as it was trained",
-        least=1,
+        minimum=1,
         hint="1 or 2",
         facts=IDENTITY,
     )
@@ -67,7 +67,7 @@ class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")
     stop_text_encoder_training: int | None = option(
         "the text encoder learns during so many steps; -1: it does not learn; default: to the end",
-        least=-1,
+        minimum=-1,
         facts=CHANGEABLE,
     )
     no_token_padding: bool = option(

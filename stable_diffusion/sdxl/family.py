@@ -37,7 +37,7 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
         return family.with_control_net(
             made,
             options.controlnet_model_name_or_path,
-            own_rate=options.control_net_lr,
+            new_layers_lr=options.control_net_lr,
             checkpoints=options.gradient_checkpointing,
         )
     return made

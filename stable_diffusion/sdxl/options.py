@@ -59,8 +59,8 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
     cond_emb_dim: int | None = option(
         "number of values for the control image at each position, even; default: those of "
         "--network_weights, else 32",
-        least=2,
-        most=MAX_WIDTH,
+        minimum=2,
+        maximum=MAX_WIDTH,
         hint="32 is usual",
         often=True,
         facts=IDENTITY,

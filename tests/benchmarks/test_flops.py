@@ -319,7 +319,7 @@ def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, g
     else:
         assert products > 3 * work.linear - work.last  # and those of a LoRA that is wide for this model
     assert (chosen(found.step, AGAIN).count > 0) is not generates
-    lines = "\n".join(report(found, RATES, most=1000))
+    lines = "\n".join(report(found, RATES, maximum=1000))
     assert "wan/model.py" in lines
     assert "modules/layers/rope.py" in lines
 
@@ -357,7 +357,7 @@ class Planned:
     """A plan in which a swapped block saves a GiB."""
 
     whole: int  # GiB
-    most: int = 4
+    maximum: int = 4
 
     def device(self, blocks: int) -> int:
         return (self.whole - blocks) << 30

@@ -66,13 +66,13 @@ class Page:
         sent = body if isinstance(body, str) else json.dumps(body)
         return self.served.ask(self.address + rest, "POST", sent, **(headers or {"Origin": self.served.url}))
 
-    def measured(self, rest: str = "", least: int = 1) -> dict[str, Any]:
-        """The answer once the dataset has been measured `least` times."""
+    def measured(self, rest: str = "", minimum: int = 1) -> dict[str, Any]:
+        """The answer once the dataset has been measured `minimum` times."""
         news: dict[str, Any] = {}
 
         def is_measured() -> bool:
             news.update(self.ask(f"items?count=200&{rest}").json())
-            return news["state"] != "measuring" and news.get("version", least) >= least
+            return news["state"] != "measuring" and news.get("version", minimum) >= minimum
 
         wait_for(is_measured, lambda: f"it is never measured: {news}")
         return news
@@ -625,7 +625,7 @@ def test_who_presses_a_button_of_a_dataset_keeps_the_focus(page: Page) -> None:
         shown.get_by_role("button", name="Measure again").click()
         wait_until(shown, "document.getElementById('measure').ariaDisabled === 'true'")
         assert shown.evaluate(focus) == "Measure again"
-        page.measured(least=2)
+        page.measured(minimum=2)
         assert shown.evaluate(focus) == "Measure again"
         assert shown.problems == []
 

@@ -58,9 +58,9 @@ class SteppedTraining:
         self.gate.acquire(timeout=120)
         self.steps += 1
 
-    def step_until(self, is_true: Callable[[], Any], most: int) -> None:
-        """Take steps, `most` at most, until something is true."""
-        for _ in range(most):
+    def step_until(self, is_true: Callable[[], Any], maximum: int) -> None:
+        """Take steps, `maximum` at most, until something is true."""
+        for _ in range(maximum):
             if is_true():
                 return
             self.gate.release()

@@ -91,9 +91,9 @@ def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path:
 def test_no_route_reads_a_large_request(served: Served, headers: dict[str, str]) -> None:
     # those with limits of their own take files
     for address in {*writing_routes(served)} - LARGEST_BODIES.keys():
-        large, most = ("x" * size for size in (MAX_BYTES + 1, MAX_BYTES))
+        large, maximum = ("x" * size for size in (MAX_BYTES + 1, MAX_BYTES))
         assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
-        assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address
+        assert served.ask(address, "POST", maximum, Origin=served.url, **headers).status != 413, address
 
 
 def writing_routes(served: Served) -> list[str]:

@@ -278,13 +278,13 @@ class FakeRequest:
 
 def test_dropped_files_are_decoded_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoding: list[int] = []
-    most: list[int] = []
+    maximum: list[int] = []
     lock = threading.Lock()
 
     def decode(path: Path) -> None:
         with lock:
             decoding.append(1)
-            most.append(len(decoding))
+            maximum.append(len(decoding))
         time.sleep(0.02)
         with lock:
             decoding.pop()
@@ -295,7 +295,7 @@ def test_dropped_files_are_decoded_one_after_another(tmp_path: Path, monkeypatch
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] * 6
+    assert maximum == [1] * 6
 
 
 @pytest.mark.parametrize("names", [("a.txt", "a.txt"), ("a.txt", "A.TXT"), ("\u00e4.txt", "a\u0308.txt")])

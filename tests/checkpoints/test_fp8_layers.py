@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import frame_pack.files as framepack
 import hunyuan_model.checkpoints as hunyuan
 import wan.checkpoints as wan
-from checkpoints.stored.fp8 import E4M3, dequantise, quantise
+from checkpoints.stored.fp8 import E4M3, dequantize, quantize
 from contract.family import DitSpec
 from contract.loading import Placement
 from frame_pack.configs import DIT as FRAMEPACK_DIT
@@ -85,7 +85,7 @@ def test_loading_gives_what_rounding_the_loaded_model_would(
     layers = quantized_layers(dit)
     assert len(layers) == kind.rounded
     for name, layer in layers.items():
-        weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantization)
+        weight, scale = quantize(plain.get_parameter(f"{name}.weight"), quantization)
         assert same_bytes(layer.weight, weight), name
         assert scale is None if layer.scale_weight is None else torch.equal(layer.scale_weight, scale), name
     weights = {f"{name}.weight" for name in layers}
@@ -105,7 +105,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
     dit = kind.load(kind.write(tmp_path, state), replace(CPU, quantization=ROWS, patch=patch))
 
     for name, layer in quantized_layers(dit).items():
-        assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
+        assert same_bytes(layer.weight, quantize(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtyp
     for name, tensor in dit.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            assert torch.equal(dequantise(tensor, layer.scale_weight), multiplied_out.get_parameter(name)), (
+            assert torch.equal(dequantize(tensor, layer.scale_weight), multiplied_out.get_parameter(name)), (
                 name
             )
         else:
@@ -230,8 +230,8 @@ print((peak - kept) / largest, kept / largest)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux")
-@pytest.mark.parametrize(("how", "most"), [("rows", 2.5), ("cast", 2.5), ("patched", 7)])
-def test_loading_holds_a_few_tensors_beside_what_stays(tmp_path: Path, how: str, most: float) -> None:
+@pytest.mark.parametrize(("how", "maximum"), [("rows", 2.5), ("cast", 2.5), ("patched", 7)])
+def test_loading_holds_a_few_tensors_beside_what_stays(tmp_path: Path, how: str, maximum: float) -> None:
     """In units of the largest tensor: it as it is read, and pieces of it; with a patch copies of it, and
     holes that they leave.
     """
@@ -239,5 +239,5 @@ def test_loading_holds_a_few_tensors_beside_what_stays(tmp_path: Path, how: str,
     wan_dit.write_dit(tmp_path, wan_dit.tiny_state("t2v", dtype=torch.bfloat16, **sizes))
     done = run_python("-c", MEASURE, how, folder=tmp_path, environment={"PYTHONPATH": str(ROOT)})
     above, model = (float(number) for number in done.stdout.split())
-    assert above < most
+    assert above < maximum
     assert model > 10  # so that the model in 16 bits would not pass

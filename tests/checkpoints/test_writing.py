@@ -270,9 +270,9 @@ def test_rows_of_weight_one_keep_every_bit(dtype: torch.dtype) -> None:
     expected = rows.clone()
     expected[1], expected[3] = (rows[1].float() * 1.4).to(dtype), rows[3] * -0.5
 
-    weighed = weigh_rows(rows, [1.0, 1.4, 1.0, -0.5])
+    takes_weights = weigh_rows(rows, [1.0, 1.4, 1.0, -0.5])
 
-    assert weighed.dtype == dtype
-    assert torch.equal(weighed, expected)
+    assert takes_weights.dtype == dtype
+    assert torch.equal(takes_weights, expected)
     stacked = weigh_rows(rows.unflatten(-1, (2, 4)), [1.0, 1.4, 1.0, -0.5])
     assert torch.equal(stacked, expected.unflatten(-1, (2, 4)))

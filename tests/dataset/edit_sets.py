@@ -16,7 +16,7 @@ from dataset.config import DatasetConfig, load_dataset_config, with_references
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyFamily, options
 
-RULES = ReferenceRules(most=2, step=16, edits=True)
+RULES = ReferenceRules(maximum=2, step=16, edits=True)
 SIZE = (64, 48)
 
 

@@ -84,9 +84,9 @@ def differences(one: Path, other: Path, share: float = 0) -> list[str]:
             if tensor.dtype == second[name].dtype and torch.equal(_bits(tensor), _bits(second[name])):
                 continue
             gap = (tensor.double() - second[name].double()).abs().max().item()
-            most = tensor.double().abs().max().item()
-            if tensor.dtype != second[name].dtype or not gap <= share * most:
-                found.append(f"{file.as_posix()}: {name} by {gap:.2e} of {most:.2e}")
+            maximum = tensor.double().abs().max().item()
+            if tensor.dtype != second[name].dtype or not gap <= share * maximum:
+                found.append(f"{file.as_posix()}: {name} by {gap:.2e} of {maximum:.2e}")
     return found
 
 

@@ -103,7 +103,7 @@ def expected(
     use, tokenizer = encoder.use, encoder._loaded.get()[1]
     rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
     dropped = encoder.count_dropped(tokenizer)
-    length = max(map(len, rows)) if use.pad is None else dropped + use.most
+    length = max(map(len, rows)) if use.pad is None else dropped + use.maximum
     pad = tokenizer.number(use.pad) if use.pad else 0
     found = []
     for row in rows:

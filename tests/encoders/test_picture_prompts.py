@@ -39,7 +39,7 @@ from tests.tiny.language_models import (
 )
 
 CPU = torch.device("cpu")
-IMAGES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
+IMAGES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", maximum=200 * 200)
 USE = replace(QWEN_IMAGE, pictures=IMAGES)
 DEEP = replace(STACKED, states_key="vl_embed", pictures=IMAGES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
@@ -59,7 +59,7 @@ def processor(use: LanguageUse) -> Any:
 
     gray = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     own = gray if use.model is QWEN3_VL else {}
-    return Qwen2VLImageProcessorPil(min_pixels=IMAGES.fewest, max_pixels=IMAGES.most, **own)
+    return Qwen2VLImageProcessorPil(min_pixels=IMAGES.fewest, max_pixels=IMAGES.maximum, **own)
 
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
@@ -169,8 +169,8 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
     shown = pictures((196, 196), (196, 196))  # 7 x 7 tokens of 28 pixels, or 6 x 6 of 32
     long = "rabbit grass " * 100
     text, pictured = encode(encoder, (long, []), (long, shown))
-    assert len(text) == USE.most
-    assert len(pictured) == USE.most + 2 * (36 if encoder.use.stacked else 49)
+    assert len(text) == USE.maximum
+    assert len(pictured) == USE.maximum + 2 * (36 if encoder.use.stacked else 49)
 
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:

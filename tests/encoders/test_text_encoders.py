@@ -113,7 +113,7 @@ def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(encode
     count = encoder.token_counter()
     for text in TEXTS:
         found = count(text)
-        assert found.is_cut == (found.tokens > found.limit == encoder.most)
+        assert found.is_cut == (found.tokens > found.limit == encoder.maximum)
         assert found.text.endswith(found.cut_text)
         if not found.is_cut:
             assert found.num_read == len(found.text)
@@ -129,12 +129,12 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
         plain, same = encoded(encoder, text, Prompt(text, ((0, len(text), 1.0),)))
         assert all(torch.equal(plain[name], same[name]) for name in plain)
     prompts = TEXT, Prompt(TEXT, (SUN,)), Prompt(TEXT, ((0, len(TEXT), 2.0),))
-    plain, weighed, all_of_it = encoded(encoder, *prompts)
-    if not encoder.weighed:
-        assert all(torch.equal(plain[name], weighed[name]) for name in plain)
+    plain, takes_weights, all_of_it = encoded(encoder, *prompts)
+    if not encoder.takes_weights:
+        assert all(torch.equal(plain[name], takes_weights[name]) for name in plain)
         return
     states = next(name for name, value in plain.items() if value.is_floating_point())
-    rows, sun, full = (one[states] for one in (plain, weighed, all_of_it))
+    rows, sun, full = (one[states] for one in (plain, takes_weights, all_of_it))
     changed = (sun != rows).any(dim=1)
     assert torch.equal(sun[changed], rows[changed] * 1.5)
     doubled = (full != rows).any(dim=1)
@@ -144,7 +144,7 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
     assert changed[first : last + 1].all()
     assert doubled[first]
     if encoder.pads_left:
-        assert not doubled[: encoder.most - encoder.token_counter()(TEXT).tokens].any()
+        assert not doubled[: encoder.maximum - encoder.token_counter()(TEXT).tokens].any()
 
 
 def test_identity_follows_the_files(encoder: Encoder, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -248,7 +248,7 @@ def test_samples_are_the_pictures_of_a_generation_and_a_resumed_run_is_the_same(
 
 
 def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
-    def refusal(*further: str) -> str:
+    def rejection(*further: str) -> str:
         code, told = run_here(SCRIPT, *words_of(*further), folder=folder)
         assert code != 0
         assert "Traceback" not in told
@@ -257,23 +257,23 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     theirs = tiny_control_net().state_dict()
     save_file(theirs, folder / "start.safetensors")
     start = ["--controlnet_model_name_or_path", "start.safetensors"]
-    assert "--num_single_layers is 1, start.safetensors has 2" in refusal(*start)
-    assert "has 2 of them. Give fewer" in refusal("--num_double_layers", "3")
-    assert "has no such setting" in refusal("--network_dim", "4")
-    assert "Give the ControlNet to start from" in refusal("--network_weights", "start.safetensors")
-    assert "and fp8 rounds them" in refusal("--fp8_base")
-    assert "it is --fp8_base" in refusal("--fp8_base_unet")
-    assert "each process would" in refusal("--context_parallel", "2")
-    assert "Give mask_directory" in refusal("--masked_loss")
-    assert "the ControlNet adds to all tokens" in refusal("--tread", "0.5", "--tread_blocks", "1", "2")
+    assert "--num_single_layers is 1, start.safetensors has 2" in rejection(*start)
+    assert "has 2 of them. Give fewer" in rejection("--num_double_layers", "3")
+    assert "has no such setting" in rejection("--network_dim", "4")
+    assert "Give the ControlNet to start from" in rejection("--network_weights", "start.safetensors")
+    assert "and fp8 rounds them" in rejection("--fp8_base")
+    assert "it is --fp8_base" in rejection("--fp8_base_unet")
+    assert "each process would" in rejection("--context_parallel", "2")
+    assert "Give mask_directory" in rejection("--masked_loss")
+    assert "the ControlNet adds to all tokens" in rejection("--tread", "0.5", "--tread_blocks", "1", "2")
     chroma = write_dit(folder, tiny_state("chroma", text_dim=T5_DIM), name="chroma")
-    assert "is Chroma" in refusal("--pretrained_model_name_or_path", chroma.name)
+    assert "is Chroma" in rejection("--pretrained_model_name_or_path", chroma.name)
     in_fp8 = tiny_state("dev", dtype=torch.float8_e4m3fn, text_dim=T5_DIM, pooled_dim=CLIP_DIM)
     save_file(in_fp8, folder / "fp8.safetensors")
-    told = refusal("--pretrained_model_name_or_path", "fp8.safetensors")
+    told = rejection("--pretrained_model_name_or_path", "fp8.safetensors")
     assert "fp8.safetensors is rounded to 8 bits or fewer" in told
     (folder / "control" / "1.png").unlink()
-    assert "needed: 1.png" in refusal()
+    assert "needed: 1.png" in rejection()
     text = DATASET.replace('conditioning_data_dir = "control"\n', "")
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    assert "Give conditioning_data_dir" in refusal()
+    assert "Give conditioning_data_dir" in rejection()

@@ -267,7 +267,7 @@ def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> 
 def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(
     tmp_path: Path, backwards: bool
 ) -> None:
-    def most(sections: int) -> int:
+    def maximum(sections: int) -> int:
         found: list[int] = []
         with held_memory() as held:
             family = ToyFamily(
@@ -276,8 +276,8 @@ def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(
             generate(family, options(tmp_path / str(sections)))
         return max(found)
 
-    most(3)  # what a first run loads
-    few, many = most(4), most(8)
+    maximum(3)  # what a first run loads
+    few, many = maximum(4), maximum(8)
     frame_bytes = 3 * 32 * 48 * 4
     assert few > section_frames(2 * WINDOW) * frame_bytes  # a clip at least is seen
     assert many - few < 3 * frame_bytes  # of 48 frames that are more: latents and notes

@@ -134,7 +134,7 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
                 _ = predict(TEXT), predict(other)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-    assert predicted.phase(predicted.most).device < predicted.phase(0).device
+    assert predicted.phase(predicted.maximum).device < predicted.phase(0).device
     if cache is None:
         return
     tokens = 3 * 4 * 6 * family.files.dit_header().config.dim
@@ -192,8 +192,8 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
         make_guidance(request, options.guidance)(step, predict, section)
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-    assert predicted.most == 4  # both lists keep a block: 2 and 5 are swapped
-    assert predicted.phase(predicted.most).device < predicted.phase(0).device
+    assert predicted.maximum == 4  # both lists keep a block: 2 and 5 are swapped
+    assert predicted.phase(predicted.maximum).device < predicted.phase(0).device
 
 
 def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Script:
         """Its options by name, without those that are refused."""
         parser = generation_parser(None, self.defaults)
         add_options(parser, self.record)
-        supported = [action for action in parser._actions if not hasattr(action, "refusal")]
+        supported = [action for action in parser._actions if not hasattr(action, "rejection")]
         return {action.dest: action for action in supported if action.dest != "help"}
 
     @functools.cached_property

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.stored.fp8 import dequantise, quantise
+from checkpoints.stored.fp8 import dequantize, quantize
 from checkpoints.stored.fp8_products import (
     MIN_CAPABILITY,
     Product,
@@ -309,7 +309,7 @@ def test_output_and_gradient_are_as_near_as_rounding_allows(
     x = drawn(fp8, rows, inputs, dtype=dtype).requires_grad_()
     bias, gradient = drawn(fp8, outputs, seed=2, dtype=dtype), drawn(fp8, rows, outputs, seed=3, dtype=dtype)
     sizes = torch.logspace(-1.5, 0, outputs)[:, None].to(fp8)  # rows that differ by up to 30
-    weight, scale = quantise(
+    weight, scale = quantize(
         drawn(fp8, outputs, inputs, seed=1, dtype=torch.float32) * sizes * inputs**-0.5, Quantization("rows")
     )
     assert scale is not None
@@ -362,16 +362,16 @@ def test_a_device_rounds_weights_as_the_cpu_does(cuda: torch.device, dtype: torc
     a weight between two fp8 numbers may fall to the other side. Multiplied out, both have the same bits.
     """
     plain = drawn(torch.device("cpu"), 512, 640, dtype=torch.float32).to(dtype)
-    weight, scale = quantise(plain, Quantization("rows"))
-    found, found_scale = quantise(plain.to(cuda), Quantization("rows"))
+    weight, scale = quantize(plain, Quantization("rows"))
+    found, found_scale = quantize(plain.to(cuda), Quantization("rows"))
 
     assert scale is not None
     assert found_scale is not None
     assert relative_error(found_scale, scale) < (2**-8 if dtype == torch.bfloat16 else 2**-22)
-    ours, theirs = dequantise(found, found_scale), dequantise(weight, scale)
+    ours, theirs = dequantize(found, found_scale), dequantize(weight, scale)
     assert relative_error(ours, plain) == pytest.approx(relative_error(theirs, plain), rel=0.05)
     there = weight.to(cuda), scale.to(cuda)
-    assert equal_bits(dequantise(*there, dtype), dequantise(weight, scale, dtype))
+    assert equal_bits(dequantize(*there, dtype), dequantize(weight, scale, dtype))
 
 
 def test_whether_the_device_has_fp8_units_is_found(cuda: torch.device) -> None:

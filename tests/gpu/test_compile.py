@@ -50,7 +50,7 @@ def test_swapped_blocks_are_compiled_once_and_give_the_same_bits(
     device: torch.device, deterministic: None, case: Any, checkpointing: bool
 ) -> None:
     results, graphs = [], []
-    for blocks in (0, case.most):
+    for blocks in (0, case.maximum):
         torch.compiler.reset()
         counters.clear()
         dit = case.make()
@@ -84,7 +84,7 @@ def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
         dit = tiny.make(2).to(cuda, torch.bfloat16)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, Fp8(quantization).quantise(layer.weight.data))
+                attach(layer, Fp8(quantization).quantize(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, choice_on(cuda))
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

@@ -116,7 +116,7 @@ def test_times_are_means_of_pairs() -> None:
 @pytest.mark.parametrize("sides", [(768, 1344), (32, 32), (20, 70), (2048, 32)])
 def test_frames_are_resized_as_by_transformers(frames: int, sides: tuple[int, int]) -> None:
     limits = RELEASED.clips
-    expected = smart_resize(frames, *sides, factor=32, min_pixels=limits.fewest, max_pixels=limits.most)
+    expected = smart_resize(frames, *sides, factor=32, min_pixels=limits.fewest, max_pixels=limits.maximum)
     assert resized_sides(frames, sides, limits, 32, 2) == expected
 
 
@@ -130,7 +130,7 @@ def test_preprocessor_files_are_obeyed(tmp_path: Path) -> None:
     found = read_preprocessing([tmp_path / "none", tmp_path])
 
     assert found.pictures == Limits(1024, 4096, {"image_mean": [0.1] * 3})
-    assert found.clips == Limits(9, RELEASED.clips.most, tokens_of_frame=5)
+    assert found.clips == Limits(9, RELEASED.clips.maximum, tokens_of_frame=5)
     assert read_preprocessing([]) == RELEASED
 
 
@@ -177,10 +177,10 @@ def test_equal_pictures_are_equal_prompts() -> None:
 
 def test_weights_count_for_the_prompt_alone(encoder: H3TextEncoder) -> None:
     presented = present_keyframes([pixels(256, 256)])
-    plain, weighed = encoder.encode(
+    plain, takes_weights = encoder.encode(
         [Prompt("a cat", presented=presented), Prompt("a cat", ((2, 5, 2.0),), presented=presented)]
     )
-    changed = (plain[KEY][0] != weighed[KEY][0]).any(dim=1)
+    changed = (plain[KEY][0] != takes_weights[KEY][0]).any(dim=1)
     assert changed.any()
     assert not changed[: int((plain[TAGS][0] == 0).nonzero().max()) + 1].any()
-    assert numpy.isfinite(weighed[KEY][0].numpy()).all()
+    assert numpy.isfinite(takes_weights[KEY][0].numpy()).all()

@@ -165,9 +165,9 @@ def cut_text_encoder(path: Path) -> Path:
 
 
 @pytest.mark.slow  # half a minute each
-@pytest.mark.parametrize(("form", "most"), [("bf16", 7.0), ("int8", 5.0)])
+@pytest.mark.parametrize(("form", "maximum"), [("bf16", 7.0), ("int8", 5.0)])
 def test_480p_with_48_blocks_in_host_memory_is_planned_on_16_gib(
-    tmp_path: Path, form: str, most: float
+    tmp_path: Path, form: str, maximum: float
 ) -> None:
     """Of the released sizes: 124 frames of 832x480. The text encoder has layers in host memory too."""
     dit = tmp_path / "minimax_h3_fl2va.safetensors"
@@ -191,7 +191,7 @@ def test_480p_with_48_blocks_in_host_memory_is_planned_on_16_gib(
     said = run_script(SCRIPT, *words, *clip, *memory, folder=tmp_path).stdout
 
     denoising, host = gib_of(said, "denoising")
-    assert denoising < most
+    assert denoising < maximum
     assert gib_of(said, "weights of the transformer")[0] < denoising
     assert 48 / 50 * (60 if form == "bf16" else 18) < host
     assert "48 blocks swapped" in said

@@ -249,9 +249,9 @@ def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("option", "most"), [("int8", 0.05), ("nf4", 0.6)])
+@pytest.mark.parametrize(("option", "maximum"), [("int8", 0.05), ("nf4", 0.6)])
 def test_layers_are_rounded_while_they_are_loaded(
-    project: Path, files: TinyH3, option: str, most: float
+    project: Path, files: TinyH3, option: str, maximum: float
 ) -> None:
     """Both spellings do it; the error is that of the form, which grows over 50 layers of random weights."""
     cache(project, files)
@@ -261,7 +261,7 @@ def test_layers_are_rounded_while_they_are_loaded(
 
     made = text_cache(project)[STATES]
     error = (made - plain).norm() / plain.norm()
-    assert 1e-4 < error < most
+    assert 1e-4 < error < maximum
     said = cache(project, files, "--text_encoder_form", option)
     assert "0 of them to encode" in said
 

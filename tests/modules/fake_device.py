@@ -20,12 +20,12 @@ class Interruption(BaseException):
 class CountedMemory:
     """Before a `Transfer` among the bases: it knows how much of its memory is in use, and the most ever."""
 
-    used = most = 0
+    used = maximum = 0
 
     def memory(self, size_bytes: int) -> Tensor:
         memory: Tensor = super().memory(size_bytes)  # type: ignore[misc]  # of the class it stands before
         self.used += size_bytes
-        self.most = max(self.most, self.used)
+        self.maximum = max(self.maximum, self.used)
         weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
         return memory
 

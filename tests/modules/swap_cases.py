@@ -36,7 +36,7 @@ class Case:
     inputs: Callable[[int], dict[str, Any]]  # seed
     network: Callable[[nn.Module], nn.Module]
     blocks: tuple[int, ...]
-    most: int  # blocks that can be swapped
+    maximum: int  # blocks that can be swapped
 
 
 def _case(name: str, tiny: TinyDit, blocks: tuple[int, ...], size: Size) -> Case:
@@ -47,7 +47,7 @@ def _case(name: str, tiny: TinyDit, blocks: tuple[int, ...], size: Size) -> Case
     def make() -> nn.Module:
         return tiny.make(blocks)
 
-    return Case(name, tiny.spec, make, inputs, _lora(tiny.lora), blocks, most=4)
+    return Case(name, tiny.spec, make, inputs, _lora(tiny.lora), blocks, maximum=4)
 
 
 def _lora(name: str) -> Callable[[nn.Module], nn.Module]:

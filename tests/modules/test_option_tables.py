@@ -120,14 +120,14 @@ def test_a_table_has_the_arguments_and_facts_of_the_records(script: str) -> None
 class PawOptions(Options):
     """Facts of every sort."""
 
-    paws: int = option("how many", default=4, least=1, most=8, hint="a cat has 4")
+    paws: int = option("how many", default=4, minimum=1, maximum=8, hint="a cat has 4")
     share: float | None = option("of them", above=0, below=1)
     fur: str | None = option("its kind", one_of=("long", "short"))
     claws: bool = option("with claws", needs="paws")
     gloves: bool = option("no claws", excludes=("claws", "boots"))
     boots: str = option("on them", default="none", off=("no",))
     basket: Path | None = option("where it sleeps", place="folder")
-    portrait: Path | None = option("to write", place="new file", spares="toys")
+    portrait: Path | None = option("to write", place="new file", must_not_replace="toys")
     bed: Path | None = option("or this", place="folder", flags=("--bed", "--sofa"))
     toys: tuple[Path, ...] | None = option("that are there", place="there")
 

@@ -85,10 +85,12 @@ def _given(record: type[Options], name: str) -> Any:
     if kind is bool:
         return True
     if kind in (int, float):
-        least = field.metadata.get("least", field.metadata.get("above", 0))
+        minimum = field.metadata.get("minimum", field.metadata.get("above", 0))
         default = field.metadata["declared"].default
-        most = field.metadata.get("most", 1e9)
-        return kind(min(max(2 if default == 1 else 1, least + 1), most if default != most else most / 2))
+        maximum = field.metadata.get("maximum", 1e9)
+        return kind(
+            min(max(2 if default == 1 else 1, minimum + 1), maximum if default != maximum else maximum / 2)
+        )
     if "choices" in field.metadata["declared"].settings:
         declared = field.metadata["declared"]
         return next(choice for choice in declared.settings["choices"] if choice != declared.default)
@@ -120,10 +122,10 @@ def _make(record: type[Options], **values: Any) -> Options:
     return record(**values)
 
 
-@pytest.mark.parametrize(("record", "field"), _with("least", "most", "above", "below"))
+@pytest.mark.parametrize(("record", "field"), _with("minimum", "maximum", "above", "below"))
 def test_a_number_out_of_its_limits_is_refused_by_name(record: type[Options], field: "Field[Any]") -> None:
     info = field.metadata
-    wrong = {"least": -1, "above": 0, "most": 1, "below": 0}
+    wrong = {"minimum": -1, "above": 0, "maximum": 1, "below": 0}
     for fact, step in wrong.items():
         if fact not in info:
             continue
@@ -173,14 +175,14 @@ def test_no_option_takes_an_absurd_number(value: str, capsys: pytest.CaptureFixt
         assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize(("record", "field"), _with("spares"))
+@pytest.mark.parametrize(("record", "field"), _with("must_not_replace"))
 def test_a_file_that_is_read_is_not_replaced(
     record: type[Options], field: "Field[Any]", tmp_path: Path
 ) -> None:
     names = {option_name(one): one for one in fields(record)}
     file = tmp_path / "x.safetensors"
     file.touch()
-    for other in field.metadata["spares"]:
+    for other in field.metadata["must_not_replace"]:
         both = [field, names[other]]
         needed = [names[need] for one in both for need in one.metadata.get("needs", ())]
         values = {one.name: _given(record, one.name) for one in needed}
@@ -225,7 +227,7 @@ def _stands_alone(record: type[Options]) -> bool:
 
 WITH_DEFAULT_VALUES = [
     case
-    for case in _with("needs", "only_with")
+    for case in _with("needs", "ignored_without")
     if _default(*case.values) is not None and _stands_alone(case.values[0])
 ]
 
@@ -265,7 +267,7 @@ def test_facts_name_options_of_their_record() -> None:
     for record in RECORDS:
         names = {option_name(field) for field in fields(record)}
         for field in fields(record):
-            for fact in ("needs", "excludes", "only_with", "spares"):
+            for fact in ("needs", "excludes", "ignored_without", "must_not_replace"):
                 assert {*field.metadata.get(fact, ())} <= names, record
 
 

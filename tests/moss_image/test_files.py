@@ -148,8 +148,10 @@ def test_the_small_decoder_decodes_as_diffusers_does() -> None:
     torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("form", "most"), [("convrot", 0.02), ("int8", 0.02), ("fp8", 0.1), ("q8_0", 0.02)])
-def test_stacked_files_in_8_and_4_bits_are_read(tmp_path: Path, form: str, most: float) -> None:
+@pytest.mark.parametrize(
+    ("form", "maximum"), [("convrot", 0.02), ("int8", 0.02), ("fp8", 0.1), ("q8_0", 0.02)]
+)
+def test_stacked_files_in_8_and_4_bits_are_read(tmp_path: Path, form: str, maximum: float) -> None:
     """Rows and scales of queries, keys and values come apart as those of plain weights do."""
     state = tiny_state(dtype=torch.bfloat16, dim=128, ffn_dim=192)
     plain = save(tmp_path / "plain.safetensors", in_comfyui_names(state))
@@ -162,7 +164,7 @@ def test_stacked_files_in_8_and_4_bits_are_read(tmp_path: Path, form: str, most:
     with torch.no_grad():
         velocity, exact = (network(**inputs).float() for network in (loaded, load_dit(plain, CPU)))
     error = float((velocity - exact).abs().max() / exact.abs().max())
-    assert 1e-4 < error < most
+    assert 1e-4 < error < maximum
 
 
 def pack_four_bits(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -96,10 +96,10 @@ def test_other_states_and_texts_are_told_from_those(
 
 
 @pytest.mark.parametrize(
-    ("change", "least"), [({}, 0.0), ({"rotated_share": 0.5}, 1e-5), ({"theta": 1e6}, 1e-5)], ids=str
+    ("change", "minimum"), [({}, 0.0), ({"rotated_share": 0.5}, 1e-5), ({"theta": 1e6}, 1e-5)], ids=str
 )
 def test_a_file_without_its_configuration_rotates_as_released(
-    tmp_path: Path, encoder: LanguageModelEncoder, change: dict[str, Any], least: float
+    tmp_path: Path, encoder: LanguageModelEncoder, change: dict[str, Any], minimum: float
 ) -> None:
     """As ComfyUI's files are. Other facts about the model would give other states."""
     folder = write_text_encoder(tmp_path)
@@ -108,7 +108,7 @@ def test_a_file_without_its_configuration_rotates_as_released(
     other.load(CPU)
     (states,), (right,) = states_of(other, Prompt("a cat")), states_of(encoder, Prompt("a cat"))
     difference = float((states - right).abs().max())
-    assert difference > least if change else difference == 0
+    assert difference > minimum if change else difference == 0
 
 
 def test_the_released_file_fits_at_full_size(tmp_path: Path) -> None:

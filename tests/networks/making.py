@@ -158,8 +158,8 @@ def assert_recorded(
         assert float(gradient.norm()) == pytest.approx(norm, rel=rtol), name
         assert float(gradient.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm), name
         if f"grad.{name}" in tensors:
-            most = rtol * float(gradient.abs().max())
-            torch.testing.assert_close(gradient, tensors[f"grad.{name}"], rtol=rtol, atol=most)
+            maximum = rtol * float(gradient.abs().max())
+            torch.testing.assert_close(gradient, tensors[f"grad.{name}"], rtol=rtol, atol=maximum)
     assert all(parameter.grad is None for parameter in dit.parameters())
 
 

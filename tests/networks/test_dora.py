@@ -176,7 +176,7 @@ def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.
     original = nn.Linear(16, 24, bias=bias).requires_grad_(False)
     weight = original.weight.detach().clone()
     if form is not None:
-        stored = form.quantise(weight)
+        stored = form.quantize(weight)
         attach(original, stored)
         weight = stored.value()
     layer = LoraLayer(original, 3, 1.5)

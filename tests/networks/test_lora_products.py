@@ -84,7 +84,7 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
     if kind.startswith("fp8"):
         product = emulated_product if kind == "fp8 products" else None
         quantization = Quantization("rows", fp8_matmul=product is not None, product=product)
-        attach(original, Fp8(quantization).quantise(original.weight))
+        attach(original, Fp8(quantization).quantize(original.weight))
     layer = LoraLayer(original, 4, 2.0)
     layer.joins_from = 0
     nn.init.normal_(layer.lora_up.weight)

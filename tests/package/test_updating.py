@@ -507,9 +507,9 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without for
 
 @pytest.mark.slow
 @FORKS
-@pytest.mark.parametrize("is_back", [False, True])
+@pytest.mark.parametrize("is_return", [False, True])
 def test_an_update_that_is_killed_at_any_step_leaves_one_version_to_the_next_start(
-    tmp_path: Path, is_back: bool
+    tmp_path: Path, is_return: bool
 ) -> None:
     first, second = pack(tmp_path / "first.zip", OLD), pack(tmp_path / "new.zip", NEW)
     start = write(tmp_path / "start", {**OLD, **MINE, "a.md": "older"})
@@ -523,9 +523,9 @@ def test_an_update_that_is_killed_at_any_step_leaves_one_version_to_the_next_sta
     def try_step(step: int) -> bool:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(start, root)
-        if is_back:
+        if is_return:
             update(root, second)
-        if not end_at(step, lambda: go_back(root) if is_back else update(root, second)):
+        if not end_at(step, lambda: go_back(root) if is_return else update(root, second)):
             return False
         repair(root)
         found = read(root)

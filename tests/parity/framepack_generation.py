@@ -211,10 +211,10 @@ def unipc(clean: Callable[[Tensor, float], Tensor], noise: Tensor, sigmas: Seque
 
     Returns the last of them.
     """
-    most = min(3, len(sigmas) - 1)
+    maximum = min(3, len(sigmas) - 1)
     x, predictions = noise, [clean(noise, sigmas[0])]
     for step in range(1, len(sigmas)):
-        order = min(step, most)
+        order = min(step, maximum)
         before, now = sigmas[step - 1], sigmas[step]
         h = math.log(before / now)
         last = predictions[-1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_diffusion.contract import AskedImage, ImageSettings
+from stable_diffusion.contract import ImageSettings, RequestedImage
 from tests.parity.stable_diffusion import (
     CLASSES,
     SIZE,
@@ -116,7 +116,7 @@ def test_latents_and_a_batch(files_of: FilesOf) -> None:
     seeds = [1, 2, 3, 4]
     settings = ImageSettings(SIZE, SIZE, STEPS, SCALE)
     images = [
-        AskedImage("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
+        RequestedImage("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
     ]
     made = make_here(files_of("sd1"), images, "--sampler", "euler_a")
     texts = {"prompt": [image.prompt for image in images], "output_type": "latent"}

@@ -161,7 +161,7 @@ def assert_descent(
         after, _ = read_factors(path)
         gradients, worst = gradients_at(before, step), 0.0
         sizes = {name: [float(one.abs().max()) for one in pair] for name, pair in gradients.items()}
-        least = 1e-6 if share is None else share * max(max(pair) for pair in sizes.values())
+        minimum = 1e-6 if share is None else share * max(max(pair) for pair in sizes.values())
         for module in first:
             for factor in (0, 1):
                 if module not in gradients:
@@ -169,7 +169,7 @@ def assert_descent(
                     continue
                 # keys of image tokens that are all alike (no image) cannot learn, nor down while up is zero
                 is_still = module.endswith("_k_img") or (factor == 0 and not before[module][1].any())
-                assert is_still or sizes[module][factor] > least, f"{module} learns nothing"
+                assert is_still or sizes[module][factor] > minimum, f"{module} learns nothing"
                 expected = before[module][factor] - rate * gradients[module][factor]
                 error = (after[module][factor] - expected).abs().max()
                 worst = max(worst, float(error / max(expected.abs().max(), 1e-3)))
@@ -199,10 +199,10 @@ def assert_step_of_all_weights(
     for name, weight in before.items():
         wanted = changes.get(name, torch.zeros_like(weight))
         # a change of a bit of the weight is the least that the file can hold
-        least = float(weight.abs().max().clamp(min=1e-3)) * 1e-6
+        minimum = float(weight.abs().max().clamp(min=1e-3)) * 1e-6
         error = float((after[name] - weight - wanted).abs().max())
-        worst = max(worst, error / max(float(wanted.abs().max()), least))
-        moved += bool(wanted.abs().max() > least)
+        worst = max(worst, error / max(float(wanted.abs().max()), minimum))
+        moved += bool(wanted.abs().max() > minimum)
     print(f"parity {label} whole, one step: {worst:.2e}, {moved} of {len(before)}")  # noqa: T201
     assert worst <= 1e-2
     assert moved >= 0.9 * len(before)

@@ -179,8 +179,8 @@ def test_float16_is_float32_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_all_values_come_back(dtype: type, recwarn: pytest.WarningsRecorder) -> None:
-    most = np.iinfo(dtype).max
-    values = np.linspace(0, most, 3 * 60 * 70).astype(dtype).reshape(60, 70, 3)[:, ::2]  # not in one piece
+    maximum = np.iinfo(dtype).max
+    values = np.linspace(0, maximum, 3 * 60 * 70).astype(dtype).reshape(60, 70, 3)[:, ::2]  # not in one piece
     values.flags.writeable = False
 
     image = to_tensor(values, CPU)

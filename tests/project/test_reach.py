@@ -77,7 +77,7 @@ def actions(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.Action]:
             parser = parser_of(script, patched)
         for action in parser._actions:
             is_value = action.nargs != 0 and not action.choices and action.type not in NUMBERS
-            if is_value and not hasattr(action, "refusal"):
+            if is_value and not hasattr(action, "rejection"):
                 found.setdefault(action.dest, action)
     return found
 

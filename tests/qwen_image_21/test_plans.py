@@ -38,8 +38,10 @@ def test_a_plan_counts_references_and_the_vision_tower(
 
 
 @pytest.mark.slow_cases("256-0.2", "None-7.0")
-@pytest.mark.parametrize(("tile", "most"), [(None, 7.0), (1024, 1.8), (256, 0.2)])
-def test_a_tile_bounds_the_memory_of_the_released_vae(tmp_path: Path, tile: int | None, most: float) -> None:
+@pytest.mark.parametrize(("tile", "maximum"), [(None, 7.0), (1024, 1.8), (256, 0.2)])
+def test_a_tile_bounds_the_memory_of_the_released_vae(
+    tmp_path: Path, tile: int | None, maximum: float
+) -> None:
     """Of 2048 x 2048 pixels in 16 bits, beside the weights."""
     path = write_hollow(tmp_path / "vae.safetensors", tensor_list("qwen-image-2.1-vae-diffusers"))
     vae = load_vae(path, torch.device("meta"), torch.bfloat16, tile)
@@ -54,6 +56,6 @@ def test_a_tile_bounds_the_memory_of_the_released_vae(tmp_path: Path, tile: int 
             for part in make_phase("", ledger, memory_plan.MemoryPart("", 0)).parts
             if part.name == "work"
         )
-        assert work.device < most * GIB
+        assert work.device < maximum * GIB
         if tile is None and is_decoding:
             assert work.device > 6 * GIB

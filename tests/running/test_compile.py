@@ -109,7 +109,7 @@ def test_blocks_of_stored_weights_share_theirs_and_keep_their_numbers(
         dit = tiny.make(3)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, form.quantise(layer.weight.data))
+                attach(layer, form.quantize(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, EAGER)
         with torch.no_grad():

@@ -23,11 +23,11 @@ from stable_diffusion.contract import (
     SD1,
     SD2,
     SDXL,
-    AskedImage,
     ImageSettings,
     Made,
     Model,
     ModelKind,
+    RequestedImage,
     SecondStart,
     TextTower,
     UnetCall,
@@ -108,7 +108,7 @@ class PlainMaker:
     kind: ModelKind = SD1
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
-    batches: list[list[AskedImage]] = field(default_factory=list)
+    batches: list[list[RequestedImage]] = field(default_factory=list)
     starts: list[SecondStart | None] = field(default_factory=list)
     networks: None = None
     vae_batch_size: None = None
@@ -119,7 +119,7 @@ class PlainMaker:
         return SimpleNamespace(kind=self.kind, device=CPU, vae=vae, dtype=torch.float32)
 
     def make(
-        self, pictures: Sequence[AskedImage], start: SecondStart | None = None, wants_images: bool = True
+        self, pictures: Sequence[RequestedImage], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made:
         if self.fails_on and any(self.fails_on in image.prompt for image in pictures):
             raise self.error("no such thing")
@@ -134,7 +134,7 @@ class PlainMaker:
         return self
 
     @property
-    def pictures(self) -> list[AskedImage]:
+    def pictures(self) -> list[RequestedImage]:
         return [image for batch in self.batches for image in batch]
 
 
@@ -180,8 +180,8 @@ def model_of(kind: str) -> Model:
     )
 
 
-def picture(*guides: Path, parts: int = 1) -> AskedImage:
-    return AskedImage("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
+def picture(*guides: Path, parts: int = 1) -> RequestedImage:
+    return RequestedImage("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
 
 
 def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from modules.devices import Failures
 from modules.errors import OptionError
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.contract import SD1, SDXL, AskedImage, ImageSettings, ModelKind
+from stable_diffusion.contract import SD1, SDXL, ImageSettings, ModelKind, RequestedImage
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
@@ -19,7 +19,9 @@ A = Line("the prompt", "a cat")
 NONE = Inputs()
 
 
-def ask(asked: GenImgOptions, *lines: Line, kind: ModelKind = SD1, inputs: Inputs = NONE) -> list[AskedImage]:
+def ask(
+    asked: GenImgOptions, *lines: Line, kind: ModelKind = SD1, inputs: Inputs = NONE
+) -> list[RequestedImage]:
     """The pictures of one round of lines."""
     seeds = make_seeds(asked, lines)
     if asked.prompts.iter_same_seed:
@@ -220,8 +222,8 @@ def test_a_batch_has_equal_settings_and_inputs() -> None:
 @pytest.mark.parametrize("change", [{"image": Path("a")}, {"mask": Path("a")}, {"guides": (Path("a"),)}])
 def test_pictures_with_other_inputs_are_another_batch(change: dict[str, Any]) -> None:
     (one,) = ask(options(), A)
-    other = AskedImage(**{**one.__dict__, **change})
-    same = AskedImage(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
+    other = RequestedImage(**{**one.__dict__, **change})
+    same = RequestedImage(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
     assert [len(batch) for batch in batches([one, other, same], 4)] == [1, 2]
 
 

@@ -31,7 +31,7 @@ folder = test_lllite_training.folder
 
 def family_of(kind: str, tmp_path: Path, path: Path | None) -> StableDiffusion:
     family = make_family(kind, tmp_path)
-    return with_control_net(family, path, own_rate=0.5 if kind == "sdxl" else None, checkpoints=False)
+    return with_control_net(family, path, new_layers_lr=0.5 if kind == "sdxl" else None, checkpoints=False)
 
 
 class Controlled(nn.Module):
@@ -171,15 +171,15 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     of_sd1 = write_control_net(folder / "sd1_control.safetensors", "sd1")
     lllite = write_lllite(folder / "lllite.safetensors")
 
-    def refusal(*further: str) -> str:
+    def rejection(*further: str) -> str:
         code, told = run_here("sdxl_train_control_net.py", *words, *further, folder=folder)
         assert code != 0
         assert "Traceback" not in told
         return told
 
-    told = refusal("--controlnet_model_name_or_path", of_sd1.name)
+    told = rejection("--controlnet_model_name_or_path", of_sd1.name)
     assert "is a ControlNet for Stable Diffusion 1.x" in told
     assert "--controlnet_model_name_or_path" in told
-    assert "looks like a ControlNet-LLLite" in refusal("--controlnet_model_name_or_path", lllite.name)
-    assert "has no such setting" in refusal("--network_dim", "4")
-    assert "fp8 rounds them" in refusal("--fp8_base")
+    assert "looks like a ControlNet-LLLite" in rejection("--controlnet_model_name_or_path", lllite.name)
+    assert "has no such setting" in rejection("--network_dim", "4")
+    assert "fp8 rounds them" in rejection("--fp8_base")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from browser.result_settings import read_settings
 from generation.options import read_generation
 from modules.errors import OptionError
-from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler
+from stable_diffusion.samplers import ScaledSolver, begin_sampling, make_scheduler
 from stable_diffusion.sdxl.options import GENERATION, SdxlGenerationOptions
 from tests.commands import assert_user_error, run_script
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
@@ -182,7 +182,7 @@ def test_the_clean_picture_is_predicted_from_noise_or_v(predicts_v: bool) -> Non
     noisy = 0.8 * clean + sigma * noise
     output = 0.8 * noise - sigma * clean if predicts_v else noise
     scheduler = make_scheduler("ddim", predicts_v)
-    solver = SeenSolver(begin_sampling(scheduler, 2, [torch.Generator()]), noisy, noise, predicts_v)
+    solver = ScaledSolver(begin_sampling(scheduler, 2, [torch.Generator()]), noisy, noise, predicts_v)
     torch.testing.assert_close(solver.clean(sigma, noisy, output), clean)
 
 

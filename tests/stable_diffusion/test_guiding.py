@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from encoders.clip_layers import MEAN, STD, load_clip_vision
 from modules.errors import CheckpointError, DownloadError
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import AskedImage, ImageSettings, Model, TextState
+from stable_diffusion.contract import ImageSettings, Model, RequestedImage, TextState
 from stable_diffusion.guiding import check_guides, load_vgg16
-from stable_diffusion.making import Maker
+from stable_diffusion.making import ImageGenerator
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
@@ -55,13 +55,13 @@ class Project:
     def guide(self) -> Path:
         return self.folder / "guide.png"
 
-    def load(self, *words: str) -> Maker:
+    def load(self, *words: str) -> ImageGenerator:
         """With all three guides."""
         scales = [word for name, scale in SCALES.items() for word in (f"--{name}", str(scale))]
         files = ["--clip_guidance_model", self.folder / "clip", "--guide_image_path", self.guide]
         files += ["--vgg16_guidance_model", self.folder / "vgg16.pth", "--prompt", "x"]
         made = assemble(read_gen_img(None, [*self.files.options, *scales, *map(str, files), *words]), CPU)
-        assert isinstance(made, Maker)
+        assert isinstance(made, ImageGenerator)
         return made
 
 
@@ -98,10 +98,10 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project("sd1", tmp_path_factory.mktemp("sd1"))
 
 
-def picture(guide: Path | None = None, **others: Any) -> AskedImage:
+def picture(guide: Path | None = None, **others: Any) -> RequestedImage:
     given = {"prompt": "a (red:1.5) cat", "settings": SETTINGS, **others}
     guides = () if guide is None else (guide,)
-    return AskedImage("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
+    return RequestedImage("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
 
 
 def vgg_features(pixels: Tensor, last: int) -> Tensor:
@@ -120,7 +120,7 @@ def vgg_features(pixels: Tensor, last: int) -> Tensor:
     return network[: last + 1]((pixels - mean[:, None, None]) / std[:, None, None])
 
 
-def loss_of(project: Project, maker: Maker, pixels: Tensor, text: str, guide: Image.Image) -> Tensor:
+def loss_of(project: Project, maker: ImageGenerator, pixels: Tensor, text: str, guide: Image.Image) -> Tensor:
     """All three losses. pixels: 1 3 H W, in 0..1; the picture is square, so nothing is cut off for CLIP."""
     clip, tower = project.clip, maker.model.texts[0]
     ids = torch.tensor([[tower.start, *tower.tokenize(text), tower.end]])
@@ -148,7 +148,7 @@ def loss_of(project: Project, maker: Maker, pixels: Tensor, text: str, guide: Im
 
 
 def follow(
-    project: Project, maker: Maker, scheduler: Any, latents: Tensor, text: str = "a red cat"
+    project: Project, maker: ImageGenerator, scheduler: Any, latents: Tensor, text: str = "a red cat"
 ) -> Tensor:
     """The loop in plain code, as it is written down in the papers."""
     guide = Image.open(project.guide).convert("RGB")
@@ -189,7 +189,7 @@ def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
     return scheduler, noise * scheduler.init_noise_sigma
 
 
-def latents_of(maker: Maker, asked: AskedImage) -> Tensor:
+def latents_of(maker: ImageGenerator, asked: RequestedImage) -> Tensor:
     return maker.make([asked], wants_images=False).latents
 
 
@@ -198,13 +198,13 @@ def assert_same(made: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def maker(sd1: Project) -> Maker:
+def maker(sd1: Project) -> ImageGenerator:
     return sd1.load()
 
 
 @pytest.mark.slow_cases("dpm_2_a")
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm_2_a", "dpmsolver++"])
-def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler: str) -> None:
+def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: ImageGenerator, sampler: str) -> None:
     maker = replace(maker, sampling=replace(maker.sampling, sampler=sampler))
     made = latents_of(maker, picture(sd1.guide))
     plain = latents_of(replace(maker, guides=None), picture())
@@ -222,7 +222,7 @@ def test_models_that_predict_v_are_steered_alike(tmp_path: Path) -> None:
     assert latents_of(snr, picture(sd2.guide)).abs().max() < 10  # its first sample is noise alone
 
 
-def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
+def test_clip_reads_another_text(sd1: Project, maker: ImageGenerator) -> None:
     made = latents_of(maker, picture(sd1.guide, clip_prompt="the old house"))
 
     assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
@@ -245,7 +245,9 @@ def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, changes: dict[str, Any]) -> None:
+def test_what_changes_the_unet_can_be_steered(
+    sd1: Project, maker: ImageGenerator, changes: dict[str, Any]
+) -> None:
     asked = picture(sd1.guide, settings=replace(SETTINGS, **changes), prompt="a cat AND a dog")
     if "gradual_latent" in changes:
         maker = replace(maker, sampling=replace(maker.sampling, sampler="euler_a"))

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion import latent_upscaler
-from stable_diffusion.contract import AskedImage, ImageSettings, SecondStart, UnetCall
+from stable_diffusion.contract import ImageSettings, RequestedImage, SecondStart, UnetCall
 from stable_diffusion.highres import load_upscaler, make_images, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
@@ -26,15 +26,15 @@ OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
 OURS = "stable_diffusion.model_upscaler"
 
 
-def pictures(width: int = 96, height: int = 64) -> list[AskedImage]:
+def pictures(width: int = 96, height: int = 64) -> list[RequestedImage]:
     settings = ImageSettings(width, height, 20, 7.5, strength=0.6)
     return [
-        AskedImage("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
+        RequestedImage("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
         for seed in (3, 9)
     ]
 
 
-def make(options: HighresOptions, asked: list[AskedImage] | None = None) -> tuple[PlainMaker, list[Any]]:
+def make(options: HighresOptions, asked: list[RequestedImage] | None = None) -> tuple[PlainMaker, list[Any]]:
     """The maker, which knows what it was asked for, and the stages that are saved."""
     maker: Any = PlainMaker()
     return maker, list(make_images(maker, prepare_highres(options), asked or pictures()))
@@ -184,8 +184,10 @@ def call_at(timestep: float, height: int = 9, width: int = 12, residuals: Any = 
     return replace(call_of("sd1", size=(8 * width, 8 * height)), timestep=timestep, residuals=residuals)
 
 
-def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedImage]:
-    return [AskedImage("line 1", "a cat", "", 1, ImageSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")]
+def shrinking(shrink: DeepShrinkOptions | None) -> list[RequestedImage]:
+    return [
+        RequestedImage("line 1", "a cat", "", 1, ImageSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")
+    ]
 
 
 def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:

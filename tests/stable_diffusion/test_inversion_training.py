@@ -320,7 +320,7 @@ def test_samples_are_the_pictures_of_gen_img_and_a_resumed_run_is_the_same(folde
     assert (picture(sample) - picture(base)).abs().max() > 2
 
 
-def refusal(script: str, folder: Path, *words: str) -> str:
+def rejection(script: str, folder: Path, *words: str) -> str:
     code, told = run_here(script, *words, folder=folder)
     assert code != 0
     assert "Traceback" not in told, told
@@ -335,7 +335,7 @@ def test_a_word_that_names_no_file_is_refused_by_the_option_that_was_typed(
 ) -> None:
     words = ["--dataset_config", "d.toml", "--output_dir", "output", "--token_string", word]
 
-    said = refusal("train_textual_inversion.py", tmp_path, *words)
+    said = rejection("train_textual_inversion.py", tmp_path, *words)
 
     assert "--output_name" not in said
     assert f"--token_string {word!r}" in said
@@ -348,19 +348,19 @@ def test_mistakes_are_named(folder: Path) -> None:
     save_file({"emb_params": torch.zeros(1, 9)}, folder / "wide.safetensors")
     save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, folder / "xl.safetensors")
 
-    assert "knows this word already" in refusal(script, folder, *words, "--token_string", "a")
-    assert "its vectors have 9 numbers" in refusal(script, folder, *words, "--weights", "wide.safetensors")
-    assert "--weights xl.safetensors" in refusal(script, folder, *words, "--weights", "xl.safetensors")
-    assert "--num_vectors_per_token" in refusal(script, folder, *words, "--num_vectors_per_token", "76")
-    assert "number of vectors" in refusal(script, folder, *words, "--network_dim", "4")
-    assert "train_network.py" in refusal(script, folder, *words, "--network_module", "networks.lora")
-    assert "Leave it out" in refusal(script, folder, *words, "--cache_text_encoder_outputs")
-    assert "safetensors" in refusal(script, folder, *words, "--save_model_as", "pt")
-    assert "--token_string is missing" in refusal(script, folder, *words[:-2])
-    assert "no caption has this word" in refusal(script, folder, *words, "--token_string", "blub")
+    assert "knows this word already" in rejection(script, folder, *words, "--token_string", "a")
+    assert "its vectors have 9 numbers" in rejection(script, folder, *words, "--weights", "wide.safetensors")
+    assert "--weights xl.safetensors" in rejection(script, folder, *words, "--weights", "xl.safetensors")
+    assert "--num_vectors_per_token" in rejection(script, folder, *words, "--num_vectors_per_token", "76")
+    assert "number of vectors" in rejection(script, folder, *words, "--network_dim", "4")
+    assert "train_network.py" in rejection(script, folder, *words, "--network_module", "networks.lora")
+    assert "Leave it out" in rejection(script, folder, *words, "--cache_text_encoder_outputs")
+    assert "safetensors" in rejection(script, folder, *words, "--save_model_as", "pt")
+    assert "--token_string is missing" in rejection(script, folder, *words[:-2])
+    assert "no caption has this word" in rejection(script, folder, *words, "--token_string", "blub")
     config = (folder / "dataset.toml").read_text(encoding="utf-8")
     (folder / "dataset.toml").write_text(f"{config}is_reg = true\n", encoding="utf-8")
-    assert "regularization" in refusal(script, folder, *words)
+    assert "regularization" in rejection(script, folder, *words)
 
 
 def test_sentences_need_no_captions(folder: Path) -> None:

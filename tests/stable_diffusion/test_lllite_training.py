@@ -274,7 +274,7 @@ def test_a_plan_counts_the_modules(folder: Path) -> None:
     assert "LoRA" not in printed.getvalue()
 
 
-def refusal(folder: Path, *words: str) -> str:
+def rejection(folder: Path, *words: str) -> str:
     code, told = run_here(SCRIPT, *words, folder=folder)
     assert code != 0
     assert "Traceback" not in told
@@ -288,23 +288,23 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     control_net = write_control_net(folder / "control_net.safetensors", "sdxl")
     anima = write_lllite(folder / "anima.safetensors", layers={"lllite_dit_blocks_0_self_attn_q_proj": 8})
 
-    assert "is odd" in refusal(folder, *words, "--cond_emb_dim", "7")
-    assert "has 8, with which it is trained on" in refusal(
+    assert "is odd" in rejection(folder, *words, "--cond_emb_dim", "7")
+    assert "has 8, with which it is trained on" in rejection(
         folder, *words, "--network_weights", wide.name, "--network_dim", "4"
     )
-    assert "is not a ControlNet-LLLite" in refusal(folder, *words, "--network_weights", control_net.name)
-    assert "of another model" in refusal(folder, *words, "--network_weights", anima.name)
-    assert "It has no alpha" in refusal(folder, *words, "--network_alpha", "4")
-    assert "Give mask_directory" in refusal(folder, *words, "--masked_loss")
-    assert "is Stable Diffusion 1.x" in refusal(folder, *words_of(sd1))
+    assert "is not a ControlNet-LLLite" in rejection(folder, *words, "--network_weights", control_net.name)
+    assert "of another model" in rejection(folder, *words, "--network_weights", anima.name)
+    assert "It has no alpha" in rejection(folder, *words, "--network_alpha", "4")
+    assert "Give mask_directory" in rejection(folder, *words, "--masked_loss")
+    assert "is Stable Diffusion 1.x" in rejection(folder, *words_of(sd1))
     (folder / "control" / "3.png").write_bytes((folder / "control" / "0.png").read_bytes())
-    assert "1 control picture without a picture of the same name: 3.png" in refusal(folder, *words)
+    assert "1 control picture without a picture of the same name: 3.png" in rejection(folder, *words)
     (folder / "control" / "3.png").unlink()
     (folder / "control" / "1.png").unlink()
-    assert "control images for 1; needed: 1.png" in refusal(folder, *words)
+    assert "control images for 1; needed: 1.png" in rejection(folder, *words)
     text = DATASET.replace('conditioning_data_dir = "control"\n', "")
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
-    assert "Give conditioning_data_dir" in refusal(folder, *words)
+    assert "Give conditioning_data_dir" in rejection(folder, *words)
 
 
 def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,9 +19,9 @@ from modules.atomic_write import claim_name
 from modules.errors import OptionError
 from modules.media.reading import read_tags
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import SD1, SDXL, AskedImage, Idea, ImageSettings, ModelKind, UnetCall
+from stable_diffusion.contract import SD1, SDXL, ImageSettings, ModelKind, RequestedImage, UnetCall, UnetHook
 from stable_diffusion.lines import LONGEST_NAME, read_line
-from stable_diffusion.making import Maker
+from stable_diffusion.making import ImageGenerator
 from stable_diffusion.options import ImageOutputOptions, read_gen_img
 from stable_diffusion.run import ImageFiles
 from stable_diffusion.sampling_options import SizeOptions
@@ -34,8 +34,8 @@ SIZE, STEPS = 32, 3
 SETTINGS = ImageSettings(SIZE, SIZE, STEPS, 4.0)
 
 
-def picture(seed: int = 1, settings: ImageSettings = SETTINGS, **others: Any) -> AskedImage:
-    return AskedImage("line 1", "a red cat", "ugly", seed, settings, "", **others)
+def picture(seed: int = 1, settings: ImageSettings = SETTINGS, **others: Any) -> RequestedImage:
+    return RequestedImage("line 1", "a red cat", "ugly", seed, settings, "", **others)
 
 
 @dataclass
@@ -45,7 +45,9 @@ class Recorder:
     calls: list[UnetCall] = field(default_factory=list)
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
         yield self._record
 
     def _record(self, call: UnetCall) -> UnetCall:
@@ -53,21 +55,21 @@ class Recorder:
         return call
 
 
-def load(folder: Path, write: Any = write_sd1, *words: str, **sizes: Any) -> Maker:
+def load(folder: Path, write: Any = write_sd1, *words: str, **sizes: Any) -> ImageGenerator:
     checkpoint = write(folder, **sizes)
     tokenizers = tokenizer_folder(folder / "tokenizers")
     given = ["--ckpt", str(checkpoint), "--tokenizer_cache_dir", str(tokenizers), "--prompt", "x", *words]
     made = assemble(read_gen_img(None, given), torch.device("cpu"))
-    assert isinstance(made, Maker)
+    assert isinstance(made, ImageGenerator)
     return made
 
 
 @pytest.fixture(scope="module")
-def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+def maker(tmp_path_factory: pytest.TempPathFactory) -> ImageGenerator:
     return load(tmp_path_factory.mktemp("sd1"))
 
 
-def follow(maker: Maker, noise: Tensor, guide: Any) -> Tensor:
+def follow(maker: ImageGenerator, noise: Tensor, guide: Any) -> Tensor:
     """DDIM in plain code. guide(says): what is made of what the U-Net says of texts; says(text) calls it."""
     scheduler = their_scheduler("ddim")
     scheduler.set_timesteps(STEPS)
@@ -88,7 +90,7 @@ def start_noise(seed: int) -> Tensor:
     return torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generators(seed)[0])
 
 
-def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
+def test_negative_scale_has_a_pass_of_its_own(maker: ImageGenerator) -> None:
     recorder = Recorder()
     settings = replace(SETTINGS, negative_scale=1.5)
     made = replace(maker, ideas=[recorder]).make([picture(5, settings)], wants_images=False)
@@ -102,7 +104,7 @@ def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
     assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(3, 2)] * STEPS
 
 
-def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
+def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: ImageGenerator) -> None:
     recorder = Recorder()
     images = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]
     images.append(replace(images[0], seed=3))
@@ -113,7 +115,7 @@ def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Mak
     assert {call.context.shape[1] for call in recorder.calls} == {77, 152}
 
 
-def load_like(maker: Maker, recorder: Recorder, multiples: str) -> Maker:
+def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> ImageGenerator:
     """The same model, which reads long texts."""
     words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
     texts = Texts(maker.model.texts, maker.model.kind, read_gen_img(None, words).text)
@@ -123,7 +125,7 @@ def load_like(maker: Maker, recorder: Recorder, multiples: str) -> Maker:
 # Starts
 
 
-def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
+def test_no_strength_keeps_the_picture(maker: ImageGenerator, tmp_path: Path) -> None:
     source = write_image(tmp_path / "source.png", (SIZE, SIZE))
     recorder = Recorder()
     made = replace(maker, ideas=[recorder]).make([picture(3, replace(SETTINGS, strength=0.0), image=source)])
@@ -133,7 +135,7 @@ def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
     assert recorder.calls == []
 
 
-def test_what_cannot_start_is_refused(maker: Maker, tmp_path: Path) -> None:
+def test_what_cannot_start_is_refused(maker: ImageGenerator, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="line 1: the mask .* needs --image_path"):
         maker.make([picture(mask=tmp_path / "mask.png")])
     with pytest.raises(OptionError, match="is an inpainting checkpoint, which needs --image_path"):
@@ -155,7 +157,7 @@ def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -
 
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
-PLAIN = AskedImage("the prompt", "a cat", "", 7, ImageSettings(16, 8, 20, 7.5), "a {cat|dog}")
+PLAIN = RequestedImage("the prompt", "a cat", "", 7, ImageSettings(16, 8, 20, 7.5), "a {cat|dog}")
 IMAGE = Image.new("RGB", (16, 8), (9, 8, 7))
 
 
@@ -170,8 +172,8 @@ def files(
     )
 
 
-def changed(**changes: object) -> AskedImage:
-    return AskedImage(**{**PLAIN.__dict__, **changes})
+def changed(**changes: object) -> RequestedImage:
+    return RequestedImage(**{**PLAIN.__dict__, **changes})
 
 
 def test_names_hold_time_number_and_seed(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.stable_diffusion.test_inversion_training import (
     encode_plainly,
     folder,
     picture,
-    refusal,
+    rejection,
     with_captions,
 )
 from tests.stable_diffusion.test_training_step import CPU, make_batch, make_family, plain_loss
@@ -235,7 +235,7 @@ def test_check_and_plan_know_the_word(folder: Path) -> None:
         (["--embedding_init_word", " "], "--embedding_init_word ' ': the text encoder has no token"),
         (["--embedding_weights", "none.safetensors"], "none.safetensors"),
     ):
-        assert reason in refusal("train_network.py", folder, *words, "--check", *further)
+        assert reason in rejection("train_network.py", folder, *words, "--check", *further)
 
 
 def test_mistakes_with_a_word_are_named(folder: Path) -> None:
@@ -244,7 +244,7 @@ def test_mistakes_with_a_word_are_named(folder: Path) -> None:
     save_file({"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 8)}, folder / "xl.safetensors")
 
     def told(*further: str, without: int = 0) -> str:
-        return refusal(script, folder, *words[: len(words) - without], *further)
+        return rejection(script, folder, *words[: len(words) - without], *further)
 
     assert "the text encoder knows this word already" in told("--train_embedding", "a")
     assert "Give zorb" in told("--train_embedding", "Zorb")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedImage, UnetCall
+from stable_diffusion.contract import RequestedImage, UnetCall
 from stable_diffusion.regions import Regions, read_regions
 from tests.stable_diffusion.loaded import call_of, picture, run_unet, unet_of
 
@@ -60,7 +60,7 @@ def a_call(kind: str, parts: int) -> UnetCall:
     return replace(call, context=call.context[:, : parts * TOKENS])
 
 
-def a_image(mask: Path | None, parts: int) -> AskedImage:
+def a_image(mask: Path | None, parts: int) -> RequestedImage:
     return replace(picture(parts=parts), mask=mask)
 
 

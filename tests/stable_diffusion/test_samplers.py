@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedImage, ImageSettings
+from stable_diffusion.contract import ImageSettings, RequestedImage
 from stable_diffusion.samplers import SchedulerSolver, begin_sampling, count_left_out, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, GradualLatentOptions, StartNoiseOptions, Unsharp
 from stable_diffusion.small_start import begin_small, check_batch, plan_growth, scale_size
@@ -279,7 +279,7 @@ def test_too_few_steps_are_said(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="blur of 51"):
         sampled(replace(GRADUAL, gradual_latent_unsharp_params="51,3,0.8"))
-    image = AskedImage("line 3", "a", "", 1, ImageSettings(64, 64, 4, 7.5, gradual_latent=GRADUAL), "a")
+    image = RequestedImage("line 3", "a", "", 1, ImageSettings(64, 64, 4, 7.5, gradual_latent=GRADUAL), "a")
     check_batch([image], "k_euler_a")
     with pytest.raises(OptionError, match="line 3.*euler_a only, not with ddim"):
         check_batch([image], "ddim")

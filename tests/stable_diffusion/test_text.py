@@ -274,15 +274,15 @@ def test_break_and_the_75th_token_end_a_chunk(text: str, expected: list[int]) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "most", "rest"),
+    ("text", "maximum", "rest"),
     [
         ("a " * 73 + "b (c d:2) e", 1, "d e"),
         ("a " * 75 + "(b c:1.5) d", 1, "b c d"),
         ("a BREAK b BREAK c", 2, "c"),
     ],
 )
-def test_what_is_cut_is_named(text: str, most: int, rest: str) -> None:
-    assert cut_text(parse_weights(text), tokenize, most) == rest
+def test_what_is_cut_is_named(text: str, maximum: int, rest: str) -> None:
+    assert cut_text(parse_weights(text), tokenize, maximum) == rest
 
 
 def test_the_tokenizer_of_each_encoder_is_read_and_logged_once(

@@ -19,8 +19,8 @@ from transformers import CLIPTokenizer
 from modules.errors import CheckpointError
 from networks.bundled_words import find_words
 from stable_diffusion.assembling import list_cross_attentions
-from stable_diffusion.contract import AskedImage, ImageSettings
-from stable_diffusion.making import Maker
+from stable_diffusion.contract import ImageSettings, RequestedImage
+from stable_diffusion.making import ImageGenerator
 from stable_diffusion.text import Texts
 from stable_diffusion.textual_inversion import (
     read_bundled,
@@ -178,10 +178,10 @@ LAYERS = {
     "OUT05": "up_blocks.1.attentions.2",
 }
 PROMPT, AVOIDED = "a (blob:1.3) cat", "ugly blob1"
-IMAGE = AskedImage("line 1", PROMPT, AVOIDED, 5, ImageSettings(SIZE, SIZE, STEPS, SCALE), "")
+IMAGE = RequestedImage("line 1", PROMPT, AVOIDED, 5, ImageSettings(SIZE, SIZE, STEPS, SCALE), "")
 
 
-def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> Maker:
+def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> ImageGenerator:
     folder.mkdir()
     return load(folder, tiny.write_sd1, option, str(write(folder / "blob.safetensors", dict(rows))))
 
@@ -190,7 +190,7 @@ def all_of(rows: Tensor) -> dict[str, Tensor]:
     return {name: rows.clone() for name in LAYERS}
 
 
-def make(maker: Maker, *pictures: AskedImage) -> Tensor:
+def make(maker: ImageGenerator, *pictures: RequestedImage) -> Tensor:
     return maker.make(pictures or [IMAGE], wants_images=False).latents
 
 

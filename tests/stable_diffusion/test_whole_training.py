@@ -161,10 +161,10 @@ def test_a_step_of_all_networks_equals_that_of_diffusers_and_transformers(folder
     worst, moved = 0.0, 0
     for name, change in expected.items():
         # a change of a bit of the weight is the least that the file can hold
-        least = float(before[name].abs().max().clamp(min=1e-2)) * 1e-5
+        minimum = float(before[name].abs().max().clamp(min=1e-2)) * 1e-5
         found = changed.get(name, torch.zeros(()))
-        worst = max(worst, float((found - change).abs().max()) / max(float(change.abs().max()), least))
-        moved += bool(change.abs().max() > least)
+        worst = max(worst, float((found - change).abs().max()) / max(float(change.abs().max()), minimum))
+        moved += bool(change.abs().max() > minimum)
     assert moved > 0.9 * len(expected)
     assert changed.keys() <= expected.keys()
     assert worst < 1e-2

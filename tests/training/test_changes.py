@@ -45,7 +45,7 @@ def test_what_differs_is_listed_and_noted_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("schedule", "least"),
+    ("schedule", "minimum"),
     [
         ("--lr_scheduler cosine", 1e-6),
         ("--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=8", 1e-6),
@@ -54,7 +54,7 @@ def test_what_differs_is_listed_and_noted_in_the_file(
     ids=["named", "imported", "schedule-free"],
 )
 def test_the_schedule_of_now_begins_at_the_step_that_was_reached(
-    tmp_path: Path, schedule: str, least: float
+    tmp_path: Path, schedule: str, minimum: float
 ) -> None:
     if "AdamWScheduleFree" in schedule:
         pytest.importorskip("schedulefree")
@@ -68,7 +68,7 @@ def test_the_schedule_of_now_begins_at_the_step_that_was_reached(
     changes = [
         max(float((after[name] - before[name]).abs().max()) for name in before) for after in (still, moved)
     ]
-    assert changes[0] < least
+    assert changes[0] < minimum
     assert changes[1] > 1e-2
 
 

@@ -196,8 +196,8 @@ def test_metadata_count_the_parts_of_captions_by_folder(
     made = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
     monkeypatch.setattr(image_metadata, "MAX_TAGS", 2)
     train_image_toy(tmp_path, ONLY, "--overwrite")
-    most = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
-    assert most == {"images": {"red": 5, "big": 3}}
+    maximum = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
+    assert maximum == {"images": {"red": 5, "big": 3}}
     numbers = {f"number {number}": 1 for number in (1, 2, 3)}
     assert made == {"images": {"red": 5, "a house": 1, "big": 3, **numbers}}
 

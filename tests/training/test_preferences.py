@@ -59,8 +59,8 @@ def test_the_loss_of_pairs_and_its_gradient(tmp_path: Path, data_weight: float, 
 
     def expected(step: Step) -> Tensor:
         better = step.latents
-        assert step.noisy_batch.batch.worse is not None
-        rejected = toy.LATENT.to_model(step.noisy_batch.batch.worse)
+        assert step.noisy_batch.batch.rejected is not None
+        rejected = toy.LATENT.to_model(step.noisy_batch.batch.rejected)
         margin = error(step, better, True) - error(step, better, False)
         margin = margin + error(step, rejected, False) - error(step, rejected, True)
         return (-logsigmoid(margin * 50 / 2) + data_weight * error(step, better, False)).mean()
@@ -77,8 +77,8 @@ def test_masks_count_in_the_errors_of_both(tmp_path: Path) -> None:
 
     def expected(step: Step) -> Tensor:
         better = step.latents
-        assert step.noisy_batch.batch.worse is not None
-        rejected = toy.LATENT.to_model(step.noisy_batch.batch.worse)
+        assert step.noisy_batch.batch.rejected is not None
+        rejected = toy.LATENT.to_model(step.noisy_batch.batch.rejected)
         mask = masks_of(step)
         margin = error(step, better, True, mask) - error(step, better, False, mask)
         margin = margin + error(step, rejected, False, mask) - error(step, rejected, True, mask)
@@ -121,9 +121,9 @@ def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
             for flip in (False, True)
         )
 
-    assert plain.worse is not None
-    assert flipped.worse is not None
-    assert torch.equal(flipped.worse, plain.worse.flip(-1))
+    assert plain.rejected is not None
+    assert flipped.rejected is not None
+    assert torch.equal(flipped.rejected, plain.rejected.flip(-1))
     assert torch.equal(flipped.tensor("latents"), plain.tensor("latents").flip(-1))
 
 

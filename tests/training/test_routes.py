@@ -72,9 +72,9 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
     first_column = set(range(0, LENGTH, 4))
     assert first_column <= set(chosen[0].tolist())
     assert not first_column <= set(chosen[1].tolist())
-    most = select_places(make_batch(**{name: mask}), GRID, share=0.9, seed=1)
-    assert most.shape == (2, 8)
-    assert set(most[0].tolist()) == first_column
+    maximum = select_places(make_batch(**{name: mask}), GRID, share=0.9, seed=1)
+    assert maximum.shape == (2, 8)
+    assert set(maximum[0].tolist()) == first_column
 
 
 def test_a_place_that_a_mask_counts_a_little_takes_part() -> None:

@@ -186,7 +186,9 @@ def test_a_clip_without_sound_has_none_in_its_preference() -> None:
 def test_pairs_have_all_numbers_of_their_samples_twice() -> None:
     noisy_batch = make_batch(0.25, 0.5)
     rejected = noisy_batch.batch.tensor("latents") + 1
-    batch = replace(noisy_batch.batch, worse=rejected, has_empty_text=(True, False), loss_weights=(1.0, 2.0))
+    batch = replace(
+        noisy_batch.batch, rejected=rejected, has_empty_text=(True, False), loss_weights=(1.0, 2.0)
+    )
 
     pairs = join_pairs(replace(noisy_batch, batch=batch))
 

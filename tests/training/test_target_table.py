@@ -174,7 +174,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         attributes=tuple(frozenset({KEPT} if has else ()) for has in having(names, "preserved")),
         empty_text={"letters": [torch.full((1, 1), EMPTY)] * 4},
         has_empty_text=is_empty if "has_empty_text" in names else (),
-        worse=draw(*SHAPE) if "preference" in names else None,
+        rejected=draw(*SHAPE) if "preference" in names else None,
         network_multiplier=MULTIPLIER if "network_multiplier" in names else 1.0,
     )
     sigmas = torch.tensor(LEVELS)
@@ -333,8 +333,8 @@ class ByHand:
         return (self.noisy_batch.weights * (losses + PREFERENCE.data_weight * better)).mean()
 
     def rejected_tensors(self) -> dict[str, Any]:
-        assert self.batch.worse is not None
-        return {**self.batch.tensors, "latents": self.batch.worse}
+        assert self.batch.rejected is not None
+        return {**self.batch.tensors, "latents": self.batch.rejected}
 
     def of_sliders(self) -> Tensor:
         total = torch.zeros(())
@@ -417,7 +417,7 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
 WITHOUT_SAY = {
     Batch: {"tensors", "captions", "keys", "made_by", "text_metadata", "undropped", "view", "empty_text"}
     # of pairs; in the weights of a `NoisyBatch`; the entry "preserved"
-    | {"worse", "loss_weights", "attributes"},
+    | {"rejected", "loss_weights", "attributes"},
     NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes"}
     | {"targets", "passes", "has_own_pass"}  # functions of targets

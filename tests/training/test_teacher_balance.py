@@ -83,17 +83,17 @@ def test_without_a_focus_the_draws_are_those_of_before() -> None:
     assert find_balance(options(SHIFTED), 0, 750) == FocusBalance(1.0, 1.0)
 
 
-@pytest.mark.parametrize(("focus", "low", "high", "most"), [(0.5, 400, 800, 750), (0.3, 0, 200, 520)])
+@pytest.mark.parametrize(("focus", "low", "high", "maximum"), [(0.5, 400, 800, 750), (0.3, 0, 200, 520)])
 def test_the_balance_of_a_uniform_sampler_is_the_formula(
-    focus: float, low: int, high: int, most: int
+    focus: float, low: int, high: int, maximum: int
 ) -> None:
     made = options(
         f"--timestep_sampling uniform --timestep_focus {focus} --timestep_focus_range {low} {high}"
     )
-    above = 1 - most / 1000
-    overlap = max(0, high - max(low, most)) / (high - low)
+    above = 1 - maximum / 1000
+    overlap = max(0, high - max(low, maximum)) / (high - low)
 
-    balance = find_balance(made, 0, most)
+    balance = find_balance(made, 0, maximum)
 
     assert balance.outside == pytest.approx(above / ((1 - focus) * above + focus * overlap), rel=1e-3)
 

@@ -218,11 +218,11 @@ def test_a_disk_that_cannot_hold_the_file_is_named_before_the_first_step(
     own, options = krea2_options(tmp_path, *more)
     model = FAMILIES_BY_NAME["krea2"].make_family("training", own)
 
-    least = bytes_each * blocks + SPARE_BYTES
-    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least - 1)
+    minimum = bytes_each * blocks + SPARE_BYTES
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: minimum - 1)
     with pytest.raises(OutputError, match="Free some space"):
         check_before_loading(model, options, FULL_MODEL)
-    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least)
+    monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: minimum)
     check_before_loading(model, options, FULL_MODEL)
 
 

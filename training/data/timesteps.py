@@ -489,8 +489,8 @@ def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: fl
     if rule.is_stretched:
         low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
         t = (t - low) / (high - low)
-        t = torch.where(t < rule.least, 2 * rule.least - t, t).clamp(0, 1)
-        uniform = rule.least + (1 - rule.least) * numbers / max(share, 1e-9)
+        t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)
+        uniform = rule.minimum + (1 - rule.minimum) * numbers / max(share, 1e-9)
         t = torch.where(numbers < share, uniform, t)
     return t
 

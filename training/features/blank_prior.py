@@ -23,7 +23,7 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
         "keep the prediction for the empty prompt close to that of the model without the network, with "
         "this weight. Adds two passes to each step, one of them with gradients",
         above=0,
-        most=100,
+        maximum=100,
         hint="0.5 to 1 are usual",
         known_as=("blank_prompt_preservation", "blank_prompt_preservation_multiplier"),
     )

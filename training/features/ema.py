@@ -29,7 +29,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
         "update the average every N steps, with the decay of N steps: for a whole model, whose average "
         "is in host memory",
         default=1,
-        least=1,
+        minimum=1,
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},
     )
     sample_ema: bool = option(

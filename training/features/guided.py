@@ -30,7 +30,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         "empty prompt: for models that were distilled with guidance. Adds one pass without gradients "
         "to each step",
         above=1,
-        most=MAX_GUIDANCE,
+        maximum=MAX_GUIDANCE,
         metavar="SCALE",
         hint="3 to 4 are usual",
         known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
@@ -38,8 +38,8 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
     guided_target_min_timestep: int = option(
         "noise level, in thousandths, below which --guided_target is not used",
         default=0,
-        least=0,
-        most=THOUSAND,
+        minimum=0,
+        maximum=THOUSAND,
         needs="guided_target",
         hint="0 uses it everywhere",
         known_as=("h3_guidance_loss_sigma_min",),
@@ -47,7 +47,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
     guided_target_sound: float | None = option(
         "SCALE of --guided_target for the audio of clips; default: as for images",
         above=1,
-        most=MAX_GUIDANCE,
+        maximum=MAX_GUIDANCE,
         needs="guided_target",
         hint="3 to 4 are usual",
         known_as=("h3_guidance_loss_scale_audio",),
@@ -112,9 +112,9 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_audio  # loads torch, which --help does not need
+    from contract.family import trains_audio  # loads torch, which --help does not need
 
-    if options.guided_target_sound is not None and not hears_audio(family):
+    if options.guided_target_sound is not None and not trains_audio(family):
         raise OptionError(
             f"--guided_target_sound {options.guided_target_sound:g}: the model {family.name} has no sound. "
             "Leave it out"

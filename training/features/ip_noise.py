@@ -22,8 +22,8 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
     ip_noise_gamma: float | None = option(
         "input perturbation: mix in this fraction of additional noise, which the model does not have "
         "to predict; 0.1 is common (arXiv 2301.11706)",
-        least=0,
-        most=10,
+        minimum=0,
+        maximum=10,
         hint="0.1 is usual",
     )
     ip_noise_gamma_random_strength: bool = option(

@@ -27,7 +27,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
         "outside masks, keep the prediction close to that of the model without the network, with this "
         "weight. Adds one pass without gradients to steps with masks",
         above=0,
-        most=100,
+        maximum=100,
         hint="0.5 to 1 are usual",
         known_as=(
             "masked_prior_preservation_weight",

@@ -31,7 +31,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
         "less accurately. BETA controls how soon a pair counts as learned. Each step runs two passes, "
         "one of them without gradients, over batches of twice the size",
         above=0,
-        most=1_000_000,
+        maximum=1_000_000,
         metavar="BETA",
         hint="2000 to 5000 are usual",
         known_as=("dpo", "flow_dpo", "dpo_beta", "beta_dpo"),
@@ -39,8 +39,8 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
     preference_data_weight: float = option(
         "add the default loss of the chosen one with this weight",
         default=0.0,
-        least=0,
-        most=1000,
+        minimum=0,
+        maximum=1000,
         needs="preference",
         metavar="W",
     )
@@ -53,10 +53,10 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import audio_of, hears_audio  # loads torch, which --help does not need
+    from contract.family import audio_of, trains_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
-    if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):
+    if audio is not None and (audio.is_alone or (trains_audio(family) and family.audio_learning.given)):
         raise OptionError(
             f"--preference {options.beta:g}: pairs are of images, and here one stream alone is learned. "
             "Leave it out"

@@ -74,9 +74,9 @@ def pair_passes(
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch of twice the size: the chosen items, then the rejected ones with all else equal."""
     batch = noisy_batch.batch
-    assert batch.worse is not None  # the feed reads it for this target
+    assert batch.rejected is not None  # the feed reads it for this target
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
-    tensors["latents"] = torch.cat([batch.tensor("latents"), batch.worse])
+    tensors["latents"] = torch.cat([batch.tensor("latents"), batch.rejected])
     doubled = replace(
         batch,
         tensors=tensors,
@@ -86,7 +86,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         undropped={},
         empty_text={},
         has_empty_text=batch.has_empty_text * 2,
-        worse=None,
+        rejected=None,
     )
     perturbation = noisy_batch.perturbation
     return replace(

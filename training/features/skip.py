@@ -35,8 +35,8 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
     skip_bad_steps: int | None = option(
         "skip steps whose loss or gradient norm is NaN or infinite, at most N in a row; the next one "
         "ends the run, as the first one does without this option",
-        least=1,
-        most=1_000_000,
+        minimum=1,
+        maximum=1_000_000,
         metavar="N",
         hint="leave it out to end the run at the first one",
         facts={AGAINST_BAD_STEPS: REMEDY},
@@ -45,7 +45,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         "skip steps whose gradient norm is above FACTOR times the median of the last 100 taken steps, "
         "from the 21st step on",
         above=1,
-        most=MAX_FACTOR,
+        maximum=MAX_FACTOR,
         metavar="FACTOR",
         hint="5 to 10 are usual",
         known_as=("skip_grad_norm",),

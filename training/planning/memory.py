@@ -136,7 +136,7 @@ class StepPrediction:
         return self.phase(blocks).device
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
@@ -446,7 +446,7 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
         room: Available memory.
     """
     can_swap = before.options.can_swap
-    blocks = before.most if can_swap else before.blocks
+    blocks = before.maximum if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, size, shape in shrunk(latent, before.shape):
         if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:

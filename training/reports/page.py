@@ -69,7 +69,7 @@ def page_values(
     story: Story,
     standing: Standing,
     load: "LoadClip | None" = None,
-    most: tuple[int, int] = (MAX_COLUMNS, MAX_PROMPTS),
+    maximum: tuple[int, int] = (MAX_COLUMNS, MAX_PROMPTS),
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def page_values(
         story: Content of the run's history.
         standing: State of the run: its start, its step, and how it ended.
         load: Reads the clips, if the story has samples.
-        most: Largest number of columns and rows in the grid of samples.
+        maximum: Largest number of columns and rows in the grid of samples.
         name: Value of --output_name, whose scores show which file is best.
         has_sections: Whether to show the other files next to the history too; they name training images.
     """
@@ -98,7 +98,7 @@ def page_values(
     if load:
         from training.reports.sample_files import make_grid  # only with samples
 
-        max_columns, max_prompts = most
+        max_columns, max_prompts = maximum
         grid = make_grid(story, load, max_columns, max_prompts)
     return {
         "live": None,
@@ -118,15 +118,15 @@ def page_values(
     }
 
 
-def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
+def list_charts(story: Story, maximum: int = MAX_BINS) -> list[Chart]:
     """Return the diagrams of a run.
 
     Args:
         story: Content of the run's history.
-        most: Approximate number of points of a curve.
+        maximum: Approximate number of points of a curve.
     """
     charts: list[Chart] = []
-    losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
+    losses = make_curves({say("loss"): story.loss}, maximum, SMOOTHING)
     if story.validations:
         steps = sorted(story.validations)
         values = [story.validations[step] for step in steps]
@@ -138,41 +138,41 @@ def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
     # families with audio record losses by stream in place of losses by expert
     is_by_stream = by_expert.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
     expert_title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
-    charts.append(Chart(make_curves(by_expert, most, SMOOTHING), "step", "loss", expert_title))
+    charts.append(Chart(make_curves(by_expert, maximum, SMOOTHING), "step", "loss", expert_title))
 
     # numbers that features of the run record: with a chart that they declare, else with one of their own
     declared = () if story.start is None else story.start.charts
     uncharted = find_uncharted([*story.numbers], declared)
-    charts += [_draw_numbers(story, chart, most) for chart in (*declared, *uncharted)]
+    charts += [_draw_numbers(story, chart, maximum) for chart in (*declared, *uncharted)]
 
     rates: dict[str, Points] = {}
     for name, points in story.rates.items():
         rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
-    charts.append(Chart(make_curves(rates, most), "step", "learning rate", say("Learning rate")))
+    charts.append(Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate")))
 
-    seconds = make_curves({say("seconds"): story.seconds}, most)
+    seconds = make_curves({say("seconds"): story.seconds}, maximum)
     charts.append(Chart(seconds, "step", "seconds", say("Seconds per step")))
 
     by_timestep: dict[str, Points] = {}
     for name, points in story.bands.items():
         by_timestep[f"timestep {name.rpartition('_')[2]}"] = points
-    validations = make_curves(by_timestep, most, has_dots=True)
+    validations = make_curves(by_timestep, maximum, has_dots=True)
     charts.append(Chart(validations, "step", "loss", say("Validation loss by noise")))
     return [chart for chart in charts if chart.curves]
 
 
-def _draw_numbers(story: Story, chart: NumberChart, most: int) -> Chart:
+def _draw_numbers(story: Story, chart: NumberChart, maximum: int) -> Chart:
     points = {label: story.numbers.get(name, {}) for label, name in chart.curves.items()}
-    return Chart(make_curves(points, most, SMOOTHING), "step", chart.unit, say(chart.title))
+    return Chart(make_curves(points, maximum, SMOOTHING), "step", chart.unit, say(chart.title))
 
 
 def make_curves(
-    named: Mapping[str, Points], most: int, smoothing: float = 0.0, has_dots: bool = False
+    named: Mapping[str, Points], maximum: int, smoothing: float = 0.0, has_dots: bool = False
 ) -> list[Curve]:
     """Return the curves that have points. Short curves are not smoothed and may get a dot per point."""
     curves = []
     for name, points in named.items():
-        bins = join_bins(points, most)
+        bins = join_bins(points, maximum)
         is_binned = any(len(values) > 1 for values in bins.values())
         curves.append(
             Curve(
@@ -188,10 +188,10 @@ def make_curves(
     return [curve for curve in curves if curve.x]
 
 
-def join_bins(points: Points, most: int = MAX_BINS) -> dict[float, list[float]]:
-    """Group points into about `most` equal ranges of steps; return the values by middle step of the range."""
+def join_bins(points: Points, maximum: int = MAX_BINS) -> dict[float, list[float]]:
+    """Group points into about `maximum` equal ranges of steps; return values by the middle step of each."""
     width = 1
-    while points and (max(points) - min(points)) // width >= most:
+    while points and (max(points) - min(points)) // width >= maximum:
         width *= 2
     ranges = defaultdict[int, list[tuple[int, float]]](list)
     for step, value in points.items():

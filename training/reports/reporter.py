@@ -33,14 +33,14 @@ class RepeatedWork:
     ended: float = 0.0  # when it was last done
     cost: float = 0.0  # seconds that it took then
 
-    def is_due(self, now: float, least: float) -> bool:
+    def is_due(self, now: float, minimum: float) -> bool:
         """Return whether the work may be repeated.
 
         Args:
             now: Current time in seconds.
-            least: Smallest number of seconds between two times.
+            minimum: Smallest number of seconds between two times.
         """
-        return now - self.ended >= max(least, self.cost / SHARE)
+        return now - self.ended >= max(minimum, self.cost / SHARE)
 
     def note(self, started: float, ended: float) -> None:
         """Record when the work began and ended, in seconds of the same clock."""

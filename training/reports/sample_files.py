@@ -196,15 +196,15 @@ class ClipStore:
                 break
 
 
-def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
-    """Return at most `most` rows: the first, the last, the nearest to the best step, and others evenly.
+def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: int) -> list[SampleRow]:
+    """Return at most `maximum` rows: the first, the last, the nearest to the best step, and others evenly.
 
     "Evenly" is every 2nd, 4th, 8th, ... row, so that most of the chosen rows stay when the list grows.
     """
-    if len(rows) <= most:
+    if len(rows) <= maximum:
         return list(rows)
     stride = 1
-    while ceil_div(len(rows), stride) > most - 2:
+    while ceil_div(len(rows), stride) > maximum - 2:
         stride *= 2
     chosen = {*range(0, len(rows), stride), len(rows) - 1}
     if best_step is not None:
@@ -212,16 +212,16 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def select_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
+def select_few(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
     """Return the columns that a row shows first: the first, the last, the best, and others between them.
 
     Args:
         num_columns: Number of columns.
         best: Index of the column nearest to the lowest validation loss.
-        most: Largest number of columns to show.
+        maximum: Largest number of columns to show.
     """
     chosen = {0, num_columns - 1} | ({best} if best is not None else set())
-    while len(chosen) < min(most, num_columns):
+    while len(chosen) < min(maximum, num_columns):
         in_order = sorted(chosen)
         start, end = max(itertools.pairwise(in_order), key=lambda pair: pair[1] - pair[0])
         chosen.add((start + end) // 2)

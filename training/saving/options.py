@@ -48,39 +48,39 @@ class SavingOptions(Options, title="saving"):
         "dtype of saved weights; default: the model's dtype", choices=SAVE_PRECISIONS
     )
     save_every_n_epochs: int | None = option(
-        "save the model every N epochs", least=1, hint=AT_THE_END, often=True
+        "save the model every N epochs", minimum=1, hint=AT_THE_END, often=True
     )
     save_n_epoch_ratio: int | None = option(
         "save N times in the run, spread over its epochs; replaces --save_every_n_epochs",
-        least=1,
+        minimum=1,
         excludes="save_every_n_epochs",
         hint=AT_THE_END,
     )
     save_every_n_steps: int | None = option(
-        "save the model every N steps", least=1, hint=AT_THE_END, often=True
+        "save the model every N steps", minimum=1, hint=AT_THE_END, often=True
     )
     # saved after the step that passes this time, named by the step
     save_every_n_minutes: float | None = option(
         "save after the first step past this time, under the step's name", above=0, hint=AT_THE_END
     )
     save_last_n_epochs: int | None = option(
-        "keep the files of the last N epochs only", least=1, hint=KEEP_ALL, acts_if=_if_saved("epochs")
+        "keep the files of the last N epochs only", minimum=1, hint=KEEP_ALL, acts_if=_if_saved("epochs")
     )
     save_last_n_epochs_state: int | None = option(
         "the same for state folders; default: --save_last_n_epochs",
-        least=1,
+        minimum=1,
         hint=KEEP_ALL,
         acts_if=_if_saved("epochs", with_states=True),
     )
     save_last_n_steps: int | None = option(
         "keep the files of the last N steps only",
-        least=0,
+        minimum=0,
         hint=f"0 keeps the newest; {KEEP_ALL}",
         acts_if=_if_saved("steps"),
     )
     save_last_n_steps_state: int | None = option(
         "the same for state folders; default: --save_last_n_steps",
-        least=0,
+        minimum=0,
         hint=f"0 keeps the newest; {KEEP_ALL}",
         acts_if=_if_saved("steps", with_states=True),
     )

@@ -144,11 +144,11 @@ def read_frames(path: Path, num_frames: int) -> list[Frame]:
     return [read_image(path)]
 
 
-def _select_evenly(length: int, most: int) -> set[int]:
-    """Return the middle frame of each of `most` equal parts, or all frames."""
-    if length <= most:
+def _select_evenly(length: int, maximum: int) -> set[int]:
+    """Return the middle frame of each of `maximum` equal parts, or all frames."""
+    if length <= maximum:
         return set(range(length))
-    return {int((place + 0.5) * length / most) for place in range(most)}
+    return {int((place + 0.5) * length / maximum) for place in range(maximum)}
 
 
 def _hash_content(path: Path) -> str:

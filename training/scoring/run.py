@@ -66,9 +66,9 @@ class ScoreOptions(Options, title="what to score"):
         place="file",
     )
     num_frames: int = option(
-        "frames of a clip that are compared, evenly spaced", default=8, least=1, most=1024
+        "frames of a clip that are compared, evenly spaced", default=8, minimum=1, maximum=1024
     )
-    batch_size: int = option("images that the model sees at a time", default=16, least=1, most=4096)
+    batch_size: int = option("images that the model sees at a time", default=16, minimum=1, maximum=4096)
     device: str | None = option("cuda, cuda:1, mps or cpu (default: the best there is)")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from checkpoints.stored.forms import attach, stored_in
-from checkpoints.stored.fp8 import E4M3, Fp8, dequantise, quantise, store_scale
+from checkpoints.stored.fp8 import E4M3, Fp8, dequantize, quantize, store_scale
 from modules.script_options import parse_options
 from modules.speed_options import GenerationFp8Options, Quantization, TrainingFp8Options
 from tests.golden_cases import read_case
@@ -25,7 +25,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def quantized(layer: nn.Linear, quantization: Quantization) -> nn.Linear:
     """A copy of the layer with its weight in 8 bits."""
     layer = copy.deepcopy(layer).requires_grad_(False)
-    attach(layer, Fp8(quantization).quantise(layer.weight))
+    attach(layer, Fp8(quantization).quantize(layer.weight))
     return layer
 
 
@@ -39,30 +39,30 @@ def multiplied_out(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 def test_one_scale_per_weight_gives_the_golden_numbers(case: str) -> None:
     _, golden = read_case("fp8_scaled")
     weight = golden[f"{case}.weight"]
-    rounded, scale = quantise(weight, TENSOR)
+    rounded, scale = quantize(weight, TENSOR)
     assert scale is not None
     assert torch.equal(rounded.view(torch.uint8), golden[f"{case}.fp8_bytes"])
     assert scale.dtype == torch.float32
     assert torch.equal(scale, golden[f"{case}.scale_weight"].float())
-    assert torch.equal(dequantise(rounded, scale, weight.dtype), golden[f"{case}.dequantised"])
+    assert torch.equal(dequantize(rounded, scale, weight.dtype), golden[f"{case}.dequantised"])
 
 
 def test_a_layer_gives_the_golden_output() -> None:
     _, golden = read_case("fp8_scaled")
     weight = golden["normal.float32.weight"]
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    attach(layer, Fp8(TENSOR).quantise(weight))
+    attach(layer, Fp8(TENSOR).quantize(weight))
     # two sums of 40 products in another order
     torch.testing.assert_close(layer(golden["x"]), golden["linear_out_dequant_fp32"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_scale_per_row_is_that_of_the_row_alone() -> None:
     weight = drawn(6, 40, dtype=torch.bfloat16) * torch.logspace(-3, 2, 6)[:, None].bfloat16()
-    rounded, scale = quantise(weight, ROWS)
+    rounded, scale = quantize(weight, ROWS)
     assert scale is not None
     assert scale.shape == (6, 1)
     for row in range(6):
-        alone, own = quantise(weight[row : row + 1], TENSOR)
+        alone, own = quantize(weight[row : row + 1], TENSOR)
         assert own is not None
         assert torch.equal(alone.view(torch.uint8)[0], rounded.view(torch.uint8)[row])
         assert own.item() == scale[row].item()
@@ -70,8 +70,8 @@ def test_a_scale_per_row_is_that_of_the_row_alone() -> None:
 
 def test_float32_scales_are_finer_than_those_of_bfloat16() -> None:
     weight = drawn(16, 40, dtype=torch.bfloat16)
-    _, coarse = quantise(weight, ROWS)
-    _, fine = quantise(weight, Quantization("rows", float32_scales=True))
+    _, coarse = quantize(weight, ROWS)
+    _, fine = quantize(weight, Quantization("rows", float32_scales=True))
     assert coarse is not None
     assert fine is not None
     assert torch.equal(fine, weight.float().abs().amax(1, keepdim=True) / 448)
@@ -81,24 +81,24 @@ def test_float32_scales_are_finer_than_those_of_bfloat16() -> None:
 
 @pytest.mark.parametrize("quantization", [TENSOR, ROWS], ids=["tensor", "rows"])
 def test_zeros_stay_zeros(quantization: Quantization) -> None:
-    rounded, scale = quantise(torch.zeros(4, 8), quantization)
+    rounded, scale = quantize(torch.zeros(4, 8), quantization)
     assert scale is not None
     assert (scale == 1).all()
-    assert (dequantise(rounded, scale) == 0).all()
+    assert (dequantize(rounded, scale) == 0).all()
 
 
 def test_a_plain_cast_saturates_rather_than_becoming_no_number() -> None:
     weight = torch.tensor([[1000.0, -1000.0, 448.0, 0.5, 500.0]])
-    rounded, scale = quantise(weight, CAST)
+    rounded, scale = quantize(weight, CAST)
     assert scale is None
     assert rounded.float().tolist() == [[448.0, -448.0, 448.0, 0.5, 448.0]]
 
 
 def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = drawn(37, 24)
-    full, _ = quantise(weight, ROWS)
+    full, _ = quantize(weight, ROWS)
     monkeypatch.setattr("checkpoints.stored.fp8._BLOCK_ELEMENTS", 100)  # four rows
-    pieces, _ = quantise(weight, ROWS)
+    pieces, _ = quantize(weight, ROWS)
     assert torch.equal(full.view(torch.uint8), pieces.view(torch.uint8))
 
 
@@ -113,10 +113,10 @@ def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[
     assert found.dtype == torch.float32
     each = scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1, 1)
     expected = (weight.float().view(6, -1, 2) * each).view(6, 8)
-    assert torch.equal(dequantise(weight, found), expected)
-    assert torch.equal(dequantise(weight, scale), expected)
+    assert torch.equal(dequantize(weight, found), expected)
+    assert torch.equal(dequantize(weight, scale), expected)
     # rounded once, not the scale before it
-    assert torch.equal(dequantise(weight, found, torch.bfloat16), expected.bfloat16())
+    assert torch.equal(dequantize(weight, found, torch.bfloat16), expected.bfloat16())
 
 
 @pytest.mark.parametrize("quantization", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])

@@ -252,7 +252,7 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
 def in_fp8(quantization: Quantization, rows: int = N) -> nn.Linear:
     layer = nn.Linear(K, rows, device="meta", dtype=torch.bfloat16).requires_grad_(False)
     layer.bias = nn.Parameter(random(rows, seed=3), requires_grad=False)
-    attach(layer, Fp8(quantization).quantise(random(rows, K, seed=2)))
+    attach(layer, Fp8(quantization).quantize(random(rows, K, seed=2)))
     return layer
 
 

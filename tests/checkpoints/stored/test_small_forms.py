@@ -32,7 +32,7 @@ def near(found: Any, expected: list[float], error: float = 1e-6) -> None:
 
 
 def run(form: StoredForm, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    stored = form.quantise(WEIGHT)
+    stored = form.quantize(WEIGHT)
     return stored.form.multiply(x, stored.tensors, stored.shape, bias)
 
 
@@ -71,7 +71,7 @@ def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() ->
 def test_int8_rows_have_the_worked_numbers(
     group: int, scales: list[float], codes: list[int], value: list[float] | None
 ) -> None:
-    stored: Any = Int8(group).quantise(WEIGHT)
+    stored: Any = Int8(group).quantize(WEIGHT)
 
     near(stored.tensors[1][:2, 0], scales, 1e-8)
     assert stored.weight[0, : len(codes)].tolist() == codes
@@ -118,7 +118,7 @@ def test_gradients_in_int8_have_the_worked_numbers(rounds: bool, expected: list[
 
 
 def test_nf4_has_the_worked_numbers() -> None:
-    stored = Nf4().quantise(WEIGHT)
+    stored = Nf4().quantize(WEIGHT)
     packed, peaks, nested, _, offset = cast(tuple[Tensor, ...], stored.tensors)
 
     assert packed[0, :8].tolist() == [103, 135, 143, 134, 118, 120, 120, 104]
@@ -137,7 +137,7 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dt
     torch.manual_seed(1)
     plain = nn.Linear(256, 48).to(dtype).requires_grad_(False)
     layer = copy.deepcopy(plain)
-    attach(layer, form.quantise(plain.weight))
+    attach(layer, form.quantize(plain.weight))
     size_bytes = layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
     # beside it 1 KB of 256 values in each layer in nf4
     assert size_bytes < (0.29 if form.name == "nf4" else 0.52) * 2 * plain.weight.numel() + 1100
@@ -162,11 +162,11 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dt
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: StoredForm, monkeypatch: Any) -> None:
     x, bias = torch.randn(100, 256), torch.randn(4)
-    full, value = run(form, x, bias), form.quantise(WEIGHT).value()
+    full, value = run(form, x, bias), form.quantize(WEIGHT).value()
     for name in ("int8", "nf4"):
         monkeypatch.setattr(f"checkpoints.stored.{name}.PIECE", 256 * 2)
     assert torch.equal(run(form, x, bias), full)
-    assert torch.equal(form.quantise(WEIGHT).value(), value)
+    assert torch.equal(form.quantize(WEIGHT).value(), value)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -174,7 +174,7 @@ def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: StoredForm,
 def test_every_shape_has_a_value_and_the_form_that_is_planned(
     form: StoredForm, shape: tuple[int, int]
 ) -> None:
-    stored, planned = form.quantise(torch.randn(shape)), form.empty(shape)
+    stored, planned = form.quantize(torch.randn(shape)), form.empty(shape)
 
     assert stored.value().shape == shape
     assert stored.form == planned.form
@@ -185,7 +185,7 @@ def test_every_shape_has_a_value_and_the_form_that_is_planned(
 
 
 def test_joined_rows_of_int8_are_those_of_the_parts() -> None:
-    full = Int8().quantise(WEIGHT)
+    full = Int8().quantize(WEIGHT)
     parts: Any = [full.form.cut(full, 0, 3), full.form.cut(full, 3, 1)]
     joined: Any = full.form.join(parts)
     assert torch.equal(joined.value(), full.value())
@@ -195,7 +195,7 @@ def test_joined_rows_of_int8_are_those_of_the_parts() -> None:
 def test_int8_is_what_comfy_kitchen_makes() -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
     codes, scale = kitchen.quantize_int8_rowwise(WEIGHT)
-    stored = Int8(0).quantise(WEIGHT)
+    stored = Int8(0).quantize(WEIGHT)
     assert torch.equal(codes, stored.weight)
     torch.testing.assert_close(scale.view(-1, 1), stored.tensors[1])
 
@@ -207,7 +207,7 @@ def test_nf4_is_what_bitsandbytes_makes(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape) * 0.02
     packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
 
-    stored: Any = Nf4().quantise(weight)
+    stored: Any = Nf4().quantize(weight)
 
     assert torch.equal(packed.view(-1), stored.weight.view(-1))
     assert torch.equal(state.absmax, stored.tensors[1])

@@ -31,7 +31,7 @@ def shape(**changes: object) -> ShapeOptions:
 
 
 @pytest.mark.parametrize(
-    ("available", "buckets", "most", "expected"),
+    ("available", "buckets", "maximum", "expected"),
     [
         (100, (16, 24, 32, 48, 64, 80), 49, 48),
         (20, (16, 24), 49, 16),  # as near as 24
@@ -41,9 +41,9 @@ def shape(**changes: object) -> ShapeOptions:
     ],
 )
 def test_a_clip_takes_the_nearest_number_of_frames_that_it_has(
-    available: int, buckets: tuple[int, ...], most: int, expected: int | None
+    available: int, buckets: tuple[int, ...], maximum: int, expected: int | None
 ) -> None:
-    assert select_frames(available, buckets, most) == expected
+    assert select_frames(available, buckets, maximum) == expected
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (448, 352), (5000, 10)])
@@ -106,10 +106,11 @@ def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> N
     # shape (its bytes) and number
     items = [(4, 1), (8, 2), (4, 3), (4, 4), (8, 5), (4, 6), (8, 7)]
 
-    def numbers(most: int, max_bytes: int = 100) -> list[list[int]]:
+    def numbers(maximum: int, max_bytes: int = 100) -> list[list[int]]:
         shape = itemgetter(0)
         return [
-            [one for _, one in some] for some in fill_batches(items, shape, lambda _: most, shape, max_bytes)
+            [one for _, one in some]
+            for some in fill_batches(items, shape, lambda _: maximum, shape, max_bytes)
         ]
 
     assert numbers(3) == [[1, 3, 4], [2, 5, 7], [6]]

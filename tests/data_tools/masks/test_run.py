@@ -325,12 +325,12 @@ def test_words_give_all_things_that_sam_3_is_sure_of(pictures: Path, tmp_path: P
         scores = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid())[0]
         expected[prompt] = scores, outputs.pred_masks.sigmoid()[0]
     scores, masks = expected[prompts[0]]
-    least = float(scores.sort().values[-3:-1].mean())  # two of the five things
-    assert int((scores > least).sum()) == 2
+    minimum = float(scores.sort().values[-3:-1].mean())  # two of the five things
+    assert int((scores > minimum).sum()) == 2
 
-    found = WordFinder(network, Words(), prompts[:1], least).find(image)
+    found = WordFinder(network, Words(), prompts[:1], minimum).find(image)
 
-    np.testing.assert_array_equal(found, masks[scores > least].amax(0))
+    np.testing.assert_array_equal(found, masks[scores > minimum].amax(0))
     both = WordFinder(network, Words(), prompts, 0.0).find(image)
     maximum = torch.maximum(*(expected[prompt][1].amax(0) for prompt in prompts))
     np.testing.assert_array_equal(both, maximum)

@@ -117,11 +117,11 @@ def test_thumbnails_are_bounded_and_faults_come_first(
 HOSTILE = "<script>alert(1)</script> \"'><img src=x onerror=alert(2)> {{ 7 * 7 }} </p></style> \u202e"
 
 
-def write_page(folder: Path, config: DatasetConfig, most: int = 500) -> Path:
+def write_page(folder: Path, config: DatasetConfig, maximum: int = 500) -> Path:
     family = ToyFamily()
     result = check_caching(family, config, 1, False, parts=["media", "latents", "texts"])
     path = folder / "check.html"
-    write_check_page(path, config, result, LATENT, 16.0, most, workers=1)
+    write_check_page(path, config, result, LATENT, 16.0, maximum, workers=1)
     return path
 
 
@@ -163,9 +163,9 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_runs_nothing(tmp_path: P
         assert min(widths) > 0
 
 
-@pytest.mark.parametrize(("most", "shown"), [(2, [3, 7]), (5, [3, 7, 5, 0, 9])])
+@pytest.mark.parametrize(("maximum", "shown"), [(2, [3, 7]), (5, [3, 7, 5, 0, 9])])
 def test_files_with_faults_are_shown_first_then_an_even_choice(
-    tmp_path: Path, most: int, shown: list[int]
+    tmp_path: Path, maximum: int, shown: list[int]
 ) -> None:
     table = make_table(tmp_path)
     sources = [MediaSource(Path(f"{i}.mp4"), str(i), "", None, (), table) for i in range(10)]
@@ -173,7 +173,7 @@ def test_files_with_faults_are_shown_first_then_an_even_choice(
     found.faults = [Fault("cannot be read", name, name) for name in ("3", "7")]
     found.remarks = [Fault("have an empty caption", "5", "5")]
 
-    assert select_sources([found], most)[0] == list(shown)
+    assert select_sources([found], maximum)[0] == list(shown)
 
 
 def test_the_crop_is_drawn_where_the_model_cuts() -> None:

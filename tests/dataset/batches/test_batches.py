@@ -326,13 +326,17 @@ def test_processes_share_the_check_and_the_first_captions_come_first(
     assert len(set(looked)) == len(looked)
 
 
-@pytest.mark.parametrize(("most", "told"), [(100, True), (2, False)])
+@pytest.mark.parametrize(("maximum", "told"), [(100, True), (2, False)])
 def test_large_folders_are_not_listed(
-    tmp_path: Path, most: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    maximum: int,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = cached(tmp_path)
     make_clip(Path(str(config.datasets[0].directory)) / "new.mkv", 5)
-    monkeypatch.setattr(starting, "MAX_LISTED", most)
+    monkeypatch.setattr(starting, "MAX_LISTED", maximum)
     monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
     compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
     assert ("with no latents" in caplog.text) == told

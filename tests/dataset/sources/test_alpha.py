@@ -163,6 +163,6 @@ def test_both_pictures_of_a_pair_have_alpha(tmp_path: Path) -> None:
 
     decoded = decode(table)
 
-    assert decoded.worse is not None
-    np.testing.assert_array_equal(decoded.worse[0], rejected)
-    assert decoded.frames.shape == decoded.worse.shape
+    assert decoded.rejected is not None
+    np.testing.assert_array_equal(decoded.rejected[0], rejected)
+    assert decoded.frames.shape == decoded.rejected.shape

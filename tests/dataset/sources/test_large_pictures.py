@@ -13,8 +13,8 @@ from dataset.sources.decoding import ByteBudget, planned_bytes
 from tests.dataset.making import make_table
 
 
-@pytest.mark.parametrize(("size", "most"), [(10, 10), (40, 2), (60, 1), (300, 1)])
-def test_threads_hold_no_more_than_there_is(size: int, most: int) -> None:
+@pytest.mark.parametrize(("size", "maximum"), [(10, 10), (40, 2), (60, 1), (300, 1)])
+def test_threads_hold_no_more_than_there_is(size: int, maximum: int) -> None:
     budget, lock, at_once, seen = ByteBudget(100), threading.Lock(), 0, []
 
     def work(_: int) -> None:
@@ -30,7 +30,7 @@ def test_threads_hold_no_more_than_there_is(size: int, most: int) -> None:
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(work, range(40)))
     assert len(seen) == 40
-    assert max(seen) <= most
+    assert max(seen) <= maximum
 
 
 def test_a_failure_gives_its_bytes_back() -> None:

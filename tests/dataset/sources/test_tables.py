@@ -429,7 +429,7 @@ def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: 
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
     (error,) = find_unused(list_of(tmp_path, rows, form))
     assert error.text == "'control_path_1': of such files the model takes 1 an item."
-    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(most=2))) == []
+    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(maximum=2))) == []
 
 
 def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "edit": "/c.png", "control_path_1": "/d.png"}]
-    changes = {"control_column": "edit", "references": ReferenceRules(most=2)}
+    changes = {"control_column": "edit", "references": ReferenceRules(maximum=2)}
 
     (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
 
@@ -470,7 +470,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
     rows = [row("/t.png", "/0.png", "x"), row("/t.png", "/1.png", "x"), row("/t-2.png", "/2.png", "x")]
     rows += [row("/t.png", "/1.png", "y"), row("/one.png", "/0.png", "z")]
 
-    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(most=2)))
+    found = find_sources(list_of(tmp_path, rows, form, references=ReferenceRules(maximum=2)))
 
     assert {one.stem: (str(one.control[0]), one.caption) for one in found} == {
         "t": ("/0.png", "x"),
@@ -480,7 +480,7 @@ def test_a_file_in_several_rows_has_a_cache_for_each(tmp_path: Path, form: str) 
         "one": ("/0.png", "z"),
     }
     with pytest.raises(DatasetError, match="repeat another one and would share a cache file"):
-        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(most=2)))
+        find_sources(list_of(tmp_path, [*rows, rows[3]], form, references=ReferenceRules(maximum=2)))
 
 
 LINE = '{"image_path": "a.png", "caption": "a"}'

@@ -58,8 +58,8 @@ class Project:
     @property
     def swappable(self) -> int:
         """The most blocks that can be swapped."""
-        most = {"z_image": 2}
-        return most.get(self.family.name, 4 if self.family.name in TWO_LISTS else 3)
+        maximum = {"z_image": 2}
+        return maximum.get(self.family.name, 4 if self.family.name in TWO_LISTS else 3)
 
     def run(self, device: torch.device, script: str, *arguments: object) -> None:
         run(self.folder, device, script, *arguments)

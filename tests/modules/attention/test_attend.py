@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths, refusal, try_out
+from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths, rejection, try_out
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
 from tests.modules.attention_packages import PACKAGES, Call, put_in
@@ -168,7 +168,7 @@ def test_what_a_package_asks_of_gpu_and_dtype(
 ) -> None:
     package = BACKENDS[mode]
 
-    reason = refusal(package, capability, lambda: dtype, training=False)
+    reason = rejection(package, capability, lambda: dtype, training=False)
 
     assert reason is None if message is None else message in str(reason)
 

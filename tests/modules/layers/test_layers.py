@@ -206,7 +206,7 @@ def test_pixels_are_repeated_however_many_there_are(layout: torch.memory_format,
     x = torch.randn(2, 5, 6, 7).to(memory_format=layout)
     expected = interpolate(x, scale_factor=factor, mode="nearest")
 
-    for most in (expected.numel(), expected.numel() - 1):
-        made = repeat_pixels(x, factor, most)
+    for maximum in (expected.numel(), expected.numel() - 1):
+        made = repeat_pixels(x, factor, maximum)
         assert torch.equal(made, expected)
         assert made.is_contiguous(memory_format=layout)

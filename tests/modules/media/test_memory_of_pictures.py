@@ -65,10 +65,10 @@ def test_a_picture_takes_few_bytes_for_each_pixel_in_every_mode(tmp_path: Path) 
         [sys.executable, str(script), str(SIDE * SIDE), *words], capture_output=True, text=True, check=True
     )
     taken = dict(zip(asked, map(float, done.stdout.split()[1:]), strict=True))
-    most = {
+    maximum = {
         name: DECODER_BYTES.get(Image.open(path).format or "", DECODED_BYTES) for name, path in paths.items()
     }
-    assert {key: value for key, value in taken.items() if value > most[key[1]] + SPARE} == {}
+    assert {key: value for key, value in taken.items() if value > maximum[key[1]] + SPARE} == {}
     assert taken["read", "RGBA.png"] > 4  # it is measured
 
 
@@ -145,11 +145,11 @@ def test_frames_are_laid_on_white_as_a_whole_would_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "pixel_format", "most"),
+    ("codec", "pixel_format", "maximum"),
     [("libx264", "yuv420p", MAX_FRAME_BYTES), ("prores_ks", "yuv422p10le", MAX_LONE_FRAME_BYTES)],
 )
 def test_clips_with_frames_that_decoders_cannot_hold_are_refused(
-    codec: str, pixel_format: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, pixel_format: str, maximum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.mov"
     with av.open(str(path), "w") as container:
@@ -161,7 +161,7 @@ def test_clips_with_frames_that_decoders_cannot_hold_are_refused(
         container.mux(stream.encode())
     with open_video(path) as (_, opened):
         bits = opened.codec_context.format.padded_bits_per_pixel
-    name = "MAX_FRAME_BYTES" if most == MAX_FRAME_BYTES else "MAX_LONE_FRAME_BYTES"
+    name = "MAX_FRAME_BYTES" if maximum == MAX_FRAME_BYTES else "MAX_LONE_FRAME_BYTES"
     monkeypatch.setattr(opening, name, 64 * 32 * bits // 8)
     with open_video(path):
         pass

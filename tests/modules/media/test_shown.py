@@ -209,20 +209,20 @@ def test_an_odd_last_row_is_cropped_and_mp4_can_be_played_before_it_has_been_loa
 @pytest.mark.parametrize(("codec", "suffix"), [("prores", ".mkv"), ("h264", ".mp4")])
 def test_pictures_are_let_go_as_the_file_grows(tmp_path: Path, codec: str, suffix: str) -> None:
     made: list[weakref.ref[np.ndarray]] = []
-    most = 0
+    maximum = 0
 
     def counted() -> Iterator[Picture]:
-        nonlocal most
+        nonlocal maximum
         for index in range(200):
             pixels = np.full((16, 16, 3), index, np.uint8)
             made.append(weakref.ref(pixels))
-            most = max(most, sum(one() is not None for one in made))
+            maximum = max(maximum, sum(one() is not None for one in made))
             yield Picture(pixels, Fraction(index, 25), Fraction(1, 25))
             del pixels
 
     write_shown(tmp_path / f"long{suffix}", counted(), Fraction(25), codec, preset="ultrafast")
 
-    assert most <= 2
+    assert maximum <= 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MediaError])

@@ -103,7 +103,7 @@ def test_overlapping_boxes_give_way_to_the_best() -> None:
 
     assert select_best(boxes, scores, 0.4) == [1, 2, 3]
     assert select_best(boxes, scores, 0.2) == [1, 2]
-    assert select_best(boxes, scores, 0.4, most=1) == [1]
+    assert select_best(boxes, scores, 0.4, maximum=1) == [1]
     assert select_best(boxes[:0], scores[:0], 0.4) == []
 
 

@@ -182,11 +182,11 @@ def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
         list(stage.run(stream(moving(1), [Fraction(0)]), CLIP))
     with pytest.raises(MediaError, match="64 x 128: GIMMVFI needs at least 97 pixels"):
         stage.result(replace(CLIP, width=64))
-    for part, least in ((0.5, 193), (0.75, 129)):
+    for part, minimum in ((0.5, 193), (0.75, 129)):
         small = make_interpolation(options(folder, ds_factor=part), CPU)
-        with pytest.raises(MediaError, match=f"{least} pixels in width and height with --ds_factor {part}"):
+        with pytest.raises(MediaError, match=f"{minimum} pixels in width and height with --ds_factor {part}"):
             small.result(CLIP)
-        small.result(replace(CLIP, width=least, height=least))
+        small.result(replace(CLIP, width=minimum, height=minimum))
 
 
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ def clip(**changes: Any) -> Clip:
 def pictures(dtype: Any = np.uint8) -> list[Picture]:
     """Of smooth and of noisy parts."""
     generator = np.random.default_rng(0)
-    most = np.iinfo(dtype).max
+    maximum = np.iinfo(dtype).max
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     made = []
     for index in range(FRAMES):
         wave = np.sin((rows + columns * (index + 1)) / 9)[..., None] * np.ones(3) / 2 + 0.5
         wave[: HEIGHT // 2] = generator.random((HEIGHT // 2, WIDTH, 3))
-        made.append(Picture((wave * most).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
+        made.append(Picture((wave * maximum).astype(dtype), Fraction(index, 24), Fraction(1, 24)))
     return made
 
 
@@ -49,10 +49,10 @@ def run(stage: Any, given: list[Picture], of: Clip) -> list[Picture]:
     return list(stage.run(iter(given), of))
 
 
-def full_clip(model: Path, given: list[Picture], scale: float, most: int) -> Tensor:
+def full_clip(model: Path, given: list[Picture], scale: float, maximum: int) -> Tensor:
     """All pictures of a clip at once, in a few plain lines: F H W 3."""
     upscaler = load_upscaler(model, CPU, torch.float32)
-    images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / most) for each in given])
+    images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / maximum) for each in given])
     images = images.permute(0, 3, 1, 2)
     padded = pad_to_multiple(images, upscaler.config.step, upscaler.kind.repeats_edge)
     with torch.no_grad():
@@ -61,4 +61,4 @@ def full_clip(model: Path, given: list[Picture], scale: float, most: int) -> Ten
     if scale != upscaler.config.factor:
         size = (int(HEIGHT * scale), int(WIDTH * scale))
         made = interpolate(made.clamp(0, 1), size, mode="bicubic", antialias=True)
-    return (made.clamp(0, 1) * most).round().permute(0, 2, 3, 1)
+    return (made.clamp(0, 1) * maximum).round().permute(0, 2, 3, 1)

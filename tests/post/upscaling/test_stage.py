@@ -29,19 +29,19 @@ from tests.tiny.post_upscaling import write_rrdb
 
 @pytest.mark.slow_cases("swinir-1.5-65535", "swinir-4.0-255")
 @pytest.mark.parametrize(
-    ("kind", "scale", "most"),
+    ("kind", "scale", "maximum"),
     [("swinir", 4.0, 255), ("swinir", 1.5, 65535), ("esrgan", 5.0, 255), ("compact", 4.0, 65535)],
 )
-def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale: float, most: int) -> None:
+def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale: float, maximum: int) -> None:
     model = ALL_WRITERS[kind](tmp_path / "x.pth")
-    given = pictures(np.uint8 if most == 255 else np.uint16)
+    given = pictures(np.uint8 if maximum == 255 else np.uint16)
     stage = make_upscaler(options(model, scale=scale), CPU)
-    of = clip(is_deep=most > 255)
+    of = clip(is_deep=maximum > 255)
 
     made = run(stage, given, of)
 
-    expected = full_clip(model, given, scale, most).numpy()
-    assert 0.05 * most < expected.std()  # of something to be seen
+    expected = full_clip(model, given, scale, maximum).numpy()
+    assert 0.05 * maximum < expected.std()  # of something to be seen
     for image, one, before in zip(made, expected, given, strict=True):
         assert np.array_equal(image.pixels, one.astype(before.pixels.dtype))
         assert (image.start, image.seconds) == (before.start, before.seconds)

@@ -33,10 +33,10 @@ class Block(nn.Module):
             attach(self.linear, Stored(Fp8(quantization), (WIDTH, WIDTH), (weight, scale)))
         elif scales in {"int8", "nf4"}:
             quantization = Quantization(scales, form=scales)
-            attach(self.linear, form_of(quantization).quantise(self.linear.weight.data))
+            attach(self.linear, form_of(quantization).quantize(self.linear.weight.data))
         else:
             quantization = Quantization(scales, product=emulated_product)
-            attach(self.linear, Fp8(quantization).quantise(self.linear.weight.data))
+            attach(self.linear, Fp8(quantization).quantize(self.linear.weight.data))
 
     def forward(self, x: Tensor, _: Any) -> Tensor:
         return x + self.linear(self.norm(x))

@@ -157,7 +157,7 @@ def test_after_an_interruption_anywhere_the_next_pass_is_right(
     case: Case, count: int, checkpointing: bool
 ) -> None:
     device = FakeDevice()
-    dit, network = learner(case, case.most - 1, checkpointing, device)
+    dit, network = learner(case, case.maximum - 1, checkpointing, device)
     interrupt_at(device, count)
     with pytest.raises(Interruption):
         [gradients(case, dit, network, seed) for seed in range(9)]
@@ -293,8 +293,8 @@ def test_the_device_holds_all_but_the_swapped_blocks_which_are_spread_evenly(num
     """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
     for count in range(num_blocks):
         plan = plan_list("blocks", num_blocks, count)
-        least = 2 if count else 1  # one that computes and one that comes
-        assert num_blocks - len(plan.streamed) + plan.slots == max(num_blocks - count, least)
+        minimum = 2 if count else 1  # one that computes and one that comes
+        assert num_blocks - len(plan.streamed) + plan.slots == max(num_blocks - count, minimum)
         assert set(plan.streamed) <= set(range(num_blocks))
         gaps = {later - earlier for earlier, later in itertools.pairwise(plan.streamed)}
         assert not gaps or max(gaps) - min(gaps) <= 1
@@ -310,7 +310,7 @@ def test_numbers_count_as_in_the_known_tuners() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "blocks", "most"),
+    ("spec", "blocks", "maximum"),
     [
         (H3, [50], 48),
         (Z_IMAGE, [30], 28),
@@ -320,11 +320,11 @@ def test_numbers_count_as_in_the_known_tuners() -> None:
     ],
 )
 def test_as_many_blocks_are_swapped_as_the_known_tuners_allow(
-    spec: DitSpec, blocks: list[int], most: int
+    spec: DitSpec, blocks: list[int], maximum: int
 ) -> None:
-    assert max_blocks(blocks, spec.swap_counts, spec.unswapped) == most
-    with pytest.raises(OptionError, match=f"at most {most} can be swapped. Use {most} or less"):
-        check_swap(spec, most + 1, blocks)
+    assert max_blocks(blocks, spec.swap_counts, spec.unswapped) == maximum
+    with pytest.raises(OptionError, match=f"at most {maximum} can be swapped. Use {maximum} or less"):
+        check_swap(spec, maximum + 1, blocks)
 
 
 def test_too_many_are_refused_with_the_number_that_can_be() -> None:

@@ -225,14 +225,14 @@ class Counter:
     """CUDA's count of the most bytes so far."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.most = 0
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.most)
+        self.maximum = 0
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.maximum)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: self.take(0, anew=True))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 * GIB, 16 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * GIB)
 
     def take(self, size: int, anew: bool = False) -> None:
-        self.most = size if anew else max(self.most, size)
+        self.maximum = size if anew else max(self.maximum, size)
 
 
 def test_the_peak_of_a_step_is_not_that_of_the_samples_before_it(

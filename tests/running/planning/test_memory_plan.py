@@ -90,13 +90,13 @@ class Known:
     """So many GiB, of which every swapped block saves one."""
 
     gib: float
-    most: int = 3
+    maximum: int = 3
 
     def device(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)
 
 
-EVEN = Known(20, most=12)
+EVEN = Known(20, maximum=12)
 
 
 def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:

@@ -25,11 +25,11 @@ class Card:
     """So many GiB, of which every swapped block saves one."""
 
     gib: float
-    most: int = 3
+    maximum: int = 3
 
     @property
     def swaps(self) -> Sequence[Swapped]:
-        return [Swapped(blocks * GIB, 0) for blocks in range(self.most + 1)]
+        return [Swapped(blocks * GIB, 0) for blocks in range(self.maximum + 1)]
 
     def device(self, blocks: int) -> int:
         return int((self.gib - blocks) * GIB)

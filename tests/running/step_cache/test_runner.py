@@ -165,7 +165,7 @@ def test_swapped_blocks_give_the_same_bits_with_a_cache_and_no_skipped_pass_fetc
     for swaps in (False, True):
         dit, cache = case.make().eval(), StepCache(make_rule)
         if swaps:
-            swapped(dit, case.spec, case.most, device)
+            swapped(dit, case.spec, case.maximum, device)
         outputs.append([])
         with torch.no_grad(), run_around(lambda _, dit=dit: dit, cache.run) as dit_at:
             for step in range(STEPS):

@@ -120,7 +120,7 @@ def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_swapped_block_leaves_the_prediction_and_goes_to_the_host(whole: StepPrediction) -> None:
-    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.most - 1)}
+    steps = {whole.device(count) - whole.device(count + 1) for count in range(whole.maximum - 1)}
     assert len(steps) == 1
     assert steps.pop() > 0
     assert whole.phase(1).host > whole.phase(0).host == 0
@@ -202,7 +202,7 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
     both, turns = (predict(family, each, wan_batch(), CPU) for each in (options, apart))
 
     device, host = size_of(both.phase(0), "weights")
-    for blocks in range(1, both.most + 1):
+    for blocks in range(1, both.maximum + 1):
         here, away = size_of(both.phase(blocks), "weights")
         assert size_of(both.phase(blocks), "further") == (here, away)
         assert turns.phase(blocks).host == 2 * device > away > host

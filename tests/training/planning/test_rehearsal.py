@@ -239,8 +239,10 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
 
     in_pieces = assert_takes_what_was_predicted(family, options, batch, monkeypatch)
 
-    least, most = (sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, full, batch)))
-    assert least < 0.9 * most
+    minimum, maximum = (
+        sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, full, batch))
+    )
+    assert minimum < 0.9 * maximum
 
 
 @pytest.mark.slow
