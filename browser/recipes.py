@@ -588,7 +588,7 @@ class RenderRequest:
             what = "share" if name == "share" else "number"
             raise OptionError(
                 say(
-                    "%(label)s %(text)s: give a %(what)s from %(least)s to %(most)s",
+                    "%(label)s %(text)s: give a %(what)s from %(minimum)s to %(maximum)s",
                     label=self._label(name),
                     text=text,
                     what=what,

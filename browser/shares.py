@@ -161,7 +161,7 @@ def read_days(form: Form) -> int:
     """Return for how many days a link is valid. Raises UserError if the field has no such number."""
     days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
-        raise UserError(say("A link holds 1 to %(most)s days", maximum=MAX_DAYS))
+        raise UserError(say("A link holds 1 to %(maximum)s days", maximum=MAX_DAYS))
     return days
 
 

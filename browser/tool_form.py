@@ -119,11 +119,11 @@ def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_inte
     values = {
         "label": field.label,
         "text": shorten(text, 40),
-        "least": f"{minimum:g}",
-        "most": f"{maximum:g}",
+        "minimum": f"{minimum:g}",
+        "maximum": f"{maximum:g}",
     }
     if is_integer:
         raise OptionError(
-            say("%(label)s %(text)s: give a whole number from %(least)s to %(most)s.", **values)
+            say("%(label)s %(text)s: give a whole number from %(minimum)s to %(maximum)s.", **values)
         )
-    raise OptionError(say("%(label)s %(text)s: give a number from %(least)s to %(most)s.", **values))
+    raise OptionError(say("%(label)s %(text)s: give a number from %(minimum)s to %(maximum)s.", **values))
