@@ -198,7 +198,7 @@ def test_a_draft_and_what_its_buttons_open_have_no_serious_fault(axe: str, tmp_p
             page.get_by_role("button", name="I have read it").wait_for()
             page.evaluate(axe)
             assert list_errors(page) == []
-            for button, shown in (("Edit samples", "Write"), ("Remove", "Move it into the bin")):
+            for button, shown in (("Edit samples", "Save the samples"), ("Remove", "Move it into the bin")):
                 page.get_by_role("button", name=button).click()
                 page.get_by_role("button", name=shown).wait_for()
                 assert list_errors(page) == []

@@ -16,7 +16,7 @@ from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches,
 from tests.waiting import MILLISECONDS, PATIENCE
 from training.following import TrainingCommand
 from training.options import list_script_options
-from training.reports.history import History
+from training.reports.history import History, describe_process
 from training.run import train_network
 from training.training_run import EVERY_SECONDS
 
@@ -289,9 +289,8 @@ def test_a_command_that_lacks_a_file_is_not_queued_as_if_it_were_whole(tmp_path:
 @pytest.mark.slow
 def test_a_sample_that_cannot_be_shown_says_so_and_the_newest_is_in_view(tmp_path: Path) -> None:
     history = History(write_run(tmp_path, "x", 6).parent / "y-history.jsonl", 2)
-    history.add(
-        0, started={"model": "wan", "total_steps": 90, "changed": [], "unchanged": [], "listens": True}
-    )
+    started = {"model": "wan", "total_steps": 90, "changed": [], "unchanged": [], "listens": True}
+    history.add(0, started={**started, "process": describe_process()})
     for step in range(1, 60):
         names = {"0": f"y_{step}.png" if step % 2 else f"y_{step}.mp4"}
         history.add(step, samples=f"{step:06d}", files=names, prompts={"0": "a cat"})

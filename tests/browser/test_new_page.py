@@ -121,7 +121,7 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
             page.get_by_label(f"Caption of {image.name}").fill(f"a square of noise, {image.stem}")
             page.keyboard.press("Control+Enter")
         wait_until(page, "drafts.size === 0")
-        page.get_by_label("Model").select_option("wan")
+        page.get_by_label("Model", exact=True).select_option("wan")
         page.get_by_label("Version").select_option("t2v-1.3B")
         page.get_by_label("Trigger word").fill("ohwx")
         page.get_by_label("Name").fill("own")
@@ -373,7 +373,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
         answer = post(served, what, **typed)
         assert answer.status == 422
         assert text_of(answer, "refused") == (
-            "The files of this folder do not have what you have typed yet (Name, Steps). Press Prepare first."
+            "The files of this folder do not have what you have typed yet (Name, Training steps). Press Prepare first."
         )
     assert served.runs.list_all() == []
 
