@@ -373,7 +373,8 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
         answer = post(served, what, **typed)
         assert answer.status == 422
         assert text_of(answer, "refused") == (
-            "The files of this folder do not have what you have typed yet (Name, Training steps). Press Prepare first."
+            "The files of this folder do not have what you have typed yet (Name, Training steps). "
+            "Press Prepare first."
         )
     assert served.runs.list_all() == []
 
