@@ -1042,6 +1042,9 @@ def test_a_wrong_model_file_is_named_where_one_clicked(root: Path, tmp_path: Pat
         with open_page(f"{served.url}/generate?{urlencode(fields)}") as page:
             page.get_by_role("button", name="Make", exact=True).click()
             wait_until(page, "document.querySelector('.died .bad') !== null")
+            newest = page.locator("#ended > summary")
+            assert "other.safetensors" in newest.inner_text()
+            newest.click()
             assert "other.safetensors" in page.locator(".died .bad").inner_text()
             page.get_by_text("Last lines").click()
             assert "other.safetensors" in page.locator(".last").inner_text()

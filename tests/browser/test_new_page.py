@@ -681,7 +681,8 @@ def test_what_is_typed_survives_a_reload(served: Served, root: Path) -> None:
         page.get_by_label("Trigger word").fill("ohwx")
         page.reload()
         fields = [
-            page.get_by_label(label).input_value() for label in ("Folder", "Model", "Version", "Trigger word")
+            page.get_by_label(label, exact=True).input_value()
+            for label in ("Folder", "Model", "Version", "Trigger word")
         ]
         assert fields == [str(root / "set"), "wan", "t2v-1.3B", "ohwx"]
         assert parse_qs(urlsplit(page.url).query)["task"] == ["t2v-1.3B"]
@@ -752,7 +753,7 @@ def test_the_page_fits_and_each_label_is_there_once(served: Served, root: Path) 
         page.evaluate("document.querySelector('#captions').open = true")  # of the tabs one is open
         page.locator("#choose").scroll_into_view_if_needed()
         page.locator(".file").nth(1).wait_for()
-        fixed = {"folder", "model", "version", "trigger word", "name", "steps"}
+        fixed = {"folder", "model", "version", "trigger word", "name", "training steps"}
         labels = [label for label in page.evaluate(LABELS) if label]
         assert {label: labels.count(label) for label in fixed} == dict.fromkeys(fixed, 1)
         assert_fits(page)
@@ -875,7 +876,7 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
         page.wait_for_timeout(1500)
         assert "--dry_run" not in page.locator("#command").inner_text()
         describe(served, folder)
-        page.get_by_text("Training").wait_for(timeout=PATIENCE * MILLISECONDS)
+        page.get_by_role("heading", name="Training", exact=True).wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
         assert page.get_by_label("Version").input_value() == FIELDS["task"]
 
