@@ -11,22 +11,7 @@ from browser.described_folder import PROMPTS_FILE, read_described
 from browser.new_form import find_model, select_single_task
 from browser.responses import Form
 from browser.run_start import BUSY, ShownRun
-from browser.sample_sizes import note_sizes
-from browser.samples import (
-    MAX_ROWS,
-    MIN_ROWS,
-    PromptRow,
-    check_image,
-    edit_prompts,
-    find_recipe,
-    has_layers,
-    list_images,
-    read_rows,
-    read_typed_rows,
-    select_image_fields,
-    select_number_fields,
-    select_text_fields,
-)
+from browser.samples import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
 from browser.site import Site
 from downloads.catalogue import ModelSet
 
@@ -60,11 +45,7 @@ class RunSamples:
         text = fields.get("base", "") if is_typed else caption.text
         rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
         asked = fields.get("rows", "")
-        count = max(MIN_ROWS, len(rows), int(asked) if asked.isdecimal() and len(asked) < 4 else 0)
-        rows += [PromptRow(None, "", {})] * (min(count, MAX_ROWS) - len(rows))
-        model = find_trained_model(shown)
-        recipe = find_recipe(model)
-        pictures = select_image_fields(model, recipe, rows)
+        num_rows = int(asked) if asked.isdecimal() and len(asked) < 4 else 0
         is_described = shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE
         return {
             "path": path,
@@ -72,14 +53,7 @@ class RunSamples:
             "have": fields.get("have", "") if is_typed else mark,
             "is_running": shown.state.name in BUSY,
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
-            "rows": rows[:MAX_ROWS],
-            "next_count": count + 1,
-            "number_fields": select_number_fields(model, recipe, rows),
-            "text_fields": select_text_fields(recipe, rows),
-            "picture_fields": pictures,
-            "pictures": list_images(find_folder(shown, path)) if pictures else [],
-            "has_layers": has_layers(recipe),
-            "notes": note_sizes({number: row.texts for number, row in enumerate(rows, 1)}, recipe),
+            **describe_rows(rows, find_trained_model(shown), find_folder(shown, path), num_rows),
         }
 
     def read_text(self, shown: ShownRun, path: Path, form: Form) -> str:

@@ -340,25 +340,12 @@ class SamplePages:
         """Return the values for the template. Raises as `read_drafts` and `read_described`."""
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
-        rows = read_rows(prompts.text)
-        count = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
-        rows = rows[:MAX_ROWS]
-        blank = PromptRow(None, "", {})
-        model = find_model(described.family, described.task)
-        recipe = find_recipe(model)
-        images = select_image_fields(model, recipe, rows)
         keys = read_keys(run.text)
+        model = find_model(described.family, described.task)
         return {
             "prompts": prompts,
             "run": run,
-            "rows": [*rows, *[blank] * (count - len(rows))],
-            "next_count": count + 1,
-            "number_fields": select_number_fields(model, recipe, rows),
-            "text_fields": select_text_fields(recipe, rows),
-            "picture_fields": images,
-            "has_layers": has_layers(recipe),
-            "notes": note_sizes({number: row.texts for number, row in enumerate(rows, 1)}, recipe),
-            "pictures": list_images(folder) if images else [],
+            **describe_rows(read_rows(prompts.text), model, folder, num_rows),
             "every": str(keys.get(EVERY, "")),
             "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
             "at_first": bool(keys.get(AT_FIRST)),
@@ -434,6 +421,34 @@ def select_text_fields(recipe: ModelRecipe | None, rows: Sequence[PromptRow]) ->
     """Return the text fields that the model uses, or that a line has."""
     used = set() if recipe is None else {*recipe.fields}
     return [name for name in TEXTS if name in used or any(name in row.texts for row in rows)]
+
+
+def describe_rows(
+    rows: Sequence[PromptRow], model: ModelSet | None, folder: Path, num_rows: int
+) -> dict[str, Any]:
+    """Return the values for the template of the rows of samples, and of their fields.
+
+    Args:
+        rows: Rows of the prompt file; at most `MAX_ROWS` are shown.
+        model: The model that makes the samples; None if the catalogue does not have it.
+        folder: Folder in which relative paths begin.
+        num_rows: Minimum number of rows to show.
+    """
+    count = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
+    filled = list(rows[:MAX_ROWS])
+    blank = PromptRow(None, "", {})
+    recipe = find_recipe(model)
+    image_fields = select_image_fields(model, recipe, filled)
+    return {
+        "rows": [*filled, *[blank] * (count - len(filled))],
+        "next_count": count + 1,
+        "number_fields": select_number_fields(model, recipe, filled),
+        "text_fields": select_text_fields(recipe, filled),
+        "picture_fields": image_fields,
+        "has_layers": has_layers(recipe),
+        "notes": note_sizes({number: row.texts for number, row in enumerate(filled, 1)}, recipe),
+        "pictures": list_images(folder) if image_fields else [],
+    }
 
 
 def select_number_fields(
