@@ -6,16 +6,20 @@ python docs/model_tables.py
 import os
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from downloads.catalogue import Component, Licence, families, model_sets  # noqa: E402
+from downloads.catalogue import (  # noqa: E402
+    Component,
+    families,
+    family_page,
+    family_title,
+    known_licenses,
+    model_sets,
+)
 from downloads.listing import UNVERIFIED, describe_size, describe_total  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 
@@ -31,21 +35,10 @@ def main() -> None:
     PAGE.write_text(text[: text.index(FIRST)] + models_tables(), encoding="utf-8")
     by_page: dict[str, list[str]] = {}
     for family in families():
-        by_page.setdefault(page_of(family), []).append(family)
+        by_page.setdefault(family_page(family), []).append(family)
     for name, of_page in by_page.items():
         page = PAGE.with_name(name)
         page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
-
-
-@cache
-def read_list() -> dict[str, Any]:
-    """Return downloads/catalogue.toml as it stands, parsed."""
-    return tomllib.loads((ROOT / "downloads" / "catalogue.toml").read_text(encoding="utf-8"))
-
-
-def page_of(family: str) -> str:
-    """Return the name of a family's page."""
-    return str(read_list()["family"][family]["page"])
 
 
 def family_table(family: str) -> list[str]:
@@ -136,8 +129,8 @@ def models_tables() -> str:
     lines = [FIRST, "", "| model | `--family` | `--task` | what it does | released by | all files |"]
     lines.append("|---|---|---|---|---|---|")
     for family in families():
-        page = page_of(family)
-        named = f"[{read_list()['family'][family]['title']}]({page}) | `{family}`"
+        page = family_page(family)
+        named = f"[{family_title(family)}]({page}) | `{family}`"
         for one in model_sets():
             if one.family == family:
                 total = describe_total(one.components)
@@ -145,7 +138,7 @@ def models_tables() -> str:
                 named = " | "  # in the first row of a family alone
     lines.append("")
     lines += ["## Licenses", "", "| license | terms to know |", "|---|---|"]
-    for licence in (Licence(**entry) for entry in read_list()["licence"].values()):
+    for licence in known_licenses().values():
         mark = "" if licence.verified else f" ({UNVERIFIED})"
         lines.append(f"| [{licence.name}]({licence.url}){mark} | {licence.terms} |")
     return "\n".join(lines) + "\n"

@@ -162,10 +162,15 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
     )
 
 
+def known_licenses() -> dict[str, Licence]:
+    """Return all licenses by their names in the catalogue."""
+    return {name: Licence(**entry) for name, entry in _read_catalogue()["licence"].items()}
+
+
 def known_components() -> dict[str, Component]:
     """Return all components by their names in the catalogue."""
     catalog = _read_catalogue()
-    licenses = {name: Licence(**entry) for name, entry in catalog["licence"].items()}
+    licenses = known_licenses()
     components = {}
     for name, entry in catalog["component"].items():
         paths = entry.get("files") or [entry["file"]]

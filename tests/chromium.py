@@ -160,7 +160,7 @@ def read_seconds() -> float:
     seconds = 0.0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            if process.name().startswith(("chrom", "node")):
+            if is_of_browser(process):
                 seconds += sum(process.cpu_times()[:4])  # its own and its children's
     return seconds
 

@@ -1,13 +1,9 @@
 """Each step from one part to the next has a test, or a reason why there is none: `tests/seams.toml`."""
 
-import ast
 import itertools
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +20,7 @@ from project.foreign.reading import PROGRAMS
 from project.kinds.composing import KINDS, list_kinds
 from project.options import find_models
 from tests.commands import ROOT
+from tests.durations import is_there, read_seam_tests
 from tests.test_every_kind_of_run import CELLS
 
 TABLE = tomllib.loads((ROOT / "tests" / "seams.toml").read_text(encoding="utf-8"))
@@ -79,19 +76,6 @@ def seams_of(row: dict[str, Any]) -> set[Seam]:
     return needed_seams() & set(itertools.product(row["of"], row["from"], row["to"]))
 
 
-@cache
-def list_tests(path: Path) -> frozenset[str]:
-    if not path.is_file():
-        return frozenset()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
-
-
-def list_named_tests() -> Iterator[str]:
-    for row in (*SEAMS, *TABLE["way"]):
-        yield from row.get("tests", ())
-
-
 @pytest.mark.parametrize("item", sorted(list_items()))
 def test_each_thing_of_the_product_belongs_to_one_part(item: str) -> None:
     assert len(parts_of(item)) == 1, f"{item}: give it a place in tests/seams.toml"
@@ -118,10 +102,9 @@ def test_a_row_is_needed_and_has_a_test_or_a_reason(row: dict[str, Any]) -> None
     assert "tests" in row or len(row["reason"].split()) >= MIN_WORDS
 
 
-@pytest.mark.parametrize("name", sorted(set(list_named_tests())))
+@pytest.mark.parametrize("name", sorted(read_seam_tests()))
 def test_the_test_of_a_row_exists(name: str) -> None:
-    file, _, function = name.partition("::")
-    assert function in list_tests(ROOT / file)
+    assert is_there(name)
 
 
 def test_no_seam_stands_in_two_rows_by_mistake() -> None:

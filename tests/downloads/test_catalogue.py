@@ -18,8 +18,16 @@ from data_tools.controls.run import ControlImageOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
-from docs.model_tables import FIRST, family_table, models_tables, page_of, renew_family_tables
-from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
+from docs.model_tables import FIRST, family_table, models_tables, renew_family_tables
+from downloads.catalogue import (
+    ModelSet,
+    ReleasedFile,
+    download_hint,
+    families,
+    family_page,
+    known_components,
+    model_sets,
+)
 from downloads.listing import describe_set
 from downloads.options import DownloadOptions
 from flux.configs import RELEASES
@@ -178,9 +186,9 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 
     assert page[page.index(FIRST) :] == models_tables()
     for family in families():
-        text = (ROOT / "docs" / page_of(family)).read_text(encoding="utf-8")
+        text = (ROOT / "docs" / family_page(family)).read_text(encoding="utf-8")
         assert "\n".join(family_table(family)) in text
-        of_page = [one for one in families() if page_of(one) == page_of(family)]
+        of_page = [one for one in families() if family_page(one) == family_page(family)]
         assert renew_family_tables(text, of_page) == text
 
 
