@@ -75,6 +75,10 @@ LATENT: LatentSpec = replace(QWEN_LATENT, npz=NpzFormat("_anima", "_anima_te", o
 NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("blocks",),
+    shared_inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("cross_attn.k_proj", "cross_attn.v_proj"),
+    ),
     fp8_exclude=("norm", "adaln_modulation"),
     lora_lists=(ADAPTER, "x_embedder", "t_embedder", "final_layer"),
     # as the known trainer; the adapter's blocks with train_llm_adapter=True

@@ -158,6 +158,8 @@ class DitSpec:
     compiles_each_size: bool = False
     # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
+    # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
     further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()

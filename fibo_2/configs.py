@@ -59,6 +59,13 @@ class Fibo2Config(LuminaConfig):
 NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)
 DIT = DitSpec(
     block_lists=("layers",),
+    shared_inputs=(
+        ("attention.to_q", "attention.to_k", "attention.to_v"),
+        ("self_attention.to_q", "self_attention.to_k", "self_attention.to_v"),
+        ("cross_attention.to_k", "cross_attention.to_v"),
+        ("feed_forward.w1", "feed_forward.w3"),
+        ("ffn.w1", "ffn.w3"),
+    ),
     lora_lists=("noise_refiner", "perceiver"),
     lora_exclude=("_modulation",),
     fp8_exclude=("norm", "adaLN_modulation", "cross_attn_gate", "latent_queries"),

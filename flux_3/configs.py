@@ -62,6 +62,7 @@ def count_swapped(blocks: int) -> tuple[int, ...]:
 NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)  # in training too the time is 1000 sigma
 DIT = DitSpec(
     block_lists=(*MODE_LISTS, JOINT_BLOCKS),
+    shared_inputs=(("q_proj", "k_proj", "v_proj", "mlp_in"),),
     fp8_exclude=("norm",),
     input_layers=("txt_in",),
     token_wise=("feed_forward",),

@@ -33,6 +33,10 @@ class FramePackConfig(JointConfig):
 
 DIT = DitSpec(
     block_lists=("transformer_blocks", "single_transformer_blocks"),
+    shared_inputs=(
+        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
     fp8_exclude=("norm",),  # the modulation's layers too, which are called so
     lora_exclude=("norm",),  # the same layers
     input_layers=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection"),

@@ -71,6 +71,10 @@ LATENT = QWEN_LATENT  # the model shares Qwen-Image's VAE
 NOISE = NoiseSpec(tokens=count_image_tokens)  # 1000 sigma + 1 in training, as the known trainer
 DIT = DitSpec(
     block_lists=("blocks",),
+    shared_inputs=(
+        ("attn.wq", "attn.wk", "attn.wv", "attn.gate"),
+        ("mlp.gate", "mlp.up"),
+    ),
     lora_lists=("txtfusion", "first", "last", "tmlp", "txtmlp", "tproj"),  # all layers, as the known trainer
     input_layers=("first", "txtfusion", "txtmlp"),
     token_wise=("feed",),

@@ -168,6 +168,14 @@ NEGATIVE_PROMPT = (
 )
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
+    shared_inputs=(
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("audio_attn1.to_q", "audio_attn1.to_k", "audio_attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+        ("audio_attn2.to_k", "audio_attn2.to_v"),
+        ("audio_to_video_attn.to_k", "audio_to_video_attn.to_v"),
+        ("video_to_audio_attn.to_k", "video_to_audio_attn.to_v"),
+    ),
     fp8_exclude=("norm", "to_gate_logits"),
     # as in released trainers: a LoRA is in attention alone
     lora_exclude=("ff.", "to_gate_logits"),

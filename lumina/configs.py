@@ -63,6 +63,7 @@ LATENT = LatentSpec(
 NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
+    shared_inputs=(("feed_forward.w1", "feed_forward.w3"),),
     lora_lists=("noise_refiner", "context_refiner", "final_layer"),  # as the known trainer
     fp8_exclude=("norm", "adaLN_modulation"),
     input_layers=("x_embedder", "cap_embedder"),

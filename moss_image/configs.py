@@ -45,6 +45,7 @@ TIMES = CutLogit(mean=1.09, std=0.95, cut=0.95, uniform_share=0.01)
 NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents, cut_logit=TIMES)
 DIT = DitSpec(
     block_lists=("layers",),
+    shared_inputs=(("proj.q", "proj.k", "proj.v"),),
     fp8_exclude=("norm",),
     fused={".proj.ffn_up_gate": 2, ".qkv": 3},
     further_blocks=("text_embedder.blocks",),

@@ -49,6 +49,7 @@ resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
+shared_inputs: LoRAs for q, k and v multiply their input once
 tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, and words that they bring
 tool_options: options to merge and extract LoRAs

@@ -27,6 +27,7 @@ from networks.lora_network import OwnNetwork, rename_texts
 from networks.options import DEFAULT_RANK, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
+from running.run_blocks import spec_of
 
 logger = getLogger(__name__)
 
@@ -309,7 +310,9 @@ def make_network(
             )
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
-        cast_before_pass(dit, network.layers_of_dit())
+        of_dit = network.layers_of_dit()
+        if of_dit:
+            cast_before_pass(dit, of_dit, spec_of(dit).shared_inputs)
     elif options.scale_weight_norms is not None and not hasattr(
         network.module, "apply_max_norm_regularization"
     ):

@@ -3,7 +3,8 @@
 A layer that casts its own factors starts two kernels in the forward pass, two when a checkpointed block is
 computed again and two for their gradients, and a third one scales what is between the factors. On a fast GPU
 a step of few tokens waits for the host to start these. Here all layers are cast together, the up factors
-times `multiplier * alpha / rank`, before the model runs. All gradients of a pass are cast back together.
+times `multiplier * alpha / rank`, before the model runs. All gradients of a pass are cast back together. The
+down factors of layers with a common input become one matrix (networks/shared_inputs.py).
 """
 
 from collections.abc import Sequence
@@ -15,59 +16,96 @@ from torch.autograd.function import once_differentiable
 
 from modules.private_torch import copy_each, scale_each
 from networks.lora_layer import LoraLayer
+from networks.shared_inputs import SharedInput, group_layers
 
 
-def cast_before_pass(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Cast the factors of linear LoRAs whenever `model`, which contains their frozen layers, is called.
+def cast_before_pass(
+    model: nn.Module, layers: Sequence[nn.Module], shared_inputs: Sequence[Sequence[str]] = ()
+) -> None:
+    """Cast the factors of LoRAs whenever `model`, which contains their frozen layers, is called.
 
     Without autocast, or with factors in its dtype, layers use their own factors.
+
+    Args:
+        model: Network.
+        layers: Layers of a LoRA on it.
+        shared_inputs: Modules that get the same tensor, as in `DitSpec`.
     """
-    linear = [
-        layer for layer in layers if isinstance(layer, LoraLayer) and isinstance(layer.original, nn.Linear)
-    ]
-    if linear:
-        model.register_forward_pre_hook(lambda *_: cast_factors(linear))
+    of_loras = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    if of_loras:
+        groups = group_layers(model, of_loras, shared_inputs)
+        model.register_forward_pre_hook(lambda *_: cast_factors(groups))
 
 
-def cast_factors(layers: Sequence[LoraLayer]) -> None:
-    """Set `cast_factors` of layers, for a pass under the present autocast."""
+def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
+    """Set `cast_factors` and `shared_input` of layers, for a pass under the present autocast.
+
+    Args:
+        groups: Layers that have a common input, together.
+    """
+    layers = [layer for group in groups for layer in group]
     parameter = layers[0].lora_down.weight
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
     for layer in layers:
         layer.cast_factors = None  # frees those of the last pass before there are others
+        layer.shared_input = None
     if dtype == parameter.dtype:
         return
     scales = [layer.multiplier * layer.scale for layer in layers]
-    downs = [layer.lora_down.weight for layer in layers]
-    ups = [layer.lora_up.weight for layer in layers]
-    copies = _Cast.apply(scales, dtype, *downs, *ups)
-    for layer, down, up in zip(layers, copies[: len(layers)], copies[len(layers) :], strict=True):
-        layer.cast_factors = (down, up)
+    counts = [len(group) for group in groups]
+    factors = [layer.lora_down.weight for layer in layers] + [layer.lora_up.weight for layer in layers]
+    copies = _Cast.apply(scales, counts, dtype, *factors)
+    ups = iter(copies[len(groups) :])
+    for group, joined in zip(groups, copies, strict=False):
+        shared = SharedInput(group, joined) if len(group) > 1 else None
+        downs = joined.split([layer.rank for layer in group]) if shared else (joined,)
+        for layer, down in zip(group, downs, strict=True):
+            layer.cast_factors = (down, next(ups))
+            layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):
     """Cast down factors, and up factors times their scales, in few kernels (the backward pass too)."""
 
     @staticmethod
-    def forward(ctx: Any, scales: list[float], dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
-        copies = [torch.empty_like(factor, dtype=dtype) for factor in factors]
-        copy_each(copies, factors)
+        downs = iter(factors[: len(scales)])
+        ctx.heights = [[len(next(downs)) for _ in range(count)] for count in counts]
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        joined = [
+            factors[start].new_empty((sum(heights), *factors[start].shape[1:]), dtype=dtype)
+            for start, heights in zip(starts, ctx.heights, strict=True)
+        ]
+        ups = [torch.empty_like(factor, dtype=dtype) for factor in factors[len(scales) :]]
+        copy_each([*_split_each(joined, ctx.heights), *ups], factors)
         # in place: a product in float32 would be half of a LoRA more at the peak
-        scale_each(copies[len(scales) :], scales)
-        return tuple(copies)
+        scale_each(ups, scales)
+        return *joined, *ups
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return gradients of the factors; None for layers that this pass did not reach."""
         scales = [1.0] * len(ctx.scales) + ctx.scales
-        reached = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+        num_groups = len(ctx.heights)
+        of_factors = [*_split_each(gradients[:num_groups], ctx.heights), *gradients[num_groups:]]
+        reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))
         scale_each(wide, [scales[index] for index in reached])
         by_index = dict(zip(reached, wide, strict=True))
-        return None, None, *(by_index.get(index) for index in range(len(gradients)))
+        return None, None, None, *(by_index.get(index) for index in range(len(of_factors)))
+
+
+def _split_each(matrices: Sequence[Tensor | None], heights: Sequence[Sequence[int]]) -> list[Tensor | None]:
+    """Return the rows of each matrix in parts of these heights; None for each part of a missing one."""
+    parts: list[Tensor | None] = []
+    for matrix, rows in zip(matrices, heights, strict=True):
+        parts += [None] * len(rows) if matrix is None else matrix.split(list(rows))
+    return parts

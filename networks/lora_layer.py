@@ -7,7 +7,7 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +18,9 @@ from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 from networks.rank_masks import RankMask
 from running.offload.sharding import TOKEN_PART
+
+if TYPE_CHECKING:  # that file needs this one
+    from networks.shared_inputs import SharedInput
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -109,6 +112,8 @@ class LoraLayer(nn.Module):
         self.seed_table: Tensor | None = None
         # down, and multiplier * scale * up, in the dtype of autocast: `networks.cast_factors`
         self.cast_factors: tuple[Tensor, Tensor] | None = None
+        # what layers with the same input compute together in this pass; set with `cast_factors`
+        self.shared_input: SharedInput | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
         self.noise_of: tuple[nn.Module, str] | None = None
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
@@ -132,10 +137,13 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
+        # compiled code merges what layers do with a common input by itself
+        shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if x.dtype == torch.float32:
-                x = x.to(dtype)  # cast once, not in both the original and the LoRA
+                # cast once, not in both the original and the LoRA
+                x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
         # compiled code computes the LoRA in any case, and drops it afterwards
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
@@ -144,11 +152,11 @@ class LoraLayer(nn.Module):
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
         if self._adds_in_place(x, dtype):
-            out = self._add_in_place(x, dropouts)
+            out = self._add_in_place(x, dropouts, shared)
             total = out
         else:
             out = self._original_forward(x)
-            added = self._compute_addition(x.to(dtype), dropouts).to(out.dtype)
+            added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
             strengths, name = self.noise_of
@@ -165,23 +173,27 @@ class LoraLayer(nn.Module):
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
-    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: "SharedInput | None") -> Tensor:
         """Return the addition by the LoRA.
 
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.
             dropouts: Dropouts; None outside training.
+            shared: What multiplies the input for several layers.
         """
         factors = self._factors_in(x.dtype)
         if factors is None:
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
         down, up = factors
-        hidden = functional.linear(x, down)
+        if shared is None:
+            hidden = _multiply(self.lora_down, x, down)
+        else:
+            _, hidden = shared.multiply(self, x, joins=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
         if isinstance(self.lora_up, BlockUp):
             return self.lora_up.multiply(hidden, up)
-        return functional.linear(hidden, up)
+        return _multiply(self.lora_up, hidden, up)
 
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Return the factors that were cast before the pass, if they were cast to this dtype."""
@@ -189,11 +201,14 @@ class LoraLayer(nn.Module):
             return None
         return self.cast_factors
 
-    def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+    def _add_in_place(self, x: Tensor, dropouts: Dropouts | None, shared: "SharedInput | None") -> Tensor:
         """Add the LoRA's product in place to the output of the frozen module, and return that output."""
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
-        original_x, hidden = branch(x, down)
+        if shared is None:
+            original_x, hidden = branch(x, down)
+        else:
+            original_x, hidden = shared.multiply(self, x, joins=True)
         # factors that were cast before have the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
@@ -288,6 +303,13 @@ class LoraLayer(nn.Module):
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
         # the same sign in all elements
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
+
+
+def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what a factor computes of x with another weight in place of its own."""
+    if isinstance(factor, nn.Linear):
+        return functional.linear(x, weight)
+    return functional.conv2d(x, weight, None, factor.stride, factor.padding, factor.dilation)
 
 
 def _factors(

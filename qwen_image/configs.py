@@ -54,6 +54,10 @@ LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
 NOISE = NoiseSpec(tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
+    shared_inputs=(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
     fp8_exclude=("_mod.",),  # in 8 bits images are visibly worse
     # a third of the weights: 4 bits of the rest alone save little. Source: diffusers, Qwen-Image in nf4
     form_exclude={"nf4": ("transformer_blocks.0.img_mod.",)},

@@ -60,6 +60,10 @@ LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1
 NOISE = NoiseSpec(tokens=count_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
+    shared_inputs=(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("img_mlp.gate_layer", "img_mlp.proj"),
+    ),
     input_layers=("img_in", "txt_in"),
     token_wise=("feed",),
     modulated_input="modulated_input",

@@ -379,6 +379,10 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
         swap_counts=None,  # it runs its own loop
         numbered=number_blocks(config),
         block_lists=tuple(name for name, _ in parts),
+        shared_inputs=(
+            ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+            ("attn2.to_k", "attn2.to_v"),
+        ),
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
         compiles_each_size=True,

@@ -63,6 +63,11 @@ LATENT_SPECS = {**dict.fromkeys(("t2v", "i2v", "flf2v"), LATENT), VACE: LATENT_V
 
 DIT = DitSpec(
     block_lists=("blocks",),
+    shared_inputs=(
+        ("self_attn.q", "self_attn.k", "self_attn.v"),
+        ("cross_attn.k", "cross_attn.v"),
+        ("cross_attn.k_img", "cross_attn.v_img"),
+    ),
     fp8_exclude=(
         "norm",
         "patch_embedding",

@@ -50,6 +50,10 @@ LATENT = LatentSpec(
 NOISE = NoiseSpec(output_sign=-1.0, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
+    shared_inputs=(
+        ("attention.to_q", "attention.to_k", "attention.to_v"),
+        ("feed_forward.w1", "feed_forward.w3"),
+    ),
     fp8_exclude=("norm", "adaLN_modulation"),
     lora_lists=("noise_refiner", "context_refiner"),
     lora_exclude=("_modulation", "_refiner"),  # as the known trainer

@@ -3,8 +3,11 @@
 `modules.layers.rope.rotate` pairs neighbors, and makes the tables of both.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Letters: B batch, L tokens, N heads, D head width
 
@@ -13,8 +16,38 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
 
     `table` is L N D/2 2 or L 1 D/2 2, of cosines and sines. Computed in its dtype, returned in the dtype of
-    x.
+    x. Compiled code has plain operators, which the compiler merges.
     """
-    first, second = x.type_as(table).chunk(2, dim=-1)
     cosine, sine = table.unbind(-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).type_as(x)
+    if torch.compiler.is_compiling():
+        first, second = x.type_as(table).chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).type_as(x)
+    rotated: Tensor = _Rotate.apply(x, cosine, sine)
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Three kernels, which cast while they read and write; its backward pass is the opposite rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotate_by(x, cosine, sine, direction=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate_by(gradient, cosine, sine, direction=-1), None, None
+
+
+def _rotate_by(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
+    """Rotate x, B L N D, forwards (1) or back (-1)."""
+    halves = x.unflatten(-1, (2, -1))  # B L N 2 D/2
+    first, second = halves.unbind(-2)
+    of_first, of_second = (halves * cosine.unsqueeze(-2)).unbind(-2)
+    rotated = torch.empty_like(halves)
+    # with `out` also because autocast casts what a plain addcmul gets
+    torch.addcmul(of_first, second, sine, value=-direction, out=rotated[..., 0, :])
+    torch.addcmul(of_second, first, sine, value=direction, out=rotated[..., 1, :])
+    return rotated.flatten(-2)

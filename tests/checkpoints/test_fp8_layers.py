@@ -216,10 +216,10 @@ def load(path, placement):
     sampler.join()
     return dit, max(peak, anonymous()) - before
 
-placement = Placement(torch.device("cpu"), quantisation=Quantization(sys.argv[1]))
+placement = Placement(torch.device("cpu"), quantization=Quantization(sys.argv[1]))
 if sys.argv[1] == "patched":
     rows = Quantization("rows")
-    placement = replace(placement, quantisation=rows, patch=lambda name, weight, _: weight.clone())
+    placement = replace(placement, quantization=rows, patch=lambda name, weight, _: weight.clone())
 load(write_dit(Path("warm"), tiny_state("t2v", dtype=torch.bfloat16)), placement)
 dit, peak = load(Path("wan.safetensors"), placement)
 kept = sum(tensor.nbytes for tensor in dit.state_dict().values())

@@ -1,0 +1,149 @@
+"""LoRAs of modules with a common input: which modules those are, and that results are those of each alone."""
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks.cast_factors import cast_before_pass
+from networks.lora_layer import Dropouts, LoraLayer
+from networks.shared_inputs import group_layers
+from tests.tiny.dits import DITS, TinyDit
+
+WIDTH, RANK = 16, 4
+SHARED = (("q", "k", "v"),)
+
+
+@pytest.mark.parametrize("tiny", DITS, ids=lambda tiny: tiny.name)
+def test_a_family_names_the_modules_that_get_the_same_tensor(tiny: TinyDit) -> None:
+    dit, network = tiny.with_lora(blocks=1)
+    layers = network.layers_of_dit()
+    paths = {id(module): path for path, module in dit.named_modules()}
+    groups = group_layers(dit, layers, tiny.spec.shared_inputs)
+    expected = {frozenset(paths[id(layer.original)] for layer in group) for group in groups}
+    inputs: list[tuple[Tensor, str]] = []  # tensors, kept so that no id is used twice
+    for layer in layers:
+        layer.original.forward = _noting(layer, paths[id(layer.original)], inputs)
+
+    with torch.no_grad():
+        dit.eval()(**tiny.inputs((2, 4, 4, 5), 1))
+
+    by_tensor: dict[int, set[str]] = defaultdict(set)
+    for tensor, path in inputs:
+        by_tensor[id(tensor)].add(path)
+    found = {frozenset(each) for each in by_tensor.values()}
+    used = {path for each in found for path in each}
+    assert found == {each for each in expected if each <= used}
+
+
+def _noting(layer: LoraLayer, path: str, inputs: list[tuple[Tensor, str]]) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        inputs.append((x, path))
+        return layer(x)
+
+    return forward
+
+
+class Attention(nn.Module):
+    """Linear layers for q, k and v of one tensor."""
+
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        for name in "qkv":
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.checkpoints = checkpoints
+
+    def attend(self, x: Tensor) -> Tensor:
+        query, key, value = (getattr(self, name)(x) for name in "qkv")
+        return torch.softmax(query @ key.mT, -1) @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=False) if self.checkpoints else self.attend(x)
+
+
+class Model(nn.Module):
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        self.block = Attention(checkpoints)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def build(shares: bool, checkpoints: bool = False, joins: bool = False) -> tuple[Model, list[LoraLayer]]:
+    """Return a model with LoRAs of unequal ranks."""
+    torch.manual_seed(0)
+    model = Model(checkpoints).requires_grad_(False)
+    layers = []
+    for index, module in enumerate(model.block.children()):
+        assert isinstance(module, nn.Linear)
+        layer = LoraLayer(module, RANK + index, 2.0)
+        nn.init.normal_(layer.lora_up.weight)
+        layer.joins_from = 0 if joins else 1 << 60
+        layer.attach()
+        layers.append(layer)
+    cast_before_pass(model, layers, SHARED if shares else ())
+    return model, layers
+
+
+def step(model: Model, layers: list[LoraLayer], dtype: torch.dtype) -> list[Tensor]:
+    """Return the output of a pass in bf16, and the gradients of the input and of all factors."""
+    x = torch.linspace(-1, 1, 3 * WIDTH).view(1, 3, WIDTH).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    out.float().square().sum().backward()
+    factors = [factor for layer in layers for factor in layer.parameters()]
+    return [out, *(each.grad for each in (x, *factors) if each.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_results_are_those_of_layers_apart(checkpoints: bool, joins: bool, dtype: torch.dtype) -> None:
+    apart = step(*build(False, checkpoints, joins), dtype)
+    together = step(*build(True, checkpoints, joins), dtype)
+
+    assert len(apart) == len(together) == 2 + 6
+    for one, other in zip(apart, together, strict=True):
+        # the gradient of the input is a sum of six products, which is rounded to 8 bits at other places
+        torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
+
+
+def test_nothing_is_held_after_a_pass() -> None:
+    model, layers = build(True, checkpoints=True)
+
+    step(model, layers, torch.float32)
+
+    shared = layers[0].shared_input
+    assert shared is not None
+    assert all(layer.shared_input is shared for layer in layers)
+    assert [value for name, value in vars(shared).items() if name not in ("layers", "down") and value] == []
+
+
+def test_products_of_the_input_are_made_once() -> None:
+    from tests.networks.test_cast_factors import Kernels
+
+    counts = []
+    for shares in (False, True):
+        built = build(shares, checkpoints=True, joins=True)
+        with Kernels() as kernels:
+            step(*built, torch.float32)
+        counts.append(kernels.counts)
+    apart, together = counts
+
+    # of three layers two less: down factors, twice because of the checkpoint, and their gradients
+    assert apart["aten::mm"] - together["aten::mm"] == 2 * 2 + 2
+    assert apart["aten::addmm_"] - together["aten::addmm_"] == 2  # to the gradient of the input
+    assert apart["aten::_to_copy"] - together["aten::_to_copy"] == 3 * 2  # of the input, and of its gradient
+
+
+def test_layers_with_dropouts_stay_apart() -> None:
+    model, layers = build(True)
+    layers[1].dropouts = Dropouts(module=0.5)
+
+    groups = group_layers(model, layers, SHARED)
+
+    assert groups == [[layers[0], layers[2]], [layers[1]]]
