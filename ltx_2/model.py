@@ -22,6 +22,7 @@ from contract.steps import NO_OVERRIDES, Overrides
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
+from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid
@@ -298,7 +299,8 @@ class LtxModel(nn.Module):
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
         if influence is not None:
-            influence = influence.to(rows.device, torch.float32).view(-1, 1, 1)
+            # a copy of pageable memory would wait for the device
+            influence = send_ahead(influence.float(), rows.device).view(-1, 1, 1)
         rotary = self._make_rotation(inputs, fps, by_time=True)
         return CrossInputs(rotary, rows, gate, influence)
 
