@@ -45,6 +45,7 @@ from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.given import make_given_rules, take_masks
 from ltx_2.guidance import guidance_rules
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -56,6 +57,7 @@ from ltx_2.options import (
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
     log_ignored,
+    with_recipe,
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
@@ -592,6 +594,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
+    options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
     # audio alone is trained: images are placeholders, and the noise level depends on the audio
@@ -607,6 +610,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
+        gives=make_given_rules(options.given),
+        vary_inputs=take_masks if options.given.ltx2_inpaint_mask else None,
     )
     takes_references = options.ic_lora_strategy != "none" and not is_alone
     return Ltx2(
