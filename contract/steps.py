@@ -192,6 +192,26 @@ class Anchor:
         return replace(self, latents=self.latents.to(device), changed=changed)
 
 
+@dataclass(frozen=True, eq=False)
+class HeldLatents:
+    """Clean latents, some of which are kept while denoising; tensors have the form of the noisy latents."""
+
+    clean: Tensor
+    shares: Tensor  # float32, 0..1 of each latent; a clean prediction is mixed with as much of `clean`
+
+    def to(self, device: torch.device) -> "HeldLatents":
+        """Return the record with its tensors on `device`."""
+        return HeldLatents(self.clean.to(device), self.shares.to(device))
+
+    def put_whole(self, latents: Tensor) -> Tensor:
+        """Return the latents with those inserted that are kept entirely."""
+        return torch.where(self.shares == 1, self.clean, latents)
+
+    def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
+        """Return the velocity of a step by which the clean prediction has its share of `clean`."""
+        return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
+
+
 @dataclass(frozen=True)
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
@@ -208,6 +228,7 @@ class Section:
     # `overrides.given_frames` tells the network
     given: Tensor | None = None
     given_audio: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
+    held: HeldLatents | None = None  # single latents that are kept; `overrides.given` tells the network
     anchor: Anchor | None = None
     previous: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar

@@ -212,7 +212,7 @@ class GivenRules:
         if not (self.audio_ends or self.audio_times):
             return None
         is_given = torch.zeros(len(batch), count, dtype=torch.bool)
-        if self.audio_ends is not None:
+        if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not of a single image
             is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
         if self.audio_times is not None:
             starts, ends = audio_bounds(count)

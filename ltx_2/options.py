@@ -7,6 +7,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.given_options import Ltx2GivenParts, check_value, read_recipe
 from ltx_2.model_options import (
     AUDIO,
@@ -376,6 +377,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     guidance: Ltx2GuidanceOptions
     stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
+    given: Ltx2GivenMedia
     silent: bool = _silent()
     sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
     ltx_version = _version()
@@ -414,6 +416,9 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
             raise OptionError(f"--drive_video {self.drive_video}: no sound is made. Give --ltx2_mode av")
+        if self.given.audio_files and (self.silent or AUDIO not in self.streams):
+            name, path = next(iter(self.given.audio_files.items()))
+            raise OptionError(f"--{name} {path}: no sound is made. Give --ltx2_mode av")
         if self.silent and VIDEO not in self.streams:
             raise OptionError("--sample_disable_audio: nothing would be made. Give --ltx2_mode av or v")
 

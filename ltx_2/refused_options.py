@@ -53,7 +53,7 @@ RATES = (
 )
 REFERENCES = (
     "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
-    "references, and given parts of the result except the first frame (--image_path), are not built"
+    "references are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
@@ -292,9 +292,6 @@ GENERATION: Table = {
     """,
     REFERENCES: """
         sample_include_reference reference_audio:str
-        inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
-        extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
-        audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str
     """,
     DURATION: "ltx2_duration_head,duration-head-path:str",
     SPEED: """

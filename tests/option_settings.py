@@ -401,6 +401,24 @@ SETTINGS: dict[str, Setting] = {
         also=(*ANCHORS, "--video_anchor_strength", "0.5", "--ltx2_graded_conditioning")
     ),
     "ltx2_conditioning_config": Setting(("recipe.toml",)),
+    "extend_prefix": Setting(("start.png",)),
+    "extend_prefix_frames": Setting(
+        ("1",), also=("--extend_prefix", "clips/clip 0.mkv", "--video_length", "17")
+    ),
+    "extend_suffix": Setting(("clips/clip 0.mp4",), also=("--video_length", "17")),
+    "extend_suffix_frames": Setting(
+        ("9",), also=("--extend_suffix", "clips/clip 0.mp4", "--video_length", "33"), shows="frames"
+    ),
+    "outpaint_source": Setting(("clips/clip 0.mp4", "--outpaint_region", "0,0,32,32")),
+    "outpaint_region": Setting(("0,0,32,32", "--outpaint_source", "clips/clip 0.mp4")),
+    "inpaint_source": Setting(("clips/clip 0.mp4", "--retake", "0,0.02")),
+    "inpaint_mask": Setting(("mask.png", "--inpaint_source", "clips/clip 0.mp4")),
+    "retake": Setting(("0,0.02", "--inpaint_source", "clips/clip 0.mp4")),
+    "drive_audio": Setting(("clips/clip 0.mp4",), family=SOUND),
+    "audio_prefix": Setting(("clips/clip 0.mp4", "--audio_prefix_seconds", "0.2"), family=SOUND),
+    "audio_prefix_seconds": Setting(("0.1", "--audio_prefix", "clips/clip 0.mp4"), family=SOUND),
+    "audio_inpaint_audio": Setting(("clips/clip 0.mp4", "--audio_inpaint_interval", "0.1,0.2"), family=SOUND),
+    "audio_inpaint_interval": Setting(("0.1,0.2", "--audio_inpaint_audio", "clips/clip 0.mp4"), family=SOUND),
     "ltx_version_check_mode": Setting(("error",), also=("--ltx_version", "2.0")),
     "ltx2_checkpoint": Setting(family=SOUND),
     "ltx2_train_network.py.video_loss_weight": Setting(("5",), family=SOUND),
