@@ -1,5 +1,6 @@
 """Options of the parts of a result that a generation is given. Standard library only."""
 
+import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,13 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     inpaint_mask: Path | None = _file(
         "image or clip: what is white in it is kept of --inpaint_source", needs="inpaint_source"
     )
-    inpaint_invert: bool = option("keep what is black", ignored_without="inpaint_mask", facts=OF_REQUEST)
+    inpaint_invert: bool = option(
+        "keep what is black",
+        default=False,
+        action=argparse.BooleanOptionalAction,
+        ignored_without="inpaint_mask",
+        facts=OF_REQUEST,
+    )
     inpaint_threshold: float = option(
         "a latent is kept if the mean of the mask over its pixels is above this, in all of its frames",
         default=0.5,
