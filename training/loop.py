@@ -30,7 +30,7 @@ from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward
 from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
-from training.reports.logs import WISHES, RowLayout, StepReport, name_rates
+from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
 from training.trainable import seed_networks
@@ -178,7 +178,8 @@ def _read_wishes(run: TrainingRun) -> Wishes:
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked
         requests.ends = True
-    return Wishes(saves=requests.asks_to_save(), samples=requests.asks_for(SAMPLE))
+    is_due = requests.clock is not None and requests.clock.is_due()
+    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
 
 
 @dataclass
@@ -269,7 +270,7 @@ def _accumulate(
             items.
     """
     steps = run.steps
-    row = torch.zeros(RowLayout(len(run.row_numbers)).size, device=run.device)
+    row = torch.zeros(run.layout.size, device=run.device)
     keys: tuple[str, ...] = ()
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
     # the first call initializes the scaler, even in a process that has no micro-batch in this step
@@ -364,20 +365,18 @@ def _add_parts(
     """
     if not run.parts:
         return
-    layout = RowLayout(len(run.row_numbers))
     by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
     for part, part_loss in by_part.items():
-        row[layout.part_losses.start + part] += part_loss.detach()
-        row[layout.part_counts.start + part] += 1
+        row[run.layout.part_losses.start + part] += part_loss.detach()
+        row[run.layout.part_counts.start + part] += 1
 
 
 def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
     """Add other numbers of a micro-batch to a row."""
-    layout = RowLayout(len(run.row_numbers))
-    first = run.row_numbers.index(names[0])
+    first = run.layout.parts.index(names[0])
     places = slice(first, first + len(names))
-    row[layout.part_losses][places] += numbers
-    row[layout.part_counts][places] += 1
+    row[run.layout.part_losses][places] += numbers
+    row[run.layout.part_counts][places] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -399,7 +398,9 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    means = _mean_parts(run.row_numbers, step.row)
+    layout = run.layout
+    totals = zip(layout.parts, step.row[layout.part_losses], step.row[layout.part_counts], strict=True)
+    means = {name: total / count for name, total, count in totals if count}  # of parts with micro-batches
     report = replace(
         step,
         loss=loss,
@@ -411,14 +412,6 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
-
-
-def _mean_parts(parts: Sequence[str], row: Sequence[float]) -> dict[str, float]:
-    """Return the mean loss of each part that had micro-batches in a step, by name."""
-    layout = RowLayout(len(parts))
-    sums = row[layout.part_losses]
-    counts = row[layout.part_counts]
-    return {name: total / count for name, total, count in zip(parts, sums, counts, strict=True) if count}
 
 
 def _restart_clock(run: TrainingRun) -> None:

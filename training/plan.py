@@ -407,6 +407,9 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
+    own_encoders: Mapping[str, Mapping[str, str]] = {}
+    if family.can.bring_texts and not trusts_caches:
+        own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
     listed = find_items(
@@ -432,7 +435,7 @@ def _find_items(
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
         view=view,
-        own_encoders={} if trusts_caches else _own_encoders(family),
+        own_encoders=own_encoders,
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
@@ -489,12 +492,6 @@ def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
             f"{larger.name}: batch_size {larger.batch_size}: {reason}. Give batch_size = 1, and "
             f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
         )
-
-
-def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
-    """Return the identities of a model's text encoders by name, if its checkpoint contains them."""
-    encoders = family.text_encoders() if family.can.bring_texts else []
-    return {encoder.name: encoder.identity for encoder in encoders}
 
 
 def _warn_of_missing(
