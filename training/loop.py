@@ -109,7 +109,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     model = run.model
     trainable = model.trainable
-    trainable.start_step(run.progress.step)
+    if trainable.until:
+        trainable.start_step(run.progress.step)
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
