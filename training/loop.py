@@ -475,8 +475,9 @@ def _after_epoch(run: TrainingRun) -> None:
     epoch = progress.epoch + 1
     is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
     _note(run, run.readings.flush())
-    mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
-    run.logs.values({"loss/epoch": mean_loss}, progress.step)
+    if run.logs.recorders:
+        mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
+        run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"

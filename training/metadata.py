@@ -101,7 +101,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= _list_optional_values(plan)
         further = [name for name in info if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *further, "vae_name")}
-        values |= _hash_files(family)
+        if family.hashed_files:
+            values |= _hash_files(family)
         values |= {name: text for name, text in info.items() if name.startswith("ss_")}
         if "trained_for" in info:
             values[TRAINED_FOR] = info["trained_for"]
