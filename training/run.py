@@ -136,8 +136,9 @@ def prepare_run(
         for prepare in plan.joined.on.plan:
             prepare(plan)
         # texts and images are encoded while there is no DiT
-        prompts = options.samples.sample_prompts
-        sampler = None if prompts is None else _make_sampler(plan, prompts)
+        sampler = None
+        if options.samples.sample_prompts is not None:
+            sampler = _make_sampler(plan, options.samples.sample_prompts)
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
