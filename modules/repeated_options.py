@@ -73,7 +73,9 @@ def accepted_options(
         spellings = [flag for flag in extra_flags.get(name) or declared_flags if flag != f"--{name}"]
         choices = tuple(settings.get("choices") or ())
         types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        accepted[name] = AcceptedOption((*spellings, f"--{name}"), hint is bool, hint, types, choices)
+        accepted[name] = AcceptedOption(
+            flags=(*spellings, f"--{name}"), is_switch=hint is bool, hint=hint, types=types, choices=choices
+        )
     return accepted
 
 

@@ -399,9 +399,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    layout = run.layout
-    totals = zip(layout.parts, step.row[layout.part_losses], step.row[layout.part_counts], strict=True)
-    means = {name: total / count for name, total, count in totals if count}  # of parts with micro-batches
+    means = run.layout.means(step.row)
     report = replace(
         step,
         loss=loss,

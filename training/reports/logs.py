@@ -57,6 +57,11 @@ class RowLayout:
         self.part_losses = slice(WISHES.stop, counts)  # columns that sum the losses of each part
         self.part_counts = slice(counts, self.size)  # columns that count the micro-batches of each part
 
+    def means(self, row: Sequence[float]) -> dict[str, float]:
+        """Return the mean loss of each part that had micro-batches in a step, by name."""
+        totals = zip(self.parts, row[self.part_losses], row[self.part_counts], strict=True)
+        return {name: total / count for name, total, count in totals if count}
+
 
 @dataclass(frozen=True)
 class StepReport:
