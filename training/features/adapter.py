@@ -20,14 +20,11 @@ OWN, REAL, MIXED = "own", "real", "mixed"
 NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
 
 
-class AdapterOptions(
-    FeatureOptions, title="training adapter", at=AT_NETWORK, facts=HABIT, why_not_full=NO_LORA
-):
+class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT, why_not_full=NO_LORA):
     """Options of a LoRA that others are trained with."""
 
     make_adapter: str | None = option(
-        "the LoRA is to be a training adapter of a distilled model, from images that are the model's own, "
-        "real or mixed: saved files say so, and for which model",
+        "save as a training adapter, made from such images",
         choices=(OWN, REAL, MIXED),
     )
 
