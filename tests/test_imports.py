@@ -138,6 +138,7 @@ FLOORS = {
         {"targets"},
         {"features"},
         {"options", "samples", "scoring"},
+        {"adapted"},
         {"caching_inside", "unused_options", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan", "whole_checkpoint"},
@@ -208,6 +209,7 @@ _LIGHT = {
     "training/reports": ("shown_numbers",),
     "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
+        "adapter",
         "base_weights",
         "blank_prior",
         "composing",

@@ -1,5 +1,6 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
+adapter: make a LoRA that others are trained with
 base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
 composing: options of all features; those that are on join
@@ -44,6 +45,7 @@ uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
 """
 
+from training.features.adapter import ADAPTER
 from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
@@ -80,6 +82,7 @@ FEATURES: tuple[Feature, ...] = (
     BLANK_PRIOR,
     SLIDER,
     PREFERENCE,
+    ADAPTER,
     TREAD,
     EMA,
     SKIP,
