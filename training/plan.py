@@ -1,7 +1,7 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -170,7 +170,7 @@ def make_plan(
         device=accelerator.device,
         texts=texts,
         commands=commands,
-        needs=joined.needs,
+        joined=joined,
     )
     items = _find_items(
         family,
@@ -279,9 +279,9 @@ def _find_sources(
     device: torch.device,
     texts: LiveTexts | None,
     commands: CachingCommands,
-    needs: Collection[str],
+    joined: JoinedRun,
 ) -> BatchSources:
-    """Return the sources of the parts of batches that `texts` does not encode; `needs`: see `JoinedRun`."""
+    """Return the sources of the parts of batches that `texts` does not encode."""
     if _may_encode(options, config):
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
@@ -292,10 +292,12 @@ def _find_sources(
             device=device,
             texts=texts,
             commands=commands,
+            needs=joined.needs,
+            on_media=joined.on.media,
         )
     else:
         sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
-    if EMPTY_PROMPT in needs and brings_empty_text(family):
+    if EMPTY_PROMPT in joined.needs and brings_empty_text(family):
         return replace(sources, empty_text=family.empty_text())
     return sources
 
