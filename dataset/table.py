@@ -348,7 +348,8 @@ class DatasetTable:
         They are JSON values, folders by name.
         """
         values = {}
-        for record in (self, self.own) if self.own is not None else (self,):
+        records: list[Any] = [self] if self.own is None else [self, self.own]
+        for record in records:
             for name, default in defaults_of(stale, type(record)).items():
                 value = getattr(record, name)
                 if value != default:

@@ -325,7 +325,7 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = make_block_place(options.speed, device)
+        blocks = make_block_place(options.speed, device) if options.speed.joined.on.place else None
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
@@ -408,7 +408,8 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        finish_network(dit, options.speed, device)
+        if options.speed.joined.on.finish:
+            finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
