@@ -186,7 +186,8 @@ def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer
         f"the learning rate of {name}": group["lr"]
         for name, group in zip(trainable.group_names, trainable.groups, strict=True)
     }
-    check_rates(options, rates)
+    if len(rates) > 1:
+        check_rates(options, rates)
     return make_optimizer(options, trainable.groups)
 
 
@@ -418,7 +419,8 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         adapter = None
         if family is self.plan.family:
-            adapter = experts.read_adapter(options, expert, family.experts)
+            if options.frozen.training_adapter is not None:
+                adapter = experts.read_adapter(options, expert, family.experts)
             for add in self.plan.joined.on.before_dress:
                 add(network)
         has_samples = options.samples.are_made  # their LoRAs of --sample_lora need memory too
