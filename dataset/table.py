@@ -350,7 +350,7 @@ class DatasetTable:
         values = {}
         records: list[Any] = [self] if self.own is None else [self, self.own]
         for record in records:
-            for name, default in defaults_of(stale, type(record)).items():
+            for name, default in defaults_of(stale, record.__class__).items():
                 value = getattr(record, name)
                 if value != default:
                     values[name] = _as_json(value)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from contract.family import Family
-from contract.requests import Prepared, Source
+from contract.requests import Prepared
+from contract.rules import Source
 from contract.steps import Piece
 from generation.experts import experts_by_step
 from generation.session import CPU, Session
