@@ -234,7 +234,8 @@ def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, si
         timeout=MISFIT_SECONDS,
     )
     if process.returncode == 1 and process.stdout:
-        return join("\n", map(translate_line, escape_control_codes(process.stdout).splitlines()))
+        text = escape_control_codes(process.stdout)
+        return join("\n", [translate_line(line.strip()) for line in text.splitlines()])
     return ""
 
 
