@@ -54,7 +54,9 @@ class ModelPart:
     def shown_size(self) -> str:
         """Size of the part on disk or, if it is not there, of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
-        return say("a few MB") if known is None else gigabytes(known)
+        if known is None:
+            return say("not known") if "LoRA" in self.component.role else say("a few MB")
+        return gigabytes(known)
 
     @property
     def state(self) -> str:
