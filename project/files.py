@@ -13,7 +13,7 @@ from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
-from downloads.catalogue import ModelSet
+from downloads.catalogue import ModelSet, find_adapted
 from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
@@ -408,6 +408,9 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             told += f". Take {comments}"
         else:
             told += f". {few_steps.instead}. Or take {comments}"
+        adapted = find_adapted(choice.model)
+        if choice.kind.has_targets and adapted is not None:
+            told += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(told))
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]

@@ -76,6 +76,7 @@ SETTINGS: dict[str, Setting] = {
     "base_weights_multiplier": Setting(("0.5",), also=("--base_weights", LORA)),
     "lora_rounding": Setting(("nearest",), also=("--base_weights", LORA)),
     "lora_format": Setting(("diffusers",)),
+    "make_adapter": Setting(("own",)),
     "training_adapter": Setting((LORA,)),
     "training_adapter_multiplier": Setting(("0.5",), also=("--training_adapter", LORA)),
     "teacher_weight": Setting(also=TEACHER),
