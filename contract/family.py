@@ -399,6 +399,7 @@ class Abilities:
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
     take_words: bool = False  # it is a `contract.brought_words.TakesWords`
     learn_words: bool = False  # it is a `LearnsWords` of the feature embedding
+    inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
 
 

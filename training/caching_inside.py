@@ -53,7 +53,8 @@ from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS
+from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS
+from training.features.hooks import OnMedia
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def prepare_sources(
     device: torch.device,
     texts: LiveTexts | None = None,
     commands: CachingCommands = NO_COMMANDS,
+    needs: Collection[str] = (),
+    on_media: Sequence[OnMedia] = (),
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
@@ -113,11 +116,13 @@ def prepare_sources(
         device: Device for encoding.
         texts: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
+        needs: What batches need, as in `JoinedRun`.
+        on_media: Change the tensors of images that are encoded at each step, as `Hooks.media` does.
 
     Raises:
         UserError: If items cannot be cached in this way, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, () if texts is None else texts.keys)
+    plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options=options, device=device, stores=stores)
@@ -136,7 +141,7 @@ def prepare_sources(
     encoder = None
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, device)
+        encoder = LiveMedia(family, device, on_media)
     # the encoder, or caches in memory, are of this process: others cannot read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
@@ -183,7 +188,11 @@ def _fill(
 
 
 def plan_tables(
-    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, live: Collection[str] = ()
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    live: Collection[str] = (),
+    needs: Collection[str] = (),
 ) -> list[TablePlan]:
     """Decide where the latents and texts of each table come from; nothing is encoded.
 
@@ -192,6 +201,7 @@ def plan_tables(
         config: The dataset, as read from its file.
         options: Options of the run.
         live: Names of text tensors that are encoded at each step; the others come from caches.
+        needs: What batches need, as in `JoinedRun`.
 
     Raises:
         DatasetError: If images that change each time are to be cached.
@@ -207,6 +217,8 @@ def plan_tables(
     texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
     if texts is Where.OWN and options is not None and options.caches_texts:
         texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+    if LIVE_MEDIA in needs:  # what asks for it has rejected --cache_latents
+        return [TablePlan(table, Where.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
 
 
@@ -521,9 +533,10 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
 class LiveMedia:
     """The media encoders of a family, which stay loaded during training to encode images."""
 
-    def __init__(self, family: Caches, device: torch.device) -> None:
+    def __init__(self, family: Caches, device: torch.device, on_media: Sequence[OnMedia] = ()) -> None:
         """Load the encoders. Raises CheckpointError if that fails."""
         self._family = family
+        self._on_media = on_media
         self._encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
@@ -579,9 +592,11 @@ class LiveMedia:
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
         by_place = {}
-        for place, image, (entry,) in zip(places, pictures, encoded, strict=True):
-            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+        for place, image, key, (entry,) in zip(places, pictures, keys, encoded, strict=True):
+            tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if image.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(image.mask), self._family.latent.stride)
+            for change in self._on_media:
+                tensors = change(self._family, self._encoders, image, key, tensors)
             by_place[place] = tensors
         return by_place

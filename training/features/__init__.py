@@ -11,6 +11,8 @@ embedding: learn the vectors of a new word too
 embedding_rows: these vectors, next to the network
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
+inpainting: train a model that repaints what a mask marks
+inpainting_masks: random masks for this
 ip_noise: mix in further noise, which is not to be predicted
 item_losses: record the loss of each picture and clip
 item_losses_recording: how, without waiting, with small pictures
@@ -50,6 +52,7 @@ from training.features.contract import Feature
 from training.features.ema import EMA
 from training.features.embedding import EMBEDDING
 from training.features.guided import GUIDED
+from training.features.inpainting import INPAINTING
 from training.features.ip_noise import IP_NOISE
 from training.features.item_losses import ITEM_LOSSES
 from training.features.mask_prior import MASK_PRIOR
@@ -70,6 +73,7 @@ FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,
     EMBEDDING,
     SHOW_TIMESTEPS,
+    INPAINTING,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,

@@ -19,10 +19,13 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from contract.family import Described, Family
+    from contract.data import MediaEncoders
+    from contract.family import Caches, Described, Family
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.options import CachingInRunOptions
+    from dataset.sources.decoding import DecodedMedia
+    from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
     from networks.added import AddedLoras
     from networks.loading import LoraUse
@@ -84,6 +87,10 @@ class OptionsOfRun(Protocol):
     @property
     def caching(self) -> "CachingInRunOptions | None":
         """Options of caches made by the training command; None in scripts that cannot make them."""
+
+    @property
+    def subset(self) -> "SubsetOptions | None":
+        """Options of image trainers for their subsets; None for video trainers."""
 
     @property
     def full_dit(self) -> "FullDitOptions | None":
@@ -361,6 +368,10 @@ LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # the seed of the run, and whether it begins with values
 MakeBeside = Callable[["Mapping[str, nn.Module]", int, bool], LearnerBeside]
+# see `Hooks.media`
+OnMedia = Callable[
+    ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
+]
 MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
@@ -387,6 +398,9 @@ class Hooks:
     # given each network to train, once its trained part is in it
     before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    # given the model, its encoders, a decoded image, a key that seeds random numbers and the image's tensors:
+    # those in their place. Only of images that are encoded at each step
+    media: list[OnMedia] = field(default_factory=list)
     # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
     # input, which is not to be predicted
     noise: list[OnNoise] = field(default_factory=list)
