@@ -44,10 +44,11 @@ APG = ("--guidance_scale", "5")
 BY_LINE = ("--from_file", "long.txt")
 STRETCHED = ("--shifted_logit_mode", "stretched")
 # given parts of clips: a table with times of audio
+OFTEN = ("--max_train_steps", "8")  # so that clips with audio are among them
 IN_TABLE = ("--dataset_config", "given.toml")
-TIMES = (*IN_TABLE, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", "1")
+TIMES = (*OFTEN, *IN_TABLE, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", "1")
 ENDS = ("--ltx2_extend_prefix_frames", "1", "--ltx2_extend_suffix_frames", "0")
-AUDIO_ENDS = ("--ltx2_audio_extend_prefix_frames", "1", "--ltx2_audio_extend_suffix_frames", "1")
+AUDIO_ENDS = (*OFTEN, "--ltx2_audio_extend_prefix_frames", "1", "--ltx2_audio_extend_suffix_frames", "1")
 ANCHORS = ("--video_anchor_training", "--video_anchor_strategy", "random", "--video_anchor_probability", "1")
 
 SETTINGS: dict[str, Setting] = {
@@ -383,8 +384,8 @@ SETTINGS: dict[str, Setting] = {
     "ltx2_extend_suffix_p": Setting(("0",), also=("--ltx2_extend_suffix_frames", "1")),
     "ltx2_spatial_crop_p": Setting(("1",), also=("--ltx2_spatial_crop",), shows="needs spatial_crop_region"),
     "ltx2_inpaint_mask_p": Setting(("1",), also=("--ltx2_inpaint_mask",), shows="needs masks"),
-    "ltx2_audio_extend_prefix_frames": Setting(("1",), family=SOUND),
-    "ltx2_audio_extend_suffix_frames": Setting(("1",), family=SOUND),
+    "ltx2_audio_extend_prefix_frames": Setting(("1",), also=OFTEN, family=SOUND),
+    "ltx2_audio_extend_suffix_frames": Setting(("1",), also=OFTEN, family=SOUND),
     **dict.fromkeys(
         ("ltx2_audio_extend_p", "ltx2_audio_extend_prefix_p", "ltx2_audio_extend_suffix_p"),
         Setting(("0",), also=AUDIO_ENDS, family=SOUND),
@@ -404,11 +405,11 @@ SETTINGS: dict[str, Setting] = {
     "ltx2_conditioning_config": Setting(("recipe.toml",)),
     "extend_prefix": Setting(("start.png",)),
     "extend_prefix_frames": Setting(
-        ("1",), also=("--extend_prefix", "clips/clip 0.mkv", "--video_length", "17")
+        ("1",), also=("--extend_prefix", "clips/clip 0.mp4", "--video_length", "17")
     ),
     "extend_suffix": Setting(("clips/clip 0.mp4",), also=("--video_length", "17")),
     "extend_suffix_frames": Setting(
-        ("9",), also=("--extend_suffix", "clips/clip 0.mp4", "--video_length", "33"), shows="frames"
+        ("99",), also=("--extend_suffix", "clips/clip 0.mp4", "--video_length", "33")
     ),
     "outpaint_source": Setting(("clips/clip 0.mp4", "--outpaint_region", "0,0,32,32")),
     "outpaint_region": Setting(("0,0,32,32", "--outpaint_source", "clips/clip 0.mp4")),
