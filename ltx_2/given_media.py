@@ -167,9 +167,8 @@ def encode_images(
         given.keep(encode(_resize(frames, size)), torch.tensor(True))
     if media.extend_suffix is not None:
         count = count_end(media, "extend_suffix", latent)
-        frames = islice(_frames_of(media.extend_suffix), count)
         # the first latent has one frame alone, which none at the end of a clip has
-        clean = encode(_resize(frames, size))[:, :, 1:]
+        clean = encode(_resize(islice(_frames_of(media.extend_suffix), count), size))[:, :, 1:]
         given.keep(clean, torch.tensor(True), given.frames - clean.shape[2])
     return {IMAGE: given.clean, IMAGE_SHARES: given.shares}
 

@@ -259,9 +259,10 @@ class LtxModel(nn.Module):
                 given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
-            given = overrides.given and (overrides.given.image if is_video else overrides.given.audio)
-            if given is not None:
-                inputs = replace(inputs, times=find_token_times(inputs, given))
+            if overrides.given is not None:
+                given = overrides.given.image if is_video else overrides.given.audio
+                if given is not None:
+                    inputs = replace(inputs, times=find_token_times(inputs, given))
             text_name = "text" if is_video else "audio_text"
             stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
             parts[names] = self._project(inputs, dtype)

@@ -136,7 +136,7 @@ def call(pipe: Any, **more: Any) -> Any:
 
 
 def condition_pipe(release: TinyRelease) -> Any:
-    pipe = LTX2ConditionPipeline(**theirs(release).components)
+    pipe: Any = LTX2ConditionPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.register_forward_pre_hook(alone, with_kwargs=True)
     return pipe
