@@ -303,7 +303,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
                 say(
                     "%(name)s is no part of %(title)s on disk (any more). Look at it again.",
                     name=name,
-                    title=files.model.title,
+                    title=say(files.model.title),
                 )
             )
     if not chosen:

@@ -348,7 +348,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         for flag in HALF_FLAGS:
             options.pop(flag, None)
     return _make_recipe(
-        title=model.title,
+        title=say(model.title),
         family=families[script],
         options=options,
         folder=folder,

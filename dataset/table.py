@@ -347,12 +347,9 @@ class DatasetTable:
 
         They are JSON values, folders by name.
         """
-        defaults: list[tuple[Any, dict[str, Any]]] = [(self, defaults_of(stale))]
-        if self.own is not None:
-            defaults.append((self.own, _defaults_in(type(self.own), stale)))
         values = {}
-        for record, of_record in defaults:
-            for name, default in of_record.items():
+        for record in (self, self.own) if self.own is not None else (self,):
+            for name, default in defaults_of(stale, type(record)).items():
                 value = getattr(record, name)
                 if value != default:
                     values[name] = _as_json(value)
@@ -436,13 +433,8 @@ def declared_keys(record: Any) -> dict[str, forms.TableKey]:
 
 
 @functools.cache
-def defaults_of(stale: Stale) -> dict[str, Any]:
-    """Return the defaults of a table's keys with these `stale` flags."""
-    return _defaults_in(DatasetTable, stale)
-
-
-def _defaults_in(record: Any, stale: Stale) -> dict[str, Any]:
-    """Return the defaults of a record's keys with these `stale` flags."""
+def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
+    """Return the defaults of the keys with these `stale` flags that a record declares."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
     return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}
 

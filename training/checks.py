@@ -219,7 +219,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
         samples_apart="" if others.sampling is None else family.can.sample_apart,
         further_models=tuple(options.joined.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
-        own_modules=tuple(OWN_MODULES),
+        own_modules=OWN_MODULES,
     )
 
 

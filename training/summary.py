@@ -21,7 +21,7 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.following import NextSteps, describe_elsewhere
+from training.following import NextSteps
 from training.learner import Learner
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
@@ -301,8 +301,10 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         rows.append(("samples", str(samples)))
     if not run.options.logs.no_page:
         rows.append(("page", str(page_path(names.folder, names.name))))
-    rows.append(("peak memory", _describe_peak(run)))
-    rows.append(("other tools", describe_elsewhere(run.options.network)))
+    peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
+    rows.append(("peak memory", peak))
+    kinds = [] if run.options.network is None else run.options.network.kinds
+    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
@@ -319,11 +321,6 @@ def _describe_speed(clock: StepClock) -> str:
     seconds = clock.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
     return f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"
-
-
-def _describe_peak(run: TrainingRun) -> str:
-    """Return the peak device memory of the run."""
-    return peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
 
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:

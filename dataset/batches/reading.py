@@ -83,9 +83,13 @@ def read_batch(
     sides = flips or [False] * len(items)
     media = []
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
-        media.append(reader.read_media(item, place, side))
+        of_media = reader.read_media(item, place, side)
+        if not reads_rejected:
+            of_media.tensors.pop(data.REJECTED_LATENTS, None)
+        media.append(of_media)
     texts = reader.read_texts(items, numbers)
-    _check_rejected(media, commands, reads_rejected)
+    if reads_rejected:
+        _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
@@ -146,16 +150,10 @@ def _take_inner_audio(
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
-def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_rejected: bool) -> None:
-    """Drop the latents of rejected clips unless they are read.
-
-    Raises:
-        CacheError: If they are read and an item has none.
-    """
+def _check_rejected(media: Sequence["_Part"], commands: CachingCommands) -> None:
+    """Raise CacheError if an item has no latents of a rejected clip."""
     for part in media:
-        if not reads_rejected:
-            part.tensors.pop(data.REJECTED_LATENTS, None)
-        elif data.REJECTED_LATENTS not in part.tensors:
+        if data.REJECTED_LATENTS not in part.tensors:
             raise CacheError(explain_no_rejected(part.path, commands))
 
 
