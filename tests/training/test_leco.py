@@ -24,8 +24,8 @@ from stable_diffusion.noise import make_noise_spec
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, make_family
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
-from training.features.leco import LecoOptions
 from training.features.leco_file import LecoPair, read_pairs
+from training.features.leco_options import LecoOptions
 from training.features.leco_passes import Walk, encode_pairs, leco_passes
 from training.loss import LossRule, NoisyBatch
 from training.targets.passes import TrainingPasses

@@ -19,6 +19,7 @@ item_losses: record the loss of each picture and clip
 item_losses_recording: how, without waiting, with small pictures
 leco: learn from prompts alone
 leco_file: a file of such prompts
+leco_options: which prompts, and how latents are made
 leco_passes: their latents and passes
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over

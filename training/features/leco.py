@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
-from modules.options import HABIT, option
-from training.features.contract import AT_NETWORK, NO_DATASET, Feature, FeatureOptions, given_values
+from training.features.contract import NO_DATASET, Feature, given_values
 from training.features.leco_file import LecoPair, read_pairs
+from training.features.leco_options import LecoOptions
 from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
@@ -33,42 +33,6 @@ logger = logging.getLogger(__name__)
 
 PREVIEWED = 16  # entries that files name
 SIDE = 64  # of the image that stands for the dataset
-
-
-class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=AT_NETWORK, facts=HABIT):
-    """Which prompts are learned from, and how their latents are made."""
-
-    prompts_file: Path | None = option(
-        "TOML or YAML file of prompts to erase, enhance or slide between, without images. Each step denoises "
-        "noise up to a random step first",
-        place="there",
-        often=False,
-    )
-    max_denoising_steps: int = option(
-        "steps of the schedule by which latents are made",
-        default=40,
-        minimum=2,
-        maximum=1000,
-        needs="prompts_file",
-    )
-    leco_denoise_guidance_scale: float = option(
-        "guidance scale while latents are made",
-        default=3.0,
-        minimum=0,
-        maximum=100,
-        needs="prompts_file",
-        hint="3 is usual",
-    )
-    leco_walk_gradients: bool = option(
-        "also learn through the steps that make the latents, as sd-scripts does; takes many times the memory",
-        needs="prompts_file",
-    )
-
-    @property
-    def path(self) -> Path:
-        """The prompts file; read only while the feature is on."""
-        assert self.prompts_file is not None  # the feature is on
-        return self.prompts_file
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":

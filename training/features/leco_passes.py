@@ -16,8 +16,8 @@ from networks.rank_masks import set_levels
 from training.data.feed import Randomness, seed_generator
 from training.data.live import stack_texts
 from training.features.encoded_captions import EncodedCaptions, encode_captions
-from training.features.leco import LecoOptions
 from training.features.leco_file import LecoPair
+from training.features.leco_options import LecoOptions
 from training.loss import NoisyBatch
 from training.targets.passes import Streams, TrainingPasses, measure_plainly
 
@@ -111,51 +111,79 @@ def leco_passes(
     gradients.
     """
     numbers = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
-    generator = seed_generator(passes.rule.seed, "leco noise", noisy_batch.number)
     pair = target.pairs[numbers.randrange(len(target.pairs))]
     num_steps = target.options.max_denoising_steps
-    done = numbers.randrange(1, num_steps)
+    num_done = numbers.randrange(1, num_steps)
     height, width = _draw_resolution(pair, numbers)
-    device = noisy_batch.noise.device
-    family = passes.family
     sizes = _draw_sizes(pair, height, width, numbers)
-
-    def predict(prompt: str, x: Tensor, time: int) -> Tensor:
-        timesteps = torch.full((pair.batch_size,), float(time), device=device)
-        set_levels(passes.dit, timesteps.new_full((pair.batch_size,), family.noise.table[time]))
-        conditions = target.make_conditions(prompt, sizes, device)
-        with passes.autocast():
-            return family.predict(passes.dit, x, timesteps, conditions).float()
-
-    x = _draw_noise(family, pair.batch_size, height, width, generator).to(device)
-    walk = Walk(family.noise, num_steps)
-    scale = target.options.leco_denoise_guidance_scale
+    step = PairStep(target, pair, passes, sizes, noisy_batch)
     with at_strength(pair.multiplier):
         passes.restart(noisy_batch)
         with torch.set_grad_enabled(target.options.leco_walk_gradients):
-            for index in range(done):
-                opposite = predict(pair.unconditional, x, walk.timestep(index))
-                toward = predict(pair.target, x, walk.timestep(index))
-                x = walk.step(index, opposite + scale * (toward - opposite), x, generator)
-    time = TRAINED_STEPS - 1 - done * TRAINED_STEPS // num_steps
-    assert passes.rule.as_base is not None  # LoRAs alone are trained so
-    with torch.no_grad(), passes.rule.as_base():
-        positive = predict(pair.positive, x, time)
-        neutral = predict(pair.neutral, x, time)
-        opposite = predict(pair.unconditional, x, time)
-    goal = neutral + pair.sign * pair.guidance_scale * (positive - opposite)
+            x = step.make_latents(num_done, height, width)
+    time = TRAINED_STEPS - 1 - num_done * TRAINED_STEPS // num_steps
+    goal = step.make_goal(x, time)
     with at_strength(pair.multiplier):
         passes.restart(noisy_batch)
-        output = predict(pair.target, x, time)
+        yield step.measure(x, time, goal)
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """One step with a pair."""
+
+    target: LecoTarget
+    pair: LecoPair
+    passes: TrainingPasses
+    sizes: Tensor  # B 6: original size, crop and size of the images that latents stand for
+    noisy_batch: NoisyBatch  # of the loop: its number, and the device
+
+    @property
+    def _noise(self) -> NoiseSpec:
+        return self.passes.family.noise
+
+    def predict(self, prompt: str, x: Tensor, time: int) -> Tensor:
+        """Return what the network predicts for a prompt, B C F h w float32."""
+        timesteps = torch.full((len(x),), float(time), device=x.device)
+        set_levels(self.passes.dit, torch.full_like(timesteps, self._noise.table[time]))
+        conditions = self.target.make_conditions(prompt, self.sizes, x.device)
+        with self.passes.autocast():
+            return self.passes.family.predict(self.passes.dit, x, timesteps, conditions).float()
+
+    def make_latents(self, num_done: int, height: int, width: int) -> Tensor:
+        """Return latents that the network makes from noise in `num_done` steps, B C F h w."""
+        generator = seed_generator(self.passes.rule.seed, "leco noise", self.noisy_batch.number)
+        noise = _draw_noise(self.passes.family, self.pair.batch_size, height, width, generator)
+        x = noise.to(self.noisy_batch.noise.device)
+        options = self.target.options
+        walk = Walk(self._noise, options.max_denoising_steps)
+        for index in range(num_done):
+            time = walk.timestep(index)
+            opposite = self.predict(self.pair.unconditional, x, time)
+            toward = self.predict(self.pair.target, x, time)
+            guided = opposite + options.leco_denoise_guidance_scale * (toward - opposite)
+            x = walk.step(index, guided, x, generator)
+        return x
+
+    def make_goal(self, x: Tensor, time: int) -> Tensor:
+        """Return what is to be predicted for the target, from predictions of the model alone."""
+        assert self.passes.rule.as_base is not None  # LoRAs alone are trained so
+        with torch.no_grad(), self.passes.rule.as_base():
+            positive = self.predict(self.pair.positive, x, time)
+            neutral = self.predict(self.pair.neutral, x, time)
+            opposite = self.predict(self.pair.unconditional, x, time)
+        return neutral + self.pair.sign * self.pair.guidance_scale * (positive - opposite)
+
+    def measure(self, x: Tensor, time: int, goal: Tensor) -> Streams:
+        """Return the weighted error of each sample, B."""
+        output = self.predict(self.pair.target, x, time)
+        numbers = torch.ones(len(x), device=x.device)
         seen = replace(
-            noisy_batch,
-            noise=x,
-            sigmas=torch.full((pair.batch_size,), family.noise.table[time], device=device),
-            timesteps=torch.full((pair.batch_size,), float(time), device=device),
+            self.noisy_batch, noise=x, sigmas=self._noise.table[time] * numbers, timesteps=time * numbers
         )
-        factor = family.noise.loss_factors[time] if family.noise.loss_factors else 1.0
-        errors = measure_plainly(passes, output, goal, seen)
-        yield tuple(pair.weight * factor * error for error in errors)
+        factor = self._noise.loss_factors[time] if self._noise.loss_factors else 1.0
+        errors = measure_plainly(self.passes, output, goal, seen)
+        return tuple(self.pair.weight * factor * error for error in errors)
 
 
 def _draw_resolution(pair: LecoPair, numbers: random.Random) -> tuple[int, int]:
