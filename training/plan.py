@@ -312,7 +312,7 @@ def join_processes(
     other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and options.speed.joined.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
