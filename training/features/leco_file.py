@@ -87,7 +87,8 @@ def _parse(place: str, path: Path) -> Any:
     except (OSError, ValueError) as error:
         kind = "YAML" if path.suffix.lower() in YAML else "TOML"
         raise OptionError(
-            f"{place}: it is not a {kind} file ({error}). Give one with [[prompts]]: docs/stable_diffusion.md shows it"
+            f"{place}: it is not a {kind} file ({error}). "
+            "docs/stable_diffusion.md shows one: give [[prompts]]"
         ) from None
 
 

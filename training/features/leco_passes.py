@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contract.data import SIZES, Conditions
-from contract.family import Family, NoiseSpec
+from contract.family import Family, NoiseSpec, Trains
 from modules.seeds import derive_seed
 from networks.rank_masks import set_levels
 from training.data.feed import Randomness, seed_generator
@@ -206,7 +206,7 @@ def _draw_sizes(pair: LecoPair, height: int, width: int, numbers: random.Random)
     return torch.tensor([row] * pair.batch_size, dtype=torch.float32)
 
 
-def _draw_noise(family: Family, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def _draw_noise(family: Trains, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Return the noise that a walk begins with, on the CPU, with --noise_offset and the like."""
     noise = torch.randn((count, *family.latent.shape(1, height, width)[1:]), generator=generator)
     if family.noise.vary is not None:
