@@ -481,7 +481,8 @@ class JoinedRun:
     def describe_targets(self) -> list[str]:
         """Return a line for each target and one about their passes, then the lines of `info`."""
         lines = [target.words for target in self.targets]
-        passes = self.count_passes()
-        if passes != StepPasses():
-            lines.append(f"passes in a step: {passes.words}")
+        if self.targets:
+            passes = self.count_passes()
+            if passes != StepPasses():
+                lines.append(f"passes in a step: {passes.words}")
         return [*lines, *self.info.targets]
