@@ -169,6 +169,10 @@ class DatasetTable:
     prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
     # strength of the network while it learns these items; of sliders
     network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
+    # what training may give of items: a rectangle of images, and parts of the audio, whose seconds are in
+    # files named like the clips
+    spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
+    audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
     # noise levels in training, as the options of these names say; None: the option's value
     min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
     max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
@@ -348,8 +352,9 @@ class DatasetTable:
         They are JSON values, folders by name.
         """
         values = {}
-        for record in (self, self.own) if self.own is not None else (self,):
-            for name, default in defaults_of(stale, type(record)).items():
+        records: list[Any] = [self] if self.own is None else [self, self.own]
+        for record in records:
+            for name, default in defaults_of(stale, record.__class__).items():
                 value = getattr(record, name)
                 if value != default:
                     values[name] = _as_json(value)

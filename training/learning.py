@@ -97,7 +97,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
-    restore(model)
+    if plan.saved is not None or plan.progress.step:
+        restore(model)
     return model
 
 
@@ -186,7 +187,8 @@ def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer
         f"the learning rate of {name}": group["lr"]
         for name, group in zip(trainable.group_names, trainable.groups, strict=True)
     }
-    check_rates(options, rates)
+    if len(rates) > 1:
+        check_rates(options, rates)
     return make_optimizer(options, trainable.groups)
 
 
@@ -325,7 +327,7 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = make_block_place(options.speed, device)
+        blocks = make_block_place(options.speed, device) if options.speed.joined.on.place else None
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
@@ -408,7 +410,8 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        finish_network(dit, options.speed, device)
+        if options.speed.joined.on.finish:
+            finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
@@ -417,7 +420,8 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         adapter = None
         if family is self.plan.family:
-            adapter = experts.read_adapter(options, expert, family.experts)
+            if options.frozen.training_adapter is not None:
+                adapter = experts.read_adapter(options, expert, family.experts)
             for add in self.plan.joined.on.before_dress:
                 add(network)
         has_samples = options.samples.are_made  # their LoRAs of --sample_lora need memory too
@@ -483,7 +487,7 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             learner=learner,
-            list_beside=self._list_beside,
+            list_beside=self._list_beside if self.besides else dict,
         )
         self.parts.append(trainable)
 

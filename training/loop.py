@@ -280,7 +280,10 @@ def _accumulate(
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
-        for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
+        experts = [noisy_batch.expert]
+        if steps.in_lockstep:
+            experts = _experts_of_pass(run, group, place, noisy_batch.expert)
+        for expert in experts:
             # such a pass adds nothing here; other processes gather the blocks' parts from this one
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
@@ -291,7 +294,8 @@ def _accumulate(
             if is_void:
                 continue
             row[0] += losses.total
-            _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
+            if run.parts:
+                _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
             keys += noisy_batch.batch.keys
     return row, keys
 
@@ -346,7 +350,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
         expert: Index of the micro-batch's expert.
     """
     steps = run.steps
-    if len(run.family.experts) == 1 or not steps.in_lockstep:
+    if len(run.family.experts) == 1:
         return [expert]
     indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
     return sorted({run.feed.expert_of((run.progress.epoch, index)) for index in indexes})
@@ -355,7 +359,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
 def _add_parts(
     run: TrainingRun, row: Tensor, expert: int, *, loss: Tensor, losses: tuple[Tensor, ...]
 ) -> None:
-    """Add the losses of a micro-batch to a row, if the run has several parts: experts, or images and audio.
+    """Add the losses of a micro-batch to a row of a run with several parts: experts, or images and audio.
 
     Args:
         run: The run.
@@ -364,8 +368,6 @@ def _add_parts(
         loss: Loss of the micro-batch.
         losses: Losses of the micro-batch's streams.
     """
-    if not run.parts:
-        return
     by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
     for part, part_loss in by_part.items():
         row[run.layout.part_losses.start + part] += part_loss.detach()

@@ -312,7 +312,7 @@ def join_processes(
     other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and options.speed.joined.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
@@ -373,7 +373,9 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If they cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if subset is not None and subset.replaces_toml and path is None:
+    if options.joined.make_data is not None:
+        config = options.joined.make_data()
+    elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
     else:
         if subset is not None and subset.replaces_toml:

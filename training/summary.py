@@ -27,7 +27,7 @@ from training.metadata import continued_sizes
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
-from training.reports.pauses import SAMPLES, SAVING, VALIDATION, StepClock
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.reports.reporter import RunReporter, find_best_file, find_usable_file
 from training.reports.sections import SAMPLES as SAMPLE_FOLDER
 from training.reports.sections import page_path
@@ -291,7 +291,9 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
             rows.append(("result", f"{path} ({as_size(_size_of(path))})"))
     if story.validations:
         rows.append(("best by validation", describe_best(story, names.folder, names.name)))
-    rows.append(("steps", _describe_speed(run.logs.clock)))
+    clock = run.logs.clock
+    speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
+    rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
     if run.joined.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
@@ -314,13 +316,6 @@ def _size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _describe_speed(clock: StepClock) -> str:
-    """Return the number of steps and the time that they took."""
-    seconds = clock.seconds_per_step
-    speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
-    return f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"
 
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:

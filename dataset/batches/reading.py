@@ -13,6 +13,7 @@ from torch import Tensor
 
 from contract import data
 from dataset.batches.checks import audio_errors, latent_errors, text_errors
+from dataset.batches.given_parts import add_given_parts
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
     CHECK_KEY,
@@ -101,7 +102,7 @@ def read_batch(
     are_empty = tuple(text.is_empty for text in texts)
     weights = tuple(item.table.prior_loss_weight for item in items)
     attributes = tuple(item.table.attributes for item in items)
-    return data.Batch(
+    batch = data.Batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
@@ -115,6 +116,9 @@ def read_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
+    if any(item.table.spatial_crop_region or item.table.audio_cond_mask_directory for item in items):
+        batch = add_given_parts(batch, items)
+    return batch
 
 
 def _list_makers(

@@ -222,6 +222,9 @@ class Randomness:
             number=number,
             levels=tuple(times.levels.tolist()),
         )
+        if self.noise.gives is not None:
+            generator = seed_generator(self.seed, "given tokens", number)
+            drawn = replace(drawn, given=self.noise.gives.draw(batch, generator))
         for change in self.on_batch:
             drawn = change(self, drawn)
         return drawn

@@ -6,6 +6,7 @@ changes nothing of what is learned: saved files say which model the adapter is f
 and the run neither warns that few steps are unlearned nor accepts what would keep them.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import JoinedRun, PlannedRun
 
 OWN, REAL, MIXED = "own", "real", "mixed"
 NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
@@ -45,10 +46,9 @@ def name_base(file: Path) -> str:
     return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
 
 
-def _note_base(run: "JoinedRun") -> None:
-    if run.family is not None:  # no model is known while memory is measured
-        bases = [name_base(file) for file in run.family.dit_files]
-        run.info.in_files["training_adapter_for"] = ", ".join(bases)
+def _note_base(run: "JoinedRun", planned: "PlannedRun") -> None:
+    bases = [name_base(file) for file in planned.family.dit_files]
+    run.info.in_files["training_adapter_for"] = ", ".join(bases)
 
 
 def _join(run: "JoinedRun", options: AdapterOptions) -> None:
@@ -62,7 +62,7 @@ def _join(run: "JoinedRun", options: AdapterOptions) -> None:
     run.keeps_steps = True
     run.info.in_files["adapter_data"] = options.make_adapter
     run.info.targets.append("what the model was distilled for is unlearned: a training adapter")
-    run.on.start.append(_note_base)
+    run.on.plan.append(partial(_note_base, run))
 
 
 ADAPTER = Feature(
