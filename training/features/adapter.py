@@ -7,7 +7,6 @@ and the run neither warns that few steps are unlearned nor accepts what would ke
 """
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
@@ -39,14 +38,9 @@ def _check_targets(run: "JoinedRun") -> None:
         )
 
 
-def name_base(file: Path) -> str:
-    """Return the name and short hash of a transformer, by which an adapter's metadata name its base."""
-    from checkpoints.file_hashes import short_hash  # not needed for --help
-
-    return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
-
-
 def _note_base(run: "JoinedRun", planned: "PlannedRun") -> None:
+    from checkpoints.file_hashes import name_base  # not needed for --help
+
     bases = [name_base(file) for file in planned.family.dit_files]
     run.info.in_files["training_adapter_for"] = ", ".join(bases)
 
