@@ -321,7 +321,9 @@ def fill_new(page: Any, is_wide: bool) -> None:
         page.get_by_role("button", name="Prepare").click()
         described.wait_for(timeout=120_000)
         page.get_by_role("button", name="Start", exact=True).wait_for(timeout=120_000)
-    if not is_wide:
+    if is_wide:
+        page.evaluate("scrollTo(0, 0)")
+    else:
         page.locator("#progress h2").first.evaluate("heading => heading.scrollIntoView()")
 
 

@@ -64,10 +64,9 @@ from project.options import (
     typed_in,
 )
 from project.own_commands import describe_own, write_prompts
-from project.own_samples import OWN_PROMPTS, find_origin, take_prompts
+from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
-from training.features.adapter import REAL
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line

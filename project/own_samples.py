@@ -5,8 +5,8 @@ from dataclasses import replace
 from dataset.sources.captions import caption_path
 from modules.media.reading import read_tags
 from project.media import FolderContent, Media
-from training.features.adapter import MIXED, OWN, REAL
 
+OWN, REAL, MIXED = "own", "real", "mixed"  # values of --make_adapter
 OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
 PROMPT = "bt_prompt"  # in what a generation writes into its results
 

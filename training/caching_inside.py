@@ -53,7 +53,7 @@ from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS
+from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET
 from training.features.hooks import OnMedia
 from training.options import TrainingOptions
 
@@ -125,7 +125,8 @@ def prepare_sources(
     plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
     stores = open_stores(family, plans)
     if options is not None:
-        _fill(family, config, plans, options=options, device=device, stores=stores)
+        with quiet() if NO_DATASET in needs else nullcontext():  # of a dataset that nobody gave
+            _fill(family, config, plans, options=options, device=device, stores=stores)
     # a store in memory may be empty here and get its entries from other processes
     memory_stores = [
         store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
@@ -207,6 +208,8 @@ def plan_tables(
         DatasetError: If images that change each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
+    if NO_DATASET in needs:
+        return [TablePlan(table, Where.MEMORY, Where.MEMORY) for table in config.datasets]
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
         "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
@@ -363,7 +366,8 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     Raises:
         OptionError: As `_select_live_texts` does.
     """
-    texts = _select_live_texts(family, options, config)
+    needs_none = NO_DATASET in options.joined.needs
+    texts = None if needs_none else _select_live_texts(family, options, config)
     if texts is None:
         return None
     return replace(texts, adds_empty=EMPTY_PROMPT in options.joined.needs)

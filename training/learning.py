@@ -97,7 +97,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
-    restore(model)
+    if plan.saved is not None or plan.progress.step:
+        restore(model)
     return model
 
 
@@ -486,7 +487,7 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             learner=learner,
-            list_beside=self._list_beside,
+            list_beside=self._list_beside if self.besides else dict,
         )
         self.parts.append(trainable)
 

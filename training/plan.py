@@ -373,7 +373,9 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If they cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if subset is not None and subset.replaces_toml and path is None:
+    if options.joined.make_data is not None:
+        config = options.joined.make_data()
+    elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
     else:
         if subset is not None and subset.replaces_toml:

@@ -61,7 +61,7 @@ batch_size = 2
 image_dir = "pictures"
 flip_aug = true
 """
-PIPELINES = {"sd1": StableDiffusionInpaintPipeline, "sdxl": StableDiffusionXLInpaintPipeline}
+PIPELINES: dict[str, Any] = {"sd1": StableDiffusionInpaintPipeline, "sdxl": StableDiffusionXLInpaintPipeline}
 LINE = "a red cat --w 64 --h 64 --d 5 --s 4 --l 4 --img pictures/0.png --m mask.png\n"
 
 
@@ -126,9 +126,9 @@ def test_the_loss_is_that_of_diffusers_with_the_mask_before_the_masked_latents(
 ) -> None:
     family = painting_family(kind, tmp_path)
     noisy_batch = with_masks(make_batch(family, (801, 437)))
-    ours = family.load_dit(Placement(CPU, torch.float32)).requires_grad_(True)
+    ours: Any = family.load_dit(Placement(CPU, torch.float32)).requires_grad_(True)
     loss = training_loss(family, ours, noisy_batch, torch.enable_grad)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
     further = noisy_batch.batch.tensor(INPAINTING)[:, :, 0]
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / kind / "unet")
@@ -258,19 +258,26 @@ def test_a_lora_learns_on_an_inpainting_model_and_its_samples_are_the_images_of_
     folder: Path,
 ) -> None:
     model = WRITERS["sd1"](folder, channels=9, name="nine.safetensors")
-    samples = ["--sample_prompts", "samples.txt", "--sample_every_n_steps", 1, "--sample_sampler", "euler_a"]
-    lora = ["--train_inpainting", "--network_dim", 2, "--network_train_unet_only"]
+    samples: list[object] = [
+        "--sample_prompts",
+        "samples.txt",
+        "--sample_every_n_steps",
+        1,
+        "--sample_sampler",
+        "euler_a",
+    ]
+    lora: list[object] = ["--train_inpainting", "--network_dim", 2, "--network_train_unet_only"]
     succeed_here("train_network.py", *words(model, *lora, *samples), folder=folder)
 
     with safe_open(folder / "output" / "it.safetensors", framework="pt") as file:
         assert file.metadata()["ss_train_inpainting"] == "True"
-    given = ["--ckpt", model, "--tokenizer_cache_dir", "tokenizers", "--sampler", "euler_a"]
+    given: list[object] = ["--ckpt", model, "--tokenizer_cache_dir", "tokenizers", "--sampler", "euler_a"]
     given += ["--prompt", "a red cat", "--seed", 5, "--steps", 4, "--scale", 4, "--strength", 1]
     given += ["--mask_path", "mask.png"]
-    one = ["--network_module", "networks.lora", "--network_weights", "output/it.safetensors"]
+    one: list[object] = ["--network_module", "networks.lora", "--network_weights", "output/it.safetensors"]
     one += ["--image_path", "pictures/0.png", "--W", 64, "--H", 64, "--outdir", "one"]
     succeed_here("gen_img.py", *given, *one, folder=folder)
-    two = ["--i2i_path", "pictures/0.png", "--image_size", 64, 64, "--save_path", "two"]
+    two: list[object] = ["--i2i_path", "pictures/0.png", "--image_size", 64, 64, "--save_path", "two"]
     two += ["--lora_weight", "output/it.safetensors"]
     succeed_here("sd_generate_image.py", *given, *two, folder=folder)
 
@@ -304,7 +311,18 @@ def test_images_are_those_of_diffusers_pipelines(kind: str, folder: Path) -> Non
         generator=torch.Generator().manual_seed(5),
     )
     script = "sdxl_generate_image.py" if kind == "sdxl" else "sd_generate_image.py"
-    given = ["--ckpt", model, "--sampler", "ddim", "--prompt", "a red cat", "--seed", 5, "--steps", 4]
+    given: list[object] = [
+        "--ckpt",
+        model,
+        "--sampler",
+        "ddim",
+        "--prompt",
+        "a red cat",
+        "--seed",
+        5,
+        "--steps",
+        4,
+    ]
     given += ["--scale", 4, "--i2i_path", "pictures/0.png", "--strength", 1, "--mask_path", "mask.png"]
     succeed_here(script, *given, "--image_size", 64, 64, "--save_path", "ours", folder=folder)
 

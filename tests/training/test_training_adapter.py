@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.file_hashes import name_base
 from checkpoints.writing import save_tensors
 from contract.family import Abilities
 from contract.few_steps import FewSteps
@@ -29,7 +30,6 @@ from tests.tiny import flux_2 as tiny_flux_2
 from tests.tiny import z_image as tiny_z_image
 from tests.training import toy
 from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
-from training.features.adapter import name_base
 from training.run import train_network
 from z_image.family import ZImage, ZImageFiles
 

@@ -6,7 +6,7 @@ changes nothing of what is learned: saved files say which model the adapter is f
 and the run neither warns that few steps are unlearned nor accepts what would keep them.
 """
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
@@ -14,7 +14,7 @@ from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import JoinedRun, PlannedRun
 
 OWN, REAL, MIXED = "own", "real", "mixed"
 NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
@@ -38,17 +38,11 @@ def _check_targets(run: "JoinedRun") -> None:
         )
 
 
-def name_base(file: Path) -> str:
-    """Return the name and short hash of a transformer, by which an adapter's metadata name its base."""
-    from checkpoints.file_hashes import short_hash  # not needed for --help
+def _note_base(run: "JoinedRun", planned: "PlannedRun") -> None:
+    from checkpoints.file_hashes import name_base  # not needed for --help
 
-    return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
-
-
-def _note_base(run: "JoinedRun") -> None:
-    if run.family is not None:  # no model is known while memory is measured
-        bases = [name_base(file) for file in run.family.dit_files]
-        run.info.in_files["training_adapter_for"] = ", ".join(bases)
+    bases = [name_base(file) for file in planned.family.dit_files]
+    run.info.in_files["training_adapter_for"] = ", ".join(bases)
 
 
 def _join(run: "JoinedRun", options: AdapterOptions) -> None:
@@ -62,7 +56,7 @@ def _join(run: "JoinedRun", options: AdapterOptions) -> None:
     run.keeps_steps = True
     run.info.in_files["adapter_data"] = options.make_adapter
     run.info.targets.append("what the model was distilled for is unlearned: a training adapter")
-    run.on.start.append(_note_base)
+    run.on.plan.append(partial(_note_base, run))
 
 
 ADAPTER = Feature(

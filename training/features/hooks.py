@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
-    from training.learning_options import FullDitOptions
+    from training.learning_options import FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
@@ -87,6 +87,10 @@ class OptionsOfRun(Protocol):
     @property
     def caching(self) -> "CachingInRunOptions | None":
         """Options of caches made by the training command; None in scripts that cannot make them."""
+
+    @property
+    def parts(self) -> "PartsOptions | None":
+        """Which networks of the model get a LoRA; None if its text encoders cannot."""
 
     @property
     def subset(self) -> "SubsetOptions | None":
@@ -450,6 +454,8 @@ class JoinedRun:
     # the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     storage: Storage | None = None
+    # makes the data in place of a dataset of the user
+    make_data: "Callable[[], DatasetConfig] | None" = None
     remembers: list[type] = field(default_factory=list)  # dataclasses in `Progress`, and in states
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
@@ -475,7 +481,8 @@ class JoinedRun:
     def describe_targets(self) -> list[str]:
         """Return a line for each target and one about their passes, then the lines of `info`."""
         lines = [target.words for target in self.targets]
-        passes = self.count_passes()
-        if passes != StepPasses():
-            lines.append(f"passes in a step: {passes.words}")
+        if self.targets:
+            passes = self.count_passes()
+            if passes != StepPasses():
+                lines.append(f"passes in a step: {passes.words}")
         return [*lines, *self.info.targets]

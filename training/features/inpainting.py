@@ -6,7 +6,7 @@ Each step has new masks, so that images are encoded at each step, as those of co
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from modules.errors import OptionError
 from modules.options import HABIT, IDENTITY, option
@@ -104,7 +104,8 @@ def add_inputs(
         del kept[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
-        mask = draw_mask(*image.frames.shape[1:3], numbers=numbers)
+        _, height, width, _ = image.frames.shape
+        mask = draw_mask(height, width, numbers)
     if is_whole:
         mask[:] = True
     frames = torch.from_numpy(image.frames[..., :3])
@@ -120,7 +121,7 @@ def _prepare(family: "Family") -> "Family":
             f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
             "it out"
         )
-    made = made_network_of(family)
+    made = made_network_of(cast("Described", family))
     if made is not None and not made.in_texts:
         raise OptionError(
             f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "
