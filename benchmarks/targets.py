@@ -7,6 +7,10 @@ color that it has no word for, from 12 clips in addition to 24 of what it knows,
 with several seeds, by the commands that users type. Clips of prompts with the word and without are generated
 in 4 steps, of equal noise. Two things are measured:
 
+A training adapter is made first, by plain training on clips of the distilled model itself, whose latents are
+kept; another training has it in its steps (docs/training.md). Its own figures are those of a broken model in
+4 steps, as it is to unlearn them.
+
 - learned: the fraction of clips of the word that have the color, and that also have the shape and the
 direction of the prompt, as the detectors of the tests see them
 - kept: the distance of the clips without the word from those of the pocket model with guidance and 20 steps,
@@ -36,6 +40,7 @@ import wan_cache_latents  # noqa: E402
 import wan_cache_text_encoder_outputs  # noqa: E402
 import wan_generate_video  # noqa: E402
 import wan_train_network  # noqa: E402
+from checkpoints.writing import save_tensors  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
 from pocket import distil  # noqa: E402
 from pocket.clips import write_clips  # noqa: E402
@@ -43,7 +48,8 @@ from pocket.concepts import CLIPS, CONCEPTS, KNOWN_CLIPS, draw_known  # noqa: E4
 from pocket.measure import CLIP, IN_FLOAT32, POCKET, Asked, judge, read_verdicts, some_prompts  # noqa: E402
 
 WORD = "zindle"
-FIRST_SEED, FIRST_SEED_OF_WORD = 30000, 40000
+FIRST_SEED, FIRST_SEED_OF_WORD, FIRST_SEED_OF_OWN = 30000, 40000, 50000
+OWN_CLIPS = 64  # that a training adapter is made of
 DATASET = """[general]
 resolution = [64, 64]
 caption_extension = ".txt"
@@ -63,6 +69,16 @@ cache_directory = '{folder}/known_cache'
 target_frames = [17]
 caption_dropout_rate = {dropout}
 """
+OWN_DATASET = """[general]
+resolution = [64, 64]
+caption_extension = ".txt"
+batch_size = 8
+
+[[datasets]]
+video_directory = '{folder}/own'
+cache_directory = '{folder}/own_cache'
+target_frames = [17]
+"""
 DROPOUT = 0.3  # of the trainings with a teacher that knows more
 PLAIN_DATA, DROPPED_DATA = "dataset.toml", "dropped.toml"
 TEXTS = ("--vae", str(POCKET / "vae.safetensors"), "--t5", str(POCKET / "t5.safetensors"))
@@ -71,6 +87,7 @@ MANY_STEPS = ("--infer_steps", "20", "--guidance_scale", "3")
 BASE_LORA = (
     "{base_lora}"  # stands for the file of the LoRA that the base model has learned with the same seed
 )
+ADAPTER = "{adapter}"  # stands for the file of the training adapter
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ TRANSFER = (
 )
 WAYS = (
     Way("plain"),
+    Way("with a training adapter", ("--training_adapter", ADAPTER)),
     Way("guided target 3, from 150 on", GUIDED),
     Way("teacher base with a band, captions dropped", TEACHER, DROPPED_DATA),
     Way("focus on 400 to 800", FOCUS),
@@ -121,14 +139,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompts", type=int, default=8, help="with the word, and as many without")
     parser.add_argument("--steps", type=int, default=48, help="of each training")
+    parser.add_argument("--adapter_steps", type=int, default=150, help="of the training adapter's training")
+    parser.add_argument("--ways", nargs="+", default=[], metavar="NAME", help="names of trainings to do")
     parser.add_argument("--only_report", action="store_true", help="print what is measured already")
     args = parser.parse_args()
-    trial = Trial(args.folder.resolve(), args.prompts, args.steps)
+    trial = Trial(args.folder.resolve(), args.prompts, args.steps, args.adapter_steps)
+    ways = [way for way in WAYS if way.name in args.ways] if args.ways else WAYS
     if not args.only_report:
         trial.prepare()
         for seed in args.seeds:
-            for way in WAYS:
+            for way in ways:
                 trial.measure(way, seed)
+        if not args.ways or any(ADAPTER in way.options for way in ways):
+            trial.measure_adapter()
     report(trial, args.seeds)
 
 
@@ -139,6 +162,7 @@ class Trial:
     folder: Path
     prompts: int
     steps: int
+    adapter_steps: int
 
     @property
     def turbo(self) -> Path:
@@ -169,6 +193,12 @@ class Trial:
                 f"{_slug(way)}_{seed}", self.turbo, (*FEW_STEPS, "--lora_weight", str(lora)), words=words
             )
 
+    def measure_adapter(self) -> None:
+        """Generate clips with the training adapter alone, in few steps and in many with guidance."""
+        use = ("--lora_weight", str(self.train_adapter()))
+        self.make("adapter_few", self.turbo, (*FEW_STEPS, *use), words=False)
+        self.make("adapter_many", self.turbo, (*MANY_STEPS, *use), words=False)
+
     def train(self, way: Way, seed: int) -> Path:
         """Train a LoRA unless its file exists, and return the file."""
         output = self.folder / "loras" / f"{_slug(way)}_{seed}"
@@ -178,17 +208,33 @@ class Trial:
         base_lora = self.folder / "loras" / f"{_slug(_base_way())}_{seed}" / "lora.safetensors"
         if BASE_LORA in way.options:
             base_lora = self.train(_base_way(), seed)
-        dit = POCKET / "dit.safetensors" if way.is_of_base else self.turbo
-        network = (
-            "--network_module networks.lora_wan --network_dim 16 --network_alpha 16 --learning_rate 3e-3"
-        )
-        times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision no --sdpa"
-        steps = ["--max_train_steps", str(round(self.steps * way.share_of_steps)), "--seed", str(seed)]
-        data = ["--dataset_config", str(self.folder / way.data), "--max_data_loader_n_workers", "0"]
-        files = ["--dit", str(dit), *TEXTS, "--output_dir", str(output), "--output_name", "lora"]
         options = [word.replace(BASE_LORA, str(base_lora)) for word in way.options]
-        words = ["--task", "t2v-1.3B", *IN_FLOAT32, *files, *data, *network.split(), *times.split(), *steps]
-        wan_train_network.main([*words, "--lr_scheduler", "cosine", *options])
+        if ADAPTER in options:
+            options[options.index(ADAPTER)] = str(self.train_adapter())
+        dit = POCKET / "dit.safetensors" if way.is_of_base else self.turbo
+        data = self.folder / way.data
+        steps = round(self.steps * way.share_of_steps)
+        run_training(dit, data, path, ["--max_train_steps", str(steps), "--seed", str(seed), *options])
+        return path
+
+    def train_adapter(self) -> Path:
+        """Make a training adapter of clips that the distilled model makes, unless its file exists."""
+        path = self.folder / "loras" / "adapter" / "lora.safetensors"
+        if path.exists():
+            return path
+        data = self.folder / "own.toml"
+        write_text(data, OWN_DATASET.format(folder=self.folder.as_posix()))
+        own = self.folder / "own"
+        asked = some_prompts(OWN_CLIPS, FIRST_SEED_OF_OWN)
+        make_clips(own, self.turbo, FEW_STEPS, asked)
+        for clip in own.glob("*.mp4"):
+            write_text(clip.with_suffix(".txt"), asked[int(clip.stem.split("_")[-1])].prompt)
+        dataset = ["--dataset_config", str(data), "--skip_existing"]
+        wan_cache_latents.main([*dataset, *TEXTS[:2], "--vae_dtype", "float32"])
+        wan_cache_text_encoder_outputs.main([*dataset, *TEXTS[2:], "--empty_prompt"])
+        keep_latents(own, self.folder / "own_cache")
+        steps = ["--max_train_steps", str(self.adapter_steps), "--seed", "1", "--make_adapter", "own"]
+        run_training(self.turbo, data, path, steps)
         return path
 
     def make(self, of: str, dit: Path, options: Sequence[str], words: bool) -> None:
@@ -197,13 +243,7 @@ class Trial:
         asked = self.asked(words)
         if len(list(folder.glob("*.mp4"))) == len(asked):
             return
-        lines = folder.parent / f"{folder.name}.txt"
-        write_text(lines, "".join(f"{each.prompt} --d {seed}\n" for seed, each in asked.items()))
-        files = ["--task", "t2v-1.3B", "--dit", str(dit), *TEXTS, *IN_FLOAT32]
-        how = ["--sample_solver", "vanilla", "--flow_shift", "3", "--output_type", "both", "--device", "cpu"]
-        wan_generate_video.main(
-            [*files, *CLIP, *how, *options, "--from_file", str(lines), "--save_path", str(folder)]
-        )
+        make_clips(folder, dit, options, asked)
 
     def asked(self, words: bool) -> Mapping[int, Asked]:
         """Return the prompts with or without the word, by seed."""
@@ -234,6 +274,39 @@ class Trial:
         return float((made - reference).square().mean().sqrt())
 
 
+def run_training(dit: Path, data: Path, path: Path, options: Sequence[str]) -> None:
+    """Train a LoRA of rank 16 on the data and write it to `path`."""
+    network = "--network_module networks.lora_wan --network_dim 16 --network_alpha 16 --learning_rate 3e-3"
+    times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision no --sdpa"
+    files = ["--dit", str(dit), *TEXTS, "--output_dir", str(path.parent), "--output_name", path.stem]
+    dataset = ["--dataset_config", str(data), "--max_data_loader_n_workers", "0"]
+    words = ["--task", "t2v-1.3B", *IN_FLOAT32, *files, *dataset, *network.split(), *times.split()]
+    wan_train_network.main([*words, "--lr_scheduler", "cosine", *options])
+
+
+def make_clips(folder: Path, dit: Path, options: Sequence[str], asked: Mapping[int, Asked]) -> None:
+    """Generate the clips that prompts ask for; keep latents and videos."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lines = folder.parent / f"{folder.name}.txt"
+    write_text(lines, "".join(f"{each.prompt} --d {seed}\n" for seed, each in asked.items()))
+    files = ["--task", "t2v-1.3B", "--dit", str(dit), *TEXTS, *IN_FLOAT32]
+    how = ["--sample_solver", "vanilla", "--flow_shift", "3", "--output_type", "both", "--device", "cpu"]
+    wan_generate_video.main(
+        [*files, *CLIP, *how, *options, "--from_file", str(lines), "--save_path", str(folder)]
+    )
+
+
+def keep_latents(made: Path, cache: Path) -> None:
+    """Replace the latents of cached clips by those that they were decoded from."""
+    for path in made.glob("*_latent.safetensors"):
+        stem = path.stem.removesuffix("_latent")
+        (entry,) = (one for one in cache.glob(f"{stem}_*_wan.safetensors"))
+        tensors = load_file(entry)
+        (name,) = (name for name in tensors if name.startswith("latents_"))
+        tensors[name] = load_file(path)["latent"].to(tensors[name].dtype)
+        save_tensors(entry, tensors)  # without the record, which is of what was encoded
+
+
 def _base_way() -> Way:
     return next(way for way in WAYS if way.is_of_base)
 
@@ -259,6 +332,12 @@ def report(trial: Trial, seeds: Sequence[int]) -> None:
         "distilled model, no LoRA": [before],
         "pocket model in 4 steps": [trial.figures_known("base_few")],
     }
+    for name, title in (
+        ("adapter_few", "training adapter alone, 4 steps"),
+        ("adapter_many", "training adapter alone, 20 steps with guidance"),
+    ):
+        if (trial.folder / "made" / name).exists():
+            rows[title] = [trial.figures_known(name)]
     for way in WAYS:
         names = [f"{_slug(way)}_{seed}" for seed in seeds]
         rows[way.name] = [trial.figures(name) for name in names if trial.is_measured(name)]

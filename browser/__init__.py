@@ -5,6 +5,7 @@ bin_folder: what pages have removed, until it is emptied
 caption_keys: form of the keys of captions in JSON
 captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
+check_lines: forms of lines of checks and of model files
 checklist: rows of a folder, each with its remedy
 command_lines: a command as it can be typed in any folder
 command_output: printed lines, with their files and a remedy

@@ -157,6 +157,14 @@ class ComparedFile:
         """Name of the file without its ending and without the suffix of the expert."""
         return self.name.removesuffix(".safetensors").removesuffix(f"_{LOW_NOISE}")
 
+    @property
+    def step_title(self) -> str:
+        """The step if the name says only the run and the step, else the name."""
+        name = re.escape(self.source.run.name)
+        if re.fullmatch(rf"{name}-step\d+", self.title):
+            return say("step %(step)s", step=f"{self.step:,}")
+        return self.title
+
     def samples(self) -> Iterator[SampleRow]:
         """Yield the samples that the training generated with exactly these weights.
 

@@ -85,7 +85,7 @@ class ComparePages:
             "comparison": comparison,
             "cells": cells,
             "chosen": {file.key for file in comparison.columns},
-            "titles": [file.title for file in comparison.columns],
+            "titles": [file.step_title for file in comparison.columns],
             "others": further,
             "bare": compare.find_without_files(further),
             "missing": count_missing(cells),

@@ -338,7 +338,7 @@ class GeneratePages:
             is_there = all(path.exists() for path in paths)
             group = say("Models on disk") if is_there else say("Models to load")
             value = f"model {model.family} {model.task}"
-            groups[group].append((value, join(" · ", (model.title, say(model.about)))))
+            groups[group].append((value, join(" · ", (say(model.title), say(model.about)))))
         return {title: sources for title, sources in groups.items() if sources}
 
     @staticmethod

@@ -440,9 +440,12 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     for command in commands:
         if script is not None and is_script and command.path.name == script.name:
             return command, count
-    hint = did_you_mean(
-        word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands], MIN_SIMILAR
-    )
+    typed = word.rpartition("/")[2]
+    names = [command.path.name for command in commands]
+    if word.startswith("reelsmith "):
+        typed = words[1]
+        names = [command.words[0] for command in commands]
+    hint = did_you_mean(typed[:LONGEST_NAME], names, MIN_SIMILAR)
     raise OptionError(
         say(
             "%(word)s is no command of this program.%(hint)s A job is a line such as "

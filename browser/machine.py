@@ -176,7 +176,7 @@ class MachineLine:
         things += self._list_jobs(runs)
         render_job = self.site.render_worker.current
         if render_job is not None:
-            parts = [say("making with %(title)s", title=render_job.title)]
+            parts = [say("making with %(title)s", title=render_job.shown_title)]
             if render_job.steps:
                 parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
             things.append(RunningThing(join(", ", parts), "/generate"))
@@ -184,7 +184,7 @@ class MachineLine:
             if download.state == RUNNING:
                 words = say(
                     "loading %(title)s%(progress_words)s",
-                    title=download.files.model.title,
+                    title=say(download.files.model.title),
                     progress_words=download.progress_words,
                 )
                 things.append(RunningThing(words, "/models#loading"))

@@ -54,7 +54,9 @@ class ModelPart:
     def shown_size(self) -> str:
         """Size of the part on disk or, if it is not there, of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
-        return say("a few MB") if known is None else gigabytes(known)
+        if known is None:
+            return say("not known") if "LoRA" in self.component.role else say("a few MB")
+        return gigabytes(known)
 
     @property
     def state(self) -> str:
@@ -301,7 +303,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
                 say(
                     "%(name)s is no part of %(title)s on disk (any more). Look at it again.",
                     name=name,
-                    title=files.model.title,
+                    title=say(files.model.title),
                 )
             )
     if not chosen:

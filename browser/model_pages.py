@@ -183,7 +183,7 @@ class ModelPages:
                     say(
                         "%(shared)s is being loaded for %(title)s: stop that first.",
                         shared=shared[0],
-                        title=download.files.model.title,
+                        title=say(download.files.model.title),
                     )
                 )
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
@@ -198,7 +198,7 @@ def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, lis
     """Return the complete tasks on disk that also use each part of a task, by the part's path."""
     complete = {task.name for task in tasks if task.is_there and task.name != files.name}
     return {
-        part.path: [model.title for model in part.models if name_task(model) in complete]
+        part.path: [say(model.title) for model in part.models if name_task(model) in complete]
         for part in files.parts
     }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from browser.folders import MediaFolder
+from browser.printed_lines import translate_file_kind, translate_line
 from checkpoints.first_bytes import describe_kind as describe_beginning
 from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import kind_of
@@ -179,7 +180,7 @@ def describe_file(text: str) -> str:
             if not start:
                 return say("It is empty. Download or copy it again.")
             if is_pointer_or_page(start):
-                return f"It {describe_beginning(start)}"
+                return translate_line(f"It {describe_beginning(start)}")
             header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
         return say("It cannot be read: %(error)s. Download or copy it again.", error=error)
@@ -193,7 +194,7 @@ def describe_file(text: str) -> str:
     kind = kind_of(header.entries)
     return say(
         "%(kind)s, %(size_bytes)s",
-        kind=kind or "a file of no model that is known here",
+        kind=translate_file_kind(kind),
         size_bytes=gigabytes(size_bytes),
     )
 
@@ -233,7 +234,8 @@ def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, si
         timeout=MISFIT_SECONDS,
     )
     if process.returncode == 1 and process.stdout:
-        return escape_control_codes(process.stdout)
+        text = escape_control_codes(process.stdout)
+        return join("\n", [translate_line(line.strip()) for line in text.splitlines()])
     return ""
 
 

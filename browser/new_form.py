@@ -39,6 +39,7 @@ OF_ALL_FILES = {
 OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
 KIND_TITLES = {  # by the names of the kinds of runs
     "lora": say("a LoRA"),
+    "adapter": say("a training adapter"),
     "lllite": say("a ControlNet-LLLite"),
     "controlnet": say("a ControlNet"),
     "embedding": say("an embedding"),
@@ -48,6 +49,10 @@ KIND_NOTES = {
     "lora": say(
         "A LoRA is a small file beside the model, right for a person, an object or a style. The whole model "
         "learns a domain of hundreds of files."
+    ),
+    "adapter": say(
+        "A LoRA that unlearns what the model was distilled for. Other LoRAs are trained with it and used "
+        "without it. It learns best from pictures that the model made itself."
     ),
     "lllite": say(
         "Small networks that follow control pictures: edges, depth or poses. These lie in a folder "

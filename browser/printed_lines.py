@@ -8,6 +8,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from browser.check_lines import (
+    FAULT_LINE,
+    FAULTS,
+    FILE_KINDS,
+    LINES_OF_CHECKS,
+    PARTS_OF_CHECKS,
+    UNKNOWN_FILE,
+    UNREAD_FILES,
+    UNREAD_LINES,
+)
+from modules.console import count_words
 from modules.pages.language import Words, join, say
 from training.reports.history import PageCommand
 
@@ -143,11 +154,6 @@ LINES = (
     say("The run can begin: %(command)s"),
     say("caches: %(valid)s files are valid, %(new)s items need encoding"),
     say("caches of %(name)s: %(valid)s are valid, %(new)s captions need encoding"),
-    say(
-        "Training on it, without %(items)s for validation: %(batches)s batches an epoch, as many "
-        "steps without accumulation"
-    ),
-    say("Training on it: %(batches)s batches an epoch, as many steps without accumulation"),
     say("left out: %(reason)s"),
     say("%(names)s: left out, %(reason)s"),
     say("%(names)s: shorter than %(frames)s frames (at %(fps)s a second)"),
@@ -169,7 +175,6 @@ LINES = (
     say("%(licence)s: %(terms)s. https://%(address)s"),
     say("wrote %(file)s"),
     say("dataset.toml, [[datasets]] %(table)s: %(images)s, %(items)s"),
-    say("%(size)s: %(n)s items x %(repeats)s, %(batches)s batches of %(batch)s"),
     # why a model cannot be trained whole
     say("the file of %(model)s has weights in 8 bits, in which steps would be lost"),
     say("%(model)s has no script that trains it whole"),
@@ -302,6 +307,8 @@ PARTS = (
     say("caching captions"),
     say("training"),
 )
+COUNT = "%(n)s"
+OF_FILES = ("file_kind", "wanted", "what", "other", "of_file", "families")  # of what a file is
 OF_CATALOGUE = ("about", "terms")  # placeholders of whole texts of the catalogue, which pages translate too
 # titles of the commands that can follow a run, and sentences below them
 COMMANDS = (
@@ -362,7 +369,12 @@ def is_for_terminal(line: str) -> bool:
 
 def translate_line(line: str) -> str:
     """Return a printed line as a text that pages translate; a line in an unknown form unchanged."""
-    return _find(line, LINES) or line
+    return _find(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
+
+
+def translate_file_kind(kind: str | None) -> str:
+    """Return what a model file is, as `checkpoints.kinds.kind_of` says, as a text that pages translate."""
+    return UNKNOWN_FILE if kind is None else _find(kind, FILE_KINDS) or kind
 
 
 def translate_reason(text: str) -> str:
@@ -393,11 +405,30 @@ def _find(text: str, forms: Sequence[Words]) -> Words | None:
     return None
 
 
+def _find_fault(line: str) -> Words | None:
+    """Return a line of faults of one kind with their count: `2 have no caption:`."""
+    number, _, words = line.removesuffix(":").partition(" ")
+    if not line.endswith(":") or not number.isdigit():
+        return None
+    for form in FAULTS:
+        key = form.key
+        if number == "1":
+            key = count_words(1, key.replace(COUNT, "", 1).strip()).replace("1", COUNT, 1)
+        values = _read_values(key, line[:-1])
+        if values is not None:
+            fault = Words(line[:-1], form.key, values)
+            return Words(line, FAULT_LINE.key, {"fault": fault})
+    return None
+
+
 def _find_part(name: str, value: str) -> str:
     """Return what stands in a placeholder, as a text that pages translate if it has a known form."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
-    return _find(value, (*REASONS, *PARTS)) or value
+    if name == "kinds":  # of files that are not read
+        return join("; ", [_find(one, (UNREAD_FILES,)) or one for one in value.split("; ")])
+    parts = (*REASONS, *PARTS_OF_CHECKS, *PARTS)
+    return _find(value, (*FILE_KINDS, *parts) if name in OF_FILES else parts) or value
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:

@@ -319,7 +319,8 @@ def _find_key(flag: str, defaults: ScriptDefaults) -> str:
 def is_driven(model: ModelSet) -> bool:
     """Return whether pages can generate with a model, which requires a script that takes requests."""
     scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
-    return bool(scripts.intersection(model.commands.get("generate", "").split()))
+    is_of_script = bool(scripts.intersection(model.commands.get("generate", "").split()))
+    return is_of_script and not model.has_adapter
 
 
 def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
@@ -347,7 +348,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         for flag in HALF_FLAGS:
             options.pop(flag, None)
     return _make_recipe(
-        title=model.title,
+        title=say(model.title),
         family=families[script],
         options=options,
         folder=folder,

@@ -72,6 +72,11 @@ class RenderJob:
         return " ".join(str(self.request.get("prompt", "")).split())
 
     @property
+    def shown_title(self) -> str:
+        """Title of the model, as a text that pages translate."""
+        return say(self.title)
+
+    @property
     def shown_doing(self) -> str:
         """`doing` for a page: texts of this program are translated, texts from files stay as they are."""
         return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)

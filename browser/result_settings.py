@@ -84,7 +84,7 @@ class ResultSettings:
     @property
     def title(self) -> str:
         """Display name of the model."""
-        return model_title(self.get("model_type"), self.get("task"))
+        return say(model_title(self.get("model_type"), self.get("task")))
 
     @property
     def family(self) -> str:

@@ -27,7 +27,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size, video_info
 from modules.pages.language import join, language, say
-from modules.pages.page import END, PRIVATE, link, render_page
+from modules.pages.page import END, PRIVATE, link, render_page, show_unscripted
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.reports.history import BEFORE_TRAINING, SHOWN, Points, Start, Story
 from training.reports.page import (
@@ -196,8 +196,10 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
 
 def linked_clip(name: str, prompt: str, step: int) -> Markup:
     """Return the HTML of a sample, which the page's script loads by its address."""
-    tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
-    return Markup(tag).format(link(SAMPLES, name), say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
+    tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}">{2}</span>'
+    address = link(SAMPLES, name)
+    label = say("%(prompt)s, step %(step)s", prompt=prompt, step=step)
+    return Markup(tag).format(address, label, show_unscripted(address))
 
 
 def run_page(

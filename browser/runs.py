@@ -23,7 +23,7 @@ from downloads.catalogue import model_title
 from modules.atomic_write import identify_machine
 from modules.errors import OutputError
 from modules.limits import MAX_LINE_CHARACTERS
-from modules.pages.language import say_duration
+from modules.pages.language import say, say_duration
 from modules.paths import is_on_foreign_share
 from modules.text_files import real_path
 from training.reports.history import (
@@ -106,7 +106,7 @@ class RunSummary:
     @property
     def title(self) -> str:
         """Display name of the model."""
-        return model_title(self.model)
+        return say(model_title(self.model))
 
     @functools.cached_property
     def id(self) -> str:

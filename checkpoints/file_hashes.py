@@ -20,6 +20,11 @@ def short_hash(path: Path) -> str:
         return hashlib.sha256(file.read(_BYTES)).hexdigest()[:8]
 
 
+def name_base(file: Path) -> str:
+    """Return the name and short hash of a model's file, by which an adapter's metadata name its base."""
+    return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
+
+
 def full_hash(path: Path) -> str:
     """Return the SHA-256 of a file.
 

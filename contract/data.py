@@ -134,6 +134,11 @@ class Batch:
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
     # custom_attributes that are on in the table of each sample; () if no table has some
     attributes: tuple[frozenset[str], ...] = ()
+    # of the table of each sample: what training may keep clean, top, left, bottom, right in pixels; () if no
+    # table has some
+    crop_regions: tuple[tuple[int, ...] | None, ...] = ()
+    # likewise beginnings and ends of its audio, in seconds of the clip; () if no table names files of them
+    given_times: tuple[tuple[tuple[float, float], ...] | None, ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch

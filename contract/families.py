@@ -238,11 +238,6 @@ def caption_formats() -> Mapping[str, "CaptionFormat"]:
     return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
 
 
-def read_names() -> list[ModuleType]:
-    """Return the `names` module of every family, in the order of `FOLDERS`."""
-    return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
-
-
 def list_same_latents(name: str) -> frozenset[str]:
     """Return the names of all models that share a model's latent space, including the model itself.
 
@@ -262,7 +257,7 @@ def list_same_latents(name: str) -> frozenset[str]:
 @cache
 def family_marks() -> Marks:
     """Return the tensors that identify families: first those that only one family has, then shared ones."""
-    read = read_names()
+    read = [import_own(f"{folder}.names") for folder in FOLDERS.values()]
     marks = (mark for names in read for mark in names.MARKS)
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 

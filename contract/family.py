@@ -33,11 +33,25 @@ from contract.data import (
 from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from contract.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 from modules.integers import ceil_div
 
 if TYPE_CHECKING:  # a generation fits no images to buckets
     from modules.media.buckets import Fit, Size
+
+
+class GivesTokens(Protocol):
+    """Which latents of a micro-batch training keeps clean, beside first frames. Workers get a copy."""
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
+        """Draw them for each sample; None if there are none.
+
+        Raises:
+            DatasetError: If everything would be given.
+        """
+
+    def always(self) -> "GivesTokens":
+        """Return the same with all probabilities at 1, for measurements of memory."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class NoiseSpec:
     vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
     # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
     first_frame_probability: float = 0.0
+    gives: GivesTokens | None = None
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
     cut_logit: rules.CutLogit | None = None  # of the sampler cut_logit_normal
     # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
@@ -401,6 +416,7 @@ class Abilities:
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
     take_words: bool = False  # it is a `contract.brought_words.TakesWords`
     learn_words: bool = False  # it is a `LearnsWords` of the feature embedding
+    inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
 
 

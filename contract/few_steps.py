@@ -80,7 +80,7 @@ class FewSteps:
     def instead(self) -> str:
         """Return the advice to users who train a LoRA on the distilled model, without the final period."""
         if not self.base:
-            return "Give one of the targets that keep it"
+            return f"Give --training_adapter with {self.adapter}, or one of the targets that keep {self.lost}"
         says = f"Train on {self.base}"
         if self.also:
             says += f", whose LoRAs work on {self.also} too"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -74,10 +74,6 @@ class MakesNetwork(Described, Protocol):
         """The additional network that this run trains next to the frozen model; None if it trains a LoRA."""
 
 
-def _may_make(family: Described) -> TypeGuard[MakesNetwork]:
-    return family.can.make_network
-
-
 def made_network_of(family: Described) -> MadeNetwork | None:
     """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
-    return family.made_network if _may_make(family) else None
+    return cast(MakesNetwork, family).made_network if family.can.make_network else None

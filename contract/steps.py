@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contract.data import Conditions, Joint, MediaEncoders, add_batch_axis
 from contract.rules import ConsistencyRules
+from modules.devices import send_ahead
 
 if TYPE_CHECKING:  # caching has no use for attention and positions
     from modules.attention.attend import Steer
@@ -77,6 +78,31 @@ class Turn:
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
+WHOLE = 1000  # share of a latent that is entirely given
+
+
+@dataclass(frozen=True, eq=False)
+class GivenTokens:
+    """How much of each latent of a clip is given: 0 is noisy, WHOLE is clean.
+
+    At a noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
+    int16, which stays on the host.
+    """
+
+    image: Tensor | None = None  # B 1 F H W; None: nothing is given
+    audio: Tensor | None = None  # B 1 T 1
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
+        """Return a copy with `move` applied to every tensor."""
+        image = None if self.image is None else move(self.image)
+        return GivenTokens(image, None if self.audio is None else move(self.audio))
+
+
+def clean_share(given: Tensor, like: Tensor) -> Tensor:
+    """Return shares of `GivenTokens` as 0..1, float32, on the device of another tensor."""
+    return send_ahead(given, like.device).float() / WHOLE
+
+
 @dataclass(frozen=True, eq=False)
 class Overrides:
     """Changes to a single call of the network.
@@ -93,6 +119,7 @@ class Overrides:
     embedded_guidance: bool = True  # False: the network's input for it is left out
     # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
     given_frames: int = 0
+    given: GivenTokens | None = None  # likewise single latents; velocities are multiplied by 1 - their share
     joint: Joint | None = None  # the noisy latents are B N of an image and its sound; timesteps B or B 2
     # what a network keeps between the passes of a section; None: it may keep nothing
     section_cache: dict[Any, Any] | None = None
@@ -142,6 +169,7 @@ class Overrides:
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
+            given=self.given or all_passes.given,
             joint=self.joint or all_passes.joint,
             section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
         )
@@ -164,6 +192,26 @@ class Anchor:
         return replace(self, latents=self.latents.to(device), changed=changed)
 
 
+@dataclass(frozen=True, eq=False)
+class HeldLatents:
+    """Clean latents, some of which are kept while denoising; tensors have the form of the noisy latents."""
+
+    clean: Tensor
+    shares: Tensor  # float32, 0..1 of each latent; a clean prediction is mixed with as much of `clean`
+
+    def to(self, device: torch.device) -> "HeldLatents":
+        """Return the record with its tensors on `device`."""
+        return HeldLatents(self.clean.to(device), self.shares.to(device))
+
+    def put_whole(self, latents: Tensor) -> Tensor:
+        """Return the latents with those inserted that are kept entirely."""
+        return torch.where(self.shares == 1, self.clean, latents)
+
+    def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
+        """Return the velocity of a step by which the clean prediction has its share of `clean`."""
+        return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
+
+
 @dataclass(frozen=True)
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
@@ -180,6 +228,7 @@ class Section:
     # `overrides.given_frames` tells the network
     given: Tensor | None = None
     given_audio: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
+    held: HeldLatents | None = None  # single latents that are kept; `overrides.given` tells the network
     anchor: Anchor | None = None
     previous: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar

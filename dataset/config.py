@@ -31,7 +31,7 @@ from dataset.timestep_keys import find_unused, find_window_error
 from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
-from modules.run_limits import describe_outside
+from modules.run_limits import describe_outside, is_limited
 from modules.text_files import real_path
 
 if TYPE_CHECKING:  # torch is not loaded to read a file
@@ -87,7 +87,8 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
                 )
         tables = _read_tables(path, content, errors)
     _check_cache_folders(tables, errors)
-    tables = _share_folders(tables)
+    if len(tables) > 1:
+        tables = _share_folders(tables)
     if errors:
         lines = [f"{path} cannot be used:", *errors[:MAX_LISTED]]
         if len(errors) > MAX_LISTED:
@@ -141,7 +142,8 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
                 f"{table.place}: cache_directory = {folder}: {existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
-        problems += _places_elsewhere(table)
+        if table.download_directory is not None or is_limited():
+            problems += _places_elsewhere(table)
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
@@ -172,10 +174,8 @@ def _places_elsewhere(table: DatasetTable) -> list[str]:
     ]
 
 
-def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose tables keep downloads in a folder; None: where they say."""
-    if folder is None:
-        return config
+def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
+    """Return a configuration whose tables keep downloads in a folder, not where they say."""
     if not any(form_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
@@ -306,7 +306,8 @@ def with_references(
         )
     errors: list[str] = []
     for table in config.datasets:
-        errors += _clip_reference_errors(table, rules, instead)
+        if table.reference_directory is not None or table.control_mask_directory is not None:
+            errors += _clip_reference_errors(table, rules, instead)
         if rules is None or rules.clips:
             errors += _find_image_reference_errors(table)
     if errors:
@@ -408,7 +409,7 @@ def _read_table(
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
-    fields["own"] = read_own_keys(form, media_key, values)
+    fields["own"] = None if form.keys is None else read_own_keys(form, media_key, values)
     fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:
         fields[form.source] = values[media_key]

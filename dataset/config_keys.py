@@ -167,6 +167,17 @@ TARGET_FPS = number(
     lambda value: RATES[0] <= value <= RATES[1], f"a number above 0, such as 25 ({RATES[0]} to {RATES[1]})"
 )
 SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RATE.allowed)
+REGION = form_of(
+    list,
+    lambda value: (
+        len(value) == 4
+        and all(type(number) is int and 0 <= number <= LONGEST_SIDE for number in value)
+        and value[0] < value[2]
+        and value[1] < value[3]
+    ),
+    "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]",
+    tuple,
+)
 SIZE = Form(
     _size,
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "

@@ -56,7 +56,9 @@ def cache_family_latents(
             values = option_values(family_options)
             for name, option, why in entry.encoders:
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
-        config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
+        config = load_dataset_config(options.dataset_config)
+        if options.download_directory is not None:
+            config = with_downloads(config, options.download_directory)
         # of families with audio, whose options may say where the sound is
         audio_files = getattr(family_options, "audio_files", None)
         if audio_files is not None:
@@ -107,7 +109,9 @@ def cache_family_texts(
     from modules.repeated_options import join_options, repeat_given
 
     with name_as_typed(options.typed_names):
-        config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
+        config = load_dataset_config(options.dataset_config)
+        if options.download_directory is not None:
+            config = with_downloads(config, options.download_directory)
 
         entry.say_notice()
         print_loading()

@@ -169,6 +169,10 @@ class DatasetTable:
     prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
     # strength of the network while it learns these items; of sliders
     network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
+    # what training may give of items: a rectangle of images, and parts of the audio, whose seconds are in
+    # files named like the clips
+    spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
+    audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
     # noise levels in training, as the options of these names say; None: the option's value
     min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
     max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
@@ -347,12 +351,10 @@ class DatasetTable:
 
         They are JSON values, folders by name.
         """
-        defaults: list[tuple[Any, dict[str, Any]]] = [(self, defaults_of(stale))]
-        if self.own is not None:
-            defaults.append((self.own, _defaults_in(type(self.own), stale)))
         values = {}
-        for record, of_record in defaults:
-            for name, default in of_record.items():
+        records: list[Any] = [self] if self.own is None else [self, self.own]
+        for record in records:
+            for name, default in defaults_of(stale, record.__class__).items():
                 value = getattr(record, name)
                 if value != default:
                     values[name] = _as_json(value)
@@ -436,13 +438,8 @@ def declared_keys(record: Any) -> dict[str, forms.TableKey]:
 
 
 @functools.cache
-def defaults_of(stale: Stale) -> dict[str, Any]:
-    """Return the defaults of a table's keys with these `stale` flags."""
-    return _defaults_in(DatasetTable, stale)
-
-
-def _defaults_in(record: Any, stale: Stale) -> dict[str, Any]:
-    """Return the defaults of a record's keys with these `stale` flags."""
+def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
+    """Return the defaults of the keys with these `stale` flags that a record declares."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
     return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}
 

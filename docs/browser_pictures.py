@@ -186,6 +186,7 @@ def find_pages(served: Served) -> dict[str, str]:
     dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
     clips = served.runs.tops[0] / "blorp_clips"
     form = {"folder": str(clips), "family": "wan", "task": "t2v-1.3B", "trigger": "blorp"}
+    form |= {f"file_{part}": str(ROOT / "pocket" / f"{part}.safetensors") for part in ("dit", "vae", "t5")}
     return {
         "list": "/",
         "run": run,
@@ -319,8 +320,10 @@ def fill_new(page: Any, is_wide: bool) -> None:
     if not described.count():
         page.get_by_role("button", name="Prepare").click()
         described.wait_for(timeout=120_000)
-        page.get_by_role("button", name=re.compile("^(Download the model|Check|Start)")).wait_for()
-    if not is_wide:
+        page.get_by_role("button", name="Start", exact=True).wait_for(timeout=120_000)
+    if is_wide:
+        page.evaluate("scrollTo(0, 0)")
+    else:
         page.locator("#progress h2").first.evaluate("heading => heading.scrollIntoView()")
 
 

@@ -92,7 +92,7 @@ def _order(component: Component) -> tuple[int, str]:
             "--ltx2_video_vae",
             "--ltx2_audio_vae",
         ),
-        *("--spatial_upsampler_path", "--distilled_lora_path"),
+        *("--spatial_upsampler_path", "--distilled_lora_path", "--training_adapter"),
         *("--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model", "--model_dir", "--background", "--depth"),
         *("--clip_guidance_model", "--vgg16_guidance_model"),

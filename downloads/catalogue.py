@@ -12,6 +12,9 @@ from modules.command import as_typed
 
 # the commands of a set, in the order they are run; sets of tools name theirs
 STEPS = ("latents", "texts", "train", "generate")
+TRAINING_ADAPTER = "--training_adapter"
+WITH_ADAPTER = "-adapter"  # end of the task of a set with one
+OTHER_KINDS = ("whole", "lllite", "controlnet", "embedding")  # kinds of runs that take no training adapter
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ class ModelSet:
     usual: Mapping[str, Any]  # what counts where nothing is said, by fields of a form; see catalogue.toml
 
     @property
+    def has_adapter(self) -> bool:
+        """Return whether the set is another one and a training adapter, which generations do not use."""
+        return any(part.option == TRAINING_ADAPTER for part in self.components)
+
+    @property
     def family_title(self) -> str:
         """Name of the family as documents and lists show it."""
         return family_title(self.family)
@@ -133,8 +141,32 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
         chosen = [components[name] for name in entry["components"]]
         if fp8_encoders:
             chosen = [components[part.in_fp8] if part.in_fp8 else part for part in chosen]
-        sets.append(_read_set(entry, catalog["family"][entry["family"]], chosen))
+        model = _read_set(entry, catalog["family"][entry["family"]], chosen)
+        sets.append(model)
+        if "adapter" in entry:
+            sets.append(_with_adapter(model, components[entry["adapter"]]))
     return tuple(sets)
+
+
+def find_adapted(model: ModelSet) -> ModelSet | None:
+    """Return the set of a model that has its training adapter too; None if none is released."""
+    task = f"{model.task}{WITH_ADAPTER}"
+    return next((one for one in model_sets() if (one.family, one.task) == (model.family, task)), None)
+
+
+def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
+    """Return the set that trains a LoRA on a distilled model with a training adapter."""
+    placeholder = f"{{{TRAINING_ADAPTER.lstrip('-')}}}"
+    train = f"{model.commands['train']} {TRAINING_ADAPTER} {placeholder}"
+    return replace(
+        model,
+        task=f"{model.task}{WITH_ADAPTER}",
+        title=f"{model.title} with a training adapter",
+        about=f"{model.about}, to train with an adapter",
+        components=(*model.components, adapter),
+        commands={**model.commands, "train": train},
+        data={**model.data, **dict.fromkeys(OTHER_KINDS, "")},
+    )
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:

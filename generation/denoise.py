@@ -77,6 +77,8 @@ def denoise(
         velocity = guidance(
             step, predictor(family, dit_at, step, split, section.overrides, section.clean_streams), section
         ).float()
+        if section.held is not None:
+            velocity = section.held.mix_prediction(step, velocity)
         done = steps.StepDone(step, velocity, section)
         wants_to_stop = [watch(done) for watch in watchers]  # a list, so that every watcher is called
         if any(wants_to_stop):
@@ -111,7 +113,7 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's given frames and given audio inserted.
+    """Return the latents with the section's given frames, given audio and held latents inserted.
 
     The given parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance
     that measures the norm of a velocity.
@@ -120,6 +122,8 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
         section: The section to denoise.
         latents: Latents, B C F H W, or B N for video with audio.
     """
+    if section.held is not None:
+        latents = section.held.put_whole(latents)
     joint = section.overrides.joint
     if joint is None:
         return latents if section.given is None else _put_first_frames(latents, section.given)
@@ -409,6 +413,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
         given_audio=None if section.given_audio is None else section.given_audio.to(device),
+        held=None if section.held is None else section.held.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
         away=move(section.away),
     )

@@ -83,7 +83,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
-        blocks = make_block_place(speed, self.device)
+        blocks = make_block_place(speed, self.device) if speed.joined.on.place else None
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
@@ -112,7 +112,8 @@ class DitLoader:
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
         dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks)
-        finish_network(dit, speed, self.device)
+        if speed.joined.on.finish:
+            finish_network(dit, speed, self.device)
         return dit
 
     @staticmethod

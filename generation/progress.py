@@ -20,6 +20,7 @@ from torch import Tensor
 
 from contract.family import Family
 from contract.requests import Prepared
+from contract.rules import Source
 from contract.steps import Piece
 from generation.experts import experts_by_step
 from generation.session import CPU, Session
@@ -74,6 +75,7 @@ def show_start(
         device: Device of the run.
     """
     first = requests[0]
+    source = first.request.source
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
     num_values = sum(_count_latents(family, request) for request in requests)
@@ -87,7 +89,7 @@ def show_start(
         _describe_results(requests, family.latent.has_layers),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
-        ("from", _describe_source(first) if is_single else None),
+        ("from", _describe_source(source, first) if is_single and source is not None else None),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),
         ("folder", str(folder)),
@@ -110,10 +112,7 @@ def _describe_loras(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[st
     return lines
 
 
-def _describe_source(prepared: Prepared) -> str | None:
-    source = prepared.request.source
-    if source is None:
-        return None
+def _describe_source(source: Source, prepared: Prepared) -> str:
     return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
 
 

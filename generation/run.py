@@ -435,7 +435,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         never_beside = False
         lazy = False
-    blocks = make_block_place(options.speed, loader.device)
+    blocks = make_block_place(options.speed, loader.device) if options.speed.joined.on.place else None
     dits = DitTurns(
         family.experts,
         loader.device,

@@ -55,6 +55,8 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     **{name: prompt_lines.LineOption(name, _read_leading_number) for name in ("mu", "y1", "y2")},
     # of networks that see a control image
     "am": prompt_lines.LineOption("control_multiplier", _read_leading_number),
+    # of inpainting models
+    "m": prompt_lines.LineOption("mask_path", prompt_lines.read_path),
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
@@ -82,6 +84,7 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "fs": prompt_lines.LineOption("discrete_flow_shift", _read_leading_number),
     "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
     "i": prompt_lines.LineOption("image_path", prompt_lines.read_path),
+    "img": prompt_lines.LineOption("image_path", prompt_lines.read_path),
     "ei": prompt_lines.LineOption("end_image_path", prompt_lines.read_path),
     "cn": prompt_lines.LineOption("control_video_path", prompt_lines.read_path),
     "ci": prompt_lines.LineOption("control_image_path", prompt_lines.read_path, repeats=True),

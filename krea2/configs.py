@@ -16,6 +16,7 @@ KREA_2 = ModelRelease(
 FEW_STEPS = FewSteps(
     base="raw (raw.safetensors)",
     also="Turbo",
+    adapter="the file of ostris/krea2_turbo_training_adapter",
     targets=(GUIDED, make_transfer_target("raw", "raw.safetensors")),
     unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )

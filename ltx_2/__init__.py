@@ -5,6 +5,10 @@ checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts, LoRA presets
 connectors: from Gemma's states to texts of both streams
 family: the releases, described for the shared loops
+given: parts of clips that are given, in training
+given_media: parts of a result that are kept of other media
+given_media_options: options of the given parts of a generation
+given_options: options of the given parts of clips in training
 files: paths of a run, parts of a released file
 gemma_4: the language model of LTX-2.5's texts
 guidance: weights of guidance by stream, as released

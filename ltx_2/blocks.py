@@ -5,7 +5,7 @@ between the streams. Source: the released code of LTX-2. Norms, modulation and r
 Everything else, including the residual stream, computes in the dtype of its weights or of autocast. Module
 names follow the published checkpoints.
 """
-# Letters: B batch, L video tokens, M sound tokens, T text tokens, S segments (2 with given frames), N heads,
+# Letters: B batch, L video tokens, M sound tokens, T text tokens, S times (2 with given frames), N heads,
 # D head width, C width of a stream, W of the wider one
 
 import math
@@ -71,7 +71,9 @@ class Stream:
     time: Tensor  # B S C float32, embedded
     # B 1 2 C float32: shift and scale of the text, or 0 if no time changes them; None: it has none
     text_rows: Tensor | None
-    num_given: int = 0  # tokens in front whose time is 0; S is 2 if there are any
+    # where tokens have times of their own, S is above 1: how many in front have the first, or of each, B L
+    split: int | Tensor = 0
+    fractions: Tensor | None = None  # S, of the timestep; None: tokens in front are clean, if there are any
     cross: CrossInputs | None = None  # None: it sees no other stream
     part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
@@ -84,14 +86,14 @@ class Stream:
 
     def cut(self, part: "TokenPart") -> "Stream":
         """Return the inputs for the tokens of one process."""
-        cross = self.cross
+        cross, split = self.cross, self.split
         if cross is not None:
             cross = replace(cross, rotary=part.rows(cross.rotary))
         return replace(
             self,
             rotary=part.rows(self.rotary),
             cross=cross,
-            num_given=part.of_first(self.num_given),
+            split=part.take(split) if isinstance(split, Tensor) else part.of_first(split),
             part=part,
         )
 
@@ -242,19 +244,19 @@ class LtxBlock(nn.Module):
         names, first = next(iter(tokens.split(x).items()))
         stream = tokens.streams[names]
         shift, scale, *_ = self._split_rows(names, stream)
-        return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.num_given)
+        return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.split)
 
     def see_itself_and_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Add to a stream, B L C, its attention to itself and to its text."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
         shift, scale, gate, _, _, _, *text_rows = self._split_rows(names, stream)
-        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
-        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.num_given)
+        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
+        x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.split)
 
         text_shift, text_scale, text_gate = text_rows or (None, None, None)
-        h = modulate(norm_tokens(x.float()), text_shift, text_scale, tokens.dtype, split=stream.num_given)
-        return add_gated(x, text_gate, self._see_text(names, h, tokens), stream.num_given)
+        h = modulate(norm_tokens(x.float()), text_shift, text_scale, tokens.dtype, split=stream.split)
+        return add_gated(x, text_gate, self._see_text(names, h, tokens), stream.split)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""
@@ -281,8 +283,8 @@ class LtxBlock(nn.Module):
         video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.rows).unbind(2)
         h = norm_tokens(x.float())
         return {
-            VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=stream.num_given),
-            SOUND: modulate(h, audio_shift, audio_scale, tokens.dtype, split=stream.num_given),
+            VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=stream.split),
+            SOUND: modulate(h, audio_shift, audio_scale, tokens.dtype, split=stream.split),
         }
 
     def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
@@ -290,8 +292,12 @@ class LtxBlock(nn.Module):
         stream = tokens.streams[names]
         rows = self._split_rows(names, stream)[3:6]
         layer = getattr(self, f"{names.prefix}ff")
+        if isinstance(stream.split, Tensor):  # not in pieces, which would have the rows of all tokens
+            shift, scale, gate = rows
+            h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
+            return add_gated(x, gate, layer(h), stream.split)
         parts = []
-        for part, *row in split_segments(stream.num_given, rows, x):
+        for part, *row in split_segments(stream.split, rows, x):
             # without names: code that computes it in pieces takes arguments by their order
             parts.append(self.feed_forward(part, layer, tokens.dtype, *row))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

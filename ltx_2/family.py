@@ -45,6 +45,15 @@ from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
+from ltx_2.given import make_given_rules, take_masks
+from ltx_2.given_media import (
+    check_media,
+    encode_given_audio,
+    encode_images,
+    hold_given_parts,
+    take_given,
+)
+from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -56,6 +65,7 @@ from ltx_2.options import (
     Ltx2TextCachingOptions,
     Ltx2TrainingOptions,
     log_ignored,
+    with_recipe,
 )
 from ltx_2.reference_options import MOST
 from ltx_2.references import (
@@ -100,6 +110,7 @@ class Ltx2(Ltx2Media):
     audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
+    given: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: parts that are kept of other media
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
     makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
@@ -344,6 +355,7 @@ class Ltx2(Ltx2Media):
         self._check_references(prepared, references)
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
+        check_media(self.given, prepared, self.latent)
         return prepared
 
     def _check_media(self, request: Request) -> None:
@@ -352,6 +364,16 @@ class Ltx2(Ltx2Media):
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
+        whole = {**self.given.image_files, "drive_video": self.drive_video}
+        if request.source is not None and (self.given.image_files or self.given.audio_files):
+            raise OptionError(
+                f"--{request.source.option} and given parts of the result: these start from noise. Leave "
+                "one of them out"
+            )
+        if self.given.image_files and self.drive_video is not None:
+            raise OptionError(
+                f"--drive_video and --{next(iter(whole))}: the video has all frames. Give one of them"
+            )
         if request.image_path is not None:
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
@@ -381,7 +403,9 @@ class Ltx2(Ltx2Media):
 
     def _make_output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
         """Return metadata of outputs about the references and the stages."""
-        metadata = {}
+        metadata = {
+            name: path.name for name, path in {**self.given.image_files, **self.given.audio_files}.items()
+        }
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
         if references and self.reference_strength < 1:
@@ -416,6 +440,7 @@ class Ltx2(Ltx2Media):
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
+            **self.given.image_files,
             "video_path": request.source,
         }
         for name, image in images.items():
@@ -453,6 +478,7 @@ class Ltx2(Ltx2Media):
             prepared.request.image_path is not None
             or self.drive_video is not None
             or bool(prepared.family_record)
+            or bool(self.given.image_files or self.given.audio_files)
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -470,10 +496,27 @@ class Ltx2(Ltx2Media):
     def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the media conditions of a request without stages."""
         conditions = self._encode_references(vae, prepared)
+        conditions |= self._encode_given(vae, prepared)
         pixels = self._read_frames(prepared)
         if pixels is None:
             return conditions
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
+
+    def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the latents of the parts of the result that are kept, and their shares."""
+        media = self.given
+        given = encode_images(
+            media, prepared, lambda pixels: vae.encode(pixels.to(vae.device)).float().cpu(), self.latent
+        )
+        if self.audio is None or not (media.audio_files or media.retake):
+            return given
+        device = torch.device("cpu") if vae is None else vae.device
+        networks = self.audio_networks(device, decodes=False)
+
+        def encode(samples: Tensor, frames: int, fps: float) -> Tensor:
+            return self.encode_audio(networks, samples.to(device), frames, fps)
+
+        return {**given, **encode_given_audio(media, prepared, encode, self.audio)}
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of references, and how strongly the video attends to them."""
@@ -544,10 +587,11 @@ class Ltx2(Ltx2Media):
         def begin(stage: Prepared, number: int, start: Tensor) -> Section:
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
+            given = take_given(conditions)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
-            return section
+            return hold_given_parts(section, given, stage.joint) if given else section
 
         # a rehearsal for memory runs a single stage of the two, too
         if self.stages is None or not prepared.stages:
@@ -592,6 +636,7 @@ def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
+    options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
     # audio alone is trained: images are placeholders, and the noise level depends on the audio
@@ -607,6 +652,8 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         NOISE,
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
+        gives=make_given_rules(options.given),
+        vary_inputs=take_masks if options.given.ltx2_inpaint_mask else None,
     )
     takes_references = options.ic_lora_strategy != "none" and not is_alone
     return Ltx2(
@@ -637,6 +684,7 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         files_of(options, streams),
         options.guidance,
         image_crf=options.image_crf,
+        given=options.given,
         drive_video=options.drive_video,
         stages=two_stages(options.stages),
         references=None if options.ic_lora_strategy == "none" else make_rules(options.references),

@@ -4,7 +4,7 @@ Module names follow the published checkpoints. Source: the released code of LTX-
 differs: attention between the streams is modulated by each stream's own times, and gated by the noise level
 of the other one. `blocks` lists the steps in float32.
 """
-# Letters: B batch, L video tokens, M sound tokens, S segments (2 with given frames), C width of a stream,
+# Letters: B batch, L video tokens, M sound tokens, S times (2 with given frames), C width of a stream,
 # W of the wider one
 
 import math
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
+from contract.steps import NO_OVERRIDES, WHOLE, Overrides
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
@@ -26,6 +26,7 @@ from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid
+from modules.private_torch import disable_modes
 from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import Hidden, run_blocks
 
@@ -63,6 +64,7 @@ class StreamInputs:
     timesteps: Tensor  # B
     given_frames: int  # latent frames in front that are clean
     references: LtxReferences
+    times: "TokenTimes | None" = None  # of single tokens; None: only those in front have a time of their own
 
     @property
     def num_given(self) -> int:
@@ -76,6 +78,31 @@ class StreamInputs:
         if strengths is None:
             return None
         return dim_references(strengths, self.references.counts, math.prod(self.latents.shape[2:]))
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """The times of a stream's tokens, as fractions of its timestep."""
+
+    fractions: Tensor  # S float32, different ones
+    indices: Tensor  # B L int64: the fraction of each token
+
+
+def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
+    """Return the times of tokens whose shares are `given`, and of those in front of them.
+
+    `given` has the shares of the stream's latents, as in `GivenTokens`, B 1 ... on the host.
+    """
+    latents, references = inputs.latents, inputs.references
+    in_given_frames = inputs.num_given - sum(references.counts)
+    with disable_modes():  # they have values even in a rehearsal of memory
+        shares = given.flatten(1).expand(len(latents), -1).clone()
+        shares[:, :in_given_frames] = WHOLE
+        in_front = shares.new_full((len(latents), sum(references.counts)), WHOLE)
+        in_front -= round(WHOLE * references.share)
+        distinct, indices = torch.cat([in_front, shares], dim=1).unique(return_inverse=True)
+    fractions = 1 - distinct.float() / WHOLE
+    return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
 
 
 class LtxModel(nn.Module):
@@ -232,6 +259,10 @@ class LtxModel(nn.Module):
                 given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
+            if overrides.given is not None:
+                given = overrides.given.image if is_video else overrides.given.audio
+                if given is not None:
+                    inputs = replace(inputs, times=find_token_times(inputs, given))
             text_name = "text" if is_video else "audio_text"
             stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
             parts[names] = self._project(inputs, dtype)
@@ -265,7 +296,8 @@ class LtxModel(nn.Module):
             rows=rows,
             time=time,
             text_rows=self._embed_text_times(inputs, rows),
-            num_given=inputs.num_given,
+            split=inputs.num_given if inputs.times is None else inputs.times.indices,
+            fractions=None if inputs.times is None else inputs.times.fractions,
             dimmed=inputs.dim_references(),
         )
 
@@ -325,7 +357,7 @@ class LtxModel(nn.Module):
             table = self._get_layer(names, "scale_shift_table").float()
             shift, scale = (table + stream.time.unsqueeze(2)).unbind(2)  # each B S C
             normed = self._get_layer(names, "norm_out")(stream_x)
-            h = modulate(normed, shift, scale, tokens.dtype, split=stream.num_given)
+            h = modulate(normed, shift, scale, tokens.dtype, split=stream.split)
             out = in_own_dtype(self._get_layer(names, "proj_out"), h).float()
             velocities[names] = _shape_velocity(out, names, tokens)
         return velocities
@@ -345,9 +377,13 @@ class LtxModel(nn.Module):
         """Return rows, B S R C, and times, B S C, of the layer.
 
         If tokens in front have a time of their own, S is 2 and theirs is first: the references' fraction of
-        the timestep, which is 0 if they are clean.
+        the timestep, which is 0 if they are clean. If single tokens have one, S is that of `TokenTimes`.
         """
         timesteps, share = inputs.timesteps, inputs.references.share
+        if inputs.times is not None:
+            times = timesteps[:, None] * inputs.times.fractions  # B S
+            rows, time = layer(times.flatten())
+            return rows.unflatten(0, times.shape), time.unflatten(0, times.shape)
         if inputs.num_given == 0:
             rows, time = layer(timesteps)
             return rows.unsqueeze(1), time.unsqueeze(1)
@@ -395,14 +431,18 @@ class LtxModel(nn.Module):
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
-    Given tokens have the velocity 0. Those of references are cut off, unless they are requested; then the
-    result is B Z L.
+    Given tokens have the velocity 0, and partly given ones their fraction of it. Those of references are cut
+    off, unless they are requested; then the result is B Z L.
     """
     if names is VIDEO and tokens.keeps_references:
         return out.mT
-    num_given = tokens.streams[names].num_given
-    if num_given:
-        out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
+    stream = tokens.streams[names]
+    split = stream.split
+    if isinstance(split, Tensor):
+        assert stream.fractions is not None
+        out = out * stream.fractions[split].unsqueeze(2)
+    elif split:
+        out = torch.cat([torch.zeros_like(out[:, :split]), out[:, split:]], dim=1)
     if names is SOUND:
         return out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
     out = out[:, -math.prod(tokens.grid) :]  # without references

@@ -7,6 +7,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ltx_2.given_media_options import Ltx2GivenMedia
+from ltx_2.given_options import Ltx2GivenParts, check_value, read_recipe
 from ltx_2.model_options import (
     AUDIO,
     VIDEO,
@@ -40,6 +42,7 @@ from modules.output_files import check_output_name
 from modules.speed_options import GENERATION_VALUES, dit_dtype_option
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Ltx2TrainingOptions")
 logger = getLogger(__name__)
 
 NAME = "LTX-2"
@@ -274,6 +277,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         minimum=1,
         facts={**FREE, **OF_SAMPLES},
     )
+    given: Ltx2GivenParts = option(facts=HABIT)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
         "what references are: auto and v2v: clips or images, of tables with reference_directory; none: "
@@ -307,6 +311,8 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
             "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
             "--audio_loss_weight 0": set() if self.audio_loss_weight else {VIDEO},
             "--sample_disable_audio": {VIDEO} if self.silent else set(),
+            "given parts of images": {VIDEO} if self.given.gives_images else set(),
+            "given parts of the audio": {AUDIO} if self.given.gives_audio else set(),
         }
         for words, streams in needs.items():
             if lacking := streams - {*self.model.streams}:
@@ -314,6 +320,39 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 raise OptionError(
                     f"{words}: without {what} nothing would be learned or heard. Give --ltx2_mode av"
                 )
+        for gives, given in ((self.given.gives_images, "v2a"), (self.given.gives_audio, "a2v")):
+            if gives and direction == given:
+                what = "the images" if given == "v2a" else "the audio"
+                raise OptionError(
+                    f"--ltx2_train_direction {direction}: all of {what} is given. Leave the options of given "
+                    "parts out"
+                )
+        if self.given.ltx2_conditioning_config is not None:
+            with_recipe(self)
+
+
+def with_recipe(options: R) -> R:
+    """Return the options with what the file of --ltx2_conditioning_config says, and without this file.
+
+    Raises:
+        OptionError: If the file is wrong, or says something else than an option that is given.
+    """
+    path = options.given.ltx2_conditioning_config
+    if path is None:
+        return options
+    who = f"--ltx2_conditioning_config {path}"
+    values = read_recipe(path, options.model.streams)
+    for record in (options, options.given):
+        for field in fields(record):
+            name = option_name(field)
+            if name in values:
+                values[name] = check_value(name, values[name], who)
+                typed = getattr(record, field.name)
+                if is_given(record, field) and typed != values[name]:
+                    raise OptionError(
+                        f"--{name} {typed} and {who}, which says {values[name]}: give one of them"
+                    )
+    return override_options(options, {**values, "ltx2_conditioning_config": None})
 
 
 class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME, must_give=True):
@@ -338,6 +377,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     guidance: Ltx2GuidanceOptions
     stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
+    given: Ltx2GivenMedia
     silent: bool = _silent()
     sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
     ltx_version = _version()
@@ -376,6 +416,9 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
             raise OptionError("--height and --width: give both")
         if self.drive_video is not None and (self.silent or AUDIO not in self.model.streams):
             raise OptionError(f"--drive_video {self.drive_video}: no sound is made. Give --ltx2_mode av")
+        if self.given.audio_files and (self.silent or AUDIO not in self.streams):
+            name, path = next(iter(self.given.audio_files.items()))
+            raise OptionError(f"--{name} {path}: no sound is made. Give --ltx2_mode av")
         if self.silent and VIDEO not in self.streams:
             raise OptionError("--sample_disable_audio: nothing would be made. Give --ltx2_mode av or v")
 

@@ -33,7 +33,7 @@ DROPOUT = "caption_dropout_rate is a key of the tables of the dataset configurat
 DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
 FROZEN = "a LoRA that does not learn is merged by --base_weights FILE --base_weights_multiplier 1"
-GIVEN = "of given tokens, only the first frame is trained: --ltx2_first_frame_conditioning_p"
+KEYFRAMES = "keyframes behind the clip are not trained; --video_anchor_training gives frames in their place"
 HUBER = "--huber_c and --huber_scale are the threshold of --loss_type huber"
 MANIFEST = "a training needs the caches and the dataset configuration, and no other list"
 MODULES = (
@@ -53,7 +53,7 @@ RATES = (
 )
 REFERENCES = (
     "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
-    "references, and given parts of the result except the first frame (--image_path), are not built"
+    "references are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
@@ -78,6 +78,7 @@ DECODER_SO = "videos are decoded by PyAV, on the CPU."
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
 FLOATS_SO = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
+PER_SAMPLE_SO = "the loss of a clip is the mean over its tokens that are not given."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 AUDIO_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
 AUDIO_SO = (
@@ -177,19 +178,11 @@ TRAINING: Table = {
         ltx2_remote_stage_max_grad_norm=0.0 ltx2_remote_stage_checkpoint_dir:str
         ltx2_remote_stage_prune_local_blocks
     """,
-    GIVEN: """
-        ltx2_spatial_crop ltx2_spatial_crop_p=0.0 ltx2_spatial_crop_invert ltx2_inpaint_mask
-        ltx2_inpaint_mask_p=0.0 ltx2_inpaint_mask_invert ltx2_inpaint_mask_threshold=0.5
-        ltx2_extend_prefix_frames=0 ltx2_extend_suffix_frames=0 ltx2_extend_p=1.0 ltx2_extend_prefix_p:float
-        ltx2_extend_suffix_p:float ltx2_audio_extend_prefix_frames=0 ltx2_audio_extend_suffix_frames=0
-        ltx2_audio_extend_p=1.0 ltx2_audio_extend_prefix_p:float ltx2_audio_extend_suffix_p:float
-        ltx2_audio_inpaint_mask ltx2_audio_inpaint_mask_p=0.0 ltx2_audio_inpaint_mask_invert
-        ltx2_audio_inpaint_mask_threshold=0.5 ltx2_conditioning_config:str
+    KEYFRAMES: """
         keyframe_endpoint_training keyframe_first_frame_p=1.0 keyframe_last_frame_p=1.0
-        keyframe_random_interior_p=0.0 keyframe_max_random_interior=0 video_anchor_training
-        ltx2_graded_conditioning video_anchor_probability=0.5 video_anchor_count=1
-        video_anchor_strategy=endpoints_random video_anchor_strength=1.0
+        keyframe_random_interior_p=0.0 keyframe_max_random_interior=0
     """,
+    PER_SAMPLE_SO: "ltx2_per_sample_loss",
     FLOATS_SO: "full_fp16 full_bf16",
     FROZEN: "frozen_network_weights*:str frozen_network_multiplier*:float",
     HUBER: "huber_delta=1.0",
@@ -244,7 +237,7 @@ TRAINING: Table = {
         differential_guidance_residual_clip=0.0 differential_guidance_adaptive_target_norm=0.0
         differential_guidance_adaptive_target_ratio=0.0 differential_guidance_adaptive_ema=0.95
         differential_guidance_adaptive_rate=0.1 differential_guidance_adaptive_min=0.25
-        differential_guidance_adaptive_max=4.0 ltx2_xm_k=1 ltx2_per_sample_loss audio_silence_regularizer
+        differential_guidance_adaptive_max=4.0 ltx2_xm_k=1 audio_silence_regularizer
         audio_silence_regularizer_weight=1.0 prior_divergence prior_divergence_args*:str tarp
         tarp_args*:str dcr dcr_args*:str av_cross_grad_surgery av_cross_grad_surgery_args*:str
         av_attention_loss_weighting av_attention_loss_max=1.5 av_attention_loss_warmup_steps=400 crepa
@@ -299,9 +292,6 @@ GENERATION: Table = {
     """,
     REFERENCES: """
         sample_include_reference reference_audio:str
-        inpaint_mask:str inpaint_source:str inpaint_invert? inpaint_threshold:float extend_prefix:str
-        extend_prefix_frames:int outpaint_region:str outpaint_source:str drive_audio:str audio_prefix:str
-        audio_prefix_seconds:float audio_inpaint_audio:str audio_inpaint_interval:str
     """,
     DURATION: "ltx2_duration_head,duration-head-path:str",
     SPEED: """

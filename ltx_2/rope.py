@@ -37,7 +37,7 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
     times = [turn(seconds, config.longest[0]) for seconds in _time_latents(config, places)]
     sides = []
     for axis in range(1, num_axes):
-        pixels = _place_latents(places.grid[axis], config.stride[axis]) * places.factors[0]
+        pixels = place_latents(places.grid[axis], config.stride[axis]) * places.factors[0]
         sides.append(turn(pixels, config.longest[axis]))
     tables = [_join([time, *sides], places, config.num_heads) for time in times]
     return tables[0] if len(tables) == 1 else torch.stack(tables)
@@ -46,9 +46,9 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
     """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
     if not places.fps:
-        return [_place_latents(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
+        return [place_latents(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
     _, time_factor = places.factors
-    frames = _place_latents(places.grid[0], config.stride[0], is_causal=True)
+    frames = place_latents(places.grid[0], config.stride[0], is_causal=True)
     # the first latent covers one frame only
     spread = (frames * time_factor - (time_factor - 1)).clamp(min=0)
     return [spread / fps for fps in places.fps]
@@ -69,7 +69,7 @@ def make_row_table(rows: int, longest: float, width: int, heads: int, device: to
     return _turn(THETA, width // 2, device, bounds=numbers, longest=longest).unflatten(1, (heads, -1))
 
 
-def _place_latents(count: int, stride: int, is_causal: bool = False) -> Tensor:
+def place_latents(count: int, stride: int, is_causal: bool = False) -> Tensor:
     """Return start and end of each latent in frames or pixels, count 2; a causal first latent covers one."""
     edges = torch.arange(count + 1, dtype=torch.float32) * stride
     return (edges + 1 - stride).clamp(min=0).unfold(0, 2, 1) if is_causal else edges.unfold(0, 2, 1)

@@ -46,6 +46,7 @@ class H3Config:
 # Source: musubi-tuner's page, which has no recipe of plain training
 FEW_STEPS = FewSteps(
     base="",
+    adapter="the file of ostris/minimax_h3_training_adapter",
     targets=(
         GUIDED,
         KeepingTarget(

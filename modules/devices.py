@@ -76,7 +76,9 @@ def select_device(name: str | None) -> torch.device:
     if device.type not in DEVICES:
         raise OptionError(f"--device {name}: nothing here computes on {device.type}. Use cuda, mps or cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        reason = _explain_unseen_card()
+        from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
+
+        reason = explain_unseen_card(torch.__version__, torch.version.cuda)
         remedy = "Use --device cpu, or install a CUDA build of torch." if reason is None else f"{reason}."
         raise OptionError(f"--device {name}: torch sees no CUDA device. {remedy}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -95,15 +97,11 @@ def select_device(name: str | None) -> torch.device:
 def _warn_of_unseen_card() -> None:
     """Warn once of an NVIDIA card that torch does not see, unless CUDA_VISIBLE_DEVICES chooses cards."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        reason = _explain_unseen_card()
+        from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
+
+        reason = explain_unseen_card(torch.__version__, torch.version.cuda)
         if reason is not None:
             logger.warning("This runs on the CPU: %s.", reason)
-
-
-def _explain_unseen_card() -> str | None:
-    from modules.nvidia_driver import explain_unseen_card  # only if torch sees no card
-
-    return explain_unseen_card(torch.__version__, torch.version.cuda)
 
 
 def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:

@@ -32,6 +32,7 @@ class AcceptedOption(NamedTuple):
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool
     hint: Any  # type of the field
+    types: tuple[Any, ...]  # that its value may have
     choices: tuple[Any, ...] = ()  # all values that it takes; (): any of its type
 
 
@@ -42,11 +43,6 @@ class RepeatedOption(NamedTuple):
     flags: tuple[str, ...]  # all spellings
     typed: str  # the spelling that the user typed
     value: Any
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the option takes no value."""
-        return isinstance(self.value, bool)
 
 
 def accepted_options(
@@ -76,7 +72,10 @@ def accepted_options(
             continue
         spellings = [flag for flag in extra_flags.get(name) or declared_flags if flag != f"--{name}"]
         choices = tuple(settings.get("choices") or ())
-        accepted[name] = AcceptedOption((*spellings, f"--{name}"), hint is bool, hint, choices)
+        types = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        accepted[name] = AcceptedOption(
+            flags=(*spellings, f"--{name}"), is_switch=hint is bool, hint=hint, types=types, choices=choices
+        )
     return accepted
 
 
@@ -143,7 +142,7 @@ def find_names(
     spellings = (option.typed, f"--{option.name}", *option.flags)
     names = dict.fromkeys(by_flag[flag] for flag in spellings if flag in by_flag)
     for name in names:
-        if accepted[name].is_switch == option.is_switch:
+        if accepted[name].is_switch == isinstance(option.value, bool):
             yield name
 
 
@@ -166,13 +165,3 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
         with contextlib.suppress(OptionError):
             return override_options(options, choice)
     return options
-
-
-def types_of(option: AcceptedOption) -> tuple[Any, ...]:
-    """Return the types that an option's value may have."""
-    return typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
-
-
-def is_path_option(option: AcceptedOption) -> bool:
-    """Return whether an option's value is a path."""
-    return Path in types_of(option)

@@ -51,7 +51,9 @@ def answer_running_script() -> None:
 
     Nor in a worker of the script, which has the same words: a file that they name may be gone by then.
     """
-    script = None if _is_worker() else _find_running_script(sys.argv[0])
+    process = sys.modules.get("multiprocessing.process")  # which a worker imports before the script
+    is_worker = process is not None and process.parent_process() is not None
+    script = None if is_worker else _find_running_script(sys.argv[0])
     if script is not None:
         program = " ".join(console_words(script.stem)) if PREFIX else None
         answer_script(script, sys.argv[1:], program)
@@ -99,12 +101,6 @@ def take_answered() -> CommandLine | None:
 
 def _raise(error: UserError) -> None:
     raise error
-
-
-def _is_worker() -> bool:
-    """Return whether multiprocessing has started this process."""
-    process = sys.modules.get("multiprocessing.process")  # which it imports before the script
-    return process is not None and process.parent_process() is not None
 
 
 def _find_running_script(typed: str) -> Path | None:

@@ -79,7 +79,9 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
     allows_abbreviation = table.get("allow_abbrev", True)
     parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
     parser.shown_flags = table.get("shown_flags", {})
-    parser.key_files = [_find_key_file(hint) for hint in table.get("key_files", ())]
+    parser.key_files = [
+        KeyFile(partial(read_entry, "keys", hint), hint) for hint in table.get("key_files", ())
+    ]
     parser.left_out = table.get("left_out", {})
     parser.set_defaults(**parser.left_out)
     parser.changes_values = table.get("changes_values", False)
@@ -220,10 +222,6 @@ def _name_after(flags: Sequence[str]) -> str:
 def _help_of(rejection: Rejection) -> str:
     """Return the help that an option of other programs has if it has no other."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
-
-
-def _find_key_file(hint: str) -> KeyFile:
-    return KeyFile(partial(read_entry, "keys", hint), hint)
 
 
 def describe_parser(parser: Parser) -> dict[str, Any]:

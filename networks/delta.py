@@ -8,7 +8,7 @@ again. Its factors are named by the ends of their tensor names in files. What di
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,37 +36,28 @@ _FULL = {"diff", "diff_b", SET}  # full differences, weights and biases
 _NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Delta:
     """The factors of one module, and how they change its weight and bias."""
 
     factors: Factors
     algebras: tuple[Algebra, ...]  # of the kinds of its factors
+    # whether the module has a weight that replaces the model's weight, as in ComfyUI
+    sets_weight: bool = field(init=False)
+    # whether a tensor of the module has the weight's size: a difference, or one that is set
+    is_full: bool = field(init=False)
+    is_part: bool = field(init=False)  # whether it uses only those rows of its factors' change in `ROWS`
+    rotation: InputRotation | None = field(init=False)  # of the input; None: the module adds to the weight
+    normalization: Magnitudes | None = field(init=False)  # of the changed weight; None: it has none
 
-    @property
-    def sets_weight(self) -> bool:
-        """Return whether the module has a weight that replaces the model's weight, as in ComfyUI."""
-        return SET in self.factors
-
-    @property
-    def is_full(self) -> bool:
-        """Return whether a tensor of the module has the weight's size: a difference, or one that is set."""
-        return not self.factors.keys().isdisjoint({"diff", SET})
-
-    @property
-    def is_part(self) -> bool:
-        """Return whether the module uses only some rows of its factors' change: those in `ROWS`."""
-        return ROWS in self.factors
-
-    @functools.cached_property
-    def rotation(self) -> InputRotation | None:
-        """Rotation of the layer's input; None if the module adds to the weight."""
-        return next((algebra.rotation for algebra in self.algebras if algebra.rotation is not None), None)
-
-    @functools.cached_property
-    def normalization(self) -> Magnitudes | None:
-        """Return how the changed weight is normalized; None if it is not."""
-        return next((algebra.magnitudes for algebra in self.algebras if algebra.magnitudes is not None), None)
+    def __post_init__(self) -> None:
+        rotations = (algebra.rotation for algebra in self.algebras if algebra.rotation is not None)
+        normalizations = (algebra.magnitudes for algebra in self.algebras if algebra.magnitudes is not None)
+        self.sets_weight = SET in self.factors
+        self.is_full = SET in self.factors or "diff" in self.factors
+        self.is_part = ROWS in self.factors
+        self.rotation = next(rotations, None)
+        self.normalization = next(normalizations, None)
 
     @property
     def magnitudes(self) -> Tensor | None:

@@ -100,7 +100,11 @@ class LoraFormat:
             tensors: Tensors under our names, on the CPU.
         """
         if self.name == KNOWN:
-            return Formatted(self._under_known_names(tensors), {}, {})
+            if self.family is not None and self.family.always_underscored == "aliases":  # for all tools
+                from networks.writing import rename_to_aliases  # few families have such names
+
+                tensors = rename_to_aliases(tensors, self.family)
+            return Formatted(dict(tensors), {}, {})
         from networks.writing import texts_to_comfyui, texts_to_diffusers  # most runs save the known names
 
         texts: dict[str, Factors] = {}
@@ -125,14 +129,6 @@ class LoraFormat:
                 left_out |= text.left_out
                 _note_strength(strengths, text.tensors, deltas.strength(text_factors))
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
-
-    def _under_known_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under our names, or under aliases if all tools use those for the family's LoRAs."""
-        if self.family is None or self.family.always_underscored != "aliases":
-            return dict(tensors)
-        from networks.writing import rename_to_aliases  # few families have such names
-
-        return rename_to_aliases(tensors, self.family)
 
     def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; the key None holds modules that keep their alphas."""
@@ -209,6 +205,8 @@ def select_format(
     if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
     name = typed_name or (KNOWN if family is None else family.default_format)
+    if name == KNOWN:  # which holds all networks
+        return LoraFormat(name, family)
     error = find_error(
         name,
         family,
@@ -227,9 +225,7 @@ def select_format(
 def find_error(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return the reason why a format cannot hold a network; None if it can."""
-    if name == KNOWN:
-        return None
+    """Return the reason why a format other than KNOWN cannot hold a network; None if it can."""
     own_module = OWN_MODULES.get(module)
     if own_module is None:
         return (

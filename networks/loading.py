@@ -260,7 +260,7 @@ def _read_part(
     native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
-    if is_own:
+    if is_own and FOLDED in metadata:
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
     tensors, replaced = drop_replaced(tensors)
@@ -333,7 +333,9 @@ def _recognise(
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
-    native = replace(native, tensors=stack_rows(path, native.tensors, native.family, stored))
+    if native.family is not None and native.family.rows_by_head is not None:
+        tensors = stack_rows(path, native.tensors, native.family.rows_by_head, stored)
+        native = replace(native, tensors=tensors)
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata

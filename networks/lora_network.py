@@ -227,7 +227,7 @@ class OwnNetwork(nn.Module):
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        order = _order_of_groups(groups)
+        order = _order_of_groups(groups) if any(label.endswith(" plus") for label in groups) else [*groups]
         return [groups[label] for label in order], order
 
     def _select_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:

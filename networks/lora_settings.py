@@ -4,7 +4,7 @@ import ast
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -191,9 +191,9 @@ def read_settings(
         perturbation=perturbation,
         rank_rule=_read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank)),
         rules=rules,
-        type_ranks=_with_keys(types, values),
+        type_ranks={argument: values[argument] for argument in types if argument in values},
         train_blocks=values.get("train_blocks"),
-        block_numbers=_with_keys(family_rules.indices, values),
+        block_numbers={argument: values[argument] for argument in family_rules.indices if argument in values},
         outside_ranks=values.get(family_rules.outside, ()),
         splits=values.get("split_qkv", False),
         encoders_off=frozenset(
@@ -262,11 +262,6 @@ def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropou
         module=values.get("module_dropout") or 0.0,
     )
     return rates if rates.neuron or rates.rank or rates.module else None
-
-
-def _with_keys(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of `values` whose keys are in `keys`."""
-    return {key: values[key] for key in keys if key in values}
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:

@@ -7,13 +7,23 @@ from functools import cache, lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 from contract.families import FAMILIES as ENTRIES
-from contract.families import FOLDERS, read_names
+from contract.families import FOLDERS
 from modules.installation import import_own
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.texts import TEXTS_NUMBERED
 
-FAMILIES: tuple[FamilyNames, ...] = tuple(family for names in read_names() for family in names.LORA)
 _DIGITS = re.compile(r"\d+")
+
+
+class _Families:
+    """The names of all families; the file of a family is read when the loop reaches it."""
+
+    def __iter__(self) -> Iterator[FamilyNames]:
+        for folder in FOLDERS.values():
+            yield from import_own(f"{folder}.names").LORA
+
+
+FAMILIES: Iterable[FamilyNames] = _Families()
 
 
 def family_named(name: str) -> FamilyNames:

@@ -1,8 +1,8 @@
 """Our network modules by name: their kinds and settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from networks.kinds import KINDS, LORA, composing
 from networks.kinds.contract import NetworkKind
@@ -30,15 +30,31 @@ class OwnModule:
     family: str = ""  # the only one that it is for, as LoRA files name it; "": it is for any
 
 
-OWN_MODULES = {
-    **{kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module},
-    # LoRAs under the names that other LoRA tuners have
-    **{
-        family.network_module: OwnModule(family.rules, family=family.name)
-        for family in FAMILIES
-        if family.network_module
-    },
-}
+class _OwnModules(Mapping[str, OwnModule]):
+    """The kinds, and LoRAs of single families under the names that other LoRA tuners have.
+
+    Looking a name up reads the families only as far as the one that has it.
+    """
+
+    kinds: ClassVar = {kind.network_module: OwnModule(kind=kind) for kind in KINDS if kind.network_module}
+
+    def __getitem__(self, name: str) -> OwnModule:
+        if name in self.kinds:
+            return self.kinds[name]
+        for family in FAMILIES if name else ():
+            if family.network_module == name:
+                return OwnModule(family.rules, family=family.name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.kinds
+        yield from (family.network_module for family in FAMILIES if family.network_module)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+OWN_MODULES: Mapping[str, OwnModule] = _OwnModules()
 # settings that are allowed with --dim_from_weights
 WITH_FILE = {
     "rank_dropout",

@@ -17,7 +17,7 @@ from networks.kinds.contract import LoraModule, RankRule, Target
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
-from networks.names.layouts import OURS
+from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
@@ -104,16 +104,22 @@ def _choose(
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
         name = start + path.replace(".", "_")
-        matching = find_by_pattern(settings.reg_ranks, name)
-        matches.append(matching)
+        matching: tuple[int, ...] = ()
+        if settings.reg_ranks:
+            matching = find_by_pattern(settings.reg_ranks, name)
+            matches.append(matching)
         if matching:  # a pattern wins over the rank of the kind; the last pattern over earlier ones
             _, rank = settings.reg_ranks[matching[-1]]
             size: LoraSize | None = LoraSize(int(rank), settings.alpha)
         else:
             size = _size(path, module, settings)
-        has_own_rank = _select_rank_of_kind(path, settings) is not None  # which asks for an optional module
-        is_optional = not has_own_rank and any(part in f".{path}" for part in optional)
-        if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
+        is_optional = any(part in f".{path}" for part in optional)
+        if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
+            is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
+        may_be_excluded = is_optional or settings.exclude
+        if may_be_excluded and _is_excluded(path, settings, is_optional):
+            size = None
+        if size is not None and size.rank <= 0:
             size = None
         if settings.blocks is not None and settings.blocks.is_left_out(path):
             size = None
@@ -125,7 +131,7 @@ def _choose(
                 module=module,
                 rank=size.rank,
                 alpha=size.alpha,
-                heights=settings.heights_of(path, module),
+                heights=settings.heights_of(path, module) if settings.splits else (),
                 rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
     if settings.reg_ranks:
@@ -185,14 +191,13 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | N
             return LoraSize(rank, default_alpha if alpha is None else alpha)
     if is_convolution:
         return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
-    return _size_by_rules(path, settings)
-
-
-def _size_by_rules(path: str, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha of a layer by the family's rules, or None if its block gets no LoRA."""
-    rules = settings.rules
-    if rules is None:
+    if settings.rules is None:
         return LoraSize(settings.rank, settings.alpha)
+    return _size_by_rules(path, settings.rules, settings)
+
+
+def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
+    """Return rank and alpha of a layer by the family's rules, or None if its block gets no LoRA."""
     for start, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
         if path == start or path.startswith(f"{start}."):
             return LoraSize(rank, settings.alpha)
@@ -200,15 +205,13 @@ def _size_by_rules(path: str, settings: LoraSettings) -> LoraSize | None:
         match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    rank_of_kind = _select_rank_of_kind(path, settings)
+    rank_of_kind = _select_rank_of_kind(path, rules, settings)
     return LoraSize(settings.rank if rank_of_kind is None else rank_of_kind, settings.alpha)
 
 
-def _select_rank_of_kind(path: str, settings: LoraSettings) -> int | None:
+def _select_rank_of_kind(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
     """Return the rank that an argument for this kind of module gives; None if there is none."""
-    if settings.rules is None:
-        return None
-    for argument, kinds in settings.rules.types:
+    for argument, kinds in rules.types:
         is_of_kind = any(all(word in path for word in words) for words in kinds)
         if argument in settings.type_ranks and is_of_kind:
             return settings.type_ranks[argument]

@@ -19,7 +19,7 @@ from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
-from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
+from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
 logger = getLogger(__name__)
 _BIAS = "lora_up.bias"
@@ -582,21 +582,20 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
 
 
 def stack_rows(
-    path: Path, tensors: dict[str, Tensor], family: FamilyNames | None, stored: Iterable[str]
+    path: Path, tensors: dict[str, Tensor], rule: RowsByHead, stored: Iterable[str]
 ) -> dict[str, Tensor]:
     """Return a LoRA whose fused layers have all rows of q first, then k, then v.
 
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
-        family: The model family.
+        rule: Layers whose rows some programs order by head, and the sign of these programs.
         stored: Names in the file; they show whether its program orders rows by head.
 
     Raises:
         CheckpointError: If these are not rows of whole heads.
     """
-    rule = None if family is None else family.rows_by_head
-    if rule is None or not any(re.search(rule.mark, name) for name in stored):
+    if not any(re.search(rule.mark, name) for name in stored):
         return tensors
     ending = rule.ending.replace(".", "_")
     modules = deltas.group_by_module(tensors)

@@ -199,6 +199,8 @@ class LoraRounding:
     def __init__(self, rule: str) -> None:
         """Prepare to round by `rule`, a value of `--lora_rounding`."""
         self._rule = rule
+        # whether a sample of rows is compared: always, except if every weight is rounded at random
+        self.needs_samples = rule != STOCHASTIC
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # of `RandomRounding`
         self._forget()
 
@@ -207,11 +209,6 @@ class LoraRounding:
         self._num_changed = 0  # weights
         self._num_narrow = 0  # of these, in 16 bits
         self._num_random = 0  # of these, rounded at random
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether a sample of rows is compared: always, except if every weight is rounded at random."""
-        return self._rule != STOCHASTIC
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
         """Return whether a weight is to be rounded at random, and count it for the report.

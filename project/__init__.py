@@ -6,6 +6,8 @@ control_pairs: recognizes pairs that a ControlNet would learn
 listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
 choosing: spellings of models, the question asked, facts of families
+own_samples: pictures that a model made itself, with their prompts
+own_commands: how to make such pictures
 model_files: files of a model, released or named
 describing: the text of the three files
 kinds/: what runs train, as `new --train` names it

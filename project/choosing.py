@@ -62,7 +62,8 @@ class ModelInfo:
     learns_layers: bool  # it learns images with their layers
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
     dtypes: Mapping[str, Sequence[str]]
-    few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
+    # what to train instead, or with; None: it was not distilled to few steps, or has its training adapter
+    few_steps: FewSteps | None
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
 
@@ -103,7 +104,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         learns_alpha=_has_latents(family, "has_alpha"),
         learns_layers=_has_latents(family, "has_layers"),
         dtypes=_select_dtype_options(model),
-        few_steps=_few_steps(family, model, dits),
+        few_steps=None if model.has_adapter else _few_steps(family, model, dits),
         contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
@@ -278,6 +279,8 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
     for candidate in find_models():
         if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
+        if candidate.has_adapter != model.has_adapter:
+            continue
         if _is_of_few_steps(family, _released_names(candidate)[0]) == kind.has_few_steps:
             return candidate.task
     return None
@@ -401,7 +404,9 @@ def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     to_train = []
     for model in tasks:
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
-        if not needs_image(model) and ask_family(model, paths).few_steps is None:
+        if model.has_adapter or needs_image(model):
+            continue
+        if ask_family(model, paths).few_steps is None:
             to_train.append(model)
     if len(to_train) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in tasks)

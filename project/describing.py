@@ -32,11 +32,13 @@ from project.choosing import ModelInfo
 from project.fitting import FP8, is_small, weight_options
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
+from project.kinds.adapter import NAMED
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
 from project.new_options import NewOptions
 from project.options import RUN_FILE
+from project.own_samples import find_origin
 from project.tags import TagLists, as_words
 from training.config_options import OTHERS_TABLE, toml_value
 
@@ -381,9 +383,9 @@ def describe_samples(choice: Choice) -> str:
     learned = {item.path.parent for item in choice.media}
     # without the names of regularization folders, which only name the class
     names = [name.words for place, name in choice.content.names.items() if place in learned]
-    subject = _plain(choice.trigger or _find_subject(captions or names))
+    subject = plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
-        subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
+        subject = plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
     if not choice.kind.learns_word:
         prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
@@ -421,7 +423,7 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
         item = pairs[place]
         width, height = _shrink_to_area(item.size, _area(choice.size))
         control = reference_of(item, choice.content.controls[item.path.parent])[0]
-        prompt = _plain(item.caption or choice.trigger or "") or OTHER
+        prompt = plain(item.caption or choice.trigger or "") or OTHER
         parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {choice.inside(control)}"]
         lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
     return lines
@@ -434,7 +436,7 @@ def _describe_layer_samples(choice: Choice, released_values: str) -> str:
     for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
         item = images[place]
         width, height = _shrink_to_area(item.size, _area(choice.size))
-        prompt = _plain(item.caption or choice.trigger or "") or OTHER
+        prompt = plain(item.caption or choice.trigger or "") or OTHER
         image = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"
         lines += f"{prompt} --w {width} --h {height} {released_values} {image} --d {seed}\n"
     return lines
@@ -482,7 +484,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     return ", ".join(words)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a text on one line, so that prompts.txt does not read parts of it as options or a comment."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
@@ -521,7 +523,7 @@ def _list_edits(choice: Choice) -> list[Edit]:
         if sources and not any(map(why_unused, sources)):
             images = " ".join(f"--ci {choice.inside(path)}" for path in sources)
             instruction = add_trigger(find_text(item.caption or ""), choice.trigger or "")
-            edits.append(Edit(_plain(instruction), images))
+            edits.append(Edit(plain(instruction), images))
     return edits
 
 
@@ -696,6 +698,10 @@ def _run_values(choice: Choice) -> dict[str, Any]:
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
+    if choice.kind.makes_adapter:
+        values["make_adapter"] = find_origin(choice.content)
+        if choice.options.output_name is None:
+            values["output_name"] += NAMED
     if choice.kind.learns_word:
         values["token_string"] = choice.trigger
         values["output_name"] = choice.options.output_name or choice.trigger  # programs take it as the word

@@ -13,7 +13,7 @@ from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
-from downloads.catalogue import ModelSet
+from downloads.catalogue import ModelSet, find_adapted
 from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
@@ -63,6 +63,8 @@ from project.options import (
     own_command,
     typed_in,
 )
+from project.own_commands import describe_own, write_prompts
+from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 
@@ -106,6 +108,8 @@ def write_project(options: NewOptions) -> None:
     described = _describe(choice, describing.list_commands(choice))
     if not options.dry_run:
         _write_content(choice.content)
+    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
+        described[OWN_PROMPTS] = write_prompts(choice)
     texts = {options.folder / name: text for name, text in described.items()}
     if not options.dry_run:
         for path, text in texts.items():
@@ -186,6 +190,8 @@ def _gather_choice(
     info = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, info, kind)
+    if kind.makes_adapter:
+        take_prompts(content)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     data: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
@@ -395,7 +401,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     if choice.facts.contradiction:
         lines.append(warning(choice.facts.contradiction))
     few_steps = choice.facts.few_steps
-    if few_steps is not None:
+    if few_steps is not None and not choice.kind.makes_adapter:
         subject = "It" if choice.facts.contradiction else choice.model_name
         told = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
         comments = (
@@ -408,7 +414,12 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             told += f". Take {comments}"
         else:
             told += f". {few_steps.instead}. Or take {comments}"
+        adapted = find_adapted(choice.model)
+        if choice.kind.has_targets and adapted is not None:
+            told += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(told))
+    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
+        lines += describe_own(choice)
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]
     return lines + _describe_lengths(choice)

@@ -42,7 +42,8 @@ class NewOptions(Options):
         "length of the training", default=2000, minimum=1, hint="1500 to 3000 are usual"
     )
     train: str | None = option(
-        "what is trained: a LoRA; lllite or controlnet: a network that follows control images; "
+        "what is trained: a LoRA; adapter: a LoRA that unlearns a distillation, for --training_adapter; "
+        "lllite or controlnet: a network that follows control images; "
         "embedding: the trigger word alone; whole: the model itself, for a domain with hundreds of "
         "files. Without it a LoRA, or with a folder control or conditioning of the images' names the "
         "model's control network",

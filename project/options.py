@@ -19,7 +19,14 @@ RUN_FILE = "run.toml"
 WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # in a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
-KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", FULL_MODEL)  # of `project.kinds.composing.KINDS`
+KIND_NAMES = (
+    "lora",
+    "adapter",
+    "lllite",
+    "controlnet",
+    "embedding",
+    FULL_MODEL,
+)  # of `project.kinds.composing.KINDS`
 MODELS = Path("models")  # folder of models in the working folder
 MAX_OF_WORD = 200  # characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with

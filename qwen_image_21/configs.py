@@ -14,7 +14,11 @@ QWEN_IMAGE_21 = ModelRelease(
     "other",
     "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE",
 )
-FEW_STEPS = FewSteps(base="Qwen-Image-2.1 itself", also="Turbo")
+FEW_STEPS = FewSteps(
+    base="Qwen-Image-2.1 itself",
+    also="Turbo",
+    adapter="the file of SimpleTuner/Qwen-Image-2.1-training-assistant-v3",
+)
 
 
 @dataclass(frozen=True)

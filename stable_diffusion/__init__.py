@@ -17,6 +17,7 @@ folders: folders in the layout of diffusers
 generation_options: options of sd_generate_image.py and sdxl_generate_image.py
 guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
+inpainting: further inputs of U-Nets for inpainting
 inversion_learning: vectors of a new word in training, and their files
 inversion_options: options of training textual inversion
 latent_upscaler: enlarge the first stage with sd-scripts' latent upscaler

@@ -94,7 +94,9 @@ GROUPS = 32  # number of groups in all group norms, as released; the tensors do 
 SD1_HEADS = 8  # number of heads in each attention, as released
 HEAD_WIDTH = 64  # head width of the later kinds of models
 SIZE_NUMBERS = 6  # inputs of SDXL: original size, crop, target size
-USES = (4, 9)  # input channels of a U-Net: for images, and for inpainting
+LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
+# input channels of a U-Net: for images, and for inpainting
+USES = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
@@ -225,7 +227,6 @@ def _make_depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[in
 VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
 
 VAE_GROUPS = 32  # number of groups in all group norms, as released
-LATENT_CHANNELS = 4
 CONFIG_CLASSES = {"AutoencoderKL"}
 GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
 

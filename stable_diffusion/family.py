@@ -40,15 +40,24 @@ from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
 from encoders.pictures import ModelOfImages, image_defaults
+from encoders.tiles import posterior_generator
 from modules.console import quiet
 from modules.devices import dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
-from modules.media.pixels import byte_clips
+from modules.media.pixels import byte_clips, to_pixels
 from modules.options import NO_OPTIONS
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
 from stable_diffusion.generation_options import StableDiffusionGenerationOptions
+from stable_diffusion.inpainting import (
+    INPAINTING,
+    MASK_PATH,
+    find_kept_source,
+    keep_image,
+    make_inputs,
+    read_image_and_mask,
+)
 from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
@@ -69,6 +78,7 @@ from stable_diffusion.training_files import (
     GENERATED_BY,
     TRAINED_BY,
     TrainingFiles,
+    UnetInput,
     number_blocks,
     unet_parts,
     unet_spec,
@@ -164,6 +174,8 @@ class StableDiffusion(ModelOfImages):
     learning_texts: LearningTexts | None = None  # set for full training only
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
+    # whether the U-Net is given a mask and what it leaves of the image (`INPAINTING`)
+    inpaints: bool = False
     stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
@@ -175,6 +187,7 @@ class StableDiffusion(ModelOfImages):
         make_network=True,
         take_words=True,
         learn_words=True,
+        inpaint=True,
         tell_few_steps=True,
     )
 
@@ -219,8 +232,15 @@ class StableDiffusion(ModelOfImages):
             solvers=SAMPLERS,
             noise_on_cpu=True,
             one_batch=True,
-            extras=() if self._seeing is None else ("control_multiplier",),
+            extras=self._extras,
         )
+
+    @property
+    def _extras(self) -> tuple[str, ...]:
+        """Return the settings of requests that only this model reads."""
+        if self.inpaints:
+            return (MASK_PATH,)
+        return () if self._seeing is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
@@ -305,13 +325,59 @@ class StableDiffusion(ModelOfImages):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Keep the control image of a request only if the trained network uses it."""
+        """Keep the image that an inpainting model repaints, or the control image of a trained network."""
+        if self.inpaints:
+            return keep_image(request, super().keep_media, who)
+        if MASK_PATH in request.extra and self.options is NO_OPTIONS:
+            raise OptionError(
+                f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
+                "gen_img.py repaints with it; or give an inpainting checkpoint"
+            )
         sees = self._seeing is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the control image of a sample as conditions; empty if no trained network uses it."""
+        """Return the conditions of a request's images: of inpainting, or of a trained network."""
+        if self.inpaints:
+            return {0: self._encode_painted(encoders, prepared)}
         return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
+
+    # inpainting
+
+    def for_inpainting(self) -> "StableDiffusion":
+        """Return the model with a U-Net that is given a mask; a full training widens one that is not."""
+        takes = UnetInput.WIDENED if self.options.is_full else UnetInput.INPAINTING
+        return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
+
+    def encode_masked(
+        self, encoders: MediaEncoders, frames: Tensor, mask: Tensor, key: str
+    ) -> dict[str, Tensor]:
+        """Return a mask and the latents of an image without what it marks, 5 1 h w.
+
+        Args:
+            encoders: The loaded VAE.
+            frames: The image, 1 H W 3 uint8.
+            mask: H W bool; True is repainted.
+            key: Seeds the sample of the posterior.
+        """
+        pixels = to_pixels(frames[None])[:, :, 0]
+        generator = posterior_generator(f"{key} masked")
+        return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether a request needs the VAE before it is made: for an inpainting model."""
+        return self.inpaints or super().needs_media(prepared)
+
+    def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
+        """Return the image to repaint and its mask as conditions, encoded as gen_img.py does."""
+        generator = torch.Generator().manual_seed(prepared.seed)
+        shape = self.latent.shape(1, prepared.height, prepared.width)
+        source = find_kept_source(prepared.request)
+        # draws that come before: the posterior of a source, and the start noise (`_begin`)
+        for _ in range(2 if source is not None and source.needs_vae else 1):
+            torch.randn(shape, generator=generator)
+        pixels, mask = read_image_and_mask(prepared)
+        return {INPAINTING: make_inputs(encoders.vae, pixels, mask, generator, self.latent)[None]}
 
     # files
 
@@ -375,7 +441,8 @@ class StableDiffusion(ModelOfImages):
         """Return the network that holds the vectors of a trained word."""
         from stable_diffusion.inversion_learning import Inversion  # only to train one
 
-        return Inversion(word, self.files).describe()
+        # of text encoders alone, whatever the U-Net takes
+        return Inversion(word, replace(self.files, unet_input=UnetInput.ANY)).describe()
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -456,6 +523,8 @@ class StableDiffusion(ModelOfImages):
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
+        if self.inpaints:
+            conditions[INPAINTING] = batch.tensor(INPAINTING)
         if self._seeing is not None:
             conditions |= control_pictures.controls_of(
                 batch, latents, self.latent.stride[1], self._seeing.called
@@ -480,8 +549,11 @@ class StableDiffusion(ModelOfImages):
             pooled = send_tensor(cond, POOLED, device).to(dtype)
             # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
             added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
+        sample = noisy.squeeze(2)
+        if INPAINTING in cond:
+            sample = torch.cat([sample, send_tensor(cond, INPAINTING, device).to(sample).squeeze(2)], dim=1)
         arguments: dict[str, Any] = {
-            "sample": noisy.squeeze(2).to(dtype),
+            "sample": sample.to(dtype),
             "timestep": timesteps,
             "encoder_hidden_states": context,
             "added_cond_kwargs": added,
@@ -580,17 +652,21 @@ class StableDiffusion(ModelOfImages):
         """Return the solver for an image, and its start noise."""
         generator = torch.Generator().manual_seed(prepared.seed)
         source = prepared.request.source
+        from_noise = self.inpaints and source is not None and find_kept_source(prepared.request) is None
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1
         scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
-        num_skipped = None if source is None else prepared.first_step
+        num_skipped = prepared.first_step if source is not None or self.inpaints else None
         solver = begin_sampling(scheduler, prepared.steps, [generator], num_skipped)
         _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
-        if source is not None and source.needs_vae:
+        if source is not None and source.needs_vae and not from_noise:
             # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        return ScaledSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
+        if self.inpaints:  # likewise, of `_encode_painted`
+            torch.randn(channels, height, width, generator=generator)
+        start = drawn * solver.noise_level
+        return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents in model space to pixels."""
@@ -632,6 +708,7 @@ def family_for_training(
         says_v=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
         scripts=FULL_BY if options.is_full else TRAINED_BY,
+        unet_input=UnetInput.LATENTS,
     )
     predicts_v = files.predicts_v
     check_prediction(options, predicts_v)
@@ -723,6 +800,7 @@ def family_for_generation(
         chunks=options.max_embeddings_multiples or 1,
         clip_skip=options.clip_skip,
         tells_cut=True,
+        inpaints=files.inpaints,
     )
 
 

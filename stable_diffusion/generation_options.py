@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number, read_path
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
-from modules.options import NO_PIXELS, Options, not_needed, option, unsupported
+from modules.options import NO_PIXELS, Options, not_needed, of_request, option, unsupported
 from running.options import SWAPPING
 from running.ways.composing import list_block_options
 from stable_diffusion.sampling_options import DEFAULT_STRENGTH, SAMPLERS
@@ -60,6 +60,7 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
         if letter not in ("fs", "nag", "mcrr", "mct", "mck", "tct")
     },
     "ss": LineOption("sample_solver", read_name),
+    "m": LineOption("mask_path", read_path),  # likewise
     "t": LineOption("denoise", read_number),  # as in lines of gen_img.py
 }
 
@@ -130,6 +131,11 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
         minimum=1,
         often=True,
     )
+    mask_path: Path | None = option(
+        "with --i2i_path and an inpainting checkpoint: image whose white parts are repainted; without it, "
+        "a random part",
+        facts=of_request("mask_path"),
+    )
     no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")
     sdpa = not_needed(f"{_BY_MODE}.")
     xformers = unsupported("give --attn_mode xformers instead")
@@ -147,7 +153,6 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     highres_fix_scale = _of_gen_img(type=float)
     ds_depth_1 = _of_gen_img(type=int)
     gradual_latent_timesteps = _of_gen_img(type=int)
-    mask_path = _of_gen_img(type=Path)
     pyramid_noise_prob = _of_gen_img(type=float)
     noise_offset_prob = _of_gen_img(type=float)
     original_height = _of_gen_img(type=int)

@@ -373,4 +373,6 @@ def _say_generation(
         "--seed": sample.get("seed"),
         "--outdir": file.parent / "generated",
     }
+    if "--i2i_path" in words:  # of an inpainting model
+        words["--image_path"] = words.pop("--i2i_path")
     return ["gen_img.py", *option_words(words)]

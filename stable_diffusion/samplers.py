@@ -249,6 +249,7 @@ class ScaledSolver:
     sample: Tensor  # 1 4 1 h w, as the scheduler has it
     noise: Tensor  # 1 4 1 h w, of standard deviation 1
     predicts_v: bool = False
+    from_noise: bool = False  # whether an image is not in the start latents, which are noise alone
 
     @property
     def schedule(self) -> Schedule:
@@ -262,6 +263,8 @@ class ScaledSolver:
             clean: Clean latents of the image, 1 4 1 h w.
         """
         first = self.solver.first
+        if self.from_noise:
+            return self.seen(first), first
         noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
         self.sample = noisy.unsqueeze(2)
         return self.seen(first), first

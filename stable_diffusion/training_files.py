@@ -5,13 +5,15 @@ gen_img.py loads all networks at once (`loading.py`); here the VAE and the text 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from checkpoints.dialects import LoadPlan, load_planned
 from checkpoints.dits import FP8_COMPUTE, stored_layers
@@ -38,6 +40,7 @@ from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
 
+FIRST_LAYER = "conv_in.weight"
 TRAINED_BY = {
     SD1: "train_network.py trains",
     SD2: "train_network.py trains",
@@ -55,6 +58,15 @@ GENERATED_BY = {
 }
 
 
+class UnetInput(Enum):
+    """Which U-Nets a run takes: those for images, with 4 input channels, or those for inpainting, with 9."""
+
+    ANY = "4 or 9"
+    LATENTS = "4"
+    INPAINTING = "9"
+    WIDENED = "9, made of 4 if need be"
+
+
 @dataclass(frozen=True)
 class TrainingFiles:
     """Paths and dtypes of a training or of its caches."""
@@ -68,6 +80,7 @@ class TrainingFiles:
     dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
     # kind -> script for it, with its verb, for a checkpoint of another kind
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
+    unet_input: UnetInput = UnetInput.ANY
 
     @cached_property
     def path(self) -> Path:
@@ -124,14 +137,34 @@ class TrainingFiles:
         options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.says_v)
         with ExitStack() as files:
             release = loading.open_release(options, files)
-            if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
-                raise CheckpointError(
-                    f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
-                    "image too; gen_img.py makes images with it. Give the checkpoint for images that "
-                    "it was made from.",
-                    self.path,
-                )
-            yield release
+            yield replace(release, unet=self._fit_input(release.unet))
+
+    def _fit_input(self, plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
+        """Return the plan of a U-Net with the input channels that the run needs; CheckpointError if none."""
+        inpaints = is_inpainting(plan.config)
+        if inpaints and self.unet_input is UnetInput.LATENTS:
+            raise CheckpointError(
+                f"--ckpt {self.path} is an inpainting checkpoint, whose U-Net also takes a mask and a masked "
+                "image: 9 channels instead of 4. Train it with --train_inpainting (LoRAs, textual inversion "
+                "and whole checkpoints), or give a checkpoint for images.",
+                self.path,
+            )
+        if inpaints or self.unet_input in {UnetInput.ANY, UnetInput.LATENTS}:
+            return plan
+        if self.unet_input is UnetInput.INPAINTING:
+            raise CheckpointError(
+                f"--train_inpainting: --ckpt {self.path} is a checkpoint for images. Its U-Net has no input "
+                "for a mask, and what is trained here could not hold one. Give an inpainting checkpoint, or "
+                "make one first by training all weights of this one: "
+                f"{'sdxl_train.py' if self.kind is SDXL else 'fine_tune.py'} --train_inpainting.",
+                self.path,
+            )
+        return widen_input(plan)
+
+    @cached_property
+    def inpaints(self) -> bool:
+        """Whether the U-Net takes a mask and a masked image too."""
+        return is_inpainting(self.unet_config)
 
     def check(self) -> None:
         """Raise CheckpointError or OptionError if a file that is given cannot be used. Loads nothing."""
@@ -242,6 +275,20 @@ class TrainingFiles:
         ).requires_grad_(False)
 
 
+def is_inpainting(config: checkpoints.UnetSizes) -> bool:
+    """Return whether a U-Net takes a mask and the latents of a masked image, next to the noisy latents."""
+    return int(config["in_channels"]) == checkpoints.INPAINTING_CHANNELS
+
+
+def widen_input(plan: LoadPlan[checkpoints.UnetSizes]) -> LoadPlan[checkpoints.UnetSizes]:
+    """Return the plan of a U-Net with input channels for inpainting, whose weights are zero at first."""
+    added = checkpoints.INPAINTING_CHANNELS - checkpoints.LATENT_CHANNELS
+    sources = dict(plan.sources)
+    sources[FIRST_LAYER] = sources[FIRST_LAYER].then(lambda weight: pad(weight, (0, 0, 0, 0, 0, added)))
+    config = {**plan.config, "in_channels": checkpoints.INPAINTING_CHANNELS}
+    return replace(plan, config=config, sources=sources)
+
+
 @dataclass(frozen=True, eq=False)
 class DiffusersVae:
     """Encodes images as unscaled latents, and decodes them. Each image is computed separately."""
@@ -267,10 +314,20 @@ class DiffusersVae:
             clips: Images, B 3 1 H W uint8.
             generators: Generator of each image.
         """
+        pixels = [from_bytes(clip[:, 0]) for clip in clips]
+        return self.encode_pixels(torch.stack(pixels), generators)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return samples of the posteriors, B 4 1 h w float32.
+
+        Args:
+            pixels: Images, B 3 H W in -1..1.
+            generators: Generator of each image.
+        """
         samples = []
-        for clip, generator in zip(clips, generators, strict=True):
-            pixels = from_bytes(clip[:, 0]).unsqueeze(0).to(self.device)
-            moments = self.network.encode(pixels).latent_dist.parameters.float()
+        for image, generator in zip(pixels, generators, strict=True):
+            moments = self.network.encode(image[None].to(self.device)).latent_dist.parameters.float()
             samples.append(sample_posterior(moments.clone(), [generator], limits=(-30.0, 20.0)))
         return torch.cat(samples).unsqueeze(2)
 

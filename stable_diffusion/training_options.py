@@ -194,6 +194,14 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
     return {CKPT: ckpt, "--vae": options.vae}, texts
 
 
+def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the image that a sample of an inpainting model repaints; {} without one."""
+    path = sample.get("image_path")
+    if path is None:
+        return {}
+    return {"--i2i_path": path, "--strength": 1, "--mask_path": (sample.get("extra") or {}).get("mask_path")}
+
+
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the model of a training; see `FamilyEntry.generation_words`."""
     chunks = options.chunks
@@ -208,4 +216,5 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--zero_terminal_snr": options.zero_terminal_snr,
         "--sampler": None if sample.get("solver") else options.sample_sampler,
         "--max_embeddings_multiples": chunks if chunks > 1 else None,
+        **_list_painted(sample),
     }

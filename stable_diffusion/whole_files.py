@@ -33,7 +33,7 @@ from stable_diffusion.released_names import (
 )
 from stable_diffusion.text_checkpoints import CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT, join_released
 from stable_diffusion.tokenizers import keep_tokenizer
-from stable_diffusion.training_files import TrainingFiles, count_layers
+from stable_diffusion.training_files import FIRST_LAYER, TrainingFiles, count_layers
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +188,13 @@ def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, Par
     """Return how each tensor of a single file is computed from a network's weights, by the tensor's name."""
     weights: dict[str, list[str]] = {}
     infos: dict[str, TensorInfo] = {}
-    for weight in network.state_dict():
+    for weight, learned in network.state_dict().items():
         (stored,) = plan.sources[weight].names
         released = plan.checkpoint.stored_name(stored)
         weights.setdefault(released, []).append(weight)
         infos[released] = plan.checkpoint.tensors[stored]
+        if weight == FIRST_LAYER:  # for inpainting it may be wider than in the source
+            infos[released] = TensorInfo(infos[released].dtype, tuple(learned.shape))
     return {released: PartTensor(name, names, infos[released]) for released, names in weights.items()}
 
 

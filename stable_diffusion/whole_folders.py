@@ -31,7 +31,7 @@ from stable_diffusion.folders import read_settings
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.text_checkpoints import PROJECTION
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, fetch_tokenizer_files
-from stable_diffusion.training_files import TrainingFiles
+from stable_diffusion.training_files import TrainingFiles, is_inpainting
 from stable_diffusion.whole_files import VAE_PART, Plans, list_plans, list_weights, read_weight
 
 _UNET_FOLDER = "unet"
@@ -282,7 +282,8 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
         }
-    return _describe("StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline", index)
+    name = "StableDiffusionXL" if is_xl else "StableDiffusion"
+    return _describe(f"{name}{'Inpaint' if is_inpainting(release.unet.config) else ''}Pipeline", index)
 
 
 def _text_class(number: int) -> str:

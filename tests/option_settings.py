@@ -43,6 +43,13 @@ SOUND = "ltx_2 with sound"
 APG = ("--guidance_scale", "5")
 BY_LINE = ("--from_file", "long.txt")
 STRETCHED = ("--shifted_logit_mode", "stretched")
+# given parts of clips: a table with times of audio
+OFTEN = ("--max_train_steps", "8")  # so that clips with audio are among them
+IN_TABLE = ("--dataset_config", "given.toml")
+TIMES = (*OFTEN, *IN_TABLE, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", "1")
+ENDS = ("--ltx2_extend_prefix_frames", "1", "--ltx2_extend_suffix_frames", "0")
+AUDIO_ENDS = (*OFTEN, "--ltx2_audio_extend_prefix_frames", "1", "--ltx2_audio_extend_suffix_frames", "1")
+ANCHORS = ("--video_anchor_training", "--video_anchor_strategy", "random", "--video_anchor_probability", "1")
 
 SETTINGS: dict[str, Setting] = {
     # caching
@@ -70,6 +77,7 @@ SETTINGS: dict[str, Setting] = {
     "base_weights_multiplier": Setting(("0.5",), also=("--base_weights", LORA)),
     "lora_rounding": Setting(("nearest",), also=("--base_weights", LORA)),
     "lora_format": Setting(("diffusers",)),
+    "make_adapter": Setting(("own",)),
     "training_adapter": Setting((LORA,)),
     "training_adapter_multiplier": Setting(("0.5",), also=("--training_adapter", LORA)),
     "teacher_weight": Setting(also=TEACHER),
@@ -370,6 +378,49 @@ SETTINGS: dict[str, Setting] = {
     "ltx_mode": Setting(("av",)),
     "generation.stg_mode": Setting(("audio",)),
     "ltx2_first_frame_conditioning_p": Setting(("1",)),
+    "ltx2_extend_prefix_frames": Setting(("1",)),
+    "ltx2_extend_suffix_frames": Setting(("1",)),
+    **dict.fromkeys(("ltx2_extend_p", "ltx2_extend_prefix_p"), Setting(("0",), also=ENDS)),
+    "ltx2_extend_suffix_p": Setting(("0",), also=("--ltx2_extend_suffix_frames", "1")),
+    "ltx2_spatial_crop_p": Setting(("1",), also=("--ltx2_spatial_crop",), shows="needs spatial_crop_region"),
+    "ltx2_inpaint_mask_p": Setting(("1",), also=("--ltx2_inpaint_mask",), shows="needs masks"),
+    "ltx2_audio_extend_prefix_frames": Setting(("1",), also=OFTEN, family=SOUND),
+    "ltx2_audio_extend_suffix_frames": Setting(("1",), also=OFTEN, family=SOUND),
+    **dict.fromkeys(
+        ("ltx2_audio_extend_p", "ltx2_audio_extend_prefix_p", "ltx2_audio_extend_suffix_p"),
+        Setting(("0",), also=AUDIO_ENDS, family=SOUND),
+    ),
+    "ltx2_audio_inpaint_mask": Setting(also=IN_TABLE, family=SOUND),
+    "ltx2_audio_inpaint_mask_p": Setting(("1",), also=TIMES[:-2], family=SOUND),
+    "ltx2_audio_inpaint_mask_invert": Setting(also=TIMES, family=SOUND),
+    "ltx2_audio_inpaint_mask_threshold": Setting(("0.9",), also=TIMES, family=SOUND),
+    "video_anchor_training": Setting(also=ANCHORS[1:]),
+    "video_anchor_probability": Setting(("0",), also=ANCHORS),
+    "video_anchor_strategy": Setting(("endpoints",), also=ANCHORS),
+    "video_anchor_count": Setting(("2",), also=ANCHORS),
+    "video_anchor_strength": Setting(("0.5",), also=(*ANCHORS, "--ltx2_graded_conditioning")),
+    "ltx2_graded_conditioning": Setting(
+        also=(*ANCHORS, "--video_anchor_strength", "0.5", "--ltx2_graded_conditioning")
+    ),
+    "ltx2_conditioning_config": Setting(("recipe.toml",)),
+    "extend_prefix": Setting(("start.png",)),
+    "extend_prefix_frames": Setting(
+        ("1",), also=("--extend_prefix", "clips/clip 0.mp4", "--video_length", "17")
+    ),
+    "extend_suffix": Setting(("clips/clip 0.mp4",), also=("--video_length", "17")),
+    "extend_suffix_frames": Setting(
+        ("99",), also=("--extend_suffix", "clips/clip 0.mp4", "--video_length", "33")
+    ),
+    "outpaint_source": Setting(("clips/clip 0.mp4", "--outpaint_region", "0,0,32,32")),
+    "outpaint_region": Setting(("0,0,32,32", "--outpaint_source", "clips/clip 0.mp4")),
+    "inpaint_source": Setting(("clips/clip 0.mp4", "--retake", "0,0.02")),
+    "inpaint_mask": Setting(("mask.png", "--inpaint_source", "clips/clip 0.mp4")),
+    "retake": Setting(("0,0.02", "--inpaint_source", "clips/clip 0.mp4")),
+    "drive_audio": Setting(("clips/clip 0.mp4",), family=SOUND),
+    "audio_prefix": Setting(("clips/clip 0.mp4", "--audio_prefix_seconds", "0.2"), family=SOUND),
+    "audio_prefix_seconds": Setting(("0.1", "--audio_prefix", "clips/clip 0.mp4"), family=SOUND),
+    "audio_inpaint_audio": Setting(("clips/clip 0.mp4", "--audio_inpaint_interval", "0.1,0.2"), family=SOUND),
+    "audio_inpaint_interval": Setting(("0.1,0.2", "--audio_inpaint_audio", "clips/clip 0.mp4"), family=SOUND),
     "ltx_version_check_mode": Setting(("error",), also=("--ltx_version", "2.0")),
     "ltx2_checkpoint": Setting(family=SOUND),
     "ltx2_train_network.py.video_loss_weight": Setting(("5",), family=SOUND),

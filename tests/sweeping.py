@@ -149,6 +149,14 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "end.py").write_text("open('ended', 'w').close()\n", encoding="utf-8")
     (project / "options.toml").write_text("network_alpha = 2\n", encoding="utf-8")
     (project / "slider.toml").write_text(SLIDER, encoding="utf-8")
+    dataset = project / "dataset.toml"
+    if dataset.is_file():  # with a key of LTX-2
+        keys = f'{dataset.read_text(encoding="utf-8")}\naudio_cond_mask_directory = "times"\n'
+        (project / "given.toml").write_text(keys, encoding="utf-8")
+    (project / "times").mkdir()
+    for number in range(4):
+        (project / "times" / f"clip {number}.txt").write_text("0.02 0.24", encoding="utf-8")
+    (project / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     (project / "many.txt").write_text("".join(f"{number} dogs\n" for number in range(9)), encoding="utf-8")
     for name, line in LINES.items():
         (project / name).write_text(f"{line}\n", encoding="utf-8")
@@ -170,6 +178,11 @@ LINES = {
 # kinds of scripts
 LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"
 FULL, IMAGES = "whole training", "gen_img"
+RECIPE = """[video]
+[[video.conditions]]
+type = "extend"
+prefix = 1
+"""
 SLIDER = """[[sliders]]
 positive = "a red square"
 negative = "a blue circle"

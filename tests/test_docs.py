@@ -102,6 +102,7 @@ SMALLER = {
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
     **{f"{name}_train.py": TRAINING for name in FULL_MODELS},
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
+    "train_leco.py": f"{LORA} --max_denoising_steps 2",
     **dict.fromkeys(
         (
             *("sdxl_train_control_net_lllite.py", "sdxl_train_control_net.py", "train_control_net.py"),

@@ -1,5 +1,6 @@
 """From options to saved files: training; read run.py first, then loop.py.
 
+adapted: what --training_adapter does not go with
 bad_steps: the error for a step with NaN or infinite numbers
 caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded

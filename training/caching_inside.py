@@ -53,7 +53,8 @@ from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.features.contract import EMPTY_PROMPT, LIVE_TEXTS
+from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET
+from training.features.hooks import OnMedia
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def prepare_sources(
     device: torch.device,
     texts: LiveTexts | None = None,
     commands: CachingCommands = NO_COMMANDS,
+    needs: Collection[str] = (),
+    on_media: Sequence[OnMedia] = (),
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
@@ -113,14 +116,17 @@ def prepare_sources(
         device: Device for encoding.
         texts: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
+        needs: What batches need, as in `JoinedRun`.
+        on_media: Change the tensors of images that are encoded at each step, as `Hooks.media` does.
 
     Raises:
         UserError: If items cannot be cached in this way, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, () if texts is None else texts.keys)
+    plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
     stores = open_stores(family, plans)
     if options is not None:
-        _fill(family, config, plans, options=options, device=device, stores=stores)
+        with quiet() if NO_DATASET in needs else nullcontext():  # of a dataset that nobody gave
+            _fill(family, config, plans, options=options, device=device, stores=stores)
     # a store in memory may be empty here and get its entries from other processes
     memory_stores = [
         store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
@@ -136,7 +142,7 @@ def prepare_sources(
     encoder = None
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, device)
+        encoder = LiveMedia(family, device, on_media)
     # the encoder, or caches in memory, are of this process: others cannot read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
@@ -183,7 +189,11 @@ def _fill(
 
 
 def plan_tables(
-    family: Caches, config: DatasetConfig, options: CachingInRunOptions | None, live: Collection[str] = ()
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingInRunOptions | None,
+    live: Collection[str] = (),
+    needs: Collection[str] = (),
 ) -> list[TablePlan]:
     """Decide where the latents and texts of each table come from; nothing is encoded.
 
@@ -192,11 +202,14 @@ def plan_tables(
         config: The dataset, as read from its file.
         options: Options of the run.
         live: Names of text tensors that are encoded at each step; the others come from caches.
+        needs: What batches need, as in `JoinedRun`.
 
     Raises:
         DatasetError: If images that change each time are to be cached.
         OptionError: If npz files are requested but the family has none.
     """
+    if NO_DATASET in needs:
+        return [TablePlan(table, Where.MEMORY, Where.MEMORY) for table in config.datasets]
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
         "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
@@ -207,6 +220,8 @@ def plan_tables(
     texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
     if texts is Where.OWN and options is not None and options.caches_texts:
         texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+    if LIVE_MEDIA in needs:  # what asks for it has rejected --cache_latents
+        return [TablePlan(table, Where.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
 
 
@@ -351,7 +366,8 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     Raises:
         OptionError: As `_select_live_texts` does.
     """
-    texts = _select_live_texts(family, options, config)
+    needs_none = NO_DATASET in options.joined.needs
+    texts = None if needs_none else _select_live_texts(family, options, config)
     if texts is None:
         return None
     return replace(texts, adds_empty=EMPTY_PROMPT in options.joined.needs)
@@ -521,9 +537,10 @@ def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
 class LiveMedia:
     """The media encoders of a family, which stay loaded during training to encode images."""
 
-    def __init__(self, family: Caches, device: torch.device) -> None:
+    def __init__(self, family: Caches, device: torch.device, on_media: Sequence[OnMedia] = ()) -> None:
         """Load the encoders. Raises CheckpointError if that fails."""
         self._family = family
+        self._on_media = on_media
         self._encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
@@ -579,9 +596,11 @@ class LiveMedia:
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
         by_place = {}
-        for place, image, (entry,) in zip(places, pictures, encoded, strict=True):
-            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+        for place, image, key, (entry,) in zip(places, pictures, keys, encoded, strict=True):
+            tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
             if image.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(image.mask), self._family.latent.stride)
+            for change in self._on_media:
+                tensors = change(self._family, self._encoders, image, key, tensors)
             by_place[place] = tensors
         return by_place

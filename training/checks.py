@@ -85,7 +85,9 @@ def check_before_loading(
     learner.check()
     if learner.lora is not None:
         check_networks(family, options)
-    check_rates(options.optimizer, _list_rates(options))
+    rates = _list_rates(options)
+    if len(rates) > 1:
+        check_rates(options.optimizer, rates)
     _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None:
@@ -219,7 +221,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
         samples_apart="" if others.sampling is None else family.can.sample_apart,
         further_models=tuple(options.joined.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
-        own_modules=tuple(OWN_MODULES),
+        own_modules=OWN_MODULES,
     )
 
 
@@ -256,7 +258,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 continued = read_lora(network.network_weights, with_texts=True)
                 _check_kind(continued, network)
                 uses.append(LoraUse(continued))
-            adapter = read_adapter(options, expert, family.experts)
+            adapter = None
+            if options.frozen.training_adapter is not None:
+                adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
                 from networks.added import reject_magnitudes  # only with an adapter
 

@@ -173,11 +173,17 @@ def note_experts(
 
 
 def describe_few_steps(family: Family, options: TrainingOptions) -> str:
-    """Return a warning if a transformer that was distilled to few steps would lose this ability, else ""."""
-    is_adapted = options.frozen.training_adapter is not None
+    """Return a warning if a transformer that was distilled to few steps would lose this ability, else "".
+
+    With a training adapter it does not; the warning then says what the adapter does not go with.
+    """
+    if options.frozen.training_adapter is not None:
+        from training.adapted import describe_adapted  # only with an adapter
+
+        return describe_adapted(family, options)
     # an embedding or a network with control images leaves the transformer alone
     changes_transformer = options.network is not None or options.full_dit is not None
-    if is_adapted or options.joined.keeps_steps or not (changes_transformer and knows_few_steps(family)):
+    if options.joined.keeps_steps or not (changes_transformer and knows_few_steps(family)):
         return ""
     why = family.why_few_steps()
     if why is None:

@@ -98,13 +98,6 @@ class TrainingCommand:
 NO_COMMAND = TrainingCommand()
 
 
-def describe_elsewhere(network: NetworkOptions | None) -> str | None:
-    """Return how other programs treat such a network's file; None if they read it unchanged."""
-    if network is None:
-        return None
-    return next((kind.elsewhere for kind in network.kinds if kind.elsewhere), None)
-
-
 def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
     """Return the kind of a network that other programs read only as a plain LoRA; None for other networks."""
     kinds = [] if network is None else network.kinds
@@ -310,7 +303,7 @@ class NextSteps:
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
-            of_expert = files[_file_index(files, index)]
+            of_expert = files[min(index, len(files) - 1)]  # one file may be for both experts
             if expert.name == HIGH_NOISE:
                 high_files.append(of_expert)
             else:
@@ -354,11 +347,6 @@ class NextSteps:
         place = next((place for place, word in enumerate(words) if word in flags), len(words))
         flag = words[place] if place < len(words) else f"--{name}"  # of a release that is one file
         return [*words[:place], flag, str(file), *words[place + 2 :]]
-
-
-def _file_index(files: Sequence[Path], expert: int) -> int:
-    """Return the index of the run's file that an expert is in: 0 if there is only one."""
-    return expert if len(files) > 1 else 0
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:

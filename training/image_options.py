@@ -618,6 +618,32 @@ def _read_beside(args: argparse.Namespace) -> None:
     args.network_train_unet_only = True
 
 
+LECO_RANK = 4
+
+
+def leco_trainer(**settings: Any) -> ImageTrainerDefaults:
+    """Return the defaults of a script that trains a LoRA from prompts alone.
+
+    Args:
+        settings: Fields of `ImageTrainerDefaults` to replace.
+    """
+    return replace(NOISE_TRAINER, translate=_read_leco, **settings)
+
+
+def _read_leco(args: argparse.Namespace) -> None:
+    """Interpret the options of LECO, which needs its prompts and trains the U-Net alone."""
+    if args.prompts_file is None:
+        raise OptionError(
+            "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "
+            "docs/stable_diffusion.md shows one"
+        )
+    read_as_known(args)
+    if not args.network_train_text_encoder_only:
+        args.network_train_unet_only = True
+    if args.network_dim is None and not args.dim_from_weights and args.network_weights is None:
+        args.network_dim = LECO_RANK
+
+
 _REJECTED_FOR_WORDS = {
     **_REJECTED_BESIDE,
     "network_dim": "Give the number of vectors to --num_vectors_per_token",

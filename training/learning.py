@@ -97,7 +97,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
-    restore(model)
+    if plan.saved is not None or plan.progress.step:
+        restore(model)
     return model
 
 
@@ -186,7 +187,8 @@ def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer
         f"the learning rate of {name}": group["lr"]
         for name, group in zip(trainable.group_names, trainable.groups, strict=True)
     }
-    check_rates(options, rates)
+    if len(rates) > 1:
+        check_rates(options, rates)
     return make_optimizer(options, trainable.groups)
 
 
@@ -293,13 +295,9 @@ class UndressedNetwork:
     dit: nn.Module
     family: Family
     index: int  # of its expert
+    expert: Expert
     host: "HostWeights | None"  # where swapped weights wait; None: all are on the device
     blocks: BlockPlace | None  # of processes that share it
-
-    @property
-    def expert(self) -> Expert:
-        """The network's expert."""
-        return self.family.experts[self.index]
 
 
 @dataclass
@@ -312,22 +310,14 @@ class Loading:
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
-    @property
-    def has_samples(self) -> bool:
-        """Whether samples are generated while training; their LoRAs of --sample_lora need memory too."""
-        return self.plan.options.samples.are_made
+    samples_with_others: bool = field(init=False)  # whether samples need networks that are not trained
+    takes_turns: bool = field(init=False)  # whether one network is on the device at a time
 
-    @property
-    def samples_with_others(self) -> bool:
-        """Return whether samples need networks that are not trained."""
-        return self.has_samples and self.plan.sampled is not self.plan.family
-
-    @property
-    def takes_turns(self) -> bool:
-        """Return whether one network is on the device at a time."""
-        by_expert = self.plan.options.by_expert
-        alternates = len(self.plan.family.experts) > 1 and by_expert.offload_inactive_dit
-        return alternates or self.samples_with_others
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.samples_with_others = plan.options.samples.are_made and plan.sampled is not plan.family
+        alternates = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
+        self.takes_turns = alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
@@ -337,7 +327,7 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = make_block_place(options.speed, device)
+        blocks = make_block_place(options.speed, device) if options.speed.joined.on.place else None
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
@@ -365,7 +355,7 @@ class Loading:
         dit.requires_grad_(False)
         if blocks is not None and plan.splits_model:
             blocks.split(dit)
-        return UndressedNetwork(dit, family, index, host=host, blocks=blocks)
+        return UndressedNetwork(dit, family, index, expert, host=host, blocks=blocks)
 
     def _read_merged(
         self, network: NetworkOptions | None, family: Family, index: int
@@ -420,7 +410,8 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        finish_network(dit, options.speed, device)
+        if options.speed.joined.on.finish:
+            finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
@@ -429,11 +420,13 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         adapter = None
         if family is self.plan.family:
-            adapter = experts.read_adapter(options, expert, family.experts)
+            if options.frozen.training_adapter is not None:
+                adapter = experts.read_adapter(options, expert, family.experts)
             for add in self.plan.joined.on.before_dress:
                 add(network)
-        sample_files = options.samples.loras() if self.has_samples else []
-        has_stages = self.has_samples and bool(stage_files_of(dit))
+        has_samples = options.samples.are_made  # their LoRAs of --sample_lora need memory too
+        sample_files = options.samples.loras() if has_samples else []
+        has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:
             return
         from networks.added import add_loras, add_stage_loras  # only with LoRA files
@@ -494,7 +487,7 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             learner=learner,
-            list_beside=self._list_beside,
+            list_beside=self._list_beside if self.besides else dict,
         )
         self.parts.append(trainable)
 

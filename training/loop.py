@@ -30,7 +30,7 @@ from training.optimizers.optimizer import evaluation
 from training.optimizers.stepping import StepAfterBackward
 from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
-from training.reports.logs import WISHES, RowLayout, StepReport, name_rates
+from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
 from training.trainable import seed_networks
@@ -109,7 +109,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     model = run.model
     trainable = model.trainable
-    trainable.start_step(run.progress.step)
+    if trainable.until:
+        trainable.start_step(run.progress.step)
     for network in trainable.all_networks:
         if isinstance(network, ForeignNetwork):
             network.on_step_start()
@@ -178,7 +179,8 @@ def _read_wishes(run: TrainingRun) -> Wishes:
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked
         requests.ends = True
-    return Wishes(saves=requests.asks_to_save(), samples=requests.asks_for(SAMPLE))
+    is_due = requests.clock is not None and requests.clock.is_due()
+    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
 
 
 @dataclass
@@ -269,7 +271,7 @@ def _accumulate(
             items.
     """
     steps = run.steps
-    row = torch.zeros(RowLayout(len(run.row_numbers)).size, device=run.device)
+    row = torch.zeros(run.layout.size, device=run.device)
     keys: tuple[str, ...] = ()
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
     # the first call initializes the scaler, even in a process that has no micro-batch in this step
@@ -278,7 +280,10 @@ def _accumulate(
         noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
-        for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
+        experts = [noisy_batch.expert]
+        if steps.in_lockstep:
+            experts = _experts_of_pass(run, group, place, noisy_batch.expert)
+        for expert in experts:
             # such a pass adds nothing here; other processes gather the blocks' parts from this one
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
@@ -289,7 +294,8 @@ def _accumulate(
             if is_void:
                 continue
             row[0] += losses.total
-            _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
+            if run.parts:
+                _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
             keys += noisy_batch.batch.keys
     return row, keys
 
@@ -344,7 +350,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
         expert: Index of the micro-batch's expert.
     """
     steps = run.steps
-    if len(run.family.experts) == 1 or not steps.in_lockstep:
+    if len(run.family.experts) == 1:
         return [expert]
     indexes = [steps.share(group, process)[place] for process in range(steps.processes)]
     return sorted({run.feed.expert_of((run.progress.epoch, index)) for index in indexes})
@@ -353,7 +359,7 @@ def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) ->
 def _add_parts(
     run: TrainingRun, row: Tensor, expert: int, *, loss: Tensor, losses: tuple[Tensor, ...]
 ) -> None:
-    """Add the losses of a micro-batch to a row, if the run has several parts: experts, or images and audio.
+    """Add the losses of a micro-batch to a row of a run with several parts: experts, or images and audio.
 
     Args:
         run: The run.
@@ -362,22 +368,18 @@ def _add_parts(
         loss: Loss of the micro-batch.
         losses: Losses of the micro-batch's streams.
     """
-    if not run.parts:
-        return
-    layout = RowLayout(len(run.row_numbers))
     by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
     for part, part_loss in by_part.items():
-        row[layout.part_losses.start + part] += part_loss.detach()
-        row[layout.part_counts.start + part] += 1
+        row[run.layout.part_losses.start + part] += part_loss.detach()
+        row[run.layout.part_counts.start + part] += 1
 
 
 def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
     """Add other numbers of a micro-batch to a row."""
-    layout = RowLayout(len(run.row_numbers))
-    first = run.row_numbers.index(names[0])
+    first = run.layout.parts.index(names[0])
     places = slice(first, first + len(names))
-    row[layout.part_losses][places] += numbers
-    row[layout.part_counts][places] += 1
+    row[run.layout.part_losses][places] += numbers
+    row[run.layout.part_counts][places] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -399,7 +401,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    means = _mean_parts(run.row_numbers, step.row)
+    means = run.layout.means(step.row)
     report = replace(
         step,
         loss=loss,
@@ -411,14 +413,6 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
-
-
-def _mean_parts(parts: Sequence[str], row: Sequence[float]) -> dict[str, float]:
-    """Return the mean loss of each part that had micro-batches in a step, by name."""
-    layout = RowLayout(len(parts))
-    sums = row[layout.part_losses]
-    counts = row[layout.part_counts]
-    return {name: total / count for name, total, count in zip(parts, sums, counts, strict=True) if count}
 
 
 def _restart_clock(run: TrainingRun) -> None:
@@ -481,8 +475,9 @@ def _after_epoch(run: TrainingRun) -> None:
     epoch = progress.epoch + 1
     is_complete = progress.position >= run.steps.num_batches  # else --max_train_steps ended the epoch
     _note(run, run.readings.flush())
-    mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
-    run.logs.values({"loss/epoch": mean_loss}, progress.step)
+    if run.logs.recorders:
+        mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
+        run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from contract.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
 from contract.family import NoiseSpec, Trains
-from contract.steps import NO_OVERRIDES, Overrides
+from contract.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_share
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
@@ -56,6 +56,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
+    given: GivenTokens | None = None  # likewise latents of single samples
     expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
     audio: NoisyAudio | None = None  # None: no sample has sound, and the network is not given any
@@ -96,6 +97,7 @@ class NoisyBatch:
             weights=move(self.weights),
             perturbation=None if self.perturbation is None else move(self.perturbation),
             audio=None if self.audio is None else self.audio.moved(move),
+            given=None if self.given is None else self.given.moved(move),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -156,13 +158,29 @@ def sample_errors_outside(
 
 
 def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean of each sample, B, over the frames that are not given.
+    """Return the mean of each sample, B, over what is not given.
 
     Args:
         errors: Error of each element, B C F H W.
         noisy_batch: Batch with noise and timesteps.
     """
-    return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
+    errors = errors[:, :, noisy_batch.given_frames :]
+    given = noisy_batch.given
+    if given is None or given.image is None:
+        return errors.flatten(1).mean(1)
+    return mean_of_noisy(errors, given.image[:, :, noisy_batch.given_frames :])
+
+
+def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
+    """Return the mean of each sample, B, over its entirely noisy latents; 0 if there are none.
+
+    Args:
+        errors: Error of each element, B C F H W, or B C T M of audio.
+        given: Shares as in `GivenTokens`, B 1 F H W or B 1 T 1.
+    """
+    is_noisy = (clean_share(given, errors) == 0).expand_as(errors).flatten(1)
+    sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
+    return sums / is_noisy.sum(1).clamp(min=1)
 
 
 def sample_errors(
@@ -195,6 +213,8 @@ def sample_errors(
     audio_errors = element_errors(
         options, spec, audio_differences, sigmas=audio.sigmas, timesteps=audio.timesteps
     )
+    if noisy_batch.given is not None and noisy_batch.given.audio is not None:
+        return image_errors, mean_of_noisy(audio_errors, noisy_batch.given.audio)
     return image_errors, audio_errors.flatten(1).mean(1)
 
 
@@ -244,10 +264,16 @@ def predict(
     if given_frames:
         noisy = torch.cat([latents[:, :, :given_frames], noisy[:, :, given_frames:]], dim=2)
         overrides = Overrides(given_frames=given_frames)
+    given = noisy_batch.given
+    if given is not None:
+        noisy = keep_given(noisy, latents, given.image)
+        overrides = replace(overrides, given=given)
     if audio is not None:
         shares = family.noise.data_shares(audio.sigmas)
         audio_latents = noisy_batch.batch.tensor(SOUND).float()
         noisy_audio = add_noise(audio_latents, audio.noise, audio.sigmas, shares)
+        if given is not None:
+            noisy_audio = keep_given(noisy_audio, audio_latents, given.audio)
         noisy = noisy_batch.joint.join(noisy, noisy_audio)
         timesteps = torch.stack([timesteps, audio.timesteps], dim=1)
         overrides = replace(overrides, joint=noisy_batch.joint)
@@ -263,6 +289,20 @@ def predict(
         prediction=rule.prediction,
         sign=family.noise.output_sign,
     )
+
+
+def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
+    """Return noisy latents in which the given share of each latent is clean.
+
+    Args:
+        noisy: Noisy latents of a stream, B C ....
+        clean: The same without noise.
+        given: Shares as in `GivenTokens`; None if nothing is given.
+    """
+    if given is None:
+        return noisy
+    share = clean_share(given, noisy)
+    return share * clean + (1 - share) * noisy
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:

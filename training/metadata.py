@@ -16,7 +16,6 @@ from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
-from networks.options import NetworkOptions
 from training.data.table_times import list_times
 from training.image_metadata import image_values
 from training.noise_options import L2
@@ -87,9 +86,11 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     if lora is not None:
         values |= {
             "ss_network_dim": "Dynamic" if lora.dim_from_weights else lora.rank,
-            "ss_network_alpha": _alpha_in_words(lora),
+            "ss_network_alpha": "Dynamic" if lora.dim_from_weights else lora.network_alpha,
             "ss_network_args": json.dumps(lora.arguments(), ensure_ascii=False),
         }
+        if not lora.kind.has_alpha:
+            values["ss_network_alpha"] = None
     values |= plan.learner.values
     values |= plan.joined.info.for_loading
     values |= {key: value for key, value in info.items() if key.startswith(("reference_", "modelspec."))}
@@ -100,17 +101,12 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= _list_optional_values(plan)
         further = [name for name in info if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *further, "vae_name")}
-        values |= _hash_files(family)
+        if family.hashed_files:
+            values |= _hash_files(family)
         values |= {name: text for name, text in info.items() if name.startswith("ss_")}
         if "trained_for" in info:
             values[TRAINED_FOR] = info["trained_for"]
     return {key: str(value) for key, value in values.items()}
-
-
-def _alpha_in_words(network: NetworkOptions) -> str | float | None:
-    if not network.kind.has_alpha:
-        return None
-    return "Dynamic" if network.dim_from_weights else network.network_alpha
 
 
 def _list_optional_values(plan: TrainingPlan) -> dict[str, Any]:

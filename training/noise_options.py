@@ -141,9 +141,6 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
                 f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "
                 f"{NUM_TIMESTEPS}"
             )
-        self._check_focus()
-
-    def _check_focus(self) -> None:
         low, high = self.timestep_focus_range
         if not 0 <= low < high <= NUM_TIMESTEPS:
             raise OptionError(

@@ -134,7 +134,10 @@ class TrainingOptions(Options, must_give=True):
             self._check_fused()
         if self.joined.show is not None:  # raises OptionError for what features do not go with
             return
-        if self.subset is None or not self.subset.replaces_toml:
+        has_data = self.joined.make_data is not None or (
+            self.subset is not None and self.subset.replaces_toml
+        )
+        if not has_data:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if not self.only_shows:
             _ = self.saving.place  # raises OptionError

@@ -1,7 +1,7 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -155,8 +155,10 @@ def make_plan(
     quantization = check_computing(family, options, accelerator.device)
     check_before_loading(family, options, learner, others)  # before minutes of encoding
     joined = begin_run(options, family, config.datasets)
-    _check_tables(options, config)
-    _check_batch_sizes(family, config)
+    if options.network is None:
+        _check_tables(config)
+    if family.can.one_sample:
+        _check_batch_sizes(family.can.one_sample, config)
     texts = _find_texts(family, options, config)
     for check_texts in joined.on.texts:
         check_texts(texts)
@@ -168,7 +170,7 @@ def make_plan(
         device=accelerator.device,
         texts=texts,
         commands=commands,
-        needs=joined.needs,
+        joined=joined,
     )
     items = _find_items(
         family,
@@ -277,9 +279,9 @@ def _find_sources(
     device: torch.device,
     texts: LiveTexts | None,
     commands: CachingCommands,
-    needs: Collection[str],
+    joined: JoinedRun,
 ) -> BatchSources:
-    """Return the sources of the parts of batches that `texts` does not encode; `needs`: see `JoinedRun`."""
+    """Return the sources of the parts of batches that `texts` does not encode."""
     if _may_encode(options, config):
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
@@ -290,10 +292,12 @@ def _find_sources(
             device=device,
             texts=texts,
             commands=commands,
+            needs=joined.needs,
+            on_media=joined.on.media,
         )
     else:
         sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
-    if EMPTY_PROMPT in needs and brings_empty_text(family):
+    if EMPTY_PROMPT in joined.needs and brings_empty_text(family):
         return replace(sources, empty_text=family.empty_text())
     return sources
 
@@ -308,7 +312,7 @@ def join_processes(
     other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and options.speed.joined.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
@@ -369,7 +373,9 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If they cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if subset is not None and subset.replaces_toml and path is None:
+    if options.joined.make_data is not None:
+        config = options.joined.make_data()
+    elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
     else:
         if subset is not None and subset.replaces_toml:
@@ -407,6 +413,9 @@ def _find_items(
         CacheError: If there are no caches; the message contains the caching commands.
     """
     commands = sources.encoders.commands
+    own_encoders: Mapping[str, Mapping[str, str]] = {}
+    if family.can.bring_texts and not trusts_caches:
+        own_encoders = {encoder.name: encoder.identity for encoder in family.text_encoders()}
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
     listed = find_items(
@@ -432,7 +441,7 @@ def _find_items(
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
         view=view,
-        own_encoders={} if trusts_caches else _own_encoders(family),
+        own_encoders=own_encoders,
     )
     if accelerator.process_index == 0:
         audio = audio_of(family)
@@ -468,33 +477,24 @@ def _check_validating(options: ValidationOptions) -> None:
             logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
 
 
-def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
-    """Raise OptionError for keys of tables that ask for another strength than the options do."""
+def _check_tables(config: DatasetConfig) -> None:
+    """Raise OptionError for a table with the strength of a LoRA in a training of the model itself."""
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
-    if scaled is None:
-        return
-    if options.network is None:
+    if scaled is not None:
         raise OptionError(
             f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
             "trained. Leave it out"
         )
 
 
-def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
-    """Raise OptionError for a table with a batch size above 1 if the family needs single samples."""
-    reason = family.can.one_sample
+def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
+    """Raise OptionError for a table with a batch size above 1, for the reason why samples are single."""
     larger = next((table for table in config.datasets if table.batch_size > 1), None)
-    if reason and larger is not None:
+    if larger is not None:
         raise OptionError(
             f"{larger.name}: batch_size {larger.batch_size}: {reason}. Give batch_size = 1, and "
             f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
         )
-
-
-def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
-    """Return the identities of a model's text encoders by name, if its checkpoint contains them."""
-    encoders = family.text_encoders() if family.can.bring_texts else []
-    return {encoder.name: encoder.identity for encoder in encoders}
 
 
 def _warn_of_missing(

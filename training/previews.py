@@ -21,7 +21,14 @@ from modules.console import count_of
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from running.planning.device_memory import room_on
-from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
+from training.caching_inside import (
+    TablePlan,
+    Where,
+    find_live_texts,
+    list_live_tables,
+    open_stores,
+    plan_tables,
+)
 from training.checks import judge_rate, reject_foreign_module, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
@@ -99,7 +106,9 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     for check_model in joined.on.check:
         check_model(family, family.block_counts() if family.dit_files else ())
     learner.check()
-    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
+    plans = plan_tables(
+        family, config, options.caching, () if texts is None else texts.keys, needs=joined.needs
+    )
     seed = options.validation.validation_seed
     if seed is None:
         seed = options.loop.seed or 0
@@ -253,7 +262,13 @@ def _read_for_plan(
     texts: LiveTexts | None,
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
-    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
+    live = () if texts is None else texts.keys
+    plans = plan_tables(family, config, options.caching, live, needs=options.joined.needs)
+    if any(plan.latents is Where.LIVE for plan in plans):
+        raise OptionError(
+            "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
+            "Plan without what changes them; the VAE then takes memory too"
+        )
     if not all(plan.can_be_planned for plan in plans):
         switches = "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk"
         scripts = f"{commands.latents}\n  {commands.text}"

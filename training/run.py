@@ -136,7 +136,9 @@ def prepare_run(
         for prepare in plan.joined.on.plan:
             prepare(plan)
         # texts and images are encoded while there is no DiT
-        sampler = _make_sampler(plan)
+        sampler = None
+        if options.samples.sample_prompts is not None:
+            sampler = _make_sampler(plan, options.samples.sample_prompts)
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
@@ -225,16 +227,13 @@ def _find_inputs(plan: TrainingPlan) -> list[Path]:
     return paths
 
 
-def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
-    """Encode the texts and images of the samples; None without --sample_prompts.
+def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
+    """Encode the texts and images of the samples.
 
     Raises:
         OptionError: If an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = plan.options, plan.accelerator
-    prompts = options.samples.sample_prompts
-    if prompts is None:
-        return None
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())

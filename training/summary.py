@@ -21,13 +21,13 @@ from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.following import NextSteps, describe_elsewhere
+from training.following import NextSteps
 from training.learner import Learner
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
-from training.reports.pauses import SAMPLES, SAVING, VALIDATION, StepClock
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.reports.reporter import RunReporter, find_best_file, find_usable_file
 from training.reports.sections import SAMPLES as SAMPLE_FOLDER
 from training.reports.sections import page_path
@@ -291,7 +291,9 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
             rows.append(("result", f"{path} ({as_size(_size_of(path))})"))
     if story.validations:
         rows.append(("best by validation", describe_best(story, names.folder, names.name)))
-    rows.append(("steps", _describe_speed(run.logs.clock)))
+    clock = run.logs.clock
+    speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
+    rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
     if run.joined.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
@@ -301,8 +303,10 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         rows.append(("samples", str(samples)))
     if not run.options.logs.no_page:
         rows.append(("page", str(page_path(names.folder, names.name))))
-    rows.append(("peak memory", _describe_peak(run)))
-    rows.append(("other tools", describe_elsewhere(run.options.network)))
+    peak = peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
+    rows.append(("peak memory", peak))
+    kinds = [] if run.options.network is None else run.options.network.kinds
+    rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
@@ -312,18 +316,6 @@ def _size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _describe_speed(clock: StepClock) -> str:
-    """Return the number of steps and the time that they took."""
-    seconds = clock.seconds_per_step
-    speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
-    return f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"
-
-
-def _describe_peak(run: TrainingRun) -> str:
-    """Return the peak device memory of the run."""
-    return peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
 
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:

@@ -21,6 +21,7 @@ from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.formats import LoraFormat
 from networks.metadata import save_network
+from networks.names.layouts import KNOWN
 from training.learner import Learner
 
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
@@ -185,7 +186,7 @@ def train_network(
     Raises:
         OptionError: If it has no parameters to train, or modules that the format does not support.
     """
-    if lora_format is not None:
+    if lora_format is not None and lora_format.name != KNOWN:  # which holds all modules
         lora_format.check(network.module)
     network.module.to(device=device, dtype=torch.float32)
     groups, names = network.parameter_groups(*rates)

@@ -32,7 +32,7 @@ from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.logs import Logs, Readings
+from training.reports.logs import Logs, Readings, RowLayout
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.steps import Progress, StepPlan
@@ -134,11 +134,6 @@ class Requests:
         else:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
-    def asks_to_save(self) -> bool:
-        """Return whether the clock or a file asks for a save."""
-        is_due = self.clock is not None and self.clock.is_due()
-        return is_due or self.asks_for(SAVE)
-
     def finish(self, kind: str) -> None:
         """Remove the files whose request, SAMPLE, SAVE or STOP, was served.
 
@@ -231,17 +226,21 @@ class TrainingRun:
     steps: StepPlan = field(init=False)
     progress: Progress = field(init=False)  # the object is changed while training, never replaced
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
+    autocast: Autocast = field(init=False)  # opens the autocast context of a pass
+    parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
+    layout: RowLayout = field(init=False)
 
     def __post_init__(self) -> None:
         plan = self.model.plan
         self.plan, self.options, self.joined = plan, plan.options, plan.joined
         self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress
         self.device = plan.accelerator.device
-
-    @functools.cached_property
-    def parameters(self) -> list[Parameter]:
-        """Return the parameters that are trained, in the optimizer's order."""
-        return self.model.trainable.parameters
+        self.autocast = plan.accelerator.autocast
+        self.parameters = self.model.trainable.parameters
+        # of rows of steps, which hold sum and count of loss parts, then of the numbers of features
+        self.layout = RowLayout(
+            [*self.parts, *(name for tally in self.joined.tallies for name in tally.names)]
+        )
 
     @functools.cached_property
     def of_audio(self) -> frozenset[Tensor]:
@@ -261,12 +260,6 @@ class TrainingRun:
         is_split = audio_of(self.family) is not None and not self.joined.joins_streams
         return (IMAGE_STREAM, AUDIO_STREAM) if is_split else ()
 
-    @functools.cached_property
-    def row_numbers(self) -> tuple[str, ...]:
-        """Names of the values that rows of steps hold as sum and count: loss parts, then features."""
-        further = [name for tally in self.joined.tallies for name in tally.names]
-        return (*self.parts, *further)
-
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
@@ -276,8 +269,3 @@ class TrainingRun:
     def has_scaler(self) -> bool:
         """Return whether gradients of fp16 are scaled: an infinite norm then lowers the scale."""
         return self.model.scaler.is_enabled()
-
-    @property
-    def autocast(self) -> Autocast:
-        """Function that opens the autocast context of a pass."""
-        return self.model.plan.accelerator.autocast

@@ -175,6 +175,10 @@ class Validation:
         if vary is not None:
             generator = seed_generator("validation inputs", *seed)
             batch = replace(batch, tensors=vary(batch.tensors, "", generator))
+        gives = self.plan.family.noise.gives
+        given = None
+        if gives is not None:
+            given = gives.draw(batch, seed_generator("validation given tokens", *seed))
         return NoisyBatch(
             batch=batch,
             noise=noise,
@@ -182,5 +186,6 @@ class Validation:
             timesteps=times.timesteps,
             weights=torch.ones(1),
             given_frames=given_frames,
+            given=given,
             audio=audio,
         )

@@ -72,12 +72,15 @@ def read_vae(
     )
     names = checkpoint.tensors
     sources = plain_sources(checkpoint)
+    convolution = names.get("quant_conv.weight")
+    # those of Qwen-Image-2.1's VAE have no time axis
+    is_of_clips = convolution is not None and len(convolution.shape) != 4
     translate: Callable[[str], str] | None = None
     if kind_of(names, OF_OTHERS) is not None:
         pass  # a relative, whose layers have the same names
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)
-    elif _is_of_clips(checkpoint) and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+    elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _translate_staged_names(names)
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
@@ -93,12 +96,6 @@ def read_vae(
     config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colors // patch**2)
     _check_dimensions(config, colors, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
-
-
-def _is_of_clips(checkpoint: Checkpoint) -> bool:
-    """Return whether convolutions have a time axis. Those of Qwen-Image-2.1's VAE have none."""
-    convolution = checkpoint.tensors.get("quant_conv.weight")
-    return convolution is not None and len(convolution.shape) != 4
 
 
 def check_latents(

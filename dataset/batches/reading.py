@@ -13,6 +13,7 @@ from torch import Tensor
 
 from contract import data
 from dataset.batches.checks import audio_errors, latent_errors, text_errors
+from dataset.batches.given_parts import add_given_parts
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
     CHECK_KEY,
@@ -83,9 +84,13 @@ def read_batch(
     sides = flips or [False] * len(items)
     media = []
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
-        media.append(reader.read_media(item, place, side))
+        of_media = reader.read_media(item, place, side)
+        if not reads_rejected:
+            of_media.tensors.pop(data.REJECTED_LATENTS, None)
+        media.append(of_media)
     texts = reader.read_texts(items, numbers)
-    _check_rejected(media, commands, reads_rejected)
+    if reads_rejected:
+        _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
@@ -97,7 +102,7 @@ def read_batch(
     are_empty = tuple(text.is_empty for text in texts)
     weights = tuple(item.table.prior_loss_weight for item in items)
     attributes = tuple(item.table.attributes for item in items)
-    return data.Batch(
+    batch = data.Batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
@@ -111,6 +116,9 @@ def read_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
+    if any(item.table.spatial_crop_region or item.table.audio_cond_mask_directory for item in items):
+        batch = add_given_parts(batch, items)
+    return batch
 
 
 def _list_makers(
@@ -146,16 +154,10 @@ def _take_inner_audio(
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
-def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_rejected: bool) -> None:
-    """Drop the latents of rejected clips unless they are read.
-
-    Raises:
-        CacheError: If they are read and an item has none.
-    """
+def _check_rejected(media: Sequence["_Part"], commands: CachingCommands) -> None:
+    """Raise CacheError if an item has no latents of a rejected clip."""
     for part in media:
-        if not reads_rejected:
-            part.tensors.pop(data.REJECTED_LATENTS, None)
-        elif data.REJECTED_LATENTS not in part.tensors:
+        if data.REJECTED_LATENTS not in part.tensors:
             raise CacheError(explain_no_rejected(part.path, commands))
 
 

@@ -22,9 +22,7 @@ from modules.repeated_options import (
     AcceptedOption,
     RepeatedOption,
     accepted_options,
-    is_path_option,
     repeat_given,
-    types_of,
 )
 from modules.text_files import parse_json, read_text, real_path
 
@@ -55,7 +53,7 @@ def remember_options(
         option.name: {
             "flag": option.typed,
             "value": _as_json(option.value),
-            "is_path": is_path_option(accepted[option.name]),
+            "is_path": Path in accepted[option.name].types,
         }
         for option in repeat_given(family_options, typed)
     }
@@ -114,7 +112,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
         value = info.get("value")
         if not _is_valid(value, option):
             continue
-        if is_path_option(option):
+        if Path in option.types:
             value = _find_path(str(value), Path(folder))
             if value is None:
                 continue
@@ -125,7 +123,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
 
 def _is_valid(value: Any, option: AcceptedOption) -> bool:
     """Return whether a current option accepts a recorded value; existence of files is not checked."""
-    if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
+    if not _is_plain(value) or not any(_has_type(value, kind) for kind in option.types):
         return False
     return not option.choices or not isinstance(value, str) or value in option.choices
 

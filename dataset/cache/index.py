@@ -40,6 +40,7 @@ _NOT_COMPARED = frozenset(
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
         *("validation_seed", "is_reg", "caption_dropout_rate", "uses_empty_prompt", "prior_loss_weight"),
         *("network_multiplier", "min_timestep", "max_timestep", "discrete_flow_shift"),
+        *("spatial_crop_region", "audio_cond_mask_directory"),
     }
 )
 # what `for_family` makes of keys: it differs between the scripts of a family, and texts depend on none of it

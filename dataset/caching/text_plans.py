@@ -4,7 +4,7 @@ The plan says which outputs of the encoders are valid, in finished and partial c
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,6 @@ class Sight(NamedTuple):
 
 
 BLIND = Sight()
-
-
-def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
-    """Return whether any encoder sees the frames of a clip, and whether any sees the media of a row."""
-    abilities = [encoder.can for encoder in encoders]
-    return Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

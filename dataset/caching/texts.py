@@ -43,12 +43,12 @@ from dataset.caching.prefetch import (
 )
 from dataset.caching.text_plans import (
     CaptionFile,
+    Sight,
     caption_fitter,
     distinct_texts,
     find_outputs,
     list_caption_files,
     plan_texts,
-    sight_of,
 )
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.listing import require_captions
@@ -118,7 +118,8 @@ class TextWork:
 
             require_form(mixed, family.cache_tag)
         encoders = list(family.text_encoders())
-        self._sight = sight_of(encoders)
+        abilities = [encoder.can for encoder in encoders]
+        self._sight = Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
         files = list_caption_files(self._sources, family.cache_tag, self._sight, caption_fitter(family))
         self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)

@@ -88,12 +88,11 @@ def form_of(table: DatasetTable) -> DataForm:
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only this form has; None if it has none.
+    """Return the record of the keys that only this form has, if it has any.
 
     `values` are the values of all keys of the table.
     """
-    if form.keys is None:
-        return None
+    assert form.keys is not None
     own = {name: values[name] for name in declared_keys(form.keys)}
     return form.keys(**{**own, form.source: values[source_key]})
 

@@ -30,8 +30,10 @@ def open_store(
     from dataset.forms.npz_store import NpzStore  # it loads torch
 
     tag, latent, text_keys = names
-    listed = list_images()
-    return NpzStore(table=table, tag=tag, latent=latent, text_keys=text_keys, folder=folder, listed=listed)
+    image_paths = list_images()
+    return NpzStore(
+        table=table, tag=tag, latent=latent, text_keys=text_keys, folder=folder, image_paths=image_paths
+    )
 
 
 NPZ = SharedCaches("npz", open_store)

@@ -72,14 +72,14 @@ class NpzStore:
     text_keys: frozenset[str]  # of a whole text cache
     folder: Path
     # images that a list names, which may be in many folders: stem -> path without suffix
-    listed: Mapping[str, Path] = field(default_factory=dict)
+    image_paths: Mapping[str, Path] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
         """Return the names that the entries in all npz files of the table's folders have."""
-        stems = {path: stem for stem, path in self.listed.items()}
+        stems = {path: stem for stem, path in self.image_paths.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
             for file in os.listdir(folder) if folder.is_dir() else ():
@@ -139,7 +139,7 @@ class NpzStore:
         stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())
         file = f"{stem}{NPZ}{part}"
         source = self._source_stem(name)
-        place = self.listed.get(source)
+        place = self.image_paths.get(source)
         if place is None:
             return self.folder / file
         return place.with_name(place.name + file.removeprefix(source))
@@ -150,7 +150,7 @@ class NpzStore:
         source = self._source_stem(name)
         if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
             return path
-        older = self.listed.get(source, self.folder / source)
+        older = self.image_paths.get(source, self.folder / source)
         nameless = older.with_name(older.name + NPZ)
         if not nameless.is_file():
             return path
@@ -169,7 +169,7 @@ class NpzStore:
         stem = file.removesuffix(NPZ)
         if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
             return None
-        if self.listed:
+        if self.image_paths:
             source = stems.get(folder / stem)
         else:
             source = stem if folder == self.folder else None
@@ -210,7 +210,7 @@ class NpzStore:
         source = self._source_stem(name)
         if folder / source in stems:
             name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder or source in self.listed:  # of an image that left the list
+        elif folder != self.folder or source in self.image_paths:  # of an image that left the list
             return None
         return name + part
 

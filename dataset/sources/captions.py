@@ -154,7 +154,8 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
         full = _complete_object(caption, trigger, prefix, suffix)
         if full is not None:
             return full
-    caption = add_trigger(caption, trigger)
+    if trigger:
+        caption = add_trigger(caption, trigger)
     if not (prefix or suffix):
         return caption
     return " ".join(part for part in (prefix, caption, suffix) if part)

@@ -109,6 +109,10 @@ def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> d
     # without a Path for each: there may be a million
     entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
     stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
+    with_caption = {stem for _, stem, suffix in entries if suffix in rules.caption_suffixes}
+    may_be_unread = any(suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
+    if stems == with_caption and len(entries) == 2 * len(stems) and not may_be_unread:
+        return {}  # each image or clip has a caption, and there is nothing else
     captions = _find_captions(table, entries, rules)
     handled = {name for names in captions.values() for name in names}
     counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}

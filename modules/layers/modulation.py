@@ -7,7 +7,8 @@ does not allow by itself. Compiled code has plain operators, which the compiler 
 
 The tokens may stand in segments with a row of shift, scale and gate each: rows are B S C. With two segments,
 `split` is where the second one begins, as in a slice: from the end if negative. With several it has the
-places where all but the first begin, from the front and rising.
+places where all but the first begin, from the front and rising. If rows alternate, it is a tensor, B L, with
+the row of each token.
 """
 # Letters: B batch, L tokens, S segments of them, C width
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Split = int | tuple[int, ...]
+Split = int | tuple[int, ...] | Tensor
 
 
 def modulate(
@@ -62,11 +63,14 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
     """Split tokens and rows by segment: return the tokens, B L' C, and then the rows, B 1 C, of each.
 
-    `rows` has one or more tensors, each B S C.
+    `rows` has one or more tensors, each B S C. If `split` has the row of each token, all tokens are one
+    segment and each has a row, B L C.
     """
     count = rows[0].shape[1]
     if count == 1:
         return [(*tokens, *rows)]
+    if isinstance(split, Tensor):
+        return [(*tokens, *(row.gather(1, _widen(split, row)) for row in rows))]
     places = (split,) if isinstance(split, int) else split
     assert len(places) == count - 1, f"{count} rows for the segments that begin at {places}"
     segments = []
@@ -79,13 +83,22 @@ def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> lis
 def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
     """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
     parts = split_segments(split, [rows], tokens)
-    return rows if len(parts) == 1 else torch.cat([row.expand_as(part) for part, row in parts], dim=1)
+    if len(parts) == 1:
+        return parts[0][1]
+    return torch.cat([row.expand_as(part) for part, row in parts], dim=1)
+
+
+def _widen(indices: Tensor, rows: Tensor) -> Tensor:
+    """Repeat the indices of rows, B L, over the channels: B L C."""
+    return indices.unsqueeze(2).expand(-1, -1, rows.shape[2])
 
 
 def _sum_rows(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
     """Sum the gradients of tokens, B L C, over each segment, which gives the gradients of the rows."""
     if rows.shape[1] == 1:
         return gradients.sum_to_size(rows.shape)
+    if isinstance(split, Tensor):
+        return torch.zeros_like(rows, dtype=gradients.dtype).scatter_add(1, _widen(split, rows), gradients)
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 

@@ -119,6 +119,18 @@ def _count(number: int, singular: str, plural: str, /, **values: Any) -> Markup:
     return fill_counted(number, singular, plural, **marked)
 
 
+_UNSCRIPTED = {
+    "mp4": Markup('<noscript><video src="{}" controls muted loop preload="metadata"></video></noscript>'),
+    "wav": Markup('<noscript><audio src="{}" controls preload="none"></audio></noscript>'),
+}
+_UNSCRIPTED_IMAGE = Markup('<noscript><img src="{}" alt="" loading="lazy"></noscript>')
+
+
+def show_unscripted(address: str) -> Markup:
+    """Return what a browser without scripts shows in a box whose file the page's script would load."""
+    return _UNSCRIPTED.get(address.rpartition(".")[2], _UNSCRIPTED_IMAGE).format(address)
+
+
 @functools.cache
 def _load_templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
     environment = jinja2.Environment(
@@ -131,6 +143,7 @@ def _load_templates(folder: Path) -> jinja2.Environment:  # each template is com
     )
     environment.filters["urlencode"] = encode_address
     environment.globals |= {"_": _translate, "counted": _count, "language": language}
+    environment.globals["unscripted"] = show_unscripted
     return environment
 
 

@@ -30,6 +30,8 @@ TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name it
 TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
 # metadata of a LoRA file: which of a model's uses it has learned, in words (`Family.metadata` as trained_for)
 TRAINED_FOR = "reelsmith_trained_for"
+# metadata of a training adapter: name and hash of the distilled transformer that it is for
+MADE_FOR = "ss_training_adapter_for"
 LORA_FORMAT = "ss_lora_format"  # metadata of a LoRA file: whose names it has, a value of --lora_format
 # metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
 FOLDED = "reelsmith_folded"

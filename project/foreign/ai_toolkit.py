@@ -164,7 +164,7 @@ _RULES = {
         for name in ("quantize", "quantize_te", "qtype", "qtype_te", "low_vram")
     },
     "model.dtype": rules.OF_CARD,
-    "model.assistant_lora_path": left("training_adapter below [training] takes such a file"),
+    "model.assistant_lora_path": rules.ADAPTER,
     "model.model_kwargs.*": left("of two networks both learn; min_timestep and max_timestep choose one"),
     "model.layer_offloading*": rules.OF_CARD,
     "sample.sample_every": rules.SAMPLE_STEPS,

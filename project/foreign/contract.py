@@ -268,6 +268,17 @@ def read_name(value: Any) -> str:
     return name
 
 
+def read_adapter(value: Any) -> str:
+    """Return the path of a training adapter; a name on the hub has to be downloaded first."""
+    path = Path(str(value).strip()).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(
+            "there is no such file here: tasks that end in -adapter download published ones, and "
+            "training_adapter below [training] takes any"
+        )
+    return path.absolute().as_posix()
+
+
 def read_trigger(value: Any) -> str:
     """Return a trigger word, without the brackets around placeholders of embeddings."""
     word = str(value or "").strip()

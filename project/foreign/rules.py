@@ -17,6 +17,7 @@ from project.foreign.contract import (
     KeyRule,
     left,
     number,
+    read_adapter,
     read_arguments,
     read_folder,
     read_loss,
@@ -80,6 +81,7 @@ LAYERS = left("network_args below [training] choose layers: docs/networks.md")
 TIMESTEPS = left("timestep_sampling below [training] is that of the model's page")
 SHIFT = left("discrete_flow_shift below [training] is that of the model's page")
 OWN_FILES = left("give a file of your own as --model_file NAME=PATH")
+ADAPTER = KeyRule(TRAINING, "training_adapter", read_adapter)
 START = left("give a LoRA to start from as network_weights below [training]")
 BUCKETS = left("files always keep their shape")
 CAPTIONS = left("`new` finds the captions itself")

@@ -101,6 +101,8 @@ _RULES = {
     "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", whole(-1, 100_000)),
     "lycoris_config:*": rules.LAYERS,
     "init_lora": rules.START,
+    "assistant_lora_path": rules.ADAPTER,
+    "assistant_lora_strength": KeyRule(TRAINING, "training_adapter_multiplier", number(-1000, 1000)),
     "flux_lora_target": rules.LAYERS,
     "learning_rate": rules.LEARNING_RATE,
     "lr_scheduler": rules.SCHEDULER,

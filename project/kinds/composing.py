@@ -1,20 +1,16 @@
 """The kinds of runs, one line for each."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from downloads.catalogue import ModelSet
-from project.kinds.contract import RunKind
+from project.kinds.adapter import ADAPTER
+from project.kinds.contract import RunKind, find_lora_script
 from project.kinds.control_networks import CONTROL_NET, LLLITE
 from project.kinds.embedding import EMBEDDING
 from project.kinds.whole_model import FULL
 from project.options import find_models
-
-
-def _find_lora_script(model: ModelSet) -> list[str]:
-    return [next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))]
 
 
 def _leave_values(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
@@ -24,13 +20,20 @@ def _leave_values(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 LORA = RunKind(
     name="lora",
     title="a LoRA",
-    find_words=_find_lora_script,
+    find_words=find_lora_script,
     why_not=lambda model, memory: None,
     change=_leave_values,
     ending="lora",
     has_targets=True,
 )
-KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of the control networks, the first is the default
+KINDS = (
+    LORA,
+    ADAPTER,
+    LLLITE,
+    CONTROL_NET,
+    EMBEDDING,
+    FULL,
+)  # of the control networks, the first is the default
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 
@@ -52,5 +55,9 @@ def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
 
 @cache
 def kinds_by_script() -> dict[str, RunKind]:
-    """Return the kinds of runs by the name of their training script."""
-    return {kind.find_words(model)[0]: kind for model in find_models() for kind in list_kinds(model)}
+    """Return the kinds of runs by the name of their training script; the script of LoRAs means LORA."""
+    kinds: dict[str, RunKind] = {}
+    for model in find_models():
+        for kind in list_kinds(model):
+            kinds.setdefault(kind.find_words(model)[0], kind)
+    return kinds

@@ -29,6 +29,11 @@ def read_words(key: str, model: ModelSet) -> list[str]:
     return shlex.split(model.data.get(key, ""))
 
 
+def find_lora_script(model: ModelSet) -> list[str]:
+    """Return the script that trains a LoRA for a model."""
+    return [next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))]
+
+
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
     """Return why this kind of run cannot be made for a model; None if it can.
 
@@ -61,6 +66,7 @@ class RunKind:
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
     saves_models: bool = False  # each save has gigabytes: few are made and kept
     has_targets: bool = False  # targets that keep few steps are for it
+    makes_adapter: bool = False  # it unlearns what a model was distilled for, so that other LoRAs need not
 
     def find_script(self, model: ModelSet) -> Path | None:
         """Return the script that trains this kind for a model; None if there is none."""

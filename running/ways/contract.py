@@ -5,7 +5,7 @@ A way is one light file, and its line in `running/ways/__init__.py`. What it doe
 writes into it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -60,7 +60,7 @@ class RunUses:
     # of a training: the option of the model that makes samples, and a module of a network
     samples_apart: str = ""
     foreign_module: str = ""  # of another package
-    own_modules: tuple[str, ...] = ()  # that can take its place
+    own_modules: Collection[str] = ()  # that can take its place
     further_models: tuple[FurtherModel, ...] = ()
     # of a generation
     has_step_cache: bool = False

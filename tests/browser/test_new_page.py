@@ -405,7 +405,7 @@ def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root
 @pytest.mark.slow
 def test_what_is_typed_and_not_saved_is_said_before_a_start(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_images(folder, 1)
+    write_images(folder, 1, captions=True)
     describe(served, folder)
     with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
         page.get_by_label("Sample 1 prompt").fill("a square in snow")
@@ -451,8 +451,7 @@ def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, 
     write_images(folder, 2, captions=True)
     (folder / "p00.txt").write_bytes("ein Käse, eine Tür und schöne Grüße".encode("cp1252"))
     describe(served, folder)
-    text = wait_for(served, folder, "Convert to UTF-8")
-    assert "--repair_captions" in text
+    wait_for(served, folder, "Convert to UTF-8")
 
     assert post(served, "repair", folder=str(folder)).status == 200
     wait_for(served, folder, "captions converted")
@@ -500,7 +499,7 @@ def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path
     describe(served, folder)
     text = wait_for(served, folder, "Do it")
     assert "caption_dataset.py" in text
-    assert "Type the word into the field above" in text
+    assert "Type a trigger word" in text
     for line in ("rm -rf /", "python tools/caption_dataset.py --dataset_config x.toml", ""):
         answer = post(served, "remedy", folder=str(folder), line=line)
         assert "not one that was printed" in text_of(answer, "refused")

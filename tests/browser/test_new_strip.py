@@ -177,7 +177,7 @@ def test_a_card_chooses_a_model_with_its_version(served: Served, root: Path) -> 
         wait_until(page, "!document.querySelector('#leads').textContent.includes('Still missing')")
 
         page.locator("#table > summary").click()
-        page.get_by_label("Find in the list").fill("krea")
+        page.get_by_label("Narrow this list").fill("krea")
         shown = page.locator("#model-rows tr:visible")
         assert shown.count() >= 1
         assert all("Krea" in text for text in shown.all_inner_texts())

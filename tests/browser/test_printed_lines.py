@@ -13,15 +13,23 @@ import torch
 from PIL import Image
 
 from browser.page_language import read_texts
-from browser.printed_lines import is_for_terminal, translate_command, translate_line, translate_reason
+from browser.printed_lines import (
+    is_for_terminal,
+    translate_command,
+    translate_file_kind,
+    translate_line,
+    translate_reason,
+)
 from browser.render_queue import PHASES
+from checkpoints.kinds import OF_OTHERS, OF_PARTS, OF_TOOLS
+from contract.families import family_marks
 from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_images
-from tests.commands import ROOT
+from tests.commands import ROOT, run_script
 from training.reports.history import HIGHEST, PREDICTED, History, PageCommand
 from training.summary import list_memory
 
@@ -129,6 +137,67 @@ def test_no_english_word_is_left_of_odd_folders(
         texts = {line: show(translate_line(line)).replace(str(tmp_path), "") for line in shown}
     left = {line: text for line, text in texts.items() if re.search(r"[a-z]{3,}", NAMES.sub("", text))}
     assert left == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_no_english_word_is_left_of_a_check(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    fill_odd_folders(tmp_path)
+    files = tuple(f"{name}={ROOT / f'pocket/{name}.safetensors'}" for name in ("dit", "vae", "t5"))
+    for name in ("mixed", "masks"):
+        options = NewOptions.usual(
+            folder=tmp_path / name,
+            family="wan",
+            task="t2v-1.3B",
+            memory=12,
+            models=tmp_path,
+            model_files=files,
+        )
+        write_project(options)
+    lines = set()
+    for name in ("mixed", "masks"):
+        result = run_script("reelsmith.py", "run", str(tmp_path / name), "--check", check=False)
+        lines |= {line.strip() for line in result.stdout.splitlines()}
+    commands = ("$ ", "python ", "tile: ", "vae dtype: ", "t5 tokenizer: ")
+    shown = {line for line in lines if line and not line.startswith(commands)}
+    assert len(shown) > 20
+    with speaking(Language(code, read_texts(code))):
+        texts = {line: show(translate_line(line)).replace(str(tmp_path), "") for line in shown}
+    names = re.compile(rf"{NAMES.pattern}|\b(?:vae|t5|token|conv|hub|dtype|schön|dataset|datasets)\b")
+    left = {line: text for line, text in texts.items() if re.search(r"[a-z]{3,}", names.sub("", text))}
+    assert left == {}
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_no_english_word_is_left_of_what_a_model_file_is(code: str) -> None:
+    kinds = {what for mark, what in (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS)}
+    names = re.compile(
+        r"--\w+|\S+\.py|[\w.-]*[A-Z0-9][\w.-]*"
+        r"|\b(?:transformer|layered|diffusers|gimmvfi_r|codeformer)\b"
+    )
+    with speaking(Language(code, read_texts(code))):
+        texts = {kind: show(translate_file_kind(kind)) for kind in kinds}
+        unknown = show(translate_file_kind(None))
+    left = {kind: text for kind, text in texts.items() if re.search(r"[a-z]{2,}", names.sub("", text))}
+    assert left == {}
+    assert not re.search(r"[a-z]", unknown)
+    assert translate_file_kind("a box of bolts") == "a box of bolts"
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [("1 has no caption:", "1"), ("12 have no caption:", "12"), ("1 folder is not searched:", "1")],
+)
+def test_a_count_of_faults_is_translated_in_singular_and_plural(line: str, number: str, code: str) -> None:
+    with speaking(Language(code, read_texts(code))):
+        text = show(translate_line(line))
+    assert text.endswith("：")
+    assert number in text
+    assert not re.search(r"[a-z]", text)
 
 
 @pytest.mark.parametrize("code", ["zh", "ja"])

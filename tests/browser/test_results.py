@@ -675,8 +675,9 @@ def test_again_gives_equal_bits_and_another_seed_does_not(tmp_path: Path) -> Non
         for tags in (first, second):
             del tags["bt_creation_timestamp"]
         assert first == second
-        place = command.index("--save_path")
-        run_script(command[1], *command[2:place], "--save_path", tmp_path / "typed")
+        _, folder, _, _, script, *options = command  # cd FOLDER && python SCRIPT OPTIONS
+        options = options[: options.index("--save_path")]
+        run_script(script, *options, "--save_path", tmp_path / "typed", folder=Path(folder))
         [typed] = (tmp_path / "typed").glob("*.mp4")
         assert frames_of(typed).tobytes() == frames_of(original).tobytes()
 

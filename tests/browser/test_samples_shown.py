@@ -126,3 +126,7 @@ def test_places_of_samples_are_kept_before_they_are_loaded_and_without_scripts(s
         page.get_by_label("all 6 steps").check()
         assert shown.count() == 2 * 6
         assert page.locator(".size").is_hidden()
+        image = page.locator(".grid td img:visible").first
+        wait_until(page, "document.querySelector('.grid td img').naturalWidth > 0")
+        box = image.bounding_box()
+        assert (box["width"], box["height"]) == pytest.approx((cell["width"], cell["height"]), abs=1)

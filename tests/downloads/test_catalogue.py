@@ -194,7 +194,6 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 
 ELSEWHERE = {
     # on no hub, as their pages say; any ControlNet; any chat model; any vision-language model
-    "zimage_turbo_training_adapter_v2.safetensors",  # its size is not known
     *("taehv.pth", "FLUX.1-dev-Controlnet-Canny", "chat", "chat/config.json", "vision"),
     *("wan_pipeline", "wan_pipeline/vae", "wan_pipeline/text_encoder"),  # a diffusers folder
 }

@@ -62,9 +62,9 @@ def theirs(release: TinyRelease) -> LTX2Pipeline:
     return pipe
 
 
-def generate(release: TinyRelease, folder: Path, *words: object) -> dict[str, Tensor]:
+def generate(release: TinyRelease, folder: Path, *words: object, frames: int = FRAMES) -> dict[str, Tensor]:
     """Run the script; return the latents of the only video. PNG and WAV files of them are in `shown`."""
-    size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS, "--seed", SEED]
+    size = ["--video_size", HEIGHT, WIDTH, "--video_length", frames, "--infer_steps", STEPS, "--seed", SEED]
     said = ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, *release.texts]
     command = [*release.words, *release.vaes, "--device", "cpu", *words]
     made = ["--output_type", "latent", "--save_path", folder / "made"]

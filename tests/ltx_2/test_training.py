@@ -68,15 +68,25 @@ class Project:
         return said
 
 
-def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, audios: str = "ab") -> Project:
-    """Write a release, clips a, b and c, and their caches. audios: clips that have some."""
+def write_project(
+    folder: Path,
+    version: str = "2.3",
+    batch_size: int = 3,
+    audios: str = "ab",
+    frames: int = 9,
+    more: str = "",
+) -> Project:
+    """Write a release, clips a, b and c, and their caches. audios: clips that have some.
+
+    more: keys of the dataset's table.
+    """
     project = Project(folder, write_release(folder / "model", version))
     (folder / "clips").mkdir()
     for number, name in enumerate("abc"):
         tracks = [Track((0.04 + 0.1 * number,), loud=0.9)] if name in audios else []
-        write_media(folder / "clips" / f"{name}.mp4", *tracks, frames=10 + number)
+        write_media(folder / "clips" / f"{name}.mp4", *tracks, frames=frames + 1 + number)
         (folder / "clips" / f"{name}.txt").write_text(f"a gray wall {name}", encoding="utf-8")
-    write_dataset(folder, size=64, frames="9", batch_size=batch_size)
+    write_dataset(folder, size=64, frames=str(frames), batch_size=batch_size, more=more)
     succeed_here("ltx2_cache_latents.py", *project.words, folder=folder)
     texts = ["ltx2_cache_text_encoder_outputs.py", *project.text_words, *project.release.texts]
     succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)

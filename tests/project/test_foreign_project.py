@@ -452,3 +452,20 @@ def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
     project = read_foreign(write_files(tmp_path, {"main.toml": DIFFUSION_PIPE}))
     assert any("dataset.toml: it is not there" in line for line in project.left)
     assert project.folders == {}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_training_adapter_is_taken_if_the_file_is_here(is_here: bool, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    if is_here:
+        adapter.write_bytes(b"")
+    name = adapter.as_posix() if is_here else "ostris/krea2_turbo_training_adapter/x.safetensors"
+    path = tmp_path / "project.yaml"
+    line = f'        assistant_lora_path: "{name}"\n'
+    path.write_text(AI_TOOLKIT.replace("      model:\n", f"      model:\n{line}", 1), encoding="utf-8")
+
+    project = read_foreign(path)
+
+    assert project.training.get("training_adapter") == (adapter.as_posix() if is_here else None)
+    told = "\n".join(project.lines(tmp_path))
+    assert ("tasks that end in -adapter download published ones" in told) is not is_here

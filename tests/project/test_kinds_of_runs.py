@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
@@ -19,6 +20,8 @@ from checkpoints.writing import save_tensors
 from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
+from project.choosing import ask_family
+from project.fitting import transformers_of
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
@@ -62,7 +65,9 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     kinds = {
         f"{model.family} {model.task}": [kind.name for kind in list_kinds(model)] for model in find_models()
     }
-    assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS]
+    assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS if not kind.makes_adapter]
+    assert kinds["z_image turbo"] == ["lora", "adapter", "whole"]
+    assert kinds["z_image turbo-adapter"] == ["lora"]
     assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
     assert kinds["anima base"] == ["lora", "lllite", "whole"]
     assert kinds["z_image base"] == ["lora", "whole"]
@@ -313,3 +318,42 @@ def test_a_run_trains_it_and_its_command_generates(name: str, kind: str, tmp_pat
     printed = io.StringIO()
     assert run_here("run_project.py", folder, folder=tmp_path, printed=printed)[0] == 0
     assert "is trained already: 2 of 2 steps" in printed.getvalue()
+
+
+def test_the_models_that_an_adapter_can_be_made_for_are_those_that_were_distilled() -> None:
+    """The list of models says it, as the page asks for each model."""
+    for model in find_models():
+        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+        is_distilled = model.has_adapter or ask_family(model, paths).few_steps is not None
+        assert bool(model.data.get("distilled")) == is_distilled, f"{model.family} {model.task}"
+
+
+def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    write_photos(folder)
+
+    said = describe(folder, "z_image turbo", "--train", "adapter")
+    values = read_run(folder)["training"]
+
+    assert values["make_adapter"] == "real"
+    assert values["output_name"] == "photos_training_adapter_v1"
+    assert (values["network_dim"], values["network_alpha"], values["ema_decay"]) == (32, 32, 0.998)
+    lines = (folder / "own_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines
+    assert all(re.fullmatch(r".+ --d \d+", line) for line in lines)
+    assert "--from_file own_prompts.txt --save_path own" in said
+    assert "unlearns" not in said
+    own = folder / "own"
+    own.mkdir()
+    for number in range(2):
+        text = PngInfo()
+        text.add_text("bt_prompt", f"a cat\nnumber {number}")
+        Image.new("RGB", (64, 64), (90 * number, 0, 0)).save(own / f"{number}.png", pnginfo=text)
+
+    said = describe(own, "z_image turbo", "--train", "adapter")
+
+    assert read_run(own)["training"]["make_adapter"] == "own"
+    assert "2 generated files: their prompts are written into .txt files, as captions" in said
+    assert (own / "1.txt").read_text(encoding="utf-8") == "a cat\nnumber 1\n"
+    describe(folder, "z_image turbo", "--train", "adapter", "--overwrite")
+    assert read_run(folder)["training"]["make_adapter"] == "mixed"

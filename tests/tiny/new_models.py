@@ -59,6 +59,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "qwen_image original": (write_tiny_qwen_image, IMAGES),
     "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), IMAGES),
     "qwen_image_21 base": (write_tiny_qwen_image_21, IMAGES),
+    "qwen_image_21 turbo": (write_tiny_qwen_image_21, IMAGES),
     "qwen_image_21 edit": (write_tiny_qwen_image_21, IMAGES),
     "moss_image base": (write_tiny_moss_image, IMAGES),
     "moss_image edit": (write_tiny_moss_image, IMAGES),
@@ -66,6 +67,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
     "z_image turbo": (write_tiny_z_image, IMAGES),
     "krea2 raw": (write_tiny_krea2, IMAGES),
+    "krea2 turbo": (write_tiny_krea2, IMAGES),
     "anima base": (write_tiny_anima, ANIMA),
     "krea2 edit": (write_tiny_krea2, IMAGES),
     "ltx_2 av": (write_release, {"ltx2_checkpoint": "ltx 2.3.safetensors", "gemma_root": "gemma"}),
@@ -73,6 +75,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "minimax_h3 t2va": (write_tiny_h3, H3),
     "minimax_h3 fl2va": (write_tiny_h3, H3),
     "flux dev": (write_tiny_flux, FLUX | {"clip_l": "clip_l.safetensors"}),
+    "flux schnell": (partial(write_tiny_flux, kind="schnell"), FLUX | {"clip_l": "clip_l.safetensors"}),
     "flux_kontext dev": (
         write_tiny_flux,
         {
@@ -83,6 +86,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
         },
     ),
     "flux_2 klein-base-4b": (write_tiny_flux_2, IMAGES),
+    "flux_2 klein-4b": (write_tiny_flux_2, IMAGES),
     "flux_3 klein-base": (write_tiny_flux_3, IMAGES),
     "chroma hd": (partial(write_tiny_flux, kind="chroma"), FLUX),
     "stable_diffusion 1.5": (partial(write_tiny_stable_diffusion, kind="sd1"), SD),

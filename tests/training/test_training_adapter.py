@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.file_hashes import name_base
+from checkpoints.writing import save_tensors
 from contract.family import Abilities
 from contract.few_steps import FewSteps
+from contract.loading import Placement
 from flux.family import Flux, FluxFiles
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
@@ -19,7 +22,7 @@ from modules.errors import OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from networks.names.layouts import TRAINED_EXPERT
+from networks.names.layouts import MADE_FOR, TRAINED_EXPERT
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.training_files import TrainingFiles
 from tests.tiny import flux as tiny_flux
@@ -270,6 +273,20 @@ class Turbo(toy.ToyFamily):
         return "it is called turbo"
 
 
+@dataclass(frozen=True)
+class TurboFile(Turbo):
+    """Has a file, too."""
+
+    file: Path = Path()
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    def file_beside(self, path: Path) -> None:
+        """The model has no file with further tensors."""
+
+
 def test_a_distilled_transformer_without_an_adapter_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,3 +354,69 @@ def test_a_distilled_model_that_is_trained_whole_is_told_what_a_whole_model_can_
     assert warning.endswith(". Train on another.")
     assert "--training_adapter" not in warning  # both are refused
     assert "--guided_target" not in warning
+
+
+def test_an_adapter_is_compared_with_what_it_meets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Layers of related models have equal shapes, so that the adapter of another one would fit."""
+    toy.write_caches(tmp_path)
+    path = write_file(tmp_path, KINDS["LoRA"])
+    tensors = load_file(path)
+    found = []
+    family = TurboFile(file=tmp_path / "dit.safetensors")
+    save_file(family.load_dit(Placement(CPU)).state_dict(), family.file)
+    own = {"ss_base_model_version": "toy", MADE_FOR: name_base(family.file)}
+    others = ({"ss_base_model_version": "flux2"}, {"base_model": "an/Other"}, {MADE_FOR: "b 0123"})
+    for metadata in ({}, own, *others):
+        save_file(tensors, path, metadata)
+        caplog.clear()
+        words = ["--max_train_steps", 1, "--overwrite", "--training_adapter", path]
+        toy.train_toy(tmp_path, *words, family=family)
+        found.append(
+            [text for text in caplog.messages if "An adapter undoes the distillation of one" in text]
+        )
+
+    assert [len(texts) for texts in found] == [0, 0, 1, 1, 1]
+    assert "is for flux2, and the transformer is toy" in found[2][0]
+    assert "is for an/Other, and the transformer is of" in found[3][0]
+    assert "was made for b 0123, not for dit.safetensors" in found[4][0]
+
+
+def test_an_adapter_with_a_guided_target_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.write_caches(tmp_path)
+    empty = {"varlen_letters_float32": torch.full((1, 1), -0.7)}
+    save_tensors(tmp_path / "cache" / "toy_te.empty.safetensors", empty)
+    path = write_file(tmp_path, KINDS["LoRA"])
+    words = ["--max_train_steps", 1, "--overwrite", "--guided_target", 3]
+
+    toy.train_toy(tmp_path, *words)
+    assert not any("acts twice" in text for text in caplog.messages)
+    toy.train_toy(tmp_path, *words, "--training_adapter", path)
+
+    assert any(
+        "--training_adapter with --guided_target 3: the adapter has" in text for text in caplog.messages
+    )
+
+
+def test_an_adapter_that_is_made_names_its_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    toy.write_caches(tmp_path)
+    family = TurboFile(file=tmp_path / "dit.safetensors")
+    save_file(family.load_dit(Placement(CPU)).state_dict(), family.file)
+    toy.train_toy(tmp_path, "--max_train_steps", 1, "--make_adapter", "own", family=family)
+    metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
+
+    assert metadata["ss_adapter_data"] == "own"
+    assert metadata[MADE_FOR] == name_base(family.dit_files[0])
+    assert not any("may be distilled" in text for text in caplog.messages)
+    for words, reason in (
+        (["--guided_target", 3], "--make_adapter with --guided_target 3: an adapter has to unlearn"),
+        (
+            ["--training_adapter", write_file(tmp_path, KINDS["LoRA"])],
+            "--make_adapter with --training_adapter",
+        ),
+    ):
+        with pytest.raises(OptionError, match=reason):
+            toy.train_toy(tmp_path, "--make_adapter", "own", *words, family=family)
+    with pytest.raises(OptionError, match="a training adapter is a LoRA"):
+        toy.train_toy(tmp_path, "--make_adapter", "own", full_dit=True)

@@ -192,7 +192,9 @@ class Randomness:
         if self.noise.vary is not None:
             noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
-        given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        given_frames = 0
+        if self.noise.first_frame_probability:
+            given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
         audio = None
         if self.audio is not None:
             audio = self._add_audio(self.audio, batch, times, number=number, first_sample=first_sample)
@@ -220,6 +222,9 @@ class Randomness:
             number=number,
             levels=tuple(times.levels.tolist()),
         )
+        if self.noise.gives is not None:
+            generator = seed_generator(self.seed, "given tokens", number)
+            drawn = replace(drawn, given=self.noise.gives.draw(batch, generator))
         for change in self.on_batch:
             drawn = change(self, drawn)
         return drawn
@@ -370,17 +375,13 @@ class Feed:
                 self.order.epoch(first_epoch)  # computed here, so that workers inherit it
                 read = self._from_workers(itertools.chain(first_keys, keys), len(first_keys))
             else:
-                read = self._read_here(keys)
+                batches = map(self.read, keys)
+                read = (batch.moved(pin) if self.pin_memory else batch for batch in batches)
             with contextlib.closing(read):
                 for noisy_batch in read:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
                         self.sources.encoders.warn(noisy_batch.batch.made_by)
                     yield noisy_batch
-
-    def _read_here(self, keys: Iterable[Key]) -> Generator[NoisyBatch]:
-        for key in keys:
-            noisy_batch = self.read(key)
-            yield noisy_batch.moved(pin) if self.pin_memory else noisy_batch
 
     def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
         ending = multiprocessing.Event()
@@ -434,7 +435,7 @@ class Feed:
             reads_empty=self.reads_empty,
             reads_rejected=self.reads_rejected,
         )
-        if drops_references(items, seed, number):
+        if items[0].table.reference_dropout_rate and drops_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions may change with the progress of the run
             step = plan.steps_until(epoch, index - index % plan.group_size)

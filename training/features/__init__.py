@@ -1,5 +1,6 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
+adapter: make a LoRA that others are trained with
 base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
 composing: options of all features; those that are on join
@@ -8,11 +9,18 @@ ema: keep an average of the trained weights
 ema_weights: how this average is computed
 embedding: learn the vectors of a new word too
 embedding_rows: these vectors, next to the network
+encoded_captions: captions that are encoded once, before
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
+inpainting: train a model that repaints what a mask marks
+inpainting_masks: random masks for this
 ip_noise: mix in further noise, which is not to be predicted
 item_losses: record the loss of each picture and clip
 item_losses_recording: how, without waiting, with small pictures
+leco: learn from prompts alone
+leco_file: a file of such prompts
+leco_options: which prompts, and how latents are made
+leco_passes: their latents and passes
 mask_prior: hold the network to the model outside masks
 on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
@@ -42,14 +50,17 @@ uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
 """
 
+from training.features.adapter import ADAPTER
 from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
 from training.features.ema import EMA
 from training.features.embedding import EMBEDDING
 from training.features.guided import GUIDED
+from training.features.inpainting import INPAINTING
 from training.features.ip_noise import IP_NOISE
 from training.features.item_losses import ITEM_LOSSES
+from training.features.leco import LECO
 from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
@@ -68,6 +79,7 @@ FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,
     EMBEDDING,
     SHOW_TIMESTEPS,
+    INPAINTING,
     IP_NOISE,
     OUTPUT_PRESERVATION,
     GUIDED,
@@ -75,7 +87,9 @@ FEATURES: tuple[Feature, ...] = (
     MASK_PRIOR,
     BLANK_PRIOR,
     SLIDER,
+    LECO,
     PREFERENCE,
+    ADAPTER,
     TREAD,
     EMA,
     SKIP,

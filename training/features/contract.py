@@ -53,6 +53,9 @@ DROPPED_CAPTIONS = "captions as they are before dropout"
 BASE_MODEL = "the model without the network"
 # of `JoinedRun.needs` too: text encoders work while training, as they learn a new word
 LIVE_TEXTS = "text encoders that learn a word"
+# of `JoinedRun.needs` too: images are encoded at each step, as their tensors differ each time
+NO_DATASET = "no dataset, as what is learned comes from prompts"
+LIVE_MEDIA = "images that are encoded at each step"
 
 # of `custom_attributes` of a table: its samples stay as the model without the network predicts them
 KEPT = "diff_output_preservation"

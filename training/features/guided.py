@@ -144,6 +144,7 @@ def _join(run: "JoinedRun", options: GuidedTargetOptions) -> None:
         words=_describe(options),
         passes=StepPasses(with_gradients=0, without=1),
         replaces_clip=True,
+        keeps_guidance=True,
     )
     run.targets.append(target)
     run.keeps_steps = True

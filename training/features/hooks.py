@@ -19,10 +19,13 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from contract.family import Described, Family
+    from contract.data import MediaEncoders
+    from contract.family import Caches, Described, Family
     from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.options import CachingInRunOptions
+    from dataset.sources.decoding import DecodedMedia
+    from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
     from networks.added import AddedLoras
     from networks.loading import LoraUse
@@ -31,7 +34,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
-    from training.learning_options import FullDitOptions
+    from training.learning_options import FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
@@ -84,6 +87,14 @@ class OptionsOfRun(Protocol):
     @property
     def caching(self) -> "CachingInRunOptions | None":
         """Options of caches made by the training command; None in scripts that cannot make them."""
+
+    @property
+    def parts(self) -> "PartsOptions | None":
+        """Which networks of the model get a LoRA; None if its text encoders cannot."""
+
+    @property
+    def subset(self) -> "SubsetOptions | None":
+        """Options of image trainers for their subsets; None for video trainers."""
 
     @property
     def full_dit(self) -> "FullDitOptions | None":
@@ -361,6 +372,10 @@ LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # the seed of the run, and whether it begins with values
 MakeBeside = Callable[["Mapping[str, nn.Module]", int, bool], LearnerBeside]
+# see `Hooks.media`
+OnMedia = Callable[
+    ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
+]
 MorePasses = Callable[["TrainingPasses", "NoisyBatch"], "Iterator[Streams]"]
 
 
@@ -387,6 +402,9 @@ class Hooks:
     # given each network to train, once its trained part is in it
     before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
+    # given the model, its encoders, a decoded image, a key that seeds random numbers and the image's tensors:
+    # those in their place. Only of images that are encoded at each step
+    media: list[OnMedia] = field(default_factory=list)
     # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
     # input, which is not to be predicted
     noise: list[OnNoise] = field(default_factory=list)
@@ -436,6 +454,8 @@ class JoinedRun:
     # the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     storage: Storage | None = None
+    # makes the data in place of a dataset of the user
+    make_data: "Callable[[], DatasetConfig] | None" = None
     remembers: list[type] = field(default_factory=list)  # dataclasses in `Progress`, and in states
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
@@ -461,7 +481,8 @@ class JoinedRun:
     def describe_targets(self) -> list[str]:
         """Return a line for each target and one about their passes, then the lines of `info`."""
         lines = [target.words for target in self.targets]
-        passes = self.count_passes()
-        if passes != StepPasses():
-            lines.append(f"passes in a step: {passes.words}")
+        if self.targets:
+            passes = self.count_passes()
+            if passes != StepPasses():
+                lines.append(f"passes in a step: {passes.words}")
         return [*lines, *self.info.targets]

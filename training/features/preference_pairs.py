@@ -98,6 +98,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         weights=_stack_twice(noisy_batch.weights),
         perturbation=None if perturbation is None else _stack_twice(perturbation),
         audio=None if noisy_batch.audio is None else _repeat_audio(noisy_batch.audio),
+        given=None if noisy_batch.given is None else noisy_batch.given.moved(_stack_twice),
         levels=noisy_batch.levels * 2,
     )
 

@@ -3,24 +3,19 @@
 Source of the target: LECO, after Gandikota et al. 2023 (Concept Sliders), arXiv 2311.12092.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from contract.data import Batch, Conditions
-from contract.family import Family, TextEncoder
-from contract.requests import Prompt
-from generation.denoise import conditions_to
-from modules.devices import free_memory
+from contract.family import Family
 from training.data.live import stack_texts
+from training.features.encoded_captions import encode_captions
 from training.features.slider_file import Slider, SliderFile
 from training.loss import NoisyBatch
 from training.targets.passes import Streams, TrainingPasses, measure_plainly
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -96,25 +91,6 @@ def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> Sl
     Raises:
         OptionError: If a text encoder is not given.
     """
-    family.check_files(media=False)
     texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.texts))
-    encoded: dict[str, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts}
-    variable: set[str] = set()
-    for encoder in family.text_encoders():
-        variable |= encoder.variable_length
-        for text, conditions in zip(texts, _encode(encoder, texts, device), strict=True):
-            encoded[text] |= conditions
-    return SliderTarget(file, encoded, frozenset(variable))
-
-
-def _encode(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> Iterator[Conditions]:
-    """Yield the outputs of an encoder for each text, on the CPU."""
-    try:
-        encoder.load(device)
-        for text in texts:
-            with torch.no_grad():
-                (conditions,) = encoder.encode([Prompt(text)])
-            yield conditions_to(conditions, CPU)
-    finally:
-        encoder.free()
-        free_memory(device)
+    captions = encode_captions(family, texts, device)
+    return SliderTarget(file, captions.encoded, captions.variable_length)

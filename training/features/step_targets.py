@@ -42,4 +42,5 @@ class StepTarget:
     replaces_clip: bool = False  # it says what to learn in place of the clip, which only one target may
     # why no other target goes with it: its passes with gradients then are in place of the usual one
     alone: str = ""
+    keeps_guidance: bool = False  # it teaches the guidance that the model was distilled with
     joins_streams: bool = False  # its passes have one loss of image and sound

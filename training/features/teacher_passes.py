@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contract.data import FIRST_FRAME
 from contract.family import Trains
+from contract.steps import clean_share
 from modules.devices import numbers_on
 from training.data.feed import Randomness
 from training.data.timesteps import find_shift
@@ -178,13 +179,18 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
 def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
     """Split a prediction into images, B C F H W, and audio if the batch has any.
 
-    Given frames are left out, and images are multiplied by the square root of their masks, so that the
-    squared norm of a difference counts positions as `sample_errors` does.
+    Given frames are left out, given latents are 0, and images are multiplied by the square root of their
+    masks, so that the squared norm of a difference counts positions as `sample_errors` does.
     """
     audios = []
     if noisy_batch.audio is not None:
         prediction, audio = noisy_batch.joint.split(prediction)
         audios.append(audio)
+    given = noisy_batch.given
+    if given is not None and given.image is not None:
+        prediction = prediction * (clean_share(given.image, prediction) == 0)
+    if given is not None and given.audio is not None:
+        audios = [audio * (clean_share(given.audio, audio) == 0) for audio in audios]
     weights = place_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()

@@ -72,7 +72,8 @@ def make_curve(
         OptionError: If an argument is unknown.
     """
     arguments = options.arguments()
-    _check_arguments(options.lr_scheduler, arguments)
+    if arguments:
+        _check_arguments(options.lr_scheduler, arguments)
     warmup = count_steps(options.lr_warmup_steps, total_steps)
     decay = count_steps(options.lr_decay_steps, total_steps)
     numbers: dict[str, Any] = {

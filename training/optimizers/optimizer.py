@@ -78,7 +78,8 @@ def make_optimizer(
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
-    check_arguments("--optimizer_args", kind, arguments, {"params"})
+    if arguments:
+        check_arguments("--optimizer_args", kind, arguments, {"params"})
     try:
         optimizer = kind(groups, lr=rate, **arguments)
     except Exception as error:  # classes raise anything for unsuitable arguments

@@ -276,6 +276,8 @@ def read_largest(
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
+    if noise.gives is not None:
+        noise = replace(noise, gives=noise.gives.always())
     drawn = Randomness(
         options.timesteps,
         0,

@@ -46,26 +46,21 @@ PRIVATE = "resume"  # may be a path; so may every option of that type
 WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and for samples
 
 
-@dataclass(frozen=True)
 class RowLayout:
     """The columns of a step's row. The norms are appended to it."""
 
-    num_parts: int = 0  # with losses of their own; 0: there is only one
+    def __init__(self, parts: Sequence[str] = ()) -> None:
+        """Lay out the columns of a run whose `parts` have losses of their own; () if there is only one."""
+        self.parts = parts
+        counts = WISHES.stop + len(parts)
+        self.size = counts + len(parts)  # number of values in a row before the norms
+        self.part_losses = slice(WISHES.stop, counts)  # columns that sum the losses of each part
+        self.part_counts = slice(counts, self.size)  # columns that count the micro-batches of each part
 
-    @property
-    def part_losses(self) -> slice:
-        """Return the columns of a row that sum the losses of each part."""
-        return slice(WISHES.stop, WISHES.stop + self.num_parts)
-
-    @property
-    def part_counts(self) -> slice:
-        """Return the columns of a row that count the micro-batches of each part."""
-        return slice(WISHES.stop + self.num_parts, WISHES.stop + 2 * self.num_parts)
-
-    @property
-    def size(self) -> int:
-        """Number of values in a row before the norms."""
-        return self.part_counts.stop
+    def means(self, row: Sequence[float]) -> dict[str, float]:
+        """Return the mean loss of each part that had micro-batches in a step, by name."""
+        totals = zip(self.parts, row[self.part_losses], row[self.part_counts], strict=True)
+        return {name: total / count for name, total, count in totals if count}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class RunReporter:
     now: Callable[[], float] = time.monotonic
     start_page: Callable[[Path], PageProcess] = PageProcess  # given the history
     page: PageProcess | None = field(default=None, init=False)  # None: it cannot be drawn, or shall not
+    folder: Path = field(init=False)  # --output_dir
+    name: str = field(init=False)  # --output_name
+    path: Path = field(init=False)  # of the page
     _messages: "_Messages" = field(init=False)
     _drawn: float = field(init=False)  # when the page was last asked for
     _flush_pace: RepeatedWork = field(default_factory=RepeatedWork)  # of writing the history to disk
@@ -71,23 +74,11 @@ class RunReporter:
     _doing: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
+        self.folder = self.history.path.parent
+        self.name = history_name(self.history.path)
+        self.path = page_path(self.folder, self.name)
         self._drawn = self.now()
         self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of --output_dir."""
-        return self.history.path.parent
-
-    @property
-    def name(self) -> str:
-        """Return the name of --output_name."""
-        return history_name(self.history.path)
-
-    @property
-    def path(self) -> Path:
-        """Return the path of the page."""
-        return page_path(self.folder, self.name)
 
     def __enter__(self) -> "RunReporter":
         self._note(self.step, started=asdict(self.start))

@@ -160,7 +160,10 @@ def measure_streams(
 
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
-    comparisons = [_compare_with_clip(passes, noisy_batch)]
+    # with the velocity from the clip to its noise
+    target = velocity_of(passes, noisy_batch)
+    with_clip = TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
+    comparisons = [with_clip]
     for compare in passes.rule.targets:
         comparisons = compare(passes, noisy_batch, comparisons)
     output = passes.learning(noisy_batch)
@@ -180,12 +183,6 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
         return weighted
     added = [before + more for before, more in zip(sums, weighted, strict=False)]
     return (*added, *sums[len(added) :])
-
-
-def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
-    """Return the comparison with the velocity from the clip to its noise."""
-    target = velocity_of(passes, noisy_batch)
-    return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
 
 
 def measure_plainly(

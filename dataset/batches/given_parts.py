@@ -1,0 +1,79 @@
+"""What a training may give of its items: a region of their images, and parts of their audio in seconds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from contract import data
+from dataset.batches.items import TrainingItem
+from dataset.cache_files import parse_latent_name
+from modules.errors import DatasetError
+from modules.text_files import parse_json, read_text
+
+Times = tuple[tuple[float, float], ...]
+KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # of such a JSON file
+
+
+def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
+    """Return a batch with what the tables of its items say about given parts.
+
+    Raises:
+        DatasetError: As `read_times`.
+    """
+    regions = tuple(item.table.spatial_crop_region for item in items)
+    rates = batch.tensors.get(data.FPS)
+    times = []
+    for index, item in enumerate(items):
+        fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
+        times.append(read_times(item, fps))
+    return replace(
+        batch,
+        crop_regions=regions if any(regions) else (),
+        given_times=tuple(times) if any(part is not None for part in times) else (),
+    )
+
+
+def read_times(item: TrainingItem, fps: float | None) -> Times | None:
+    """Return beginnings and ends in seconds of an item's clip; None without a file of its name.
+
+    The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
+    Its times count from the start of the source.
+
+    Args:
+        item: An item of training.
+        fps: Frames per second of its clip; None if unknown.
+
+    Raises:
+        DatasetError: If the file cannot be read, or has anything but pairs of seconds.
+    """
+    folder = item.table.audio_cond_mask_directory
+    if folder is None:
+        return None
+    paths = [folder / f"{item.source_stem}{suffix}" for suffix in (".json", ".txt")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        text = read_text(path)
+        content = parse_json(text) if path.suffix == ".json" else [line.split() for line in text.splitlines()]
+        if isinstance(content, dict):
+            content = next(content[key] for key in KEYS if key in content)
+        times = [(float(start), float(end)) for start, end in filter(None, content)]
+        if not all(0 <= start < end < float("inf") for start, end in times):
+            raise ValueError
+    except (OSError, ValueError, TypeError, StopIteration):
+        raise DatasetError(
+            f"{path}: not a list of pairs of seconds. Give lines such as 0.5 1.25 in a .txt file, or "
+            f'{{"intervals": [[0.5, 1.25]]}} in a .json file'
+        ) from None
+    first = _find_first_second(item, fps)
+    return tuple((start - first, end - first) for start, end in times)
+
+
+def _find_first_second(item: TrainingItem, fps: float | None) -> float:
+    """Return where the item begins in its source, in seconds."""
+    name = parse_latent_name(item.file_name, item.kind.tag, "video")
+    if name is None or name.span is None or fps is None:
+        return 0.0
+    return name.span[0] / fps

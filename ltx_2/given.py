@@ -1,0 +1,314 @@
+"""Given parts of clips: latents that are clean, have time 0 and are not learned. Which ones they are.
+
+Training draws them for each clip (`GivenRules`); a generation takes them from its options. Positions do not
+change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whose options these are.
+"""
+# Letters: B batch, F H W latents of a video, T latents of the audio
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contract.data import LOSS_MASK, SOUND, Batch, Conditions
+from contract.steps import WHOLE, GivenTokens
+from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
+from ltx_2.given_options import Ltx2GivenParts
+from ltx_2.rope import place_latents
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+MASK = "given_mask"  # in batches: how much of each latent is white, B F H W
+Times = Sequence[tuple[float, float]]  # beginnings and ends in seconds
+
+
+def mark_ends(count: int, prefix: int, suffix: int) -> Tensor:
+    """Return which of `count` latents in a row are at the start or the end, bool."""
+    indices = torch.arange(count)
+    return (indices < prefix) | (indices >= count - suffix)
+
+
+def mark_region(region: Sequence[int], rows: int, columns: int, step: int) -> Tensor:
+    """Return which latents, H W bool, are in a region [y1, x1, y2, x2] of pixels.
+
+    Each number is divided by the `step` and rounded down, as in the released trainer.
+    """
+    top, left, bottom, right = (number // step for number in region)
+    marked = torch.zeros(rows, columns, dtype=torch.bool)
+    marked[top:bottom, left:right] = True
+    return marked
+
+
+def cover_times(starts: Tensor, ends: Tensor, times: Times) -> Tensor:
+    """Return the fraction of each latent's time, from `starts` to `ends` in seconds, that lies in `times`."""
+    covered = torch.zeros_like(starts)
+    for start, end in times:
+        covered += (ends.clamp(max=end) - starts.clamp(min=start)).clamp(min=0)
+    return covered / (ends - starts)
+
+
+def audio_bounds(count: int) -> tuple[Tensor, Tensor]:
+    """Return where each of `count` latents of audio begins and ends, in seconds."""
+    starts, ends = (place_latents(count, MEL_STRIDE, is_causal=True) / MEL_RATE).unbind(1)
+    return starts, ends
+
+
+def video_bounds(count: int, stride: int, fps: float) -> tuple[Tensor, Tensor]:
+    """Return where each of `count` latent frames begins and ends, in seconds."""
+    starts, ends = (place_latents(count, stride, is_causal=True) / fps).unbind(1)
+    return starts, ends
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Ends of clips that are given, in latents of one stream."""
+
+    prefix: int
+    suffix: int
+    prefix_p: float
+    suffix_p: float
+    is_one_draw: bool
+
+    def mark(self, count: int, draws: Tensor, who: Sequence[str], what: str) -> Tensor:
+        """Return the given latents of each sample, B count bool.
+
+        Args:
+            count: Number of latents in a row.
+            draws: Two random numbers for each sample, 2 B.
+            who: Names of the samples, for messages.
+            what: What the latents are, for messages.
+        """
+        first, second = draws[0], draws[0 if self.is_one_draw else 1]
+        if self.prefix + self.suffix >= count:
+            raise DatasetError(
+                f"{who[0]} has {count} {what}, and {self.prefix} at its start and {self.suffix} at its end "
+                "are given: nothing would be learned. Give fewer, or longer clips"
+            )
+        prefixes = mark_ends(count, self.prefix, 0) & (first < self.prefix_p)[:, None]
+        return prefixes | (mark_ends(count, 0, self.suffix) & (second < self.suffix_p)[:, None])
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How masks say what is given."""
+
+    probability: float
+    is_inverted: bool
+    threshold: float = 0.5  # what is above it is given
+
+    def mark(self, values: Tensor, draws: Tensor) -> Tensor:
+        """Return what is given, bool. `values`, B ..., is 0 to 1; `draws` has a random number per sample."""
+        inside = (values > self.threshold) != self.is_inverted
+        return inside & (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
+
+
+@dataclass(frozen=True)
+class AnchorRule:
+    """Whole latent frames that are given."""
+
+    probability: float
+    strategy: str
+    count: int
+    strength: float
+
+    def mark(self, frames: int, generator: torch.Generator, draws: Tensor) -> Tensor:
+        """Return the given frames of each sample, B F bool."""
+        ranks = torch.rand((len(draws), frames), generator=generator)
+        ends = mark_ends(frames, 1, 1)
+        if self.strategy != "random":
+            ranks[:, ends] = 2.0  # behind all others
+        marked = ranks.argsort(1).argsort(1) < self.count
+        if self.strategy != "random":
+            marked &= ~ends
+        if self.strategy == "endpoints":
+            marked &= False
+        if self.strategy != "random":
+            marked |= ends
+        return marked & (draws < self.probability)[:, None]
+
+
+@dataclass(frozen=True)
+class GivenRules:
+    """Which parts of clips a training gives; see `contract.family.GivesTokens`."""
+
+    ends: Extension | None = None
+    region: MaskRule | None = None
+    mask: MaskRule | None = None
+    anchors: AnchorRule | None = None
+    audio_ends: Extension | None = None
+    audio_times: MaskRule | None = None
+
+    def always(self) -> "GivenRules":
+        """Return the same rules with probabilities of 1."""
+        changes: dict[str, Any] = {}
+        for name, rule in vars(self).items():
+            if isinstance(rule, Extension):
+                changes[name] = replace(rule, prefix_p=1.0, suffix_p=1.0)
+            elif rule is not None:
+                changes[name] = replace(rule, probability=1.0)
+        return replace(self, **changes)
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
+        """Draw what is given of each clip; None if it is nothing.
+
+        Raises:
+            DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
+        """
+        draws = torch.rand((8, len(batch)), generator=generator)  # the same for each set of rules
+        image = self._mark_images(batch, generator, draws)
+        audio = None
+        sound = batch.tensors.get(SOUND)
+        if isinstance(sound, Tensor):
+            audio = self._mark_audio(batch, sound.shape[2], draws)
+        _warn_of_whole(batch.keys, image)
+        image_shares = image if image is not None and image.any() else None
+        audio_shares = audio if audio is not None and audio.any() else None
+        if image_shares is None and audio_shares is None:
+            return None
+        return GivenTokens(image_shares, audio_shares)
+
+    def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
+        """Return the shares of images, B 1 F H W int16; None if no rule is about them."""
+        if not (self.ends or self.region or self.mask or self.anchors):
+            return None
+        samples, _, frames, rows, columns = batch.tensor("latents").shape
+        is_given = torch.zeros(samples, frames, rows, columns, dtype=torch.bool)
+        if self.ends is not None and frames > 1:
+            ends = self.ends.mark(frames, draws[:2], batch.keys, "latent frames")
+            is_given |= ends[:, :, None, None]
+        if self.region is not None:
+            is_given |= self._mark_regions(self.region, batch, (rows, columns), draws[2])[:, None]
+        if self.mask is not None:
+            is_given |= self.mask.mark(_read_masks(self.mask, batch), draws[3])
+        shares = is_given * WHOLE
+        if self.anchors is not None and frames > 1:
+            marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
+            shares = torch.maximum(shares, marked * round(WHOLE * self.anchors.strength))
+        return shares[:, None].short()
+
+    def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
+        """Return what is given by the regions of the samples' tables, B H W bool."""
+        marked = []
+        for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
+            if region is None:
+                raise DatasetError(
+                    f"{key}: --ltx2_spatial_crop needs spatial_crop_region = [y1, x1, y2, x2] in its table"
+                )
+            inside = mark_region(region, *grid, LATENT.pixel_step)
+            if inside.all() or not inside.any():
+                raise DatasetError(
+                    f"{key}: spatial_crop_region {list(region)} covers "
+                    f"{'all' if inside.all() else 'none'} of its {grid[0]} x {grid[1]} latents, which have "
+                    f"{LATENT.pixel_step} pixels a side"
+                )
+            marked.append(inside)
+        return rule.mark(torch.stack(marked).float(), draws)
+
+    def _mark_audio(self, batch: Batch, count: int, draws: Tensor) -> Tensor | None:
+        """Return the shares of the audio, B 1 T 1 int16; None if no rule is about it."""
+        if not (self.audio_ends or self.audio_times):
+            return None
+        is_given = torch.zeros(len(batch), count, dtype=torch.bool)
+        if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not of a single image
+            is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
+        if self.audio_times is not None:
+            starts, ends = audio_bounds(count)
+            covered = []
+            for key, times in zip(batch.keys, batch.given_times or (None,) * len(batch), strict=True):
+                if times is None:
+                    raise DatasetError(
+                        f"{key}: --ltx2_audio_inpaint_mask needs a file of its name, .json or .txt, in "
+                        "audio_cond_mask_directory of its table"
+                    )
+                covered.append(cover_times(starts, ends, times))
+            is_given |= self.audio_times.mark(torch.stack(covered), draws[7])
+        return (is_given * WHOLE).short()[:, None, :, None]
+
+
+def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
+    """Return the masks of a batch, B F H W. Raises DatasetError if there is none, or all would be given."""
+    masks = batch.tensors.get(MASK)
+    if not isinstance(masks, Tensor):
+        raise DatasetError(
+            f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Give its table mask_directory, and cache "
+            "again"
+        )
+    for key, mask in zip(batch.keys, masks, strict=True):
+        if ((mask > rule.threshold) != rule.is_inverted).all():
+            raise DatasetError(
+                f"{key}: its mask gives the whole clip, or it has no mask: nothing would be learned. Its "
+                f"mask needs {'white' if rule.is_inverted else 'black'} parts"
+            )
+    return masks
+
+
+def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
+    """Warn of samples of which several conditions together give everything, so that nothing is learned."""
+    if shares is None:
+        return
+    for key, share in zip(keys, shares, strict=True):
+        if (share > 0).all():
+            logger.warning("%s: all of it is given in this step, from which nothing is learned", key)
+
+
+def take_masks(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
+    """Return the tensors of a batch whose masks do not weight the loss, but say what is given."""
+    return {MASK if name == LOSS_MASK else name: value for name, value in tensors.items()}
+
+
+def make_given_rules(options: Ltx2GivenParts) -> GivenRules | None:
+    """Return the rules that the options set; None if nothing is given. Warns of probabilities of 0."""
+    for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
+        if getattr(options, name) and not getattr(options, f"{name}_p"):
+            logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)
+    rules = GivenRules(
+        ends=_make_extension(options, ""),
+        region=_make_mask(
+            options.ltx2_spatial_crop, options.ltx2_spatial_crop_p, options.ltx2_spatial_crop_invert
+        ),
+        mask=_make_mask(
+            options.ltx2_inpaint_mask,
+            options.ltx2_inpaint_mask_p,
+            options.ltx2_inpaint_mask_invert,
+            options.ltx2_inpaint_mask_threshold,
+        ),
+        anchors=_make_anchors(options),
+        audio_ends=_make_extension(options, "audio_"),
+        audio_times=_make_mask(
+            options.ltx2_audio_inpaint_mask,
+            options.ltx2_audio_inpaint_mask_p,
+            options.ltx2_audio_inpaint_mask_invert,
+            options.ltx2_audio_inpaint_mask_threshold,
+        ),
+    )
+    return None if rules == GivenRules() else rules
+
+
+def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
+    def read(name: str) -> Any:
+        return getattr(options, f"ltx2_{kind}extend_{name}")
+
+    prefix, suffix, both = read("prefix_frames"), read("suffix_frames"), read("p")
+    chances = [both if chance is None else chance for chance in (read("prefix_p"), read("suffix_p"))]
+    is_one_draw = read("prefix_p") is None and read("suffix_p") is None
+    if not (prefix and chances[0]) and not (suffix and chances[1]):
+        return None
+    return Extension(prefix, suffix, chances[0], chances[1], is_one_draw)
+
+
+def _make_mask(is_on: bool, probability: float, is_inverted: bool, threshold: float = 0.5) -> MaskRule | None:
+    return MaskRule(probability, is_inverted, threshold) if is_on and probability else None
+
+
+def _make_anchors(options: Ltx2GivenParts) -> AnchorRule | None:
+    if not options.video_anchor_training or not options.video_anchor_probability:
+        return None
+    return AnchorRule(
+        options.video_anchor_probability,
+        options.video_anchor_strategy,
+        options.video_anchor_count,
+        options.video_anchor_strength,
+    )

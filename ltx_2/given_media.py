@@ -1,0 +1,349 @@
+"""Parts of a result that a generation keeps of other media: their latents, and which of them are kept.
+
+Kept latents are clean in all steps and have time 0; see `given`, whose marks these are. Source: the released
+pipelines, and the fork of musubi-tuner whose options these are.
+"""
+# Letters: C channels, F H W latents of a video, T M latents of the audio
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from contract.data import AudioSpec, Conditions, Joint, LatentSpec
+from contract.requests import Prepared, check_frames, check_opens, count_frames_up_to
+from contract.rules import ReferenceRules
+from contract.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
+from ltx_2.given import audio_bounds, mark_region, video_bounds
+from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
+from ltx_2.references import read_pixels
+from modules.errors import MediaError, OptionError
+from modules.media.pixels import to_pixels, video_pixels
+from modules.media.reading import is_still, read_image, resize_cover, video_frames
+from modules.media.samples import read_beginning, read_track
+
+logger = logging.getLogger(__name__)
+# conditions: clean latents, and the shares of them that are kept, as in `GivenTokens`
+IMAGE, IMAGE_SHARES = "given_image", "given_image_shares"
+AUDIO, AUDIO_SHARES = "given_audio", "given_audio_shares"
+LONGEST = 3600  # seconds of a file of audio that are read
+Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
+
+
+def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
+    """Raise OptionError or MediaError if files cannot be opened, or do not fit the result."""
+    for name, path in media.image_files.items():
+        check_opens(name, path, is_image=is_still(path))
+    frames = prepared.frames
+    for name in ("outpaint_source", "inpaint_source"):
+        path = getattr(media, name)
+        if path is not None:
+            check_frames(f"--{name}", path, frames)
+    region = media.region
+    if region is not None:
+        _check_region(region, prepared, latent)
+    ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
+    # latents: the suffix has none for its first frame
+    shown = -(-ends[0] // latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
+    total = (frames - 1) // latent.frame_step + 1
+    if max(ends) and shown >= total:
+        raise OptionError(
+            f"--video_length {frames}: --extend_prefix and --extend_suffix give all of it. Make it longer, "
+            "or give --extend_prefix_frames, --extend_suffix_frames"
+        )
+
+
+def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
+    """Return how many frames are encoded of the clip of an extension, 8n + 1; 0 without one.
+
+    Raises:
+        OptionError: If it has fewer frames than asked for, or a clip at the end fewer than 9.
+    """
+    path: Path | None = getattr(media, name)
+    if path is None:
+        return 0
+    asked: int | None = getattr(media, f"{name}_frames")
+    count = 1 if is_still(path) else count_frames_up_to(path, asked or 10**6)
+    if asked is not None and count < asked:
+        raise OptionError(
+            f"--{name} {path}: it has {count} frames, --{name}_frames asks for {asked}. Give fewer"
+        )
+    count = (count - 1) // latent.frame_step * latent.frame_step + 1
+    if name == "extend_suffix" and count == 1:
+        raise OptionError(
+            f"--{name} {path}: at least {latent.frame_step + 1} frames are needed. Give a longer clip"
+        )
+    return count
+
+
+def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> None:
+    step = latent.pixel_step
+    right, bottom = region.left + region.width, region.top + region.height
+    words = ",".join(map(str, region))
+    if right > prepared.width or bottom > prepared.height:
+        raise OptionError(
+            f"--outpaint_region {words}: the result has {prepared.width} x {prepared.height} pixels. Give "
+            "a region inside of it"
+        )
+    if not mark_inside(region, prepared.height // step, prepared.width // step, step).any():
+        raise OptionError(
+            f"--outpaint_region {words}: it has no whole latent of {step} x {step} pixels. Give multiples of "
+            f"{step}"
+        )
+    if any(number % step for number in region):
+        logger.warning(
+            "--outpaint_region %s: not in multiples of %d: pixels of its edges are made anew", words, step
+        )
+
+
+def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
+    """Return which latents, H W bool, lie entirely in a region of pixels."""
+    top, left = -(-region.top // step) * step, -(-region.left // step) * step
+    bounds = (top, left, region.top + region.height, region.left + region.width)
+    return mark_region(bounds, rows, columns, step)
+
+
+@dataclass
+class GivenImages:
+    """Latents of a result's images, and the share of each that is kept."""
+
+    clean: Tensor  # 1 C F H W
+    shares: Tensor  # 1 1 F H W int16
+
+    @property
+    def frames(self) -> int:
+        """Number of latent frames."""
+        return self.clean.shape[2]
+
+    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0) -> None:
+        """Keep latents 1 C f H W from the latent frame `first` on, where `is_kept`, broadcast to f H W."""
+        place = slice(first, first + clean.shape[2])
+        is_kept = is_kept.expand(clean.shape[2:])
+        self.clean[:, :, place] = torch.where(is_kept, clean, self.clean[:, :, place])
+        self.shares[:, :, place].masked_fill_(is_kept, WHOLE)
+
+
+def encode_images(
+    media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec
+) -> dict[str, Tensor]:
+    """Return the latents of what is kept of images, and their shares; {} if nothing is.
+
+    Args:
+        media: Options of what is kept.
+        prepared: The request, or that of a stage.
+        encode: Encodes pixels.
+        latent: Latent space of the video.
+    """
+    if not media.image_files:
+        return {}
+    shape = latent.shape(prepared.frames, prepared.height, prepared.width)
+    given = GivenImages(torch.zeros(shape), torch.zeros(1, 1, *shape[2:], dtype=torch.int16))
+    size = (prepared.width, prepared.height)
+    region = media.region
+    if media.outpaint_source is not None and region is not None:
+        pixels = _paste(media.outpaint_source, region, prepared)
+        given.keep(encode(pixels), mark_inside(region, *shape[3:], latent.pixel_step))
+    if media.inpaint_source is not None:
+        pixels = video_pixels(
+            media.inpaint_source,
+            "--inpaint_source",
+            width=prepared.width,
+            height=prepared.height,
+            frames=prepared.frames,
+        )
+        given.keep(encode(pixels), _mark_kept(media, prepared, latent, given))
+    if media.extend_prefix is not None:
+        count = count_end(media, "extend_prefix", latent)
+        frames = deque(_frames_of(media.extend_prefix), maxlen=count)
+        given.keep(encode(_resize(frames, size)), torch.tensor(True))
+    if media.extend_suffix is not None:
+        count = count_end(media, "extend_suffix", latent)
+        # the first latent has one frame alone, which none at the end of a clip has
+        clean = encode(_resize(islice(_frames_of(media.extend_suffix), count), size))[:, :, 1:]
+        given.keep(clean, torch.tensor(True), given.frames - clean.shape[2])
+    return {IMAGE: given.clean, IMAGE_SHARES: given.shares}
+
+
+def _frames_of(path: Path) -> Iterable[Any]:
+    return [read_image(path)] if is_still(path) else video_frames(path)
+
+
+def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
+    """Return frames scaled to cover a width and height, 1 3 F H W."""
+    resized = [resize_cover(numpy.ascontiguousarray(frame[..., :3]), size) for frame in frames]
+    return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
+
+
+def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
+    """Return a clip at its place in a gray canvas of the result's size, 1 3 F H W."""
+    clip = video_pixels(
+        path,
+        "--outpaint_source",
+        width=region.width,
+        height=region.height,
+        frames=prepared.frames,
+    )
+    canvas = clip.new_zeros(1, 3, prepared.frames, prepared.height, prepared.width)
+    bottom, right = region.top + region.height, region.left + region.width
+    canvas[..., region.top : bottom, region.left : right] = clip
+    return canvas
+
+
+def _mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec, given: GivenImages) -> Tensor:
+    """Return which latents are kept of the source that is changed, F H W bool, or F 1 1."""
+    if media.retaken is not None:
+        starts, ends = video_bounds(given.frames, latent.frame_step, prepared.fps)
+        return ~touch(starts, ends, media.retaken)[:, None, None]
+    assert media.inpaint_mask is not None  # the options say so
+    size = (prepared.width, prepared.height, prepared.frames)
+    pixels = read_pixels(media.inpaint_mask, size, ReferenceRules(1, clips=True), latent)
+    white = (pixels.mean(1) + 1) / 2  # 1 f H W
+    if is_still(media.inpaint_mask):
+        white = white.expand(-1, prepared.frames, -1, -1)
+    if white.shape[1] < prepared.frames:
+        raise OptionError(
+            f"--inpaint_mask {media.inpaint_mask}: it has {white.shape[1]} frames, {prepared.frames} are "
+            "made. Give a picture, or a clip as long as the result"
+        )
+    means = functional.avg_pool2d(white, latent.pixel_step)[0]  # frames h w
+    is_kept = (means > media.inpaint_threshold) != media.inpaint_invert
+    if is_kept.all() or not is_kept.any():
+        part = "all" if is_kept.all() else "nothing"
+        raise OptionError(
+            f"--inpaint_mask {media.inpaint_mask}: it keeps {part} of the clip. White is kept: "
+            "give another mask, or --inpaint_invert, which keeps black"
+        )
+    groups = is_kept[1:].unflatten(0, (-1, latent.frame_step)).all(1)
+    return torch.cat([is_kept[:1], groups])
+
+
+def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
+    """Return which latents, from `starts` to `ends` in seconds, have a part in an interval."""
+    start, end = interval
+    return (ends > start) & (starts < end)
+
+
+def encode_given_audio(
+    media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
+) -> dict[str, Tensor]:
+    """Return the latents of what is kept of the audio, and their shares; {} if nothing is.
+
+    Args:
+        media: Options of what is kept.
+        prepared: The request.
+        encode: Encodes samples for a number of frames at a rate, as `HearsAudio.encode_audio`.
+        spec: Format of the audio latents.
+    """
+    joint = prepared.joint
+    if joint is None:
+        return {}
+    count = joint.audio[1]
+    clean = torch.zeros(1, *joint.audio)
+    shares = torch.zeros(1, 1, count, 1, dtype=torch.int16)
+    seconds = prepared.frames / prepared.fps
+
+    def keep(samples: Tensor, is_kept: Tensor) -> None:
+        nonlocal clean
+        latents = encode(samples, prepared.frames, prepared.fps).float().cpu()
+        clean = torch.where(is_kept[:, None], latents, clean)
+        shares.masked_fill_(is_kept[:, None], WHOLE)
+
+    starts, ends = audio_bounds(count)
+    retaken = media.retaken
+    if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
+        samples = _read_samples(media.inpaint_source, 0, seconds, spec)
+        if samples is not None:
+            keep(samples, ~touch(starts, ends, retaken))
+    if media.audio_inpaint_audio is not None and media.made_audio is not None:
+        samples = _require_samples("audio_inpaint_audio", media.audio_inpaint_audio, 0, seconds, spec)
+        keep(samples, ~touch(starts, ends, media.made_audio))
+    if media.audio_prefix is not None:
+        length = _measure_audio(media.audio_prefix)
+        part = min(media.audio_prefix_seconds or length, length)
+        if part >= seconds:
+            raise OptionError(
+                f"--audio_prefix {media.audio_prefix}: {part:g} of the result's {seconds:g} seconds would be "
+                "given. Give --audio_prefix_seconds, or make it longer"
+            )
+        samples = _require_samples("audio_prefix", media.audio_prefix, length - part, part, spec)
+        keep(samples, ends <= part + 1e-6)
+    if media.drive_audio is not None:
+        keep(
+            _require_samples("drive_audio", media.drive_audio, 0, seconds, spec),
+            torch.ones(count, dtype=torch.bool),
+        )
+    return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
+
+
+def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor | None:
+    """Return a part of a file's audio, 1 channels S; None if there is no track."""
+    count = round(seconds * spec.rate)
+    begin = Fraction(round(start * spec.rate), spec.rate)
+    samples = read_track(path, begin, count, rate=spec.rate, channels=spec.channels)
+    return None if samples is None else torch.from_numpy(samples.copy())[None]
+
+
+def _require_samples(name: str, path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor:
+    samples = _read_samples(path, start, seconds, spec)
+    if samples is None:
+        raise MediaError(f"--{name} {path}: it has no sound. Give a file with sound")
+    return samples
+
+
+def _measure_audio(path: Path) -> float:
+    """Return how many seconds of audio a file has. Raises MediaError if it has none."""
+    track = read_beginning(path, LONGEST, 1)
+    if track is None:
+        raise MediaError(f"--audio_prefix {path}: it has no sound. Give a file with sound")
+    return track.samples.shape[1] / track.rate
+
+
+def take_given(conditions: dict[str, Any]) -> Conditions:
+    """Remove what is kept from conditions, and return it."""
+    names = (IMAGE, IMAGE_SHARES, AUDIO, AUDIO_SHARES)
+    return {name: conditions.pop(name) for name in names if name in conditions}
+
+
+def hold_given_parts(section: Section, given: Conditions, joint: Joint | None) -> Section:
+    """Return a section that keeps what is given of its latents.
+
+    Args:
+        section: A section that starts from noise.
+        given: From `take_given`.
+        joint: Shapes of its images and audio; None for images alone.
+    """
+    start = section.noise
+    image_shares, audio_shares = given.get(IMAGE_SHARES), given.get(AUDIO_SHARES)
+    if joint is None:
+        clean, shares = _spread(given.get(IMAGE), image_shares, start)
+    else:
+        image, audio = joint.split(start)
+        image, image_parts = _spread(given.get(IMAGE), image_shares, image)
+        audio, audio_parts = _spread(given.get(AUDIO), audio_shares, audio)
+        clean, shares = joint.join(image, audio), joint.join(image_parts, audio_parts)
+    tokens = GivenTokens(
+        image_shares if isinstance(image_shares, Tensor) else None,
+        audio_shares if isinstance(audio_shares, Tensor) else None,
+    )
+    return replace(
+        section,
+        noise=shares * clean + (1 - shares) * start,
+        held=HeldLatents(clean, shares),
+        overrides=replace(section.overrides, given=tokens),
+    )
+
+
+def _spread(clean: Any, shares: Any, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return clean latents and shares, 0..1, in the shape of a stream's start; zeros if nothing is given."""
+    if not isinstance(clean, Tensor):
+        return torch.zeros_like(start), torch.zeros_like(start)
+    return clean.to(start.device), clean_share(shares, start).expand_as(start)

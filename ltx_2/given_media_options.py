@@ -1,0 +1,162 @@
+"""Options of the parts of a result that a generation is given. Standard library only."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modules.errors import OptionError
+from modules.options import OF_REQUEST, Options, option
+
+
+class Rectangle(NamedTuple):
+    """A part of an image, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def _file(text: str, **relations: Any) -> Any:
+    return option(text, place="there", facts=OF_REQUEST, **relations)
+
+
+class Ltx2GivenMedia(Options, title="given parts of the result"):
+    """Parts of the result that are kept from other media, for a LoRA that has learned to make the rest."""
+
+    extend_prefix: Path | None = _file(
+        "continue this clip or image: its last frames are the start of the result"
+    )
+    extend_prefix_frames: int | None = option(
+        "how many frames, made 8n + 1; default: all",
+        minimum=1,
+        ignored_without="extend_prefix",
+        facts=OF_REQUEST,
+    )
+    extend_suffix: Path | None = _file(
+        "make what comes before this clip: its first frames are the end of the result"
+    )
+    extend_suffix_frames: int | None = option(
+        "how many frames, made 8n + 1; the first one is not shown; default: all",
+        minimum=9,
+        ignored_without="extend_suffix",
+        facts=OF_REQUEST,
+    )
+    outpaint_source: Path | None = _file(
+        "clip or folder of images that the result continues to all sides, at --outpaint_region",
+        needs="outpaint_region",
+    )
+    outpaint_region: str | None = option(
+        "X,Y,WIDTH,HEIGHT: where --outpaint_source is in the result, in pixels; in multiples of 32",
+        needs="outpaint_source",
+        facts=OF_REQUEST,
+    )
+    inpaint_source: Path | None = _file("clip or folder of images that --inpaint_mask or --retake changes")
+    inpaint_mask: Path | None = _file(
+        "image or clip: what is white in it is kept of --inpaint_source", needs="inpaint_source"
+    )
+    inpaint_invert: bool = option(
+        "keep what is black",
+        default=False,
+        action=argparse.BooleanOptionalAction,
+        ignored_without="inpaint_mask",
+        facts=OF_REQUEST,
+    )
+    inpaint_threshold: float = option(
+        "a latent is kept if the mean of the mask over its pixels is above this, in all of its frames",
+        default=0.5,
+        minimum=0,
+        maximum=1,
+        ignored_without="inpaint_mask",
+        facts=OF_REQUEST,
+    )
+    retake: str | None = option(
+        "START,END in seconds: what is made anew of --inpaint_source, images and audio",
+        needs="inpaint_source",
+        facts=OF_REQUEST,
+    )
+    drive_audio: Path | None = _file("make images for this audio, which does not change; with --ltx2_mode av")
+    audio_prefix: Path | None = _file(
+        "continue the audio of this file: its last seconds are the start of the result's"
+    )
+    audio_prefix_seconds: float | None = option(
+        "how many seconds; default: all", above=0, ignored_without="audio_prefix", facts=OF_REQUEST
+    )
+    audio_inpaint_audio: Path | None = _file(
+        "file whose audio is kept, except in --audio_inpaint_interval", needs="audio_inpaint_interval"
+    )
+    audio_inpaint_interval: str | None = option(
+        "START,END in seconds: what is made anew of --audio_inpaint_audio",
+        needs="audio_inpaint_audio",
+        facts=OF_REQUEST,
+    )
+
+    @property
+    def region(self) -> Rectangle | None:
+        """Where the source of outpainting is."""
+        if self.outpaint_region is None:
+            return None
+        words = self.outpaint_region.split(",")
+        try:
+            region = Rectangle(*map(int, words))
+            if min(region) < 0 or not region.width or not region.height:
+                raise ValueError
+        except (ValueError, TypeError):
+            raise OptionError(
+                f"--outpaint_region {self.outpaint_region}: give X,Y,WIDTH,HEIGHT in pixels, such as "
+                "128,0,512,512"
+            ) from None
+        return region
+
+    @property
+    def retaken(self) -> tuple[float, float] | None:
+        """Start and end of --retake in seconds."""
+        return read_interval("retake", self.retake)
+
+    @property
+    def made_audio(self) -> tuple[float, float] | None:
+        """Start and end of --audio_inpaint_interval in seconds."""
+        return read_interval("audio_inpaint_interval", self.audio_inpaint_interval)
+
+    @property
+    def image_files(self) -> dict[str, Path]:
+        """Files of images by their options."""
+        names = ("extend_prefix", "extend_suffix", "outpaint_source", "inpaint_source", "inpaint_mask")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
+
+    @property
+    def audio_files(self) -> dict[str, Path]:
+        """Files of audio alone by their options."""
+        names = ("drive_audio", "audio_prefix", "audio_inpaint_audio")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
+
+    def __post_init__(self) -> None:
+        _ = self.region, self.retaken, self.made_audio
+        whole = [name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None]
+        if len(whole) > 1:
+            raise OptionError(
+                "--outpaint_source and --inpaint_source: each is the whole clip. Give one of them"
+            )
+        if self.inpaint_source is not None and not (self.inpaint_mask or self.retake):
+            raise OptionError(
+                f"--inpaint_source {self.inpaint_source}: give --inpaint_mask or --retake, which say what "
+                "to change"
+            )
+        if self.inpaint_mask is not None and self.retake is not None:
+            raise OptionError("--inpaint_mask and --retake: give one of them")
+        audio = self.audio_files
+        if self.drive_audio is not None and len(audio) > 1:
+            raise OptionError(f"{' and '.join(f'--{name}' for name in audio)}: the first is the whole audio")
+
+
+def read_interval(name: str, text: str | None) -> tuple[float, float] | None:
+    """Return the start and the end, in seconds, that an option names; None without a text."""
+    if text is None:
+        return None
+    try:
+        start, end = map(float, text.split(","))
+        if not 0 <= start < end < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise OptionError(f"--{name} {text}: give START,END in seconds, such as 1.5,3") from None
+    return start, end

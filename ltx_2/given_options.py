@@ -1,0 +1,260 @@
+"""Options of the parts of clips that training gives to the model without noise. Standard library only."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.errors import OptionError
+from modules.options import HABIT, Options, option
+
+_CROP, _MASK, _SOUND_MASK = "ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"
+_ANCHORS = "video_anchor_training"
+STRATEGIES = ("endpoints", "random", "endpoints_random")
+
+
+def _chance(text: str, default: float | None, **relations: Any) -> Any:
+    return option(text, default=default, minimum=0, maximum=1, facts=HABIT, **relations)
+
+
+def _frames(text: str) -> Any:
+    return option(text, default=0, minimum=0, facts=HABIT)
+
+
+def _both_ends(kind: str) -> Any:
+    first, last = f"ltx2_{kind}extend_prefix_frames", f"ltx2_{kind}extend_suffix_frames"
+    return _chance(
+        f"fraction of clips with --{first} and --{last}: one draw for both ends",
+        1.0,
+        acts_if={
+            f"neither --{first} nor --{last} is given": (
+                lambda options: bool(getattr(options, first) or getattr(options, last))
+            )
+        },
+    )
+
+
+def _one_end(kind: str, end: str) -> Any:
+    name = f"ltx2_{kind}extend_{end}_frames"
+    text = f"fraction of clips with --{name}, drawn separately; default: --ltx2_{kind}extend_p"
+    return _chance(text, None, ignored_without=name)
+
+
+class Ltx2GivenParts(Options, title="given parts of clips"):
+    """Which latents keep time 0 and stay out of the loss, beside the first frame; drawn for each clip."""
+
+    ltx2_extend_prefix_frames: int = _frames(
+        "latent frames at the start of clips that are given: a LoRA that continues clips; "
+        "1 + 8 (n - 1) frames"
+    )
+    ltx2_extend_suffix_frames: int = _frames(
+        "latent frames at the end of clips that are given: a LoRA that makes what came before; 8 n frames"
+    )
+    ltx2_extend_p: float = _both_ends("")
+    ltx2_extend_prefix_p: float | None = _one_end("", "prefix")
+    ltx2_extend_suffix_p: float | None = _one_end("", "suffix")
+    ltx2_spatial_crop: bool = option(
+        "give a rectangle of the clips, spatial_crop_region of their table: a LoRA for outpainting",
+        facts=HABIT,
+    )
+    ltx2_spatial_crop_p: float = _chance("fraction of clips in which it is given", 0.0, ignored_without=_CROP)
+    ltx2_spatial_crop_invert: bool = option(
+        "give what is outside of the rectangle", ignored_without=_CROP, facts=HABIT
+    )
+    ltx2_inpaint_mask: bool = option(
+        "give what is white in the masks of mask_directory, which then do not weight the loss: a LoRA for "
+        "inpainting",
+        facts=HABIT,
+    )
+    ltx2_inpaint_mask_p: float = _chance("fraction of clips in which it is given", 0.0, ignored_without=_MASK)
+    ltx2_inpaint_mask_invert: bool = option("give what is black", ignored_without=_MASK, facts=HABIT)
+    ltx2_inpaint_mask_threshold: float = _chance(
+        "a latent is given if the mean of the mask over its pixels is above this", 0.5, ignored_without=_MASK
+    )
+    ltx2_audio_extend_prefix_frames: int = _frames(
+        "latents at the start of the audio that are given; 25 are a second"
+    )
+    ltx2_audio_extend_suffix_frames: int = _frames("latents at the end of the audio that are given")
+    ltx2_audio_extend_p: float = _both_ends("audio_")
+    ltx2_audio_extend_prefix_p: float | None = _one_end("audio_", "prefix")
+    ltx2_audio_extend_suffix_p: float | None = _one_end("audio_", "suffix")
+    ltx2_audio_inpaint_mask: bool = option(
+        "give the intervals of the audio that the files of audio_cond_mask_directory list", facts=HABIT
+    )
+    ltx2_audio_inpaint_mask_p: float = _chance(
+        "fraction of clips in which they are given", 0.0, ignored_without=_SOUND_MASK
+    )
+    ltx2_audio_inpaint_mask_invert: bool = option(
+        "give what is outside of the intervals", ignored_without=_SOUND_MASK, facts=HABIT
+    )
+    ltx2_audio_inpaint_mask_threshold: float = _chance(
+        "a latent is given if intervals cover more than this fraction of its time",
+        0.5,
+        ignored_without=_SOUND_MASK,
+    )
+    video_anchor_training: bool = option("give whole latent frames of clips", facts=HABIT)
+    video_anchor_probability: float = _chance(
+        "fraction of clips in which frames are given", 0.5, ignored_without=_ANCHORS
+    )
+    video_anchor_strategy: str = option(
+        "endpoints: the first and the last latent frame; random: --video_anchor_count of all; "
+        "endpoints_random: the ends, and as many of those between them",
+        default="endpoints_random",
+        choices=STRATEGIES,
+        ignored_without=_ANCHORS,
+        facts=HABIT,
+    )
+    video_anchor_count: int = option(
+        "how many latent frames are drawn", default=1, minimum=0, ignored_without=_ANCHORS, facts=HABIT
+    )
+    video_anchor_strength: float = _chance(
+        "how much of them is given; below 1 with --ltx2_graded_conditioning", 1.0, ignored_without=_ANCHORS
+    )
+    ltx2_graded_conditioning: bool = option(
+        "allow --video_anchor_strength below 1: the rest of these frames is noise, at as much less time",
+        ignored_without=_ANCHORS,
+        facts=HABIT,
+    )
+    ltx2_conditioning_config: Path | None = option(
+        "TOML file that sets these options, --ltx2_train_direction, --ltx2_first_frame_conditioning_p and "
+        "--ic_lora_ref_probability",
+        facts=HABIT,
+        place="there",
+    )
+
+    @property
+    def gives_images(self) -> bool:
+        """Whether parts of images are given."""
+        ends = self.ltx2_extend_prefix_frames or self.ltx2_extend_suffix_frames
+        return bool(ends or self.ltx2_spatial_crop or self.ltx2_inpaint_mask or self.video_anchor_training)
+
+    @property
+    def gives_audio(self) -> bool:
+        """Whether parts of the audio are given."""
+        ends = self.ltx2_audio_extend_prefix_frames or self.ltx2_audio_extend_suffix_frames
+        return bool(ends or self.ltx2_audio_inpaint_mask)
+
+    def __post_init__(self) -> None:
+        draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
+        if self.video_anchor_training and draws_none:
+            raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
+        if self.video_anchor_strength < 1 and not self.ltx2_graded_conditioning:
+            raise OptionError(
+                f"--video_anchor_strength {self.video_anchor_strength:g}: frames that are partly given need "
+                "--ltx2_graded_conditioning"
+            )
+
+
+def _extension_names(kind: str) -> dict[str, str]:
+    start = f"ltx2_{kind}extend"
+    return {
+        "probability": f"{start}_p",
+        "prefix": f"{start}_prefix_frames",
+        "suffix": f"{start}_suffix_frames",
+        "prefix_p": f"{start}_prefix_p",
+        "suffix_p": f"{start}_suffix_p",
+    }
+
+
+def _mask_names(switch: str) -> dict[str, str]:
+    names = {"": switch, "probability": f"{switch}_p", "invert": f"{switch}_invert"}
+    return names if switch == _CROP else {**names, "threshold": f"{switch}_threshold"}
+
+
+FIRST, REFERENCES = "ltx2_first_frame_conditioning_p", "ic_lora_ref_probability"
+DIRECTION = "ltx2_train_direction"
+# keys of a condition in a recipe -> options, by stream and type; "" is a switch
+RECIPES: Mapping[tuple[str, str], Mapping[str, str]] = {
+    ("video", "first_frame"): {"probability": FIRST},
+    ("video", "reference"): {"probability": REFERENCES},
+    ("video", "spatial_crop"): _mask_names(_CROP),
+    ("video", "extend"): _extension_names(""),
+    ("audio", "extend"): _extension_names("audio_"),
+    ("video", "inpaint"): _mask_names(_MASK),
+    ("video", "mask"): _mask_names(_MASK),
+    ("audio", "inpaint"): _mask_names(_SOUND_MASK),
+    ("audio", "mask"): _mask_names(_SOUND_MASK),
+}
+# by which streams are generated: video, audio
+_DIRECTIONS = {(True, True): "joint", (True, False): "a2v", (False, True): "v2a"}
+
+
+def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options that a file of --ltx2_conditioning_config sets, by their names.
+
+    `streams` are those of --ltx2_mode.
+
+    Raises:
+        OptionError: If the file cannot be read, or has other keys or values.
+    """
+    who = f"--ltx2_conditioning_config {path}"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"{who} cannot be read: {error}") from None
+    _check_keys(content, {"video", "audio"}, who)
+    values: dict[str, Any] = {}
+    is_made = {}
+    for stream in ("video", "audio"):
+        table = content.get(stream)
+        if (table is None) == (stream in streams):
+            raise OptionError(
+                f"{who}: [{stream}] and --ltx2_mode do not match: the mode has "
+                f"{' and '.join(streams)}. Give the mode of the file's streams"
+            )
+        if table is None:
+            continue
+        _check_keys(table, {"is_generated", "conditions"}, f"{who}: [{stream}]")
+        is_made[stream] = table.get("is_generated", True)
+        for condition in table.get("conditions", ()):
+            values |= _read_condition(condition, stream, f"{who}: [[{stream}.conditions]]")
+    if len(is_made) == 2:
+        direction = _DIRECTIONS.get((is_made["video"], is_made["audio"]))
+        if direction is None:
+            raise OptionError(f"{who}: is_generated = false of both streams: nothing would be learned")
+        values[DIRECTION] = direction
+    return values
+
+
+def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
+    kind = condition.get("type") if isinstance(condition, dict) else None
+    names = RECIPES.get((stream, str(kind)))
+    if names is None:
+        known = [known for known_stream, known in RECIPES if known_stream == stream]
+        raise OptionError(f"{who}: type {kind!r} is not known here, only {', '.join(known)}")
+    given = {key: value for key, value in condition.items() if key != "type"}
+    if "p" in given and "probability" in given:
+        raise OptionError(f"{who}: p and probability mean the same. Give one of them")
+    if "p" in given:
+        given["probability"] = given.pop("p")
+    _check_keys(given, set(names) - {""}, who)
+    given.setdefault("probability", 1.0)
+    values = {names[key]: value for key, value in given.items()}
+    return {**values, names[""]: True} if "" in names else values
+
+
+def _check_keys(table: Any, known: set[str], who: str) -> None:
+    if not isinstance(table, dict):
+        raise OptionError(f"{who} has to be a table")
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise OptionError(f"{who}: unknown key {unknown[0]!r}. Keys are {', '.join(sorted(known))}")
+
+
+def check_value(name: str, value: Any, who: str) -> Any:
+    """Return a value of a recipe in the form of its option.
+
+    Raises:
+        OptionError: If it has another form.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name.endswith(("_p", "probability", "threshold")):
+        fits = is_number and 0 <= value <= 1
+        value = float(value) if fits else value
+    elif name.endswith("_frames"):
+        fits = is_number and isinstance(value, int) and value >= 0
+    else:
+        fits = isinstance(value, str if name == DIRECTION else bool)
+    if not fits:
+        raise OptionError(f"{who}: {value!r} is not a value of --{name}")
+    return value

@@ -1,0 +1,50 @@
+"""`new --train adapter`: train a training adapter, a LoRA that unlearns a distillation, for other LoRAs.
+
+Sources of the settings: the cards of SimpleTuner's assistants for Qwen-Image-2.1 and of ShootTheSound's
+adapter for MiniMax-H3-Image: plain flow matching, AdamW at 1e-4, gradients clipped at 1, rank = alpha, an
+average of the weights.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from downloads.catalogue import ModelSet
+from project.kinds.contract import RunKind, find_lora_script
+
+RECIPE: Mapping[str, Any] = {
+    "network_dim": 32,
+    "network_alpha": 32,
+    "learning_rate": 1e-4,
+    "max_grad_norm": 1.0,
+    "gradient_accumulation_steps": 4,
+    "ema_decay": 0.998,
+    "lora_format": "comfyui",  # without alphas, as published adapters are
+}
+NAMED = "_training_adapter_v1"  # end of the name of its file, as in those that are published
+
+
+def _find_words(model: ModelSet) -> list[str]:
+    return find_lora_script(model) if model.data.get("distilled") and not model.has_adapter else []
+
+
+def _why_not(model: ModelSet, memory: float) -> str | None:
+    if model.has_adapter:
+        return f"{model.title} is trained with one already: give the task without it"
+    if not model.data.get("distilled"):
+        return f"{model.title} was not distilled, so that there is nothing to unlearn"
+    return None
+
+
+def _change(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
+    return {**values, **RECIPE}
+
+
+ADAPTER = RunKind(
+    name="adapter",
+    title="a training adapter",
+    find_words=_find_words,
+    why_not=_why_not,
+    change=_change,
+    ending="lora",
+    makes_adapter=True,
+)

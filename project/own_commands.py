@@ -1,0 +1,45 @@
+"""How to make a model's own images for a training adapter, from the captions of a folder."""
+
+import shlex
+from collections.abc import Sequence
+
+from project import describing
+from project.describing import Choice
+from project.options import as_operand, own_command, typed_in
+from project.own_samples import OWN_FOLDER, OWN_PROMPTS
+
+OF_ONE = {"--prompt", "--seed", "--save_path"}  # what a command says of a single result
+
+
+def write_prompts(choice: Choice) -> str:
+    """Return a prompt line for each distinct caption, with a seed of its own."""
+    captions = dict.fromkeys(describing.plain(item.caption) for item in choice.media if item.caption)
+    return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
+
+
+def describe_own(choice: Choice) -> list[str]:
+    """Return lines with the two commands that make the model's own images and describe their folder."""
+    paths = {f"{{{name}}}": path for name, path in choice.files.items()}
+    words = _without_single(shlex.split(choice.model.commands["generate"]))
+    words = [paths.get(word, word) for word in words]
+    words += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
+    again = ["new", as_operand(choice.options.folder / OWN_FOLDER), "--family", choice.model.family]
+    again += ["--task", choice.model.task, "--train", choice.kind.name]
+    return [
+        f"An adapter from the model's own pictures keeps its look. {OWN_PROMPTS} has these captions; in the "
+        f"folder {choice.folder} this makes the pictures, once the model is there:",
+        f"  {typed_in(words, choice.folder)}",
+        "and this describes them, with the prompts as captions:",
+        f"  {own_command(*again)}",
+    ]
+
+
+def _without_single(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    is_dropped = False
+    for word in words:
+        if word.startswith("--"):
+            is_dropped = word in OF_ONE
+        if not is_dropped:
+            kept.append(word)
+    return kept

@@ -1,0 +1,137 @@
+"""Further inputs of U-Nets for inpainting: a mask, and latents of the image without what it marks."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from contract.data import LatentSpec
+from contract.inputs import IMAGE
+from contract.requests import Prepared, Request, check_opens
+from contract.rules import Source
+from modules.errors import OptionError
+from modules.media.reading import read_mask
+from modules.paths import explain_missing
+from modules.seeds import derive_seed
+from stable_diffusion.starting import mask_pixels, read_picture, to_pixels
+
+# in conditions, B 5 1 h w: the mask (1 is repainted), and latents of the image without what it marks
+INPAINTING = "inpainting"
+MASK_PATH = "mask_path"  # in `Request.extra`
+_OPTIONS = "--i2i_path; in lines of samples --img or --ci"
+AREA = 0.2  # of a mask that is drawn for an image without one
+CORNERS = 128
+HARMONICS = 4
+WOBBLE = 0.5
+
+
+def make_inputs(
+    vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator, latent: LatentSpec
+) -> Tensor:
+    """Return the further inputs of the U-Net for an image, 5 1 h w on the CPU.
+
+    Args:
+        vae: The loaded VAE, a `DiffusersVae`.
+        pixels: The image, 1 3 H W in -1..1.
+        mask: H W float; 1 is repainted, else 0.
+        generator: Draws the sample of the posterior.
+        latent: The latent space.
+    """
+    latents = vae.encode_pixels(pixels * (1 - mask), [generator])[0].cpu()  # what is hidden is gray, 0
+    _, rows, columns = latent.stride
+    # nearest: the upper left pixel of each latent; the U-Net never sees a soft mask
+    small = mask[None, None, ::rows, ::columns]
+    return torch.cat([small, latents * latent.scale])
+
+
+def keep_image(request: Request, keep: Callable[[Request, str], Request], who: str) -> Request:
+    """Return a request whose `image_path` is the image to repaint, if it has one, without unusable media.
+
+    Args:
+        request: The request.
+        keep: Removes all media that models of images do not take.
+        who: Name of the model, for messages.
+
+    Raises:
+        OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
+    """
+    path, others = request.image_path, request.control_images
+    if path is None and others:
+        path, others = others[0], others[1:]
+    without = keep(replace(request, image_path=None, control_images=others), who)
+    source = request.source
+    if source is not None and source.option == IMAGE:
+        path = source.path
+    if path is not None:
+        _check_image("the image to repaint", path)
+    mask = request.extra.get(MASK_PATH)
+    if mask is not None:
+        if path is None:
+            raise OptionError(
+                f"the mask {mask} needs the image that is repainted where it is white ({_OPTIONS})"
+            )
+        _check_image("the mask", Path(mask))
+    return replace(without, image_path=path)
+
+
+def _check_image(what: str, path: Path) -> None:
+    if not path.is_file():
+        raise OptionError(f"{what}: there is no file {path}.{explain_missing(path)} Correct the path")
+    check_opens(what, path, is_image=True)
+
+
+def find_kept_source(request: Request) -> Source | None:
+    """Return what the start latents contain; None for noise alone, as at full strength."""
+    source = request.source
+    return None if source is not None and source.option == IMAGE and source.denoise == 1 else source
+
+
+def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Return the image to repaint, 1 3 H W in -1..1, and its mask, H W: 1 is repainted.
+
+    Without an image all is repainted; without a mask, a wavy ellipse that the seed draws.
+    """
+    width, height = prepared.width, prepared.height
+    path, mask = prepared.request.image_path, prepared.request.extra.get(MASK_PATH)
+    if path is None:
+        return torch.zeros(1, 3, height, width), torch.ones(height, width)
+    pixels = to_pixels(read_picture(path), width, height)
+    if mask is not None:
+        return pixels, mask_pixels(Image.fromarray(read_mask(Path(mask))), width, height)[0, 0]
+    numbers = random.Random(derive_seed("mask of a sample", prepared.seed))
+    return pixels, torch.from_numpy(draw_wobbly_ellipse(height, width, numbers)).float()
+
+
+def draw_wobbly_ellipse(height: int, width: int, numbers: random.Random) -> Any:
+    """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
+    ratio = numbers.uniform(0.6, 1.4)
+    across = math.sqrt(AREA * height * width / math.pi * ratio)
+    down = across / ratio
+    x = width * numbers.uniform(0.25, 0.75)
+    y = height * numbers.uniform(0.25, 0.75)
+    turn = numbers.uniform(0, 2 * math.pi)
+    waves = [(numbers.uniform(-1, 1), numbers.uniform(0, 2 * math.pi)) for _ in range(HARMONICS)]
+    corners = []
+    for corner in range(CORNERS):
+        angle = 2 * math.pi * corner / CORNERS
+        cosines = [size * math.cos(number * angle + phase) for number, (size, phase) in enumerate(waves, 1)]
+        radius = 1 + WOBBLE * sum(cosines) / HARMONICS
+        right, below = radius * across * math.cos(angle), radius * down * math.sin(angle)
+        corners.append(
+            (
+                x + right * math.cos(turn) - below * math.sin(turn),
+                y + right * math.sin(turn) + below * math.cos(turn),
+            )
+        )
+    mask = np.zeros((height, width), np.uint8)
+    points: Any = np.rint(np.array([corners])).astype(np.int32)
+    cv2.fillPoly(mask, points, 1)
+    return mask.astype(bool)

@@ -1,0 +1,336 @@
+"""Training LTX-2 on clips of which parts are given: steps equal those computed with diffusers.
+
+Given latents are clean, have the time 0, and are out of the loss, which is a mean over the others.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from contract.data import SOUND, Batch
+from ltx_2.given import AnchorRule, Extension, GivenRules, MaskRule, audio_bounds, cover_times
+from ltx_2.given_options import Ltx2GivenParts
+from ltx_2.options import Ltx2TrainingOptions, with_recipe
+from modules.errors import DatasetError, OptionError
+from tests.ltx_2.release import dit_config
+from tests.ltx_2.test_model import in_diffusers
+from tests.ltx_2.test_options import read_own
+from tests.ltx_2.test_training import ATTENTION, RATE, Heard, Project, read_items, told, write_project
+from tests.ltx_2.tiny_dit import dit_diffusers_state, dit_in_diffusers
+from tests.parity.training import (
+    SEED,
+    Factors,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    shuffled,
+    stream,
+    uniform_of,
+)
+
+FRAMES, ROWS, COLUMNS = 3, 2, 2  # latents of 17 frames of 64 x 64 pixels
+TABLE = 'spatial_crop_region = [0, 32, 64, 64]\nmask_directory = "{0}/masks"\n'
+TABLE += 'audio_cond_mask_directory = "{0}/times"'
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of each latent of a clip is given, 0 to 1."""
+
+    image: Tensor  # F H W
+    audio: Tensor  # T
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Three clips of 17 frames, two with audio; masks whose upper half is white; times of their audio."""
+    folder = tmp_path_factory.mktemp("größe 3")
+    (folder / "masks").mkdir()
+    (folder / "times").mkdir()
+    for name in "abc":
+        mask = numpy.zeros((48, 48), numpy.uint8)
+        mask[:24] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
+    (folder / "times" / "a.txt").write_text("0.2 0.4\n", encoding="utf-8")
+    (folder / "times" / "b.json").write_text('{"intervals": [[0.2, 0.4]]}', encoding="utf-8")
+    (folder / "times" / "c.txt").write_text("", encoding="utf-8")
+    return write_project(folder, frames=17, more=TABLE.format(folder.as_posix()))
+
+
+def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares]) -> tuple[Tensor, Tensor]:
+    """The losses of images and of audio, by the released trainer's formulas."""
+    sigmas, noise = uniform_of(batch, step).float(), noise_of(batch, step)
+    (shape,) = {one.audio.shape for one in batch if one.audio is not None}
+    of_audio = torch.randn(len(batch), *shape, generator=stream(SEED, "sound", step))
+    found = []
+    for place, (item, shares) in enumerate(zip(batch, given, strict=True)):
+        clean = item.latents, torch.zeros(shape) if item.audio is None else item.audio
+        drawn, levels = (noise[place], of_audio[place]), (shares.image, shares.audio[:, None])
+        sigma = sigmas[place]
+        mixed, times = [], []
+        for one, other, share in zip(clean, drawn, levels, strict=True):
+            level = (1 - share) * sigma
+            mixed.append((1 - level) * one + level * other)
+            times.append(1000 * level.flatten()[None])
+        time = 1000 * sigma.view(1)
+        inputs = {
+            **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
+            **{"text": item.text[None], "audio_text": item.audio_text[None], "fps": item.fps},
+        }
+        gates = dit.av_cross_attn_video_a2v_gate, dit.av_cross_attn_audio_v2a_gate
+        hooks = [gate.register_forward_pre_hook(lambda *_, time=time: (time,)) for gate in gates]
+        made = in_diffusers(
+            dit,
+            inputs,
+            timestep=times[0],
+            audio_timestep=times[1],
+            isolate_modalities=item.audio is None,
+        )
+        for hook in hooks:
+            hook.remove()
+        errors = []
+        for one, other, full, share in zip(made, drawn, clean, levels, strict=True):
+            error = (one[0] - (other - full)).square()
+            errors.append(error[:, (share == 0).expand(error.shape[1:])].mean())
+        found.append(torch.stack([errors[0], errors[1] * (item.audio is not None)]))
+    image, heard = torch.stack(found).mean(0)
+    return image, heard
+
+
+def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
+    """With prefix, rectangle, mask, and both kinds of parts of the audio, drawn for each clip."""
+    words = [
+        "--ltx2_extend_prefix_frames",
+        1,
+        "--ltx2_extend_suffix_frames",
+        1,
+        "--ltx2_extend_prefix_p",
+        0.5,
+    ]
+    words += ["--ltx2_extend_suffix_p", 0.3, "--ltx2_spatial_crop", "--ltx2_spatial_crop_p", 0.5]
+    words += ["--ltx2_inpaint_mask", "--ltx2_inpaint_mask_p", 0.4, "--ltx2_audio_extend_prefix_frames", 3]
+    words += ["--ltx2_audio_extend_p", 0.5, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", 0.7]
+    project.train(*descent(RATE), *words)
+
+    there = project.release.networks
+    items, state = read_items(project.folder / "cache"), there["state"]
+    length = next(one.audio.shape[1] for one in items if one.audio is not None)
+    paths = [name.removesuffix(".weight") for name in state if ATTENTION.search(name)]
+    parts = {  # its name there
+        path.replace(".", "_"): [name.removesuffix(".weight")]
+        for path in paths
+        for name in dit_diffusers_state({f"{path}.weight": state[f"{path}.weight"]})
+    }
+    expected, drawn = [], []
+
+    def draw(step: int, batch: Sequence[Heard]) -> list[Shares]:
+        numbers = torch.rand((8, 3), generator=stream(SEED, "given tokens", step))
+        centers = torch.arange(length) * 0.04 - 0.01  # all but the first cover 0.04 s
+        middle = (centers >= 0.2) & (centers < 0.4)
+        made = []
+        for place, item in enumerate(batch):
+            image, audio = torch.zeros(FRAMES, ROWS, COLUMNS), torch.zeros(length)
+            image[0] = max(image[0].max(), float(numbers[0, place] < 0.5))
+            image[-1] = max(image[-1].max(), float(numbers[1, place] < 0.3))
+            image[..., 1] = image[..., 1].maximum((numbers[2, place] < 0.5).float())
+            image[:, 0] = image[:, 0].maximum((numbers[3, place] < 0.4).float())
+            audio[:3] = float(numbers[5, place] < 0.5)
+            if item.audio is not None:
+                audio = audio.maximum(middle * (numbers[7, place] < 0.7).float())
+            made.append(Shares(image, audio))
+        return made
+
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers(there["version"], state, config=dit_config(there["version"]))
+        batch = shuffled(items, step)
+        given = draw(step, batch)
+        drawn.extend(given)
+        with learning(dit, parts, factors) as found:
+            both = losses(dit, batch, step, given)
+            sum(both).backward()
+        expected.append([float(one.detach()) for one in both])
+        return found()
+
+    assert_steps_of_descent(project.folder / "out", parts, RATE, gradients, "LTX-2")
+    measured = torch.tensor([list(row.values()) for row in told(project)])
+    torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
+    assert {0.0, 1.0} <= {float(one.image.mean().ceil()) for one in drawn}  # with and without
+
+
+def batch_of(frames: int = 4, rows: int = 2, columns: int = 3, length: int = 0, **more: Any) -> Batch:
+    tensors = {"latents": torch.zeros(2, 8, frames, rows, columns)}
+    if length:
+        tensors[SOUND] = torch.zeros(2, 8, length, 16)
+    return Batch({**tensors, **more.pop("tensors", {})}, ("",) * 2, ("a", "b"), **more)
+
+
+def draw_image(rules: GivenRules, batch: Batch, seed: int = 0) -> Tensor:
+    given = rules.draw(batch, torch.Generator().manual_seed(seed))
+    assert given is not None
+    assert given.image is not None
+    return given.image[:, 0] / 1000
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "is_end", "between"),
+    [("endpoints", 3, True, 0), ("endpoints_random", 1, True, 1), ("random", 2, None, None)],
+)
+def test_anchors_are_ends_or_random_frames_with_their_strength(
+    strategy: str, count: int, is_end: bool | None, between: int | None
+) -> None:
+    found = draw_image(GivenRules(anchors=AnchorRule(1, strategy, count, 0.7)), batch_of(6))
+
+    assert found.unique().tolist() == pytest.approx([0, 0.7])
+    frames = found[:, :, 0, 0] > 0
+    assert torch.equal(frames[:, :, None, None].expand_as(found), found > 0)
+    if between is None:
+        assert frames.sum(1).tolist() == [count] * 2
+        return
+    assert frames[:, [0, -1]].all() == is_end
+    assert frames[:, 1:-1].sum(1).tolist() == [between] * 2
+
+
+def test_one_draw_is_for_both_ends_unless_one_has_its_own() -> None:
+    both = [
+        draw_image(GivenRules(ends=Extension(1, 1, 0.5, 0.5, True)), batch_of(), seed) for seed in (0, 1, 2)
+    ]
+    apart = [
+        draw_image(GivenRules(ends=Extension(1, 1, 0.5, 0.5, False)), batch_of(), seed) for seed in (0, 2)
+    ]
+
+    assert all(torch.equal(one[:, 0], one[:, -1]) for one in both)
+    assert any(not torch.equal(one[:, 0], one[:, -1]) for one in apart)
+
+
+@pytest.mark.parametrize(
+    ("rules", "more", "words"),
+    [
+        (GivenRules(ends=Extension(2, 2, 1, 1, True)), {}, "a has 4 latent frames, and 2 at its start"),
+        (GivenRules(region=MaskRule(1, False)), {}, "needs spatial_crop_region"),
+        (
+            GivenRules(region=MaskRule(1, False)),
+            {"crop_regions": ((0, 0, 31, 96),) * 2},
+            "covers none of its",
+        ),
+        (GivenRules(region=MaskRule(1, False)), {"crop_regions": ((0, 0, 64, 96),) * 2}, "covers all of its"),
+        (GivenRules(mask=MaskRule(1, False)), {}, "needs masks"),
+        (
+            GivenRules(mask=MaskRule(1, False)),
+            {"tensors": {"given_mask": torch.ones(2, 4, 2, 3)}},
+            "a: its mask gives the whole clip",
+        ),
+        (GivenRules(audio_times=MaskRule(1, False)), {"length": 9}, "needs a file of its name"),
+        (GivenRules(audio_ends=Extension(9, 0, 1, 1, True)), {"length": 9}, "9 latents of audio"),
+    ],
+)
+def test_what_leaves_nothing_to_learn_or_is_missing_is_refused(
+    rules: GivenRules, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DatasetError, match=re.escape(words)):
+        rules.draw(batch_of(**more), torch.Generator())
+
+
+def test_a_single_image_has_no_ends_and_clips_without_audio_no_times() -> None:
+    rules = GivenRules(ends=Extension(1, 1, 1, 1, True), audio_times=MaskRule(1, False))
+
+    assert rules.draw(batch_of(1), torch.Generator()) is None
+
+
+def test_times_cover_latents_by_the_seconds_of_each() -> None:
+    starts, ends = audio_bounds(4)
+
+    assert starts.tolist() == pytest.approx([0, 0.01, 0.05, 0.09])
+    assert cover_times(starts, ends, [(0.03, 0.06)]).tolist() == pytest.approx([0, 0.5, 0.25, 0], abs=1e-6)
+
+
+RECIPE = """
+[video]
+is_generated = true
+[[video.conditions]]
+type = "first_frame"
+p = 0.25
+[[video.conditions]]
+type = "extend"
+prefix = 2
+suffix_p = 0.5
+[[video.conditions]]
+type = "inpaint"
+probability = 0.4
+threshold = 0.3
+invert = true
+[audio]
+is_generated = false
+"""
+
+
+def options_with(folder: Path, recipe: str, *words: str) -> Ltx2TrainingOptions:
+    path = folder / "recipe.toml"
+    path.write_text(recipe, encoding="utf-8")
+    words = "--ltx2_mode", "av", "--ltx2_conditioning_config", str(path), *words
+    options: Ltx2TrainingOptions = read_own("ltx2_train_network", *words)
+    return with_recipe(options)
+
+
+def test_a_recipe_sets_the_options(tmp_path: Path) -> None:
+    options = options_with(tmp_path, RECIPE)
+
+    expected = Ltx2GivenParts.usual(
+        ltx2_extend_prefix_frames=2,
+        ltx2_extend_suffix_p=0.5,
+        ltx2_inpaint_mask=True,
+        ltx2_inpaint_mask_p=0.4,
+        ltx2_inpaint_mask_threshold=0.3,
+        ltx2_inpaint_mask_invert=True,
+        ltx2_extend_p=1.0,
+    )
+    assert options.given == expected
+    assert (options.first_frame_probability, options.ltx2_train_direction) == (0.25, "a2v")
+
+
+@pytest.mark.parametrize(
+    ("change", "typed", "words"),
+    [
+        (
+            ("prefix = 2", "prefix = 2"),
+            ("--ltx2_extend_prefix_frames", "3"),
+            "--ltx2_extend_prefix_frames 3 and",
+        ),
+        (("p = 0.25", "p = 0.25\nprobability = 0.25"), (), "p and probability mean the same"),
+        (("p = 0.25", "p = 2"), (), "2 is not a value of --ltx2_first_frame_conditioning_p"),
+        (("prefix = 2", "prefixes = 2"), (), "unknown key 'prefixes'"),
+        (('"extend"', '"expand"'), (), "type 'expand' is not known here, only first_frame"),
+        (("is_generated = true", "is_generated = false"), (), "nothing would be learned"),
+        (("[audio]\nis_generated = false", ""), (), "[audio] and --ltx2_mode do not match"),
+        (("[video]", "[video"), (), "cannot be read"),
+    ],
+)
+def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
+    tmp_path: Path, change: tuple[str, str], typed: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(words)):
+        options_with(tmp_path, RECIPE.replace(*change), *typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("av --ltx2_train_direction v2a --video_anchor_training", "all of the images is given"),
+        ("av --ltx2_train_direction a2v --ltx2_audio_extend_prefix_frames 1", "all of the audio is given"),
+        ("v --ltx2_audio_inpaint_mask", "given parts of the audio"),
+        ("audio --ltx2_extend_suffix_frames 1", "given parts of images"),
+        ("av --video_anchor_training --video_anchor_strength 0.5", "--ltx2_graded_conditioning"),
+        ("av --video_anchor_training --video_anchor_strategy random --video_anchor_count 0", "1 or more"),
+    ],
+)
+def test_parts_of_a_stream_that_is_given_or_not_there_are_refused(typed: str, words: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(words)):
+        read_own("ltx2_train_network", "--ltx2_mode", *typed.split())

@@ -1,0 +1,269 @@
+"""Results of LTX-2 that keep parts of other media equal those of diffusers' loop with the same mask."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import LTX2ConditionPipeline
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from PIL import Image
+from torch import Tensor
+
+from contract.data import SOUND
+from modules.media.writing import write_png
+from tests.faults.messages import assert_one_message, run_here
+from tests.ltx_2.release import TinyRelease, write_release
+from tests.ltx_2.test_family import (
+    HEIGHT,
+    NEGATIVE,
+    PROMPT,
+    SEED,
+    STEPS,
+    WIDTH,
+    alone,
+    generate,
+    scale_words,
+    theirs,
+)
+from tests.parity.running import assert_equal
+from tests.sound_media import Track, write_media
+from tests.tiny.project import moving_square
+
+FRAMES = 17  # 3 latent frames of 2 x 3
+# no rescaling: diffusers counts given tokens in the standard deviation
+SCALES = {"guidance_scale": 3.0, "stg_scale": 1.5, "modality_scale": 1.0, "guidance_rescale": 0.0}
+SHAPE = (3, HEIGHT // 32, WIDTH // 32)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> TinyRelease:
+    return write_release(tmp_path_factory.mktemp("größe"), "2.3")
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of 17 frames as images, its right part, and a mask whose left third is white."""
+    folder = tmp_path_factory.mktemp("media")
+    for name in ("clip", "right"):
+        (folder / name).mkdir()
+    for number, frame in enumerate(clip()):
+        write_png(folder / "clip" / f"{number:02}.png", frame)
+        write_png(folder / "right" / f"{number:02}.png", numpy.ascontiguousarray(frame[:, 32:]))
+    mask = numpy.zeros((HEIGHT, WIDTH), numpy.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def clip() -> list[numpy.ndarray]:
+    return moving_square(FRAMES, WIDTH, HEIGHT, 5)
+
+
+def pixels(frames: list[numpy.ndarray]) -> Tensor:
+    return torch.from_numpy(numpy.stack(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def encode(pipe: Any, images: Tensor) -> Tensor:
+    vae = pipe.vae
+    latents = vae.encode(images).latent_dist.mode()
+    normalized: Tensor = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)
+    return normalized
+
+
+Given = tuple[Tensor, Tensor]  # clean latents 1 C F H W, and a mask F H W of those that are kept
+
+
+def keep_prefix(pipe: Any) -> Given:
+    mask = torch.zeros(SHAPE)
+    mask[:2] = 1
+    return torch.cat([encode(pipe, pixels(clip()[-9:])), torch.zeros(1, 16, 1, *SHAPE[1:])], 2), mask
+
+
+def keep_suffix(pipe: Any) -> Given:
+    mask = torch.zeros(SHAPE)
+    mask[2:] = 1
+    latents = encode(pipe, pixels(clip()[:9]))[:, :, 1:]
+    return torch.cat([torch.zeros(1, 16, 2, *SHAPE[1:]), latents], 2), mask
+
+
+def keep_right(pipe: Any) -> Given:
+    mask = torch.zeros(SHAPE)
+    mask[..., 1:] = 1
+    images = pixels(clip())
+    images[..., :32] = 0  # gray
+    return encode(pipe, images), mask
+
+
+def keep_left(pipe: Any) -> Given:
+    mask = torch.zeros(SHAPE)
+    mask[..., :1] = 1
+    return encode(pipe, pixels(clip())), mask
+
+
+def keep_start(pipe: Any) -> Given:
+    mask = torch.zeros(SHAPE)
+    mask[:2] = 1
+    return encode(pipe, pixels(clip())), mask
+
+
+def expect(pipe: Any, given: Given) -> Tensor:
+    """The latents that diffusers' loop makes of noise in the latents' shape, and of what is given."""
+    clean, mask = given
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))
+    tokens, kept = (pipe._pack_latents(one, 1, 1) for one in (clean, mask[None, None]))
+
+    def prepare(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        start = pipe._pack_latents(noise, 1, 1)
+        return kept * tokens + (1 - kept) * start, kept, tokens, None
+
+    pipe.prepare_latents = prepare
+    latents, _ = call(pipe)
+    vae = pipe.vae
+    normalized: Tensor = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
+    return normalized
+
+
+def call(pipe: Any, **more: Any) -> Any:
+    return pipe(
+        **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "height": HEIGHT, "width": WIDTH},
+        **{"num_frames": FRAMES, "frame_rate": 24.0, "num_inference_steps": STEPS},
+        **{"spatio_temporal_guidance_blocks": [1], "return_dict": False, "output_type": "latent"},
+        **{"generator": torch.Generator().manual_seed(SEED), **SCALES, **more},
+    )
+
+
+def condition_pipe(release: TinyRelease) -> Any:
+    pipe: Any = LTX2ConditionPipeline(**theirs(release).components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.register_forward_pre_hook(alone, with_kwargs=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("words", "keep"),
+    [
+        ("--extend_prefix {0}/clip --extend_prefix_frames 12", keep_prefix),
+        ("--extend_suffix {0}/clip --extend_suffix_frames 9", keep_suffix),
+        ("--outpaint_source {0}/right --outpaint_region 32,0,64,64", keep_right),
+        ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png", keep_left),
+        ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_invert", keep_right),
+        ("--inpaint_source {0}/clip --retake 0.4,0.7", keep_start),
+    ],
+    ids=["prefix", "suffix", "outpainting", "inpainting", "inverted", "retake"],
+)
+def test_kept_parts_equal_those_of_diffusers(
+    release: TinyRelease, media: Path, tmp_path: Path, words: str, keep: Callable[[Any], Given]
+) -> None:
+    typed = words.format(media.as_posix()).split()
+
+    made = generate(release, tmp_path, *typed, *scale_words(SCALES, SCALES), "--stg_blocks", 1, frames=FRAMES)
+
+    pipe = condition_pipe(release)
+    given = keep(pipe)
+    if "invert" in words:
+        given = encode(pipe, pixels(clip())), given[1]
+    assert_equal(made["latent"], expect(pipe, given), "latents")
+
+
+def test_the_prefix_of_these_tests_is_that_of_diffusers(release: TinyRelease) -> None:
+    pipe = condition_pipe(release)
+    frames = [Image.fromarray(frame) for frame in clip()[-9:]]
+
+    _, mask, clean, _ = pipe.prepare_latents(
+        LTX2VideoCondition(frames, index=0),
+        num_channels_latents=16,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        generator=torch.Generator().manual_seed(SEED),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+    expected_clean, expected_mask = keep_prefix(pipe)
+    torch.testing.assert_close(mask, pipe._pack_latents(expected_mask[None, None], 1, 1))
+    torch.testing.assert_close(clean, pipe._pack_latents(expected_clean, 1, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--audio_prefix", "{0}/long.mp4", "--audio_prefix_seconds", 0.3], lambda starts: starts < 0.26),
+        (
+            ["--audio_inpaint_audio", "{0}/long.mp4", "--audio_inpaint_interval", "0.2,0.4"],
+            lambda starts: (starts + 0.04 <= 0.2) | (starts >= 0.4),
+        ),
+        (["--drive_audio", "{0}/long.mp4"], lambda starts: starts > -1),
+    ],
+    ids=["prefix", "interval", "all"],
+)
+def test_kept_audio_stays_and_changes_the_rest(
+    release: TinyRelease, tmp_path: Path, words: list[Any], kept: Callable[[Tensor], Tensor]
+) -> None:
+    write_media(tmp_path / "long.mp4", Track((0.1, 0.5), loud=0.9), frames=FRAMES, fps=24)
+    typed = [str(word).format(tmp_path.as_posix()) for word in words]
+    plain = ["--ltx2_mode", "av", *scale_words(SCALES, SCALES), "--stg_blocks", 1]
+
+    made = generate(release, tmp_path / "a", *plain, *typed, frames=FRAMES)
+    other = generate(release, tmp_path / "b", *plain, frames=FRAMES)
+
+    starts = torch.arange(made[SOUND].shape[1]) * 0.04 - 0.03
+    is_kept = kept(starts)
+    whole = generate(release, tmp_path / "c", *plain, "--drive_audio", tmp_path / "long.mp4", frames=FRAMES)
+    if "--audio_prefix" not in words:  # which keeps the end of the file
+        torch.testing.assert_close(made[SOUND][:, is_kept], whole[SOUND][:, is_kept])
+    changed = (made[SOUND] - other[SOUND]).abs().amax((0, 2))
+    assert changed[is_kept].min() > 0.01
+    assert (made["latent"] - other["latent"]).abs().max() > 1e-4
+    assert is_kept.all() or not torch.equal(made[SOUND][:, ~is_kept], whole[SOUND][:, ~is_kept])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--outpaint_source {0}/clip --outpaint_region 0,0,200,64", "Give a region inside of it"),
+        ("--outpaint_source {0}/clip --outpaint_region 8,8,40,40", "it has no whole latent of 32 x 32"),
+        ("--outpaint_source {0}/clip --outpaint_region 0,0,64", "give X,Y,WIDTH,HEIGHT"),
+        ("--outpaint_source {0}/clip", "--outpaint_region"),
+        ("--inpaint_source {0}/clip", "give --inpaint_mask or --retake"),
+        ("--inpaint_source {0}/clip --retake 2,1", "give START,END in seconds"),
+        ("--inpaint_source {0}/clip --retake 0,1 --inpaint_mask {0}/mask.png", "give one of them"),
+        ("--extend_prefix {0}/clip", "give all of it"),
+        ("--extend_suffix {0}/mask.png", "at least 9 frames are needed"),
+        ("--extend_prefix {0}/clip --extend_prefix_frames 99", "asks for 99"),
+        ("--audio_prefix {0}/mask.png", "no sound is made. Give --ltx2_mode av"),
+        ("--extend_prefix {0}/mask.png --ltx2_mode audio", "sound alone has no pictures"),
+        ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video has all frames"),
+        ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_threshold 1", "it keeps nothing"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    release: TinyRelease, media: Path, tmp_path: Path, words: str, message: str
+) -> None:
+    command = [
+        "ltx2_generate_video.py",
+        *release.words,
+        *release.texts,
+        "--prompt",
+        "a cat",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--video_size",
+        HEIGHT,
+        WIDTH,
+        "--video_length",
+        FRAMES,
+        "--infer_steps",
+        1,
+        "--save_path",
+        "x",
+    ]
+
+    code, said = run_here(*command, *words.format(media.as_posix()).split(), folder=tmp_path)
+
+    assert_one_message(code, said, message)

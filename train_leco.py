@@ -1,0 +1,12 @@
+"""Train a LoRA for Stable Diffusion 1.x and 2.x from prompts alone: erase or enhance a concept (LECO)."""
+
+import modules.interpreter  # noqa: F401
+from stable_diffusion.training_options import SHOWN_AS
+from training.image_options import leco_trainer
+from training.scripts import training_script
+
+DEFAULTS = leco_trainer(shown_as=SHOWN_AS)
+main = training_script("sd1", __doc__, script="train_leco.py", images=DEFAULTS)
+
+if __name__ == "__main__":
+    main.run()

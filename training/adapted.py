@@ -1,0 +1,67 @@
+"""What goes wrong when a training adapter meets other options or another model: --training_adapter."""
+
+from collections.abc import Mapping
+
+from checkpoints.file_hashes import name_base
+from contract.family import Family
+from modules.errors import UserError
+from modules.text_files import read_safetensors_texts
+from networks.module_names import read_family
+from networks.names.layouts import MADE_FOR, TRAINED_ON
+from training.options import TrainingOptions
+
+BASE_MODEL = "base_model"  # the hub's key of a LoRA's base, which some trainers write into files too
+
+
+def describe_adapted(family: Family, options: TrainingOptions) -> str:
+    """Return warnings about --training_adapter, which is given; "" if there are none.
+
+    Only names, hashes and metadata are compared: adapters of models with equal layers fit each other.
+    """
+    path = options.frozen.training_adapter
+    assert path is not None
+    warnings = []
+    for target in options.joined.targets:
+        if target.keeps_guidance:
+            warnings.append(
+                f"--training_adapter with {target.option}: the adapter has undone the guidance that was "
+                "distilled into the transformer, and the target adds it again, so that it acts twice in what "
+                "is learned. Leave one of the two out."
+            )
+    metadata: Mapping[str, str] = {}
+    if path.is_file():
+        try:
+            metadata = read_safetensors_texts(path)
+        except (OSError, ValueError, UserError):
+            metadata = {}  # what is wrong with the file is said where it is read
+    says = _describe_other_base(family, metadata)
+    if says:
+        warnings.append(
+            f"--training_adapter {path}: {says}. An adapter undoes the distillation of one model: give the "
+            "one for this transformer."
+        )
+    return " ".join(warnings)
+
+
+def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
+    """Return how metadata of an adapter name another model than the trained one; "" if they do not."""
+    made_for = metadata.get(MADE_FOR, "")
+    if made_for:
+        bases = [name_base(file) for file in family.dit_files]
+        name, _, digest = made_for.rpartition(" ")
+        is_known = any(base == made_for or (name and base.endswith(f" {digest}")) for base in bases)
+        if is_known or not bases:
+            return ""
+        return f"its metadata say that it was made for {made_for}, not for {' or '.join(bases)}"
+    version = metadata.get(TRAINED_ON, "")
+    own = family.metadata.get("base_model_version", family.name)
+    if version:
+        is_own = version == own or read_family({TRAINED_ON: version}) == read_family({TRAINED_ON: own})
+        return "" if is_own else f"its metadata say that it is for {version}, and the transformer is {own}"
+    base = metadata.get(BASE_MODEL, "")
+    repositories = family.release.repositories
+    if base and base.casefold() not in [one.casefold() for one in repositories]:
+        return (
+            f"its metadata say that it is for {base}, and the transformer is of {' or '.join(repositories)}"
+        )
+    return ""

@@ -1,0 +1,67 @@
+"""Train a training adapter: --make_adapter.
+
+A training adapter is a LoRA that has unlearned the distillation of a model. It is trained as any LoRA of the
+distilled model, and other LoRAs are trained with it (--training_adapter) and used without it. So the option
+changes nothing of what is learned: saved files say which model the adapter is for and what it was trained on,
+and the run neither warns that few steps are unlearned nor accepts what would keep them.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+
+if TYPE_CHECKING:
+    from training.features.hooks import JoinedRun, PlannedRun
+
+OWN, REAL, MIXED = "own", "real", "mixed"
+NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
+
+
+class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT, why_not_full=NO_LORA):
+    """Options of a LoRA that others are trained with."""
+
+    make_adapter: str | None = option(
+        "save as a training adapter, made from such images",
+        choices=(OWN, REAL, MIXED),
+    )
+
+
+def _check_targets(run: "JoinedRun") -> None:
+    kept = [target.option for target in run.targets if target.replaces_clip]
+    if kept:
+        raise OptionError(
+            f"--make_adapter with {kept[0]}: an adapter has to unlearn what the model was distilled for, and "
+            "this target keeps it. Leave out one of the two"
+        )
+
+
+def _note_base(run: "JoinedRun", planned: "PlannedRun") -> None:
+    from checkpoints.file_hashes import name_base  # not needed for --help
+
+    bases = [name_base(file) for file in planned.family.dit_files]
+    run.info.in_files["training_adapter_for"] = ", ".join(bases)
+
+
+def _join(run: "JoinedRun", options: AdapterOptions) -> None:
+    network = run.options.network
+    if network is not None and network.frozen.training_adapter is not None:
+        raise OptionError(
+            "--make_adapter with --training_adapter: with an adapter in the steps little is left to unlearn. "
+            "To train one on, give it as --network_weights"
+        )
+    _check_targets(run)
+    run.keeps_steps = True
+    run.info.in_files["adapter_data"] = options.make_adapter
+    run.info.targets.append("what the model was distilled for is unlearned: a training adapter")
+    run.on.plan.append(partial(_note_base, run))
+
+
+ADAPTER = Feature(
+    name="adapter",
+    options=AdapterOptions,
+    is_on=lambda options: options.make_adapter is not None,
+    join=_join,
+)

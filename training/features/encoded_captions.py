@@ -1,0 +1,52 @@
+"""Captions that are encoded once, before the network of a training is loaded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contract.data import Conditions
+from contract.family import Family, TextEncoder
+from contract.requests import Prompt
+from generation.denoise import conditions_to
+from modules.devices import free_memory
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """Captions with the outputs of all text encoders."""
+
+    encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
+    variable_length: frozenset[str]  # outputs that are lists in batches
+
+
+def encode_captions(family: Family, texts: Sequence[str], device: torch.device) -> EncodedCaptions:
+    """Encode captions, one encoder after the other.
+
+    Raises:
+        OptionError: If a text encoder is not given.
+    """
+    family.check_files(media=False)
+    encoded: dict[str, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts}
+    variable: set[str] = set()
+    for encoder in family.text_encoders():
+        variable |= encoder.variable_length
+        for text, conditions in zip(texts, _encode(encoder, texts, device), strict=True):
+            encoded[text] |= conditions
+    return EncodedCaptions(encoded, frozenset(variable))
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> Iterator[Conditions]:
+    """Yield the outputs of an encoder for each text, on the CPU."""
+    try:
+        encoder.load(device)
+        for text in texts:
+            with torch.no_grad():
+                (conditions,) = encoder.encode([Prompt(text)])
+            yield conditions_to(conditions, CPU)
+    finally:
+        encoder.free()
+        free_memory(device)

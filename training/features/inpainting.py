@@ -1,0 +1,157 @@
+"""Train a model that repaints what a mask marks: --train_inpainting.
+
+The network gets the mask and the latents of the image without what the mask marks, next to the noisy latents.
+Each step has new masks, so that images are encoded at each step, as those of color_aug and random_crop are.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
+
+from modules.errors import OptionError
+from modules.options import HABIT, IDENTITY, option
+from training.features.contract import AT_NOISE, LIVE_MEDIA, Feature, FeatureOptions, given_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from contract.data import MediaEncoders
+    from contract.family import Caches, Described, Family
+    from dataset.sources.decoding import DecodedMedia
+    from training.features.hooks import JoinedRun
+
+SWITCH = "--train_inpainting"
+
+
+class Inpaints(Protocol):
+    """A family whose network can be given a mask and what the mask leaves of an image."""
+
+    def for_inpainting(self) -> "Family":
+        """Return the family with a network that is given both."""
+        ...
+
+    def encode_masked(
+        self, encoders: "MediaEncoders", frames: "torch.Tensor", mask: "torch.Tensor", key: str
+    ) -> "dict[str, torch.Tensor]":
+        """Return the further inputs of the network for an image.
+
+        Args:
+            encoders: The loaded VAE.
+            frames: The image, 1 H W 3 uint8.
+            mask: H W bool; True is repainted.
+            key: Seeds the sample of the posterior.
+        """
+        ...
+
+
+def _can_inpaint(family: "Described") -> TypeGuard[Inpaints]:
+    return family.can.inpaint
+
+
+class InpaintingOptions(FeatureOptions, title="inpainting", at=AT_NOISE):
+    """Whether an inpainting model is trained, and how much of an image its masks hide."""
+
+    train_inpainting: bool = option(
+        "train an inpainting model, which repaints what a mask marks. Masks are random, or those of "
+        "mask_directory",
+        facts=IDENTITY,
+    )
+    inpainting_full_mask_rate: float = option(
+        "fraction of the steps in which the mask is the whole image",
+        default=0.0,
+        minimum=0,
+        maximum=1,
+        needs="train_inpainting",
+        hint="0.25 keeps images from text alone; released models were trained so",
+        facts=HABIT,
+    )
+
+
+def add_inputs(
+    options: InpaintingOptions,
+    masks_weigh: bool,
+    family: "Caches",
+    encoders: "MediaEncoders",
+    image: "DecodedMedia",
+    key: str,
+    tensors: "Mapping[str, torch.Tensor]",
+) -> "dict[str, torch.Tensor]":
+    """Return the tensors of an image with those that a mask makes.
+
+    Args:
+        options: Options of the run.
+        masks_weigh: Whether masks of the dataset weigh the loss; otherwise they are what is repainted.
+        family: The model family.
+        encoders: The loaded VAE.
+        image: The image, cropped and mirrored.
+        key: Seeds the mask, a new one at each step.
+        tensors: Tensors of the image.
+    """
+    import random
+
+    import torch  # not needed for --help, as what follows
+
+    from contract.data import LOSS_MASK
+    from modules.seeds import derive_seed
+    from training.features.inpainting_masks import draw_mask
+
+    assert _can_inpaint(family)  # `_prepare` has seen to that
+    numbers = random.Random(derive_seed("inpainting", key))
+    kept = dict(tensors)
+    is_whole = numbers.random() < options.inpainting_full_mask_rate
+    weighs = masks_weigh or image.source.table.alpha_mask
+    if image.mask is not None and not weighs:
+        del kept[LOSS_MASK]
+        mask = image.mask[0] >= 128  # from half gray on
+    else:
+        _, height, width, _ = image.frames.shape
+        mask = draw_mask(height, width, numbers)
+    if is_whole:
+        mask[:] = True
+    frames = torch.from_numpy(image.frames[..., :3])
+    return kept | family.encode_masked(encoders, frames, torch.from_numpy(mask), key)
+
+
+def _prepare(family: "Family") -> "Family":
+    """Return the model as one that inpaints. Raises OptionError if this script cannot train it."""
+    from contract.made_networks import made_network_of  # torch: only with this feature
+
+    if not _can_inpaint(family):
+        raise OptionError(
+            f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
+            "it out"
+        )
+    made = made_network_of(cast("Described", family))
+    if made is not None and not made.in_texts:
+        raise OptionError(
+            f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "
+            f"{made.called}. Leave it out"
+        )
+    return family.for_inpainting()
+
+
+def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+    caching = run.options.caching
+    if caching is not None and caching.caches_latents:
+        flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
+        raise OptionError(
+            f"{flag} with {SWITCH}: each step hides another part of an image, which the VAE encodes in that "
+            "step. Leave out one of the two"
+        )
+    subset = run.options.subset
+    masks_weigh = subset is not None and subset.masked_loss
+    has_masks = not masks_weigh and any(table.mask_directory for table in run.tables)
+    masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
+    run.info.at_start["inpainting"] = f"masks: {masks}"
+    run.info.in_files |= given_values(options)
+    run.needs.add(LIVE_MEDIA)
+    run.on.family.append(_prepare)
+    run.on.media.append(partial(add_inputs, options, masks_weigh))
+
+
+INPAINTING = Feature(
+    name="inpainting",
+    options=InpaintingOptions,
+    is_on=lambda options: options.train_inpainting,
+    join=_join,
+)

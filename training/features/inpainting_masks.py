@@ -1,0 +1,93 @@
+"""Random masks for inpainting: clouds, polygons and shapes. True is repainted.
+
+Shares and sizes are those of sd-scripts, so that models learn the same masks.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+BoolMask = NDArray[np.bool_]  # H W
+
+CLOUD, POLYGON, SHAPE = 0.40, 0.35, 0.25  # how often each kind is drawn
+UNITED = 0.33  # fraction of clouds with a polygon or a shape in addition
+OCTAVES = 4
+CELLS = 16  # of the first octave, along each side
+CLOUD_AREA = (0.1, 0.3)  # fraction of the image
+AREA = (0.1, 0.6)  # of the circle that has the corners of a polygon, and of a shape
+CORNERS = 6
+MIN_RADIUS = 0.6  # of a corner, as a fraction of the polygon's
+
+
+def draw_mask(height: int, width: int, numbers: random.Random) -> BoolMask:
+    """Draw a random mask, neither empty nor full, H W."""
+    kind = numbers.random()
+    if kind < CLOUD:
+        mask = draw_cloud(height, width, numbers)
+        if numbers.random() < UNITED:
+            add = draw_polygons if numbers.random() < 0.5 else draw_shape
+            mask |= add(height, width, numbers)
+        return mask
+    if kind < CLOUD + POLYGON:
+        return draw_polygons(height, width, numbers)
+    return draw_shape(height, width, numbers)
+
+
+def draw_cloud(height: int, width: int, numbers: random.Random) -> BoolMask:
+    """Draw the highest parts of fractal noise, H W."""
+    generator = np.random.default_rng(numbers.getrandbits(64))
+    noise = np.zeros((height, width), np.float32)
+    for octave in range(OCTAVES):
+        cells = CELLS * 2**octave
+        grid = generator.random((cells, cells), np.float32)
+        noise += 0.5**octave * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+    highest = np.quantile(noise, 1 - numbers.uniform(*CLOUD_AREA))
+    mask: BoolMask = noise > highest
+    return mask
+
+
+def draw_polygons(height: int, width: int, numbers: random.Random) -> BoolMask:
+    """Draw one or two polygons with corners at even angles and random distances, H W."""
+    mask = np.zeros((height, width), np.uint8)
+    area = height * width
+    for _ in range(numbers.randint(1, 2)):
+        radius = numbers.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
+        edge = 0.2 * radius
+        x = numbers.uniform(edge, width - edge)
+        y = numbers.uniform(edge, height - edge)
+        corners = []
+        for corner in range(CORNERS):
+            angle = 2 * math.pi * corner / CORNERS
+            distance = radius * numbers.uniform(MIN_RADIUS, 1)
+            corners.append((x + distance * math.cos(angle), y + distance * math.sin(angle)))
+        _fill(mask, corners)
+    return mask.astype(bool)
+
+
+def draw_shape(height: int, width: int, numbers: random.Random) -> BoolMask:
+    """Draw a rectangle or an ellipse, H W."""
+    low, high = (math.sqrt(fraction) for fraction in AREA)
+    rows = max(1, round(height * numbers.uniform(low, high)))
+    columns = max(1, round(width * numbers.uniform(low, high)))
+    top = numbers.randint(0, height - rows)
+    left = numbers.randint(0, width - columns)
+    mask = np.zeros((height, width), bool)
+    box = mask[top : top + rows, left : left + columns]
+    if numbers.random() < 0.5:
+        box[:] = True
+        return mask
+    y, x = np.ogrid[:rows, :columns]
+    down = (y + 0.5) / rows * 2 - 1
+    across = (x + 0.5) / columns * 2 - 1
+    box[:] = down**2 + across**2 <= 1
+    return mask
+
+
+def _fill(mask: NDArray[np.uint8], corners: Sequence[tuple[float, float]]) -> None:
+    points: Any = np.rint(np.array([corners])).astype(np.int32)
+    cv2.fillPoly(mask, points, 1)

@@ -1,0 +1,135 @@
+"""Learn from prompts alone, without images (LECO): --prompts_file.
+
+The network learns at latents that the model itself makes from noise: their prediction for a prompt moves
+toward another prompt, or away from it. The file is read in `leco_file.py`, the passes are in
+`leco_passes.py`.
+Source of the target: LECO, after Gandikota et al. 2023, arXiv 2303.07345.
+"""
+
+import atexit
+import functools
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from training.features.contract import NO_DATASET, Feature, given_values
+from training.features.leco_file import LecoPair, read_pairs
+from training.features.leco_options import LecoOptions
+from training.features.step_targets import StepPasses, StepTarget
+
+if TYPE_CHECKING:
+    from contract.family import Family
+    from dataset.table import DatasetConfig
+    from training.features.hooks import HookedModel, JoinedRun, PlannedRun
+
+logger = logging.getLogger(__name__)
+
+PREVIEWED = 16  # entries that files name
+SIDE = 64  # of the image that stands for the dataset
+
+
+def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
+    """Return the model. Raises OptionError if it cannot learn from prompts in this way."""
+    from contract.made_networks import made_network_of  # torch: only with this feature
+
+    made = made_network_of(family)
+    if made is not None:
+        raise OptionError(
+            f"--prompts_file {path} is for LoRAs, and this script trains {made.called}. Leave it out"
+        )
+    if not family.noise.keeps_variance:
+        raise OptionError(
+            f"--prompts_file {path} is for Stable Diffusion, and this script trains {family.name}. Give "
+            "--slider, which learns such a direction from prompts and images"
+        )
+    step = family.latent.pixel_step
+    for pair in pairs:
+        if pair.height % step or pair.width % step:
+            raise OptionError(
+                f"--prompts_file {path}: resolution {pair.height} x {pair.width}: sides of {family.name} are "
+                f"multiples of {step}. Give such a size"
+            )
+    return family
+
+
+@functools.cache
+def make_blank_dataset() -> "DatasetConfig":
+    """Return a dataset of a single gray image, which is encoded once and never learned."""
+    import numpy as np  # only with this feature, as what follows
+
+    from dataset.config import load_dataset_config
+    from modules.media.writing import write_png
+
+    folder = Path(tempfile.mkdtemp(prefix="leco-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_png(folder / "blank.png", np.full((SIDE, SIDE, 3), 128, np.uint8))
+    (folder / "blank.txt").write_text("", encoding="utf-8")
+    table = {"image_directory": str(folder), "resolution": [SIDE, SIDE], "caption_extension": ".txt"}
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"datasets": [table]}), encoding="utf-8")
+    return load_dataset_config(path)
+
+
+def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
+    """Encode the prompts before the network is loaded, and replace the usual pass."""
+    from training.features.leco_passes import encode_pairs, leco_passes  # torch: only with this feature
+
+    target = encode_pairs(plan.family, options, pairs, plan.accelerator.device)
+
+    def learn(model: "HookedModel") -> None:
+        run.on.passes.append(partial(leco_passes, target, model.trainable.at_strength))
+
+    run.on.after_load.append(learn)
+
+
+def _add_functions(run: "JoinedRun") -> None:
+    from training.features.leco_passes import weigh_equally  # torch: only with this feature
+
+    run.on.batch.append(weigh_equally)
+
+
+def _join(run: "JoinedRun", options: LecoOptions) -> None:
+    path = options.path
+    if run.options.parts is not None and not run.options.parts.trains_dit:
+        raise OptionError(
+            f"--network_train_text_encoder_only: --prompts_file {path} trains the U-Net alone. Leave it out"
+        )
+    pairs = read_pairs(path)
+    if run.options.loop.dataset_config is not None:
+        logger.warning("--dataset_config is ignored because --prompts_file %s needs no images", path)
+    run.targets.append(
+        StepTarget(
+            option=f"--prompts_file {path}",
+            words=f"prompts of {path}: {len(pairs)} pairs",
+            # in place of the usual pass; half of the schedule on average, with guidance, and three targets
+            passes=StepPasses(with_gradients=0, without=options.max_denoising_steps + 3),
+            alone="LECO learns from its prompts alone",
+        )
+    )
+    run.keeps_steps = True
+    preview = json.dumps([asdict(pair) for pair in pairs[:PREVIEWED]], ensure_ascii=False)
+    run.info.in_files |= given_values(options) | {
+        "leco_prompt_count": len(pairs),
+        "leco_prompts_file": path.name,
+        "leco_preview": preview,
+    }
+    run.needs.add(NO_DATASET)
+    run.make_data = make_blank_dataset
+    run.on.family.append(partial(_check_family, path, pairs))
+    run.on.start.append(_add_functions)
+    run.on.plan.append(partial(_encode, run, options, pairs))
+
+
+LECO = Feature(
+    name="leco",
+    options=LecoOptions,
+    is_on=lambda options: options.prompts_file is not None,
+    join=_join,
+)

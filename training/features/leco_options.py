@@ -1,0 +1,42 @@
+"""Options of learning from prompts alone (LECO). Standard library only."""
+
+from pathlib import Path
+
+from modules.options import HABIT, option
+from training.features.contract import AT_NETWORK, FeatureOptions
+
+
+class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=AT_NETWORK, facts=HABIT):
+    """Which prompts are learned from, and how their latents are made."""
+
+    prompts_file: Path | None = option(
+        "TOML or YAML file of prompts to erase, enhance or slide between, without images. Each step denoises "
+        "noise up to a random step first",
+        place="there",
+        often=False,
+    )
+    max_denoising_steps: int = option(
+        "steps of the schedule by which latents are made",
+        default=40,
+        minimum=2,
+        maximum=1000,
+        needs="prompts_file",
+    )
+    leco_denoise_guidance_scale: float = option(
+        "guidance scale while latents are made",
+        default=3.0,
+        minimum=0,
+        maximum=100,
+        needs="prompts_file",
+        hint="3 is usual",
+    )
+    leco_walk_gradients: bool = option(
+        "also learn through the steps that make the latents, as sd-scripts does; takes many times the memory",
+        needs="prompts_file",
+    )
+
+    @property
+    def path(self) -> Path:
+        """The prompts file; read only while the feature is on."""
+        assert self.prompts_file is not None  # the feature is on
+        return self.prompts_file

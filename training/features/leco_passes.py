@@ -1,0 +1,214 @@
+"""The passes of LECO: latents that the network makes from noise, and a target that the model makes."""
+# Letters: B samples of a pair
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from contract.data import SIZES, Conditions
+from contract.family import Family, NoiseSpec, Trains
+from modules.seeds import derive_seed
+from networks.rank_masks import set_levels
+from training.data.feed import Randomness, seed_generator
+from training.data.live import stack_texts
+from training.features.encoded_captions import EncodedCaptions, encode_captions
+from training.features.leco_file import LecoPair
+from training.features.leco_options import LecoOptions
+from training.loss import NoisyBatch
+from training.targets.passes import Streams, TrainingPasses, measure_plainly
+
+TRAINED_STEPS = 1000
+RESOLUTION_STEP = 64
+MAX_SCALE = 3.0  # of the size that an image is said to have had, with dynamic_crops
+
+
+@dataclass(frozen=True)
+class LecoTarget:
+    """The pairs of a file with their encoded prompts."""
+
+    options: LecoOptions
+    pairs: Sequence[LecoPair]
+    captions: EncodedCaptions
+    has_sizes: bool  # whether the model is given sizes and crops of images
+
+    def make_conditions(self, prompt: str, sizes: Tensor, device: torch.device) -> Conditions:
+        """Return the conditions of a prompt for B samples, whose sizes are B 6."""
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        for name, value in self.captions.encoded[prompt].items():
+            stacked = stack_texts([value] * len(sizes), name in self.captions.variable_length)
+            on_device = [item.to(device) for item in stacked] if isinstance(stacked, list) else stacked
+            conditions[name] = on_device if isinstance(on_device, list) else on_device.to(device)
+        if self.has_sizes:
+            conditions[SIZES] = sizes
+        return conditions
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The schedule of DDPM by which latents are made. Source: Ho et al. 2020, arXiv 2006.11239."""
+
+    noise: NoiseSpec
+    num_steps: int
+
+    def timestep(self, index: int) -> int:
+        """Return the timestep of a step: the schedule ends at 0."""
+        return (self.num_steps - 1 - index) * (TRAINED_STEPS // self.num_steps)
+
+    def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the latents after a step.
+
+        Args:
+            index: Index of the step.
+            output: Output of the network, noise or v, B C F h w.
+            x: Latents before the step.
+            generator: Draws the noise of the step.
+        """
+        time = self.timestep(index)
+        previous = time - TRAINED_STEPS // self.num_steps
+        left = 1 - self.noise.table[time] ** 2  # fraction of the variance that is data
+        left_before = 1 - self.noise.table[previous] ** 2 if previous >= 0 else 1.0
+        added = 1 - left / left_before
+        if self.noise.predicts_v:
+            clean = left**0.5 * x - (1 - left) ** 0.5 * output
+        else:
+            clean = (x - (1 - left) ** 0.5 * output) / left**0.5
+        mean = left_before**0.5 * added * clean + (1 - added) ** 0.5 * (1 - left_before) * x
+        mean = mean / (1 - left)
+        if time == 0:
+            return mean
+        drawn = torch.randn(x.shape, generator=generator).to(x)
+        return mean + ((1 - left_before) / (1 - left) * added) ** 0.5 * drawn
+
+
+def encode_pairs(
+    family: Family, options: LecoOptions, pairs: Sequence[LecoPair], device: torch.device
+) -> LecoTarget:
+    """Encode all prompts of the pairs, one encoder after the other. Raises OptionError if one is missing."""
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair.texts))
+    captions = encode_captions(family, texts, device)
+    return LecoTarget(options, pairs, captions, family.latent.has_size_conditions)
+
+
+def weigh_equally(_: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a batch without the weight of its noise level, as the passes have another one."""
+    return replace(noisy_batch, weights=torch.ones_like(noisy_batch.weights))
+
+
+def leco_passes(
+    target: LecoTarget,
+    at_strength: Callable[[float], AbstractContextManager[None]],
+    passes: TrainingPasses,
+    noisy_batch: NoisyBatch,
+) -> Iterator[Streams]:
+    """Yield the error of one pair: |f(target) - (b(neutral) +- g (b(positive) - b(opposite)))|^2.
+
+    b is the model without the network, f with it at the strength of the pair; both see latents that f has
+    made from noise in a random number of steps. The strength stays set until the caller has computed the
+    gradients.
+    """
+    numbers = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
+    pair = target.pairs[numbers.randrange(len(target.pairs))]
+    num_steps = target.options.max_denoising_steps
+    num_done = numbers.randrange(1, num_steps)
+    height, width = _draw_resolution(pair, numbers)
+    sizes = _draw_sizes(pair, height, width, numbers)
+    step = PairStep(target, pair, passes, sizes, noisy_batch)
+    with at_strength(pair.multiplier):
+        passes.restart(noisy_batch)
+        with torch.set_grad_enabled(target.options.leco_walk_gradients):
+            x = step.make_latents(num_done, height, width)
+    time = TRAINED_STEPS - 1 - num_done * TRAINED_STEPS // num_steps
+    goal = step.make_goal(x, time)
+    with at_strength(pair.multiplier):
+        passes.restart(noisy_batch)
+        yield step.measure(x, time, goal)
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """One step with a pair."""
+
+    target: LecoTarget
+    pair: LecoPair
+    passes: TrainingPasses
+    sizes: Tensor  # B 6: original size, crop and size of the images that latents stand for
+    noisy_batch: NoisyBatch  # of the loop: its number, and the device
+
+    @property
+    def _noise(self) -> NoiseSpec:
+        return self.passes.family.noise
+
+    def predict(self, prompt: str, x: Tensor, time: int) -> Tensor:
+        """Return what the network predicts for a prompt, B C F h w float32."""
+        timesteps = torch.full((len(x),), float(time), device=x.device)
+        set_levels(self.passes.dit, torch.full_like(timesteps, self._noise.table[time]))
+        conditions = self.target.make_conditions(prompt, self.sizes, x.device)
+        with self.passes.autocast():
+            return self.passes.family.predict(self.passes.dit, x, timesteps, conditions).float()
+
+    def make_latents(self, num_done: int, height: int, width: int) -> Tensor:
+        """Return latents that the network makes from noise in `num_done` steps, B C F h w."""
+        generator = seed_generator(self.passes.rule.seed, "leco noise", self.noisy_batch.number)
+        noise = _draw_noise(self.passes.family, self.pair.batch_size, height, width, generator)
+        x = noise.to(self.noisy_batch.noise.device)
+        options = self.target.options
+        walk = Walk(self._noise, options.max_denoising_steps)
+        for index in range(num_done):
+            time = walk.timestep(index)
+            opposite = self.predict(self.pair.unconditional, x, time)
+            toward = self.predict(self.pair.target, x, time)
+            guided = opposite + options.leco_denoise_guidance_scale * (toward - opposite)
+            x = walk.step(index, guided, x, generator)
+        return x
+
+    def make_goal(self, x: Tensor, time: int) -> Tensor:
+        """Return what is to be predicted for the target, from predictions of the model alone."""
+        assert self.passes.rule.as_base is not None  # LoRAs alone are trained so
+        with torch.no_grad(), self.passes.rule.as_base():
+            positive = self.predict(self.pair.positive, x, time)
+            neutral = self.predict(self.pair.neutral, x, time)
+            opposite = self.predict(self.pair.unconditional, x, time)
+        return neutral + self.pair.sign * self.pair.guidance_scale * (positive - opposite)
+
+    def measure(self, x: Tensor, time: int, goal: Tensor) -> Streams:
+        """Return the weighted error of each sample, B."""
+        output = self.predict(self.pair.target, x, time)
+        numbers = torch.ones(len(x), device=x.device)
+        seen = replace(
+            self.noisy_batch, noise=x, sigmas=self._noise.table[time] * numbers, timesteps=time * numbers
+        )
+        factor = self._noise.loss_factors[time] if self._noise.loss_factors else 1.0
+        errors = measure_plainly(self.passes, output, goal, seen)
+        return tuple(self.pair.weight * factor * error for error in errors)
+
+
+def _draw_resolution(pair: LecoPair, numbers: random.Random) -> tuple[int, int]:
+    """Return height and width of a step; with dynamic_resolution a square from half the side on."""
+    if not pair.dynamic_resolution:
+        return pair.height, pair.width
+    sides = range(pair.height // 2 // RESOLUTION_STEP * RESOLUTION_STEP, pair.height + 1, RESOLUTION_STEP)
+    side = numbers.choice([side for side in sides if side] or [pair.height])
+    return side, side
+
+
+def _draw_sizes(pair: LecoPair, height: int, width: int, numbers: random.Random) -> Tensor:
+    """Return original size, crop and size of B images, B 6 float32, each as height and width."""
+    original, crop = (height, width), (0, 0)
+    if pair.dynamic_crops:
+        scale = numbers.uniform(1, MAX_SCALE)
+        original = (int(scale * height), int(scale * width))
+        crop = (numbers.randint(0, original[0] - height), numbers.randint(0, original[1] - width))
+    row = [*original, *crop, height, width]
+    return torch.tensor([row] * pair.batch_size, dtype=torch.float32)
+
+
+def _draw_noise(family: Trains, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return the noise that a walk begins with, on the CPU, with --noise_offset and the like."""
+    noise = torch.randn((count, *family.latent.shape(1, height, width)[1:]), generator=generator)
+    if family.noise.vary is not None:
+        noise = family.noise.vary(noise, torch.zeros_like(noise), generator)
+    return noise
