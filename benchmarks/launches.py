@@ -111,8 +111,8 @@ def prepare_ours(name: str) -> Step:
 
 def prepare_our_unet(kind: str) -> Step:
     """Return diffusers' U-Net, which we train too, with our LoRA and checkpointing."""
-    from networks.cast_factors import cast_before_pass
     from modules.speed_options import SDPA
+    from networks.cast_factors import cast_before_pass
     from running.offload.checkpointing import checkpoint_blocks
     from stable_diffusion.attention import ChosenAttention
     from stable_diffusion.training_files import unet_spec

@@ -75,15 +75,19 @@ class _Cast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
-        downs = iter(factors[: len(scales)])
-        ctx.heights = [[len(next(downs)) for _ in range(count)] for count in counts]
-        starts = [sum(counts[:index]) for index in range(len(counts))]
-        joined = [
-            factors[start].new_empty((sum(heights), *factors[start].shape[1:]), dtype=dtype)
-            for start, heights in zip(starts, ctx.heights, strict=True)
-        ]
+        ctx.heights = []  # of the factors in each matrix
+        joined, rows = list[Tensor](), list[Tensor]()
+        start = 0
+        for count in counts:
+            downs = factors[start : start + count]
+            heights = [len(down) for down in downs]
+            matrix = downs[0].new_empty((sum(heights), *downs[0].shape[1:]), dtype=dtype)
+            ctx.heights.append(heights)
+            joined.append(matrix)
+            rows += matrix.split(heights)
+            start += count
         ups = [torch.empty_like(factor, dtype=dtype) for factor in factors[len(scales) :]]
-        copy_each([*_split_each(joined, ctx.heights), *ups], factors)
+        copy_each([*rows, *ups], factors)
         # in place: a product in float32 would be half of a LoRA more at the peak
         scale_each(ups, scales)
         return *joined, *ups
@@ -94,18 +98,13 @@ class _Cast(torch.autograd.Function):
         """Return gradients of the factors; None for layers that this pass did not reach."""
         scales = [1.0] * len(ctx.scales) + ctx.scales
         num_groups = len(ctx.heights)
-        of_factors = [*_split_each(gradients[:num_groups], ctx.heights), *gradients[num_groups:]]
+        of_factors: list[Tensor | None] = []
+        for gradient, heights in zip(gradients, ctx.heights, strict=False):
+            of_factors += [None] * len(heights) if gradient is None else gradient.split(heights)
+        of_factors += gradients[num_groups:]
         reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))
         scale_each(wide, [scales[index] for index in reached])
         by_index = dict(zip(reached, wide, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(of_factors)))
-
-
-def _split_each(matrices: Sequence[Tensor | None], heights: Sequence[Sequence[int]]) -> list[Tensor | None]:
-    """Return the rows of each matrix in parts of these heights; None for each part of a missing one."""
-    parts: list[Tensor | None] = []
-    for matrix, rows in zip(matrices, heights, strict=True):
-        parts += [None] * len(rows) if matrix is None else matrix.split(list(rows))
-    return parts
