@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from modules.private_torch import copy_each, scale_each
 from networks.lora_layer import LoraLayer
-from networks.shared_inputs import SharedInput, group_layers
+from networks.shared_inputs import SharedInput
 
 
 def cast_before_pass(
@@ -35,6 +35,31 @@ def cast_before_pass(
     if of_loras:
         groups = group_layers(model, of_loras, shared_inputs)
         model.register_forward_pre_hook(lambda *_: cast_factors(groups))
+
+
+def group_layers(
+    model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
+) -> list[list[LoraLayer]]:
+    """Return the layers of a model in groups that get the same tensor; most have one layer.
+
+    Args:
+        model: Network that contains the frozen modules.
+        layers: LoRAs on them; those with a common input are linear.
+        shared_inputs: For each group, the endings of the paths of its modules, as in `DitSpec`.
+    """
+    groups = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[tuple[str, int] | str, list[LoraLayer]] = {}
+    for layer in layers:
+        path = paths[id(layer.original)]
+        key: tuple[str, int] | str = path
+        # a dropout may leave out one of several layers, and a magnitude needs both outputs
+        if layer.dropouts is None and layer.combine is None:
+            for ending, index in groups.items():
+                if path.endswith(f".{ending}"):
+                    key = path.removesuffix(ending), index
+        found.setdefault(key, []).append(layer)
+    return list(found.values())
 
 
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
@@ -58,8 +83,9 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     copies = _Cast.apply(scales, counts, dtype, *factors)
     ups = iter(copies[len(groups) :])
     for group, joined in zip(groups, copies, strict=False):
-        shared = SharedInput(group, joined) if len(group) > 1 else None
-        downs = joined.split([layer.rank for layer in group]) if shared else (joined,)
+        ranks = [layer.rank for layer in group]
+        shared = SharedInput(group, ranks, joined) if len(group) > 1 else None
+        downs = joined.split(ranks) if shared else (joined,)
         for layer, down in zip(group, downs, strict=True):
             layer.cast_factors = (down, next(ups))
             layer.shared_input = shared

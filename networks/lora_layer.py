@@ -7,7 +7,7 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as functional
@@ -17,10 +17,8 @@ from modules.devices import numbers_on
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 from networks.rank_masks import RankMask
+from networks.shared_inputs import SharedInput
 from running.offload.sharding import TOKEN_PART
-
-if TYPE_CHECKING:  # that file needs this one
-    from networks.shared_inputs import SharedInput
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -173,7 +171,7 @@ class LoraLayer(nn.Module):
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
-    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: "SharedInput | None") -> Tensor:
+    def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
         """Return the addition by the LoRA.
 
         Args:
@@ -201,7 +199,7 @@ class LoraLayer(nn.Module):
             return None
         return self.cast_factors
 
-    def _add_in_place(self, x: Tensor, dropouts: Dropouts | None, shared: "SharedInput | None") -> Tensor:
+    def _add_in_place(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
         """Add the LoRA's product in place to the output of the frozen module, and return that output."""
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))

@@ -12,21 +12,22 @@ from collections.abc import Sequence
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.lora_layer import LoraLayer
 from networks.lora_products import branch
 
 
 class SharedInput:
     """What layers compute of their common input; it holds tensors until each layer has taken its part."""
 
-    def __init__(self, layers: Sequence[LoraLayer], down: Tensor) -> None:
+    def __init__(self, layers: Sequence[nn.Module], ranks: Sequence[int], down: Tensor) -> None:
         """Prepare a pass of the model.
 
         Args:
             layers: Layers without dropouts, whose frozen modules get the same tensor.
+            ranks: Rank of each layer.
             down: Their down factors, one below another, in the dtype of the pass.
         """
         self.layers = tuple(layers)
+        self.ranks = list(ranks)
         self.down = down
         self._forget()
 
@@ -35,7 +36,7 @@ class SharedInput:
         self._narrow: Tensor | None = None
         self._source: Tensor | None = None
         self._passed_on: Tensor | None = None
-        self._products: dict[LoraLayer, Tensor] = {}
+        self._products: dict[nn.Module, Tensor] = {}
 
     def cast(self, x: Tensor) -> Tensor:
         """Return the input in the dtype of the factors; layers that give the same tensor get the same."""
@@ -44,7 +45,7 @@ class SharedInput:
             self._narrow = x.to(self.down.dtype)
         return self._narrow
 
-    def multiply(self, layer: LoraLayer, x: Tensor, joins: bool) -> tuple[Tensor, Tensor]:
+    def multiply(self, layer: nn.Module, x: Tensor, joins: bool) -> tuple[Tensor, Tensor]:
         """Return the input that the frozen module of a layer gets, and the input times the down factor.
 
         Args:
@@ -63,7 +64,7 @@ class SharedInput:
                 self._passed_on, product = branch(x, self.down)
             else:
                 product = functional.linear(x, self.down)
-            parts = product.split([each.rank for each in self.layers], -1)
+            parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
         assert self._passed_on is not None
         passed_on = self._passed_on
@@ -71,28 +72,3 @@ class SharedInput:
         if not self._products:
             self._forget()
         return passed_on, product
-
-
-def group_layers(
-    model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
-) -> list[list[LoraLayer]]:
-    """Return the layers of a model in groups that get the same tensor; most have one layer.
-
-    Args:
-        model: Network that contains the frozen modules.
-        layers: LoRAs on them; those with a common input are linear.
-        shared_inputs: For each group, the endings of the paths of its modules, as in `DitSpec`.
-    """
-    groups = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
-    paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[tuple[str, int] | str, list[LoraLayer]] = {}
-    for layer in layers:
-        path = paths[id(layer.original)]
-        key: tuple[str, int] | str = path
-        # a dropout may leave out one of several layers, and a magnitude needs both outputs
-        if layer.dropouts is None and layer.combine is None:
-            for ending, index in groups.items():
-                if path.endswith(f".{ending}"):
-                    key = path.removesuffix(ending), index
-        found.setdefault(key, []).append(layer)
-    return list(found.values())

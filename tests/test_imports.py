@@ -266,8 +266,9 @@ _TOOLS = {
     ),
 }
 # lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and
-# check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches
-MAX_READ = 37_850
+# check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches,
+# 300 are features for inpainting, prompts alone and adapters, and inputs that LoRAs share
+MAX_READ = 38_150
 # 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
 # name the formats of captions and prompts in JSON files, 90 are comments that say why a branch is there,
 # 20 are declarations that longer names of limits wrap, 55 say how much of a latent is given

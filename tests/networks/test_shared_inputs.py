@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.cast_factors import cast_before_pass
+from networks.cast_factors import cast_before_pass, group_layers
 from networks.lora_layer import Dropouts, LoraLayer
-from networks.shared_inputs import group_layers
 from tests.tiny.dits import DITS, TinyDit
 
 WIDTH, RANK = 16, 4
@@ -120,7 +119,9 @@ def test_nothing_is_held_after_a_pass() -> None:
     shared = layers[0].shared_input
     assert shared is not None
     assert all(layer.shared_input is shared for layer in layers)
-    assert [value for name, value in vars(shared).items() if name not in ("layers", "down") and value] == []
+    assert [
+        value for name, value in vars(shared).items() if name not in ("layers", "ranks", "down") and value
+    ] == []
 
 
 def test_products_of_the_input_are_made_once() -> None:
