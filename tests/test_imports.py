@@ -266,7 +266,7 @@ _TOOLS = {
     ),
 }
 # lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and
-# check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches,
+# check by tables before them, 200 are the form and names of models in parts, 210 read the index of caches,
 # 300 are features for inpainting, prompts alone and adapters, and inputs that LoRAs share
 MAX_READ = 38_150
 # 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
