@@ -1,12 +1,12 @@
 """Options of the parts of clips that training gives to the model without noise. Standard library only."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
 from modules.options import HABIT, Options, option
+from modules.text_files import parse_toml, read_text
 
 _CROP, _MASK, _SOUND_MASK = "ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"
 _ANCHORS = "video_anchor_training"
@@ -189,8 +189,8 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
     """
     who = f"--ltx2_conditioning_config {path}"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = parse_toml(read_text(path))
+    except (OSError, ValueError) as error:
         raise OptionError(f"{who} cannot be read: {error}") from None
     _check_keys(content, {"video", "audio"}, who)
     values: dict[str, Any] = {}

@@ -411,6 +411,8 @@ SETTINGS: dict[str, Setting] = {
     "extend_suffix_frames": Setting(
         ("99",), also=("--extend_suffix", "clips/clip 0.mp4", "--video_length", "33")
     ),
+    "ltx2_generate_video.py.keyframe": Setting(("0:start.png",)),
+    "latent_frame": Setting(("0:start.png:0.5",)),
     "outpaint_source": Setting(("clips/clip 0.mp4", "--outpaint_region", "0,0,32,32")),
     "outpaint_region": Setting(("0,0,32,32", "--outpaint_source", "clips/clip 0.mp4")),
     "inpaint_source": Setting(("clips/clip 0.mp4", "--retake", "0,0.02")),
