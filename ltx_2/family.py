@@ -425,10 +425,7 @@ class Ltx2(Ltx2Media):
 
     def _make_output_metadata(self, references: Sequence[Path], media: Ltx2GivenMedia) -> dict[str, str]:
         """Return metadata of outputs about given media, references and stages."""
-        metadata = {name: path.name for name, path in {**media.image_files, **media.audio_files}.items()}
-        for name, images in (("keyframe", media.keyframes), ("latent_frame", media.latent_frames)):
-            if images:
-                metadata[name] = ", ".join(f"{image.index}:{image.path.name}" for image in images)
+        metadata = media.metadata
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
         if references and self.reference_strength < 1:
