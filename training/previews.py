@@ -141,6 +141,8 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
     for read in (*joined.read_captions, *learner.read_captions):
         _add_words(read, result.tables)
+    if options.samples.are_made or any(plan.texts in {Where.MEMORY, Where.LIVE} for plan in plans):
+        result.tables[0].faults += counters.find_unreachable(counters.unreachable)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
     few_steps = describe_few_steps(family, options)
