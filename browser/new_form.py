@@ -76,8 +76,8 @@ KNOWN_WORDS = frozenset(
         *("lion", "logo", "man", "manga", "monster", "mountain", "mouse", "object", "painting"),
         *("pattern", "people", "person", "photo", "picture", "pixel", "plant", "portrait", "puppy"),
         *("rabbit", "robot", "room", "shirt", "shoe", "sketch", "sky", "style", "suit", "sword"),
-        *("texture", "tiger", "toy", "train", "tree", "truck", "watch", "watercolor", "wolf"),
-        *("woman"),
+        *("texture", "tiger", "toy", "train", "tree", "truck", "watch", "watercolor"),
+        *("wolf", "woman"),
     }
 )
 
