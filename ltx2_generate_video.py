@@ -28,6 +28,8 @@ DEFAULTS = ScriptDefaults(
         **GENERATION_OPTIONS,
         "v": LineOption("reference_videos", read_path, CANCELS, repeats=True),
         "video_path": GENERATION_OPTIONS["v"],
+        "gk": LineOption("keyframe", read_path, CANCELS, repeats=True),
+        "gl": LineOption("latent_frame", read_path, CANCELS, repeats=True),
     },
 )
 
@@ -48,7 +50,8 @@ def settle(
     if is_about_references and paths is None and not (shared.from_file or shared.interactive):
         options = "--reference_strength, --conditioning-attention-mask"
         raise OptionError(f"{options}: no reference is given. Give --reference_video")
-    request = replace(shared.request, extras={"reference_videos": ("reference_video", paths)})
+    extras = {**shared.request.extras, "reference_videos": ("reference_video", paths)}
+    request = replace(shared.request, extras=extras)
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
         return shared, family_options

@@ -66,6 +66,8 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "rv": prompt_lines.LineOption("reference_video", prompt_lines.read_path, repeats=True),
     "ra": prompt_lines.LineOption("reference_audio", prompt_lines.read_path, repeats=True),
     "keyframe": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),
+    "gk": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),  # of LTX-2, too
+    "gl": prompt_lines.LineOption("latent_frame", prompt_lines.read_path, repeats=True),
     "condition_image": prompt_lines.LineOption("condition_image", prompt_lines.read_path, repeats=True),
     "reference_jsonl": prompt_lines.LineOption("reference_jsonl", prompt_lines.read_path),
     "reference_index": prompt_lines.LineOption("reference_index", _read_leading_full),

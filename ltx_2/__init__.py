@@ -12,6 +12,7 @@ given_options: options of the given parts of clips in training
 files: paths of a run, parts of a released file
 gemma_4: the language model of LTX-2.5's texts
 guidance: weights of guidance by stream, as released
+keyframes: images that guide a video at one of its frames
 media: the family's half of latents, images and sound
 model: the transformer around the blocks
 model_options: options of files, how they run, and of guidance

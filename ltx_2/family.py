@@ -41,7 +41,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from contract.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -51,10 +51,18 @@ from ltx_2.given_media import (
     encode_given_audio,
     encode_images,
     hold_given_parts,
+    media_of,
     take_given,
 )
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
+from ltx_2.keyframes import (
+    append_clean,
+    append_keyframes,
+    cut_to_shown,
+    encode_keyframes,
+    take_keyframes,
+)
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
 from ltx_2.names import LORA
@@ -86,7 +94,7 @@ from ltx_2.references import (
 )
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
-from ltx_2.upscaler import enlarge
+from ltx_2.upscaler import TEMPORAL, enlarge
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
@@ -158,7 +166,7 @@ class Ltx2(Ltx2Media):
             width=width,
             height=height,
             frames=frames,
-            extras=("reference_video",),
+            extras=("reference_video", "keyframe", "latent_frame"),
         )
 
     @property
@@ -253,6 +261,11 @@ class Ltx2(Ltx2Media):
         image_times = audio_times = timesteps
         if timesteps.ndim == 2:
             image_times, audio_times = timesteps.unbind(1)
+        frames = image.shape[2]
+        given = overrides.given or GivenTokens()
+        if given.keyframes is not None:  # in training; a generation denoises them behind its video
+            keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
+            image, overrides = append_clean(image, keyframes, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
@@ -268,12 +281,15 @@ class Ltx2(Ltx2Media):
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_away(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
+            keyframes=given.places,
             **arguments_of(cond),
         )
         if not self.files.has_images:
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
+        if given.keyframes is not None:
+            velocity = velocity[:, :, :frames]
         if joint is None:
             return velocity
         return joint.join(velocity, audio_velocity)
@@ -316,12 +332,13 @@ class Ltx2(Ltx2Media):
             self._reject_images(request)
         usable = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
-        self._check_media(request)
+        media = media_of(self.given, request)
+        self._check_media(request, media)
         latent = self.latent if self.stages is None else self.stages.whole(self.latent)
         width, height, frames = size_of(request, self.defaults)
         frames = full_frames(frames, latent)
         check_size((width, height, frames), latent)
-        references = self._resolve_references(request)
+        references = self._resolve_references(request, media)
         minimum = 2 * latent.pixel_step
         if min(width, height) < minimum and self.version == "2.0":
             raise OptionError(
@@ -348,29 +365,34 @@ class Ltx2(Ltx2Media):
             rules=self._resolve_guidance(request),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
-            own_metadata=self._make_output_metadata(references),
+            own_metadata=self._make_output_metadata(references, media),
         )
         if self.stages is not None:
             prepared = self.stages.split(prepared, self.latent, self.vae_dtype)
         self._check_references(prepared, references)
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
-        check_media(self.given, prepared, self.latent)
+        check_media(media, prepared, self.latent)
         return prepared
 
-    def _check_media(self, request: Request) -> None:
+    def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the image or the driving video cannot be opened or used."""
         if request.image_path is not None and self.drive_video is not None:
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
-        whole = {**self.given.image_files, "drive_video": self.drive_video}
-        if request.source is not None and (self.given.image_files or self.given.audio_files):
+        whole = {**media.image_files, "drive_video": self.drive_video}
+        if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
                 f"--{request.source.option} and given parts of the result: these start from noise. Leave "
                 "one of them out"
             )
-        if self.given.image_files and self.drive_video is not None:
+        if self.stages is not None and TEMPORAL in self.stages.upscalers and media.image_files:
+            raise OptionError(
+                f"--{next(iter(media.image_files))} and {TEMPORAL}: the first stage has half of the frames. "
+                "Leave one of them out"
+            )
+        if media.image_files and self.drive_video is not None:
             raise OptionError(
                 f"--drive_video and --{next(iter(whole))}: the video has all frames. Give one of them"
             )
@@ -401,11 +423,9 @@ class Ltx2(Ltx2Media):
             is_alone=not self.files.has_images,
         )
 
-    def _make_output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
-        """Return metadata of outputs about the references and the stages."""
-        metadata = {
-            name: path.name for name, path in {**self.given.image_files, **self.given.audio_files}.items()
-        }
+    def _make_output_metadata(self, references: Sequence[Path], media: Ltx2GivenMedia) -> dict[str, str]:
+        """Return metadata of outputs about given media, references and stages."""
+        metadata = media.metadata
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
         if references and self.reference_strength < 1:
@@ -440,7 +460,7 @@ class Ltx2(Ltx2Media):
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
-            **self.given.image_files,
+            **media_of(self.given, request).image_files,
             "video_path": request.source,
         }
         for name, image in images.items():
@@ -449,7 +469,7 @@ class Ltx2(Ltx2Media):
                     f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out"
                 )
 
-    def _resolve_references(self, request: Request) -> tuple[Path, ...]:
+    def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
@@ -464,7 +484,12 @@ class Ltx2(Ltx2Media):
         mask, _ = self.reference_attention
         if mask is not None:
             check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
-        clip = request.image_path or self.drive_video or (request.source and request.source.option)
+        clip = (
+            request.image_path
+            or self.drive_video
+            or (request.source and request.source.option)
+            or next(iter([*media.image_files, *media.audio_files]), None)
+        )
         if clip and self.reference_strength < 1:
             raise OptionError(
                 f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
@@ -474,11 +499,12 @@ class Ltx2(Ltx2Media):
 
     def needs_media(self, prepared: Prepared) -> bool:
         """Return whether the request has an image, a driving video or references."""
+        media = media_of(self.given, prepared.request)
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
             or bool(prepared.family_record)
-            or bool(self.given.image_files or self.given.audio_files)
+            or bool(media.image_files or media.audio_files)
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -504,10 +530,13 @@ class Ltx2(Ltx2Media):
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of the parts of the result that are kept, and their shares."""
-        media = self.given
-        given = encode_images(
-            media, prepared, lambda pixels: vae.encode(pixels.to(vae.device)).float().cpu(), self.latent
-        )
+        media = media_of(self.given, prepared.request)
+
+        def encode_pixels(pixels: Tensor) -> Tensor:
+            return vae.encode(pixels.to(vae.device)).float().cpu()
+
+        given = encode_images(media, prepared, encode_pixels, self.latent, crf=self._crf)
+        given |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
         if self.audio is None or not (media.audio_files or media.retake):
             return given
         device = torch.device("cpu") if vae is None else vae.device
@@ -551,8 +580,11 @@ class Ltx2(Ltx2Media):
             )
         if path is None:
             return None
-        crf = RELEASES[self.version].crf if self.image_crf is None else self.image_crf
-        return image_pixels(path, prepared.width, prepared.height, crf=crf)
+        return image_pixels(path, prepared.width, prepared.height, crf=self._crf)
+
+    @property
+    def _crf(self) -> int:
+        return RELEASES[self.version].crf if self.image_crf is None else self.image_crf
 
     def sections(
         self,
@@ -562,7 +594,7 @@ class Ltx2(Ltx2Media):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the sections. Noise is drawn for video, then for audio, then for references."""
-        sections = self._make_plain_sections(prepared, prompts, inputs, noise)
+        sections = cut_to_shown(self._make_plain_sections(prepared, prompts, inputs, noise))
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
         return (yield from sections)
@@ -588,10 +620,16 @@ class Ltx2(Ltx2Media):
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
+            keyframes = take_keyframes(conditions)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
-            return hold_given_parts(section, given, stage.joint) if given else section
+            if given:
+                section = hold_given_parts(section, given, stage.joint)
+            if not keyframes:
+                return section
+            level = stage.levels[0] if stage.levels else 1.0
+            return append_keyframes(section, keyframes, stage.joint, noise, level)
 
         # a rehearsal for memory runs a single stage of the two, too
         if self.stages is None or not prepared.stages:

@@ -20,16 +20,18 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract.data import AudioSpec, Conditions, Joint, LatentSpec
-from contract.requests import Prepared, check_frames, check_opens, count_frames_up_to
+from contract.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
 from contract.rules import ReferenceRules
 from contract.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
 from ltx_2.given import audio_bounds, mark_region, video_bounds
 from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
+from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
-from modules.media.pixels import to_pixels, video_pixels
+from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.media.samples import read_beginning, read_track
+from modules.options import override_options
 
 logger = logging.getLogger(__name__)
 # conditions: clean latents, and the shares of them that are kept, as in `GivenTokens`
@@ -39,11 +41,29 @@ LONGEST = 3600  # seconds of a file of audio that are read
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
 
+def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
+    """Return the options of what is kept with those that a prompt line may set. Raises OptionError."""
+    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame"))
+    for name in values:
+        if name in request.extra:
+            values[name] = tuple(request.extra[name].split("\n"))
+    return override_options(media, values)
+
+
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:
     """Raise OptionError or MediaError if files cannot be opened, or do not fit the result."""
     for name, path in media.image_files.items():
         check_opens(name, path, is_image=is_still(path))
     frames = prepared.frames
+    check_keyframes(media.keyframes, frames)
+    total = (frames - 1) // latent.frame_step + 1
+    for image in media.latent_frames:
+        check_opens("latent_frame", image.path, is_image=True)
+        if not 0 <= image.index < total:
+            raise OptionError(
+                f"--latent_frame {image.words}: the result has the latent frames 0 to {total - 1}. "
+                "Give one of them"
+            )
     for name in ("outpaint_source", "inpaint_source"):
         path = getattr(media, name)
         if path is not None:
@@ -54,7 +74,6 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
     # latents: the suffix has none for its first frame
     shown = -(-ends[0] // latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
-    total = (frames - 1) // latent.frame_step + 1
     if max(ends) and shown >= total:
         raise OptionError(
             f"--video_length {frames}: --extend_prefix and --extend_suffix give all of it. Make it longer, "
@@ -124,16 +143,19 @@ class GivenImages:
         """Number of latent frames."""
         return self.clean.shape[2]
 
-    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0) -> None:
-        """Keep latents 1 C f H W from the latent frame `first` on, where `is_kept`, broadcast to f H W."""
+    def keep(self, clean: Tensor, is_kept: Tensor, first: int = 0, share: int = WHOLE) -> None:
+        """Keep a share of latents 1 C f H W from the latent frame `first` on.
+
+        It is kept where `is_kept`, broadcast to f H W.
+        """
         place = slice(first, first + clean.shape[2])
         is_kept = is_kept.expand(clean.shape[2:])
         self.clean[:, :, place] = torch.where(is_kept, clean, self.clean[:, :, place])
-        self.shares[:, :, place].masked_fill_(is_kept, WHOLE)
+        self.shares[:, :, place].masked_fill_(is_kept, share)
 
 
 def encode_images(
-    media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec
+    media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
     """Return the latents of what is kept of images, and their shares; {} if nothing is.
 
@@ -142,8 +164,9 @@ def encode_images(
         prepared: The request, or that of a stage.
         encode: Encodes pixels.
         latent: Latent space of the video.
+        crf: H.264 quality at which single images are seen.
     """
-    if not media.image_files:
+    if not media.image_files.keys() - {"keyframe"}:
         return {}
     shape = latent.shape(prepared.frames, prepared.height, prepared.width)
     given = GivenImages(torch.zeros(shape), torch.zeros(1, 1, *shape[2:], dtype=torch.int16))
@@ -170,6 +193,9 @@ def encode_images(
         # the first latent has one frame alone, which none at the end of a clip has
         clean = encode(_resize(islice(_frames_of(media.extend_suffix), count), size))[:, :, 1:]
         given.keep(clean, torch.tensor(True), given.frames - clean.shape[2])
+    for image in media.latent_frames:
+        pixels = image_pixels(image.path, prepared.width, prepared.height, crf=crf)
+        given.keep(encode(pixels), torch.tensor(True), image.index, image.share)
     return {IMAGE: given.clean, IMAGE_SHARES: given.shares}
 
 

@@ -1,11 +1,12 @@
 """Options of the parts of a result that a generation is given. Standard library only."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from modules.errors import OptionError
-from modules.options import OF_REQUEST, Options, option
+from modules.options import OF_REQUEST, Options, of_request, option
 
 
 class Rectangle(NamedTuple):
@@ -19,6 +20,24 @@ class Rectangle(NamedTuple):
 
 def _file(text: str, **relations: Any) -> Any:
     return option(text, place="there", facts=OF_REQUEST, **relations)
+
+
+class PlacedImage(NamedTuple):
+    """An image at a place of the result."""
+
+    index: int  # of a frame, or of a latent frame
+    path: Path
+    strength: float  # above 0, up to 1
+
+    @property
+    def share(self) -> int:
+        """The strength as in `contract.steps.GivenTokens`."""
+        return round(1000 * self.strength)
+
+    @property
+    def words(self) -> str:
+        """The image as an option names it."""
+        return f"{self.index}:{self.path}:{self.strength:g}"
 
 
 class Ltx2GivenMedia(Options, title="given parts of the result"):
@@ -41,6 +60,22 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         minimum=9,
         ignored_without="extend_suffix",
         facts=OF_REQUEST,
+    )
+    keyframe: tuple[str, ...] | None = option(
+        "an image that the result resembles at a frame, from 0; STRENGTH: 0 to 1, the default. May be given "
+        "again",
+        action="append",
+        nargs=None,
+        metavar="FRAME:FILE[:STRENGTH]",
+        facts=of_request("keyframe"),
+    )
+    latent_frame: tuple[str, ...] | None = option(
+        "an image that is a latent frame of the result: 0 is the first frame, each other one 8 frames. May "
+        "be given again",
+        action="append",
+        nargs=None,
+        metavar="INDEX:FILE[:STRENGTH]",
+        facts=of_request("latent_frame"),
     )
     outpaint_source: Path | None = _file(
         "clip or folder of images that the result continues to all sides, at --outpaint_region",
@@ -109,6 +144,16 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return region
 
     @property
+    def keyframes(self) -> tuple[PlacedImage, ...]:
+        """Images of --keyframe, at frames."""
+        return tuple(read_placed_image("keyframe", text) for text in self.keyframe or ())
+
+    @property
+    def latent_frames(self) -> tuple[PlacedImage, ...]:
+        """Images of --latent_frame."""
+        return tuple(read_placed_image("latent_frame", text) for text in self.latent_frame or ())
+
+    @property
     def retaken(self) -> tuple[float, float] | None:
         """Start and end of --retake in seconds."""
         return read_interval("retake", self.retake)
@@ -119,10 +164,30 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return read_interval("audio_inpaint_interval", self.audio_inpaint_interval)
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What is given, for the metadata of a result: by option, files without their folders."""
+        texts = {}
+        without = Ltx2GivenMedia()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(without, field.name):
+                texts[field.name] = value.name if isinstance(value, Path) else str(value)
+        for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
+            if images:
+                texts[name] = ", ".join(
+                    f"{image.index}:{image.path.name}:{image.strength:g}" for image in images
+                )
+        return texts
+
+    @property
     def image_files(self) -> dict[str, Path]:
         """Files of images by their options."""
         names = ("extend_prefix", "extend_suffix", "outpaint_source", "inpaint_source", "inpaint_mask")
-        return {name: path for name in names if (path := getattr(self, name)) is not None}
+        files = {name: path for name in names if (path := getattr(self, name)) is not None}
+        for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
+            if images:
+                files[name] = images[0].path
+        return files
 
     @property
     def audio_files(self) -> dict[str, Path]:
@@ -131,7 +196,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         return {name: path for name in names if (path := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
-        _ = self.region, self.retaken, self.made_audio
+        _ = self.region, self.retaken, self.made_audio, self.keyframes, self.latent_frames
         whole = [name for name in ("outpaint_source", "inpaint_source") if getattr(self, name) is not None]
         if len(whole) > 1:
             raise OptionError(
@@ -147,6 +212,31 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         audio = self.audio_files
         if self.drive_audio is not None and len(audio) > 1:
             raise OptionError(f"{' and '.join(f'--{name}' for name in audio)}: the first is the whole audio")
+
+
+def read_placed_image(name: str, text: str) -> PlacedImage:
+    """Read the value INDEX:FILE or INDEX:FILE:STRENGTH of an option.
+
+    Raises:
+        OptionError: If it has another form.
+    """
+    number, _, rest = text.partition(":")
+    file, _, last = rest.rpartition(":")
+    try:
+        strength = float(last) if file else 1.0
+    except ValueError:  # the end of a path with a colon
+        file, strength = "", 1.0
+    file = file or rest
+    try:
+        index = int(number)
+    except ValueError:
+        file = ""
+    if not file or not 0 < strength <= 1:
+        raise OptionError(
+            f"--{name} {text}: give a number, a file and if you like its strength up to 1, such as "
+            "48:door.png:0.8"
+        )
+    return PlacedImage(index, Path(file), strength)
 
 
 def read_interval(name: str, text: str | None) -> tuple[float, float] | None:

@@ -65,6 +65,7 @@ class StreamInputs:
     given_frames: int  # latent frames in front that are clean
     references: LtxReferences
     times: "TokenTimes | None" = None  # of single tokens; None: only those in front have a time of their own
+    keyframes: Sequence[int] = ()  # where the images in the last latent frames stand
 
     @property
     def num_given(self) -> int:
@@ -188,6 +189,7 @@ class LtxModel(nn.Module):
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: LtxReferences = NO_REFERENCES,
+        keyframes: Sequence[int] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and audio in float32; None for a stream that is not given.
 
@@ -205,6 +207,7 @@ class LtxModel(nn.Module):
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
             references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
+            keyframes: The last latent frames of `noisy` are single images, at these frames of the video.
 
         Raises:
             ValueError: If sizes do not match, or there is audio but the network has no stream for it.
@@ -224,6 +227,7 @@ class LtxModel(nn.Module):
             has_sound=has_sound,
             overrides=overrides,
             references=references,
+            keyframes=keyframes,
         )
         run_blocks(self, hidden, overrides)
         velocities = self.unembed(hidden.x, hidden.tokens)
@@ -238,6 +242,7 @@ class LtxModel(nn.Module):
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
         references: LtxReferences = NO_REFERENCES,
+        keyframes: Sequence[int] = (),
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
@@ -258,6 +263,7 @@ class LtxModel(nn.Module):
                 timesteps=timesteps[names],
                 given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
+                keyframes=keyframes if is_video else (),
             )
             if overrides.given is not None:
                 given = overrides.given.image if is_video else overrides.given.audio
@@ -408,7 +414,9 @@ class LtxModel(nn.Module):
             size_factor = latents.shape[-1] // reference.shape[-1]
             factors = (size_factor, inputs.references.time)
             places.append(places_of(tuple(reference.shape[2:]), factors=factors))
-        places.append(places_of(tuple(latents.shape[2:])))
+        frames, *sides = latents.shape[2:]
+        places.append(places_of((frames - len(inputs.keyframes), *sides)))
+        places += [places_of((1, *sides), frame=frame) for frame in inputs.keyframes]
         return tables.get_table(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:

@@ -28,6 +28,7 @@ class Places(NamedTuple):
     by_time: bool = False  # without rows and columns: all tokens of a frame share its rotation
     # by which sides, and seconds, of a reference are multiplied: it covers what its target does
     factors: tuple[int, int] = (1, 1)
+    frame: int | None = None  # of a keyframe, a single image: where it stands; None: a clip from frame 0 on
 
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
@@ -47,6 +48,8 @@ def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
     """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
     if not places.fps:
         return [place_latents(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
+    if places.frame is not None:
+        return [(place_latents(1, 1) + places.frame) / fps for fps in places.fps]
     _, time_factor = places.factors
     frames = place_latents(places.grid[0], config.stride[0], is_causal=True)
     # the first latent covers one frame only

@@ -272,5 +272,5 @@ def _draw_audio_tokens(noise: NoiseSource, audio: Tensor) -> Tensor:
 
 
 def _of_stage(section: Section, stage: Prepared, number: int) -> Section:
-    overrides = replace(section.overrides, joint=stage.joint)
+    overrides = replace(section.overrides, joint=section.overrides.joint or stage.joint)
     return replace(section, overrides=overrides, stage=number, label=f"stage {number + 1} of 2")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
 FRONT_SCRIPT = "reelsmith.py"  # of a checkout; the package has the command `reelsmith` in its place
-SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
+SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks", "finetune")  # the rooms that have scripts too
 LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
 MAX_BEFORE = 16  # arguments of a command before the script: options of the launcher
 # name of our package for pip, and that of another program on the package index

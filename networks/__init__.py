@@ -50,6 +50,8 @@ rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 shared_inputs: LoRAs for q, k and v multiply their input once
+svd_merge_lora: command: merge LoRAs into one of a smaller rank
+svd_merging: merge LoRAs into one of a smaller rank
 tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, and words that they bring
 tool_options: options to merge and extract LoRAs

@@ -143,7 +143,37 @@ def _write_sum(
     uses: Sequence[LoraUse],
     device: torch.device,
 ) -> None:
-    """Write the sum of LoRAs as one LoRA."""
+    """Write the sum of LoRAs as one LoRA, and show what was written."""
+    metadata = save_sum(options, output, uses, device)
+    rows = [
+        ("LoRAs", _in_lines(uses)),
+        ("result", f"{output} ({as_size(output.stat().st_size)})"),
+        ("rank", metadata["ss_network_dim"]),
+    ]
+    show_box("The LoRAs are merged into one", rows)
+
+
+def save_sum(
+    options: FluxMergeOptions | FullMergeOptions,
+    output: Path,
+    uses: Sequence[LoraUse],
+    device: torch.device,
+) -> dict[str, str]:
+    """Save the sum of LoRAs as one LoRA.
+
+    Args:
+        options: How the sum is computed and written.
+        output: File to write.
+        uses: The LoRAs with their strengths.
+        device: Device that computes.
+
+    Returns:
+        The metadata of the file, without hashes.
+
+    Raises:
+        CheckpointError: If LoRAs do not fit each other, or it is not known which model they are for.
+        OutputError: If the file cannot be written.
+    """
     dtype = _select_dtype(options) or DTYPES[options.precision]
     tensors = _add_up(uses, options.concat, dtype, device)
     loras = [use.lora for use in uses]
@@ -151,12 +181,7 @@ def _write_sum(
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
     named = in_known_names(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
-    rows = [
-        ("LoRAs", _in_lines(uses)),
-        ("result", f"{output} ({as_size(output.stat().st_size)})"),
-        ("rank", metadata["ss_network_dim"]),
-    ]
-    show_box("The LoRAs are merged into one", rows)
+    return metadata
 
 
 def _metadata_of_sum(

@@ -143,7 +143,7 @@ class FluxMergeOptions(Options, must_give=True):
     def __post_init__(self) -> None:
         if not self.models:
             raise OptionError("--models names no LoRA: give the files to merge")
-        _check_ratios(self.models, self.ratios or ())
+        check_ratios(self.models, self.ratios or ())
         if self.save_to is None and not self.targets:
             raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
         if self.save_to is not None and self.targets and self.flux_model is None:
@@ -203,11 +203,16 @@ class FullMergeOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        _check_ratios(self.models, self.ratios)
+        check_ratios(self.models, self.ratios)
 
 
-def _check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
-    """Raise OptionError if there is not one strength for each LoRA."""
+def check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
+    """Raise OptionError if there is not one strength for each LoRA.
+
+    Args:
+        models: Files of the LoRAs.
+        ratios: Their strengths.
+    """
     if len(models) != len(ratios):
         raise OptionError(
             f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: give one for each, in "

@@ -28,6 +28,8 @@ lllites: ControlNet-LLLites in the U-Net during a batch
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
+minimal_inpainting: repaint by the options of sd-scripts' small script
+minimal_options: these options, and the same for gen_img.py
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
 names: what it is called everywhere, from scripts to tensors
 new_words: a new word, and the table with its rows

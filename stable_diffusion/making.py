@@ -56,6 +56,7 @@ class ImageGenerator:
     regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
+    keeps_rest: bool = False  # inpainting models too keep exactly what a mask leaves black
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -127,7 +128,12 @@ class ImageGenerator:
         )
         section_texts = self._encode(pictures)
         beginning = starting.begin(
-            self.model, pictures, start=start, sampler=sampler, noise_options=options.noise
+            self.model,
+            pictures,
+            start=start,
+            sampler=sampler,
+            noise_options=options.noise,
+            keeps_rest=self.keeps_rest,
         )
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)

@@ -165,6 +165,7 @@ def begin(
     start: SecondStart | None,
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
+    keeps_rest: bool = False,
 ) -> Beginning:
     """Encode the input images, draw their start noise and blend both.
 
@@ -174,6 +175,8 @@ def begin(
         start: Latents or images to start from, one for each requested image; None for none.
         sampler: The sampler.
         noise_options: Options of the noise.
+        keeps_rest: Whether an inpainting model's latents outside the mask are replaced by those of the image
+            after each step, as those of other models are. diffusers' pipelines do not do so.
 
     Raises:
         MediaError: If an input image or a mask cannot be read.
@@ -200,7 +203,7 @@ def begin(
         assert start is not None
         assert start.latents is not None
         clean = start.latents.to(model.device, torch.float32)
-    elif not (from_noise and model.is_inpainting):
+    elif not (from_noise and model.is_inpainting and not keeps_rest):
         clean = encode_pixels(model, pixels, generators)
     noise = draw_noise()
     if clean is None or from_noise:
@@ -216,11 +219,14 @@ def begin(
     small = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # B 1 h w: the upper left pixel of each square
     # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it
     unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
+    inputs = None
     if model.is_inpainting:
         assert unmasked is not None
-        return Beginning(latents, sampler, inpainting=torch.cat([small, unmasked], dim=1))
+        inputs = torch.cat([small, unmasked], dim=1)
+        if not keeps_rest:
+            return Beginning(latents, sampler, inputs)
     assert clean is not None
-    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)))
+    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)), inputs)
 
 
 def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from generation.sample_lines import find_sample_option, parse_sample_line
 from tests.commands import ROOT
 from tests.pages import FENCE, LISTED, PROGRAM, SHOWN, lines_of
 from tests.test_docs import EXEMPT, PAGES
+from training.features.leco_file import read_pairs
 from training.features.slider_file import read_sliders
 
 OPTION = re.compile(r" --(\w+)")  # in a line of a prompt
@@ -97,12 +98,16 @@ def read_block(block: Block, folder: Path) -> str:
 
 
 def read_toml(text: str, folder: Path) -> str:
-    """Read a file of a data set, with the least that one needs, or of sliders."""
+    """Read a file of a data set, with the least that one needs, of sliders or of LECO's prompts."""
     content = tomllib.loads(text)
     path = folder / "block.toml"
     if "sliders" in content:
         path.write_text(text, encoding="utf-8")
         read_sliders(path)
+        return ""
+    if "prompts" in content:
+        path.write_text(text, encoding="utf-8")
+        read_pairs(path)
         return ""
     if "datasets" not in content:
         return "neither a data set nor sliders"

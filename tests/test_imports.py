@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "dataset": GROUND | {"data_tools.report"},
     "data_tools": GROUND | {"dataset", "post.faces"},
     "networks": GROUND,
+    "finetune": GROUND | {"data_tools"},
     "post": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
     "encoders": GROUND,
@@ -115,7 +116,8 @@ FLOORS = {
     "data_tools": (
         {"folders"},
         {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
-        {"tags"},
+        {"folder_dataset"},
+        {"folder_captions", "metadata", "tags"},
     ),
     "post": (
         {"contract", "options", "streaming"},
@@ -262,7 +264,11 @@ _TOOLS = {
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
-        "sdxl_merge_lora",
+        *("sdxl_merge_lora", "svd_merge_lora"),
+    ),
+    "finetune": (
+        *("make_captions", "merge_captions_to_metadata", "merge_dd_tags_to_metadata"),
+        "tag_images_by_wd14_tagger",
     ),
 }
 # lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and

@@ -16,7 +16,10 @@ from tests.test_imports import HEAVY, SCRIPTS, SLOW, TOOLS
 from tests.tiny.picture_project import lay_out_flux, lay_out_images
 from tests.tiny.project import lay_out_models, write_clips, write_dataset
 
-FOLDERS = (".", "benchmarks", "blissful_tuner", "docs", "networks", "package/reelsmith", "pocket", "tools")
+FOLDERS = (
+    *(".", "benchmarks", "blissful_tuner", "docs", "finetune", "networks"),
+    *("package/reelsmith", "pocket", "tools"),
+)
 # runs each script as `__main__` with --help; whatever would change something outside the process ends it
 WATCH = f"""
 import contextlib, io, json, os, runpy, sys, tempfile

@@ -96,7 +96,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
     words: TagWordOptions
     caption_extention = unsupported("it is spelled --caption_extension", nargs="?")
     output_path = unsupported(
-        "tags are written as captions. For one list of them, give a dataset's file with a JSONL list",
+        "tags are written as captions. Run finetune/merge_dd_tags_to_metadata.py to collect them in one file",
         nargs="?",
     )
     debug = unsupported("--try_on 3 prints the tags of three files")

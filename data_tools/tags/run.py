@@ -12,18 +12,16 @@ from pathlib import Path
 from data_tools.captions.asking import Answerer, Answers, Look
 from data_tools.captions.places import EXTENSION, CaptionPlace, WhichCaptions
 from data_tools.captions.run import CaptionMaker, look_at, try_captions, write_captions
-from data_tools.folders import walk_folders
-from data_tools.masks.places import list_media
+from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
 from data_tools.tags.model import load_tagger
 from data_tools.tags.options import TaggingOptions
 from data_tools.tags.words import extend_caption, read_choice
 from dataset.config import DatasetConfig, load_dataset_config
-from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from modules.run_limits import temporary_folder
-from modules.text_files import read_if_object, real_path
+from modules.text_files import read_if_object
 
 MAX_PIXELS = 4096**2  # of a frame that is looked at
 
@@ -123,19 +121,4 @@ def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
                 raise OptionError(f"--{name} is for a folder: the dataset's file says it")
         return load_dataset_config(options.folder)
     extension = options.caption_extension or EXTENSION
-    tables: list[str] = []
-    for folder in walk_folders(options.folder, options.recursive):
-        for key in sorted({f"{kind}_directory" for _, kind in list_media(folder)}):
-            values = {
-                key: str(real_path(folder)),
-                "caption_extension": extension,
-                "cache_directory": str(temporary / f"{len(tables)}"),
-            }
-            lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
-            tables.append("\n".join(["[[datasets]]", *lines]))
-    if not tables:
-        hint = "" if options.recursive else ". --recursive also takes those below it"
-        raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
-    file = temporary / "dataset.toml"
-    write_text(file, "\n\n".join(tables))
-    return dataclasses.replace(load_dataset_config(file), path=options.folder)
+    return make_folder_dataset(options.folder, extension, options.recursive, temporary)

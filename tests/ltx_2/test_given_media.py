@@ -10,8 +10,10 @@ import torch
 from diffusers import LTX2ConditionPipeline
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+import ltx2_generate_video
 from contract.data import SOUND
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here
@@ -188,6 +190,88 @@ def test_the_prefix_of_these_tests_is_that_of_diffusers(release: TinyRelease) ->
     torch.testing.assert_close(clean, pipe._pack_latents(expected_clean, 1, 1), atol=1e-5, rtol=1e-5)
 
 
+def expect_placed(pipe: Any, *conditions: LTX2VideoCondition) -> Tensor:
+    """The latents of diffusers with these conditions, from our noise: of the clip, then of keyframes.
+
+    A token's clean prediction is made at its own noise level, as in the released code of LTX-2; diffusers
+    makes it at that of the clip, which differs for strengths below 1.
+    """
+    prepare = pipe.prepare_latents
+    masks = []
+
+    def predict_clean(sample: Tensor, velocity: Tensor, step: int, scheduler: Any) -> Tensor:
+        level = scheduler.sigmas[step]
+        of_images = sample.shape[1] == masks[-1].shape[1]
+        return sample - velocity * level * (1 - masks[-1] if of_images else 1)
+
+    def prepare_from_noise(*words: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, mask, clean, coords = prepare(*words, **more)
+        generator = torch.Generator().manual_seed(SEED)
+        count = (mask.shape[1] - torch.Size(SHAPE).numel()) // torch.Size(SHAPE[1:]).numel()
+        drawn = [torch.randn(1, 16, frames, *SHAPE[1:], generator=generator) for frames in (SHAPE[0], count)]
+        start = torch.cat([pipe._pack_latents(one, 1, 1) for one in drawn], dim=1)
+        masks.append(mask)
+        return (1 - mask) * start + mask * clean, mask, clean, coords
+
+    pipe.prepare_latents = prepare_from_noise
+    pipe.convert_velocity_to_x0 = predict_clean
+    latents, _ = call(pipe, conditions=list(conditions))
+    normalized: Tensor = pipe._normalize_latents(latents, pipe.vae.latents_mean, pipe.vae.latents_std)[0]
+    return normalized
+
+
+def test_keyframes_equal_those_of_diffusers(release: TinyRelease, media: Path, tmp_path: Path) -> None:
+    """Of a whole and of a partial strength, together with a first frame that is given in part."""
+    folder = (media / "clip").as_posix()
+    typed = ["--keyframe", f"9:{folder}/16.png", "--keyframe", f"1:{folder}/08.png:0.6", "--image_crf", 0]
+    typed += ["--latent_frame", f"0:{folder}/00.png:0.7", "--stg_blocks", 1]
+
+    made = generate(release, tmp_path, *typed, *scale_words(SCALES, SCALES), frames=FRAMES)
+
+    images = [Image.fromarray(clip()[number]) for number in (16, 8, 0)]
+    placed = zip(images, (2, 1, 0), (1.0, 0.6, 0.7), strict=True)
+    conditions = [LTX2VideoCondition(image, index, strength, crf=0) for image, index, strength in placed]
+    assert_equal(made["latent"], expect_placed(condition_pipe(release), *conditions), "latents")
+
+
+def make_by_line(release: TinyRelease, folder: Path, line: str, *words: object) -> dict[str, Tensor]:
+    """The latents of the only line of a file of prompts."""
+    folder.mkdir()
+    (folder / "lines.txt").write_text(f"{PROMPT} --n {NEGATIVE} --d {SEED} {line}\n", encoding="utf-8")
+    size = ["--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--infer_steps", STEPS]
+    command = [*release.words, *release.vaes, *release.texts, "--device", "cpu", *size, *words]
+    command += [
+        "--from_file",
+        folder / "lines.txt",
+        "--output_type",
+        "latent",
+        "--save_path",
+        folder / "made",
+    ]
+    ltx2_generate_video.main([str(word) for word in command])
+    (path,) = (folder / "made").iterdir()
+    return load_file(path)
+
+
+@pytest.mark.slow
+def test_keyframes_guide_images_and_audio_also_from_prompt_lines(
+    release: TinyRelease, media: Path, tmp_path: Path
+) -> None:
+    image = f"{(media / 'clip').as_posix()}/16.png"
+    plain = ["--ltx2_mode", "av", *scale_words(SCALES, SCALES), "--stg_blocks", 1]
+
+    made = generate(release, tmp_path / "a", *plain, "--keyframe", f"9:{image}", frames=FRAMES)
+    other = generate(release, tmp_path / "b", *plain, frames=FRAMES)
+    same = make_by_line(release, tmp_path / "c", f"--gk 9:{image}", *plain)
+    two = make_by_line(release, tmp_path / "d", f"--gk 9:{image} --gk -1:{image} --gl 1:{image}", *plain)
+
+    for name in ("latent", SOUND):
+        torch.testing.assert_close(made[name], same[name])
+        assert made[name].shape == two[name].shape == other[name].shape
+        assert (made[name] - other[name]).abs().max() > 1e-4
+        assert (made[name] - two[name]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
@@ -234,6 +318,16 @@ def test_kept_audio_stays_and_changes_the_rest(
         ("--extend_prefix {0}/clip", "give all of it"),
         ("--extend_suffix {0}/mask.png", "at least 9 frames are needed"),
         ("--extend_prefix {0}/clip --extend_prefix_frames 99", "asks for 99"),
+        ("--keyframe 17:{0}/mask.png", "it has the frames 0 to 16"),
+        ("--keyframe 1:{0}/none.png", "none.png"),
+        ("--keyframe {0}/mask.png", "give a number, a file and if you like its strength"),
+        ("--keyframe 0:{0}/mask.png:2", "give a number, a file"),
+        ("--latent_frame 3:{0}/mask.png", "the result has the latent frames 0 to 2"),
+        ("--keyframe 0:{0}/mask.png --ltx2_mode audio", "--keyframe with --ltx2_mode audio"),
+        (
+            "--keyframe 0:{0}/mask.png --reference_video {0}/clip --reference_strength 0.5",
+            "cannot be combined with given frames",
+        ),
         ("--audio_prefix {0}/mask.png", "no sound is made. Give --ltx2_mode av"),
         ("--extend_prefix {0}/mask.png --ltx2_mode audio", "sound alone has no pictures"),
         ("--extend_prefix {0}/mask.png --drive_video {0}/clip --ltx2_mode av", "the video has all frames"),

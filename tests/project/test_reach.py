@@ -28,6 +28,7 @@ from tests.test_command_line import parser_of
 PAGE = ROOT / "docs" / "new_and_run.md"
 # texts that reach nothing: numbers, sizes, prompts, names below a folder of ours, words of metadata
 PLAIN = {
+    *("audio_inpaint_interval", "outpaint_region", "retake"),
     "block_lr",
     *("blocks_to_swap", "caption_extension", "caption_extention"),
     *("caption_prefix", "caption_separator", "caption_suffix"),

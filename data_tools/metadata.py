@@ -1,0 +1,139 @@
+"""Collect the caption or tag files of a folder in a metadata file of image trainers, for --in_json."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_tools.folders import walk_folders
+from data_tools.masks.places import list_media
+from modules.atomic_write import make_storable, write_text
+from modules.console import count_of, list_some
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError, OptionError
+from modules.limits import MAX_METADATA_BYTES
+from modules.options import Options, option
+from modules.text_files import bad_character, parse_json, read_text, real_path
+
+logger = logging.getLogger(__name__)
+CAPTION, TAGS = "caption", "tags"
+
+
+class TextsToMetadataOptions(Options, title="what to do"):
+    """The images, and the file that gets their texts."""
+
+    train_data_dir: Path = option("folder of the images", positional=True, place="folder")
+    out_json: Path = option(
+        "file to write; if it exists, and without --in_json, the texts are added to it", positional=True
+    )
+    in_json: Path | None = option("file that the texts are added to", place="file")
+    full_path: bool = option("name images by their whole paths; else by their names in the folder")
+    recursive: bool = option("also take the folders below")
+    debug: bool = option("print each image and its text")
+
+    def __post_init__(self) -> None:
+        if self.out_json.suffix.lower() != ".json":
+            raise OptionError(f"{self.out_json}: the file to write ends in .json. Rename it")
+
+
+class CaptionsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
+    """Options of finetune/merge_captions_to_metadata.py."""
+
+    caption_extension: str = option(
+        "suffix of the caption files",
+        default=".caption",
+        flags=("--caption_extension", "--caption_extention"),
+    )
+
+
+class TagsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
+    """Options of finetune/merge_dd_tags_to_metadata.py."""
+
+    caption_extension: str = option(
+        "suffix of the tag files", default=".txt", flags=("--caption_extension", "--caption_extention")
+    )
+
+
+def merge_captions(options: CaptionsToMetadataOptions) -> None:
+    """Add the captions of a folder to a metadata file. Raises the errors of `_merge_texts`."""
+    _merge_texts(options, options.caption_extension, CAPTION)
+
+
+def merge_tags(options: TagsToMetadataOptions) -> None:
+    """Add the tags of a folder to a metadata file. Raises the errors of `_merge_texts`."""
+    _merge_texts(options, options.caption_extension, TAGS)
+
+
+def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> None:
+    """Add the texts of a folder to a metadata file.
+
+    Raises:
+        DatasetError: If a file cannot be read, or if no image has a text.
+    """
+    source = options.in_json
+    if source is None and options.out_json.is_file():
+        source = options.out_json
+    content = {} if source is None else _read_metadata(source)
+    missing = []
+    num_texts = 0
+    for folder in walk_folders(options.train_data_dir, options.recursive):
+        for path, kind in list_media(folder):
+            if kind != "image":
+                continue
+            file = path.with_suffix(extension)
+            if not file.is_file():
+                missing.append(str(path))
+                continue
+            key = _name_image(path, options)
+            text = _read_caption(file)
+            content[key] = {**content.get(key, {}), name: text}
+            num_texts += 1
+            if options.debug:
+                sys.stdout.write(escape_control_codes(f"{key}: {text}") + "\n")
+    if not num_texts:
+        raise DatasetError(
+            f"{options.train_data_dir}: no image has a file that ends in {extension}. Give another "
+            "--caption_extension, or --recursive"
+        )
+    if missing:
+        num_missing = count_of(len(missing), "image")
+        logger.warning("%s without a %s file: %s", num_missing, extension, list_some(missing))
+    write_text(options.out_json, make_storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n")
+    what = f"{name} of {count_of(num_texts, 'image')}"
+    added = "" if source is None else f", added to the content of {source}"
+    logger.info("wrote %s: %s%s", options.out_json, what, added)
+
+
+def _read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the entries of a metadata file. Raises DatasetError if it is something else."""
+    try:
+        content = parse_json(read_text(path, MAX_METADATA_BYTES))
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"{path} cannot be read as JSON: {error}. Give another file to --in_json"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise DatasetError(
+            f"{path} is not a metadata file: an object with an object for each image. Give "
+            "another file to --in_json"
+        )
+    return content
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        text = read_text(path).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}. Save it as UTF-8") from None
+    if bad_character(text):
+        raise DatasetError(f"{path} holds {bad_character(text)}. Correct it")
+    return text
+
+
+def _name_image(path: Path, options: TextsToMetadataOptions) -> str:
+    """Return the key of an image: its whole path, or its place in the folder without its suffix."""
+    if options.full_path:
+        return str(real_path(path))
+    return path.relative_to(options.train_data_dir).with_suffix("").as_posix()

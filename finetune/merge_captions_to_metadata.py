@@ -1,0 +1,18 @@
+"""Collect the caption files of a folder in one file, which --in_json of fine_tune.py takes."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from data_tools.metadata import CaptionsToMetadataOptions, merge_captions
+
+main = plain_script(__doc__, merge_captions, CaptionsToMetadataOptions)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,18 @@
+"""Write tags as captions, as tools/tag.py does, by the name that sd-scripts has for it."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from data_tools.tags.options import TaggingOptions
+
+main = plain_script(__doc__, "data_tools.tags.run.tag_folder", TaggingOptions)
+
+
+if __name__ == "__main__":
+    main.run()

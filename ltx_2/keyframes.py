@@ -1,0 +1,150 @@
+"""Keyframes: images that guide a video at one of its frames, and are no part of the result.
+
+Their latents are the last frames of the noisy latents, with the positions of a single frame. They are clean,
+or as noisy as their strength leaves them, and are cut off behind the network or the denoising loop. Source:
+the released pipelines of LTX-2.
+"""
+# Letters: B batch, C channels, F H W latents of a video, K keyframes
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contract.data import Conditions, Joint
+from contract.family import NoiseSource
+from contract.requests import Prepared, check_opens
+from contract.steps import WHOLE, GivenTokens, HeldLatents, Overrides, Section, clean_share
+from ltx_2.given_media_options import PlacedImage
+from modules.errors import OptionError
+from modules.media.pixels import image_pixels
+
+# conditions: clean latents 1 C K H W, where they stand in frames of the video 1 K int64, and how much of
+# each is kept, as in `GivenTokens`, 1 K int16
+KEYFRAMES, PLACES, SHARES = "keyframe_latents", "keyframe_places", "keyframe_shares"
+FIRST = -1  # frame of an image that is for all of the video
+
+
+def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
+    """Raise OptionError if a keyframe of a result of so many frames cannot be opened, or is outside of it."""
+    for image in images:
+        check_opens("keyframe", image.path, is_image=True)
+        if not FIRST <= image.index < frames:
+            raise OptionError(
+                f"--keyframe {image.words}: it has the frames 0 to {frames - 1}. Give one of them, or "
+                f"{FIRST}, right before the first"
+            )
+
+
+def encode_keyframes(
+    images: Sequence[PlacedImage], prepared: Prepared, encode: Callable[[Tensor], Tensor], crf: int
+) -> dict[str, Tensor]:
+    """Return the conditions of keyframes; {} without any.
+
+    Args:
+        images: The keyframes.
+        prepared: The request, or that of a stage.
+        encode: Encodes pixels 1 3 F H W.
+        crf: H.264 quality at which they are seen.
+    """
+    if not images:
+        return {}
+    latents = [encode(image_pixels(image.path, prepared.width, prepared.height, crf=crf)) for image in images]
+    return {
+        KEYFRAMES: torch.cat(latents, dim=2),
+        PLACES: torch.tensor([[image.index for image in images]]),
+        SHARES: torch.tensor([[image.share for image in images]], dtype=torch.int16),
+    }
+
+
+def take_keyframes(conditions: dict[str, Any]) -> Conditions:
+    """Remove keyframes from conditions, and return them."""
+    return {name: conditions.pop(name) for name in (KEYFRAMES, PLACES, SHARES) if name in conditions}
+
+
+def append_keyframes(
+    section: Section, conditions: Conditions, joint: Joint | None, noise: NoiseSource, level: float
+) -> Section:
+    """Return a section that denoises keyframes behind its video.
+
+    Args:
+        section: A section that starts from noise.
+        conditions: From `take_keyframes`.
+        joint: Shapes of its video and audio; None for video alone.
+        noise: Source of the noise of keyframes that are not kept entirely.
+        level: Noise level at which the section starts.
+    """
+    start = section.noise
+    image, audio = (start, None) if joint is None else joint.split(start)
+    clean, places, shares = (conditions[name] for name in (KEYFRAMES, PLACES, SHARES))
+    assert isinstance(clean, Tensor)
+    assert isinstance(places, Tensor)
+    assert isinstance(shares, Tensor)
+    clean = clean.to(start.device)
+    shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
+    kept = clean_share(shares, clean).expand_as(clean)
+    levels = level * (1 - kept)
+    noisy = (1 - levels) * clean + levels * noise.draw(clean.shape).to(clean.device)
+
+    def append(latents: Tensor, keyframes: Tensor) -> Tensor:
+        if joint is None:
+            return torch.cat([latents, keyframes], dim=2)
+        image, audio = joint.split(latents)
+        return joint.join(torch.cat([image, keyframes], dim=2), audio)
+
+    held = section.held or HeldLatents(torch.zeros_like(start), torch.zeros_like(start))
+    given = append_shares(section.overrides.given, image, shares)
+    overrides = replace(section.overrides, given=replace(given, places=tuple(places[0].tolist())))
+    if joint is not None and audio is not None:
+        channels, frames, *sides = joint.picture
+        picture = (channels, frames + clean.shape[2], *sides)
+        overrides = replace(overrides, joint=replace(joint, picture=picture))
+    return replace(
+        section,
+        noise=append(start, noisy),
+        held=HeldLatents(append(held.clean, clean), append(held.shares, kept)),
+        overrides=overrides,
+        shown=image.shape[2],
+    )
+
+
+def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
+    """Return what is given of a clip, and of keyframes behind it.
+
+    Args:
+        given: What is given of the clip alone; None if it is nothing.
+        image: Latents of the clip, B C F H W, for their shape.
+        shares: Those of the keyframes, B 1 K H W int16.
+    """
+    given = given or GivenTokens()
+    of_image = given.image
+    if of_image is None:
+        of_image = torch.zeros(len(image), 1, *image.shape[2:], dtype=torch.int16)
+    return replace(given, image=torch.cat([of_image, shares.expand(len(of_image), -1, -1, -1, -1)], dim=2))
+
+
+def append_clean(image: Tensor, keyframes: Tensor, overrides: Overrides) -> tuple[Tensor, Overrides]:
+    """Return noisy latents with clean keyframes behind them, B C F+K H W, and overrides that say so."""
+    _, _, count, rows, columns = keyframes.shape
+    shares = torch.full((1, 1, count, rows, columns), WHOLE, dtype=torch.int16)
+    given = append_shares(overrides.given, image, shares)
+    return torch.cat([image, keyframes], dim=2), replace(overrides, given=given)
+
+
+def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
+    """Wrap sections so that latents behind the video are cut off their results."""
+    section = next(sections)
+    try:
+        while True:
+            latents = yield section
+            joint, shown = section.overrides.joint, section.shown
+            if shown is not None and joint is None:
+                latents = latents[:, :, :shown]
+            elif shown is not None and joint is not None:
+                image, audio = joint.split(latents)
+                latents = joint.join(image[:, :, :shown], audio)
+            section = sections.send(latents)
+    except StopIteration as end:
+        return end.value

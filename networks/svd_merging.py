@@ -1,0 +1,74 @@
+"""Merge LoRAs into one of a smaller rank: their exact sum, of which the strongest directions are kept."""
+
+import logging
+from pathlib import Path
+
+from modules.options import Options, not_needed, option, unsupported
+from modules.run_limits import temporary_folder
+from networks.deltas import CPU
+from networks.loading import LoraUse, read_lora
+from networks.merging import save_sum
+from networks.resizing import ResizeOptions, resize_file
+from networks.tool_options import OF_STABLE_DIFFUSION, PRECISIONS, FullMergeOptions, check_ratios
+
+logger = logging.getLogger(__name__)
+
+
+class SvdMergeOptions(Options):
+    """Options of `networks/svd_merge_lora.py`."""
+
+    models: tuple[Path, ...] = option(
+        "LoRA files to merge, of any dialect", nargs="+", place="there", required=True
+    )
+    ratios: tuple[float, ...] = option("strength of each file of --models", nargs="+", required=True)
+    save_to: Path = option("file to write", place="safetensors", must_not_replace="models", required=True)
+    new_rank: int = option("rank of the merged LoRA", default=4, minimum=1)
+    new_conv_rank: int | None = option(
+        "the same for convolutions; default: --new_rank", minimum=1, hint="a rank"
+    )
+    save_precision: str = option("type of the factors", default="float", choices=PRECISIONS)
+    family: str | None = option(
+        "the model that the LoRAs are for, if neither their metadata nor their names and sizes say it",
+        choices=OF_STABLE_DIFFUSION,
+    )
+    precision = not_needed("it is computed in float64.", choices=PRECISIONS)
+    device = not_needed("it takes seconds on the CPU, in float64.", type=str)
+    lbws = unsupported(
+        "strengths of single blocks. Leave it out, and give one strength for each file to --ratios",
+        "strengths of single blocks",
+        nargs="*",
+    )
+    no_metadata = unsupported("the file always says its rank, and which files are merged in it")
+
+    def __post_init__(self) -> None:
+        check_ratios(self.models, self.ratios)
+
+
+def merge_and_resize(options: SvdMergeOptions) -> None:
+    """Write the sum of LoRAs as one of the rank that is asked for.
+
+    Raises:
+        CheckpointError: If a file cannot be used, or they do not fit each other.
+    """
+    pairs = list(zip(options.models, options.ratios, strict=True))
+    uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in pairs]
+    logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
+    with temporary_folder() as folder:
+        exact = folder / "sum.safetensors"
+        summing = FullMergeOptions.usual(
+            models=options.models,
+            ratios=options.ratios,
+            save_to=exact,
+            family=options.family,
+            concat=True,
+        )
+        save_sum(summing, exact, uses, CPU)
+        resize_file(
+            ResizeOptions.usual(
+                model=exact,
+                save_to=options.save_to,
+                new_rank=options.new_rank,
+                new_conv_rank=options.new_conv_rank,
+                save_precision=options.save_precision,
+            )
+        )
