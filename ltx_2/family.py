@@ -41,7 +41,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from contract.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -57,13 +57,11 @@ from ltx_2.given_media import (
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
-    FRAMES,
-    KEYFRAMES,
-    SHARES,
     append_clean,
     append_keyframes,
     cut_to_shown,
     encode_keyframes,
+    take_keyframes,
 )
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -263,10 +261,10 @@ class Ltx2(Ltx2Media):
         image_times = audio_times = timesteps
         if timesteps.ndim == 2:
             image_times, audio_times = timesteps.unbind(1)
-        places, frames = cond.get(FRAMES), image.shape[2]
-        keyframes = cond.get(KEYFRAMES)
-        if isinstance(keyframes, Tensor):  # in training; a generation denoises them behind its video
-            keyframes = self.latent.to_model(keyframes.to(noisy.device, noisy.dtype))
+        frames = image.shape[2]
+        given = overrides.given or GivenTokens()
+        if given.keyframes is not None:  # in training; a generation denoises them behind its video
+            keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
             image, overrides = append_clean(image, keyframes, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
@@ -283,14 +281,14 @@ class Ltx2(Ltx2Media):
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_away(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
-            keyframes=places[0].tolist() if isinstance(places, Tensor) else (),
+            keyframes=given.places,
             **arguments_of(cond),
         )
         if not self.files.has_images:
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
-        if isinstance(keyframes, Tensor):
+        if given.keyframes is not None:
             velocity = velocity[:, :, :frames]
         if joint is None:
             return velocity
@@ -427,10 +425,7 @@ class Ltx2(Ltx2Media):
 
     def _make_output_metadata(self, references: Sequence[Path], media: Ltx2GivenMedia) -> dict[str, str]:
         """Return metadata of outputs about given media, references and stages."""
-        metadata = {name: path.name for name, path in {**media.image_files, **media.audio_files}.items()}
-        for name, images in (("keyframe", media.keyframes), ("latent_frame", media.latent_frames)):
-            if images:
-                metadata[name] = ", ".join(f"{image.index}:{image.path.name}" for image in images)
+        metadata = media.metadata
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
         if references and self.reference_strength < 1:
@@ -625,7 +620,7 @@ class Ltx2(Ltx2Media):
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
-            keyframes = {name: conditions.pop(name) for name in (KEYFRAMES, SHARES) if name in conditions}
+            keyframes = take_keyframes(conditions)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))

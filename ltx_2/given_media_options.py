@@ -1,6 +1,7 @@
 """Options of the parts of a result that a generation is given. Standard library only."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,6 +162,22 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
     def made_audio(self) -> tuple[float, float] | None:
         """Start and end of --audio_inpaint_interval in seconds."""
         return read_interval("audio_inpaint_interval", self.audio_inpaint_interval)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is given, for the metadata of a result: by option, files without their folders."""
+        texts = {}
+        without = Ltx2GivenMedia()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(without, field.name):
+                texts[field.name] = value.name if isinstance(value, Path) else str(value)
+        for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
+            if images:
+                texts[name] = ", ".join(
+                    f"{image.index}:{image.path.name}:{image.strength:g}" for image in images
+                )
+        return texts
 
     @property
     def image_files(self) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan
 from ltx_2 import options as ltx_2
+from ltx_2.given_media_options import Ltx2GivenMedia
 from modules.options import info_of
 from modules.parser import add_options
 from tests.generation.toy_family import ToyFamily
@@ -70,6 +71,7 @@ FROM_FAMILY = {
     # of LTX-2; its tests of references and stages see them
     *("reference_video", "reference_videos", "reference_strength", "video_conditioning"),
     *("conditioning_attention_mask", "distilled_lora"),
+    *info_of(Ltx2GivenMedia),  # tests/ltx_2/test_given_media_options.py
 }
 SAID_AS = {  # where the metadata have another name for it
     "seed": ("seeds",),

@@ -417,8 +417,10 @@ def test_two_things_that_answer_one_question_are_refused_by_name(
 WITHOUT_SAY = {
     Batch: {"tensors", "captions", "keys", "made_by", "text_metadata", "undropped", "view", "empty_text"}
     # of pairs; in the weights of a `NoisyBatch`; the entry "preserved"
-    | {"rejected", "loss_weights", "attributes"},
-    NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes"},
+    | {"rejected", "loss_weights", "attributes"}
+    # of which `given` is made: tests/ltx_2/test_given.py
+    | {"given_times", "crop_regions"},
+    NoisyBatch: {"batch", "noise", "sigmas", "timesteps", "levels", "expert", "number", "notes", "given"},
     LossRule: {"options", "prediction", "as_base", "always_as_base", "kept_attributes"}
     | {"targets", "passes", "has_own_pass"}  # functions of targets
     | {"in_lockstep", "learning_pass", "seed", "seed_networks"},
@@ -465,6 +467,8 @@ OF_NO_TARGET = {
         "FrozenModelOptions",
     ),
     *("OptionsOfFeatures", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
+    # inputs of their own, prompts in place of clips, and what a file says of itself
+    *("InpaintingOptions", "LecoOptions", "AdapterOptions"),
 }
 
 
