@@ -65,7 +65,7 @@ from modules.console import as_size
 from modules.errors import OptionError, UserError
 from modules.pages.language import counted, say
 from modules.pages.page import render_page
-from modules.paths import expand_path
+from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
 from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
@@ -130,7 +130,7 @@ class MakingCommand:
             typed = "".join(form.get(f"word {index}", ())).strip() or text
             if not typed:
                 raise OptionError(say("Fill in %(label)s.", label=label))
-            words[index] = typed
+            words[index] = complete_home(typed) if index == self.control_index else typed
         return words
 
 
