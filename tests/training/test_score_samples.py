@@ -13,7 +13,6 @@ from PIL import Image
 from modules.errors import OptionError
 from tests.training import toy
 from tests.training.scoring.making import CIRCLE, draw, write_clip
-from tests.training.test_samples import write_prompts
 from training.features.score_samples_starting import SampleScorer
 from training.reports.history import read_history, read_session
 from training.reports.scores import read_present_scores
@@ -89,7 +88,7 @@ def test_it_needs_samples_and_the_page(tmp_path: Path) -> None:
     scored = ["--score_samples", tmp_path / "clip"]
     with pytest.raises(OptionError, match="--score_samples needs samples"):
         toy.train_toy(tmp_path, *scored, has_page=True)
-    prompts = ["--sample_prompts", write_prompts(tmp_path)]
+    prompts = ["--sample_prompts", toy.write_prompts(tmp_path)]
     with pytest.raises(OptionError, match="--no_page"):
         toy.train_toy(tmp_path, *scored, *prompts)
 
@@ -100,7 +99,7 @@ def test_a_training_ends_with_scores_of_all_its_samples_on_the_page(tmp_path: Pa
     write_clip(tmp_path / "clip")
     (tmp_path / "images").mkdir()
     Image.fromarray(draw(CIRCLE)).save(tmp_path / "images" / "a.png")
-    words = ["--sample_prompts", write_prompts(tmp_path), "--sample_every_n_steps", 4]
+    words = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_steps", 4]
     words += ["--save_every_n_steps", 4, "--score_samples", tmp_path / "clip"]
 
     toy.train_toy(tmp_path, *words, has_page=True)
