@@ -173,14 +173,14 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
 
 
 @dataclass(frozen=True)
-class LoadedNetwork:
+class ImageNetwork:
     """A network of transformers with the preprocessing of its images."""
 
     network: Any
     processor: Any
 
 
-def _load_network(folder: Path, option: str, class_name: str) -> LoadedNetwork:
+def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     """Load a network and its preprocessing. Raises CheckpointError if transformers cannot."""
     shapes = check_settings(folder, option)
     import transformers  # takes seconds; not for a wrong folder
@@ -205,7 +205,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> LoadedNetwork:
         raise
     except Exception as error:  # damaged files raise errors of many libraries
         raise _explain_loading(folder, option, class_name, error) from None
-    return LoadedNetwork(network.eval().requires_grad_(False), processor)
+    return ImageNetwork(network.eval().requires_grad_(False), processor)
 
 
 def _load_tokenizer(folder: Path, class_name: str) -> Any:
