@@ -61,7 +61,7 @@ from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.pages.language import counted, join, say
-from modules.paths import without_quotes
+from modules.paths import complete_home, without_quotes
 from modules.text_files import real_path
 
 MAX_AT_ONCE = 64  # results of one press of Make
@@ -125,6 +125,9 @@ class GenerateForm:
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
         """Read the form from the fields of a request."""
         texts = {name: "".join(form[name]) for name in LABELS if name in form}
+        for name in (*IMAGES, "lora_file"):  # of references one a line
+            if name in texts:
+                texts[name] = "\n".join(map(complete_home, texts[name].split("\n")))
         chosen = form.get("lora", ())
         return cls(
             source="".join(form.get("source", ())[:1]),

@@ -44,6 +44,7 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
+HOME = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
 # A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
@@ -77,9 +78,12 @@ _find_commands = functools.cache(find_commands)
 def split_words(line: str) -> list[str]:
     """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
+    A `~/` at the beginning of a word is completed.
+
     Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
     that looks like a separator in a Windows path.
     """
+    line = HOME.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
     mark = MARKS.search(QUOTED.sub("''", line))
     if mark:
         raise OptionError(

@@ -65,6 +65,22 @@ KIND_NOTES = {
     "embedding": say("A new word for what the model can draw already: the trigger word, in small letters."),
 }
 
+# subjects and styles whose plain name every model has learned already
+KNOWN_WORDS = frozenset(
+    {
+        *("animal", "anime", "baby", "bag", "bird", "bike", "boat", "body", "bottle", "boy"),
+        *("building", "cake", "car", "cartoon", "castle", "cat", "chair", "character", "child"),
+        *("city", "cloud", "clothes", "comic", "cup", "dog", "doll", "dragon", "dress", "drawing"),
+        *("elf", "face", "fish", "flower", "food", "forest", "fox", "girl", "guy", "hair", "hat"),
+        *("home", "horse", "house", "human", "illustration", "kid", "kitten", "lady", "landscape"),
+        *("lion", "logo", "man", "manga", "monster", "mountain", "mouse", "object", "painting"),
+        *("pattern", "people", "person", "photo", "picture", "pixel", "plant", "portrait", "puppy"),
+        *("rabbit", "robot", "room", "shirt", "shoe", "sketch", "sky", "style", "suit", "sword"),
+        *("texture", "tiger", "toy", "train", "tree", "truck", "watch", "watercolor"),
+        *("wolf", "woman"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class NewForm:
@@ -233,6 +249,17 @@ def check_trigger_field(form: NewForm) -> None:
             check_trigger(form.trigger)
         except OptionError as error:
             raise OptionError(str(error).replace("--trigger_word", say("Trigger word"))) from None
+
+
+def hint_at_word(word: str) -> str:
+    """Return a line about a trigger word that models know already; "" for any other word."""
+    if word.strip().lower() not in KNOWN_WORDS:
+        return ""
+    return say(
+        "Every model knows %(word)s already: what it draws for that word changes too. A made-up word changes "
+        "yours alone.",
+        word=word.strip(),
+    )
 
 
 def check_name_field(form: NewForm) -> None:

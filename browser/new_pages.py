@@ -85,6 +85,7 @@ from browser.new_form import (
     NewForm,
     check_form,
     find_model,
+    hint_at_word,
     list_differing,
     list_field_errors,
     list_key_changes,
@@ -132,6 +133,7 @@ from modules.errors import OptionError, UserError
 from modules.line_kinds import CAPTIONS, MEND
 from modules.pages.language import counted, join, say
 from modules.pages.page import encode_address
+from modules.paths import complete_home
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
@@ -296,6 +298,7 @@ class NewPages:
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
             "field_faults": list_field_errors(form),
+            "word_hint": hint_at_word(form.trigger),
             "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else empty,
             "free": self.describe_free(),
             "facts": self.list_info(form, described, duration),
@@ -700,6 +703,7 @@ class NewPages:
     def explain_folder(self, text: str) -> str:
         """Return the reason why the typed folder cannot be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
+        text = complete_home(text)
         if WINDOWS_PATH.match(text) and os.name != "nt":
             return say(
                 "%(text)s: that is a path of Windows, and this page runs elsewhere. Drop the files here, or "

@@ -25,6 +25,7 @@ TABLES = Path(__file__).resolve().parent / "languages"
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"  # and the port, as all ports of a host share their cookies
+HEADER = "Reelsmith-Language"  # of what a page's scripts ask for: the language in which the page was drawn
 COOKIE_SECONDS = 60 * 60 * 24 * 365
 SCRIPTS = "scripts"  # section of a table
 HELPS = "helps"  # section in a file of its own
@@ -47,8 +48,13 @@ def read_texts(code: str) -> Mapping[str, str]:
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: that of the cookie, else the browser's first one with a table."""
-    code = _read_cookie(request) or find_accepted(request.headers.get("accept-language", ""))
+    """Return the language of a request: that of its page, of the cookie, or the browser's first with a table.
+
+    Parts that a page asks for again stay in its own language when another tab has changed the cookie.
+    """
+    of_page = request.headers.get(HEADER, "")
+    code = of_page if of_page in CODES else _read_cookie(request)
+    code = code or find_accepted(request.headers.get("accept-language", ""))
     address = request.url.path
     if request.url.query:
         address = f"{address}?{request.url.query}"
@@ -150,7 +156,17 @@ function translateCount(number, singular, plural, values = {}) {
   const text = number === 1 && TEXTS[plural] === undefined ? singular : plural;
   return translate(text, { n: number.toLocaleString("en"), ...values });
 }
-"""
+
+// What scripts ask for is in the language of the page, also when another tab has changed it since.
+{
+  const send = globalThis.fetch;
+  globalThis.fetch = (address, options = {}) => {
+    const headers = new Headers(options.headers);
+    headers.set("HEADER", LANGUAGE);
+    return send(address, { ...options, headers });
+  };
+}
+""".replace("HEADER", HEADER)
 
 
 def language_routes() -> list[Route]:
@@ -165,5 +181,5 @@ def language_headers() -> list[tuple[bytes, bytes]]:
     """Return the response headers of a page in the language of its request."""
     return [
         (b"content-language", language().code.encode()),
-        (b"vary", b"Accept-Language, Cookie"),
+        (b"vary", f"Accept-Language, Cookie, {HEADER}".encode()),
     ]

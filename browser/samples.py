@@ -36,6 +36,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import say
+from modules.paths import complete_home
 from project.fitting import needs_image
 from project.options import RUN_FILE
 
@@ -394,7 +395,8 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
     rows: dict[int, dict[str, str]] = {}
     for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
-            rows[number] = {name: fields.get(f"{name} {number}", "").strip() for name in FIELDS}
+            texts = {name: fields.get(f"{name} {number}", "").strip() for name in FIELDS}
+            rows[number] = texts | {name: complete_home(texts[name]) for name in IMAGES}
     return rows
 
 

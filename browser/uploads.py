@@ -35,6 +35,7 @@ from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.output_files import fold_name, is_windows_device
 from modules.pages.language import say
+from modules.paths import complete_home
 from modules.text_files import bad_character, read_content, real_path
 
 ADDRESS = "/new/upload"
@@ -221,7 +222,7 @@ class FileUploads:
         return await run_in_threadpool(answer_taken, folder)
 
     def find_target(self, into: str) -> Path:
-        """Return the folder that a text names. It need not exist if the text is a single name.
+        """Return the folder that a text names. It need not exist if it is to be directly in a root.
 
         Raises OptionError if files may not be added there.
         """
@@ -233,8 +234,12 @@ class FileUploads:
                 )
             return folder
         name = into.strip()
+        typed = Path(complete_home(name))
+        top = next((top for top in self.runs.tops if typed.parent == top), self.runs.tops[0])
+        if typed.parent == top:
+            name = typed.name
         check_file_name(name)
-        path = real_path(self.runs.tops[0]) / name
+        path = real_path(top) / name
         if path.exists() or path.is_symlink():
             raise OptionError(
                 say("%(path)s is no folder below those that are shown. Choose another name", path=path)

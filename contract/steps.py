@@ -87,15 +87,20 @@ class GivenTokens:
 
     At a noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
     int16, which stays on the host.
+
+    Keyframes are images at frames of the clip, `places`, that the network sees besides it. In training they
+    are `keyframes`, clean; in a generation they are the last frames of the noisy latents, and of `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: nothing is given
     audio: Tensor | None = None  # B 1 T 1
+    keyframes: Tensor | None = None  # B C K H W, in the form of latents in caches
+    places: tuple[int, ...] = ()  # of K keyframes
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""
-        image = None if self.image is None else move(self.image)
-        return GivenTokens(image, None if self.audio is None else move(self.audio))
+        tensors = {"image": self.image, "audio": self.audio, "keyframes": self.keyframes}
+        return replace(self, **{name: move(one) for name, one in tensors.items() if one is not None})
 
 
 def clean_share(given: Tensor, like: Tensor) -> Tensor:

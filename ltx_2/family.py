@@ -41,7 +41,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from contract.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -57,13 +57,11 @@ from ltx_2.given_media import (
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
-    FRAMES,
-    KEYFRAMES,
-    SHARES,
     append_clean,
     append_keyframes,
     cut_to_shown,
     encode_keyframes,
+    take_keyframes,
 )
 from ltx_2.media import Ltx2Media
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
@@ -103,6 +101,13 @@ from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
 
+# what it reads of `Request.extra`
+LINE_EXTRAS = (
+    "reference_video",
+    "keyframe",
+    "latent_frame",
+    *("inpaint_mask", "inpaint_invert", "inpaint_threshold"),
+)
 FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
@@ -168,7 +173,7 @@ class Ltx2(Ltx2Media):
             width=width,
             height=height,
             frames=frames,
-            extras=("reference_video", "keyframe", "latent_frame"),
+            extras=LINE_EXTRAS,
         )
 
     @property
@@ -263,10 +268,10 @@ class Ltx2(Ltx2Media):
         image_times = audio_times = timesteps
         if timesteps.ndim == 2:
             image_times, audio_times = timesteps.unbind(1)
-        places, frames = cond.get(FRAMES), image.shape[2]
-        keyframes = cond.get(KEYFRAMES)
-        if isinstance(keyframes, Tensor):  # in training; a generation denoises them behind its video
-            keyframes = self.latent.to_model(keyframes.to(noisy.device, noisy.dtype))
+        frames = image.shape[2]
+        given = overrides.given or GivenTokens()
+        if given.keyframes is not None:  # in training; a generation denoises them behind its video
+            keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
             image, overrides = append_clean(image, keyframes, overrides)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
@@ -283,14 +288,14 @@ class Ltx2(Ltx2Media):
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_away(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
-            keyframes=places[0].tolist() if isinstance(places, Tensor) else (),
+            keyframes=given.places,
             **arguments_of(cond),
         )
         if not self.files.has_images:
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
-        if isinstance(keyframes, Tensor):
+        if given.keyframes is not None:
             velocity = velocity[:, :, :frames]
         if joint is None:
             return velocity
@@ -473,6 +478,8 @@ class Ltx2(Ltx2Media):
 
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
+        if media.inpaint_source is not None and self.given.inpaint_source is None:
+            return ()  # the reference is the clip that a mask changes
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -622,7 +629,7 @@ class Ltx2(Ltx2Media):
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
-            keyframes = {name: conditions.pop(name) for name in (KEYFRAMES, SHARES) if name in conditions}
+            keyframes = take_keyframes(conditions)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))

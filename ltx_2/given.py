@@ -6,6 +6,7 @@ change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whos
 # Letters: B batch, F H W latents of a video, T latents of the audio
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,6 +132,25 @@ class AnchorRule:
 
 
 @dataclass(frozen=True)
+class KeyframeRule:
+    """Latent frames of clips that training shows as keyframes besides; drawn for all clips of a batch."""
+
+    first: float  # probabilities
+    last: float
+    interior: float
+    max_interior: int  # latent frames between the ends, at most
+
+    def choose(self, frames: int, generator: torch.Generator) -> list[int]:
+        """Return the latent frames, in order, of clips that have so many."""
+        first, last, interior, fraction = torch.rand(4, generator=generator).tolist()
+        between = min(self.max_interior, frames - 2)
+        count = 1 + int(fraction * between) if between > 0 and interior < self.interior else 0
+        order = torch.randperm(max(frames - 2, 0), generator=generator)
+        chosen = [0] * (first < self.first) + [frames - 1] * (last < self.last)
+        return sorted([*chosen, *(order[:count] + 1).tolist()])
+
+
+@dataclass(frozen=True)
 class GivenRules:
     """Which parts of clips a training gives; see `contract.family.GivesTokens`."""
 
@@ -140,6 +160,7 @@ class GivenRules:
     anchors: AnchorRule | None = None
     audio_ends: Extension | None = None
     audio_times: MaskRule | None = None
+    keyframes: KeyframeRule | None = None
 
     def always(self) -> "GivenRules":
         """Return the same rules with probabilities of 1."""
@@ -147,6 +168,9 @@ class GivenRules:
         for name, rule in vars(self).items():
             if isinstance(rule, Extension):
                 changes[name] = replace(rule, prefix_p=1.0, suffix_p=1.0)
+            elif isinstance(rule, KeyframeRule):
+                chances = {name: math.ceil(getattr(rule, name)) for name in ("first", "last", "interior")}
+                changes[name] = replace(rule, **chances)
             elif rule is not None:
                 changes[name] = replace(rule, probability=1.0)
         return replace(self, **changes)
@@ -166,9 +190,18 @@ class GivenRules:
         _warn_of_whole(batch.keys, image)
         image_shares = image if image is not None and image.any() else None
         audio_shares = audio if audio is not None and audio.any() else None
-        if image_shares is None and audio_shares is None:
+        latents = batch.tensor("latents")
+        chosen = []
+        if self.keyframes is not None and latents.shape[2] > 1:
+            chosen = self.keyframes.choose(latents.shape[2], generator)
+        if image_shares is None and audio_shares is None and not chosen:
             return None
-        return GivenTokens(image_shares, audio_shares)
+        return GivenTokens(
+            image_shares,
+            audio_shares,
+            keyframes=latents[:, :, chosen] if chosen else None,
+            places=tuple(LATENT.frame_step * index for index in chosen),
+        )
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
         """Return the shares of images, B 1 F H W int16; None if no rule is about them."""
@@ -283,6 +316,7 @@ def make_given_rules(options: Ltx2GivenParts) -> GivenRules | None:
             options.ltx2_audio_inpaint_mask_invert,
             options.ltx2_audio_inpaint_mask_threshold,
         ),
+        keyframes=_make_keyframes(options),
     )
     return None if rules == GivenRules() else rules
 
@@ -301,6 +335,17 @@ def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
 
 def _make_mask(is_on: bool, probability: float, is_inverted: bool, threshold: float = 0.5) -> MaskRule | None:
     return MaskRule(probability, is_inverted, threshold) if is_on and probability else None
+
+
+def _make_keyframes(options: Ltx2GivenParts) -> KeyframeRule | None:
+    if not options.keyframe_endpoint_training:
+        return None
+    return KeyframeRule(
+        options.keyframe_first_frame_p,
+        options.keyframe_last_frame_p,
+        options.keyframe_random_interior_p,
+        options.keyframe_max_random_interior,
+    )
 
 
 def _make_anchors(options: Ltx2GivenParts) -> AnchorRule | None:

@@ -9,7 +9,7 @@ from modules.options import HABIT, Options, option
 from modules.text_files import parse_toml, read_text
 
 _CROP, _MASK, _SOUND_MASK = "ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"
-_ANCHORS = "video_anchor_training"
+_ANCHORS, _KEYFRAMES = "video_anchor_training", "keyframe_endpoint_training"
 STRATEGIES = ("endpoints", "random", "endpoints_random")
 
 
@@ -115,6 +115,23 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         ignored_without=_ANCHORS,
         facts=HABIT,
     )
+    keyframe_endpoint_training: bool = option(
+        "show latent frames of clips besides, as --keyframe shows images: a LoRA that leads from one to the "
+        "next. They are drawn for each batch",
+        facts=HABIT,
+    )
+    keyframe_first_frame_p: float = _chance(
+        "fraction of batches that show the first latent frame", 1.0, ignored_without=_KEYFRAMES
+    )
+    keyframe_last_frame_p: float = _chance(
+        "fraction of batches that show the last one", 1.0, ignored_without=_KEYFRAMES
+    )
+    keyframe_random_interior_p: float = _chance(
+        "fraction of batches that show random ones between these", 0.0, ignored_without=_KEYFRAMES
+    )
+    keyframe_max_random_interior: int = option(
+        "how many of them at most", default=0, minimum=0, ignored_without=_KEYFRAMES, facts=HABIT
+    )
     ltx2_conditioning_config: Path | None = option(
         "TOML file that sets these options, --ltx2_train_direction, --ltx2_first_frame_conditioning_p and "
         "--ic_lora_ref_probability",
@@ -126,7 +143,8 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
     def gives_images(self) -> bool:
         """Whether parts of images are given."""
         ends = self.ltx2_extend_prefix_frames or self.ltx2_extend_suffix_frames
-        return bool(ends or self.ltx2_spatial_crop or self.ltx2_inpaint_mask or self.video_anchor_training)
+        masks = self.ltx2_spatial_crop or self.ltx2_inpaint_mask
+        return bool(ends or masks or self.video_anchor_training or self.keyframe_endpoint_training)
 
     @property
     def gives_audio(self) -> bool:
@@ -138,6 +156,18 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
         draws_none = self.video_anchor_strategy == "random" and not self.video_anchor_count
         if self.video_anchor_training and draws_none:
             raise OptionError("--video_anchor_strategy random: give --video_anchor_count 1 or more")
+        interior, most = self.keyframe_random_interior_p, self.keyframe_max_random_interior
+        if bool(interior) != bool(most):
+            raise OptionError(
+                f"--keyframe_random_interior_p {interior:g} and --keyframe_max_random_interior {most}: give "
+                "both above 0, or none of them"
+            )
+        ends = self.keyframe_first_frame_p or self.keyframe_last_frame_p
+        if self.keyframe_endpoint_training and not (ends or interior):
+            raise OptionError(
+                "--keyframe_endpoint_training with --keyframe_first_frame_p 0 and --keyframe_last_frame_p 0: "
+                "nothing would be shown. Give one above 0"
+            )
         if self.video_anchor_strength < 1 and not self.ltx2_graded_conditioning:
             raise OptionError(
                 f"--video_anchor_strength {self.video_anchor_strength:g}: frames that are partly given need "

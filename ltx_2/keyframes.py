@@ -8,6 +8,7 @@ the released pipelines of LTX-2.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from ltx_2.given_media_options import PlacedImage
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels
 
-# conditions: clean latents B C K H W, where they stand in frames of the video B K int64, and how much of
+# conditions: clean latents 1 C K H W, where they stand in frames of the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16
-KEYFRAMES, FRAMES, SHARES = "keyframe_latents", "keyframe_frames", "keyframe_shares"
+KEYFRAMES, PLACES, SHARES = "keyframe_latents", "keyframe_places", "keyframe_shares"
 FIRST = -1  # frame of an image that is for all of the video
 
 
@@ -53,9 +54,14 @@ def encode_keyframes(
     latents = [encode(image_pixels(image.path, prepared.width, prepared.height, crf=crf)) for image in images]
     return {
         KEYFRAMES: torch.cat(latents, dim=2),
-        FRAMES: torch.tensor([[image.index for image in images]]),
+        PLACES: torch.tensor([[image.index for image in images]]),
         SHARES: torch.tensor([[image.share for image in images]], dtype=torch.int16),
     }
+
+
+def take_keyframes(conditions: dict[str, Any]) -> Conditions:
+    """Remove keyframes from conditions, and return them."""
+    return {name: conditions.pop(name) for name in (KEYFRAMES, PLACES, SHARES) if name in conditions}
 
 
 def append_keyframes(
@@ -65,15 +71,16 @@ def append_keyframes(
 
     Args:
         section: A section that starts from noise.
-        conditions: `KEYFRAMES` and `SHARES`.
+        conditions: From `take_keyframes`.
         joint: Shapes of its video and audio; None for video alone.
         noise: Source of the noise of keyframes that are not kept entirely.
         level: Noise level at which the section starts.
     """
     start = section.noise
     image, audio = (start, None) if joint is None else joint.split(start)
-    clean, shares = conditions[KEYFRAMES], conditions[SHARES]
+    clean, places, shares = (conditions[name] for name in (KEYFRAMES, PLACES, SHARES))
     assert isinstance(clean, Tensor)
+    assert isinstance(places, Tensor)
     assert isinstance(shares, Tensor)
     clean = clean.to(start.device)
     shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
@@ -88,7 +95,8 @@ def append_keyframes(
         return joint.join(torch.cat([image, keyframes], dim=2), audio)
 
     held = section.held or HeldLatents(torch.zeros_like(start), torch.zeros_like(start))
-    overrides = replace(section.overrides, given=append_shares(section.overrides.given, image, shares))
+    given = append_shares(section.overrides.given, image, shares)
+    overrides = replace(section.overrides, given=replace(given, places=tuple(places[0].tolist())))
     if joint is not None and audio is not None:
         channels, frames, *sides = joint.picture
         picture = (channels, frames + clean.shape[2], *sides)

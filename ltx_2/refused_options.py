@@ -33,7 +33,6 @@ DROPOUT = "caption_dropout_rate is a key of the tables of the dataset configurat
 DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
 FROZEN = "a LoRA that does not learn is merged by --base_weights FILE --base_weights_multiplier 1"
-KEYFRAMES = "keyframes behind the clip are not trained; --video_anchor_training gives frames in their place"
 HUBER = "--huber_c and --huber_scale are the threshold of --loss_type huber"
 MANIFEST = "a training needs the caches and the dataset configuration, and no other list"
 MODULES = (
@@ -177,10 +176,6 @@ TRAINING: Table = {
         ltx2_remote_stage_learning_rate:float ltx2_remote_stage_weight_decay=0.01
         ltx2_remote_stage_max_grad_norm=0.0 ltx2_remote_stage_checkpoint_dir:str
         ltx2_remote_stage_prune_local_blocks
-    """,
-    KEYFRAMES: """
-        keyframe_endpoint_training keyframe_first_frame_p=1.0 keyframe_last_frame_p=1.0
-        keyframe_random_interior_p=0.0 keyframe_max_random_interior=0
     """,
     PER_SAMPLE_SO: "ltx2_per_sample_loss",
     FLOATS_SO: "full_fp16 full_bf16",

@@ -56,6 +56,15 @@ def expand_path(text: str, base: Path | None = None) -> Path:
     return path
 
 
+def complete_home(text: str) -> str:
+    """Return a typed path whose `~` is completed as a shell does; unchanged if there is no such user."""
+    if not text.startswith("~"):
+        return text
+    with contextlib.suppress(RuntimeError):
+        return str(Path(text).expanduser())
+    return text
+
+
 def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
     r"""Return whether a path is on a share of another machine (\\machine\share) that a base is not on.
 

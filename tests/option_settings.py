@@ -50,6 +50,8 @@ TIMES = (*OFTEN, *IN_TABLE, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_m
 ENDS = ("--ltx2_extend_prefix_frames", "1", "--ltx2_extend_suffix_frames", "0")
 AUDIO_ENDS = (*OFTEN, "--ltx2_audio_extend_prefix_frames", "1", "--ltx2_audio_extend_suffix_frames", "1")
 ANCHORS = ("--video_anchor_training", "--video_anchor_strategy", "random", "--video_anchor_probability", "1")
+KEYFRAMES = ("--keyframe_endpoint_training",)
+INTERIOR = ("--keyframe_random_interior_p", "1", "--keyframe_max_random_interior", "1")
 
 SETTINGS: dict[str, Setting] = {
     # caching
@@ -168,6 +170,10 @@ SETTINGS: dict[str, Setting] = {
     "log_config": Setting(also=LOGS),
     "log_with": Setting(("tensorboard", "--logging_dir", "logs")),
     "on_end": Setting((f"{sys.executable} end.py",)),
+    "score_samples": Setting(("model",), also=PROMPTS, shows="the samples are not scored any more"),
+    "score_device": Setting(
+        ("meta",), also=(*PROMPTS, "--score_samples", "model"), shows="nothing here computes on meta"
+    ),
     "metadata_reso": Setting(("832,480",)),
     "sdpa": Setting(),
     "fp8_scaled": Setting(also=("--fp8_base",)),
@@ -402,6 +408,10 @@ SETTINGS: dict[str, Setting] = {
     "ltx2_graded_conditioning": Setting(
         also=(*ANCHORS, "--video_anchor_strength", "0.5", "--ltx2_graded_conditioning")
     ),
+    "keyframe_endpoint_training": Setting(),
+    **dict.fromkeys(("keyframe_first_frame_p", "keyframe_last_frame_p"), Setting(("0",), also=KEYFRAMES)),
+    "keyframe_random_interior_p": Setting(("0.01",), also=(*KEYFRAMES, *INTERIOR)),
+    "keyframe_max_random_interior": Setting(("2",), also=(*KEYFRAMES, *INTERIOR)),
     "ltx2_conditioning_config": Setting(("recipe.toml",)),
     "extend_prefix": Setting(("start.png",)),
     "extend_prefix_frames": Setting(

@@ -141,19 +141,27 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
     for read in (*joined.read_captions, *learner.read_captions):
         _add_words(read, result.tables)
+    if options.samples.are_made or _encode_texts(plans):
+        result.tables[0].faults += counters.find_unreachable(counters.unreachable)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
-    times = describe_times(options.timesteps, config.datasets)
     few_steps = describe_few_steps(family, options)
     if few_steps:
         lines.append(few_steps)
-    targets = joined.describe_targets()
-    if targets:
-        lines = ["Targets:", *findings.indent(targets), *lines]
-    if times:
-        lines = ["Timesteps of the tables:", *findings.indent(times), *lines]
-    result = replace(result, tail=(*result.tail, *lines))
+    above = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
+    above += _describe_each("Targets:", joined.describe_targets())
+    result = replace(result, tail=(*result.tail, *above, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
+
+
+def _encode_texts(plans: Sequence[TablePlan]) -> bool:
+    """Return whether the training encodes captions itself."""
+    return any(plan.texts in {Where.MEMORY, Where.LIVE} for plan in plans)
+
+
+def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
+    """Return a title with indented lines; nothing without lines."""
+    return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
 def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:

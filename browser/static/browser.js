@@ -101,8 +101,9 @@ function showPair(isOver = $("over").checked) {
   }
   $("open").href = $("right").value;
   $("shown").textContent = $("right").selectedOptions[0].text;
-  $("earlier").disabled = $("right").selectedIndex === 0;
-  $("later").disabled = $("right").selectedIndex === $("right").options.length - 1;
+  // not `disabled`, which would take the focus from who has pressed them
+  $("earlier").ariaDisabled = $("right").selectedIndex === 0;
+  $("later").ariaDisabled = $("right").selectedIndex === $("right").options.length - 1;
   moveLine();
   keepStep();
 }

@@ -90,7 +90,7 @@ function moveLora(box) {
   if (box.checked) list.append(row);
   else list.prepend(row);
   field("add_lora").querySelector("small").textContent = field("add_lora").querySelectorAll("li").length;
-  box.focus({ preventScroll: true });
+  (box.checkVisibility() ? box : field("add_lora").querySelector("summary")).focus({ preventScroll: true }); // in a closed list
 }
 document.addEventListener("input", (event) => {
   if (event.target.id !== "find_lora") return;

@@ -186,7 +186,8 @@ def check_caching(
         if scope.media and findings.sources:
             _check_media(findings, family, recipe, workers, with_latents=scope.latents)
         if scope.texts:
-            _check_text_caches(findings, family, identified.texts, stores)
+            unencoded = _check_text_caches(findings, family, identified.texts, stores)
+            findings.faults += counters.find_unreachable(unencoded)
         if scope.texts or (findings.sources and identified.media):
             kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_errors(table)]
@@ -272,8 +273,13 @@ def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
 
 
-def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores) -> None:
-    """Add a line for each text encoder: the numbers of valid caches and of caches to make."""
+def _check_text_caches(
+    findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores
+) -> Iterable[str]:
+    """Add a line for each text encoder: the numbers of valid caches and of caches to make.
+
+    Returns the names of the encoders that have captions to encode.
+    """
     captions = list_caption_files(findings.sources, family.cache_tag, fit=caption_fitter(family))
     plans = plan_texts(captions, encoders, stores)
     missing = Counter(name for plan in plans for name in plan.missing)
@@ -282,6 +288,7 @@ def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encode
         num_valid = len(captions) - num_missing
         needs = count_words(num_missing, "captions need encoding")
         findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
+    return missing
 
 
 def _check_objects(findings: TableFindings, family: Caches) -> None:

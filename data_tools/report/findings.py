@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ BACKUP = ".bak"  # behind the name of a caption that is rewritten
 LISTED = 50  # most lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
+OFFLINE = "tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLINE is set"
 
 
 class BucketRow(NamedTuple):
@@ -135,6 +136,12 @@ class Counters:
 
     by_name: tuple[tuple[str, CountTokens], ...] = ()
     missing: tuple[str, ...] = ()  # lines
+    # reasons by the names of encoders that no run can use: nothing is downloaded, and a tokenizer is missing
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+
+    def find_unreachable(self, names: Iterable[str]) -> list[Fault]:
+        """Return a fault for each of these encoders that a run cannot use."""
+        return [Fault(OFFLINE, self.unreachable[name]) for name in names if name in self.unreachable]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
         """Return the tokens of a caption for each encoder, by the encoder's name."""
@@ -314,18 +321,23 @@ def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
 
 def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
     """Load the tokenizers that are on this machine; no encoder is loaded, nothing is downloaded."""
+    from huggingface_hub import constants  # 0.1 s to import
+
     try:
         encoders = text_encoders()
     except (OptionError, CheckpointError) as error:
         return Counters((), (f"tokens of captions are not counted, which is no fault: {error}",))
     counters = []
     missing = []
+    unreachable = {}
     for encoder in encoders:
         try:
             counters.append((encoder.name, encoder.token_counter()))
         except CheckpointError as error:
             missing.append(f"tokens of {encoder.name} are not counted: {error}")
-    return Counters(tuple(counters), tuple(missing))
+            if constants.HF_HUB_OFFLINE:
+                unreachable[encoder.name] = str(error)
+    return Counters(tuple(counters), tuple(missing), unreachable)
 
 
 def check_captions(

@@ -152,6 +152,13 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
     assert word in str(rejection.value)
 
 
+def test_a_home_folder_is_completed_outside_of_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/o'neil")
+    monkeypatch.setenv("USERPROFILE", "/home/o'neil")
+    words = split_words("reelsmith run ~/cats --x '~/a ~/b' ~ a~/c")
+    assert words[2:] == [f"{Path.home()}/cats", "--x", "~/a ~/b", str(Path.home()), "a~/c"]
+
+
 def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> None:
     """Each of accelerate's options is tried, with a value that it takes."""
     options = [action for action in launch_command_parser()._actions if action.option_strings]

@@ -237,7 +237,7 @@ def test_a_page_says_its_language_and_no_cache_gives_it_to_another_reader(served
     assert "<title>学習</title>" in japanese.text
     for answer, code in ((english, "en"), (japanese, "ja")):
         assert answer.headers["content-language"] == code
-        assert answer.headers["vary"] == "Accept-Language, Cookie"
+        assert answer.headers["vary"] == "Accept-Language, Cookie, Reelsmith-Language"
     assert english.headers["etag"] != japanese.headers["etag"]
     known = english.headers["etag"]
     assert served.ask("/", If_None_Match=known).status == 304
@@ -258,6 +258,18 @@ def test_the_link_of_a_language_keeps_it_in_a_cookie_and_leads_back(served: Serv
     assert '<html lang="zh">' in served.ask("/queue", Cookie=kept, Accept_Language="ja").text
     assert '<html lang="ja">' in served.ask("/queue", Accept_Language="ja").text
     assert served.ask("/language/xx").status == 404
+
+
+def test_what_a_page_asks_for_again_stays_in_its_language(served: Served) -> None:
+    with open_page(f"{served.url}/settings") as page:
+        kept = served.ask("/language/zh?to=/").headers["set-cookie"].partition(";")[0].partition("=")
+        page.context.add_cookies([{"name": kept[0], "value": kept[2], "url": served.url}])
+        part = "fetch('/').then((answer) => answer.text()).then((text) => text.match(/lang=.(..)/)[1])"
+        assert page.evaluate(part) == "en"
+        page.reload()
+        assert page.evaluate(part) == "zh"
+        assert page.evaluate("document.documentElement.lang") == "zh"
+        page.context.clear_cookies()
 
 
 def test_each_language_has_a_link_in_its_own_words(served: Served) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from browser.captioning import CaptionForm, make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
+from browser.new_form import NewForm, check_form, hint_at_word, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
@@ -85,6 +85,14 @@ def test_wrong_fields_are_refused_by_their_labels(changes: dict[str, str], reaso
 def test_a_complete_form_is_taken() -> None:
     check_form(FORM)
     assert (read_steps("2000"), read_steps("0000000000000020")) == (2000, 20)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_known"), [("cat", True), (" Woman ", True), ("mrsfluff", False), ("", False)]
+)
+def test_a_word_that_models_know_is_taken_with_a_hint(word: str, is_known: bool) -> None:
+    assert ("Every model knows" in hint_at_word(word)) == is_known
+    check_form(NewForm(**{**FORM.__dict__, "trigger": word.strip()}))
 
 
 def test_only_changed_keys_are_written() -> None:

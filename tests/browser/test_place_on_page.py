@@ -6,6 +6,7 @@ import pytest
 
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_model_pages import write_task
+from tests.browser.test_walk import save_images
 from tests.chromium import open_page, wait_until
 
 
@@ -30,6 +31,17 @@ def test_removing_parts_keeps_the_place_and_says_that_it_worked(tmp_path: Path) 
         wait_until(page, f"Math.abs(scrollY - {before}) < 5")
         page.reload()
         assert page.problems == []
+
+
+def test_using_the_bar_of_the_next_step_scrolls_nothing(tmp_path: Path) -> None:
+    """The bar covers what is below it; who moves to its buttons by keys has them in view already."""
+    save_images(tmp_path / "my clips")
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder=my+clips", 1280, 500) as page:
+        assert page.evaluate("document.documentElement.scrollHeight") > 900
+        for control in ("#step", "#shown_command summary", "#apart summary"):
+            page.evaluate(f"document.querySelector('{control}').focus()")
+            page.locator(control).click()
+            assert page.evaluate("scrollY") == 0, control
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -162,6 +162,17 @@ def test_a_file_that_is_there_stays(served: Served, tmp_path: Path) -> None:
     assert (tmp_path / "roots/set/a.txt").read_bytes() == b"first"
 
 
+def test_a_new_folder_is_named_by_its_whole_path_too(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root,) = served.runs.tops
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("USERPROFILE", str(root.parent))
+    for into in (f"{root}/whole", f"~/{root.name}/home"):
+        assert send(served, "a.txt", b"x", into=into).json()["folder"] == f"{root}/{into.rpartition('/')[2]}"
+    assert send(served, "a.txt", b"x", into=f"{root}/cache").status == 422
+
+
 @pytest.mark.parametrize("into", ["../out", "..", "/tmp", "a/b", "cache", "link", ".hidden", "set\0"])
 def test_no_file_goes_outside_or_into_a_folder_of_programs(into: str, served: Served, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()

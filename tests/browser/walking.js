@@ -26,7 +26,7 @@ globalThis.walker = (() => {
   function controls() {
     const top = [...document.querySelectorAll("dialog[open]")].at(-1) ?? document;
     const seen = new Map();
-    // a language is that of all tabs: in another one, parts that are asked for again are in it, before a reload
+    // a language is that of all tabs: one that another tab has changed is another page when it is loaded again
     return [...top.querySelectorAll(CONTROLS)].filter((one) => isShown(one) && !one.hreflang && !one.disabled && one.ariaDisabled !== "true" && !one.readOnly).map((one) => {
       const plain = plainKey(one), count = seen.get(plain) ?? 0;
       seen.set(plain, count + 1);

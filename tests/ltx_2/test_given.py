@@ -4,7 +4,7 @@ Given latents are clean, have the time 0, and are out of the loss, which is a me
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor
 
 from contract.data import SOUND, Batch
-from ltx_2.given import AnchorRule, Extension, GivenRules, MaskRule, audio_bounds, cover_times
+from ltx_2.given import AnchorRule, Extension, GivenRules, KeyframeRule, MaskRule, audio_bounds, cover_times
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, with_recipe
 from modules.errors import DatasetError, OptionError
@@ -48,6 +49,7 @@ class Shares:
 
     image: Tensor  # F H W
     audio: Tensor  # T
+    keyframes: tuple[int, ...] = ()  # latent frames that are shown besides
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,24 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return write_project(folder, frames=17, more=TABLE.format(folder.as_posix()))
 
 
+def coordinates(dit: Any, item: Heard, keyframes: Sequence[int]) -> Tensor:
+    """Where tokens of the video and of keyframes begin and end, in seconds and pixels."""
+    sizes = {
+        "batch_size": 1,
+        "height": ROWS,
+        "width": COLUMNS,
+        "device": torch.device("cpu"),
+        "fps": item.fps,
+    }
+    found: Tensor = dit.rope.prepare_video_coords(num_frames=FRAMES, **sizes)
+    parts = [found]
+    for index in keyframes:
+        one = dit.rope.prepare_video_coords(num_frames=1, **sizes)
+        one[:, 0] = torch.tensor([8 * index, 8 * index + 1]) / item.fps
+        parts.append(one)
+    return torch.cat(parts, dim=2)
+
+
 def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares]) -> tuple[Tensor, Tensor]:
     """The losses of images and of audio, by the released trainer's formulas."""
     sigmas, noise = uniform_of(batch, step).float(), noise_of(batch, step)
@@ -81,6 +101,9 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
             level = (1 - share) * sigma
             mixed.append((1 - level) * one + level * other)
             times.append(1000 * level.flatten()[None])
+        shown = item.latents[:, list(shares.keyframes)]
+        mixed[0] = torch.cat([mixed[0], shown], dim=1)
+        times[0] = functional.pad(times[0], (0, shown[0].numel()))
         time = 1000 * sigma.view(1)
         inputs = {
             **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
@@ -94,7 +117,9 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
             timestep=times[0],
             audio_timestep=times[1],
             isolate_modalities=item.audio is None,
+            video_coords=coordinates(dit, item, shares.keyframes),
         )
+        made = made[0][:, :, :FRAMES], made[1]
         for hook in hooks:
             hook.remove()
         errors = []
@@ -106,19 +131,11 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
     return image, heard
 
 
-def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
-    """With prefix, rectangle, mask, and both kinds of parts of the audio, drawn for each clip."""
-    words = [
-        "--ltx2_extend_prefix_frames",
-        1,
-        "--ltx2_extend_suffix_frames",
-        1,
-        "--ltx2_extend_prefix_p",
-        0.5,
-    ]
-    words += ["--ltx2_extend_suffix_p", 0.3, "--ltx2_spatial_crop", "--ltx2_spatial_crop_p", 0.5]
-    words += ["--ltx2_inpaint_mask", "--ltx2_inpaint_mask_p", 0.4, "--ltx2_audio_extend_prefix_frames", 3]
-    words += ["--ltx2_audio_extend_p", 0.5, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", 0.7]
+Draw = Callable[[int, Sequence[Heard], int], list[Shares]]  # step, batch, latents of audio
+
+
+def check_steps(project: Project, draw: Draw, *words: object) -> list[Shares]:
+    """Compare a training with steps computed with diffusers. Returns what was given of each clip."""
     project.train(*descent(RATE), *words)
 
     there = project.release.networks
@@ -132,7 +149,32 @@ def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
     }
     expected, drawn = [], []
 
-    def draw(step: int, batch: Sequence[Heard]) -> list[Shares]:
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers(there["version"], state, config=dit_config(there["version"]))
+        batch = shuffled(items, step)
+        given = draw(step, batch, length)
+        drawn.extend(given)
+        with learning(dit, parts, factors) as found:
+            both = losses(dit, batch, step, given)
+            sum(both).backward()
+        expected.append([float(one.detach()) for one in both])
+        return found()
+
+    assert_steps_of_descent(project.folder / "out", parts, RATE, gradients, "LTX-2")
+    measured = torch.tensor([list(row.values()) for row in told(project)])
+    torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
+    return drawn
+
+
+def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
+    """With prefix, rectangle, mask, and both kinds of parts of the audio, drawn for each clip."""
+    words = ["--ltx2_extend_prefix_frames", 1, "--ltx2_extend_suffix_frames", 1]
+    words += ["--ltx2_extend_prefix_p", 0.5]
+    words += ["--ltx2_extend_suffix_p", 0.3, "--ltx2_spatial_crop", "--ltx2_spatial_crop_p", 0.5]
+    words += ["--ltx2_inpaint_mask", "--ltx2_inpaint_mask_p", 0.4, "--ltx2_audio_extend_prefix_frames", 3]
+    words += ["--ltx2_audio_extend_p", 0.5, "--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", 0.7]
+
+    def draw(step: int, batch: Sequence[Heard], length: int) -> list[Shares]:
         numbers = torch.rand((8, 3), generator=stream(SEED, "given tokens", step))
         centers = torch.arange(length) * 0.04 - 0.01  # all but the first cover 0.04 s
         middle = (centers >= 0.2) & (centers < 0.4)
@@ -149,21 +191,51 @@ def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
             made.append(Shares(image, audio))
         return made
 
-    def gradients(factors: Factors, step: int) -> Factors:
-        dit = dit_in_diffusers(there["version"], state, config=dit_config(there["version"]))
-        batch = shuffled(items, step)
-        given = draw(step, batch)
-        drawn.extend(given)
-        with learning(dit, parts, factors) as found:
-            both = losses(dit, batch, step, given)
-            sum(both).backward()
-        expected.append([float(one.detach()) for one in both])
-        return found()
+    drawn = check_steps(project, draw, *words)
 
-    assert_steps_of_descent(project.folder / "out", parts, RATE, gradients, "LTX-2")
-    measured = torch.tensor([list(row.values()) for row in told(project)])
-    torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
     assert {0.0, 1.0} <= {float(one.image.mean().ceil()) for one in drawn}  # with and without
+
+
+@pytest.mark.slow
+def test_steps_with_keyframes_equal_those_computed_with_diffusers(project: Project) -> None:
+    words = ["--keyframe_endpoint_training", "--keyframe_first_frame_p", 0.8, "--keyframe_last_frame_p", 0.8]
+    words += ["--keyframe_random_interior_p", 0.85, "--keyframe_max_random_interior", 4]
+    words += ["--ltx2_inpaint_mask"]  # so that masks do not weight the loss
+
+    def draw(step: int, batch: Sequence[Heard], length: int) -> list[Shares]:
+        generator = stream(SEED, "given tokens", step)
+        torch.rand((8, 3), generator=generator)  # of other parts
+        first, last, interior, _ = torch.rand(4, generator=generator).tolist()
+        chosen = (0,) * (first < 0.8) + (1,) * (interior < 0.85) + (2,) * (last < 0.8)
+        return [Shares(torch.zeros(FRAMES, ROWS, COLUMNS), torch.zeros(length), chosen)] * len(batch)
+
+    drawn = check_steps(project, draw, *words)
+
+    assert {one.keyframes for one in drawn} == {(1, 2), (0, 2)}
+
+
+def test_keyframes_are_ends_and_random_frames_between_them() -> None:
+    batch = batch_of(6)
+    rules = GivenRules(keyframes=KeyframeRule(0.7, 0.7, 0.7, 3))
+    drawn = [rules.draw(batch, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    always = rules.always().draw(batch, torch.Generator())
+
+    places = {one.places for one in drawn if one is not None}
+    assert None in drawn
+    assert all(place in (0, 8, 16, 24, 32, 40) for one in places for place in one)
+    assert all(list(one) == sorted(set(one)) for one in places)
+    assert {sum(0 < place < 40 for place in one) for one in places} == {0, 1, 2, 3}
+    assert {(0 in one, 40 in one) for one in places} == {
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    }
+    assert always is not None
+    assert {0, 40} < set(always.places)
+    assert always.keyframes is not None
+    assert always.keyframes.shape == (2, 8, len(always.places), 2, 3)
+    assert rules.draw(batch_of(1), torch.Generator().manual_seed(1)) is None  # a single image
 
 
 def batch_of(frames: int = 4, rows: int = 2, columns: int = 3, length: int = 0, **more: Any) -> Batch:
@@ -327,6 +399,12 @@ def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
         ("av --ltx2_train_direction a2v --ltx2_audio_extend_prefix_frames 1", "all of the audio is given"),
         ("v --ltx2_audio_inpaint_mask", "given parts of the audio"),
         ("audio --ltx2_extend_suffix_frames 1", "given parts of images"),
+        ("av --ltx2_train_direction v2a --keyframe_endpoint_training", "all of the images is given"),
+        ("av --keyframe_endpoint_training --keyframe_random_interior_p 1", "give both above 0"),
+        (
+            "av --keyframe_endpoint_training --keyframe_first_frame_p 0 --keyframe_last_frame_p 0",
+            "nothing would be shown",
+        ),
         ("av --video_anchor_training --video_anchor_strength 0.5", "--ltx2_graded_conditioning"),
         ("av --video_anchor_training --video_anchor_strategy random --video_anchor_count 0", "1 or more"),
     ],

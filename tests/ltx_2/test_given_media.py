@@ -150,7 +150,7 @@ def condition_pipe(release: TinyRelease) -> Any:
         ("--extend_prefix {0}/clip --extend_prefix_frames 12", keep_prefix),
         ("--extend_suffix {0}/clip --extend_suffix_frames 9", keep_suffix),
         ("--outpaint_source {0}/right --outpaint_region 32,0,64,64", keep_right),
-        ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png", keep_left),
+        ("--reference_video {0}/clip --inpaint_mask {0}/mask.png", keep_left),
         ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_invert", keep_right),
         ("--inpaint_source {0}/clip --retake 0.4,0.7", keep_start),
     ],
@@ -254,7 +254,7 @@ def make_by_line(release: TinyRelease, folder: Path, line: str, *words: object) 
 
 
 @pytest.mark.slow
-def test_keyframes_guide_images_and_audio_also_from_prompt_lines(
+def test_keyframes_guide_images_and_audio_and_lines_set_them_and_masks(
     release: TinyRelease, media: Path, tmp_path: Path
 ) -> None:
     image = f"{(media / 'clip').as_posix()}/16.png"
@@ -263,10 +263,19 @@ def test_keyframes_guide_images_and_audio_also_from_prompt_lines(
     made = generate(release, tmp_path / "a", *plain, "--keyframe", f"9:{image}", frames=FRAMES)
     other = generate(release, tmp_path / "b", *plain, frames=FRAMES)
     same = make_by_line(release, tmp_path / "c", f"--gk 9:{image}", *plain)
+    masked = make_by_line(
+        release,
+        tmp_path / "e",
+        f"--v {media.as_posix()}/clip --im {media.as_posix()}/mask.png --ii 1 --it 0.4",
+        *plain,
+    )
+    typed = ["--inpaint_source", media / "clip", "--inpaint_mask", media / "mask.png", "--inpaint_invert"]
+    same_masked = generate(release, tmp_path / "f", *plain, *typed, frames=FRAMES)
     two = make_by_line(release, tmp_path / "d", f"--gk 9:{image} --gk -1:{image} --gl 1:{image}", *plain)
 
     for name in ("latent", SOUND):
         torch.testing.assert_close(made[name], same[name])
+        torch.testing.assert_close(masked[name], same_masked[name])
         assert made[name].shape == two[name].shape == other[name].shape
         assert (made[name] - other[name]).abs().max() > 1e-4
         assert (made[name] - two[name]).abs().max() > 1e-4
@@ -313,6 +322,7 @@ def test_kept_audio_stays_and_changes_the_rest(
         ("--outpaint_source {0}/clip --outpaint_region 0,0,64", "give X,Y,WIDTH,HEIGHT"),
         ("--outpaint_source {0}/clip", "--outpaint_region"),
         ("--inpaint_source {0}/clip", "give --inpaint_mask or --retake"),
+        ("--inpaint_mask {0}/mask.png", "give --inpaint_source, the clip that it changes"),
         ("--inpaint_source {0}/clip --retake 2,1", "give START,END in seconds"),
         ("--inpaint_source {0}/clip --retake 0,1 --inpaint_mask {0}/mask.png", "give one of them"),
         ("--extend_prefix {0}/clip", "give all of it"),

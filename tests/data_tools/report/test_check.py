@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from contract.rules import CountTokens
 from data_tools.report.check import check_caching, check_training
 from data_tools.report.findings import repair_captions
 from data_tools.report.views import show_datasets
@@ -15,11 +17,11 @@ from dataset.batches.items import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.options import GUESS, DebugOptions
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
-from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
 
@@ -63,6 +65,27 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     assert "  caches of t5: 1 are valid, 1 caption needs encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
     assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
+
+
+class NoTokenizer(ToyText):
+    """An encoder whose tokenizer is not on this machine."""
+
+    def token_counter(self) -> CountTokens:
+        raise CheckpointError("no tokenizer for t5.safetensors\n  Give --t5_tokenizer a folder.")
+
+
+def test_a_tokenizer_that_is_downloaded_is_a_fault_offline_where_captions_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, family = make_config(tmp_path), ToyFamily(text=(NoTokenizer(),))
+    check = functools.partial(check_caching, family, config, 1, True, parts=["texts"])
+    assert check().exit_code == 1
+    assert "no tokenizer for t5.safetensors" in "\n".join(check().lines)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert check().exit_code == 0  # a run downloads it
+    monkeypatch.undo()
+    cache_texts(ToyFamily(), config, options())
+    assert check().exit_code == 0  # no caption is left to encode
 
 
 def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
