@@ -5,7 +5,14 @@ from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from generation.options import GenerationOptions
-from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, read_path
+from generation.prompt_lines import (
+    CANCELS,
+    GENERATION_OPTIONS,
+    LineOption,
+    read_fraction,
+    read_path,
+    read_switch,
+)
 from generation.script_options import IMAGE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.model_options import VIDEO
@@ -28,6 +35,9 @@ DEFAULTS = ScriptDefaults(
         **GENERATION_OPTIONS,
         "v": LineOption("reference_videos", read_path, CANCELS, repeats=True),
         "video_path": GENERATION_OPTIONS["v"],
+        "im": LineOption("inpaint_mask", read_path, CANCELS),
+        "ii": LineOption("inpaint_invert", read_switch),
+        "it": LineOption("inpaint_threshold", read_fraction),
         "gk": LineOption("keyframe", read_path, CANCELS, repeats=True),
         "gl": LineOption("latent_frame", read_path, CANCELS, repeats=True),
     },
@@ -50,7 +60,9 @@ def settle(
     if is_about_references and paths is None and not (shared.from_file or shared.interactive):
         options = "--reference_strength, --conditioning-attention-mask"
         raise OptionError(f"{options}: no reference is given. Give --reference_video")
-    extras = {**shared.request.extras, "reference_videos": ("reference_video", paths)}
+    # of the latter two, the family's options have what the command line says
+    of_lines = {name: (name, None) for name in ("inpaint_invert", "inpaint_threshold")}
+    extras = {**shared.request.extras, **of_lines, "reference_videos": ("reference_video", paths)}
     request = replace(shared.request, extras=extras)
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):

@@ -68,6 +68,7 @@ run_views: pages, curves and files of one run
 runs: find runs by their histories, tell each at a summary
 sample_sizes: sizes of samples that a model cannot make
 samples: rows of prompts.txt, and how often they are made
+score_jobs: the job that scores samples of a run
 server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
 setting_words: words of other programs for settings of a training

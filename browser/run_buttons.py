@@ -59,6 +59,7 @@ from browser.run_start import (
 from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.samples import list_images
+from browser.score_jobs import make_score_words
 from browser.site import Site
 from modules.command import as_typed
 from modules.console import as_size
@@ -152,6 +153,7 @@ class RunActions:
     has_lora: bool = False  # that images can be made with
     generate: bool = False  # whether the history has a command from which the page Generate can fill its form
     make: "MakingCommand | None" = None  # the command that makes something with its file, if the page cannot
+    score: str = ""
     remove: str = ""
     read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first
 
@@ -169,6 +171,7 @@ class RunButtons:
             "stop": self.stop,
             "train_on": self.train_on,
             "make": self.make,
+            "score": self.score,
             "go_on": self.go_on,
             "prompts": self.write_prompts,
         }
@@ -238,6 +241,8 @@ class RunButtons:
             actions = replace(actions, generate=generates, has_lora=True, make=making)
         if shown.state.is_active:
             return replace(actions, stop=self.stop_command(shown))
+        scoring = make_score_words(shown.summary, self.site.models)
+        actions = replace(actions, score=format_command(scoring) if scoring else "")
         if shown.plan is None:
             return self.add_history_actions(actions, shown)
         return self.add_plan_actions(actions, shown, shown.plan)
@@ -344,6 +349,14 @@ class RunButtons:
             raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=control))
         check_options(words, folder)
         self.site.queue.add_and_begin(words, folder)
+        return say("It is in the queue.")
+
+    def score(self, shown: ShownRun, form: Form) -> str:
+        """Queue the command that scores the samples of a run."""
+        words = make_score_words(shown.summary, self.site.models)
+        if not words:
+            raise OptionError(say("There are no samples to score, or no model that scores them."))
+        self.site.queue.add_and_begin(words, Path.cwd())
         return say("It is in the queue.")
 
     def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:

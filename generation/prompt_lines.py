@@ -83,6 +83,21 @@ def read_number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
+def read_fraction(text: str) -> float:
+    """Parse a number from 0 to 1. Raises ValueError if the text is none."""
+    number = read_number(text)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{text} is not from 0 to 1")
+    return number
+
+
+def read_switch(text: str) -> int:
+    """Parse 0 for off, or 1 for on. Raises ValueError if the text is neither."""
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return int(text)
+
+
 def _read_rate(text: str) -> int:
     rate = read_full(text)
     if not 1 <= rate <= MAX_FPS:

@@ -66,6 +66,9 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "rv": prompt_lines.LineOption("reference_video", prompt_lines.read_path, repeats=True),
     "ra": prompt_lines.LineOption("reference_audio", prompt_lines.read_path, repeats=True),
     "keyframe": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),
+    "im": prompt_lines.LineOption("inpaint_mask", prompt_lines.read_path),
+    "ii": prompt_lines.LineOption("inpaint_invert", prompt_lines.read_switch),
+    "it": prompt_lines.LineOption("inpaint_threshold", prompt_lines.read_fraction),
     "gk": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),  # of LTX-2, too
     "gl": prompt_lines.LineOption("latent_frame", prompt_lines.read_path, repeats=True),
     "condition_image": prompt_lines.LineOption("condition_image", prompt_lines.read_path, repeats=True),

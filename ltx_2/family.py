@@ -101,6 +101,13 @@ from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
 
+# what it reads of `Request.extra`
+LINE_EXTRAS = (
+    "reference_video",
+    "keyframe",
+    "latent_frame",
+    *("inpaint_mask", "inpaint_invert", "inpaint_threshold"),
+)
 FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
@@ -166,7 +173,7 @@ class Ltx2(Ltx2Media):
             width=width,
             height=height,
             frames=frames,
-            extras=("reference_video", "keyframe", "latent_frame"),
+            extras=LINE_EXTRAS,
         )
 
     @property
@@ -471,6 +478,8 @@ class Ltx2(Ltx2Media):
 
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
+        if media.inpaint_source is not None and self.given.inpaint_source is None:
+            return ()  # the reference is the clip that a mask changes
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:

@@ -31,23 +31,51 @@ from modules.errors import MediaError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.media.samples import read_beginning, read_track
+from modules.option_values import to_path
 from modules.options import override_options
 
 logger = logging.getLogger(__name__)
 # conditions: clean latents, and the shares of them that are kept, as in `GivenTokens`
 IMAGE, IMAGE_SHARES = "given_image", "given_image_shares"
 AUDIO, AUDIO_SHARES = "given_audio", "given_audio_shares"
+MASK = "inpaint_mask"
 LONGEST = 3600  # seconds of a file of audio that are read
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
 
 def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the options of what is kept with those that a prompt line may set. Raises OptionError."""
-    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame"))
-    for name in values:
-        if name in request.extra:
-            values[name] = tuple(request.extra[name].split("\n"))
-    return override_options(media, values)
+    """Return the options of what is kept with those that a prompt line may set.
+
+    A mask without --inpaint_source is for the request's only reference.
+
+    Raises:
+        OptionError: If an option has another form, or a mask has no clip, or a clip no mask.
+    """
+    extra = request.extra
+    values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", "inpaint_mask"))
+    for name in ("keyframe", "latent_frame"):
+        if name in extra:
+            values[name] = tuple(extra[name].split("\n"))
+    if MASK in extra:
+        values[MASK] = to_path(f"--{MASK}", extra[MASK])
+    if "inpaint_invert" in extra:
+        values["inpaint_invert"] = extra["inpaint_invert"] in ("1", "True")
+    if "inpaint_threshold" in extra:
+        values["inpaint_threshold"] = float(extra["inpaint_threshold"])
+    media = override_options(media, values)
+    if media.inpaint_mask is not None and media.inpaint_source is None:
+        references = extra.get("reference_video", "")
+        if not references or "\n" in references:
+            raise OptionError(
+                f"--{MASK} {media.inpaint_mask}: give --inpaint_source, the clip that it changes, or one "
+                "--reference_video"
+            )
+        media = override_options(media, {"inpaint_source": to_path("--reference_video", references)})
+    if media.inpaint_source is not None and not (media.inpaint_mask or media.retake):
+        raise OptionError(
+            f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"
+        )
+    return media
 
 
 def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> None:

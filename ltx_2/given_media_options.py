@@ -87,8 +87,10 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         facts=OF_REQUEST,
     )
     inpaint_source: Path | None = _file("clip or folder of images that --inpaint_mask or --retake changes")
-    inpaint_mask: Path | None = _file(
-        "image or clip: what is white in it is kept of --inpaint_source", needs="inpaint_source"
+    inpaint_mask: Path | None = option(
+        "image or clip: what is white in it is kept of --inpaint_source, or without it of --reference_video",
+        place="there",
+        facts=of_request("inpaint_mask"),
     )
     inpaint_invert: bool = option(
         "keep what is black",
@@ -201,11 +203,6 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         if len(whole) > 1:
             raise OptionError(
                 "--outpaint_source and --inpaint_source: each is the whole clip. Give one of them"
-            )
-        if self.inpaint_source is not None and not (self.inpaint_mask or self.retake):
-            raise OptionError(
-                f"--inpaint_source {self.inpaint_source}: give --inpaint_mask or --retake, which say what "
-                "to change"
             )
         if self.inpaint_mask is not None and self.retake is not None:
             raise OptionError("--inpaint_mask and --retake: give one of them")

@@ -224,6 +224,7 @@ _LIGHT = {
         "guided",
         "ip_noise",
         "item_losses",
+        "score_samples",
         "mask_prior",
         "on_end",
         "output_preservation",

@@ -132,6 +132,24 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     assert press(served, "make", **{prompt: "two dogs", control: "/etc/passwd"}).status == 422
 
 
+def test_the_samples_of_a_run_are_scored_by_a_job(
+    served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "my clips" / "output"
+    info = {"written_in": str(output), "working_folder": str(output.parent)}
+    history = write_run(output, "own", kind="good", **info)
+    model = tmp_path / "models" / "score_clip"
+    for is_there in (False, True):
+        if is_there:
+            model.mkdir(parents=True)
+        further = served.ask(f"{address_of(served)}deeds").text
+        assert ("Score the samples" in further) is is_there
+        assert press(served, "score").status == (200 if is_there else 422)
+    (job,) = queue.jobs()
+    assert job.words[1:] == ["tools/score.py", str(history), "--model", str(Path("models/score_clip"))]
+
+
 def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQueue, tmp_path: Path) -> None:
     output = tmp_path / "my clips" / "output"
     write_controlled_run(output, "CONTROL_PICTURE 'what it should show' VAE_FILE", with_gaps=True)

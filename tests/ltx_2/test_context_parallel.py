@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from contract.steps import Away, Overrides
+from contract.steps import Away, GivenTokens, Overrides
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
 from running.offload.context import ProcessGrid
@@ -35,6 +35,10 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         "values": Overrides(skip_self_attention=frozenset({0}), isolated=True),
     }
     cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Overrides())
+    noisy, audio = given["noisy"], given["audio"]
+    shares = torch.arange(noisy[:, :1].numel()).view_as(noisy[:, :1]) % 3 * 500
+    of_audio = torch.arange(audio.shape[2]).view(1, 1, -1, 1) % 2 * 1000
+    cases["given"] = cases["keyframes"] = Overrides(given=GivenTokens(shares.short(), of_audio.short()))
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
         "references": LtxReferences([drawn, drawn[:, :, :1]]),
@@ -49,7 +53,12 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         made = torch.cat(
             [
                 one.flatten()
-                for one in dit(**given, references=more.get(name, NO_REFERENCES), overrides=overrides)
+                for one in dit(
+                    **given,
+                    references=more.get(name, NO_REFERENCES),
+                    overrides=overrides,
+                    keyframes=(9,) if name == "keyframes" else (),
+                )
                 if one is not None
             ]
         )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from contract.data import SOUND, Batch
@@ -212,6 +213,34 @@ def test_steps_with_keyframes_equal_those_computed_with_diffusers(project: Proje
     drawn = check_steps(project, draw, *words)
 
     assert {one.keyframes for one in drawn} == {(1, 2), (0, 2)}
+
+
+@pytest.mark.slow
+def test_a_training_that_is_resumed_draws_the_same_parts(project: Project) -> None:
+    """Continued after two of four steps, it ends with the same weights, bit for bit."""
+    words = ["--ltx2_extend_prefix_frames", 1, "--ltx2_extend_p", 0.5, "--ltx2_spatial_crop"]
+    words += ["--ltx2_spatial_crop_p", 0.5, "--ltx2_inpaint_mask", "--ltx2_inpaint_mask_p", 0.5]
+    words += ["--video_anchor_training", "--video_anchor_strategy", "random", "--video_anchor_strength", 0.5]
+    words += [
+        "--ltx2_graded_conditioning",
+        "--ltx2_audio_extend_prefix_frames",
+        3,
+        "--ltx2_audio_extend_p",
+        0.5,
+    ]
+    words += ["--ltx2_audio_inpaint_mask", "--ltx2_audio_inpaint_mask_p", 0.5, "--keyframe_endpoint_training"]
+    words += ["--keyframe_first_frame_p", 0.5, "--keyframe_random_interior_p", 0.5]
+    words += ["--keyframe_max_random_interior", 1, *descent(RATE, steps=4), "--save_state"]
+
+    project.train(*words, "--output_dir", "whole")
+    state = project.folder / "whole" / "lora-step00000002-state"
+    project.train(*words, "--output_dir", "resumed", "--resume", state)
+
+    whole, resumed = (load_file(project.folder / name / "lora.safetensors") for name in ("whole", "resumed"))
+    early = load_file(project.folder / "whole" / "lora-step00000002.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(one, resumed[name]) for name, one in whole.items())
+    assert any(not torch.equal(one, early[name]) for name, one in whole.items())
 
 
 def test_keyframes_are_ends_and_random_frames_between_them() -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import ltx2_generate_video
 from contract.data import SOUND
+from modules.media.reading import resize_cover
 from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here
-from tests.ltx_2.release import TinyRelease, write_release
+from tests.ltx_2.release import TinyRelease, write_release, write_upscaler
 from tests.ltx_2.test_family import (
     HEIGHT,
     NEGATIVE,
@@ -150,7 +151,7 @@ def condition_pipe(release: TinyRelease) -> Any:
         ("--extend_prefix {0}/clip --extend_prefix_frames 12", keep_prefix),
         ("--extend_suffix {0}/clip --extend_suffix_frames 9", keep_suffix),
         ("--outpaint_source {0}/right --outpaint_region 32,0,64,64", keep_right),
-        ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png", keep_left),
+        ("--reference_video {0}/clip --inpaint_mask {0}/mask.png", keep_left),
         ("--inpaint_source {0}/clip --inpaint_mask {0}/mask.png --inpaint_invert", keep_right),
         ("--inpaint_source {0}/clip --retake 0.4,0.7", keep_start),
     ],
@@ -254,7 +255,7 @@ def make_by_line(release: TinyRelease, folder: Path, line: str, *words: object) 
 
 
 @pytest.mark.slow
-def test_keyframes_guide_images_and_audio_also_from_prompt_lines(
+def test_keyframes_guide_images_and_audio_and_lines_set_them_and_masks(
     release: TinyRelease, media: Path, tmp_path: Path
 ) -> None:
     image = f"{(media / 'clip').as_posix()}/16.png"
@@ -263,13 +264,78 @@ def test_keyframes_guide_images_and_audio_also_from_prompt_lines(
     made = generate(release, tmp_path / "a", *plain, "--keyframe", f"9:{image}", frames=FRAMES)
     other = generate(release, tmp_path / "b", *plain, frames=FRAMES)
     same = make_by_line(release, tmp_path / "c", f"--gk 9:{image}", *plain)
+    masked = make_by_line(
+        release,
+        tmp_path / "e",
+        f"--v {media.as_posix()}/clip --im {media.as_posix()}/mask.png --ii 1 --it 0.4",
+        *plain,
+    )
+    typed = ["--inpaint_source", media / "clip", "--inpaint_mask", media / "mask.png", "--inpaint_invert"]
+    same_masked = generate(release, tmp_path / "f", *plain, *typed, frames=FRAMES)
     two = make_by_line(release, tmp_path / "d", f"--gk 9:{image} --gk -1:{image} --gl 1:{image}", *plain)
 
     for name in ("latent", SOUND):
         torch.testing.assert_close(made[name], same[name])
+        torch.testing.assert_close(masked[name], same_masked[name])
         assert made[name].shape == two[name].shape == other[name].shape
         assert (made[name] - other[name]).abs().max() > 1e-4
         assert (made[name] - two[name]).abs().max() > 1e-4
+
+
+def make_small_or_large(release: TinyRelease, folder: Path, *words: object, scale: int = 2) -> Tensor:
+    """The latents of a clip of so many times the usual sides."""
+    size = ["--video_size", scale * HEIGHT, scale * WIDTH, "--video_length", FRAMES, "--infer_steps", 2]
+    command = [
+        *release.words,
+        *release.vaes,
+        *release.texts,
+        "--device",
+        "cpu",
+        "--seed",
+        SEED,
+        *size,
+        *words,
+    ]
+    command += ["--prompt", PROMPT, "--output_type", "latent", "--save_path", folder]
+    ltx2_generate_video.main([str(word) for word in command])
+    (path,) = folder.iterdir()
+    return load_file(path)["latent"]
+
+
+@pytest.mark.slow
+def test_both_stages_keep_parts_and_see_keyframes(release: TinyRelease, media: Path, tmp_path: Path) -> None:
+    write_upscaler(tmp_path / "up.safetensors", "rational")
+    folder = media / "clip"
+    two = ["--sample_two_stage", "--spatial_upsampler_path", tmp_path / "up.safetensors", "--image_crf", 0]
+    kept = ["--extend_prefix", folder, "--extend_prefix_frames", 9]
+    kept += ["--latent_frame", f"2:{folder.as_posix()}/16.png:0.5"]
+    guided = ["--keyframe", f"12:{folder.as_posix()}/08.png:0.5"]
+
+    made = make_small_or_large(release, tmp_path / "both", *two, *kept, *guided)
+    early = make_small_or_large(release, tmp_path / "early", *two, *kept, *guided, "--skip-stage-2")
+    small = make_small_or_large(release, tmp_path / "small", "--image_crf", 0, *kept, *guided, scale=1)
+    other = make_small_or_large(release, tmp_path / "other", *two, *kept)
+
+    assert torch.equal(early, small)
+    prefix = torch.stack(
+        [torch.from_numpy(resize_cover(frame, (2 * WIDTH, 2 * HEIGHT))) for frame in clip()[-9:]]
+    )
+    expected = encode(condition_pipe(release), pixels([frame.numpy() for frame in prefix]))
+    assert_equal(made[:, :2], expected[0], "what is kept at full size")
+    assert made.shape == other.shape
+    assert (made[:, 2] - other[:, 2]).abs().max() > 1e-4
+
+
+def test_keyframes_and_twice_the_frames_are_refused(
+    release: TinyRelease, media: Path, tmp_path: Path
+) -> None:
+    write_upscaler(tmp_path / "up.safetensors", "frames")
+    words = ["--sample_two_stage", "--temporal_upsampler_path", tmp_path / "up.safetensors", "--prompt", "a"]
+    words += ["--keyframe", f"0:{media.as_posix()}/mask.png", "--save_path", "x", "--device", "cpu"]
+
+    code, said = run_here("ltx2_generate_video.py", *release.words, *release.texts, *words, folder=tmp_path)
+
+    assert_one_message(code, said, "the first stage has half of the frames")
 
 
 @pytest.mark.parametrize(
@@ -313,6 +379,7 @@ def test_kept_audio_stays_and_changes_the_rest(
         ("--outpaint_source {0}/clip --outpaint_region 0,0,64", "give X,Y,WIDTH,HEIGHT"),
         ("--outpaint_source {0}/clip", "--outpaint_region"),
         ("--inpaint_source {0}/clip", "give --inpaint_mask or --retake"),
+        ("--inpaint_mask {0}/mask.png", "give --inpaint_source, the clip that it changes"),
         ("--inpaint_source {0}/clip --retake 2,1", "give START,END in seconds"),
         ("--inpaint_source {0}/clip --retake 0,1 --inpaint_mask {0}/mask.png", "give one of them"),
         ("--extend_prefix {0}/clip", "give all of it"),

@@ -33,7 +33,7 @@ PLAIN = {
     *("blocks_to_swap", "caption_extension", "caption_extention"),
     *("caption_prefix", "caption_separator", "caption_suffix"),
     *("cfg_schedule", "compile_args", "compile_backend"),
-    *("console_back", "custom_system_prompt", "device"),
+    *("console_back", "custom_system_prompt", "device", "score_device"),
     *("dit_dtype", "embedding_init_word", "exclude_patterns", "face_crop_aug_range", "family"),
     *("huggingface_path_in_repo", "huggingface_repo_type", "huggingface_repo_visibility"),
     *("huggingface_token", "include_patterns", "keep_tokens_separator"),

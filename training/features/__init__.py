@@ -26,6 +26,8 @@ on_end: start a command when the run is over
 output_preservation: let samples of some tables stay as they are
 preference: learn from pairs of a better and a worse one
 preference_pairs: the loss of such pairs
+score_samples: score samples while the run trains
+score_samples_starting: the process that scores them
 show_timesteps: show which timesteps would be drawn
 show_timesteps_drawing: count and draw them
 skip: leave out steps that went wrong, and remember them
@@ -65,6 +67,7 @@ from training.features.mask_prior import MASK_PRIOR
 from training.features.on_end import ON_END
 from training.features.output_preservation import OUTPUT_PRESERVATION
 from training.features.preference import PREFERENCE
+from training.features.score_samples import SCORE_SAMPLES
 from training.features.show_timesteps import SHOW_TIMESTEPS
 from training.features.skip import SKIP
 from training.features.slider import SLIDER
@@ -94,6 +97,7 @@ FEATURES: tuple[Feature, ...] = (
     EMA,
     SKIP,
     ITEM_LOSSES,
+    SCORE_SAMPLES,
     TRACKERS,
     ON_END,
     UPLOADS,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
     from training.reports.logs import Recorder
-    from training.run_options import LogOptions, LoopOptions
+    from training.run_options import LogOptions, LoopOptions, SampleOptions
     from training.saving.files import Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
@@ -107,6 +107,10 @@ class OptionsOfRun(Protocol):
     @property
     def loss(self) -> "LossOptions":
         """How errors become a loss."""
+
+    @property
+    def samples(self) -> "SampleOptions":
+        """When samples are made, and from which prompts."""
 
     @property
     def logs(self) -> "LogOptions":

@@ -86,11 +86,11 @@ def page_values(
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
-    from training.reports.scores import find_best_of_run
+    from training.reports.scores import find_best_of_run, select_file
     from training.reports.scores import make_section as make_scores
 
     scored = find_best_of_run(folder, name, story) if name else None
-    best = story.best_file(folder) if scored is None else scored.name
+    best = select_file(folder, name, story)
     sections = (
         [make(folder, name, story) for make in (make_scores, make_items)] if has_sections and name else []
     )

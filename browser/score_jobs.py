@@ -1,0 +1,21 @@
+"""The job of the queue that scores the samples of a run."""
+
+from pathlib import Path
+
+from browser.runs import RunSummary
+from project.options import MODELS
+
+SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/download.py fills
+
+
+def make_score_words(run: RunSummary, models: Path = MODELS) -> list[str]:
+    """Return the command that scores the samples of a run; [] if it has none, or if there is no model for it.
+
+    Args:
+        run: The run.
+        models: Folder of the models.
+    """
+    model = models / SCORE_MODEL
+    if not (run.sample and run.is_of_here and model.is_dir()):
+        return []
+    return ["python", "tools/score.py", str(run.history), "--model", str(model)]

@@ -1,0 +1,68 @@
+"""Score the samples of each saved checkpoint while the run trains: --score_samples.
+
+A process of its own, tools/score.py, computes the scores whenever samples were made; what starts it is in
+`score_samples_starting.py`. The page shows them, and the best file is chosen by them.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import FREE, option
+from training.features.contract import AT_LOGS, Feature, FeatureOptions
+
+if TYPE_CHECKING:
+    from training.features.hooks import JoinedRun
+
+
+class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS, facts=FREE):
+    """Which model scores the samples, and where it runs."""
+
+    score_samples: Path | None = option(
+        "score the samples as tools/score.py does, each time some were made, by the CLIP or SigLIP model in "
+        "this folder, such as models/score_clip; the page shows the scores",
+        place="folder",
+    )
+    score_likeness_model: Path | None = option(
+        "folder of a DINO model, which compares samples and training images in place of this model",
+        place="folder",
+        needs="score_samples",
+    )
+    score_device: str = option(
+        "device of this model; it should not be one that trains and is full",
+        default="cpu",
+        ignored_without="score_samples",
+    )
+
+
+def _start(run: "JoinedRun") -> None:
+    from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
+
+    folder, name = run.options.saving.place
+    options = run.options.of(SampleScoringOptions)
+    assert options.score_samples is not None  # the feature is on
+    models = {"--model": options.score_samples, "--likeness_model": options.score_likeness_model}
+    scorer = SampleScorer(folder, name, models=models, device=options.score_device)
+    run.on.recorders.append(lambda plan, records: scorer)
+
+
+def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
+    if not run.options.samples.are_made:
+        raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
+    if run.options.logs.no_page:
+        raise OptionError(
+            "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
+            "page. Leave out one of the two"
+        )
+    likeness = options.score_likeness_model
+    also = "" if likeness is None else f", likeness by {likeness}"
+    run.info.at_start["scores"] = f"of samples, by {options.score_samples}{also} on {options.score_device}"
+    run.on.start.append(_start)
+
+
+SCORE_SAMPLES = Feature(
+    name="score_samples",
+    options=SampleScoringOptions,
+    is_on=lambda options: options.score_samples is not None,
+    join=_join,
+)

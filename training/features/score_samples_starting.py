@@ -1,0 +1,116 @@
+"""Start tools/score.py for a run while it trains, one process at a time."""
+
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from modules.command import message_of
+from modules.installation import program_environment, program_words
+from modules.option_values import option_words
+from training.reports.history import history_path
+
+if TYPE_CHECKING:
+    from modules.media.reading import Frame
+
+logger = logging.getLogger(__name__)
+SCRIPT = Path("tools/score.py")
+
+
+@dataclass
+class SampleScorer:
+    """Score the samples of a run: a recorder of the main process.
+
+    A process scores all samples that there are; what it computed for earlier ones is kept on disk. Samples
+    that are made while one runs are scored by the next one. If one fails, a warning says why, and the
+    training continues without scores.
+    """
+
+    folder: Path  # --output_dir
+    name: str  # --output_name
+    models: Mapping[str, Path | None]  # options of the script that name a model
+    device: str
+    program: Sequence[str] = ()  # in place of the script, for tests
+    _process: "subprocess.Popen[bytes] | None" = None
+    _said: "IO[bytes] | None" = None  # what the process writes
+    _is_due: bool = False  # samples were made since the last process was started
+    _has_failed: bool = False
+
+    def __enter__(self) -> "SampleScorer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Score what is not scored yet, and wait for it, so that the last page shows it.
+
+        A run that was asked to end at once does not wait.
+        """
+        if kind is not None and not issubclass(kind, Exception):
+            return
+        if self._process is not None:
+            self._end()
+        if self._is_due:
+            self._begin()
+        if self._process is not None:
+            logger.info("The last samples are scored")
+            self._end()
+
+    def note_samples(
+        self,
+        step: int,
+        files: Mapping[int, Path],
+        strips: "Mapping[int, Frame]",
+        prompts: Mapping[int, str],
+    ) -> None:
+        """Have the samples scored: after the next step, when the history names them."""
+        self._is_due = True
+
+    def note_values(self, values: Mapping[str, float], step: int) -> None:
+        """Start a process if samples wait for one and none runs."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._is_due and self._process is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._is_due = False
+        if self._has_failed:
+            return
+        history = history_path(self.folder, self.name)
+        words = [*self._words, str(history), *option_words(self.models), "--device", self.device]
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
+        try:
+            self._process = subprocess.Popen(
+                words,
+                env=program_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._said,
+                start_new_session=True,  # Ctrl-C must reach only the training
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as error:
+            self._fail(str(error))
+
+    @property
+    def _words(self) -> Sequence[str]:
+        return self.program or [sys.executable, *program_words(SCRIPT)]
+
+    def _end(self) -> None:
+        """Wait for the process, and warn if it failed."""
+        assert self._process is not None
+        assert self._said is not None
+        code = self._process.wait()
+        self._process = None
+        self._said.seek(0)
+        said = self._said.read().decode("utf-8", "replace")
+        self._said.close()
+        if code:
+            self._fail(message_of(said) or f"exit code {code}")
+
+    def _fail(self, reason: str) -> None:
+        self._has_failed = True
+        logger.warning("--score_samples: the samples are not scored any more: %s", reason)
