@@ -60,7 +60,7 @@ from downloads.catalogue import model_sets
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
-from modules.pages.language import counted, join, say
+from modules.pages.language import counted, join, say, show
 from modules.paths import complete_home, without_quotes
 from modules.text_files import real_path
 
@@ -566,7 +566,8 @@ class GeneratePages:
         found = read_dropped_settings(tags)
         form = self.fill_form(found)
         draft = self.drafts.new_name()
-        self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
+        note = [show(self.describe_filling(found, form))]  # in the language of who has dropped it
+        self.drafts.write(draft, {**form.as_fields(), "note": note})
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
     def fill_form(self, found: DroppedSettings) -> GenerateForm:

@@ -242,7 +242,7 @@ def write_run(
     given = [["dataset_config", str(folder / "dataset.toml")]]  # only the first has one
     told = {"model": model, "total_steps": total, "changed": given, "unchanged": [], "listens": True}
     history.add(0, started={**told, "process": describe_process()})
-    history.add(0, memory=[[PREDICTED, "14.6 GiB"], [HIGHEST, "15.1 GiB"]])
+    history.add(0, memory=[[PREDICTED, "14.6 GiB"], [HIGHEST, "13.9 GiB"]])
     for each in range(0, step + 1, 10):
         learned = math.exp(-each / 500)
         if each:

@@ -171,6 +171,9 @@ SETTINGS: dict[str, Setting] = {
     "log_with": Setting(("tensorboard", "--logging_dir", "logs")),
     "on_end": Setting((f"{sys.executable} end.py",)),
     "score_samples": Setting(("model",), also=PROMPTS, shows="the samples are not scored any more"),
+    "score_likeness_model": Setting(
+        ("model",), also=(*PROMPTS, "--score_samples", "model"), shows="likeness by model"
+    ),
     "score_device": Setting(
         ("meta",), also=(*PROMPTS, "--score_samples", "model"), shows="nothing here computes on meta"
     ),

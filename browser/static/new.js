@@ -229,6 +229,9 @@
     const isName = find("put") && into !== dropping.dataset.folder && !/[\\/]/.test(into), word = isName ? into.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "") : "";
     let folder = "", taken = 0;
     refusals.replaceChildren();
+    find("source").open = true; // what arrives, and what is refused, is said in it
+    status.textContent = translate("%(at)s of %(n)s: %(name)s", { at: 1, n: files.length, name: files[0].name });
+    status.scrollIntoView({ block: "nearest" });
     for (const [at, file] of files.entries()) {
       status.textContent = translate("%(at)s of %(n)s: %(name)s", { at: at + 1, n: files.length, name: file.name });
       const tell = (percent) => { status.textContent = `${translate("%(at)s of %(n)s: %(name)s", { at: at + 1, n: files.length, name: file.name })} · ${percent} %`; };

@@ -21,7 +21,10 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     cosine, sine = table.unbind(-1)
     if torch.compiler.is_compiling():
         first, second = x.type_as(table).chunk(2, dim=-1)
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).type_as(x)
+        # the products of eager code, so that both give the same bits where nothing is fused
+        of_first = torch.addcmul(first * cosine, second, sine, value=-1)
+        of_second = torch.addcmul(second * cosine, first, sine)
+        return torch.cat([of_first, of_second], dim=-1).type_as(x)
     rotated: Tensor = _Rotate.apply(x, cosine, sine)
     return rotated
 

@@ -93,6 +93,11 @@ def test_keys_alone_enlarge_a_sample_and_go_through_steps_and_prompts(page: Any)
         "1 a dog",
     )
     assert page.locator(".pair .a > *").count() == 0
+    page.locator("#later").focus()
+    for _ in range(6):  # beyond the last step
+        page.keyboard.press("Enter")
+    focused = page.evaluate("[document.activeElement.id, document.activeElement.ariaDisabled]")
+    assert focused == ["later", "true"]
     page.keyboard.press("Escape")
     page.wait_for_selector("#beside", state="hidden")
     assert page.evaluate("document.activeElement.closest('.grid td') !== null")

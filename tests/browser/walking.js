@@ -117,7 +117,7 @@ globalThis.walker = (() => {
   // Without the parts that are filled by requests of their own or say what a press has done, and what was measured.
   function textOf(one) {
     const copy = one.cloneNode(true);
-    for (const part of copy.querySelectorAll("[hx-trigger], [role=alert], #written, [data-measured]")) part.remove();
+    for (const part of copy.querySelectorAll("[hx-trigger], [role=alert], #written, #tag-editor > .good, [data-measured]")) part.remove();
     return squeeze(copy.textContent);
   }
 

@@ -264,7 +264,8 @@ def assert_same_training(output: Path, undisturbed: Path) -> None:
     else.
     """
     assert_whole(output)
-    assert _names(output) == _names(undisturbed)
+    different = _names(output) ^ _names(undisturbed)
+    assert not different, sorted(different)
     assert_same_end(output, undisturbed)
 
 

@@ -130,7 +130,7 @@ def test_denoising_with_sound_takes_what_was_predicted(release: TinyRelease, cac
     encoded, extra = {0: EncodedPrompts(texts(1), texts(1))}, MemoryPart("more", 0)
     found = []
     for mode in ("v", "av"):
-        family, options = generation(release, "--ltx2_mode", mode)
+        family, options = generation(release, "--ltx2_mode", mode, "--attn_mode", "torch")
         prepared = family.prepare(request)
 
         predicted = rehearse_denoising(family, options, prepared, encoded, {0: {}}, extra).phase(0).device

@@ -390,7 +390,7 @@ def train(project: tuple[Path, TinyRelease], *words: object) -> tuple[int, str]:
     folder, release = project
     command = [*release.words, "--dataset_config", "dataset.toml", "--network_module", "networks.lora_ltx2"]
     command += ["--network_dim", RANK, "--timestep_sampling", "uniform", "--lora_target_preset", "v2v"]
-    command += ["--ltx2_first_frame_conditioning_p", 0, *descent(RATE), *words]
+    command += ["--ltx2_first_frame_conditioning_p", 0, *descent(RATE), "--lora_format", "known", *words]
     return run_here("ltx2_train_network.py", *command, folder=folder)
 
 

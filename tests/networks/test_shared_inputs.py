@@ -148,3 +148,17 @@ def test_layers_with_dropouts_stay_apart() -> None:
     groups = group_layers(model, layers, SHARED)
 
     assert groups == [[layers[0], layers[2]], [layers[1]]]
+
+
+def test_compiled_blocks_give_the_same_without_sharing() -> None:
+    results = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        model, layers = build(True, checkpoints=False)
+        if compiles:
+            model.block.forward = torch.compile(model.block.forward, backend="aot_eager", fullgraph=True)
+        results.append(step(model, layers, torch.bfloat16))
+
+    assert len(results[1]) == 2 + 6
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=2**-6 * eager.abs().max().item())

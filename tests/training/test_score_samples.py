@@ -12,7 +12,7 @@ from PIL import Image
 
 from modules.errors import OptionError
 from tests.training import toy
-from tests.training.scoring.making import CIRCLE, draw, write_clip
+from tests.training.scoring.making import CIRCLE, draw, write_clip, write_dino
 from training.features.score_samples_starting import SampleScorer
 from training.reports.history import read_history, read_session
 from training.reports.scores import read_present_scores
@@ -33,7 +33,8 @@ def make_scorer(folder: Path, device: str = "cpu") -> SampleScorer:
     script = folder / "score.py"
     script.write_text(SCRIPT, encoding="utf-8")
     program = [sys.executable, str(script), str(folder)]
-    return SampleScorer(folder / "output", "x", model=Path("clip"), device=device, program=program)
+    models = {"--model": Path("clip"), "--likeness_model": None}
+    return SampleScorer(folder / "output", "x", models=models, device=device, program=program)
 
 
 def calls(folder: Path, count: int) -> Sequence[str]:
@@ -97,16 +98,19 @@ def test_it_needs_samples_and_the_page(tmp_path: Path) -> None:
 def test_a_training_ends_with_scores_of_all_its_samples_on_the_page(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     write_clip(tmp_path / "clip")
+    write_dino(tmp_path / "dino")
     (tmp_path / "images").mkdir()
     Image.fromarray(draw(CIRCLE)).save(tmp_path / "images" / "a.png")
     words = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_steps", 4]
     words += ["--save_every_n_steps", 4, "--score_samples", tmp_path / "clip"]
+    words += ["--score_likeness_model", tmp_path / "dino"]
 
     toy.train_toy(tmp_path, *words, has_page=True)
 
     output = tmp_path / "output"
     scores = json.loads((output / "x-scores.json").read_text(encoding="utf-8"))
     assert [row["step"] for row in scores["rows"]] == [4, 8]
+    assert scores["model"] == "clip, dino"
     assert all(-1 <= row["clip"] <= 1 for row in scores["rows"])
     session = read_session(output / "x-history.jsonl")
     assert session is not None

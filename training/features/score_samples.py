@@ -23,6 +23,11 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
         "this folder, such as models/score_clip; the page shows the scores",
         place="folder",
     )
+    score_likeness_model: Path | None = option(
+        "folder of a DINO model, which compares samples and training images in place of this model",
+        place="folder",
+        needs="score_samples",
+    )
     score_device: str = option(
         "device of this model; it should not be one that trains and is full",
         default="cpu",
@@ -36,7 +41,8 @@ def _start(run: "JoinedRun") -> None:
     folder, name = run.options.saving.place
     options = run.options.of(SampleScoringOptions)
     assert options.score_samples is not None  # the feature is on
-    scorer = SampleScorer(folder, name, model=options.score_samples, device=options.score_device)
+    models = {"--model": options.score_samples, "--likeness_model": options.score_likeness_model}
+    scorer = SampleScorer(folder, name, models=models, device=options.score_device)
     run.on.recorders.append(lambda plan, records: scorer)
 
 
@@ -48,7 +54,9 @@ def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
             "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
             "page. Leave out one of the two"
         )
-    run.info.at_start["scores"] = f"of samples, by {options.score_samples} on {options.score_device}"
+    likeness = options.score_likeness_model
+    also = "" if likeness is None else f", likeness by {likeness}"
+    run.info.at_start["scores"] = f"of samples, by {options.score_samples}{also} on {options.score_device}"
     run.on.start.append(_start)
 
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from modules.command import message_of
 from modules.installation import program_environment, program_words
+from modules.option_values import option_words
 from training.reports.history import history_path
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class SampleScorer:
 
     folder: Path  # --output_dir
     name: str  # --output_name
-    model: Path
+    models: Mapping[str, Path | None]  # options of the script that name a model
     device: str
     program: Sequence[str] = ()  # in place of the script, for tests
     _process: "subprocess.Popen[bytes] | None" = None
@@ -79,7 +80,7 @@ class SampleScorer:
         if self._has_failed:
             return
         history = history_path(self.folder, self.name)
-        words = [*self._words, str(history), "--model", str(self.model), "--device", self.device]
+        words = [*self._words, str(history), *option_words(self.models), "--device", self.device]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
         try:
             self._process = subprocess.Popen(

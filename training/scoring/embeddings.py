@@ -18,7 +18,7 @@ from checkpoints.writing import save_tensors
 from modules.bars import Bar
 from modules.errors import MediaError
 from modules.media.reading import VIDEO_SUFFIXES, Frame, pick_frames, read_image
-from training.scoring.model import ImageTextModel
+from training.scoring.model import EmbedsImages
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class VectorStore:
             self._written = len(self.vectors)
 
 
-def vectors_path(folder: Path, model: ImageTextModel) -> Path:
+def vectors_path(folder: Path, model: EmbedsImages) -> Path:
     """Return the file of the vectors of a model, in the folder of runs."""
     return folder / f".scores-{model.identity}.safetensors"
 
@@ -77,7 +77,7 @@ def vectors_path(folder: Path, model: ImageTextModel) -> Path:
 class Embedder:
     """Compute the embeddings that the store does not have yet."""
 
-    model: ImageTextModel
+    model: EmbedsImages
     store: VectorStore
     num_frames: int  # of a clip
     batch_size: int

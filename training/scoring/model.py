@@ -1,5 +1,7 @@
 """CLIP and SigLIP models of transformers: vectors of pictures and of texts, whose cosine says how they fit.
 
+DINO models have vectors of pictures alone, which say how alike these are.
+
 Code and pickles that come with a model are never run.
 """
 
@@ -7,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
 CONFIG = "config.json"
+LIKENESS = "--likeness_model"
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 ENDS = 1 << 20  # bytes at both ends of a file of weights that tell it from others
 
@@ -38,6 +41,45 @@ KINDS: Mapping[str, ImageTextKind] = {
     "clip": ImageTextKind("CLIPModel", "longest"),
     "siglip": ImageTextKind("SiglipModel", "max_length"),
 }
+
+
+# models of pictures alone, likewise: their classes in transformers
+IMAGE_KINDS: Mapping[str, str] = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+}
+
+
+class EmbedsImages(Protocol):
+    """A model that gives vectors of images."""
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for folders with the same model."""
+
+    def embed_images(self, frames: Sequence[Frame]) -> Tensor:
+        """Return a vector of length 1 for each frame, N D float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """A loaded model of images alone, with its preprocessing."""
+
+    network: Any
+    processor: Any
+    identity: str  # equal for folders with the same model
+
+    @torch.no_grad()
+    def embed_images(self, frames: Sequence[Frame]) -> Tensor:
+        """Return a vector of length 1 for each frame, N D float32 on the CPU: that of the class token.
+
+        Args:
+            frames: Frames, each H W 3.
+        """
+        images = [Image.fromarray(frame) for frame in frames]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return _with_length_one(self.network(pixel_values=pixels.to(self.network.device)).pooler_output)
 
 
 @dataclass(frozen=True)
@@ -103,18 +145,54 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
     """
     chosen = select_device(device)
     kind, max_tokens = _read_kind(folder)
-    shapes = check_settings(folder, "--model")
+    loaded = _load_network(folder, "--model", kind.network)
+    return ImageTextModel(
+        network=loaded.network.to(chosen),
+        processor=loaded.processor,
+        tokenizer=_load_tokenizer(folder, kind.network),
+        padding=kind.padding,
+        max_tokens=max_tokens,
+        identity=_identify(folder),
+    )
+
+
+def load_image_model(folder: Path, device: str | None) -> ImageModel:
+    """Load the DINO model in a folder to a device, in float32.
+
+    Args:
+        folder: Folder of the files.
+        device: Device; None for the best one available.
+
+    Raises:
+        CheckpointError: If the folder holds no such model.
+    """
+    chosen = select_device(device)
+    name = _read_config(folder, LIKENESS, tuple(IMAGE_KINDS)).get("model_type")
+    loaded = _load_network(folder, LIKENESS, IMAGE_KINDS[str(name)])
+    return ImageModel(loaded.network.to(chosen), loaded.processor, _identify(folder))
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """A network of transformers with the preprocessing of its images."""
+
+    network: Any
+    processor: Any
+
+
+def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
+    """Load a network and its preprocessing. Raises CheckpointError if transformers cannot."""
+    shapes = check_settings(folder, option)
     import transformers  # takes seconds; not for a wrong folder
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        network_class = getattr(transformers, kind.network)
+        network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
         network = build_without_memory(network_class, config)
-        require_shown(folder, "--model", network, shapes, is_exact=True)
+        require_shown(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
         # the attention is named, as config.json may name one whose code is fetched from the hub and run
         network = network_class.from_pretrained(
             folder,
@@ -126,19 +204,22 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
     except CheckpointError:
         raise
     except Exception as error:  # damaged files raise errors of many libraries
-        why = shorten(" ".join(str(error).split()), 300)
-        raise CheckpointError(
-            f"--model {folder}: transformers cannot load it as {kind.network}: {why}"
-        ) from None
-    network = network.eval().requires_grad_(False).to(chosen)
-    return ImageTextModel(
-        network=network,
-        processor=processor,
-        tokenizer=tokenizer,
-        padding=kind.padding,
-        max_tokens=max_tokens,
-        identity=_identify(folder),
-    )
+        raise _explain_loading(folder, option, class_name, error) from None
+    return ImageNetwork(network.eval().requires_grad_(False), processor)
+
+
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
+    import transformers  # the network is loaded by now
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except Exception as error:  # likewise
+        raise _explain_loading(folder, "--model", class_name, error) from None
+
+
+def _explain_loading(folder: Path, option: str, class_name: str, error: Exception) -> CheckpointError:
+    why = shorten(" ".join(str(error).split()), 300)
+    return CheckpointError(f"{option} {folder}: transformers cannot load it as {class_name}: {why}")
 
 
 def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
@@ -147,35 +228,47 @@ def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
     Raises:
         CheckpointError: If it is not one of `KINDS`, or lacks files.
     """
-    config: Any = {}
-    if (folder / CONFIG).is_file():
-        try:
-            config = parse_json(read_text(folder / CONFIG))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
-    else:
-        raise CheckpointError(
-            f"--model {folder}: there is no {CONFIG} in this folder. Download a model with "
-            "python tools/download.py --family tools --task score_clip --to models, or give the folder of a "
-            "CLIP or SigLIP model as transformers saves it."
-        )
-    name = str(config.get("model_type")) if isinstance(config, dict) else ""
-    if name not in KINDS:
-        raise CheckpointError(
-            f"--model {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "
-            f"{', '.join(KINDS)}."
-        )
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"--model {folder}: its weights are quantized, for which transformers may fetch code. Give the "
-            "model in 16 or 32 bits."
-        )
+    config = _read_config(folder, "--model", tuple(KINDS))
+    name = str(config.get("model_type"))
     text = config.get("text_config")
     default = 64 if name == "siglip" else 77  # of transformers' configurations
     max_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
     if type(max_tokens) is not int or not 2 < max_tokens < 1 << 20:
         raise CheckpointError(f"{folder / CONFIG}: max_position_embeddings of text_config is {max_tokens!r}")
     return KINDS[name], max_tokens
+
+
+def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
+    """Return the settings of the model in a folder. Raises CheckpointError if it is none of these kinds."""
+    config: Any = {}
+    if (folder / CONFIG).is_file():
+        try:
+            config = parse_json(read_text(folder / CONFIG))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
+    elif option == LIKENESS:
+        raise CheckpointError(
+            f"{option} {folder}: there is no {CONFIG} in this folder. Give the folder of a DINO model as "
+            "transformers saves it, or leave it out."
+        )
+    else:
+        raise CheckpointError(
+            f"{option} {folder}: there is no {CONFIG} in this folder. Download a model with "
+            "python tools/download.py --family tools --task score_clip --to models, or give the folder of a "
+            "CLIP or SigLIP model as transformers saves it."
+        )
+    name = str(config.get("model_type")) if isinstance(config, dict) else ""
+    if name not in kinds:
+        raise CheckpointError(
+            f"{option} {folder}: its {CONFIG} says model_type {name!r}. Give a model of one of the types "
+            f"{', '.join(kinds)}."
+        )
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{option} {folder}: its weights are quantized, for which transformers may fetch code. Give the "
+            "model in 16 or 32 bits."
+        )
+    return config
 
 
 def _identify(folder: Path) -> str:

@@ -32,7 +32,12 @@ from training.reports.scores import (
 )
 from training.reports.sections import SAMPLES, page_path, scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
-from training.scoring.model import ImageTextModel, load_image_text_model
+from training.scoring.model import (
+    EmbedsImages,
+    ImageTextModel,
+    load_image_model,
+    load_image_text_model,
+)
 from training.scoring.training_pictures import (
     MIN_TO_COMPARE,
     NEAREST,
@@ -60,6 +65,10 @@ class ScoreOptions(Options, title="what to score"):
         "folder of a CLIP or SigLIP model as transformers saves it, with its tokenizer and "
         "preprocessor_config.json",
         default=MODEL_FOLDER,
+    )
+    likeness_model: Path | None = option(
+        "folder of a DINO model as transformers saves it, which compares samples and training images in "
+        "place of --model: it sees shapes and details, where CLIP sees what an image is about"
     )
     dataset_config: Path | None = option(
         "dataset of the training images, .toml or .json; default: the one that the run was trained on",
@@ -117,21 +126,24 @@ def score_run(options: ScoreOptions) -> None:
     notes: list[ScoreNote] = []
     config = _find_dataset(options, run, notes)
     model = load_image_text_model(options.model, options.device)
-    paths = [path for _, files in rows for path in files.values()]
-    with VectorStore(vectors_path(run.folder, model)) as store:
-        embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
-        vectors = dict(
-            zip(paths, embedder.embed([open_path(path) for path in paths], "samples"), strict=True)
-        )
-        training = None if config is None else _embed_training_images(embedder, config)
+    looking = None
+    if options.likeness_model is not None:
+        looking = load_image_model(options.likeness_model, options.device)
+    seen = _embed(run, rows, options, model, config if looking is None else None)
+    looks = seen if looking is None else _embed(run, rows, options, looking, config)
+    training = looks.training
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
     )
-    scored = [_score_step(run, row, files, vectors=vectors, comparison=comparison) for row, files in rows]
-    notes += _list_notes(run, embedder, comparison)
+    scored = [
+        _score_step(run, row, files, vectors=seen.samples, looks=looks.samples, comparison=comparison)
+        for row, files in rows
+    ]
+    notes += _list_notes(run, [*dict.fromkeys((*seen.unreadable, *looks.unreadable))], comparison)
     scored_rows = tuple(row for row in scored if row.samples)
+    folders = (options.model, options.likeness_model)
     scores = RunScores(
-        model=real_path(options.model).name,
+        model=", ".join(real_path(folder).name for folder in folders if folder is not None),
         rows=scored_rows,
         num_training=0 if training is None else len(training.media),
         near_threshold=comparison.threshold,
@@ -145,16 +157,41 @@ def score_run(options: ScoreOptions) -> None:
     _write_page_again(run)
 
 
+@dataclass(frozen=True)
+class EmbeddedRun:
+    """Vectors of a run's samples and training images by one model."""
+
+    samples: Mapping[Path, Tensor | None]  # each F D; None: it cannot be read
+    training: TrainingVectors | None  # None: there are none, or they are not asked for
+    unreadable: Sequence[str]
+
+
+def _embed(
+    run: ScoredRun,
+    rows: Sequence[tuple[SampleRow, Mapping[int, Path]]],
+    options: ScoreOptions,
+    model: EmbedsImages,
+    config: Path | None,
+) -> EmbeddedRun:
+    """Return the vectors of all samples, and of the training images of a dataset file."""
+    paths = [path for _, files in rows for path in files.values()]
+    with VectorStore(vectors_path(run.folder, model)) as store:
+        embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
+        vectors = embedder.embed([open_path(path) for path in paths], "samples")
+        training = None if config is None else _embed_training_images(embedder, config)
+    return EmbeddedRun(dict(zip(paths, vectors, strict=True)), training, embedder.unreadable)
+
+
 def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors | None:
     media = list_training_media(load_dataset_config(config))
     return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
 
 
-def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleComparison") -> list[ScoreNote]:
+def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
     """Return notes about what was left out of the scores of a run."""
     notes = []
-    if embedder.unreadable:
-        notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
+    if unreadable:
+        notes.append(ScoreNote("unreadable", {"names": list_some(unreadable)}))
     training = comparison.training
     if training is not None and comparison.threshold is None:
         few = {"n": str(len(training.media)), "least": str(MIN_TO_COMPARE)}
@@ -239,14 +276,17 @@ class SampleComparison:
         self.prompts, self.training, self.num_frames = prompts, training, num_frames
         self.threshold = None if training is None else training.near_threshold()
 
-    def score(self, index: int, path: Path, prompt: str, vectors: Tensor) -> SampleScore:
+    def score(
+        self, index: int, path: Path, prompt: str, vectors: Tensor, looks: Tensor | None
+    ) -> SampleScore:
         """Return the scores of a sample.
 
         Args:
             index: Index of the sample.
             path: File of the sample.
             prompt: The prompt.
-            vectors: Vectors of its frames, F D.
+            vectors: Vectors of its frames, F D, to compare with the prompt.
+            looks: Likewise, to compare with training images; None if they are not known.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -255,9 +295,9 @@ class SampleComparison:
             clip=None if text is None else float((vectors @ text).mean()),
             steps=_read_steps(path),
         )
-        if self.training is None:
+        if self.training is None or looks is None:
             return score
-        neighbors = self.training.find_nearest(vectors)
+        neighbors = self.training.find_nearest(looks)
         nearest = neighbors[0]
         is_copied = False
         for neighbor in neighbors:
@@ -286,13 +326,15 @@ def _score_step(
     files: dict[int, Path],
     *,
     vectors: Mapping[Path, Tensor | None],
+    looks: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
     samples = []
     for index, path in files.items():
         frames = vectors[path]
         if frames is not None:
-            samples.append(comparison.score(index, path, row.prompts.get(index, ""), frames))
+            prompt = row.prompts.get(index, "")
+            samples.append(comparison.score(index, path, prompt, frames, looks[path]))
     validated = run.story.nearest(row.step)
     return StepScores(
         step=row.step,

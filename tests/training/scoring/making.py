@@ -11,6 +11,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -60,6 +62,17 @@ def write_siglip(folder: Path) -> Any:
     model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)).eval()
     write_clip_tokenizer(folder)
     SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_dino(folder: Path) -> Any:
+    """A DINOv2, which sees images alone."""
+    torch.manual_seed(5)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Dinov2Model(Dinov2Config(**sizes, image_size=SIDE, patch_size=7)).eval()
+    size = {"height": SIDE, "width": SIDE}
+    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
     model.save_pretrained(folder)
     return model
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from modules.media.writing import write_png
-from tests.faults.messages import run_here
+from tests.faults.messages import assert_one_message, run_here
 from tests.pictures import picture
 from tests.training.scoring.making import (
     CIRCLE,
@@ -20,6 +20,7 @@ from tests.training.scoring.making import (
     draw,
     write_clip,
     write_dataset,
+    write_dino,
     write_run,
     write_siglip,
 )
@@ -38,7 +39,7 @@ from training.reports.scores import (
     write_scores,
 )
 from training.reports.sections import scores_path
-from training.scoring.model import load_image_text_model
+from training.scoring.model import load_image_model, load_image_text_model
 from training.scoring.run import open_run
 from training.summary import describe_best
 
@@ -128,6 +129,35 @@ def test_likeness_is_the_mean_cosine_to_the_three_nearest(tmp_path: Path, knowin
     (row,) = read_rows(tmp_path)
     assert row["likeness"] == pytest.approx(sum(cosines[:3]) / 3, abs=1e-5)
     assert row["samples"][0]["nearest_cosine"] == pytest.approx(cosines[0], abs=1e-5)
+
+
+def test_likeness_may_be_that_of_a_dino_model(tmp_path: Path, knowing: Path) -> None:
+    photos = {f"{seed}.png": picture(seed) for seed in range(5)}
+    write_dataset(tmp_path, photos)
+    write_run(tmp_path, {10: [draw(CIRCLE)]}, prompts=[CIRCLE])
+    dino = write_dino(tmp_path / "dino")
+    score(tmp_path, "--model", knowing)
+    (by_clip,) = read_rows(tmp_path)
+
+    score(tmp_path, "--model", knowing, "--likeness_model", tmp_path / "dino")
+
+    processor = load_image_model(tmp_path / "dino", "cpu").processor
+    images = [Image.fromarray(frame) for frame in (draw(CIRCLE), *photos.values())]
+    with torch.no_grad():
+        states = dino(**processor(images=images, return_tensors="pt")).last_hidden_state[:, 0]
+    vectors = torch.nn.functional.normalize(states, dim=-1)
+    cosines = sorted((vectors[1:] @ vectors[0]).tolist(), reverse=True)
+    (row,) = read_rows(tmp_path)
+    assert row["likeness"] == pytest.approx(sum(cosines[:3]) / 3, abs=1e-5)
+    assert row["likeness"] != pytest.approx(by_clip["likeness"], abs=1e-3)
+    assert row["clip"] == by_clip["clip"]  # which texts the model of both compares
+
+
+def test_a_model_of_the_other_kind_is_refused(tmp_path: Path, knowing: Path) -> None:
+    write_run(tmp_path, {10: [draw(CIRCLE)]}, prompts=[CIRCLE])
+    words = ["output", "--model", knowing, "--likeness_model", knowing]
+    code, said = run_here("tools/score.py", *words, folder=tmp_path)
+    assert_one_message(code, said, "--likeness_model", "says model_type 'clip'", "dinov2")
 
 
 def test_vectors_are_kept_by_content(tmp_path: Path, knowing: Path) -> None:
