@@ -100,7 +100,8 @@ class GivenTokens:
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""
         tensors = {"image": self.image, "audio": self.audio, "keyframes": self.keyframes}
-        return replace(self, **{name: move(one) for name, one in tensors.items() if one is not None})
+        moved: dict[str, Any] = {name: move(one) for name, one in tensors.items() if one is not None}
+        return replace(self, **moved)
 
 
 def clean_share(given: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Options of the parts of a result that a generation is given. Standard library only."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ def _file(text: str, **relations: Any) -> Any:
     return option(text, place="there", facts=OF_REQUEST, **relations)
 
 
-class PlacedImage(NamedTuple):
+@dataclass(frozen=True)
+class PlacedImage:
     """An image at a place of the result."""
 
     index: int  # of a frame, or of a latent frame

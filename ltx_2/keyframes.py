@@ -98,8 +98,8 @@ def append_keyframes(
     given = append_shares(section.overrides.given, image, shares)
     overrides = replace(section.overrides, given=replace(given, places=tuple(places[0].tolist())))
     if joint is not None and audio is not None:
-        channels, frames, *sides = joint.picture
-        picture = (channels, frames + clean.shape[2], *sides)
+        channels, frames, rows, columns = joint.picture
+        picture = (channels, frames + clean.shape[2], rows, columns)
         overrides = replace(overrides, joint=replace(joint, picture=picture))
     return replace(
         section,
