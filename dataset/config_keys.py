@@ -287,6 +287,14 @@ NO_KEYS: Mapping[str, str] = {
         ("reference_audio_directory", "reference_audio_cache_directory"),
         "sounds as references are not built. reference_directory has clips and pictures",
     ),
+    **dict.fromkeys(
+        (
+            *("keyframe_guide_directory", "keyframe_guide_cache_directory"),
+            *("latent_idx_guide_directory", "latent_idx_guide_cache_directory"),
+        ),
+        "images of files are not trained as keyframes. --keyframe_endpoint_training and "
+        "--video_anchor_training take latent frames of the clips themselves",
+    ),
     "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
     **dict.fromkeys(

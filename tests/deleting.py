@@ -188,6 +188,8 @@ def check_deletion(name: str, folder: Path) -> list[str]:
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)
+    # --help is answered from the tables
+    subprocess.run([sys.executable, "-m", "tests.tables"], cwd=tree, capture_output=True, check=True)
     errors = find_errors(tree, name)
     if not errors and train_in(tree, folder / "without") != train_here():
         errors.append("a plain folder gives other caches, or another LoRA")

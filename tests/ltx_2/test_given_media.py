@@ -371,6 +371,71 @@ def test_kept_audio_stays_and_changes_the_rest(
     assert is_kept.all() or not torch.equal(made[SOUND][:, ~is_kept], whole[SOUND][:, ~is_kept])
 
 
+def expect_with_audio(pipe: Any, clean: Tensor, is_kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents of diffusers' loop, in which only the mask of the audio is changed.
+
+    clean: C T M. is_kept: T bool. The gates of attention between the streams follow the noise level of the
+    clip, as in the released code.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    image = torch.randn(1, 16, *SHAPE, generator=generator)
+    start = pipe._pack_audio_latents(torch.randn(1, *clean.shape, generator=generator))
+    clean, kept = pipe._pack_audio_latents(clean[None]), is_kept.float().view(1, -1, 1)
+    times: list[Tensor] = []
+    to_velocity = pipe.convert_x0_to_velocity
+
+    def change_times(_: Any, words: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        times[:] = [given["sigma"]]
+        return words, {**given, "audio_timestep": given["audio_timestep"][:, None] * (1 - kept[..., 0])}
+
+    def keep(sample: Tensor, made: Tensor, step: int, scheduler: Any) -> Tensor:
+        if scheduler is not pipe.scheduler:  # that of the audio
+            made = kept * clean + (1 - kept) * made
+        velocity: Tensor = to_velocity(sample, made, step, scheduler)
+        return velocity
+
+    pipe.prepare_latents = lambda *_, **__: (
+        pipe._pack_latents(image, 1, 1),
+        torch.zeros(1, torch.Size(SHAPE).numel(), 1),
+        torch.zeros(1, torch.Size(SHAPE).numel(), 16),
+        None,
+    )
+    pipe.prepare_audio_latents = lambda *_, **__: kept * clean + (1 - kept) * start
+    pipe.convert_x0_to_velocity = keep
+    pipe.transformer.register_forward_pre_hook(change_times, with_kwargs=True)
+    for gate in (
+        pipe.transformer.av_cross_attn_video_a2v_gate,
+        pipe.transformer.av_cross_attn_audio_v2a_gate,
+    ):
+        gate.register_forward_pre_hook(lambda *_: tuple(times))
+    of_audio = {f"audio_{name}": scale for name, scale in SCALES.items()}
+    latents, heard = call(pipe, use_cross_timestep=False, **of_audio)
+    audio = pipe._normalize_audio_latents(
+        pipe._pack_audio_latents(heard), pipe.audio_vae.latents_mean, pipe.audio_vae.latents_std
+    )
+    audio = pipe._unpack_audio_latents(audio, heard.shape[2], heard.shape[3])
+    vae = pipe.vae
+    return pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0], audio[0]
+
+
+@pytest.mark.slow
+def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_path: Path) -> None:
+    write_media(tmp_path / "long.mp4", Track((0.1, 0.5), loud=0.9), frames=FRAMES, fps=24)
+    plain = ["--ltx2_mode", "av", *scale_words(SCALES, SCALES), "--stg_blocks", 1]
+    words = ["--audio_inpaint_audio", tmp_path / "long.mp4", "--audio_inpaint_interval", "0.2,0.4"]
+
+    made = generate(release, tmp_path / "a", *plain, *words, frames=FRAMES)
+    whole = generate(release, tmp_path / "b", *plain, "--drive_audio", tmp_path / "long.mp4", frames=FRAMES)
+
+    starts = torch.arange(made[SOUND].shape[1]) * 0.04 - 0.03
+    is_kept = (starts + 0.04 <= 0.2) | (starts >= 0.4)
+    pipe: Any = LTX2ConditionPipeline(**theirs(release).components)
+    pipe.set_progress_bar_config(disable=True)
+    latents, audio = expect_with_audio(pipe, whole[SOUND], is_kept)
+    assert_equal(made["latent"], latents, "images")
+    assert_equal(made[SOUND], audio, "audio")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
