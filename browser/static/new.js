@@ -158,7 +158,7 @@
     if (target.id === "leads") goOn();
     const isOther = standing !== find("progress").dataset.standing;
     if (isOther) for (const id of ["said", "refused"]) find(id).replaceChildren(); // they were about the state before
-    if (isOther || target.id === "files") htmx.trigger(find("leads"), "refresh"); // other fields
+    if (isOther || ["kind", "files"].includes(target.id)) htmx.trigger(find("leads"), "refresh"); // other fields
     ({ standing } = find("progress").dataset);
     if (wasBusy && !isBusy()) for (const id of ["free", "hours"]) htmx.trigger(find(id), "refresh");
     wasBusy = isBusy();

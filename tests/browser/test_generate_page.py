@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from browser import recipes
 from browser.dropped_settings import read_dropped_settings
+from browser.generate_pages import GenerateForm
 from browser.jobs import WAITING, JobQueue
 from browser.lora_rows import RunLoras, check_family
 from browser.recipes import make_model_recipe
@@ -1050,3 +1051,13 @@ def test_a_wrong_model_file_is_named_where_one_clicked(root: Path, tmp_path: Pat
             assert "other.safetensors" in page.locator(".died .bad").inner_text()
             page.get_by_text("Last lines").click()
             assert "other.safetensors" in page.locator(".last").inner_text()
+
+
+def test_home_folders_in_fields_of_files_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    fields = {"lora_file": ["~/a.safetensors"], "references": ["~/b.png\nc.png"], "prompt": ["~/not a file"]}
+    texts = GenerateForm.of_fields(fields).texts
+    assert texts["lora_file"] == str(Path.home() / "a.safetensors")
+    assert texts["references"] == f"{Path.home() / 'b.png'}\nc.png"
+    assert texts["prompt"] == "~/not a file"
