@@ -255,7 +255,7 @@ def _find_family_of_sum(
 def _families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
     """Return the families of Stable Diffusion that have all text encoders of these modules."""
     prefixes = {prefix_of(name) for name in tensors}
-    families = map(family_named, tool_options.OF_STABLE_DIFFUSION)
+    families = map(family_named, tool_options.MERGED_FAMILIES)
     return [family for family in families if prefixes <= {start for start, _ in family.encoders}]
 
 

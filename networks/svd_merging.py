@@ -9,7 +9,7 @@ from networks.deltas import CPU
 from networks.loading import LoraUse, read_lora
 from networks.merging import save_sum
 from networks.resizing import ResizeOptions, resize_file
-from networks.tool_options import OF_STABLE_DIFFUSION, PRECISIONS, FullMergeOptions, check_ratios
+from networks.tool_options import MERGED_FAMILIES, PRECISIONS, FullMergeOptions, check_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class SvdMergeOptions(Options):
     save_precision: str = option("type of the factors", default="float", choices=PRECISIONS)
     family: str | None = option(
         "the model that the LoRAs are for, if neither their metadata nor their names and sizes say it",
-        choices=OF_STABLE_DIFFUSION,
+        choices=MERGED_FAMILIES,
     )
     precision = not_needed("it is computed in float64.", choices=PRECISIONS)
     device = not_needed("it takes seconds on the CPU, in float64.", type=str)

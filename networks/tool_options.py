@@ -22,7 +22,7 @@ EXACT_SUM = (
     "LoRA into LoRA: add up the ranks, so that the sum is exact; without it, the best LoRA of the first "
     "file's rank"
 )
-OF_STABLE_DIFFUSION = ("sd1", "sd2", "sdxl")
+MERGED_FAMILIES = ("sd1", "sd2", "sdxl")
 OF_LORAS = "it is for merging LoRAs into one"
 # option of a model to merge into -> of its result
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
@@ -191,7 +191,7 @@ class FullMergeOptions(Options):
     family: str | None = option(
         "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their names "
         "and sizes say it",
-        choices=OF_STABLE_DIFFUSION,
+        choices=MERGED_FAMILIES,
         excludes="sd_model",
         hint=OF_LORAS,
     )

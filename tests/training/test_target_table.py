@@ -468,7 +468,7 @@ OF_NO_TARGET = {
     ),
     *("OptionsOfFeatures", "OutputPreservationOptions", "EmbeddingOptions", "ItemLossOptions"),
     # inputs of their own, prompts in place of clips, and what a file says of itself
-    *("InpaintingOptions", "LecoOptions", "AdapterOptions"),
+    *("InpaintingOptions", "LecoOptions", "AdapterOptions", "SampleScoringOptions"),
 }
 
 
