@@ -26,6 +26,14 @@
     }
   });
 
+  // ---- a button that adds a field leads to it
+  let added = ""; // the id of a field that is asked for
+  document.addEventListener("htmx:before:request", ({ target }) => { added = target.dataset?.leadsTo ?? added; });
+  document.addEventListener("htmx:after:swap", () => {
+    const field = document.getElementById(added);
+    if (field) { added = ""; field.focus(); }
+  });
+
   // ---- a change that leads to the same page again keeps the place on it
   const PLACE = "place on the page";
   document.addEventListener("htmx:after:request", ({ detail }) => {

@@ -496,7 +496,7 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
         page.get_by_text("width 65: give a multiple of 16. The sample is made with 64.").wait_for()
         page.get_by_label("Sample 1 width").fill("")
         page.get_by_role("button", name="One more sample").click()
-        page.locator("#sample-4").wait_for()
+        page.locator("#prompt-4:focus").wait_for()
         assert page.get_by_label("Sample 1 prompt").input_value() == "a cow"
         (folder / "prompts.txt").write_text("a goat\n", encoding="utf-8")
         page.get_by_role("button", name="Save the samples").click()

@@ -262,7 +262,7 @@ def test_samples_are_edited_by_their_labels(tmp_path: Path) -> None:
         wait_until(page, "document.querySelector('#set-sample_every_n_steps') !== null")
         page.get_by_label("Sample 3 prompt").fill("a dog")
         page.get_by_role("button", name="One more sample").click()
-        wait_until(page, "document.querySelector('#sample-4') !== null")
+        wait_until(page, "document.activeElement === document.querySelector('#prompt-4')")
         assert page.get_by_label("Sample 3 prompt").input_value() == "a dog"
         page.get_by_label("Sample 4 prompt").fill("a hen")
         page.get_by_label("Sample 4 seed").fill("9")
