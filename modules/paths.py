@@ -60,7 +60,7 @@ def complete_home(text: str) -> str:
     """Return a typed path whose `~` is completed as a shell does; unchanged if there is no such user."""
     if not text.startswith("~"):
         return text
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, ValueError):  # no such user, or no name that a user can have
         return str(Path(text).expanduser())
     return text
 
