@@ -260,52 +260,25 @@ def their_flux() -> Step:
 
 def their_krea2() -> Step:
     """Return the baseline of Krea 2."""
-    from diffusers import Krea2Transformer2DModel
-
-    from tests.krea2.making import predict_with
+    from tests.krea2.making import in_diffusers, predict_with
     from tests.tiny.dits import dit_called
-    from tests.tiny.krea2 import CONFIG
+    from tests.tiny.krea2 import tiny_state
 
-    model = Krea2Transformer2DModel(
-        in_channels=4 * CONFIG.channels,
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=CONFIG.num_heads,
-        num_key_value_heads=CONFIG.num_kv_heads,
-        intermediate_size=CONFIG.ffn_dim,
-        timestep_embed_dim=CONFIG.freq_dim,
-        text_hidden_dim=CONFIG.text.dim,
-        num_text_layers=CONFIG.states,
-        text_num_attention_heads=CONFIG.text.num_heads,
-        text_num_key_value_heads=CONFIG.text.num_kv_heads,
-        text_intermediate_size=CONFIG.text.ffn_dim,
-        axes_dims_rope=(8, 12, 12),
-    )
     given = dit_called("krea2").inputs(SIZE, 1)
     given["text_mask"] = given["text_mask"].bool()
+    model = in_diffusers(tiny_state(num_layers=2), 2)
     return prepare_theirs(model, "all-linear", lambda dit: predict_with(dit, given))
 
 
 def their_qwen_image() -> Step:
     """Return the baseline of Qwen-Image."""
-    from diffusers import QwenImageTransformer2DModel
-
-    from tests.qwen_image.making import predict_with
+    from tests.qwen_image.making import in_diffusers, predict_with
     from tests.tiny.dits import dit_called
-    from tests.tiny.qwen_image import CONFIG
+    from tests.tiny.qwen_image import tiny_state
 
-    width = CONFIG.dim // CONFIG.num_heads
-    model = QwenImageTransformer2DModel(
-        in_channels=4 * CONFIG.channels,
-        out_channels=CONFIG.channels,
-        num_layers=2,
-        attention_head_dim=width,
-        num_attention_heads=CONFIG.num_heads,
-        joint_attention_dim=CONFIG.text_dim,
-        axes_dims_rope=(width // 8, 7 * width // 16, 7 * width // 16),
-    )
     given = dit_called("qwen_image").inputs(SIZE, 1)
     given["text_mask"] = given["text_mask"].bool()
+    model = in_diffusers(tiny_state(num_layers=2), num_layers=2)
     blocks = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(img|txt)_mlp\.net\.(0\.proj|2)"
     targets = rf"transformer_blocks\.\d+\.({blocks})"
     return prepare_theirs(model, targets, lambda dit: predict_with(dit, given))

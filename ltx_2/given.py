@@ -119,16 +119,19 @@ class AnchorRule:
         """Return the given frames of each sample, B F bool."""
         ranks = torch.rand((len(draws), frames), generator=generator)
         ends = mark_ends(frames, 1, 1)
-        if self.strategy != "random":
-            ranks[:, ends] = 2.0  # behind all others
-        marked = ranks.argsort(1).argsort(1) < self.count
-        if self.strategy != "random":
-            marked &= ~ends
         if self.strategy == "endpoints":
-            marked &= False
-        if self.strategy != "random":
-            marked |= ends
+            marked = ends.expand_as(ranks)
+        elif self.strategy == "random":
+            marked = _mark_lowest(ranks, self.count)
+        else:
+            ranks[:, ends] = 2.0  # behind all others: the drawn ones lie between the ends
+            marked = _mark_lowest(ranks, self.count) | ends
         return marked & (draws < self.probability)[:, None]
+
+
+def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
+    """Return which are the `count` lowest numbers of each row, bool."""
+    return ranks.argsort(1).argsort(1) < count
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
 from ltx_2.keyframes import check_keyframes
 from ltx_2.references import read_pixels
 from modules.errors import MediaError, OptionError
+from modules.integers import ceil_div, round_up
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.media.samples import read_beginning, read_track
@@ -101,7 +102,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
         _check_region(region, prepared, latent)
     ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
     # latents: the suffix has none for its first frame
-    shown = -(-ends[0] // latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
+    shown = ceil_div(ends[0], latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
     if max(ends) and shown >= total:
         raise OptionError(
             f"--video_length {frames}: --extend_prefix and --extend_suffix give all of it. Make it longer, "
@@ -154,7 +155,8 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
 
 def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
     """Return which latents, H W bool, lie entirely in a region of pixels."""
-    top, left = -(-region.top // step) * step, -(-region.left // step) * step
+    top = round_up(region.top, step)
+    left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
     return mark_region(bounds, rows, columns, step)
 

@@ -635,7 +635,7 @@ def _read_leco(args: argparse.Namespace) -> None:
     if args.prompts_file is None:
         raise OptionError(
             "--prompts_file is missing: give a TOML or YAML file of the prompts that are learned from. "
-            "the documentation of Stable Diffusion shows one"
+            "The documentation of Stable Diffusion shows one"
         )
     read_as_known(args)
     if not args.network_train_text_encoder_only:

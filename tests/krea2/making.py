@@ -12,11 +12,11 @@ from tests.qwen_image.making import pack
 from tests.tiny.krea2 import CONFIG, in_diffusers_names, tiny_state
 
 
-def in_diffusers(state: Mapping[str, Tensor]) -> Krea2Transformer2DModel:
-    """diffusers' network with these weights, of the size of CONFIG."""
+def in_diffusers(state: Mapping[str, Tensor], num_layers: int = CONFIG.num_layers) -> Krea2Transformer2DModel:
+    """diffusers' network with these weights, of the size of CONFIG but for the number of its blocks."""
     dit = Krea2Transformer2DModel(
         in_channels=4 * CONFIG.channels,
-        num_layers=CONFIG.num_layers,
+        num_layers=num_layers,
         attention_head_dim=32,
         num_attention_heads=CONFIG.num_heads,
         num_key_value_heads=CONFIG.num_kv_heads,

@@ -11,14 +11,17 @@ from tests.tiny.qwen_image import CONFIG, tiny_state
 
 
 def in_diffusers(
-    state: dict[str, Tensor], clean_references: bool = False, layered: bool = False
+    state: dict[str, Tensor],
+    clean_references: bool = False,
+    layered: bool = False,
+    num_layers: int = CONFIG.num_layers,
 ) -> QwenImageTransformer2DModel:
-    """diffusers' network with these weights, of the size of CONFIG."""
+    """diffusers' network with these weights, of the size of CONFIG but for the number of its blocks."""
     width = CONFIG.dim // CONFIG.num_heads
     dit = QwenImageTransformer2DModel(
         in_channels=4 * CONFIG.channels,
         out_channels=CONFIG.channels,
-        num_layers=CONFIG.num_layers,
+        num_layers=num_layers,
         attention_head_dim=width,
         num_attention_heads=CONFIG.num_heads,
         joint_attention_dim=CONFIG.text_dim,

@@ -88,7 +88,7 @@ def _parse(place: str, path: Path) -> Any:
         kind = "YAML" if path.suffix.lower() in YAML else "TOML"
         raise OptionError(
             f"{place}: it is not a {kind} file ({error}). "
-            "the documentation of Stable Diffusion shows one: give [[prompts]]"
+            "The documentation of Stable Diffusion shows one: give [[prompts]]"
         ) from None
 
 
