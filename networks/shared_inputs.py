@@ -118,7 +118,7 @@ class SharedInput:
 
 
 def _is_plain(layer: GroupedLayer, dtype: torch.dtype) -> bool:
-    """Return whether the frozen module of a layer is a linear layer in a dtype, which nothing else acts on."""
+    """Return whether a layer's frozen module is linear, in a dtype, and nothing else acts on it."""
     original = layer.original
     if type(original) is not nn.Linear or original.weight.dtype != dtype or original.weight.requires_grad:
         return False
@@ -155,7 +155,12 @@ class _Outputs(torch.autograd.Function):
         of_x: Tensor | None = None
         of_ups: list[Tensor | None] = []
         parts = zip(
-            gradients, ups, weights, product.split(ctx.ranks, -1), of_product.split(ctx.ranks, -1), strict=True
+            gradients,
+            ups,
+            weights,
+            product.split(ctx.ranks, -1),
+            of_product.split(ctx.ranks, -1),
+            strict=True,
         )
         for gradient, up, weight, part, of_part in parts:
             if gradient is None:  # nothing depends on this output
