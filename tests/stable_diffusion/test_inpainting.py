@@ -254,6 +254,25 @@ def test_what_cannot_be_is_refused_with_the_reason(case: str, folder: Path) -> N
     assert_one_message(code, said, reason)
 
 
+@pytest.mark.parametrize("further", [[], ["--masked_loss"]])
+def test_nothing_is_held_outside_masks_that_weigh_no_loss(further: list[object], folder: Path) -> None:
+    """--mask_prior_weight needs masks of the loss; those of --train_inpainting are inputs."""
+    (folder / "masks").mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(folder / "mask.png", folder / "masks" / name)
+    key = "conditioning_data_dir" if further else "mask_directory"
+    (folder / "dataset.toml").write_text(f'{DATASET}{key} = "masks"\n', encoding="utf-8")
+    model = WRITERS["sd1"](folder, channels=9, name="nine.safetensors")
+    lora: list[object] = ["--train_inpainting", "--mask_prior_weight", 0.5, "--network_train_unet_only"]
+
+    code, said = run_here("train_network.py", *words(model, *lora, *further), folder=folder)
+
+    if further:
+        assert (code, (folder / "output" / "it.safetensors").is_file()) == (0, True)
+    else:
+        assert_one_message(code, said, "--mask_prior_weight 0.5 with --train_inpainting: masks are inputs")
+
+
 def test_a_lora_learns_on_an_inpainting_model_and_its_samples_are_the_images_of_the_scripts(
     folder: Path,
 ) -> None:
