@@ -351,6 +351,31 @@ def test_images_are_those_of_diffusers_pipelines(kind: str, folder: Path) -> Non
     assert (picture(ours) - expected).abs().max() <= 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_diffusers_reads_a_widened_model_from_a_single_file(kind: str, folder: Path) -> None:
+    """Its reader takes the 9 channels from the file's first layer, the rest of the sizes from a folder."""
+    script = "sdxl_train.py" if kind == "sdxl" else "fine_tune.py"
+    command = words(WRITERS[kind](folder), "--train_inpainting", "--optimizer_type", "SGD")
+    succeed_here(script, *command, folder=folder)
+    succeed_here(script, *command, "--save_model_as", "diffusers", "--output_name", "whole", folder=folder)
+
+    wide = PIPELINES[kind].from_pretrained(folder / "output" / "whole", local_files_only=True).unet
+    read = PIPELINES[kind].from_single_file(
+        str(folder / "output" / "it.safetensors"),
+        config=str(folder / "output" / "whole"),
+        local_files_only=True,
+        # towers of equal width: the reader would take the first one for both
+        **({"text_encoder": None, "text_encoder_2": None} if kind == "sdxl" else {"text_encoder": None}),
+    ).unet
+
+    assert read.config.in_channels == read.conv_in.weight.shape[1] == 9
+    assert read.conv_in.weight[:, 4:].abs().max() > 0  # learned
+    expected = wide.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in read.state_dict().items())
+
+
 @dataclass(frozen=True)
 class ShownMasks:
     """A family that keeps the mask of an image."""
