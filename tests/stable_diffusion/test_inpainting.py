@@ -34,6 +34,7 @@ from dataset.sources.decoding import decode_source
 from dataset.subset_options import SubsetOptions
 from encoders.tiles import posterior_generator
 from modules.errors import CheckpointError
+from modules.media.random_masks import draw_cloud, draw_mask, draw_polygons, draw_shape
 from modules.script_options import parse_options
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.files import Marks
@@ -46,7 +47,6 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, KINDS, make_batch, make_family, plain_loss
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_folder
 from training.features.inpainting import InpaintingOptions, add_inputs
-from training.features.inpainting_masks import draw_cloud, draw_mask, draw_polygons, draw_shape
 from training.loss import NoisyBatch
 from training.targets.passes import training_loss
 
@@ -361,13 +361,17 @@ def test_diffusers_reads_a_widened_model_from_a_single_file(kind: str, folder: P
     succeed_here(script, *command, "--save_model_as", "diffusers", "--output_name", "whole", folder=folder)
 
     wide = PIPELINES[kind].from_pretrained(folder / "output" / "whole", local_files_only=True).unet
-    read = PIPELINES[kind].from_single_file(
-        str(folder / "output" / "it.safetensors"),
-        config=str(folder / "output" / "whole"),
-        local_files_only=True,
-        # towers of equal width: the reader would take the first one for both
-        **({"text_encoder": None, "text_encoder_2": None} if kind == "sdxl" else {"text_encoder": None}),
-    ).unet
+    read = (
+        PIPELINES[kind]
+        .from_single_file(
+            str(folder / "output" / "it.safetensors"),
+            config=str(folder / "output" / "whole"),
+            local_files_only=True,
+            # towers of equal width: the reader would take the first one for both
+            **({"text_encoder": None, "text_encoder_2": None} if kind == "sdxl" else {"text_encoder": None}),
+        )
+        .unet
+    )
 
     assert read.config.in_channels == read.conv_in.weight.shape[1] == 9
     assert read.conv_in.weight[:, 4:].abs().max() > 0  # learned

@@ -182,6 +182,7 @@ def test_the_error_is_that_of_a_plain_loop(kind: str, action: str, tmp_path: Pat
     generator = torch.Generator().manual_seed(5)
     changes: dict[str, Tensor] = {}
     for name, layer in zip(network.names, network.layers, strict=True):
+        nn.init.normal_(layer.lora_down.weight, std=0.2, generator=generator)
         nn.init.normal_(layer.lora_up.weight, std=0.2, generator=generator)
         change = layer.scale * (layer.lora_up.weight.flatten(1) @ layer.lora_down.weight.flatten(1))
         changes[name.removeprefix("lora_unet_")] = change.detach()

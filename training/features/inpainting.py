@@ -92,8 +92,8 @@ def add_inputs(
     import torch  # not needed for --help, as what follows
 
     from contract.data import LOSS_MASK
+    from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
-    from training.features.inpainting_masks import draw_mask
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
     numbers = random.Random(derive_seed("inpainting", key))

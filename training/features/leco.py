@@ -90,7 +90,9 @@ def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], p
     progress = plan.progress.of(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
-        logger.warning("%s has other prompts than when the state was saved; they are learned now", options.path)
+        logger.warning(
+            "%s has other prompts than when the state was saved; they are learned now", options.path
+        )
     progress.leco_pairs = digest
     from training.features.leco_passes import encode_pairs, leco_passes  # torch: only with this feature
 
