@@ -283,8 +283,14 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     made = ["--lora_weight", "output/direct.safetensors", "--save_path", "videos"]
     installed.run("reelsmith", "generate", "wan", *generate, *made)
 
+    words = [*training, "called"]
+    called = {name[2:]: value for name, value in zip(words, words[1:], strict=False) if name[:2] == "--"}
+    called["sdpa"] = True
+    code = f"import reelsmith; print(reelsmith.train('wan', **{called!r}).wait().saved)"
+    assert "called.safetensors" in installed.run("python", "-c", code).stdout
+
     expected = load_file(tmp_path / "output" / "lora.safetensors")
-    for name in ("launched", "direct", "spawned"):
+    for name in ("launched", "direct", "spawned", "called"):
         made = load_file(installed.folder / "output" / f"{name}.safetensors")
         assert made.keys() == expected.keys()
         assert all(tensor.equal(expected[key]) for key, tensor in made.items()), name
