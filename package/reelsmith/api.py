@@ -171,8 +171,7 @@ def _start(script: Path, operands: tuple[object, ...], options: Mapping[str, Any
     words = make_words(script, operands, options)
     values = check_words(script, words)
     folder, name = values.get("output_dir"), values.get("output_name")
-    has_history = folder is not None and name is not None
-    history = HistoryEvents(Path(folder), str(name)) if has_history else None
+    history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
     return CommandRun(script, words, options, history)
 
 
