@@ -222,10 +222,13 @@ def lay_out_qwen_image_21(folder: Path) -> None:
 
 
 def lay_out_qwen_image(folder: Path) -> None:
-    """Qwen-Image, Edit-2511 and what they need; beside the folder pictures to edit, and a mask."""
+    """Qwen-Image, Edit-2511, Layered and what they need; beside the folder images to edit, and a mask."""
     for seed, name in enumerate(("qwen_image_bf16", "qwen_image_edit_2511_bf16")):
         qwen_image.write_dit(folder, qwen_image.tiny_state(seed, torch.bfloat16), name=name)
+    layered = qwen_image.tiny_state(2, torch.bfloat16, has_layers=True)
+    qwen_image.write_dit(folder, layered, name="qwen_image_layered_bf16")
     save(folder / "qwen_image_vae.safetensors", vae_tensors())
+    save(folder / "qwen_image_layered_vae.safetensors", vae_tensors(colors=4))
     write_qwen_tokenizer(folder / "qwen_2.5_vl")
     write_model(folder / "qwen_2.5_vl_7b.safetensors", qwen25_vl())
     (folder.parent / "control").mkdir()
