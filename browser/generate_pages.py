@@ -329,7 +329,7 @@ class GeneratePages:
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
         """Return the runs and models to generate with: field value and name of each, grouped by a title."""
-        runs = []
+        runs: list[tuple[str, str]] = []
         for run, label in self.run_loras.refresh():
             runs.append((f"run {run.id}", say("%(label)s (run)", label=label)))
         on_disk: list[tuple[str, str]] = []

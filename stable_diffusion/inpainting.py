@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,12 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(draw_wobbly_ellipse(height, width, numbers)).float()
 
 
+def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
+    """Return the sum of the waves at an angle of the ellipse."""
+    values = [amplitude * math.cos(k * angle + phase) for k, (amplitude, phase) in enumerate(waves, 1)]
+    return sum(values)
+
+
 def draw_wobbly_ellipse(height: int, width: int, numbers: random.Random) -> Any:
     """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
     # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
@@ -124,11 +130,7 @@ def draw_wobbly_ellipse(height: int, width: int, numbers: random.Random) -> Any:
     corners = []
     for corner in range(CORNERS):
         angle = 2 * math.pi * corner / CORNERS
-        wave_values = [
-            amplitude * math.cos(periods * angle + phase)
-            for periods, (amplitude, phase) in enumerate(waves, 1)
-        ]
-        radius = 1 + WOBBLE * sum(wave_values) / HARMONICS
+        radius = 1 + WOBBLE * _sum_waves(waves, angle) / HARMONICS
         x = radius * horizontal_radius * math.cos(angle)
         y = radius * vertical_radius * math.sin(angle)
         rotated_x = x * math.cos(rotation) - y * math.sin(rotation)

@@ -197,7 +197,7 @@ def expand(text: str, random: Random) -> list[str]:
     return list(texts)
 
 
-class _Group(NamedTuple):
+class _ChoiceGroup(NamedTuple):
     """A group of a prompt: its choices, how many of them to take, and the text between them."""
 
     choices: Sequence[str]
@@ -227,11 +227,11 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
     yield text
 
 
-def _read_group(content: str) -> tuple[list[str], int, int, str]:
+def _read_group(content: str) -> _ChoiceGroup:
     """Parse the content of a group."""
     counts = _COUNTS.match(content)
     if counts is None:
-        return _Group(content.split("|"), minimum=1, maximum=1, separator=JOINER)
+        return _ChoiceGroup(content.split("|"), minimum=1, maximum=1, separator=JOINER)
     choices = content[counts.end() :].split("|")
     exact, low, high, separator = counts.groups()
     if exact is not None:
@@ -240,7 +240,7 @@ def _read_group(content: str) -> tuple[list[str], int, int, str]:
     maximum = min(int(high or len(choices)), len(choices))
     if minimum > maximum:
         minimum, maximum = maximum, minimum
-    return _Group(choices, minimum, maximum, JOINER if separator is None else separator)
+    return _ChoiceGroup(choices, minimum, maximum, JOINER if separator is None else separator)
 
 
 logger = logging.getLogger(__name__)
