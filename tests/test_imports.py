@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "moss_image": GROUND | {"networks.names", "encoders", "lumina", "krea2", "flux_2"},
     "fibo_2": GROUND | {"networks.names", "encoders", "lumina", "z_image", "krea2", "flux_2"},
+    "minimax_h3": GROUND | {"networks.names", "encoders"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
@@ -356,6 +357,10 @@ def test_imports_follow_the_arrows() -> None:
             if allowed and name.split(".")[0] in tops and not f"{name}.".startswith(allowed)
         ]
     assert wrong == []
+
+
+def test_each_family_has_arrows() -> None:
+    assert {room.partition(".")[0] for room in FOLDERS.values()} <= MAY_IMPORT.keys()
 
 
 def test_option_files_import_the_standard_library_and_each_other() -> None:
