@@ -134,7 +134,7 @@ class DitLoader:
         from networks.rounding import LoraRounding
 
         rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding)
+        return LoraPatch(uses, rounding=rounding, family=self.family.name)
 
 
 def dit_loader(

@@ -346,7 +346,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
         if expert_uses:
             from networks.apply import check_loras_fit  # only with LoRAs
 
-            check_loras_fit(file, expert_uses, family.file_beside(file))
+            check_loras_fit(file, expert_uses, family.file_beside(file), family.name)
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:

@@ -87,6 +87,7 @@ class LoraFile:
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
     is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
+    written_for: FamilyNames | None = None  # of a file that was written here under our names
     changes_others: bool = False  # of an encoder's part: the file changes other networks too
     words: BundledWords = field(default_factory=dict)  # that it brings along for prompts
 
@@ -144,6 +145,8 @@ class LoraFile:
         Args:
             hint: Family to prefer if several are possible; None for the one in the metadata.
         """
+        if hint is None and self.written_for is not None:
+            return [self.written_for]
         part = next(iter(self.parts.values()), self)
         trained_family = read_family(part.metadata)
         if hint is None and trained_family is not None:
@@ -212,21 +215,25 @@ def read_lora(
     if with_words:
         words = find_words(stored)
         stored = without_words(stored)
+    trained_family = read_family(metadata) if is_own else None
+    if trained_family is not None and family in (None, trained_family.name):
+        native = key_formats.read_own_names(stored, trained_family)
+        if native is not None:  # most files: names of no other program and no other family are looked at
+            lora = _read_part(path, native, metadata, expert=None, is_own=True)
+            return replace(lora, words=words, written_for=trained_family)
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        part = _read_part(
-            path,
-            {name: stored[name] for name in names},
-            metadata,
-            expert=expert,
-            with_texts=with_texts,
-            is_own=is_own,
-            family=family,
+        of_expert = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
+        names_no_family = read_family(of_expert) is None
+        native, of_expert = _recognise(
+            path, {name: stored[name] for name in names}, of_expert, family=family, with_texts=with_texts
         )
-        parts[expert] = replace(part, words=words)
+        part = _read_part(path, native, of_expert, expert=expert, is_own=is_own)
+        is_family_by_names = names_no_family and native.family_name is not None
+        parts[expert] = replace(part, words=words, is_family_by_names=is_family_by_names)
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
@@ -236,28 +243,20 @@ def read_lora(
 
 def _read_part(
     path: Path,
-    stored: Mapping[str, Tensor],
+    native: NativeTensors,
     metadata: Mapping[str, str],
     expert: str | None,
-    with_texts: bool,
     is_own: bool,
-    family: str | None,
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert's part, to ours.
+    """Complete the tensors of a file, or of one expert's part, by alphas; reject those that define no change.
 
     Args:
         path: Path of the file.
-        stored: Tensors as stored in the file.
-        metadata: Metadata of the file.
+        native: Tensors under our names.
+        metadata: Metadata of the file, or of the part.
         expert: Expert of the part; None if names in the file do not show it.
-        with_texts: Whether to read changes of text encoders.
         is_own: Whether the file was written by us.
-        family: Family that the user named; None if none was named.
     """
-    if expert is not None:
-        metadata = _metadata_of_expert(path, metadata, expert)
-    names_no_family = read_family(metadata) is None
-    native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
     if is_own and FOLDED in metadata:
@@ -299,7 +298,6 @@ def _read_part(
         dialect=native.dialect,
         text_tensors=texts,
         unknown_names=native.unknown_names,
-        is_family_by_names=names_no_family and native.family_name is not None,
     )
 
 
@@ -681,7 +679,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
         in_text: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            if on_text_side(name.removeprefix(OURS)):
+            if on_text_side(name.removeprefix(OURS), use.lora.written_for):
                 in_text[name] = factors
             else:
                 in_dit[name] = factors
