@@ -20,10 +20,10 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-from modules.installation import reject_in_queue, reject_starting
+from modules.installation import is_started_by_file, reject_in_queue, reject_starting
 from modules.option_checks import LIMITS, check_paths, check_relations, check_value, find_needed, list_paths
 from modules.option_values import check_characters, check_numbers, convert_value
-from modules.run_limits import is_started_by_file, reject_outside, reject_sending
+from modules.run_limits import reject_outside, reject_sending
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

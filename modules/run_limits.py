@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from modules.errors import OptionError, OutputError
-from modules.installation import FROM_QUEUE, RUN_GOES_ON
 from modules.text_files import real_path
 
 FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders: first that of the run
@@ -83,11 +82,6 @@ def temporary_folder() -> Iterator[Path]:
 def is_limited() -> bool:
     """Return whether this process runs a described folder, so that the limits hold."""
     return bool(os.environ.get(FOLDERS))
-
-
-def is_started_by_file() -> bool:
-    """Return whether a described folder, or a job of the browser's queue, has this process started."""
-    return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def describe_outside(path: Path, option: str = "") -> str | None:
