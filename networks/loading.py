@@ -228,10 +228,10 @@ def read_lora(
     for expert, names in groups.items():
         of_expert = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
         names_no_family = read_family(of_expert) is None
-        native, of_expert = _recognise(
+        native, completed = _recognise(
             path, {name: stored[name] for name in names}, of_expert, family=family, with_texts=with_texts
         )
-        part = _read_part(path, native, of_expert, expert=expert, is_own=is_own)
+        part = _read_part(path, native, completed, expert=expert, is_own=is_own)
         is_family_by_names = names_no_family and native.family_name is not None
         parts[expert] = replace(part, words=words, is_family_by_names=is_family_by_names)
     if len(parts) == 1:
