@@ -225,10 +225,10 @@ def expert_loras(
             if other_key != key and use.lora.parts and use.lora.path not in own_paths
         ]
         expert_uses.append(tuple(use.for_expert(expert.name) for use in (*own_uses, *shared_uses)))
-    from networks.depths import fit_to_file, is_grown
+    from networks.depths import find_grown, fit_to_file
 
     # decoding latents runs no transformer
-    if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
+    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
         return tuple(expert_uses)
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)

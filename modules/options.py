@@ -526,7 +526,8 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
     options = cls(**values)  # first, as a record's own checks say more
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
-        if option.replace("-", "_") in typed and not is_given(options, field):
+        is_typed = field.name not in records and option.replace("-", "_") in typed
+        if is_typed and not is_given(options, field):
             _tell_idle(options, field)
     for field in dataclasses.fields(cls):
         value = values[field.name]

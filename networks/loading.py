@@ -226,19 +226,48 @@ def read_lora(
         raise _several(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        of_expert = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
-        names_no_family = read_family(of_expert) is None
-        native, completed = _recognise(
-            path, {name: stored[name] for name in names}, of_expert, family=family, with_texts=with_texts
+        part = _recognise_part(
+            path,
+            {name: stored[name] for name in names},
+            metadata,
+            expert=expert,
+            with_texts=with_texts,
+            is_own=is_own,
+            family=family,
         )
-        part = _read_part(path, native, completed, expert=expert, is_own=is_own)
-        is_family_by_names = names_no_family and native.family_name is not None
-        parts[expert] = replace(part, words=words, is_family_by_names=is_family_by_names)
+        parts[expert] = replace(part, words=words)
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
     by_name = {expert: part for expert, part in parts.items() if expert is not None}
     return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_name)
+
+
+def _recognise_part(
+    path: Path,
+    stored: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    expert: str | None,
+    with_texts: bool,
+    is_own: bool,
+    family: str | None,
+) -> LoraFile:
+    """Rename the tensors of a file, or of one expert's part, to ours, whatever program has written it.
+
+    Args:
+        path: Path of the file.
+        stored: Tensors as stored in the file.
+        metadata: Metadata of the file.
+        expert: Expert of the part; None if names in the file do not show it.
+        with_texts: Whether to read changes of text encoders.
+        is_own: Whether the file was written by us.
+        family: Family that the user named; None if none was named.
+    """
+    of_part = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
+    names_no_family = read_family(of_part) is None
+    native, completed = _recognise(path, stored, of_part, family=family, with_texts=with_texts)
+    part = _read_part(path, native, completed, expert=expert, is_own=is_own)
+    return replace(part, is_family_by_names=names_no_family and native.family_name is not None)
 
 
 def _read_part(
