@@ -175,7 +175,7 @@ def parse_layers(text: str | None) -> frozenset[int]:
 
 
 # for training samples: guidance at every step, nothing else
-PLAIN_GUIDANCE = GuidanceOptions()
+PLAIN_GUIDANCE = GuidanceOptions.usual()
 
 
 class PromptOptions(Options, title="prompts"):
