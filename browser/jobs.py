@@ -574,10 +574,10 @@ class JobQueue:
             ended = [job for job in equal_jobs if job.state in ENDED]
             book.jobs += ended[:surplus]
             unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
-        for place, line in lines.items():
+        for index, line in lines.items():
             candidates = unmatched[line]
             job = candidates.pop(0) if candidates else self._new_job(book, line, _find_line_folder(line))
-            job.place = place
+            job.place = index
             book.jobs.append(job)
         running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
         book.jobs[:0] = running
@@ -593,10 +593,10 @@ class JobQueue:
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
     """Return the command lines of the text file, by their index among its entries."""
     lines = {}
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         line = entry.strip()
         if line and not line.startswith("#"):
-            lines[place] = line
+            lines[index] = line
     return lines
 
 
@@ -649,8 +649,8 @@ def _find_line_folder(line: str) -> Path:
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first root. Raises OutputError if its folder is a link."""
     folder = runs.tops[0] / FOLDER
-    for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
-        reject_link(place)
+    for subfolder in (folder, folder / LOGS, folder / RENDER_FOLDER):
+        reject_link(subfolder)
     return JobQueue(folder, read_only)
 
 

@@ -403,7 +403,7 @@ def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[E
     Whether it is described is checked when the job starts, because a job before it may describe it.
     """
     script = next(
-        place for place, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
+        index for index, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
     )
     described = "".join(words[script + 1 : script + 2])
     is_typed = described != "" and not described.startswith("-")

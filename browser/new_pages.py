@@ -462,7 +462,9 @@ class NewPages:
         queue = site.queue.now()
         job = captioning = None
         if folder is not None:
-            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            job = newest_job(
+                [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
+            )
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         busy = [
             background is not None and background.state == RUNNING for background in background_jobs.values()

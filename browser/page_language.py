@@ -79,15 +79,15 @@ def _name_cookie(request: Request) -> str:
 
 def find_accepted(header: str) -> str:
     """Return the code of the supported language that a browser prefers. `header` is its Accept-Language."""
-    wanted = []
+    languages = []
     for part in header.split(","):
         name, _, parameter = part.partition(";")
         weight = _read_weight(parameter)
         code = name.strip().lower().partition("-")[0]
         if code in CODES and weight > 0:
-            wanted.append((weight, code))
+            languages.append((weight, code))
     # the first one among equal weights
-    return max(wanted, key=lambda one: one[0])[1] if wanted else CODES[0]
+    return max(languages, key=lambda one: one[0])[1] if languages else CODES[0]
 
 
 def _read_weight(parameter: str) -> float:

@@ -166,8 +166,8 @@ class TagEditor:
         Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
         that are JSON objects have no tags. Raises OSError.
         """
-        for place in list_media_folders_of(self.runs, folder):
-            paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
+        for media_folder in list_media_folders_of(self.runs, folder):
+            paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
             for path in paths:
                 if not self.runs.is_inside(path):
                     continue

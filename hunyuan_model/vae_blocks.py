@@ -165,12 +165,12 @@ class HunyuanCausalConv(nn.Module):
         batch, channels, _, height, width = x.shape
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
         padded = empty_clip(x, *size)
-        for place, source in enumerate(sources):
-            if place and source == sources[place - 1]:
-                padded[:, :, place] = padded[:, :, place - 1]
+        for index, source in enumerate(sources):
+            if index and source == sources[index - 1]:
+                padded[:, :, index] = padded[:, :, index - 1]
             else:
                 frame = x[:, :, source : source + 1]
-                self._write(frame, padded[:, :, place : place + 1], factors)
+                self._write(frame, padded[:, :, index : index + 1], factors)
         return padded
 
     def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:

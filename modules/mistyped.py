@@ -286,8 +286,8 @@ def explain_rest(
                 f"{before} takes one path and has {len(unused) + 1}, {path} {word} ...: the shell put "
                 "all that fit in the place of a pattern (*). Give the one to use."
             )
-    place = words.index(first)
-    last_but_one, before = ["", "", *words][place : place + 2]
+    index = words.index(first)
+    last_but_one, before = ["", "", *words][index : index + 2]
     if _takes_one(flags, last_but_one) and flags[last_but_one].type in NUMBER_TYPES:
         values = as_typed([before, *unused])
         return f"{last_but_one} takes one value and has {1 + len(unused)}, {values}. Give one."

@@ -426,12 +426,12 @@ def add_options(
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
-        place = group_of(parser, cls.heading) if cls.heading else group or parser
+        target = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            _add_field(parser, place, cls, field=field, changes=changes)
+            _add_field(parser, target, cls, field=field, changes=changes)
         for name, rejection in _list_rejections(cls):
             if name not in without:
-                _add_rejection(place, cls, name, rejection)
+                _add_rejection(target, cls, name, rejection)
 
 
 class _ScriptChanges(NamedTuple):

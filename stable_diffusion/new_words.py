@@ -23,7 +23,7 @@ class NewWord:
             vocabulary: Number of rows of the table without the word.
         """
         ids = [*range(vocabulary, vocabulary + self.count)]
-        single = {f"{self.text}{place}": [number] for place, number in enumerate(ids[1:], 1)}
+        single = {f"{self.text}{index}": [number] for index, number in enumerate(ids[1:], 1)}
         return {self.text: ids, **single}
 
 

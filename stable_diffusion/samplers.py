@@ -90,7 +90,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
     """
-    start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+    start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
     at = (start + end) / 2 + (end - start) / 2 * points

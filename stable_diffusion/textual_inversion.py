@@ -205,8 +205,8 @@ def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) ->
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]
-        for place, number in enumerate(word_ids[1:], 1):
-            derived[f"{word.word}{place}"] = [number]
+        for index, number in enumerate(word_ids[1:], 1):
+            derived[f"{word.word}{index}"] = [number]
         if word.token is not None:
             derived.setdefault(word.token, word_ids)
     return derived
@@ -222,13 +222,13 @@ def with_words(
 
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
-        place = 0
+        position = 0
         for match in pattern.finditer(text):
-            tokens += tokenize(text[place : match.start()])
+            tokens += tokenize(text[position : match.start()])
             assert match.lastindex is not None
             tokens += ids[match.lastindex - 1]
-            place = match.end()
-        return tokens + tokenize(text[place:])
+            position = match.end()
+        return tokens + tokenize(text[position:])
 
     return tokenize_all
 

@@ -227,8 +227,8 @@ class TrainingFiles:
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the U-Net computes in."""
-        wanted = placement.compute_dtype or placement.storage_dtype or self.dtype
-        return wanted if wanted.itemsize > 1 else FP8_COMPUTE
+        dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
+        return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 
     # the VAE
 
@@ -386,14 +386,14 @@ class _Sides:
 
     def number_of(self, released: str) -> int:
         """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
-        side, place, *_ = released.split(".")
+        side, index, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,
             "middle_block": self.first_middle,
             "output_blocks": self.first_up,
         }
         middle_is_one = side == "middle_block" and self.middle == 1
-        return starts[side] if middle_is_one else starts[side] + int(place)
+        return starts[side] if middle_is_one else starts[side] + int(index)
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:

@@ -329,7 +329,7 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
     stream: Any = getattr(file, "fp", None)
     if stream is None:  # its pixels are read
         return None
-    place = stream.tell()
+    position = stream.tell()
     try:
         stream.seek(8)
         while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
@@ -339,7 +339,7 @@ def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
                 return (content[0], content[1]) if len(content) == 2 else None
             stream.seek(length + 4, io.SEEK_CUR)  # with its checksum
     finally:
-        stream.seek(place)
+        stream.seek(position)
     return None
 
 
@@ -348,10 +348,10 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
-    place = stream.tell()
+    position = stream.tell()
     stream.seek(0)
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
-    stream.seek(place)
+    stream.seek(position)
     primaries = int.from_bytes(codes[:2], "big")
     transfer = int.from_bytes(codes[2:4], "big")
     if not marker:
@@ -399,8 +399,8 @@ def _with_header(tags: dict[bytes, bytes]) -> bytes:
     start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
     table, body = b"", b""
     for name, content in tags.items():
-        place = start + len(body)
-        table += name + _encode_number(place) + _encode_number(len(content))
+        position = start + len(body)
+        table += name + _encode_number(position) + _encode_number(len(content))
         body += content
     head = _encode_number(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
     head += b"acsp" + bytes(28) + _encode_fixed(_D50)

@@ -177,7 +177,7 @@ class Timing:
             else:  # counted backwards from the first image
                 if ahead is None:
                     # the shortest image so far: a mean of long ones would make the file begin too early
-                    ahead = min(place.length for place in self._shown.values())
+                    ahead = min(entry.length for entry in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
                 first = packet.dts

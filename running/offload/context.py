@@ -85,7 +85,7 @@ class TokenPart:
             table: Rotary embeddings, ... L' 1 D/2 2, of the tokens after the first `before`.
             before: Number of tokens before those of the table.
         """
-        start, stop = (max(place - before, 0) for place in (self.run.start, self.run.stop))
+        start, stop = (max(position - before, 0) for position in (self.run.start, self.run.stop))
         return table[..., start:stop, :, :, :]
 
     def take(self, x: Tensor) -> Tensor:
