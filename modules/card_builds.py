@@ -79,14 +79,16 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
     """Return the build that supports most of the machine's cards and that their driver can run."""
-    first, driver = cards[0], cards[0].driver
+    first = cards[0]
+    driver = first.driver  # one driver runs all cards
     card_text = f"{first.name}, driver {driver}"
-    capabilities = [card.capability for card in cards if card.capability != (0, 0)]
-    is_new = max(capabilities, default=FIRST_OF_CUDA_13) >= FIRST_BEYOND_CUDA_12_6
-    is_old = max(capabilities, default=FIRST_OF_CUDA_13) < FIRST_OF_CUDA_13
-    if first.series >= OLDEST_DRIVER[13] and not is_old:
+    known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
+    newest = max(known_capabilities, default=FIRST_OF_CUDA_13)
+    needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
+    supports_cuda_13 = newest >= FIRST_OF_CUDA_13
+    if first.series >= OLDEST_DRIVER[13] and supports_cuda_13:
         return BuildChoice("cu130", card_text)
-    needed = OLDEST_DRIVER[13] if is_new else OLDEST_DRIVER[12]
+    needed = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
     if first.series < needed:
         raise InstallationError(
             f"the NVIDIA driver is {driver}, and {first.name} needs {needed} or later here. Update the "

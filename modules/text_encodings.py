@@ -98,9 +98,10 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
         return None
     best = ranked[0]
     next_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
-    ahead = best.score - next_score
-    is_ahead = ahead >= _AHEAD or ahead * _count_beyond_ascii(best.text) >= _AHEAD_IN_ALL
-    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_ahead)
+    lead = best.score - next_score  # for each character
+    total_lead = lead * _count_beyond_ascii(best.text)
+    is_clear = lead >= _AHEAD or total_lead >= _AHEAD_IN_ALL
+    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_clear)
 
 
 class _Scored(NamedTuple):

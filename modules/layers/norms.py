@@ -42,9 +42,14 @@ class TwoLayers(nn.Module):
         bias: bool = True,
         in_float32: bool = False,
     ) -> None:
-        """names: of the two layers in files, such as "fc1 fc2".
+        """Create two linear layers with an activation between them.
 
-        `sizes` are C, the width between the layers, C'.
+        Args:
+            names: Names of the two layers in files, separated by a blank, such as "fc1 fc2".
+            sizes: Widths of the input, between the layers, and of the output.
+            activation: Activation between the layers.
+            bias: Whether the layers have a bias.
+            in_float32: Whether to compute in float32 instead of the layers' own dtype.
         """
         super().__init__()
         self._first, self._second = names.split()

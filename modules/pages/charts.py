@@ -124,7 +124,10 @@ class _Axis:
 
 
 def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator[str]:
+    """Yield the elements of a curve: its band, its lines, its dots and the star at its best value."""
+
     def points(values: Sequence[float]) -> list[Point]:
+        """Return the positions of values in the drawing; NaN leaves a gap."""
         pairs = zip(curve.x, values, strict=True)
         return [(across.place(x), up.place(y) if math.isfinite(y) else math.nan) for x, y in pairs]
 
