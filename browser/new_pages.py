@@ -201,8 +201,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         """Return the page for the form in the query.
 
-        A query with only a folder is filled from the folder's files. If the files have changed since the page
-        with this form was made, the form shows the files and says so.
+        If the query has only a folder, the form is filled from the folder's files. If the files have changed
+        since the page was built, the form shows the files, with a message.
         """
         query = read_query(request)
         form = NewForm.of_fields(query)

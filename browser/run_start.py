@@ -412,8 +412,8 @@ class TrackedRuns:
     def is_known(self, plan: FolderPlan) -> bool:
         """Return whether the user has described or read a folder on this machine.
 
-        Otherwise it may be somebody else's. Nothing below the roots proves this, neither histories nor the
-        queue: all of it may have been copied from elsewhere.
+        Otherwise it may come from somebody else. Files below the roots, such as histories and the queue,
+        prove nothing, because they may have been copied.
         """
         return recall_folder(plan.folder) is not None
 

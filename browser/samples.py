@@ -130,7 +130,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a line with another prompt and other options; an empty text removes an option.
 
     Args:
-        line: The line as it is written.
+        line: The present line.
         prompt: New prompt; None to keep it.
         changes: New texts by the names of the fields.
     """

@@ -279,7 +279,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve the name of a job's files while it is denoised; a name chosen by the user is used as it is."""
+    """Reserve the name of a job's files while it is denoised; a name that the user chose is not changed."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end

@@ -46,7 +46,7 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of groups of frames: `chunk` each, or as many as `values` per frame allow."""
+    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as a limit of values allows."""
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)

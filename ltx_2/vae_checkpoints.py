@@ -231,7 +231,7 @@ def _apply_settings(
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
     """Return for each resampling of the decoder whether it has a shortcut, from the pixels inward.
 
-    `is_first` says that the decoder is LTX-2's, which has them by default.
+    `is_first` is true for the decoder of LTX-2, which has shortcuts by default.
     """
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]

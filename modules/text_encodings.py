@@ -201,11 +201,11 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
         return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
     is_frequent = char.lower() in _FREQUENT.get(encoding, "")
     bonus = 0.5 if is_frequent else 0.0
-    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":
+    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":  # hiragana and katakana
         return 1.5
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
-    if char >= "\u2e80":
+    if char >= "\u2e80":  # East Asian scripts
         return _rate_sign(char, encoding) + 2 * bonus
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
@@ -217,7 +217,7 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     if encoding == "cp1252" and any(character > "\x7f" for character in neighbors):
         return -0.5  # two accents side by side
     if script != "LATIN" or is_frequent:
-        return 0.3 + bonus + 0.2
+        return 0.5 + bonus
     return 0.3 + bonus
 
 

@@ -225,7 +225,7 @@ class Guides:
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
     def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
-        """Return the tokens of the text for CLIP: start, as many as fit, end; weights are ignored."""
+        """Return the text's tokens for CLIP, with start and end token, cut to fit; weights are ignored."""
         text = picture.clip_prompt
         if text is None:
             text = " ".join(split_parts(picture.prompt))

@@ -317,7 +317,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps`: R, all equal."""
+        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
         turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(

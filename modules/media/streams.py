@@ -179,10 +179,13 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Give images exact and rising times."""
+    """Gives images exact and increasing times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: images a second. `tick` is the rounding of the file's times, in seconds."""
+        """Start with no image.
+
+        `rate` is in images per second; `tick` is the resolution of the file's times.
+        """
         self._step = 1 / rate
         # coarser ticks are the grid of the images themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)

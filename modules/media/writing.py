@@ -42,7 +42,7 @@ class SectionAudio:
     """The sound of a section of a video, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
-        """source: the opened file."""
+        """Prepare to read the audio of a section; `source` is the opened file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
@@ -124,7 +124,7 @@ class Timing:
     """The times of the images that an encoder holds."""
 
     def __init__(self, rate: Fraction) -> None:
-        """rate: images a second, which the encoder counts with."""
+        """Start with no image. `rate` is the encoder's frame rate in images per second."""
         self.count = 0  # images so far
         self._make_rate = rate
         self._ticks = ticks_per_second(rate)

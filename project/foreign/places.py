@@ -20,7 +20,7 @@ def join_places(project: ForeignProject) -> None:
     """Resolve the keys of each dataset in a list; if there is only one, move its keys to [general]."""
     for dataset in project.places.values():
         if dataset.num_drawn is not None:
-            # here the program's number of repeats is the number of files that it draws per epoch
+            # for this program, the number of repeats is the number of files that it draws in an epoch
             dataset.num_drawn = dataset.data.pop("num_repeats", None)
     for dataset in project.places.values():
         if dataset.is_unused:

@@ -314,7 +314,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
 
 
 class _Keep(torch.autograd.Function):
-    """Save tensors in a node of the autograd graph; no gradient flows through it."""
+    """A node of the autograd graph that only saves tensors, so that the backward pass can read them."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
@@ -327,7 +327,12 @@ class _Keep(torch.autograd.Function):
 
 
 class _CommonInputs:
-    """The inputs that all pieces of a call share; in the backward pass, the copies that autograd saved."""
+    """The inputs that all pieces of a call share.
+
+    This object holds them during the forward pass, until `forget`. After that, they are only saved in a node
+    of the autograd graph (`_Keep`); the backward pass reads them from there, which makes torch recompute the
+    block.
+    """
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
         """Prepare to compute a method in pieces of its first input.
