@@ -89,7 +89,7 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """All that a task needs. `commands` maps steps to commands, with `{dit}`, `{vae}`, ... for paths."""
+    """The files and commands of a task. Commands have `{dit}`, `{vae}`, ... in place of paths."""
 
     family: str
     task: str

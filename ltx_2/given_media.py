@@ -191,10 +191,10 @@ def encode_images(
 
     Args:
         media: Options of what is kept.
-        prepared: The request, or that of a stage.
+        prepared: The request, or the request of a stage.
         encode: Encodes pixels.
         latent: Latent space of the video.
-        crf: H.264 quality at which single images are seen.
+        crf: H.264 quality to which single images are compressed first.
     """
     if not media.image_files.keys() - {"keyframe"}:
         return {}

@@ -118,7 +118,7 @@ class H3TextOptions(TextEncoderOptions):
 
 
 class H3VaeOptions(Options):
-    """The autoencoders of pictures and of sound."""
+    """The VAEs of images and of audio."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
