@@ -186,7 +186,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _remove_empty(folder: Path, end: Path) -> None:
-    """Remove a folder and those above it, below `end`, while they are empty."""
+    """Remove a folder and its parents below `end`, as long as they are empty."""
     while folder != end and folder.is_relative_to(end):
         try:
             folder.rmdir()

@@ -38,7 +38,7 @@ NOT_MEDIA = re.compile(
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Row of the list of folders: counts of a folder's files, without those of its subfolders."""
+    """Row of the list of folders: counts of a folder's files, without its subfolders."""
 
     path: Path
     pictures: int

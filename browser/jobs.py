@@ -635,7 +635,7 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def _find_line_folder(line: str) -> Path:
-    """Return the folder in which a line of the text file runs: that of its `cd`, or the working folder."""
+    """Return the folder in which a line of the text file runs: the one in its `cd`, or the working folder."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()

@@ -504,7 +504,7 @@ def interrupt_processes(number: int) -> None:
 
 
 def kill_processes(number: int) -> None:
-    """Kill a job and all processes that it has started, also those in other process groups."""
+    """Kill a job and all processes that it has started, even in other process groups."""
     with contextlib.suppress(psutil.NoSuchProcess):
         leader = psutil.Process(number)
         for process in [leader, *leader.children(recursive=True)]:

@@ -48,7 +48,7 @@ def read_texts(code: str) -> Mapping[str, str]:
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: that of its page, of the cookie, or the browser's first with a table.
+    """Return the language of a request: of its page, of the cookie, or the first known one of the browser.
 
     Parts that a page asks for again stay in its own language when another tab has changed the cookie.
     """

@@ -75,7 +75,7 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each group, B groups 1, from those of pieces of the clip."""
+        """Return mean and variance of each group, B groups 1, from the pieces' means and variances."""
         piece_means, piece_variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()

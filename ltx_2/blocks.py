@@ -361,7 +361,7 @@ class LtxBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
+    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 

@@ -161,7 +161,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation. At any size, the flow shift is that for 4096 tokens, as released."""
+        """Defaults of a generation. The flow shift for 4096 tokens is used at any size, as released."""
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,

@@ -269,7 +269,7 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states. Raises CacheError for those of another text encoder."""
+        """Return the captions' states. Raises CacheError if they come from another text encoder."""
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
@@ -445,7 +445,7 @@ class MiniMaxH3(OneTransformer):
                 check_video_length(reference.path, self.any_length)
 
     def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
-        """Return width, height and frames. The default size is that of the first keyframe."""
+        """Return width, height and frames. The default size is the size of the first keyframe."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:

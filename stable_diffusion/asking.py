@@ -58,7 +58,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first those in `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -271,7 +271,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: the given ones, else those of the input image, else the model's default."""
+    """Return width and height: the given ones, else the input image's, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)

@@ -59,7 +59,7 @@ GENERATED_BY = {
 
 
 class UnetInput(Enum):
-    """Which U-Nets a run takes: those for images, with 4 input channels, or those for inpainting, with 9."""
+    """Kind of U-Net that a run takes: for images, with 4 input channels, or for inpainting, with 9."""
 
     ANY = "4 or 9"
     LATENTS = "4"
@@ -250,7 +250,7 @@ class TrainingFiles:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
     def load_vae(self, device: torch.device) -> "DiffusersVae":
-        """Load the VAE in float32, because that of SDXL overflows in float16."""
+        """Load the VAE in float32, because SDXL's VAE overflows in float16."""
         with self.opened_vae() as plan:
             network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the compute dtype of a layer: that of autocast if it is enabled, else that of the weights."""
+    """Return the compute dtype of a layer: autocast's dtype if autocast is enabled, else the weights'."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 

@@ -105,7 +105,7 @@ def _note_info(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return the pixels on white, H W 3 RGB; with `alpha`, those of a transparent image as H W 4.
+    """Return the pixels on white, H W 3 RGB; with `alpha`, a transparent image as H W 4 instead.
 
     `image` comes from `upright`. `path` is for messages only.
     """

@@ -141,7 +141,7 @@ def _limit_frames(path: Path, codec: Any) -> None:
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits of a pixel in memory; those of RGB if the file does not state its pixel format."""
+    """Return the bits of a pixel in memory; RGB is assumed if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 

@@ -371,7 +371,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
-    """Yield the writer of all streams other than images, and that of a whole copied video.
+    """Yield the writer of all streams other than images, and the writer of a fully copied video.
 
     The first writer adds a generated audio track, or streams of a video that this function opens. The second
     result is the same object if a full video is copied, else None. Both are None if there is nothing to add,

@@ -220,7 +220,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; those of the next pass are predicted."""
+        """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
         turn = self._turn_of[position]
         entered = [index for index in self._order if index not in self._skipped]
         if backward:

@@ -105,7 +105,7 @@ class Offload:
         self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """Start a new forward pass, whose inputs are prefetched separately from those of earlier passes."""
+        """Start a new forward pass; its inputs are prefetched separately from earlier passes."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:

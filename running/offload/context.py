@@ -116,7 +116,7 @@ class TokenPart:
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
     def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
-        """Combine the attention with each text, for n heads, into that of this process's tokens, B l N D.
+        """Combine the attention to each text, of n heads, for the tokens of this process: B l N D.
 
         Combining needs all heads of a token.
 
