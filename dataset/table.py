@@ -220,7 +220,9 @@ class DatasetTable:
     buckets: BucketRule | None = None  # None: buckets of video trainers
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    is_reg: bool = False  # regularization images: as many are trained as others of the group
+    is_reg: bool = (
+        False  # regularization images: repeated until they are as many as the other images of the group
+    )
     image_folder: Path | None = None  # that the names of images in a list are relative to
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None

@@ -333,14 +333,15 @@ def _is_own(path: Path) -> bool:
 
     False if one is a link, or if a rollback journal names another file at its end, which SQLite would remove.
     """
-    for end in ("", "-wal", "-shm", "-journal"):
-        file = path.with_name(path.name + end)
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        file = path.with_name(path.name + suffix)
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(file.lstat().st_mode):
                 return False
             with file.open("rb") as opened:
-                opened.seek(-min(8, file.stat().st_size), os.SEEK_END)
-                if end == "-journal" and opened.read() == _JOURNAL:
+                opened.seek(-min(len(_JOURNAL), file.stat().st_size), os.SEEK_END)
+                # only a rollback journal can end with the name of another file, followed by this mark
+                if suffix == "-journal" and opened.read() == _JOURNAL:
                     return False
     return True
 

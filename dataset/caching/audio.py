@@ -216,11 +216,11 @@ class AudioWork:
             if not self._stores.skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
-        changed = records.difference(record.encoder, self._family.audio_identity)
-        changed = changed or records.difference(record.options, self._options(source, name))
+        difference = records.difference(record.encoder, self._family.audio_identity)
+        difference = difference or records.difference(record.options, self._options(source, name))
         parts = _parts(source)
-        if changed is not None or len(parts) != len(record.files):
-            raise CacheError(f"{file}: {changed}")
+        if difference is not None or len(parts) != len(record.files):
+            raise CacheError(f"{file}: {difference}")
         for identity, (path, origin) in zip(record.files, parts, strict=True):
             if not records.is_unchanged(identity, path, origin):
                 raise CacheError(f"{file}: its clip or its audio changed since")

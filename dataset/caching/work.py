@@ -415,13 +415,14 @@ class MediaWork:
             return None
         latent = self._family.latent
         _, height_stride, width_stride = latent.stride
-        numbers = 0
+        num_values = 0
         for width, height, *lengths in sizes:
             frames = lengths[0] if lengths else 1
             latent_frames = latent.count_latents(frames)
             latent_pixels = (height // height_stride) * (width // width_stride)
-            numbers += latent.channels * latent_frames * latent_pixels
-        needed = numbers * NUMBER_BYTES * len(plans) / num_with_sizes
+            num_values += latent.channels * latent_frames * latent_pixels
+        # sources whose size is not known yet are assumed to be like the others
+        needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes
         free = free_bytes(self._config.datasets[0].cache_directory)
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 

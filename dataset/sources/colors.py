@@ -117,29 +117,29 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
-    remarks: dict[tuple[Path, str], Fault] = {}
+    warnings: dict[tuple[Path, str], Fault] = {}
     read: dict[Path, Colors] = {}
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
-        for number, path in enumerate((source.path, *source.control)):
+        for position, path in enumerate((source.path, *source.control)):
             if len(read) == LOOKED_AT and path not in read:
-                return list(remarks.values())
+                return list(warnings.values())
             try:
                 colors = read.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
             read[path] = colors
             source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-            keeps = control_keeps if number else source_keeps
+            keeps = control_keeps if position else source_keeps
             kinds = _describe(colors, keeps)
             # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
                 kinds[MOVING] = ""
             for kind, text in kinds.items():
-                remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
-    return list(remarks.values())
+                warnings.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+    return list(warnings.values())
 
 
 def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:

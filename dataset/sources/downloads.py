@@ -76,8 +76,8 @@ def download(
     ask = functools.partial(ask_http if protocol in HTTP else _ask_filesystem, address)
     target.parent.mkdir(parents=True, exist_ok=True)
     # a few locks serve all files; the system frees one even if its process is killed
-    number = int(short_hash(target.name), 16) % NUM_LOCKS
-    with only_one(target.with_name(f".downloads-{number:02d}.lock")):
+    lock_index = int(short_hash(target.name), 16) % NUM_LOCKS
+    with only_one(target.with_name(f".downloads-{lock_index:02d}.lock")):
         if target.is_file():  # another process has just finished it
             return
         with atomic_path(target) as temporary:
@@ -132,6 +132,7 @@ def check_media(path: Path) -> None:
 
 @contextlib.contextmanager
 def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[Answer]:
+    """Open a file through fsspec, after the first `have` bytes if it has not changed since."""
     import fsspec
 
     with _explain_filesystem():

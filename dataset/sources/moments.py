@@ -85,7 +85,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return the properties of the clip from which moments 2C F h w were made.
+    """Return size and number of frames of the clip from which moments 2C F h w were encoded.
 
     If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
     one.
@@ -93,16 +93,18 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     Raises:
         MediaError: If the model does not take the size.
     """
-    step, rows, columns = latent.stride
-    count = moments.shape[1]
-    height = moments.shape[2] * rows
-    width = moments.shape[3] * columns
+    frame_stride, height_stride, width_stride = latent.stride
+    latent_frames = moments.shape[1]
+    height = moments.shape[2] * height_stride
+    width = moments.shape[3] * width_stride
     if height % latent.pixel_step or width % latent.pixel_step:
         raise MediaError(
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
             f"{latent.pixel_step}"
         )
-    num_frames = count * step if count % 2 == 0 else (count - 1) * step + 1
+    num_frames = (
+        latent_frames * frame_stride if latent_frames % 2 == 0 else (latent_frames - 1) * frame_stride + 1
+    )
     return ClipInfo((width, height), num_frames)
 
 
