@@ -201,15 +201,15 @@ def convert(options: ConvertOptions) -> None:
             baking=baking,
         )
         return
-    how = Conversion(target, options.family, baking)
+    conversion = Conversion(target, options.family, baking)
     experts = _read_experts(options)
     if options.expert is not None:
-        _convert_one(experts[options.expert], options.output, how)
+        _convert_one(experts[options.expert], options.output, conversion)
     elif options.output_high_noise is not None:
-        _convert_one(experts[LOW_NOISE], options.output, how)
-        _convert_one(experts[HIGH_NOISE], options.output_high_noise, how)
+        _convert_one(experts[LOW_NOISE], options.output, conversion)
+        _convert_one(experts[HIGH_NOISE], options.output_high_noise, conversion)
     else:
-        _convert_parts(experts, options.output, how)
+        _convert_parts(experts, options.output, conversion)
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
@@ -392,25 +392,25 @@ def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
     _save(output, in_target_dialect, sources=[prepared.lora], family=family, baked=prepared.words)
 
 
-def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
+def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert.
 
     Args:
         parts: LoRA of each expert.
         output: File to write.
-        how: How to convert.
+        conversion: How to convert.
     """
     for lora in parts.values():
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
-        if how.baking is None and kind is not None:
+        if conversion.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)
-    families = {expert: _find_family(lora, how.family) for expert, lora in parts.items()}
-    prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
-    starts = {expert: start for start, expert in NETWORKS.items()}
+    families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
+    prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
+    prefixes = {expert: start for start, expert in NETWORKS.items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():
-        part = converted(baked.lora, "diffusers", families[expert], starts[expert])
+        part = converted(baked.lora, "diffusers", families[expert], prefixes[expert])
         tensors |= part.tensors
         metadata[expert] = part.metadata
     _save(
@@ -552,7 +552,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
         evidence = "sizes"
     else:
         return families[0]
-    # layers of equal names have other sizes there, and would be cut in the wrong places
+    # the other model has layers with these names but other sizes, so rows would be cut in the wrong places
     raise CheckpointError(
         f"{lora.path} is a LoRA for {words}, as its {evidence} say, not for {name}.\n"
         "  Convert it with convert_lora.py without --family, which knows all models.",

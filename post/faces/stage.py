@@ -44,7 +44,10 @@ class SteadyLandmarks:
         self._last: list[Landmarks] = []
 
     def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
-        """Return the damped landmarks of the next image's faces; large movements are damped less."""
+        """Return the damped landmarks of the next image's faces; large movements are damped less.
+
+        Each face is matched with the nearest one of the previous image, and moved towards its landmarks.
+        """
         distances = {
             (new, old): _measure_distance(landmarks[new], self._last[old])
             for new, old in product(range(len(landmarks)), range(len(self._last)))
