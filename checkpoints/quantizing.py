@@ -200,7 +200,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
             return Recognized("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
-    # as in `families.identify`: Wan's, the last, recognizes files of no family too
+    # in reverse, as in `families.identify`: Wan, which comes last then, accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
@@ -279,6 +279,7 @@ def _write_marked(
     tensors: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
 
+    # the functions read a layer only when its tensor is written
     def plain(name: str) -> Tensor:
         return model.read(checkpoint, name)
 
@@ -347,7 +348,10 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, short tensors in float32, the rest unchanged. The package rounds on the CPU."""
+    """Write layers as Q8_0, small tensors in float32, and all others unchanged; return the number of layers.
+
+    The package gguf rounds on the CPU, whatever `device` is.
+    """
     if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
@@ -464,8 +468,8 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
-    number = len(values.tensors.keys() - values.plain)
-    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, number)
+    num_quantized = len(values.tensors.keys() - values.plain)
+    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, num_quantized)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
@@ -493,7 +497,7 @@ class _Values:
                 self.plain.add(name)
                 self.tensors[name] = info
                 continue
-            if source.build is None and self.path.suffix == ".pt":
+            if source.build is None and self.path.suffix == ".pt":  # fp8 without a scale next to it
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )
