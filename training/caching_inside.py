@@ -569,18 +569,18 @@ class LiveMedia:
             encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
         return encoded
 
-    def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
+    def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
         source = item.kind.sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
-        changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
+        augmentation_generator = None if item.table.augmentation == NO_AUGMENTATION else generator
         media = decode_source(
             source,
             fps,
             spec.pixel_step,
             lengths=spec.lengths,
-            numbers=changes,
+            numbers=augmentation_generator,
             keeps_alpha=spec.keeps_alpha,
             has_alpha=spec.has_alpha,
         )
@@ -590,17 +590,17 @@ class LiveMedia:
         return media.cut(media.spans[0])
 
     def _encode(
-        self, places: Sequence[int], pictures: Sequence[DecodedMedia], keys: Sequence[str]
+        self, positions: Sequence[int], images: Sequence[DecodedMedia], keys: Sequence[str]
     ) -> dict[int, dict[str, Tensor]]:
-        media = batch_media(pictures, keys)
+        media = batch_media(images, keys)
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
-        by_place = {}
-        for place, image, key, (entry,) in zip(places, pictures, keys, encoded, strict=True):
+        by_position = {}
+        for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
-            if image.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(image.mask), self._family.latent.stride)
+            if item.mask is not None:
+                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)
             for change in self._on_media:
-                tensors = change(self._family, self._encoders, image, key, tensors)
-            by_place[place] = tensors
-        return by_place
+                tensors = change(self._family, self._encoders, item, key, tensors)
+            by_position[position] = tensors
+        return by_position

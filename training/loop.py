@@ -124,8 +124,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
-    is_alone = run.steps.everyone == 1
-    if not is_alone:
+    is_single_process = run.steps.everyone == 1
+    if not is_single_process:
         numbers = [run.requests.ends, wishes.saves, wishes.samples]
         row[WISHES] = numbers_on(run.device, numbers, torch.float32)
         unsplit = [parameter for parameter in reached if parameter not in trainable.split]
@@ -139,7 +139,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
     _note(run, previous)
-    if is_alone:
+    if is_single_process:
         run.requests.agreed = run.requests.ends
         return wishes
     return _common_wishes(previous)

@@ -195,7 +195,7 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
                 faults.append(Fault(NONE[key], str(source.path), source.stem))
 
 
-class Companions(NamedTuple):
+class ClipCompanions(NamedTuple):
     """References and the control mask of a source, as `DecodedMedia` has them."""
 
     references: tuple[Clip, ...]
@@ -210,7 +210,7 @@ def read_companions(
     count: int,
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
-) -> Companions:
+) -> ClipCompanions:
     """Read references and the control mask of a fetched source.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. A reference
@@ -256,7 +256,7 @@ def read_companions(
     control_mask = None
     if here.control_mask is not None:
         control_mask = read_mask(here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock)
-    return Companions(tuple(references), control_mask, size_changes)
+    return ClipCompanions(tuple(references), control_mask, size_changes)
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:

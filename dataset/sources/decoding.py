@@ -233,16 +233,13 @@ def _decode_clip(
     companions: dict[str, Any] = {}
     if found_spans:
         control = _read_control_clips(here, bucket, count=count, fps=fps, clock=clock, changes=size_changes)
-    if found_spans and (here.references or here.control_mask is not None):
-        from dataset.sources.companions import read_companions  # few clips have any
+        companions = _read_companions(
+            here, size, bucket, count=count, fps=fps, clock=clock, changes=size_changes
+        )
+        if here.rejected is not None:
+            from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
-        read = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
-        companions = {"references": read.references, "control_mask": read.control_mask}
-        size_changes += read.size_changes
-    if found_spans and here.rejected is not None:
-        from dataset.sources.pairs import read_rejected_clip  # few clips have any
-
-        companions["rejected"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
+            companions["rejected"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     # decoding stops once there are enough frames, and then the clip may have more
     complete = max_frames is None or count < max_frames
     return DecodedMedia(
@@ -303,6 +300,31 @@ def planned_bytes(source: MediaSource) -> int:
     return total if total > SMALL_IMAGE else 0
 
 
+def _read_companions(
+    here: MediaSource,
+    size: Size,
+    bucket: Size,
+    *,
+    count: int = 1,
+    fps: float = 0.0,
+    clock: Sequence[tuple[int, float]] = (),
+    changes: list[str] | None = None,
+) -> dict[str, Any]:
+    """Return references and the control mask of a source as fields of `DecodedMedia`; {} if it has none.
+
+    `count`, `fps` and `clock` are those of the source's kept frames. A line for each reference whose frames
+    change size is added to `changes`; an image has one frame, whose size cannot change.
+    """
+    if not here.references and here.control_mask is None:
+        return {}
+    from dataset.sources.companions import read_companions  # few sources have any
+
+    read = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
+    if changes is not None:
+        changes += read.size_changes
+    return {"references": read.references, "control_mask": read.control_mask}
+
+
 def _decode_image(
     source: MediaSource, step: int, generator: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
@@ -355,13 +377,7 @@ def _decode_image(
 
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
-    companions: dict[str, Any] = {}
-    if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions  # few images have any
-
-        # nothing to report: an image has one frame, whose size cannot change
-        read = read_companions(source, size, fit.bucket, 1)
-        companions = {"references": read.references, "control_mask": read.control_mask}
+    companions = _read_companions(source, size, fit.bucket)
     if source.rejected is not None:
         companions["rejected"] = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(

@@ -96,20 +96,20 @@ def add_inputs(
     from training.features.inpainting_masks import draw_mask
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
-    numbers = random.Random(derive_seed("inpainting", key))
-    kept = dict(tensors)
-    is_whole = numbers.random() < options.inpainting_full_mask_rate
+    generator = random.Random(derive_seed("inpainting", key))
+    changed = dict(tensors)
+    covers_all = generator.random() < options.inpainting_full_mask_rate
     weighs = masks_weigh or image.source.table.alpha_mask
     if image.mask is not None and not weighs:
-        del kept[LOSS_MASK]
+        del changed[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
         _, height, width, _ = image.frames.shape
-        mask = draw_mask(height, width, numbers)
-    if is_whole:
+        mask = draw_mask(height, width, generator)
+    if covers_all:
         mask[:] = True
     frames = torch.from_numpy(image.frames[..., :3])
-    return kept | family.encode_masked(encoders, frames, torch.from_numpy(mask), key)
+    return changed | family.encode_masked(encoders, frames, torch.from_numpy(mask), key)
 
 
 def _prepare(family: "Family") -> "Family":

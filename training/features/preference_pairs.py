@@ -154,5 +154,5 @@ def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -
     losses = -logsigmoid(preference.beta / 2 * margin)
     if preference.data_weight:
         losses = losses + preference.data_weight * better
-    numbers = torch.stack([better.mean(), rejected.mean(), (margin > 0).float().mean()])
-    return losses, numbers.detach()
+    means = torch.stack([better.mean(), rejected.mean(), (margin > 0).float().mean()])
+    return losses, means.detach()
