@@ -209,11 +209,14 @@ def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
+    """Convert a value of a file to what the option has if it is typed on the command line."""
     if value is False and action.default in (None, ""):  # what other programs write for "not given"
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
         raise _explain_wrong_value(path, action, value)
-    if action.type is int and isinstance(value, float) and value.is_integer():  # 64.0
+    if (
+        action.type is int and isinstance(value, float) and value.is_integer()
+    ):  # some programs write 64 as 64.0
         value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]

@@ -59,6 +59,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
             )
         except (UserError, OSError, MemoryError) as failure:
             error = str(failure)
+    # one process without memory is enough to keep the earlier prompts in all of them
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
     if source.process != 0:
@@ -92,7 +93,11 @@ def _read_prompts(path: Path, before: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file. Raises as `parse_requests` and the encoders do."""
+    """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
+
+    Raises:
+        UserError: If an entry cannot be used, or an encoder not be loaded.
+    """
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
     earlier: dict[int, Sample] = {}

@@ -143,6 +143,7 @@ class _ImageCounts:
 
 
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
+    """Count images by table and by bucket, as image trainers record them in `ss_bucket_info`."""
     num_by_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # key: whether the images are regularization images
@@ -281,6 +282,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
 
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
+    """Return the entry of a subset in `ss_datasets`, with the keys that image trainers write."""
     settings, changes = _settings_of(table), table.changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {

@@ -64,7 +64,7 @@ def train(run: TrainingRun) -> bool:
             progress.sample_pending = "e000000"
         if progress.sample_pending:
             _sample(run)
-        if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
+        if is_ending(run):  # before the first step there is nothing to save
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
         if progress.step == 0 and run.validation is not None:
@@ -274,7 +274,7 @@ def _accumulate(
     row = torch.zeros(run.layout.size, device=run.device)
     keys: tuple[str, ...] = ()
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
-    # the first call initializes the scaler, even in a process that has no micro-batch in this step
+    # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
@@ -284,7 +284,7 @@ def _accumulate(
         if steps.in_lockstep:
             experts = _experts_of_pass(run, group, place, noisy_batch.expert)
         for expert in experts:
-            # such a pass adds nothing here; other processes gather the blocks' parts from this one
+            # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
@@ -396,7 +396,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
-    if math.isfinite(loss):  # infinite ones are normal while a gradient scaler searches its scale
+    if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
@@ -589,6 +589,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
+    """Measure and log the validation loss; `occasion` is STEP or EPOCH."""
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.note_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:

@@ -69,7 +69,7 @@ def make_saver(
     """
     plan, trainable = model.plan, model.trainable
     options, progress, average = plan.options, plan.progress, model.average
-    is_first = plan.accelerator.is_main_process
+    is_main = plan.accelerator.is_main_process
     if not model.takes_part_in_saving:
         return None
     dtype = file_dtype(options, model.dits.networks[0])
@@ -84,11 +84,11 @@ def make_saver(
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
-            of_average = {} if options.metadata.no_metadata else average.metadata
-            of_file = _metadata_now(plan, metadata[part], writes[part].ending)
-            writes[part].write(path, dtype, of_file | of_average)
+            average_metadata = {} if options.metadata.no_metadata else average.metadata
+            file_metadata = _metadata_now(plan, metadata[part], writes[part].ending)
+            writes[part].write(path, dtype, file_metadata | average_metadata)
 
-    if publisher is not None and is_first:
+    if publisher is not None and is_main:
         published = PublishedRun(
             names=plan.names,
             is_lora=options.network is not None,
@@ -113,7 +113,7 @@ def make_saver(
         write_state=write_state,
         publisher=publisher,
         write_average=None if average is None else write_average,
-        is_main=is_first,
+        is_main=is_main,
         note_saved=lambda paths: note_saved(paths, progress.step),
         note_removed=note_removed,
     )
@@ -171,7 +171,7 @@ def take_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # this process has only its rows of the moments of split weights: mark these as split, in place
+    # moments of split weights are only this process's rows: they are replaced by split tensors
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
         moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
@@ -247,6 +247,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
+    """Restore a state of this program: weights, optimizer, schedule, scaler and average."""
     trainable, device = model.trainable, model.plan.accelerator.device
     full_dit = model.plan.options.full_dit
     offloads = full_dit is not None and full_dit.offloads_states

@@ -86,13 +86,15 @@ def draw(
     takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
     low, high = 0.0, 1.0
     if not takes_all:
-        any_expert = replace(lowest, highest=math.inf)  # the range of all experts together
+        any_expert = replace(lowest, highest=math.inf)  # stands for the joined range of all experts
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
+    # fractions are noise levels from 0 (clean) to 1, which samplers compute from uniform numbers u
     def fractions_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
     def draw_again(fractions: Tensor, expert: Expert, low: float, high: float) -> Tensor:
+        """Replace samples that the expert does not accept, until all are accepted."""
         while True:
             fits = is_accepted(options, fractions, noise, expert)
             if fits.all():
@@ -487,6 +489,7 @@ def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_s
 
     t = logit(((uniform_numbers - uniform_fraction) / (1 - uniform_fraction)).clamp(1e-9, 1 - 1e-9))
     if rule.is_stretched:
+        # stretched so that these two quantiles become 0 and 1; what falls below the minimum is mirrored
         low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
         t = (t - low) / (high - low)
         t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)

@@ -76,7 +76,7 @@ def add_inputs(
     key: str,
     tensors: "Mapping[str, torch.Tensor]",
 ) -> "dict[str, torch.Tensor]":
-    """Return the tensors of an image with those that a mask makes.
+    """Add the mask of an inpainting model, and the latents of the masked image, to an image's tensors.
 
     Args:
         options: Options of the run.
@@ -131,6 +131,7 @@ def _prepare(family: "Family") -> "Family":
 
 
 def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+    """Let a run learn to fill masked parts of images, which are encoded in each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"

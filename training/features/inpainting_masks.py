@@ -52,7 +52,10 @@ def draw_cloud(height: int, width: int, numbers: random.Random) -> BoolMask:
 
 
 def draw_polygons(height: int, width: int, generator: random.Random) -> BoolMask:
-    """Draw one or two polygons with corners at even angles and random distances, H W."""
+    """Draw one or two polygons with corners at even angles and random distances, H W.
+
+    The area of a circle of the mean radius is a random fraction of the image, within AREA.
+    """
     mask = np.zeros((height, width), np.uint8)
     area = height * width
     for _ in range(generator.randint(1, 2)):

@@ -96,6 +96,7 @@ def _add_functions(run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: LecoOptions) -> None:
+    """Let a run learn from pairs of prompts (LECO), without a dataset."""
     path = options.path
     if run.options.parts is not None and not run.options.parts.trains_dit:
         raise OptionError(

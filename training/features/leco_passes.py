@@ -59,7 +59,7 @@ class Walk:
         return (self.num_steps - 1 - index) * (TRAINED_STEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latents after a step.
+        """Return the latents after a step of DDPM (Ho et al. 2020), which goes one timestep towards clean.
 
         Args:
             index: Index of the step.

@@ -85,6 +85,7 @@ class _Parting:
             hidden.x = x.scatter(1, _wide(self._kept, x), hidden.x.to(x.dtype))
 
     def _part(self, hidden: Hidden) -> None:
+        """Select the tokens that the routed blocks process, and keep the others for later."""
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
         selected = self._route.choose(grid)

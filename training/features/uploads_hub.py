@@ -272,6 +272,7 @@ class Uploads:
         self._pool.shutdown()
 
     def _upload(self, path: Path, card: str | None) -> None:
+        """Upload a file or a folder, and its model card; failures are logged and do not end the run."""
         options, repo = self.options, self.options.huggingface_repo_id
         where = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
         target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))

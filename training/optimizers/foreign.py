@@ -49,7 +49,7 @@ def renumber(
         return (
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    # several orders fit if layers have equal shapes; they agree if each number gets the same object
+    # several orders may fit, because layers have equal shapes; the state is clear if all assign it alike
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})

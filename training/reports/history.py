@@ -413,7 +413,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        # a line longer than any of ours is read in pieces
+        # a line that is too long is read in pieces, which cannot be parsed: memory stays small
         for line in filter(bytes.strip, iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")):
             row = parse_row(line)
             if row is None:

@@ -31,6 +31,7 @@ def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCom
 
 
 def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
+    """Replace files of the run in a command that are gone, or not the best, by the best one that exists."""
     start = story.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
@@ -38,7 +39,7 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
     except ValueError:  # an edited history
         return command
     notes = []
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         path = Path(word)
         if path.name not in story.saved or not (path.is_absolute() or base):
             continue
@@ -49,7 +50,7 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
         present = _find_kin(path.name, story, folder, best)
         if present is None or (is_there and best is not None and story.saved[present] != story.saved[best]):
             continue
-        words[place] = str(path.with_name(present))
+        words[index] = str(path.with_name(present))
         reason = "is not the best file by its scores" if is_there else "is not there any more"
         notes.append(f"{path.name} {reason}: {present} takes its place.")
     if not notes:

@@ -200,6 +200,7 @@ def _read_note(values: Mapping[str, Any]) -> ScoreNote:
 
 
 def _read_row(values: Mapping[str, Any]) -> StepScores:
+    """Parse the scores of a step. Raises LookupError, TypeError or ValueError if they are malformed."""
     samples = []
     for sample in values["samples"]:
         numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}

@@ -187,9 +187,12 @@ class Saver:
         last_files, last_states = last
         if last_states is None:
             last_states = last_files
-        start = re.escape(self.names.name) + number
+        name_pattern = re.escape(self.names.name) + number
         has_removed = False
-        for pattern, count in ((start + self.names.pattern, last_files), (f"{start}-state", last_states)):
+        for pattern, count in (
+            (name_pattern + self.names.pattern, last_files),
+            (f"{name_pattern}-state", last_states),
+        ):
             if count is None:
                 continue
             newest = now - unit * count

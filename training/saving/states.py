@@ -115,7 +115,7 @@ def write_state(
         with (temporary / FILE).open("wb") as file:
             try:
                 torch.save(content, file)  # one tensor after the other, from any device
-            except RuntimeError as error:  # torch's own way to report a full disk
+            except RuntimeError as error:  # torch wraps the OSError of a full disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
