@@ -230,7 +230,12 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
-    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back. Raises as `convert_file`."""
+    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back.
+
+    Raises:
+        CheckpointError: If the file is no LoRA of these models, or if nothing of it can be written.
+        OptionError: If the output would replace the source.
+    """
     assert options.src_path is not None
     assert options.dst_path is not None
     target = "diffusers" if options.dst == "ai-toolkit" else "default"

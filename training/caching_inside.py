@@ -371,7 +371,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         The encoders; None if all texts come from caches.
 
     Raises:
-        OptionError: As `_select_live_texts` does.
+        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
     needs_none = NO_DATASET in options.joined.needs
     texts = None if needs_none else _select_live_texts(family, options, config)

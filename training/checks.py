@@ -147,7 +147,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
         if samples.are_made and samples.sample_prompts is not None:
             from training.samples import read_requests  # only with prompts
 
-            read_requests(family, samples.sample_prompts)
+            read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
         if not samples.sample_lora:
             return
         from networks.added import reject_magnitudes  # only with LoRA files

@@ -265,6 +265,7 @@ def _show_steps(
     with ExitStack() as stack:
 
         def on_section(section: Section) -> None:
+            """Replace the bar by one for the steps of the next section."""
             preview_section(section)
             stack.close()
             name = ", ".join(filter(None, (title, section.label)))
@@ -273,6 +274,7 @@ def _show_steps(
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def watch(_: StepDone) -> bool:
+            """Show a step on the bar; return False, because no preview is needed."""
             bars[-1].update()
             note(bars[-1].line())
             check()

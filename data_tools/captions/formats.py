@@ -137,9 +137,8 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     if not words_around.changes_something:
         return reworded
     full = write_object(reworded)
-    if (
-        add_trigger(full, wording.trigger_word.strip()) == full
-    ):  # some text of the object has the trigger word
+    # a trigger word that some text of the object has already is not added again
+    if add_trigger(full, wording.trigger_word.strip()) == full:
         words_around = dataclasses.replace(words_around, trigger_word="")
     # the main text comes first if the object has none
     return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), words_around)}

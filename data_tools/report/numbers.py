@@ -355,7 +355,7 @@ class _CaptionCounts:
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
-        self.holders: Counter[str] = Counter()  # in how many captions a word occurs
+        self.num_captions_with: Counter[str] = Counter()  # in how many captions a word occurs
         self.num_words: list[int] = []  # of each caption that is not empty
         self.num_characters: list[int] = []
         self.paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
@@ -376,7 +376,7 @@ class _CaptionCounts:
                 continue
             words = [word.lower() for word in _WORD.findall(caption)]
             self.words.update(words)
-            self.holders.update(set(words))
+            self.num_captions_with.update(set(words))
             self.num_words.append(len(words))
             self.num_characters.append(len(caption))
             paths = self.paths.setdefault(caption, {})
@@ -398,9 +398,9 @@ class _CaptionCounts:
     def list_frequent_words(self) -> list[Numbers]:
         """List the words that occur in the largest number of captions, without stop words."""
         telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
-        by_frequency = sorted(telling, key=lambda item: (-self.holders[item[0]], -item[1], item[0]))
+        by_frequency = sorted(telling, key=lambda item: (-self.num_captions_with[item[0]], -item[1], item[0]))
         return [
-            {"word": word, "count": count, "captions": self.holders[word]}
+            {"word": word, "count": count, "captions": self.num_captions_with[word]}
             for word, count in by_frequency[:MAX_WORDS]
         ]
 

@@ -308,7 +308,7 @@ def audio_errors(
         yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
     if record is None:
         return
-    is_from_file = len(record.files) > 1
+    is_from_file = len(record.files) > 1  # the clip, and an audio file of its own
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"

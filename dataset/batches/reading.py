@@ -384,7 +384,7 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 
 
 def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> Tensor:
-    """Return `data.SIZES` of an image, without batch dimension.
+    """Return the size conditions of SDXL for an image, `data.SIZES`, without batch dimension.
 
     `stated` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes.
     """
@@ -398,6 +398,7 @@ def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> T
         width, height, left, top, right, _ = stated.tolist()
     if is_mirrored:  # the distance to the right edge becomes that to the left edge
         left = bucket[0] - right
+    # original size, top left corner of the crop, target size
     return torch.tensor((height, width, top, left, bucket[1], bucket[0]), dtype=torch.float32)
 
 

@@ -189,10 +189,9 @@ class AudioWork:
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items of clips by table and stem.
+        """Return the items that have latents, by index of the table and stem of the clip.
 
-        Args:
-            latents: Names of entries.
+        `latents` are pairs of a table's index and the name of an entry of latents.
         """
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):

@@ -369,9 +369,11 @@ class Planning:
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
-        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}  # in the order of sections
+        # the files of each item, in the order of their sections
+        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
             by_item.setdefault((name.size, name.span), {})[file] = name
+        trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
         progress = _Comparison()
         items: list[tuple[int, ...]] = []
         for span in source_spans:
@@ -381,20 +383,20 @@ class Planning:
             files = by_item.get(item, {})
             if not files:
                 progress.missing.append(span)
-            elif recipe.stores.trusts and self.store.is_shared and not self.source.control:  # taken unread
-                progress.valid |= set(files)
-                progress.foreign += len(files)
-            else:
-                try:
+                continue
+            try:
+                if trusts:  # files of other programs count as valid without being read
+                    foreign = [True] * len(files)
+                else:
                     self._check_sections(files, num_sections)
                     foreign = [
                         self._check_file(file, files, size, bucket=bucket, span=span) for file in files
                     ]
-                    progress.foreign += sum(foreign)
-                    progress.valid |= set(files)
-                except CacheError as error:
-                    progress.missing.append(span)
-                    progress.add_outdated(error)
+                progress.foreign += sum(foreign)
+                progress.valid |= set(files)
+            except CacheError as error:
+                progress.missing.append(span)
+                progress.add_outdated(error)
         short = None  # a warning: the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
             short = describe_short(table, source_spans, kept_frames)

@@ -518,7 +518,12 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of a size is resized and cropped to its bucket. Raises as `bucket_of` does."""
+    """Return how an image of a size is resized and cropped to its bucket.
+
+    Raises:
+        MediaError: If the image is too small to keep its size.
+        DatasetError: If the resolution does not fit `step`.
+    """
     bucket = bucket_of(table, size, step, path)
     rule = table.buckets
     if rule is None:

@@ -83,6 +83,7 @@ def download(
         with atomic_path(target) as temporary:
 
             def check_size(answer: Answer) -> None:
+                """Reject a file for which the disk has no room, before it is downloaded."""
                 if answer.size_bytes is None:
                     return
                 try:
@@ -112,11 +113,16 @@ def download(
                     f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
                 )
             if check is not None:
-                try:
-                    check(temporary)
-                except MediaError as error:
-                    why = str(error).replace(str(temporary), "it")
-                    raise MediaError(f"{shown}: {why} Nothing of it is kept.") from None
+                _check_downloaded(check, temporary, shown)
+
+
+def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
+    """Check a downloaded file under its temporary name; errors name its address instead."""
+    try:
+        check(path)
+    except MediaError as error:
+        why = str(error).replace(str(path), "it")
+        raise MediaError(f"{address}: {why} Nothing of it is kept.") from None
 
 
 def check_media(path: Path) -> None:

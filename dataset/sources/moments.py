@@ -53,8 +53,10 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
     `latent` is that of the model that they are for.
 
-    A leading axis of size 1, which some tools leave, is removed. Raises MediaError as `read_tensor`, and if
-    the shape is another.
+    A leading axis of size 1, which some tools leave, is removed.
+
+    Raises:
+        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
     """
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
@@ -109,7 +111,11 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
-    """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
+    """Return the clip of a source with tensors, from the header of its file.
+
+    Raises:
+        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+    """
     assert source.tensors is not None
     path = source.tensors.moments
     return measure(read_moments(path, latent), latent, path)

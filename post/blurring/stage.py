@@ -139,7 +139,7 @@ def check_blur(options: BlurOptions) -> None:
 
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_blur`."""
+    """Load the detector. Raises CheckpointError or OptionError if its file does not fit."""
     dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):

@@ -288,7 +288,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_facefix`."""
+    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble

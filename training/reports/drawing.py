@@ -69,7 +69,7 @@ class PageProcess:
             raise OutputError(self._read_reason()) from None
 
     def close(self) -> None:
-        """Have the last page drawn. Raises as `draw`."""
+        """Have the last page drawn. Raises OutputError if an earlier page could not be drawn."""
         assert self._process.stdin is not None
         try:
             # said, too: workers that load data may hold what is closed here for some time

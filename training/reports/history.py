@@ -335,7 +335,9 @@ class History:
         """
         if not self.is_written:
             return
-        if self._keeps_up_to is not None:
+        if (
+            self._keeps_up_to is not None
+        ):  # the first write: lines of other runs, or of later steps, are dropped
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _rows(self.path, self.session, self._keeps_up_to):
