@@ -183,7 +183,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
 
 def format_table(ways: Sequence[Way]) -> list[str]:
     """Return the lines of a table, with a heading, of the ways whose memory is known."""
-    rows = [("way", "GiB a card", "host", "", "at once")]
+    rows = [("options", "GiB per card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:
             rows.append(
