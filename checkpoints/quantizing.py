@@ -235,18 +235,19 @@ def _recognize_transformer(
     sources = dit_format.sources(bare, header)
     exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
     linear = linear_weights(dit, dit.spec.block_lists, exclude)
-    made_from: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
-    for name, source in sources.items():
-        made_from.setdefault(source.names[0], set()).add(name)
-    prefix = _find_prefix(checkpoint, list(made_from))
+    made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made of it
+    for our_name, source in sources.items():
+        made_of.setdefault(source.names[0], set()).add(our_name)
+    prefix = _find_prefix(checkpoint, list(made_of))
     weights = dit.state_dict()
     layers: set[str] = set()
     shapes_in_file = {}
-    for name, ours in made_from.items():
-        if ours <= linear and len(bare.tensors[name].shape) == 2:
+    for name, our_names in made_of.items():
+        # a fused weight is quantized only if each layer that is cut from it may be
+        if our_names <= linear and len(bare.tensors[name].shape) == 2:
             layers.add(prefix + name)
-        if len(ours) == 1:
-            (our_name,) = ours
+        if len(our_names) == 1:
+            (our_name,) = our_names
             if our_name in weights:  # the network computes some tensors of the file instead of loading them
                 shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognized(
@@ -417,9 +418,9 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
     plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
     kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
     *rows, columns = info.shape or (1,)
-    per, size = gguf.GGML_QUANT_SIZES[kind]  # weights and bytes of a block
-    in_bytes = (*rows, columns // per * size)
-    writer.add_tensor_info(name, in_bytes, numpy.dtype("uint8"), math.prod(in_bytes), kind)
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    byte_shape = (*rows, columns // block_weights * block_bytes)
+    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), kind)
     return kind
 
 

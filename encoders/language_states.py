@@ -36,6 +36,7 @@ def language_states(
     states = states or all_states(len(layers))
     positions = torch.arange(tokens.shape[1])[None] if positions is None else positions
     masks = _make_attention_masks(network.config, tokens, mask)
+    # state 0 is the embeddings, state n the output of layer n, and the last one is the network's output
     earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
     hooks = []
     for state in states[len(earlier_states) : -1]:

@@ -219,7 +219,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """The prompts that the rows of `Hidden.x` belong to."""
+    """Prompts whose tokens follow one another in `Hidden.x`: their lengths, and how much attention sees."""
 
     lengths: Sequence[int]  # of the prompts; they sum to L
     visible: Sequence[int]  # how many tokens of each prompt attention sees, from its first

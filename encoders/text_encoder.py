@@ -211,7 +211,7 @@ def _find_inside(checkpoint: Checkpoint) -> str | None:
 
 
 def find_merges(file: Path | None) -> Path | None:
-    """Return the merges next to a vocab.json; None for a tokenizer of one file."""
+    """Return the path of the BPE merges next to a vocab.json; None for a tokenizer that is one file."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 

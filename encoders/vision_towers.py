@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of its tensors
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A kind of vision towers."""
+    """A network that makes tokens for a language model from images, and how its files are recognized."""
 
     name: str  # of the whole model, for messages
     kind: str  # prefix of `model_type` in a config.json

@@ -302,6 +302,7 @@ def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap
     """
     start = 0 if block is None else block.start
     step = 1 if block is None else block.step or 1
+    # row i of the block is row start + i * step of the parameter
     first = max(0, ceil_div(change.start - start, step))
     end = min(num_rows, ceil_div(change.stop - start, step))
     if first >= end:

@@ -264,15 +264,15 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return {path: factors}  # the same in both layouts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
+    (placed,) = parts
     delta = read_delta(factors)
-    if parts[0].part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
-        return {parts[0].path: factors}
+    if placed.part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
+        return {placed.path: factors}
+    # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
     by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
     num_rows = len(by_rows[0]) if by_rows else 0
-    if not num_rows:
-        return "it has no rows to swap"
-    swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2))
-    return "it has no rows to swap" if swapped is None else {parts[0].path: swapped.factors}
+    swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2)) if num_rows else None
+    return "it has no rows to swap" if swapped is None else {placed.path: swapped.factors}
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
@@ -372,12 +372,10 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
     A part that cannot be stacked, because its factors are not a plain LoRA, is left out.
     """
     modules = deltas.group_by_module(fuse(native, family=family))
-    unstackable = {
-        name: factors for name, factors in modules.items() if is_stacked(name.removeprefix(OURS), family)
-    }
-    other_modules = {name: factors for name, factors in modules.items() if name not in unstackable}
+    # `fuse` joins what it can: modules that still have the name of a part could not be stacked
+    unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
     written = write_modules(
-        other_modules,
+        {name: factors for name, factors in modules.items() if name not in unstackable},
         IN_COMFYUI,
         lambda name, factors: alone(stacked_path(name, family), factors),
         in_comfyui,
