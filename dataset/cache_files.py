@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +36,14 @@ AUDIO_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other p
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
-# how a family's caches are named in npz files: its cache_tag, its latents, the keys of a whole text cache
-NpzNames = tuple[str, LatentSpec, frozenset[str]]
+
+
+class NpzNames(NamedTuple):
+    """What the names of a family's caches in npz files depend on."""
+
+    tag: str  # its cache_tag
+    latent: LatentSpec
+    text_keys: frozenset[str]  # of a whole text cache
 
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"

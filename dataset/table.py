@@ -69,7 +69,10 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the given keys that need images encoded each time; not flip_aug: both sides are cached."""
+        """Return the given keys that change images at random, so that their latents cannot be cached.
+
+        flip_aug is not among them, because the mirrored latents are cached too.
+        """
         keys = {
             "color_aug": self.color,
             "random_crop": self.random_crop,

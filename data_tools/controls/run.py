@@ -200,10 +200,16 @@ def _read_way(path: Path) -> str | None:
 
 def _warn_of_kept(plan: Plan) -> None:
     """Warn of control images that are kept although they were made by another method."""
-    for paths, why in (
-        (plan.other_way, "made with other options. --overwrite makes them again"),
-        (plan.foreign, "not made by this program. Move them away, or give another --output, to replace them"),
-    ):
-        if paths:
-            names = list_some([path.name for path in paths])
-            logger.warning("%s kept, %s: %s", count_of(len(paths), "control picture"), why, names)
+    if plan.other_way:
+        logger.warning(
+            "%s kept, made with other options. --overwrite makes them again: %s",
+            count_of(len(plan.other_way), "control picture"),
+            list_some([path.name for path in plan.other_way]),
+        )
+    if plan.foreign:
+        logger.warning(
+            "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
+            "%s",
+            count_of(len(plan.foreign), "control picture"),
+            list_some([path.name for path in plan.foreign]),
+        )

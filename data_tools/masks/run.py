@@ -302,17 +302,24 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 def _tell_kept(plan: MaskPlan) -> None:
     """Warn of masks that are kept although this run would have made different ones."""
-    for places, why in (
-        (plan.other_way, "made with other options. --overwrite makes them again"),
-        (plan.by_hand, "drawn or accepted by a person. --mode replace replaces them"),
-    ):
-        if places:
-            names = list_some([place.medium.name for place in places])
-            logger.warning("%s kept, %s: %s", count_of(len(places), "mask"), why, names)
+    if plan.other_way:
+        logger.warning(
+            "%s kept, made with other options. --overwrite makes them again: %s",
+            count_of(len(plan.other_way), "mask"),
+            list_some([place.medium.name for place in plan.other_way]),
+        )
+    if plan.by_hand:
+        logger.warning(
+            "%s kept, drawn or accepted by a person. --mode replace replaces them: %s",
+            count_of(len(plan.by_hand), "mask"),
+            list_some([place.medium.name for place in plan.by_hand]),
+        )
     if plan.removed:
-        names = list_some([place.medium.name for place in plan.removed])
-        text = "%s removed before and not made again; --mode replace does: %s"
-        logger.warning(text, count_of(len(plan.removed), "mask"), names)
+        logger.warning(
+            "%s removed before and not made again; --mode replace does: %s",
+            count_of(len(plan.removed), "mask"),
+            list_some([place.medium.name for place in plan.removed]),
+        )
 
 
 def _tell_without(places: Sequence[MaskPlace], what: str, consequence: str) -> None:

@@ -73,11 +73,13 @@ def _may_differ(path: Path, as_shown: int) -> bool:
 
 
 def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
-    """Describe the first part that was read differently.
+    """Describe the first file that an earlier version read differently; None if there is none.
 
-    `parts` are the path, `keeps_transparency`.
+    Args:
+        parts: Path of each file, and whether the colors of its transparent pixels are used.
+        as_shown: Version of reading that the cache records.
     """
-    for path, keeps in parts:
+    for path, keeps_transparent in parts:
         if not _may_differ(path, as_shown):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
@@ -87,9 +89,9 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
-            if as_shown > 1:
+            if as_shown > 1:  # colors and pixel shapes were respected already
                 continue
-            ignored = _formerly_ignored(media_colors(path), keeps, had_profiles=as_shown > 0)
+            ignored = _formerly_ignored(media_colors(path), keeps_transparent, had_profiles=as_shown > 0)
             if ignored is not None:
                 return f"{path.name} was read without {ignored}, now with it"
     return None

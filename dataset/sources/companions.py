@@ -181,11 +181,13 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
     """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
+    num_references = [len(source.references) for source in sources]
+    num_masks = [int(source.control_mask is not None) for source in sources]
     for key, title, counts in (
-        (REFERENCE, "references", [len(source.references) for source in sources]),
-        (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),
+        (REFERENCE, "references", num_references),
+        (MASK, "control masks", num_masks),
     ):
-        if not any(counts):
+        if not any(counts):  # the table has no such files
             continue
         items_by_count = sorted(Counter(counts).items())
         parts = [f"{count_of(num_items, 'item')} with {count}" for count, num_items in items_by_count]
