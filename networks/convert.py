@@ -1,7 +1,7 @@
 """Rewrite LoRA files in another dialect; join the LoRAs of two experts in one file, and split them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -490,13 +490,7 @@ def converted(
         texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
         texts = texts_to_comfyui(lora.text_tensors, family)
-    remedy = ""
-    if written.left_out:
-        modules = group_by_module(native)
-        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
-        remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if any(read_delta(modules[name]).rotation is not None for name in written.left_out):
-            remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
+    remedy = _remedy_for_left_out(native, written.left_out)
     left_out = {**written.left_out, **left_out_texts}
     if left_out and not written.tensors and not texts:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
@@ -505,6 +499,16 @@ def converted(
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
     return ConvertedLora({**written.tensors, **texts}, metadata)
+
+
+def _remedy_for_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
+    """Return the advice for modules that the other dialect cannot express; "" if none helps."""
+    modules = group_by_module(native)
+    if any(read_delta(modules[name]).rotation is not None for name in left_out):
+        return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
+    if any(OTHER_KINDS & modules[name].keys() for name in left_out):
+        return "\n  --bake RANK makes plain LoRAs of them."
+    return ""
 
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:

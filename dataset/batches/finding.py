@@ -26,7 +26,7 @@ from dataset.cache.latent_files import (
     reference_sizes,
 )
 from dataset.cache.store import Stores, may_be_mixed, open_store
-from dataset.cache_files import CacheStore
+from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, form_of
@@ -92,7 +92,7 @@ def find_items(
         audio: Spec of a family that is trained with sound.
         trusts_index: Take the items of a table from the index of its caches, if nothing has changed since.
     """
-    stores = stores or Stores((cache_tag, latent, text_keys))
+    stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
     cached_kind = ItemKind(cache_tag)
     for table in config.datasets:

@@ -25,7 +25,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import Stores
-from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, parse_latent_name
+from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, NpzNames, parse_latent_name
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
@@ -404,7 +404,7 @@ def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> T
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return the stores that read the caches of an item's family."""
-    return Stores((item.kind.tag, latent, item.kind.text_keys))
+    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:

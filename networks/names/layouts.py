@@ -261,7 +261,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (pattern, our replacements in the order of the rows) for weights that a checkpoint stacks."""
+    """Return pattern and our names, in the order of the rows, of each weight that a checkpoint stacks."""
     replacements: dict[str, list[str]] = {}
     for part in names.joined:
         pattern = _pattern(part.ours) + r"\.weight"
