@@ -553,10 +553,11 @@ class LoraPatch:
             self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
             # parts of a joined layer may become the change of the whole layer: only the first part adds it
-            is_joined = change.delta.is_part and not fitted.delta.is_part
-            first_row, _ = deltas.rows_in(change.delta.factors)
-            if not is_joined or first_row == 0:
-                changes.append(fitted)
+            if change.delta.is_part and not fitted.delta.is_part:
+                first_row, _ = deltas.rows_in(change.delta.factors)
+                if first_row > 0:
+                    continue
+            changes.append(fitted)
         return changes
 
     @torch.no_grad()

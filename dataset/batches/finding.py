@@ -108,7 +108,7 @@ def find_items(
         )
     if audio is not None and audio.is_alone:
         listing.needs_audio = "sound alone is learned"
-    is_apart = audio is not None and not audio.is_inside
+    is_apart = audio is not None and not audio.is_inside  # audio has cache files of its own
     if is_apart and listing.items and not live and not any(item.has_sound for item in listing.items):
         listing.silent = audio
     return listing

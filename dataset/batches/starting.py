@@ -79,7 +79,8 @@ def check_caches(
     size_bytes = 0
     checks = CacheChecks()
     earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
-    windows: dict[tuple[int, str], int] = {}  # by table index and stem
+    # number of windows that each clip was cut into, as its caches record it; by table index and stem
+    windows: dict[tuple[int, str], int] = {}
     for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, count):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
@@ -157,9 +158,9 @@ def _warn_of_earlier(
 def _warn_of_fewer(
     cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than they have windows.
+    """Warn of clips with fewer cached items than they were cut into.
 
-    `windows` are counted by table index and stem.
+    `windows` is the number of items that each clip was cut into, by table index and stem.
     """
     counts = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]

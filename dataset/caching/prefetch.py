@@ -135,6 +135,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             "%s by another program: only the size could be compared (--skip_existing)",
             count_words(report.foreign, "files were made"),
         )
+    # with a single shard of the dataset, nothing to do is a normal result
     if report.written or report.kept or report.removed or report.share < report.whole:
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataset.sources.clock import companion_frames, read_mask
 from dataset.sources.folders import list_entries
+from dataset.sources.frames import ClipCompanions
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.console import count_of
@@ -197,14 +197,6 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
                 faults.append(Fault(NONE[key], str(source.path), source.stem))
 
 
-class ClipCompanions(NamedTuple):
-    """References and the control mask of a source, as `DecodedMedia` has them."""
-
-    references: tuple[Clip, ...]
-    control_mask: NDArray[np.uint8] | None
-    size_changes: list[str]  # a line for each reference whose frames change size
-
-
 def read_companions(
     here: MediaSource,
     size: Size,
@@ -258,7 +250,7 @@ def read_companions(
     control_mask = None
     if here.control_mask is not None:
         control_mask = read_mask(here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock)
-    return ClipCompanions(tuple(references), control_mask, size_changes)
+    return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:

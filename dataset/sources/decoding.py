@@ -18,6 +18,7 @@ from dataset.config_keys import AUTO
 from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
+    ClipCompanions,
     Mask,
     Span,
     bucket_of,
@@ -230,16 +231,15 @@ def _decode_clip(
         mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
     found_spans, reason = spans_or_reason(table, count, lengths)
     control: list[Clip] = []
-    companions: dict[str, Any] = {}
+    companions = ClipCompanions()
+    rejected: Clip | None = None
     if found_spans:
         control = _read_control_clips(here, bucket, count=count, fps=fps, clock=clock, changes=size_changes)
-        companions = _read_companions(
-            here, size, bucket, count=count, fps=fps, clock=clock, changes=size_changes
-        )
+        companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
         if here.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
-            companions["rejected"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
+            rejected = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     # decoding stops once there are enough frames, and then the clip may have more
     complete = max_frames is None or count < max_frames
     return DecodedMedia(
@@ -251,8 +251,10 @@ def _decode_clip(
         reason=reason,
         control=tuple(control),
         mask=mask,
-        clip=ClipInfo(size, count, complete, size_changes=tuple(size_changes)),
-        **companions,
+        references=companions.references,
+        control_mask=companions.control_mask,
+        rejected=rejected,
+        clip=ClipInfo(size, count, complete, size_changes=(*size_changes, *companions.size_changes)),
     )
 
 
@@ -308,21 +310,16 @@ def _read_companions(
     count: int = 1,
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
-    changes: list[str] | None = None,
-) -> dict[str, Any]:
-    """Return references and the control mask of a source as fields of `DecodedMedia`; {} if it has none.
+) -> ClipCompanions:
+    """Read references and the control mask of a source, if it has any.
 
-    `count`, `fps` and `clock` are those of the source's kept frames. A line for each reference whose frames
-    change size is added to `changes`; an image has one frame, whose size cannot change.
+    `count`, `fps` and `clock` are those of the source's kept frames; an image has one frame.
     """
     if not here.references and here.control_mask is None:
-        return {}
+        return ClipCompanions()
     from dataset.sources.companions import read_companions  # few sources have any
 
-    read = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
-    if changes is not None:
-        changes += read.size_changes
-    return {"references": read.references, "control_mask": read.control_mask}
+    return read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
 
 
 def _decode_image(
@@ -378,8 +375,9 @@ def _decode_image(
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
     companions = _read_companions(source, size, fit.bucket)
+    rejected: Clip | None = None
     if source.rejected is not None:
-        companions["rejected"] = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)
+        rejected = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -389,7 +387,9 @@ def _decode_image(
         control=tuple(control),
         alpha=placed_alpha,
         mask=mask,
-        **companions,
+        references=companions.references,
+        control_mask=companions.control_mask,
+        rejected=rejected,
     )
 
 
