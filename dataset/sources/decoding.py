@@ -240,8 +240,6 @@ def _decode_clip(
             from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
             rejected = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
-    # decoding stops once there are enough frames, and then the clip may have more
-    complete = max_frames is None or count < max_frames
     return DecodedMedia(
         source=source,
         size=size,
@@ -254,7 +252,13 @@ def _decode_clip(
         references=companions.references,
         control_mask=companions.control_mask,
         rejected=rejected,
-        clip=ClipInfo(size, count, complete, size_changes=(*size_changes, *companions.size_changes)),
+        clip=ClipInfo(
+            size,
+            count,
+            # decoding stops once there are enough frames, and then the clip may have more
+            complete=max_frames is None or count < max_frames,
+            size_changes=(*size_changes, *companions.size_changes),
+        ),
     )
 
 
