@@ -310,7 +310,7 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 def lay_out_images(folder: Path) -> None:
     """Pictures with captions, others to regularize with, masks, and the same in the forms of the guides."""
-    for name in ("pictures", "regularisation", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
+    for name in ("pictures", "regularization", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
         (folder / name).mkdir(parents=True)
     for index in range(2):
         image = folder / "pictures" / f"{index}.png"
@@ -319,7 +319,7 @@ def lay_out_images(folder: Path) -> None:
         for other in ("masks", "edges", "train/2_ohwx cat"):
             shutil.copy(image, folder / other / image.name)
     (folder / "train/2_ohwx cat/0.txt").write_text(TAGS, encoding="utf-8")
-    for other in ("regularisation", "reg/1_cat"):
+    for other in ("regularization", "reg/1_cat"):
         write_image(folder / other / "cat.png", SIDE, SIDE)
     metadata = {"0": {"caption": "a cat", "tags": "red, chair"}, "1.png": {"caption": "a dog"}}
     (folder / "captions.json").write_text(json.dumps(metadata), encoding="utf-8")
