@@ -497,11 +497,14 @@ class JobQueue:
                 self._remember(book.count_waiting(), before)
 
     def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Remember the waiting jobs that the user knows.
+        """Remember the waiting jobs that the user knows about.
 
-        These are the jobs that were added with a button, and the jobs that came into the text file while a
-        queue ran that the user had started. `before` and `waiting` are counts of `_Book.count_waiting` before
-        and after a change.
+        The user knows about jobs added with a button, and about lines added to the text file while a queue
+        runs that the user has started.
+
+        Args:
+            waiting: Result of `_Book.count_waiting` after a change.
+            before: The same before the change.
         """
         known = recall_queue(self.folder)
         earlier = KnownQueue(is_open=False, jobs=Counter()) if known is None else known

@@ -321,7 +321,7 @@ def check_options(
 
 
 def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
-    """Return a job's command as `check_options` takes it for earlier jobs; None if it would be rejected."""
+    """Return a job's command for the argument `earlier` of `check_options`; None if it would be rejected."""
     with contextlib.suppress(OptionError):
         command, _ = find_program(words, folder)
         return EarlierJob(command.path.relative_to(ROOT), words, folder)

@@ -86,10 +86,11 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
 
     `layers` is the number of residual blocks of each level of the down path.
     """
-    down = up = 0  # index in LDM's lists of input and output blocks
-    for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
-        down += left + 1
-        up += right + 1
+    down = 0  # index in input_blocks, LDM's list
+    up = 0  # index in output_blocks
+    for level, (num_down, num_up) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
+        down += num_down + 1
+        up += num_up + 1
         yield SamplerPaths(
             released_down=f"input_blocks.{down}.0.op",
             released_up=f"output_blocks.{up - 1}.2.conv",

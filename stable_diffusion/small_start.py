@@ -184,7 +184,10 @@ def _size(features: Tensor) -> Size:
 
 
 def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
-    """Add hooks to diffusers' U-Net; yield the handles that remove them."""
+    """Add hooks to diffusers' U-Net; yield the handles that remove them.
+
+    Each hook is a method of `shrinking`. Loop variables are bound as defaults of the lambdas.
+    """
     for depth, block in enumerate(shrinking.blocks):
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
     for output in unet.up_blocks:
