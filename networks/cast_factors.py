@@ -84,11 +84,13 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     ups = iter(copies[len(groups) :])
     for group, joined in zip(groups, copies, strict=False):
         ranks = [layer.rank for layer in group]
-        shared = SharedInput(group, ranks, joined) if len(group) > 1 else None
-        downs = joined.split(ranks) if shared else (joined,)
+        downs = joined.split(ranks) if len(group) > 1 else (joined,)
         for layer, down in zip(group, downs, strict=True):
             layer.cast_factors = (down, next(ups))
-            layer.shared_input = shared
+        if len(group) > 1:
+            shared = SharedInput(group, ranks, joined, [layer.cast_factors[1] for layer in group])
+            for layer in group:
+                layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):

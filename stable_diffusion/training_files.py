@@ -36,6 +36,7 @@ from stable_diffusion.diffusers_parts import unet_class, vae_class
 from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
+from stable_diffusion.resnets import use_fewer_kernels
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
@@ -116,7 +117,7 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return those of the checkpoint and --vae that are single files, by their keys in metadata."""
+        """Return the checkpoint and --vae, if they are single files, by their keys in metadata."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
@@ -223,6 +224,7 @@ class TrainingFiles:
         # cuDNN's, whose gradients of several samples may be NaN (modules/attention/sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
+        use_fewer_kernels(unet)
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
@@ -234,7 +236,7 @@ class TrainingFiles:
 
     @contextmanager
     def opened_vae(self) -> Iterator[LoadPlan[checkpoints.VaeSizes]]:
-        """Open only the VAE: that of --vae, or of the checkpoint."""
+        """Open only the VAE, from --vae or from the checkpoint."""
         with ExitStack() as files:
             if self.vae is not None:
                 yield loading.read_chosen_vae(self.vae, "--vae", self.kind, files)
@@ -397,13 +399,13 @@ class _Sides:
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
-    """Return the blocks of a U-Net with the numbers that known trainers give them, as in released files.
+    """Return the blocks of a U-Net with the numbers that other trainers give them, as in released files.
 
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = count_layers(config)
-    # residual blocks, the first convolution, and a sampler after each level but the last
+    # residual blocks, the first convolution, and a sampler after each level except the last
     blocks = sum(layers) + len(layers)
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
@@ -412,7 +414,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     for sampler in unet_samplers(layers):
         numbers.append((sampler.down.removesuffix(".conv"), sides.number_of(sampler.released_down)))
         numbers.append((sampler.up.removesuffix(".conv"), sides.number_of(sampler.released_up)))
-    rates = (
+    rates = (  # argument, its first block, number of blocks
         ("down_lr_weight", sides.first, sides.down),
         ("mid_lr_weight", sides.first_middle, sides.middle),
         ("up_lr_weight", sides.first_up, sides.up),
@@ -440,6 +442,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
+        recomputed_list="transformer_blocks",  # up to ten, of which the activations would be there at once
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
         compiles_each_size=True,
