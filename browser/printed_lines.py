@@ -329,7 +329,7 @@ COMMANDS = (
     say("Fill in %(names)s first: the run does not know this."),
     say("%(name)s is not saved yet."),
     say("%(name)s is not there any more: %(other)s takes its place."),
-    say("%(name)s is not the best file by its scores: %(other)s takes its place."),
+    say("%(name)s is not the best file: %(other)s takes its place."),
 )
 SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
 # errors that end a run; of several lines, the first

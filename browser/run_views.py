@@ -40,7 +40,8 @@ from training.reports.page import (
 )
 from training.reports.present_files import present_commands
 from training.reports.sample_files import ClipStore
-from training.reports.sections import SAMPLES
+from training.reports.scores import list_score_charts
+from training.reports.sections import SAMPLES, scores_path
 
 logger = logging.getLogger(__name__)
 
@@ -323,7 +324,10 @@ def collect_news(
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino
-    key = f"{file_number}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
+    folder = run.history.parent
+    scores = scores_path(folder, run.name)
+    scored = scores.stat().st_mtime_ns if scores.is_file() else 0
+    key = f"{file_number}-{scored}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
         "page": mark_page(story, now),
@@ -334,6 +338,8 @@ def collect_news(
     }
     if query.get("have") != key:
         charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
+        if scored:
+            charts[1:1] = list_score_charts(folder, run.name, story, low, high)  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news
