@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those in folders that can contain metadata, sorted by name."""
+    """Return the files, and the files in folders that can contain metadata, sorted by name."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -137,7 +137,7 @@ def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the entries in order: first those about the generation, in capitals, then the rest by name.
+    """Return the entries in order: first the settings of the generation, in capitals, then the rest by name.
 
     Entries about the generation have a prefix, in lower or upper case. An entry that is stored with and
     without it is returned once. Latent files of FramePack have no prefixes; all of their entries are about

@@ -40,14 +40,14 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _add_script_path(words: Sequence[str]) -> list[str]:
-    """Return the arguments of a command with the full path of its script, as a checkout has it."""
+    """Replace the script's name in a command by its absolute path in the checkout."""
     words = list(words)
     if words[:1] == ["reelsmith"]:
         return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MAX_BEFORE]):
+    for index, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(ROOT / script), *words[place + 1 :]]
+            return [*words[:index], str(ROOT / script), *words[index + 1 :]]
     return words

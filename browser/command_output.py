@@ -67,10 +67,10 @@ class OutputLine:
         rest: str = show(self.shown)
         pieces = []
         for name in self.names:
-            place = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
-            if place >= 0:
-                pieces += [LinePiece(rest[:place], is_file=False), LinePiece(name, is_file=True)]
-                rest = rest[place + len(name) :]
+            position = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
+            if position >= 0:
+                pieces += [LinePiece(rest[:position], is_file=False), LinePiece(name, is_file=True)]
+                rest = rest[position + len(name) :]
         return [*pieces, LinePiece(rest, is_file=False)]
 
     @property
@@ -111,13 +111,14 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _is_mended(text: str, names: Collection[str]) -> bool:
-    """Return whether a line is about unreadable files, or lists a file, that no longer exist."""
+    """Return whether a line reports or lists files of which none exists any more."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = any(words in text for words in UNREADABLE) or LISTED_FILE.fullmatch(text) is not None
     return is_about_files and bool(named) and not _find_names(text, names)
 
 
 def _read_line(line: str, names: Collection[str]) -> OutputLine:
+    """Return a printed line with its remedy: a command to run, files to repair, or files to leave out."""
     text = line.strip()
     if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):
         needs_word = "--trigger_word WORD" in text
@@ -155,9 +156,9 @@ def _find_full(name: str, text: str) -> int:
 def read_changes(job: Job | None) -> list[str]:
     """Return the lines that list changes to files, as `new --dry_run` prints them."""
     lines = [] if job is None else job.last_lines(MAX_LINES).splitlines()
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         if DIFF.match(line):
-            return lines[place:]
+            return lines[index:]
     return []
 
 

@@ -135,7 +135,7 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
-    """Return the folder that a configuration's relative paths refer to, if no run says so.
+    """Return the folder that a configuration's relative paths refer to if no run has used the configuration.
 
     It is the configuration's own folder, as `new` writes it, if a path named in the configuration exists
     there; otherwise it is `working_folder`, as for a command typed there.
@@ -221,14 +221,14 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
     images: list[str] = []
     clips: list[str] = []
     audios = 0
-    for place in find_places(dataset.path, dataset.folder, has_beside=False):
-        if not (place.is_dir() and is_open(place)):
+    for folder in find_places(dataset.path, dataset.folder, has_beside=False):
+        if not (folder.is_dir() and is_open(folder)):
             continue
-        with os.scandir(place) as entries:
+        with os.scandir(folder) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
                 path = Path(entry.name)
                 suffix = path.suffix.lower()
-                if label_of(path.stem) is not None:
+                if label_of(path.stem) is not None:  # named as a companion of a clip, such as clip_mask.png
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     images.append(entry.path)
@@ -342,8 +342,8 @@ class Datasets:
         if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
             return [dataset.path.parent]
-        places = [place for place in dataset.places() if not self.is_open(dataset, place)]
-        return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
+        paths = [path for path in dataset.places() if not self.is_open(dataset, path)]
+        return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
     def measure(self, dataset: FoundDataset) -> Measured:
         """Return the measurements of a dataset; start a new one if its files have changed.
@@ -382,11 +382,11 @@ class Datasets:
     def mark(self, dataset: FoundDataset) -> object:
         """Return a value that changes whenever files of a dataset change. Raises as `FoundDataset.places`."""
         marks: list[object] = []
-        for place in (dataset.path, *dataset.places()):
+        for path in (dataset.path, *dataset.places()):
             with contextlib.suppress(OSError):
-                status = place.stat()
-                size = status.st_size if place.is_file() else 0
-                marks.append((str(place), status.st_mtime_ns, size))
+                status = path.stat()
+                size = status.st_size if path.is_file() else 0
+                marks.append((str(path), status.st_mtime_ns, size))
         return marks
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:

@@ -108,7 +108,7 @@ class MaskMakingPages:
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=refused != "")
 
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form: the model, and the commands that the form stands for."""
+        """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
             lines = [format_command(self.make_words(folder, texts, tries), folder) for tries in (True, False)]
         except OptionError as error:
@@ -206,8 +206,8 @@ class MaskMakingPages:
             elif not self.tool.press(folder, what, make_words):
                 return answer_unknown()
         except ChangedMeanwhileError:
-            said = say("dataset.toml has changed meanwhile: press it again.")
-            return self.answer(folder, fields, "progress", refused=said)
+            message = say("dataset.toml has changed meanwhile: press it again.")
+            return self.answer(folder, fields, "progress", refused=message)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, "progress", refused=str(error))
         return self.answer(folder, fields, "progress")

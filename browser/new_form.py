@@ -1,5 +1,6 @@
 """Values of the fields of the page New, and the command of `new` that they stand for."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
+from project.recipes.reading import TrainingRecipe, list_paths, read_recipe
 
 # a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
@@ -35,6 +37,7 @@ OF_ALL_FILES = {
     "train": say("What is trained"),
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
+    "recipe": say("Recipe"),
 }
 OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
 KIND_TITLES = {  # by the names of the kinds of runs
@@ -94,6 +97,7 @@ class NewForm:
     name: str = ""
     steps: str = str(DEFAULT_STEPS)
     model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
+    recipe: str = ""  # name of a recipe; "": the values of `new`
 
     @classmethod
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
@@ -114,6 +118,7 @@ class NewForm:
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
+            recipe=_fit_recipe(texts.get("recipe", ""), family, task, texts.get("train", "")),
         )
 
     @classmethod
@@ -141,6 +146,7 @@ class NewForm:
             name=texts.get("--output_name", ""),
             steps=texts.get("--max_train_steps", str(DEFAULT_STEPS)),
             model_files=files,
+            recipe=texts.get("--recipe", ""),
         )
 
     @classmethod
@@ -171,6 +177,7 @@ class NewForm:
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
             "train": self.train,
+            "recipe": self.recipe,
             "steps": self.steps,
             **{f"file_{name}": path for name, path in self.model_files.items()},
         }
@@ -192,6 +199,21 @@ def _fit_kind(name: str, model: ModelSet | None) -> str:
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
+
+
+def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRecipe]:
+    """Return the recipes for a model and a kind of run, as the field `train` names it."""
+    recipes = []
+    for path in list_paths().values():
+        with contextlib.suppress(OptionError):  # a file in the user's folder that is no recipe
+            recipes.append(read_recipe(path))
+    kind = train or LORA.name
+    return [one for one in recipes if (one.family, one.task, one.train) == (family, task, kind)]
+
+
+def _fit_recipe(name: str, family: str, task: str, train: str) -> str:
+    """Return the value of the field `recipe` if it is of this model and kind of run."""
+    return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
 
 
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
@@ -290,7 +312,7 @@ CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 
 
 def list_field_errors(form: NewForm) -> dict[str, str]:
-    """Return what `new` would reject, by the names of the fields."""
+    """Return the reasons why `new` would reject values, by the names of the fields."""
     errors = {}
     for name, check in CHECKS.items():
         try:
@@ -317,13 +339,13 @@ def read_steps(text: str) -> int:
 
 
 def without_groups(text: str) -> str:
-    """Return a number in plain digits, without its thousands separators; any other text as it is."""
+    """Remove the thousands separators from a number; return any other text unchanged."""
     text = text.translate(FULL_WIDTH)
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
 def parse_integer(text: str, maximum: int) -> int | None:
-    """Return the whole number above 0 in a text; None for any other text, or if it exceeds `maximum`."""
+    """Parse a positive integer; return None for any other text or a number above `maximum`."""
     text = without_groups(text)
     digits = text.lstrip("0")
     if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(maximum))):
@@ -333,7 +355,7 @@ def parse_integer(text: str, maximum: int) -> int | None:
 
 
 def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
-    """Return the command line that describes a folder as the form says.
+    """Return the `new` command that describes a folder with the values of the form.
 
     Args:
         form: Values of the fields.
@@ -345,6 +367,7 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _name_default(form),
+        "--recipe": form.recipe or None,
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
         "--max_train_steps": form.steps or None,
@@ -369,9 +392,9 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     An empty name or number of steps stands for the value in the files.
 
     Args:
-        sent: Form as the page has sent it.
-        shown: Form as the page was made.
-        present: Form of the folder's current files.
+        sent: Values that the page has sent.
+        shown: Values when the page was built.
+        present: Values in the folder's current files.
     """
     labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():

@@ -88,6 +88,7 @@ from browser.new_form import (
     hint_at_word,
     list_differing,
     list_field_errors,
+    list_fitting_recipes,
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
@@ -201,8 +202,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         """Return the page for the form in the query.
 
-        A query with only a folder is filled from the folder's files. If the files have changed since the page
-        with this form was made, the form shows the files and says so.
+        If the query has only a folder, the form is filled from the folder's files. If the files have changed
+        since the page was built, the form shows the files, with a message.
         """
         query = read_query(request)
         form = NewForm.of_fields(query)
@@ -261,7 +262,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether the shown changes are still those that the files would get."""
+        """Return whether the changes on the page are still the ones that saving would make."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
@@ -385,9 +386,10 @@ class NewPages:
     def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
         """Return the values for the field `train`. `model` is the selected model; None if there is none."""
         if model is None:
-            return {"kinds": []}
+            return {"kinds": [], "recipes": []}
         chosen = BY_NAME[form.train or LORA.name]
         return {
+            "recipes": list_fitting_recipes(form.family, form.task, form.train),
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
             "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),
@@ -462,14 +464,18 @@ class NewPages:
         queue = site.queue.now()
         job = captioning = None
         if folder is not None:
-            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            job = newest_job(
+                [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
+            )
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
-        works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
-        works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
+        busy = [
+            background is not None and background.state == RUNNING for background in background_jobs.values()
+        ]
+        busy += [queued is not None and queued.state in (WAITING, RUNNING) for queued in (job, captioning)]
         output = self.output_values(folder, background_jobs)
         loading = self.loading_values(described)
         download = loading["download"]
-        works.append(download is not None and download.state == RUNNING)
+        busy.append(download is not None and download.state == RUNNING)
         checklist = self.make_checklist(
             folder, described, background_jobs, queue.jobs, output["looking_lines"]
         )
@@ -496,7 +502,7 @@ class NewPages:
             "job": job,
             "run_address": standing.run_address,
             "captioning": captioning,
-            "is_busy": any(works),
+            "is_busy": any(busy),
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
@@ -619,7 +625,7 @@ class NewPages:
         )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return what is to be downloaded for a folder: size, licenses, and the state of the login."""
+        """Return the template values about a folder's downloads: size, licenses and state of the login."""
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
@@ -651,7 +657,7 @@ class NewPages:
         return answer_template("new_progress.html", say("New"), values, is_rejected=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Answer with the command that writes captions as the form says, or why there is none."""
+        """Answer with the command that writes captions with the form's settings, or with an error message."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -1023,9 +1029,10 @@ class NewPages:
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
         described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
         known = NewForm() if described is None else self.make_form(described)
+        # `new` has already checked the file that the described folder uses
         is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
             known.model_files.get(option) == chosen.model_files.get(option)
-        )  # `new` has checked it
+        )
         values = {
             "text": describe_file(text),
             "option": option,
@@ -1056,10 +1063,12 @@ def explain_empty(folder: Path) -> str:
 
 
 def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that have been carried out since `new` looked, for `make_checklist`.
+    """Return the remedies that have been applied since `new` described the folder, for `make_checklist`.
 
-    `lines` were printed by `new`, and `looking` is its background job. `jobs` may have carried out the
-    remedies.
+    Args:
+        lines: Lines that `new` has printed.
+        looking: Background job of `new`; None if there is none.
+        jobs: Jobs that may have applied a remedy.
     """
     if looking is None or not looking.log.exists():
         return set()
@@ -1088,7 +1097,7 @@ def describe_failure(download: Download | None) -> str:
 
 
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return a checksum of a folder's files as they were read; "" if it has none."""
+    """Return a checksum of the folder's files when they were read; "" if it is not described."""
     if described is not None:
         return described.mark
     return "" if folder is None else mark_files(folder)

@@ -53,28 +53,28 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
 
 
 class Draft(NamedTuple):
-    """A command for the user to edit, and the run that it comes from."""
+    """A command that the user edits, and the run whose command it is."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
 def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
-    """Return the command that a page shows for editing; an empty command if the query asks for none.
+    """Return the command to edit on the page; an empty command if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.
     """
     if "line" in query:
         return Draft(query["line"], runs.find(query.get("run", "")))
-    place = query.get("command", "")
-    if not NUMBER.fullmatch(place):
+    index_text = query.get("command", "")
+    if not NUMBER.fullmatch(index_text):
         return Draft()
     run = runs.find(query.get("run", ""))
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(place) :]
+        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

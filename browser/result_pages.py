@@ -111,9 +111,9 @@ class SettingsCache:
         """Read files for at most `seconds`, and return how many are still to be read."""
         end = time.monotonic() + seconds
         unread = [result for result in results if self.find_read(result) is None]
-        for place, result in enumerate(unread):
+        for index, result in enumerate(unread):
             if time.monotonic() > end:
-                return len(unread) - place
+                return len(unread) - index
             self.get(result)
         return 0
 
@@ -243,7 +243,7 @@ def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
 
 
 class Candidate(NamedTuple):
-    """A recipe that may have generated a result, and the run that it comes from.
+    """A recipe that may have generated a result, and the run to which it belongs.
 
     The run is None for a released model.
     """
@@ -260,7 +260,10 @@ class Remaker:
         self.folders = folders
 
     def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
-        """Return the render job that repeats a result with a seed. Raises OptionError if none can."""
+        """Return the render job that repeats a result with a seed.
+
+        Raises OptionError if no recipe can repeat it.
+        """
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -433,7 +436,7 @@ class ResultPages:
         return answer_json(answer)
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results read so far, each as value and text of a choice: its title."""
+        """Return the models of all results read so far, as values and titles of a drop-down list."""
         titles = set()
         for result in results:
             read = self.cache.find_read(result)
@@ -445,7 +448,7 @@ class ResultPages:
         """Answer with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
-        if not all(text.isdecimal() and len(text) < 9 for text in texts):
+        if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
             return answer_text("from and count are numbers of results.", 400)
         first = int(texts[0])
         count = min(int(texts[1]), 2 * PART)
@@ -511,7 +514,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Answer with the command that each button of a result stands for, as JSON."""
+        """Answer with the commands of a result's buttons, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()
@@ -565,7 +568,11 @@ class ResultPages:
         """Answer with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
-        paths = {} if result is None else {str(one): path for one, path in enumerate(result.layers)}
+        paths = (
+            {}
+            if result is None
+            else {str(layer_index): path for layer_index, path in enumerate(result.layers)}
+        )
         path = paths.get(index)
         if path is None or path.is_symlink() or not path.is_file():
             return answer_not_found()

@@ -115,7 +115,7 @@ class RunSummary:
 
     @property
     def name(self) -> str:
-        """Name of the run, which is that of its history."""
+        """Name of the run: the name of its history file without the ending."""
         return history_name(self.history)
 
     @property
@@ -313,11 +313,11 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
         losses = [float(loss) for _, loss in LOSS.findall(content)]
     else:
         losses = []
-        for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
-            match = LOSS.search(content[place : place + SPOT])
+        for position in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
+            match = LOSS.search(content[position : position + SPOT])
             if match is not None:
                 losses.append(float(match[2]))
-    width = max(1, len(losses) // SPOTS)  # so many neighbors become their mean
+    width = max(1, len(losses) // SPOTS)  # number of neighboring losses that are averaged
     return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
@@ -338,19 +338,19 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 def find_doing(tail: bytes) -> str:
     """Return the work between two steps at the end of a history; "" if a step followed it."""
     row = _read_last_row(tail, "doing", 0)
-    place = tail.rfind(b', "doing": ')
+    position = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
-    is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
+    is_over = any(tail.rfind(f', "{key}": '.encode()) > position for key in later)
     return "" if row is None or is_over else str(row["doing"])
 
 
 def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | None:
     """Return the last line that has this key and begins at or after the offset `minimum`."""
-    place = content.rfind(f', "{key}": '.encode(), max(0, minimum))
-    if place < 0:
+    position = content.rfind(f', "{key}": '.encode(), max(0, minimum))
+    if position < 0:
         return None
-    begin = content.rfind(b"\n", 0, place) + 1
-    end = content.find(b"\n", place)
+    begin = content.rfind(b"\n", 0, position) + 1
+    end = content.find(b"\n", position)
     return parse_row(content[begin : end + 1]) if end >= 0 else None
 
 

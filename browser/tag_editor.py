@@ -47,7 +47,7 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption without surrounding blanks, also those in kept sections."""
+    """Return the tags in a line of a caption without surrounding blanks, including its kept sections."""
     return [tag for section in line.split(KEPT) for tag in split_section(section)]
 
 
@@ -57,9 +57,9 @@ def split_section(section: str) -> list[str]:
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
-    """Return a caption in which `new` replaces the tag `old` and occurs once; "" removes the tag.
+    """Replace the tag `old` of a caption by `new`, and remove duplicates of `new`; "" removes the tag.
 
-    Lines without the tag stay as they are written.
+    Lines without the tag are unchanged.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -92,7 +92,7 @@ class TagEditor:
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Replace a tag in all captions of a folder, and return in words what was done.
+        """Replace a tag in all captions of a folder, and return a message about what was done.
 
         The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
 
@@ -166,8 +166,8 @@ class TagEditor:
         Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
         that are JSON objects have no tags. Raises OSError.
         """
-        for place in list_media_folders_of(self.runs, folder):
-            paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
+        for media_folder in list_media_folders_of(self.runs, folder):
+            paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
             for path in paths:
                 if not self.runs.is_inside(path):
                     continue

@@ -123,8 +123,8 @@ def is_own_connection(connection: Connection) -> bool:
 def find_owner(connection: Connection) -> int | None:
     """Return the id of the account that opened a connection on this machine.
 
-    Returns None if the system does not show it, or if another machine opened the connection. `ENDED` if the
-    owner has already closed it: it then belongs to nobody, which the system reports as root.
+    Returns None if the system does not show the owner, or if another machine opened the connection; ENDED if
+    the connection is already closed, because the system then reports root as its owner.
     """
     if not _SHOWS_OWNERS:
         return None
@@ -172,5 +172,5 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
 def _hexadecimal(host: Address) -> str:
     """Return an address as Linux lists it: 32-bit words in the byte order of the machine."""
     packed = host.packed
-    words = [packed[place : place + 4] for place in range(0, len(packed), 4)]
+    words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -89,7 +89,7 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """All that a task needs. `commands` maps steps to commands, with `{dit}`, `{vae}`, ... for paths."""
+    """The files and commands of a task. Commands have `{dit}`, `{vae}`, ... in place of paths."""
 
     family: str
     task: str
@@ -151,7 +151,14 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
 def find_adapted(model: ModelSet) -> ModelSet | None:
     """Return the set of a model that has its training adapter too; None if none is released."""
     task = f"{model.task}{WITH_ADAPTER}"
-    return next((one for one in model_sets() if (one.family, one.task) == (model.family, task)), None)
+    return next(
+        (
+            candidate
+            for candidate in model_sets()
+            if (candidate.family, candidate.task) == (model.family, task)
+        ),
+        None,
+    )
 
 
 def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
@@ -176,11 +183,11 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
     """
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
-    of_family = {**family["commands"], **entry.get("commands", {})}
-    further_words = entry.get("more", {})
+    command_by_step = {**family["commands"], **entry.get("commands", {})}
+    extra_words = entry.get("more", {})
     commands = {}
     for step in entry.get("steps", STEPS):
-        commands[step] = f"{of_family[step]} {further_words.get(step, '')}".rstrip()
+        commands[step] = f"{command_by_step[step]} {extra_words.get(step, '')}".rstrip()
     return ModelSet(
         family=entry["family"],
         task=entry["task"],

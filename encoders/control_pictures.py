@@ -23,12 +23,15 @@ from contract.data import (
 from contract.requests import Prepared, Request, check_opens
 from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.reading import read_image, resize_frame
+from modules.media.reading import read_image, read_mask, resize_frame
 from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
 CONTROL = "--cn"  # of a line of samples
+MASK = "--mk"  # likewise
+MASK_PATH = "mask_path"  # its key
+CONTROL_MASK = "control_mask"  # among conditions: B 1 H W uint8, 1 where the image is painted anew
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
@@ -112,6 +115,23 @@ def read_control(path: Path, width: int, height: int, strength: float) -> dict[s
     return {CONTROL_PIXELS: pixels, CONTROL_STRENGTH: torch.tensor([strength])}
 
 
+def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
+    """Return a mask at a size, as conditions: 1 1 H W uint8, 1 from half gray on.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
+    frame = read_mask(path)
+    if frame.shape[:2] != (height, width):
+        frame = resize_frame(frame, (width, height), "nearest")
+    return {CONTROL_MASK: torch.from_numpy(frame[None, None, :, :, 0] >= 128).to(torch.uint8)}
+
+
+def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:
+    """Return the masks in the conditions, B 1 H W float32; None without them."""
+    return send_tensor(cond, CONTROL_MASK, device).float() if CONTROL_MASK in cond else None
+
+
 def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """Return the control images in the conditions, B 3 H W in 0..1 (or None), and their strength."""
     if CONTROL_PIXELS not in cond:
@@ -126,15 +146,17 @@ def strength_in(cond: Conditions) -> float:
     return 1.0 if strength is None else float(strength[0])
 
 
-def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
+def keep_control(
+    request: Request, keep_media: Callable[[Request, str], Request], model_name: str, sees: bool
+) -> Request:
     """Return a request without unusable media, but with its control image if a network takes it.
 
     Logs a warning if a network takes a control image and the request has none.
 
     Args:
         request: The request.
-        keep: Removes all media that the model does not take: `ModelOfImages.keep_media`.
-        who: Name of the model, for messages.
+        keep_media: Removes all media that the model does not take: `ModelOfImages.keep_media`.
+        model_name: Name of the model, for messages.
         sees: Whether a network takes a control image.
 
     Raises:
@@ -142,11 +164,11 @@ def keep_control(request: Request, keep: Callable[[Request, str], Request], who:
     """
     control = request.control_path
     if not sees:
-        return keep(request, who)
+        return keep_media(request, model_name)
     if control is None:
         logger.warning(
             "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
         )
-        return keep(request, who)
+        return keep_media(request, model_name)
     check_control(CONTROL, control)
-    return replace(keep(replace(request, control_path=None), who), control_path=control)
+    return replace(keep_media(replace(request, control_path=None), model_name), control_path=control)

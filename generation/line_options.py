@@ -17,11 +17,11 @@ DEFAULT_NAMES = (
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:
-    """Return the key of an option for a long name as people type it; None if there is no such option.
+    """Return the key of an option by its long name in any spelling; None if there is no such option.
 
     Args:
         word: The long name.
-        keys: Keys of all options: their names on the command line, and those of the two sides of
+        keys: Keys of all options: their names on the command line, with keys for the height and the width of
             --video_size.
     """
     name = word.lower().replace("-", "_")

@@ -76,7 +76,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def defaults(self) -> data.SamplingDefaults:
-        """The release's 50 steps and guidance; the size is that of training samples."""
+        """The release's 50 steps and guidance, and the size of training samples."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return data.SamplingDefaults(
             steps=50,
@@ -126,7 +126,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def moments(self) -> data.MomentsRules:
-        """Rules for moments, which can be used; image-to-video needs those of first frames too."""
+        """Rules for cached moments; image-to-video also needs the moments of first frames."""
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:

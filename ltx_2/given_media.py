@@ -154,7 +154,7 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
 
 
 def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
-    """Return which latents, H W bool, lie entirely in a region of pixels."""
+    """Return whether each latent, H W bool, is completely inside a region of pixels."""
     top = round_up(region.top, step)
     left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
@@ -178,23 +178,23 @@ class GivenImages:
 
         It is kept where `is_kept`, broadcast to f H W.
         """
-        place = slice(first, first + clean.shape[2])
+        kept_frames = slice(first, first + clean.shape[2])
         is_kept = is_kept.expand(clean.shape[2:])
-        self.clean[:, :, place] = torch.where(is_kept, clean, self.clean[:, :, place])
-        self.shares[:, :, place].masked_fill_(is_kept, share)
+        self.clean[:, :, kept_frames] = torch.where(is_kept, clean, self.clean[:, :, kept_frames])
+        self.shares[:, :, kept_frames].masked_fill_(is_kept, share)
 
 
 def encode_images(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
-    """Return the latents of what is kept of images, and their shares; {} if nothing is.
+    """Return the latents of the kept parts of images, and their shares; {} if no part is kept.
 
     Args:
         media: Options of what is kept.
-        prepared: The request, or that of a stage.
+        prepared: The request, or the request of a stage.
         encode: Encodes pixels.
         latent: Latent space of the video.
-        crf: H.264 quality at which single images are seen.
+        crf: H.264 quality to which single images are compressed first.
     """
     if not media.image_files.keys() - {"keyframe"}:
         return {}
@@ -291,7 +291,7 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of what is kept of the audio, and their shares; {} if nothing is.
+    """Return the latents of the kept parts of the audio, and their shares; {} if no part is kept.
 
     Args:
         media: Options of what is kept.
@@ -329,7 +329,7 @@ def _read_kept_audio(
         seconds: Length of the clip.
         spec: Format of the audio latents.
     """
-    starts, ends = audio_bounds(count)
+    starts, ends = audio_bounds(count)  # seconds of each latent
     retaken = media.retaken
     if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)

@@ -87,23 +87,27 @@ def prepare_environment(
     else:
         folder = ROOT / ".venv"
         python = python_of(folder)
-    stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
-    # a killed installer may leave half a package, which it would take for complete the next time
+    # the stamp file holds a hash of what is installed; it is removed during an installation
+    default_name = "runtime" if build is None else "page"
+    stamp = folder / f"reelsmith-{extra or default_name}.stamp"
+    # a killed installer may leave an incomplete package, which the next one would take for complete
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
-    marks = [sys.version, *packages_to_install, *([] if build is None else [build.name])]
-    mark = hashlib.sha256("\n".join(marks).encode()).hexdigest()
-    before = stamp.read_bytes() if stamp.exists() else None
-    if is_replacing or before != mark.encode():
+    installed = [sys.version, *packages_to_install]
+    if build is not None:
+        installed.append(build.name)
+    new_hash = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+    old_hash = stamp.read_bytes() if stamp.exists() else None
+    if is_replacing or old_hash != new_hash.encode():
         stamp.unlink(missing_ok=True)
         try:
             _install(python, packages_to_install, build, is_replacing)
         except UserError:
-            if before is not None:  # the installer was not killed, so installed packages are complete
-                stamp.write_bytes(before)
+            if old_hash is not None:  # the installer was not killed, so installed packages are complete
+                stamp.write_bytes(old_hash)
             raise
-        stamp.write_text(mark, encoding="utf-8")
+        stamp.write_text(new_hash, encoding="utf-8")
     return python
 
 
@@ -155,11 +159,12 @@ def provide_pip(python: Path) -> None:
 def _install(
     python: Path, packages: list[str], build: Build | None = None, is_replacing: bool = False
 ) -> None:
+    """Install packages in three groups: torch first, so that no other package chooses its version."""
     uv = find_uv(python)
     if uv is None:
         provide_pip(python)
     keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
-    torch_alone = []  # first, so that no other package chooses its version
+    torch_alone = []
     following = []
     without_dependencies = []
     for line in packages:
@@ -170,15 +175,18 @@ def _install(
             following.append(line)
         elif not keeps_torch:
             torch_alone.append(line)
-    index = [] if build is None or build.index is None else ["--index-url", build.index]
-    again = ["--reinstall-package" if uv else "--force-reinstall", *(["torch"] if uv else [])]
-    for lines, flags in (
-        (torch_alone, [*index, *(again if is_replacing else [])]),
-        (following, []),
-        (without_dependencies, ["--no-deps"]),
-    ):
-        if lines:
-            _install_lines(python, lines, flags, uv, is_shown=build is not None)
+    torch_flags = []
+    if build is not None and build.index is not None:
+        torch_flags += ["--index-url", build.index]
+    if is_replacing:
+        torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
+    is_shown = build is not None
+    if torch_alone:
+        _install_lines(python, torch_alone, torch_flags, uv, is_shown)
+    if following:
+        _install_lines(python, following, [], uv, is_shown)
+    if without_dependencies:
+        _install_lines(python, without_dependencies, ["--no-deps"], uv, is_shown)
 
 
 def _install_lines(
@@ -197,17 +205,17 @@ def _install_lines(
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
             return
-        said = _run_installer([*command[:3], "--quiet", *command[3:]])
-        if said is None:
+        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])
+        if error_output is None:
             return
-        if FULL_DISK.search(said):
-            raise UserError(f"uv could not install {what}: {find_cause(said, python)}")
+        if FULL_DISK.search(error_output):
+            raise UserError(f"uv could not install {what}: {find_cause(error_output, python)}")
         sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
         provide_pip(python)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
-    said = _run_installer(command)
-    if said is not None:
-        cause = find_cause(said, python) or "See its message above, fix the cause and run again."
+    error_output = _run_installer(command)
+    if error_output is not None:
+        cause = find_cause(error_output, python) or "See its message above, fix the cause and run again."
         raise UserError(f"pip could not install {what}: {cause}")
 
 

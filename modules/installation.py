@@ -114,11 +114,11 @@ def own_name(name: str) -> str:
 
 
 def command_words(words: Sequence[str]) -> list[str]:
-    """Translate a command of ours to the form that this installation has and that the user can type.
+    """Translate a command of ours into the form that the user types in this installation.
 
-    `words` are those for the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch
-    ... wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
-    `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
+    `words` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    wan_train_network.py ...`. In the package it becomes `wan_train_network ...` (for scripts without a model,
+    `reelsmith compare ...`) or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
     words = list(words)
     if not PREFIX:
@@ -127,10 +127,10 @@ def command_words(words: Sequence[str]) -> list[str]:
         return ["reelsmith", *words[2:]]
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
         return [*console_words(Path(words[1]).stem), *words[2:]]
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         script = find_script(word)
         if words[:2] == ["accelerate", "launch"] and script is not None:
-            return [*words[:place], *program_words(script), *words[place + 1 :]]
+            return [*words[:index], *program_words(script), *words[index + 1 :]]
     return words
 
 
@@ -138,10 +138,10 @@ def _locate_script(words: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MAX_BEFORE]):
+    for index, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(_find_typed_folder() / script), *words[place + 1 :]]
+            return [*words[:index], str(_find_typed_folder() / script), *words[index + 1 :]]
     return words
 
 
@@ -158,12 +158,12 @@ def _find_typed_folder() -> Path:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its words, such as `train wan`, if these started the running script."""
-    place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
+    """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
+    index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
-    place -= len(words)
-    is_front = place > 0 and Path(sys.orig_argv[place]).name == FRONT_SCRIPT
-    typed = [word for word in sys.orig_argv[place + 1 :] if word not in ("help", "-h", "--help")]
+    index -= len(words)
+    is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
+    typed = [word for word in sys.orig_argv[index + 1 :] if word not in ("help", "-h", "--help")]
     return [FRONT_SCRIPT, *words] if is_front and typed[: len(words)] == words else []
 
 
@@ -196,7 +196,7 @@ def read_requirements() -> list[str]:
 
 
 def requirement_name(requirement: str) -> str:
-    """Return the name of the distribution that a line asks for: `torch` of `torch>=2.7`."""
+    """Return the distribution's name in a requirement: `torch` for `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 

@@ -241,12 +241,12 @@ class Parser(argparse.ArgumentParser):
         """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
-        # join `12`, `GB` to `12 GB`, from the end, so that joining two words moves none that is still to come
+        # join `12`, `GB` to `12 GB`; from the end, so that the indices of earlier words stay valid
         for index in range(len(spelled) - 1, 0, -1):
             number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[index - 1])
             if number is not None and re.fullmatch(UNIT, spelled[index], re.IGNORECASE):
                 spelled[index - 1 : index + 1] = [f"{number[0]} {spelled[index]}"]
-        end = spelled.index("--") if "--" in spelled else None  # nothing behind `--` is an option
+        end = spelled.index("--") if "--" in spelled else None  # words after `--` are not options
         for index, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
             is_flag = name[:2] == "--" and name[2:] != ""
@@ -382,16 +382,16 @@ class Parser(argparse.ArgumentParser):
 def _explain_number(action: argparse.Action, word: str) -> str:
     """Return the message about a word that is not a number, for an option that takes numbers."""
     parts = word.split(",")
-    point = f"write a decimal point: {'.'.join(parts)}"
+    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
     is_decimal = action.type is float and has_comma
     if action.nargs is None and is_decimal:
-        return f"{word}: {point}"
+        return f"{word}: {decimal_advice}"
     are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
     if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
         apart = " ".join(part.strip() for part in parts)
-        or_point = f", or {point}" if is_decimal else ""
-        return f"{word}: write several numbers apart: {apart}{or_point}"
+        or_decimal = f", or {decimal_advice}" if is_decimal else ""
+        return f"{word}: write several numbers apart: {apart}{or_decimal}"
     named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
     if named is not None:  # settings of other trainers
         return f"{word}: write the number alone, {named[1]}"
@@ -426,12 +426,12 @@ def add_options(
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
-        place = group_of(parser, cls.heading) if cls.heading else group or parser
+        target = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            _add_field(parser, place, cls, field=field, changes=changes)
+            _add_field(parser, target, cls, field=field, changes=changes)
         for name, rejection in _list_rejections(cls):
             if name not in without:
-                _add_rejection(place, cls, name, rejection)
+                _add_rejection(target, cls, name, rejection)
 
 
 class _ScriptChanges(NamedTuple):
@@ -553,29 +553,30 @@ def _add_option(
     """
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
-    usual = "default: the task's" if default is None else f"default {default}"
+    default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
-    words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
+    # the arguments of `add_argument`
+    arguments: dict[str, Any] = {"help": declared.help.replace("{default}", default_text), "default": default}
     if isinstance(default, Path):
-        words["default"] = default.as_posix()
+        arguments["default"] = default.as_posix()
     if typing.get_origin(kind) is tuple:
-        words["nargs"] = "*"
+        arguments["nargs"] = "*"
         kind = typing.get_args(kind)[0]
-        words["default"] = list(default) if isinstance(default, tuple) else default
+        arguments["default"] = list(default) if isinstance(default, tuple) else default
     if kind is bool:
-        words["action"] = "store_true"
+        arguments["action"] = "store_true"
     else:
         if kind in NUMBERS:
-            words["type"] = kind
+            arguments["type"] = kind
         if "choices" not in settings:
-            words["metavar"] = METAVARS.get(kind, "TEXT")
-    words |= settings
+            arguments["metavar"] = METAVARS.get(kind, "TEXT")
+    arguments |= settings
     if declared.positional:
-        action = group.add_argument(name, **words)
+        action = group.add_argument(name, **arguments)
     else:
-        flags = (*words.pop("flags", declared.flags), f"--{name}")
+        flags = (*arguments.pop("flags", declared.flags), f"--{name}")
         unique_flags = dict.fromkeys(flags)  # the name may be among the further spellings
-        action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **words)
+        action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **arguments)
     action.often = declared.often  # type: ignore[attr-defined]
     action.refused = refused  # type: ignore[attr-defined]
     action.by_place = declared.by_place  # type: ignore[attr-defined]

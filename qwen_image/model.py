@@ -59,7 +59,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index among the image tokens at which those of clean references begin."""
+        """Negative index of the first token of clean references among the image tokens."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
@@ -154,7 +154,7 @@ class LastNorm(nn.Module):
 
     def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Return the modulated norm of tokens x, B L C."""
-        rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
+        rows = in_own_dtype(self.linear, tokens.vector[:, :1]).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
@@ -232,6 +232,7 @@ class QwenImageModel(BlockNetwork):
         vector = self.time_text_embed(timesteps)
         if has_clean:
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
+        vector = blocks.activate(vector, dtype)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
@@ -279,20 +280,22 @@ class QwenImageModel(BlockNetwork):
         layers, at least at j + their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
-        number_width, row_width, column_width = widths
+        index_width, row_width, column_width = widths  # channels of each axis
 
         def axis(first: int, size: int, width: int) -> Tensor:
-            places = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(places, width, self.config.rope_theta))
+            """Return the pairs of `size` consecutive positions from `first` on, size width/2 2."""
+            positions = torch.arange(first, first + size, dtype=torch.float64)
+            pairs = turns(angles_at(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         tables = []
         for index, rows, columns in layout.pictures:
-            image = axis(index, 1, number_width)
+            image = axis(index, 1, index_width)
+            # rows and columns are counted from the middle of the image
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
             tables.append(on_grid([image, along_rows, along_columns]))
-        start = max(side // 2 for _, *sides in layout.pictures for side in sides)
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.pictures)
         if self.config.has_layers:
             start = max(start, *(index + 1 for index, _, _ in layout.pictures))
         for count in layout.texts:

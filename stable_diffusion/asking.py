@@ -58,7 +58,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first those in `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -127,18 +127,19 @@ class Asking:
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = split_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
-        is_one_seed = enumerates(line.text)
-        num_used = 1 if is_one_seed else count
+        has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
+        num_used = 1 if has_all_variants else count
         if len(line_seeds or ()) > num_used:
             advice = "Raise --images_per_prompt to use all"
-            if is_one_seed:
+            if has_all_variants:
                 advice = "All variants have the first one"
             logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
-        if is_one_seed:
+        if has_all_variants:
             seed = next(seeds)
             return [(seed, text) for text in expand(line.text, Random(seed))]
-        chosen = [next(seeds) for _ in range(count)]
-        return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
+        # the seed of an image also draws its choices
+        image_seeds = [next(seeds) for _ in range(count)]
+        return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
         """Return the requested image of a prompt line: its texts, its files and its settings."""
@@ -171,7 +172,7 @@ class Asking:
 
 
 def _check_parts(parts: int) -> None:
-    """Raise OptionError if a mask has no use: there is no image to repaint, and no regions."""
+    """Raise OptionError if a mask would have no effect, without an image to repaint and without regions."""
     if parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
@@ -197,7 +198,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options with those of a line in their place.
+    """Return the options, overridden by the options of a line.
 
     Raises:
         OptionError: If a value cannot be used.
@@ -207,7 +208,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the strengths of --am in a line; None stands for those of the command line."""
+    """Return the strengths of --am in a line; None for the strengths on the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
@@ -270,7 +271,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: the given ones, else those of the input image, else the model's default."""
+    """Return width and height: the given ones, else the input image's, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)

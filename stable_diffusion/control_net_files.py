@@ -82,8 +82,8 @@ def load_control_net(
         CheckpointError: If the file is something else or belongs to another U-Net, or if tensors are missing,
             unexpected, of other shapes or damaged.
     """
-    place = require_file(path, OPTION, "")
-    opened = open_part(place, ("diffusion_pytorch_model",)) if place.is_dir() else open_checkpoint(place)
+    file = require_file(path, OPTION, "")
+    opened = open_part(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         if name.startswith(OWN_PARTS):
@@ -140,7 +140,7 @@ def _read_control_net(
     has_hint = f"{_HINT}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
-    if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are
+    if f"{_HINT}.conv_out.weight" not in sources:  # here the last convolution has a number, too
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
@@ -213,18 +213,20 @@ def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
-    wrong = CheckpointError(
+    unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
         f"such network. Give {GIVE} to {OPTION}.",
         checkpoint.path,
     )
-    shape = shapes_of(checkpoint, sources, wrong)
+    # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing
+    shape = shapes_of(checkpoint, sources, unknown_sizes)
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
-        raise wrong
+        raise unknown_sizes
     levels = _read_levels(sources, [*down, "mid_block"])
+    # diffusers has one number of layers for the last level and the middle block
     if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
-        raise wrong  # diffusers has one number for both
+        raise unknown_sizes
     hint_blocks = count(sources, _BLOCKS)
     pooled = {}  # conditions of SDXL: sizes and pooled text
     if "add_embedding.linear_1.weight" in sources:

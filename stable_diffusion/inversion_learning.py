@@ -222,20 +222,20 @@ class Inversion:
         if self.asked.init_word is None:
             return [torch.randn(count, table.shape[1]) * table.std() for table in tables]
         starts = []
-        for number, table in enumerate(tables):
-            ids = self._read_init_word(number)
+        for encoder_index, table in enumerate(tables):
+            ids = self._read_init_word(encoder_index)
             if len(ids) != count:
                 logger.warning(
                     "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
                     self.asked.flags.init_word,
                     self.asked.init_word,
                     count_of(len(ids), "token"),
-                    number + 1,
+                    encoder_index + 1,
                     self.asked.flags.count,
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
-            starts.append(table[[ids[place % len(ids)] for place in range(count)]].clone())
+            starts.append(table[[ids[index % len(ids)] for index in range(count)]].clone())
         return starts
 
     def _read_init_word(self, number: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word: it stands for all of its vectors; followed by 1, 2, ..., for a single later vector."""
+    """A new word for a prompt. Alone it means all of its vectors; with a 1, 2, ... appended, a single one."""
 
     text: str
     count: int = 1  # number of the word's vectors
@@ -23,7 +23,7 @@ class NewWord:
             vocabulary: Number of rows of the table without the word.
         """
         ids = [*range(vocabulary, vocabulary + self.count)]
-        single = {f"{self.text}{place}": [number] for place, number in enumerate(ids[1:], 1)}
+        single = {f"{self.text}{index}": [number] for index, number in enumerate(ids[1:], 1)}
         return {self.text: ids, **single}
 
 

@@ -90,7 +90,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
     """
-    start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+    start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
     at = (start + end) / 2 + (end - start) / 2 * points
@@ -213,7 +213,7 @@ def count_left_out(steps: int, strength: float | None) -> int | None:
 
 
 def begin_sampling(
-    scheduler: Any, steps: int, generators: Sequence[torch.Generator], left_out: int | None = None
+    scheduler: Any, steps: int, generators: Sequence[torch.Generator], num_skipped: int | None = None
 ) -> SchedulerSolver:
     """Set a scheduler to a number of steps, without state of earlier runs, and return its solver.
 
@@ -223,16 +223,16 @@ def begin_sampling(
         scheduler: Scheduler of diffusers.
         steps: Number of steps.
         generators: Generator of each image.
-        left_out: Number of steps that image-to-image skips; None to begin from noise.
+        num_skipped: Number of steps that image-to-image skips; None to begin from noise.
     """
     if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
         # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
-        scheduler.register_to_config(skip_prk_steps=left_out is not None)
+        scheduler.register_to_config(skip_prk_steps=num_skipped is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
-    if left_out == steps:
+    if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    first = (left_out or 0) * int(scheduler.order)
+    first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return SchedulerSolver(scheduler, generators, first)
@@ -305,7 +305,7 @@ class UnetPasses:
 
     model: Model
     sampler: SchedulerSolver
-    ideas: Sequence[UnetHook] = ()  # each sees the call as those before it left it
+    hooks: Sequence[UnetHook] = ()  # each gets the call that the previous one returned
     # B 5 h w: mask and masked image, which the U-Net of an inpainting checkpoint takes with the sample
     inpainting: Tensor | None = None
 
@@ -317,7 +317,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps`: R, all equal."""
+        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
         turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(
@@ -329,8 +329,8 @@ class UnetPasses:
             negative_rows=int(_tensor(cond, IS_NEGATIVE).sum()),
             added={name: _tensor(cond, name) for name in (POOLED, SIZES) if name in cond},
         )
-        for idea in self.ideas:
-            call = idea(call)
+        for hook in self.hooks:
+            call = hook(call)
         dtype = self.model.dtype
         sample = call.sample
         if self.inpainting is not None:

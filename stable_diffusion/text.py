@@ -148,7 +148,7 @@ class Texts:
         strides = tower.strides[ids]
         if not bool(strides.any()):
             return [ids]
-        return [ids + place * strides for place in range(self._copies)]
+        return [ids + index * strides for index in range(self._copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
@@ -214,11 +214,16 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     if all(weight == 1 for weight in weights):
         return states
     plain = states.float()
-    takes_weights = plain * torch.tensor(weights, device=states.device)[:, None]
-    if mode != "none":
-        before, after = ((x.abs() if mode == "abs" else x).mean() for x in (plain, takes_weights))
-        takes_weights = takes_weights * torch.where(after == 0, 1.0, before / after)
-    return takes_weights.to(states.dtype)
+    weighted = plain * torch.tensor(weights, device=states.device)[:, None]
+    if mode == "original":
+        weighted = weighted * _divide_or_one(plain.mean(), weighted.mean())
+    elif mode == "abs":
+        weighted = weighted * _divide_or_one(plain.abs().mean(), weighted.abs().mean())
+    return weighted.to(states.dtype)
+
+
+def _divide_or_one(number: Tensor, divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1.0, number / divisor)
 
 
 def check_texts(
@@ -388,11 +393,11 @@ def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path
     places = [folder / "image_encoder"]
     if tokenizer_cache_dir is not None:
         places.insert(0, tokenizer_cache_dir / FOLDER)
-    for place in places:
-        file = next((place / name for name in _NAMES if (place / name).is_file()), None)
+    for candidate in places:
+        file = next((candidate / name for name in _NAMES if (candidate / name).is_file()), None)
         if file is not None:
             return file
-    missing = " or ".join(str(place) for place in places)
+    missing = " or ".join(str(candidate) for candidate in places)
     logger.info("%s: no image encoder in %s; taking %s of the hub (10 GB)", OPTION, missing, REPOSITORY)
     try:
         return find_model_folder(OPTION, REPOSITORY, _ON_HUB) / _ON_HUB[0]

@@ -93,7 +93,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log that the kind of a file is known from --task only, or that its size differs from the release.
+    """Log if only --task shows the kind of a file, or if the file's size differs from the released one.
 
     `target` is the compute dtype. Warns if a large file stays in float32, as A14B was released.
     """
@@ -298,7 +298,7 @@ def _name_models(header: DitHeader[WanConfig]) -> str:
 
 
 def _list_fitting_tasks(header: DitHeader[WanConfig]) -> list[str]:
-    """Return the tasks that a file fits; only those of its size, if there are any."""
+    """Return the tasks that a file fits; only tasks of its size, if there are any."""
     tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]

@@ -88,15 +88,16 @@ def upright(file: Image.Image) -> Image.Image:
 def _note_info(file: Image.Image) -> None:
     """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
     tile = getattr(file, "tile", None)
-    key = file.info.get("transparency")
-    raw = str(tile[0][3]) if tile else ""
-    if key is not None:  # Pillow leaves the transparent color of a PNG as stored, and spreads pixels
-        spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
-        file.info["transparency"] = key * spread if spread > 1 else key
-        if raw == "RGB;16B":  # of pixels the higher bytes are read
-            file.info["transparency"] = tuple(value >> 8 for value in key)
+    raw_mode = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
+    transparent = file.info.get("transparency")
+    if transparent is not None:  # the transparent color of a PNG, as stored
+        # Pillow scales pixels to 8 bits, but not this color: 2 bits by 255 / 3, 4 bits by 255 / 15
+        factor = {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
+        file.info["transparency"] = transparent * factor if factor > 1 else transparent
+        if raw_mode == "RGB;16B":  # of pixels only the high bytes are read
+            file.info["transparency"] = tuple(value >> 8 for value in transparent)
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        file.info[_INVERTED] = True  # white is 0, which Pillow minds in 8 bits only
+        file.info[_INVERTED] = True  # white is 0, which Pillow handles for 8 bits only
     readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
     codes = readers[file.format](file) if file.format in readers else None
     if codes is not None:
@@ -104,7 +105,7 @@ def _note_info(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the image has transparency.
+    """Return the pixels on white, H W 3 RGB; with `alpha`, a transparent image as H W 4 instead.
 
     `image` comes from `upright`. `path` is for messages only.
     """
@@ -261,11 +262,12 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     content = image.info.get("icc_profile")
     if content:
         return _Profile(content, _select_mode(image.mode, content), path)
-    places = None if transfer else image.info.get("chromaticity")
+    # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
+    chromaticity = None if transfer else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
+    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_PLACES, atol=2e-3):
         return None
-    content = _make_profile(gamma, tuple(places))
+    content = _make_profile(gamma, tuple(chromaticity))
     return None if content is None else _Profile(content, "RGB", path)
 
 
@@ -323,21 +325,22 @@ def _read_gamma(info: dict[Any, Any]) -> float | None:
 
 
 def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow leaves out; None without."""
+    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow ignores; None without it."""
     stream: Any = getattr(file, "fp", None)
     if stream is None:  # its pixels are read
         return None
-    place = stream.tell()
+    position = stream.tell()
     try:
-        stream.seek(8)
+        stream.seek(8)  # after the signature
+        # a chunk: 4 bytes of length, 4 bytes of kind, content, 4 bytes of checksum
         while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(head[:4], "big")
             if head[4:] == b"cICP" and length == 4:
                 content = stream.read(2)
                 return (content[0], content[1]) if len(content) == 2 else None
-            stream.seek(length + 4, io.SEEK_CUR)  # with its checksum
+            stream.seek(length + 4, io.SEEK_CUR)
     finally:
-        stream.seek(place)
+        stream.seek(position)
     return None
 
 
@@ -346,10 +349,10 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
-    place = stream.tell()
+    position = stream.tell()
     stream.seek(0)
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
-    stream.seek(place)
+    stream.seek(position)
     primaries = int.from_bytes(codes[:2], "big")
     transfer = int.from_bytes(codes[2:4], "big")
     if not marker:
@@ -397,8 +400,8 @@ def _with_header(tags: dict[bytes, bytes]) -> bytes:
     start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
     table, body = b"", b""
     for name, content in tags.items():
-        place = start + len(body)
-        table += name + _encode_number(place) + _encode_number(len(content))
+        position = start + len(body)
+        table += name + _encode_number(position) + _encode_number(len(content))
         body += content
     head = _encode_number(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
     head += b"acsp" + bytes(28) + _encode_fixed(_D50)
@@ -420,15 +423,18 @@ def _make_colorants(places: tuple[float, ...]) -> Any:
     Args:
         places: Chromaticities x, y of the white point, red, green and blue.
     """
-    x, y = np.array(places[0::2]), np.array(places[1::2])
+    x = np.array(places[0::2])
+    y = np.array(places[1::2])
     if (y <= 0).any():
         return None
-    white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)
+    white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)  # XYZ with Y = 1
     try:
-        lights = np.linalg.solve(np.array(primaries).T, white)
-        colorants = np.array(primaries).T * lights
-        cones = _BRADFORD @ _D50 / (_BRADFORD @ white)
-        return np.linalg.solve(_BRADFORD, cones[:, None] * (_BRADFORD @ colorants))
+        # scale the primaries so that their sum is white
+        scales = np.linalg.solve(np.array(primaries).T, white)
+        colorants = np.array(primaries).T * scales
+        # adapt from this white to D50 in the cone responses of Bradford
+        cone_ratios = _BRADFORD @ _D50 / (_BRADFORD @ white)
+        return np.linalg.solve(_BRADFORD, cone_ratios[:, None] * (_BRADFORD @ colorants))
     except np.linalg.LinAlgError:
         return None
 

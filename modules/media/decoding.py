@@ -27,7 +27,7 @@ TAIL = 64  # bytes; programs that fetch files may claim their whole length at on
 
 @dataclass(frozen=True)
 class Orientation:
-    """Turn and mirroring of a stored frame for display: transposed first, then mirrored."""
+    """How a stored frame is rotated and mirrored for display: transposed first, then mirrored."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # left and right change places
@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def read_orientation(frame: Any) -> Orientation:
-    """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
+    """Return the orientation in the display matrix of FFmpeg's frame.
 
     Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
     FFmpeg's libavutil/display.h.
@@ -162,7 +162,7 @@ def _has_all_bytes(path: Path) -> bool:
 
 
 def hides_alpha(stream: Any) -> bool:
-    """Return whether a stream has transparency that its usual decoder does not read."""
+    """Return whether a stream has transparency that FFmpeg's default decoder does not read."""
     return stream.codec_context.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
 
 
@@ -215,19 +215,21 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
 
 
 def _read_matroska_size(path: Path) -> int:
-    """Return the bytes of a Matroska file by its header, 0 if that does not say. Source: RFC 9559, EBML."""
+    """Return the size of a Matroska file in its header, 0 if there is none. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
             name = file.read(4)
             first = file.read(1)
             if len(name) < 4 or not first or not first[0]:
                 return 0
+            # the leading zero bits of a size tell its length in bytes; 7 bits of each byte hold the value
             length = 9 - first[0].bit_length()
             content = first + file.read(length - 1)
-            size = int.from_bytes(content, "big") & (1 << 7 * length) - 1
-            if name == b"\x18\x53\x80\x67":
-                is_open = size == (1 << 7 * length) - 1  # still being written, or a stream
-                return 0 if is_open else file.tell() + size
+            all_ones = (1 << 7 * length) - 1
+            size = int.from_bytes(content, "big") & all_ones
+            if name == b"\x18\x53\x80\x67":  # the segment
+                is_unknown = size == all_ones  # still being written, or a stream
+                return 0 if is_unknown else file.tell() + size
             file.seek(size, 1)
     return 0
 
@@ -270,7 +272,7 @@ def _no_frames(path: Path) -> MediaError:
 
 
 def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
-    """Turn and mirror the pixels of a frame, H W C, to what a player shows."""
+    """Rotate and mirror the pixels of a frame, H W C, as a player shows it."""
     if orientation == AS_STORED:
         return pixels
     view: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels

@@ -42,7 +42,7 @@ class SectionAudio:
     """The sound of a section of a video, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
-        """source: the opened file."""
+        """Prepare to read the audio of a section; `source` is the opened file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
@@ -65,7 +65,7 @@ class SectionAudio:
         self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the sound before the given second of the new file; None: all of the rest."""
+        """Write the audio before a time of the new file in seconds; None for all remaining audio."""
         while True:
             if self._waiting is None:
                 self._waiting = next(self._packets, None)
@@ -108,7 +108,7 @@ MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return the number of ticks per second for which all times n / rate are whole numbers of ticks."""
+    """Return a number of ticks per second for which each time n / rate is an integer number of ticks."""
     ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
     return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
@@ -124,7 +124,7 @@ class Timing:
     """The times of the images that an encoder holds."""
 
     def __init__(self, rate: Fraction) -> None:
-        """rate: images a second, which the encoder counts with."""
+        """Start with no image. `rate` is the encoder's frame rate in images per second."""
         self.count = 0  # images so far
         self._make_rate = rate
         self._ticks = ticks_per_second(rate)
@@ -177,7 +177,7 @@ class Timing:
             else:  # counted backwards from the first image
                 if ahead is None:
                     # the shortest image so far: a mean of long ones would make the file begin too early
-                    ahead = min(place.length for place in self._shown.values())
+                    ahead = min(entry.length for entry in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
                 first = packet.dts
@@ -252,7 +252,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """Facts about a written video; the sizes are those of its frames."""
+    """Information about a written video; the sizes are frame sizes."""
 
     width: int
     height: int
@@ -371,7 +371,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
-    """Yield the writer of all streams other than images, and that of a whole copied video.
+    """Yield the writer of all streams other than images, and the writer of a fully copied video.
 
     The first writer adds a generated audio track, or streams of a video that this function opens. The second
     result is the same object if a full video is copied, else None. Both are None if there is nothing to add,

@@ -76,7 +76,7 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the number of steps that applies: the project's own, or that of its epochs."""
+    """Return the number of steps that applies: the project's own number, or the steps of its epochs."""
     chosen = _select_epochs(epochs, said_steps, epoch.steps)
     counted = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{counted} counts, as in {project.title}"
@@ -118,7 +118,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
 
 
 def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
-    """Convert intervals in epochs or steps, such as those for saving, to steps of this run."""
+    """Convert intervals in epochs or steps, such as the interval of saves, to steps of this run."""
     training = project.training
     for name, said in project.per_epoch.items():
         if not said.number:

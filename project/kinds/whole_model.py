@@ -62,16 +62,16 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA's run to those of full training.
+    """Convert the options of a LoRA run to the options of a full training run.
 
     `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """
-    kept = drop_lora_options(values, memory)
-    kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
+    changed = drop_lora_options(values, memory)
+    changed = {name: value for name, value in changed.items() if name not in FORMS and name != "dit_dtype"}
     recipe = dict(RECIPE)
     if memory:
         recipe["full_bf16"] = True
-    return kept | recipe
+    return changed | recipe
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:

@@ -105,7 +105,7 @@ class Offload:
         self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """Start a new forward pass; inputs of earlier passes are not prefetched with those of this one."""
+        """Start a new forward pass; its inputs are prefetched separately from earlier passes."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
@@ -235,11 +235,20 @@ def checkpoint_blocks(
         offload: Moves the inputs of blocks to the host, except those of the last block, which the backward
             pass needs first; None keeps all inputs on the device.
     """
-    blocks = spec.in_order(dit)
+    blocks = _recomputed_parts(dit, spec)
     for index, block in enumerate(blocks):
         # the backward pass starts with the last block, so that moving its inputs would only cost time
         block_offload = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
+
+
+def _recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
+    """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
+    parts: list[nn.Module] = []
+    for block in spec.in_order(dit):
+        layers = getattr(block, spec.recomputed_list, ()) if spec.recomputed_list else ()
+        parts += layers if len(layers) > 1 else [block]
+    return parts
 
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
@@ -284,32 +293,37 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 
 def _in_pieces(method: Method, tokens: int) -> Method:
+    """Return a method that runs `method` on pieces of `tokens` tokens, each of them checkpointed."""
+
     def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
-        count = ceil_div(x.shape[1], tokens)
-        if count == 1 or not (block.training and torch.is_grad_enabled()):
+        num_pieces = ceil_div(x.shape[1], tokens)
+        if num_pieces == 1 or not (block.training and torch.is_grad_enabled()):
             return method(block, x, *inputs)
-        # compiled code plans by itself what to keep and what to recompute
+        # compiled code decides by itself which inputs it saves, so that they need not be shared by hand
         if torch.compiler.is_compiling():
 
             def compute(piece: Tensor) -> Tensor:
                 return method(block, piece, *inputs)
 
-            pieces = x.chunk(count, dim=1)
+            pieces = x.chunk(num_pieces, dim=1)
             outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
             return torch.cat(outputs, dim=1)
-        common = _CommonInputs(method, block, count, inputs=(x, *inputs))
-        # `checkpoint` finds the device by the tensors in its arguments. In a tuple the tensor is not saved:
-        # saving it would happen only after a piece was computed
-        device = (x.new_empty(0),)
-        computed = [checkpoint(common.compute, index, device, use_reentrant=False) for index in range(count)]
+        common = _CommonInputs(method, block, num_pieces, inputs=(x, *inputs))
+        # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
+        # which would happen only after its piece was computed
+        device_tensor = (x.new_empty(0),)
+        outputs = [
+            checkpoint(common.compute, index, device_tensor, use_reentrant=False)
+            for index in range(num_pieces)
+        ]
         common.forget()
-        return torch.cat(computed, dim=1)
+        return torch.cat(outputs, dim=1)
 
     return run
 
 
 class _Keep(torch.autograd.Function):
-    """Save tensors in a node of the autograd graph; no gradient flows through it."""
+    """A node of the autograd graph that only saves tensors, so that the backward pass can read them."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
@@ -322,7 +336,12 @@ class _Keep(torch.autograd.Function):
 
 
 class _CommonInputs:
-    """Inputs that all pieces of a call share: in the backward pass, the copies that autograd saved."""
+    """The inputs that all pieces of a call share.
+
+    This object holds them during the forward pass, until `forget`. After that, they are only saved in a node
+    of the autograd graph (`_Keep`); the backward pass reads them from there, which makes torch recompute the
+    block.
+    """
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
         """Prepare to compute a method in pieces of its first input.

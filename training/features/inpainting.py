@@ -80,7 +80,7 @@ def add_inputs(
     key: str,
     tensors: "Mapping[str, torch.Tensor]",
 ) -> "dict[str, torch.Tensor]":
-    """Return the tensors of an image with those that a mask makes.
+    """Add the mask of an inpainting model, and the latents of the masked image, to an image's tensors.
 
     Args:
         options: Options of the run.
@@ -97,26 +97,26 @@ def add_inputs(
 
     from contract.data import LOSS_MASK
     from modules.media.pixels import to_pixels
+    from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
     from training.data.feed import seed_generator
-    from training.features.inpainting_masks import draw_mask
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
-    numbers = random.Random(derive_seed("inpainting", key))
-    kept = dict(tensors)
-    is_whole = numbers.random() < options.inpainting_full_mask_rate
+    generator = random.Random(derive_seed("inpainting", key))
+    changed = dict(tensors)
+    covers_all = generator.random() < options.inpainting_full_mask_rate
     weighs = masks_weigh or image.source.table.alpha_mask
     if image.mask is not None and not weighs:
-        del kept[LOSS_MASK]
+        del changed[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
         _, height, width, _ = image.frames.shape
-        mask = draw_mask(height, width, numbers)
-    if is_whole:
+        mask = draw_mask(height, width, generator)
+    if covers_all:
         mask[:] = True
     pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
-    generator = seed_generator("posterior", f"{key} masked")
-    return kept | family.encode_masked(encoders, pixels, torch.from_numpy(mask), generator)
+    of_posterior = seed_generator("posterior", f"{key} masked")
+    return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
 def _prepare(family: "Family") -> "Family":
@@ -138,6 +138,7 @@ def _prepare(family: "Family") -> "Family":
 
 
 def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+    """Let a run learn to fill masked parts of images, which are encoded in each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"
@@ -147,6 +148,8 @@ def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
         )
     subset = run.options.subset
     masks_weigh = subset is not None and subset.masked_loss
+    if not masks_weigh:
+        run.masks_taken_by = SWITCH
     has_masks = not masks_weigh and any(table.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"
