@@ -278,8 +278,9 @@ _TOOLS = {
 MAX_READ = 38_150
 # 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
 # name the formats of captions and prompts in JSON files, 90 are comments that say why a branch is there,
-# 20 are declarations that longer names of limits wrap, 55 say how much of a latent is given
-MAX_READ_TO_GENERATE = 20_780
+# 20 are declarations that longer names of limits wrap, 55 say how much of a latent is given, 10
+# declare files of embeddings
+MAX_READ_TO_GENERATE = 20_790
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 
