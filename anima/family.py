@@ -46,6 +46,7 @@ from contract.rules import ModelRelease
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import control_pictures
 from encoders.pictures import ModelOfImages, encode_images, image_defaults
+from modules.control_codes import shorten
 from modules.devices import send
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
@@ -86,7 +87,7 @@ class Anima(ModelOfImages):
     cache_tag: str = field(default="anima", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as in diffusers
     latent: LatentSpec = field(default=LATENT, init=False)
-    noise: NoiseSpec = field(default=NOISE, init=False)
+    noise: NoiseSpec = NOISE  # with random masks in a training of a ControlNet-LLLite for inpainting
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset(INPUTS.values()), init=False)
@@ -101,7 +102,15 @@ class Anima(ModelOfImages):
     @property
     def defaults(self) -> SamplingDefaults:
         """Size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
-        return DEFAULTS if self.made_network is None else replace(DEFAULTS, extras=("control_multiplier",))
+        if self.made_network is None:
+            return DEFAULTS
+        mask = (control_pictures.MASK_PATH,) if self.takes_mask else ()
+        return replace(DEFAULTS, extras=("control_multiplier", *mask))
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the ControlNet-LLLite that is trained sees a mask, too."""
+        return self.noise.vary_inputs is not None
 
     # encoding
 
@@ -161,6 +170,9 @@ class Anima(ModelOfImages):
             conditions |= control_pictures.controls_of(
                 batch, latents, LATENT.stride[1], self.made_network.called
             )
+            mask = batch.tensors.get(control_pictures.CONTROL_MASK)
+            if mask is not None:  # drawn for each step, so that a check of caches has none
+                conditions[control_pictures.CONTROL_MASK] = mask
         return conditions
 
     def predict(
@@ -178,7 +190,7 @@ class Anima(ModelOfImages):
         beside = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
-            beside.lllite.see(controls, strength)
+            beside.lllite.see(controls, strength, control_pictures.mask_in(cond, noisy.device))
         velocity: Tensor = dit(
             noisy,
             timesteps.float() / UNIT,
@@ -196,11 +208,26 @@ class Anima(ModelOfImages):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the control image for a ControlNet-LLLite, as pixels."""
-        if self.made_network is not None:
-            return {0: control_pictures.sample_controls(prepared)}
-        path = self.options.control_image if isinstance(self.options, AnimaGenerationOptions) else None
         size = prepared.width, prepared.height
-        return {0: {} if path is None else control_pictures.read_control(path, *size, strength=1.0)}
+        if self.made_network is not None:
+            controls = control_pictures.sample_controls(prepared)
+            mask = prepared.request.extra.get(control_pictures.MASK_PATH)
+            if controls and mask is not None and self.takes_mask:
+                controls |= control_pictures.read_control_mask(Path(mask), *size)
+            elif controls and self.takes_mask:
+                logger.warning(
+                    "%r has no mask (%s): it is made by the base alone",
+                    shorten(prepared.request.prompt, 60),
+                    control_pictures.MASK,
+                )
+                controls = {}
+            return {0: controls}
+        if not isinstance(self.options, AnimaGenerationOptions) or self.options.control_image is None:
+            return {0: {}}
+        controls = control_pictures.read_control(self.options.control_image, *size, strength=1.0)
+        if self.options.mask_image is not None:
+            controls |= control_pictures.read_control_mask(self.options.mask_image, *size)
+        return {0: controls}
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve size, flow shift and guidance of a request."""
@@ -251,8 +278,10 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
         )
     model = Anima(_make_files(options, options.qwen3), options)
     if isinstance(options, AnimaLlliteTrainingOptions):
-        from anima.lllite import MODULE, describe_lllite  # only to train one
+        from anima.lllite import MODULE, describe_lllite, draw_masks  # only to train one
 
+        if options.lllite_cond_in_channels > 3:
+            model = replace(model, noise=replace(NOISE, vary_inputs=draw_masks))
         return replace(model, made_network=describe_lllite(options), lora_module=MODULE)
     return model
 
@@ -260,10 +289,11 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
 def family_for_generation(options: AnimaGenerationOptions) -> Anima:
     """Describe the family for anima_generate_image.py."""
     if options.lllite_weights is not None and options.control_image is not None:
-        from anima.lllite import check_file  # only with its file
+        from anima.lllite import check_file, check_mask  # only with its file
 
-        check_file(options.lllite_weights, LLLITE)
+        file = check_file(options.lllite_weights, LLLITE)
         control_pictures.check_control(CONTROL_IMAGE, options.control_image)
+        check_mask(options.lllite_weights, file.config, options.mask_image)
     return Anima(_make_files(options, options.text_encoder), options)
 
 

@@ -1,5 +1,6 @@
 """ControlNet-LLLite of Anima in use: read from files, attached to the transformer, and written."""
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,21 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.data import CONTROL_PIXELS, Conditions
 from contract.made_networks import DefaultRate, MadeNetwork, describe_start
+from encoders.control_pictures import CONTROL_MASK, check_control
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
+from modules.media.random_masks import draw_mask
 from modules.option_values import FillIn, option_words
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
 WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
+# of a control image for inpainting: red, green, blue and the mask
+MASKED_CHANNELS = 4
+HIDES_MASKED = "lllite.inpaint_masked_input"  # in metadata
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
 # maximum dilation of the trunk's convolutions; the largest control images are 256 positions wide there
@@ -54,6 +61,8 @@ class HungLllite(AnimaLllite):
         """Build the modules; `scale` is their strength, in training too."""
         super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
+        self.takes_mask = plan.config.cond_in_channels == MASKED_CHANNELS
+        self.hides_masked = plan.config.hides_masked
         self.multiplier = 1.0  # strength of the modules; 0 turns them off
         # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
         # control images, B L E (None: the base alone), and the strength of a sample
@@ -64,13 +73,26 @@ class HungLllite(AnimaLllite):
         """Set the factor of what the modules add."""
         self.multiplier = multiplier
 
-    def see(self, controls: Tensor | None, strength: float) -> None:
-        """Set the control images of the next call, B 3 H W in 0..1; None for none."""
+    def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
+        """Set the control images of the next call.
+
+        Args:
+            controls: Control images, B 3 H W in 0..1; None for none.
+            strength: Strength of the modules in this call.
+            mask: B 1 H W, 1 where the image is painted anew; for networks that take a mask.
+        """
         self.strength = strength
         self.condition = None
-        if controls is not None and strength * self.multiplier != 0:
-            trunk = self.lllite_conditioning1
-            self.condition = trunk((controls * 2 - 1).to(trunk.conv1.weight.dtype))
+        if controls is None or strength * self.multiplier == 0:
+            return
+        trunk = self.lllite_conditioning1
+        seen = controls * 2 - 1
+        if self.takes_mask:
+            assert mask is not None  # whoever gives control images gives it too
+            if self.hides_masked:
+                seen = seen * (1 - mask)
+            seen = torch.cat([seen, mask * 2 - 1], dim=1)
+        self.condition = trunk(seen.to(trunk.conv1.weight.dtype))
 
     def hang_into(self, dit: nn.Module, path: Path | None) -> None:
         """Attach the modules to the inputs of their layers. `path` is their file, for messages.
@@ -146,24 +168,38 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
             blocks = max(blocks, int(match[1]) + 1)
     first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
-    stored_dilations = checkpoint.metadata.get("lllite.aspp_dilations", "")
-    dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored_dilations)) or DILATIONS
-    if not all(1 <= dilation <= MAX_DILATION for dilation in dilations):
+    channels = shape(f"{TRUNK}.conv1.weight", 4)[1]
+    if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
-            f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
-            f"{shorten(stored_dilations, 60)!r}. Copy or download it again.",
+            f"{option} {checkpoint.path} takes control images of {channels} channels; known are 3, and "
+            f"{MASKED_CHANNELS} for inpainting. Give another file.",
             checkpoint.path,
         )
     config = LlliteConfig(
+        cond_in_channels=channels,
+        hides_masked=checkpoint.metadata.get(HIDES_MASKED) == "true",
         cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
         cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
         mlp_dim=shape(first, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
-        dilations=dilations,
+        dilations=_read_dilations(checkpoint),
         layers=tuple(layers),
     )
     return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
+
+
+def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the dilations of the trunk, which no tensor shows. Raises CheckpointError for others."""
+    stored = checkpoint.metadata.get("lllite.aspp_dilations", "")
+    dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored)) or DILATIONS
+    if all(1 <= dilation <= MAX_DILATION for dilation in dilations):
+        return dilations
+    raise CheckpointError(
+        f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
+        f"{shorten(stored, 60)!r}. Copy or download it again.",
+        checkpoint.path,
+    )
 
 
 def load_lllite(
@@ -191,6 +227,16 @@ def check_file(path: Path, option: str) -> LllitePlan:
     return plan.config
 
 
+def check_mask(path: Path, config: LlliteConfig, mask: Path | None) -> None:
+    """Raise OptionError unless a mask is given exactly if the file `path` takes one."""
+    if config.cond_in_channels == MASKED_CHANNELS:
+        if mask is None:
+            raise OptionError(f"--lllite_weights {path} is for inpainting. Give its mask to --mask_image")
+        check_control("--mask_image", mask)
+    elif mask is not None:
+        raise OptionError(f"--mask_image {mask}: --lllite_weights {path} takes no mask. Leave it out")
+
+
 def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
     """Raise CheckpointError if a file is for a transformer of another depth."""
     depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
@@ -214,7 +260,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
         ending="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
-        generate=_say_generation,
+        generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
@@ -223,6 +269,8 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
             "lllite.cond_resblocks": config.resblocks,
             "lllite.use_aspp": str(config.use_aspp).lower(),
             "lllite.aspp_dilations": ",".join(map(str, config.dilations)),
+            "lllite.cond_in_channels": config.cond_in_channels,
+            HIDES_MASKED: str(config.hides_masked).lower(),
             "lllite.mlp_dim": config.mlp_dim,
             "lllite.target_layers": options.lllite_target_layers,
             "lllite.target_atomics": ",".join(read_targets(options.lllite_target_layers)),
@@ -239,6 +287,8 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
         resblocks=options.lllite_cond_resblocks,
         mlp_dim=options.lllite_mlp_dim,
         use_aspp=options.lllite_use_aspp,
+        cond_in_channels=options.lllite_cond_in_channels,
+        hides_masked=options.lllite_inpaint_masked_input,
         layers=tuple(layer for target in targets for layer in TARGETS[target]),
     )
 
@@ -291,6 +341,8 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
         "lllite_cond_dim": (asked.cond_dim, stored.cond_dim),
         "lllite_cond_resblocks": (asked.resblocks, stored.resblocks),
         "lllite_mlp_dim": (asked.mlp_dim, stored.mlp_dim),
+        "lllite_cond_in_channels": (asked.cond_in_channels, stored.cond_in_channels),
+        "lllite_inpaint_masked_input": (asked.hides_masked, stored.hides_masked),
         "lllite_use_aspp": (asked.use_aspp, stored.use_aspp),
         "lllite_target_layers": (sorted(asked.layers), sorted(stored.layers)),
     }
@@ -301,7 +353,24 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
             )
 
 
-def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
+def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Conditions:
+    """Return the tensors of a batch with a random mask for each control image, B 1 H W uint8.
+
+    1 is painted anew. The masks are those of --train_inpainting.
+    """
+    controls = inputs[CONTROL_PIXELS]
+    assert isinstance(controls, Tensor)
+    numbers = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    masks = [torch.from_numpy(draw_mask(*controls.shape[-2:], numbers)) for _ in controls]
+    return {**inputs, CONTROL_MASK: torch.stack(masks).unsqueeze(1).to(torch.uint8)}
+
+
+def _say_generation(
+    takes_mask: bool, file: Path, sample: Mapping[str, Any], usual: Sequence[str]
+) -> list[str]:
     """Return the command that generates with a trained file; `usual` is the command without it."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
-    return [*usual, *option_words({"--lllite_weights": file, "--control_image": control})]
+    further = {"--lllite_weights": file, "--control_image": control}
+    if takes_mask:
+        further["--mask_image"] = sample.get("mask_path") or FillIn("MASK")
+    return [*usual, *option_words(further)]

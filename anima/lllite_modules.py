@@ -38,6 +38,8 @@ class LlliteConfig:
     use_aspp: bool = False
     dilations: tuple[int, ...] = DILATIONS
     layers: tuple[str, ...] = TARGETS["self_attn_q_pre"]  # layers of a block that get a module
+    cond_in_channels: int = 3  # of control images; 4: with a mask of what is painted anew
+    hides_masked: bool = False  # whether what the mask marks is gray in the control image
 
 
 def make_norm(channels: int) -> nn.GroupNorm:
@@ -90,12 +92,12 @@ class ControlPyramid(nn.Module):
 
 
 class LlliteTrunk(nn.Module):
-    """Turns control images, B 3 H W in -1..1, into a condition for each token, B L E, row by row."""
+    """Turns control images, B 3 or 4 H W in -1..1, into a condition for each token, B L E, row by row."""
 
     def __init__(self, config: LlliteConfig) -> None:
         super().__init__()
         half, full = config.cond_dim // 2, config.cond_dim
-        self.conv1 = nn.Conv2d(3, half, kernel_size=4, stride=4)
+        self.conv1 = nn.Conv2d(config.cond_in_channels, half, kernel_size=4, stride=4)
         self.norm1 = make_norm(half)
         self.conv2 = nn.Conv2d(half, half, kernel_size=3, padding=1)
         self.norm2 = make_norm(half)
@@ -107,7 +109,7 @@ class LlliteTrunk(nn.Module):
         self.out_norm = nn.LayerNorm(config.cond_emb_dim)
 
     def forward(self, controls: Tensor) -> Tensor:
-        """Return the condition of each token, B L E, of control images B 3 H W."""
+        """Return the condition of each token, B L E, of control images B 3 or 4 H W."""
         h = functional.silu(self.norm1(self.conv1(controls)))
         h = functional.silu(self.norm2(self.conv2(h)))
         h = functional.silu(self.norm3(self.conv3(h)))

@@ -210,6 +210,18 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
     lllite_use_aspp: bool = option(
         "let them see wide surroundings too, by dilated convolutions", facts=IDENTITY
     )
+    lllite_cond_in_channels: int = option(
+        "channels of control images: 3, or 4 to train inpainting. Control images are then the images, and "
+        "each step draws a mask, which is the fourth channel",
+        default=3,
+        minimum=3,
+        maximum=4,
+        facts=IDENTITY,
+    )
+    lllite_inpaint_masked_input: bool = option(
+        "with --lllite_cond_in_channels 4: make control images gray where the mask marks them",
+        facts=IDENTITY,
+    )
     lllite_mlp_dim: int = _size("numbers that the input of a layer becomes", 64)
     lllite_target_layers: str = option(
         f"layers that are changed: {', '.join(PRESETS)}; or some of {', '.join(TARGETS)}, with commas",
@@ -236,6 +248,11 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
             raise OptionError(
                 f"--lllite_cond_dim {self.lllite_cond_dim} is odd: its first convolutions have half as many "
                 f"channels. Give {self.lllite_cond_dim + 1}"
+            )
+        if self.lllite_inpaint_masked_input and self.lllite_cond_in_channels == 3:
+            raise OptionError(
+                "--lllite_inpaint_masked_input is for masks, which control images of 3 channels lack. Give "
+                "--lllite_cond_in_channels 4, or leave it out"
             )
         if self.lllite_multiplier == 0:
             raise OptionError(
@@ -276,6 +293,10 @@ class AnimaGenerationOptions(Options, title=NAME):
         "file of a ControlNet-LLLite, which follows --control_image", place="file", needs="control_image"
     )
     control_image: Path | None = option("control image for --lllite_weights", needs="lllite_weights")
+    mask_image: Path | None = option(
+        "mask for --lllite_weights of inpainting: white is painted anew, the rest is that of --control_image",
+        needs="lllite_weights",
+    )
     lllite_multiplier: float = option(
         "strength of --lllite_weights",
         default=1.0,

@@ -322,7 +322,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 
 def _has_guidance(stream: StreamGuidance) -> bool:
-    """Return whether images or audio have any guidance besides the scale of the prompt."""
+    """Return whether images or audio have any guidance in addition to the prompt's scale."""
     return bool(stream.perturbed) or stream.modality != 1 or stream.text not in (None, 1)
 
 
@@ -474,7 +474,7 @@ def _warn_of_unused_options(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
     """Warn about each given option of guidance that has no effect on these passes."""
-    # the options as they are named in warnings; they are also the keys of the two dictionaries below
+    # texts of the options in warnings; also the keys of `is_given` and `reasons`
     layers = f"--slg_mode {options.slg_mode}"
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"

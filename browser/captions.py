@@ -219,7 +219,7 @@ class Captions:
             del self._before[path], self._first[path]
 
     def undo(self, path: Path, have: str, is_all: bool = False) -> None:
-        """Undo the last save of a caption, or all saves with `is_all`.
+        """Undo the last save of a caption; with `is_all`, undo all of them.
 
         Raises LookupError if there is no save to undo; otherwise raises as `save`.
         """

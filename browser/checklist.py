@@ -66,19 +66,20 @@ def make_checklist(
         lines: Lines that `new` has printed.
         unreadable: Names of files that cannot be read at present.
         word: Trigger word that stands for missing captions; "" if there is none.
-        mended: Remedies that have been carried out: texts of commands, or REPAIR.
+        mended: Remedies that have been applied: command lines, or REPAIR.
     """
     rows = [] if content is None else _list_counted(content, unreadable, word)
     details: list[OutputLine] = []
+    # names of files that a line offers to leave out with a button
     with_button = {name for line in lines if line.remedy == OUT for name in line.left_out}
     for group in _group(lines):
         items = [item for item in group.items if item.remedy or item.text not in with_button]
         row = _grade(_PrintedGroup(group.head, items), unreadable, mended)
-        if row is None:
-            # the file already has a button
-            details += [replace(line, remedy="") if line.remedy == OUT else line for line in group.lines]
-        else:
+        if row is not None:
             rows.append(row)
+            continue
+        for line in group.lines:  # shown without a button, because the file already has one
+            details.append(replace(line, remedy="") if line.remedy == OUT else line)
     return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
 
 

@@ -40,7 +40,7 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
 
 
 def _add_script_path(words: Sequence[str]) -> list[str]:
-    """Return the arguments of a command with the full path of its script, as a checkout has it."""
+    """Replace the script's name in a command by its absolute path in the checkout."""
     words = list(words)
     if words[:1] == ["reelsmith"]:
         return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]

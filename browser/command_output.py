@@ -111,13 +111,14 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _is_mended(text: str, names: Collection[str]) -> bool:
-    """Return whether a line is about unreadable files, or lists a file, that no longer exist."""
+    """Return whether a line reports or lists files of which none exists any more."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = any(words in text for words in UNREADABLE) or LISTED_FILE.fullmatch(text) is not None
     return is_about_files and bool(named) and not _find_names(text, names)
 
 
 def _read_line(line: str, names: Collection[str]) -> OutputLine:
+    """Return a printed line with its remedy: a command to run, files to repair, or files to leave out."""
     text = line.strip()
     if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):
         needs_word = "--trigger_word WORD" in text

@@ -115,10 +115,14 @@ class ComparableRun:
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
-            if name.replace(f"_{HIGH_NOISE}.", f"_{LOW_NOISE}.") != name or story.is_of_word(name):
-                continue  # it belongs to the file of the other expert, or of a LoRA
+            if f"_{HIGH_NOISE}." in name:
+                continue  # listed together with the file of the low-noise expert
+            if story.is_of_word(name):
+                continue  # the embedding of a trigger word, used together with a LoRA
             high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-            paths = [folder / part for part in dict.fromkeys((name, high_noise_name))]
+            paths = [folder / name]
+            if high_noise_name != name:
+                paths.append(folder / high_noise_name)
             if not all(path.is_file() for path in paths):
                 continue
             validation = None if story.is_average(name) else story.nearest(step)
@@ -149,7 +153,7 @@ class ComparedFile:
 
     @property
     def key(self) -> str:
-        """Text that identifies the file in forms: the id of the run and the name of the file."""
+        """Value that identifies the file in forms: the run's id and the file's name."""
         return f"{self.source.run.id}/{self.name}"
 
     @property
@@ -159,7 +163,7 @@ class ComparedFile:
 
     @property
     def step_title(self) -> str:
-        """The step if the name says only the run and the step, else the name."""
+        """Title of the column: the step, or the file's name if it has more in it than run and step."""
         name = re.escape(self.source.run.name)
         if re.fullmatch(rf"{name}-step\d+", self.title):
             return say("step %(step)s", step=f"{self.step:,}")
@@ -179,7 +183,7 @@ class ComparedFile:
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A row: a prompt as a line for `--from_file`, with the settings that all columns share."""
+    """A row of the comparison: a line for `--from_file`, with the prompt and settings for all columns."""
 
     prompt: str
     line: str
@@ -387,7 +391,7 @@ def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
 def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) -> ComparedPrompt:
     """Return the row of a prompt that has samples, with the settings of the first sample."""
     settings: dict[str, str] = {}
-    for name, text in _first_tags(sources, prompt).items():
+    for name, text in _first_tags(sources, prompt).items():  # metadata, such as bt_seeds
         if text != "N/A":
             settings[name.removeprefix("bt_")] = text
     line = f"{prompt} --seed {settings.get('seeds', seed)}"
@@ -428,7 +432,7 @@ def _read_tags(path: Path, changed: int, size: int) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A cell: the address of a clip or, if there is no clip, its state."""
+    """A cell of the comparison: the address of its clip, or the state of the job that generates it."""
 
     href: str = ""
     note: str = ""
@@ -486,7 +490,8 @@ def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
             if not COMPARED.fullmatch(f"{COMPARED_FOLDER}/{path.name}"):
                 continue
             tags = read_clip_tags(path)
-            if not tags.get("bt_lora_0", ": 1.0").endswith(": 1.0"):
+            lora = tags.get("bt_lora_0")  # `NAME: STRENGTH`
+            if lora is not None and not lora.endswith(": 1.0"):
                 continue
             digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
             key = ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
@@ -552,15 +557,16 @@ def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> l
     """Return the jobs for the missing clips. Rows that lack clips of the same files share one job."""
     if comparison.problem:
         return []
-    rows_of: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # columns without a clip -> rows
-    for row, (_, *column_cells) in zip(comparison.rows, cells, strict=True):
+    rows_by_columns: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # indices of columns without a clip
+    for row, cells_of_row in zip(comparison.rows, cells, strict=True):
         if row.line.splitlines() != [row.line] or row.line.startswith("#"):
             continue  # cannot be a line of a prompt file
-        missing = [index for index, cell in enumerate(column_cells) if not (cell.href or cell.is_asked)]
+        file_cells = cells_of_row[1:]  # the first cell is the clip without a LoRA
+        missing = [index for index, cell in enumerate(file_cells) if not (cell.href or cell.is_asked)]
         if missing:
-            rows_of.setdefault(tuple(missing), []).append(row)
+            rows_by_columns.setdefault(tuple(missing), []).append(row)
     jobs = []
-    for missing_columns, rows in rows_of.items():
+    for missing_columns, rows in rows_by_columns.items():
         files = [comparison.columns[index] for index in missing_columns]
         jobs.append(_plan_job(comparison.sources[0], files, rows))
     return jobs
@@ -574,7 +580,7 @@ def _plan_job(
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"
     words = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
-    if len(files[0].paths) > 1:
+    if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
         words += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
         if name not in REPLACED:

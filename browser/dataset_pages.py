@@ -129,7 +129,7 @@ MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small ima
 
 
 class Thumbnails:
-    """Makes small images of the first frames of files, and caches the most recent ones."""
+    """Creates thumbnails of the first frames of files, and caches the most recent ones."""
 
     def __init__(self) -> None:
         self._images: OrderedDict[object, bytes] = OrderedDict()
@@ -252,8 +252,7 @@ class DatasetPages:
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
         """Return the address of a small image of one part of a file.
 
-        Returns None if the file may not be shown, or if it lies in an archive that does not say at which
-        offset.
+        Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
@@ -370,7 +369,7 @@ class DatasetPages:
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
         """Answer with a small image of a part of a file.
 
-        404 if its address is not the one the page would show.
+        The status is 404 if the address differs from the one on the current page.
         """
         item = request.path_params["item"]
         number = request.path_params["number"]
@@ -390,7 +389,7 @@ class DatasetPages:
         return answer_stamped(image)
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
-        """Start a measurement or edit a caption, as the JSON body of a request says."""
+        """Start a measurement or edit a caption, depending on the JSON body of a request."""
         try:
             query = parse_json(body.decode())
             if not isinstance(query, dict):

@@ -135,7 +135,7 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
-    """Return the folder that a configuration's relative paths refer to, if no run says so.
+    """Return the folder that a configuration's relative paths refer to if no run has used the configuration.
 
     It is the configuration's own folder, as `new` writes it, if a path named in the configuration exists
     there; otherwise it is `working_folder`, as for a command typed there.
@@ -221,14 +221,14 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
     images: list[str] = []
     clips: list[str] = []
     audios = 0
-    for place in find_places(dataset.path, dataset.folder, has_beside=False):
-        if not (place.is_dir() and is_open(place)):
+    for folder in find_places(dataset.path, dataset.folder, has_beside=False):
+        if not (folder.is_dir() and is_open(folder)):
             continue
-        with os.scandir(place) as entries:
+        with os.scandir(folder) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
                 path = Path(entry.name)
                 suffix = path.suffix.lower()
-                if label_of(path.stem) is not None:
+                if label_of(path.stem) is not None:  # named as a companion of a clip, such as clip_mask.png
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     images.append(entry.path)

@@ -203,7 +203,7 @@ def read_described(folder: Path) -> DescribedFolder:
 
 
 def reject_share(text: str, folder: Path) -> None:
-    """Raise ValueError if a path in a folder's file leads to a network share of another machine."""
+    """Raise ValueError if a path from a file of the folder is on a network share of another machine."""
     if is_on_foreign_share(folder / text, folder):
         raise ValueError(f"{text} is on another machine, which pages do not look at")
 

@@ -49,7 +49,7 @@ STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """A change that a form would save, for one part of the page."""
+    """Preview of what saving a form would change, shown in one part of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -339,10 +339,10 @@ class FolderPages(Protocol):
     """
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
-        """Return the part for a folder. `query` is that of the address."""
+        """Return the part of the page for a folder. `query` is the query of the address."""
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Do what a button of the part requests. `what` is the button, `fields` are those of its form."""
+        """Handle a button of the part. `what` is the button's name, `fields` are the fields of its form."""
 
 
 def folder_routes(

@@ -26,7 +26,7 @@ NO_SETTINGS = say(
 
 @dataclass(frozen=True)
 class DroppedSettings:
-    """Settings that a file was made with, as its metadata says."""
+    """Settings that a file was generated with, read from its metadata."""
 
     program: str  # that made it
     texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them

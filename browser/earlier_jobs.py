@@ -23,7 +23,7 @@ class EarlierJob(NamedTuple):
 
 
 def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
-    """Return whether one of the jobs may create a path.
+    """Return whether one of the earlier jobs may create a path.
 
     A job may create the paths that its command line or its settings name, anything inside or around those,
     and neighbors whose name begins with theirs, such as `clips-pack.zip` next to `clips`.

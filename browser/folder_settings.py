@@ -229,7 +229,7 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 
 
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
-    """Return run.toml with what was typed into the table. `rows` are those of the same text.
+    """Apply the edits from the table to the text of run.toml. `rows` are the rows before the edits.
 
     Only keys whose text differs are changed; a key whose field was emptied is removed.
 
@@ -358,9 +358,9 @@ class FolderSettingsPages:
         return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
 
     def chosen_words(self, folder: Path) -> list[str]:
-        """Return the command that only prints what `new` would write into a folder's run.toml.
+        """Return the command that prints, without writing it, the run.toml that `new` would write.
 
-        It is the command with which a page described the folder. If a terminal has described it since, the
+        It repeats the page's last `new` command for the folder. If `new` has run in a terminal since, the
         command is derived from the files.
         """
         described = read_described(folder)
@@ -385,7 +385,7 @@ class FolderSettingsPages:
             return None
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Show what a form would save, save it, or determine what `new` chose."""
+        """Handle a button: preview or save the form's changes, or determine the values that `new` chose."""
         if what == CHOSEN:
             return self.ask_chosen(folder)
         part = fields.get("part", TABLE)
@@ -396,10 +396,14 @@ class FolderSettingsPages:
             present = read_draft_file(self.site, folder, name)
             if present.mark != fields.get("have", ""):
                 return self.answer_conflict(folder, part, present, fields)
-            texts: Mapping[DraftFile, str] = {present: self.read_edited(part, present, fields)}
-            texts = self.with_batch(folder, texts, fields) if part == TABLE else texts
-            typed = None if part == TABLE else texts[present]
-            change = plan_change(self.site, part, texts, read_draft_file(self.site, folder, RUN_FILE), typed)
+            edited_text = self.read_edited(part, present, fields)
+            texts: Mapping[DraftFile, str] = {present: edited_text}
+            typed_text: str | None = edited_text
+            if part == TABLE:  # the table also has the batch size, which is in dataset.toml
+                texts = self.with_batch(folder, texts, fields)
+                typed_text = None  # the fields are shown again, not a text
+            run_file = read_draft_file(self.site, folder, RUN_FILE)
+            change = plan_change(self.site, part, texts, run_file, typed_text)
             if what == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:

@@ -44,10 +44,10 @@ class FolderTool:
         }
 
     def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
-        """Do what a button requests (try, write, stop, go_on), and return whether that button exists.
+        """Handle a button (try, write, stop, go_on), and return whether there is a button of this name.
 
-        `make_words` returns the command line; its argument says whether the tool only tries. Raises UserError
-        if the command cannot be started.
+        `make_words` returns the command line; its argument is true for a dry run. Raises UserError if the
+        command cannot be started.
         """
         match what:
             case "try":

@@ -106,8 +106,10 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 def read_media_folder(folder: Path) -> MediaFolder | None:
     """Count the media of a folder; None if it has none or cannot be read."""
-    names: dict[str, list[str]] = {"picture": [], "clip": [], "sound": []}
-    captions: dict[str, bool] = {}  # stem -> whether one has a text; a .txt counts before a .caption
+    images: list[str] = []
+    clips: list[str] = []
+    audios: list[str] = []
+    has_text: dict[str, bool] = {}  # by stem; a .txt takes precedence over a .caption
     try:
         with os.scandir(folder) as scanned:
             entries = [*itertools.islice(scanned, MAX_ENTRIES)]
@@ -120,23 +122,23 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
         if name[0] == "." or label_of(path.stem) is not None:
             continue
         if suffix in IMAGE_SUFFIXES:
-            names["picture"].append(name)
+            images.append(name)
         elif suffix in VIDEO_SUFFIXES:
-            names["clip"].append(name)
+            clips.append(name)
         elif suffix in AUDIO_SUFFIXES:
-            names["sound"].append(name)
-        elif suffix == ".txt" or (suffix == ".caption" and path.stem not in captions):
-            captions[path.stem] = _has_text(entry)
-    media = [name for group in names.values() for name in group]
+            audios.append(name)
+        elif suffix == ".txt" or (suffix == ".caption" and path.stem not in has_text):
+            has_text[path.stem] = _has_text(entry)
+    media = [*images, *clips, *audios]
     if not media:
         return None
-    shown = min([*names["picture"], *names["clip"]], default=None)
+    shown = min([*images, *clips], default=None)
     return MediaFolder(
         path=folder,
-        pictures=len(names["picture"]),
-        clips=len(names["clip"]),
-        audios=len(names["sound"]),
-        uncaptioned=sum(not captions.get(Path(name).stem) for name in media),
+        pictures=len(images),
+        clips=len(clips),
+        audios=len(audios),
+        uncaptioned=sum(not has_text.get(Path(name).stem) for name in media),
         first=None if shown is None else folder / shown,
         is_described=is_described(folder),
     )
@@ -152,8 +154,8 @@ def _has_text(entry: "os.DirEntry[str]") -> bool:
 def read_outer_folder(folder: Path) -> MediaFolder | None:
     """Count the media in the subfolders of a folder that `new` describes as one dataset.
 
-    Returns None if it is no such folder: it has to be described, or to have subfolders named as image
-    trainers name them (`10_name`), directly or in a subfolder `img`.
+    Returns None unless the folder is described, or has subfolders with the names that image trainers use
+    (`10_name`), directly or in a subfolder `img`.
     """
     inside = folder / INSIDE
     inner = _read_inner(folder)

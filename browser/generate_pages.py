@@ -125,9 +125,9 @@ class GenerateForm:
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
         """Read the form from the fields of a request."""
         texts = {name: "".join(form[name]) for name in LABELS if name in form}
-        for name in (*IMAGES, "lora_file"):  # of references one a line
+        for name in (*IMAGES, "lora_file"):  # fields with paths; `references` has one on each line
             if name in texts:
-                texts[name] = "\n".join(map(complete_home, texts[name].split("\n")))
+                texts[name] = "\n".join(complete_home(path) for path in texts[name].split("\n"))
         chosen = form.get("lora", ())
         return cls(
             source="".join(form.get("source", ())[:1]),
@@ -329,19 +329,17 @@ class GeneratePages:
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
         """Return the runs and models to generate with: field value and name of each, grouped by a title."""
-        groups: dict[str, list[tuple[str, str]]] = {
-            say("Runs"): [],
-            say("Models on disk"): [],
-            say("Models to load"): [],
-        }
+        runs: list[tuple[str, str]] = []
         for run, label in self.run_loras.refresh():
-            groups[say("Runs")].append((f"run {run.id}", say("%(label)s (run)", label=label)))
+            runs.append((f"run {run.id}", say("%(label)s (run)", label=label)))
+        on_disk: list[tuple[str, str]] = []
+        to_load: list[tuple[str, str]] = []
         for model in self.models:
             paths = [self.site.models / part.path for part in model.components if part.option]
-            is_there = all(path.exists() for path in paths)
-            group = say("Models on disk") if is_there else say("Models to load")
+            group = on_disk if all(path.exists() for path in paths) else to_load
             value = f"model {model.family} {model.task}"
-            groups[group].append((value, join(" · ", (say(model.title), say(model.about)))))
+            group.append((value, join(" · ", (say(model.title), say(model.about)))))
+        groups = {say("Runs"): runs, say("Models on disk"): on_disk, say("Models to load"): to_load}
         return {title: sources for title, sources in groups.items() if sources}
 
     @staticmethod
@@ -375,7 +373,7 @@ class GeneratePages:
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
-        """Return the form for another source: prompts and seed stay, other fields get its defaults."""
+        """Return the form for another source: prompts and seed are kept, other fields get new defaults."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(default.texts)
@@ -595,17 +593,15 @@ class GeneratePages:
             sentences.append(say("Its model, %(name)s, is not among the models here: choose one.", name=name))
         rows = self.run_loras.list_rows(recipe)
         chosen = {name for row in rows if row.path in form.strengths for name in row.names}
-        sentences += [
-            say("%(name)s, a LoRA of it, is not here.", name=name)
-            for name in found.loras
-            if name not in chosen
-        ]
-        sentences += [
-            say("It began from %(splitlines)s: drop that on the form.", splitlines=text.splitlines()[0])
-            for name in IMAGES
-            for text in [found.texts.get(recipe.keys.get(name, ""), "")]
-            if text
-        ]
+        for name in found.loras:
+            if name not in chosen:
+                sentences.append(say("%(name)s, a LoRA of it, is not here.", name=name))
+        for name in IMAGES:
+            paths = found.texts.get(recipe.keys.get(name, ""), "").splitlines()
+            if paths:
+                sentences.append(
+                    say("It began from %(splitlines)s: drop that on the form.", splitlines=paths[0])
+                )
         return join(" ", sentences)
 
     def _select_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
@@ -704,7 +700,7 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
 
 
 def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
-    """Return the metadata texts of an uploaded file. `suffix` is that of its original name.
+    """Return the metadata texts of an uploaded file. `suffix` is the suffix of the file's original name.
 
     Raises OptionError if the file is not an image, a clip or an audio file.
     """

@@ -17,9 +17,9 @@ WITHOUT_WARM_UP = "constant"  # schedule with which a training refuses warm-up s
 
 
 def explain_idle(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reason why options have no effect, by their names.
+    """Return the reasons why options have no effect, by the names of the options.
 
-    An option that the run sets is left out: the training itself says what it ignores.
+    Options that the run sets are not included: the training itself logs what it ignores.
 
     Args:
         values: Options that the run sets.

@@ -267,7 +267,7 @@ class JobQueue:
 
     @property
     def worker(self) -> str:
-        """Which process runs the jobs: "here" for this one, "elsewhere" for another, "" for none."""
+        """Where the jobs run: "here" in this process, "elsewhere" in another one, "" if nothing runs them."""
         return "here" if self._worker is not None else self._find_worker(self._read_book())
 
     def _find_worker(self, book: _Book) -> str:
@@ -569,7 +569,7 @@ class JobQueue:
         for job in jobs:
             unmatched[job.line].append(job)
         for line, equal_jobs in unmatched.items():
-            # lines that were taken out are those of jobs that have ended
+            # jobs without a line: their lines were removed when they ended
             surplus = max(0, len(equal_jobs) - counts[line])
             ended = [job for job in equal_jobs if job.state in ENDED]
             book.jobs += ended[:surplus]
@@ -635,7 +635,7 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def _find_line_folder(line: str) -> Path:
-    """Return the folder in which a line of the text file runs: that of its `cd`, else the working folder."""
+    """Return the folder in which a line of the text file runs: that of its `cd`, or the working folder."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()

@@ -168,9 +168,9 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     script_words = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
     launcher: list[str] = []
     if script_words[:2] == ["accelerate", "launch"]:
-        place = _count_launcher_words(script_words)
-        launcher = [*ACCELERATE, *script_words[2:place]]
-        script_words = script_words[place:]
+        num_launcher_words = _count_launcher_words(script_words)
+        launcher = [*ACCELERATE, *script_words[2:num_launcher_words]]
+        script_words = script_words[num_launcher_words:]
     command, num_words = _find_command(script_words, folder)
     script = program_words(command.path.relative_to(ROOT))
     return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
@@ -188,28 +188,28 @@ def _count_launcher_words(words: Sequence[str]) -> int:
 
     Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
-    place = 2
-    while place < len(words) and words[place].startswith("-"):
-        name, mark, value = words[place].partition("=")
-        if words[place] == "-m":
+    position = 2  # after `accelerate launch`
+    while position < len(words) and words[position].startswith("-"):
+        if words[position] == "-m":  # a module instead of a script
             break
+        name, equals_sign, value = words[position].partition("=")
         if name not in LAUNCHER:
             raise OptionError(
                 f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER)} and a "
                 "script, all on this machine. Start the command in a terminal if it needs more"
             )
-        place += 1
-        shape = LAUNCHER[name]
-        if shape is not None and not mark:
-            value = "".join(words[place : place + 1])
-            place += 1
-        if re.fullmatch(shape or "", value, re.ASCII) is None:
+        position += 1
+        pattern = LAUNCHER[name]  # None for a switch, which has no value
+        if pattern is not None and not equals_sign:
+            value = "".join(words[position : position + 1])
+            position += 1
+        if re.fullmatch(pattern or "", value, re.ASCII) is None:
             raise OptionError(
                 f"{name} {shorten(value, 80)}: a job runs on this machine alone, and {name} takes "
                 f"{_SHAPES.get(name, 'a whole number')} there. For several machines start the command in a "
                 "terminal"
             )
-    return place
+    return position
 
 
 # Runs a script until it has read its options: torch would load, or ONLY_OPTIONS ends it; or
@@ -282,20 +282,23 @@ def check_options(
     Raises:
         OptionError: With the script's own message, if it rejects its options.
     """
-    command, (python, *program) = find_program(words, folder)
+    command, program_line = find_program(words, folder)
     if any(word in HELP for word in words):
         return []
+    python = program_line[0]
+    program = program_line[1:]
     reject_endless(command, words)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder, earlier)
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
     if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
-            return []
+            return []  # the script would begin its work
         variables[ONLY_OPTIONS] = "1"
-    if program[:3] == ACCELERATE:
-        start = program_words(command.path.relative_to(ROOT))
-        program = program[program.index(start[-1]) + 1 - len(start) :]
+    if program[:3] == ACCELERATE:  # check the script without the launcher and its options
+        script = program_words(command.path.relative_to(ROOT))
+        script_start = program.index(script[-1]) + 1 - len(script)
+        program = program[script_start:]
     try:
         process = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
@@ -308,8 +311,8 @@ def check_options(
             timeout=min(seconds, CHECK_SECONDS),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        logger.debug("%s", words, exc_info=error)  # it may run for all that is known
-        return []
+        logger.debug("%s", words, exc_info=error)
+        return []  # undecided: the command counts as accepted
     if process.returncode and not _may_come(process.stderr, words, folder, earlier):
         raise OptionError(message_of(process.stderr))
     if checks_files:
@@ -335,10 +338,7 @@ def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequenc
 
 
 def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
-    """Raise OptionError for a command that never ends, or that waits for typed input.
-
-    All jobs after it would have to wait.
-    """
+    """Raise OptionError for a command that never ends or waits for typed input: it would block the queue."""
     if any(word in HELP for word in words):
         return
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -537,7 +537,7 @@ def main() -> None:
 def write_code(path: Path, code: int) -> None:
     """Write the exit code of a job.
 
-    A full disk causes no message here: it would hide the job's last words.
+    A write error is ignored, because its message would hide the last output of the job.
     """
     try:
         write_text(path, str(code))

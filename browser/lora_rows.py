@@ -140,7 +140,7 @@ class RunLoras:
         return set() if known is None else {name for row in known[2] for name in row.names}
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
-        """Return the LoRAs for a recipe: those of its own command, then those of runs of its family."""
+        """Return the LoRAs for a recipe: first the LoRAs of its command, then LoRAs of runs of its family."""
         rows: dict[str, LoraRow] = {}
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
@@ -180,9 +180,9 @@ class RunLoras:
 
 
 def _find_other_networks(source: ComparableRun) -> set[str] | None:
-    """Return the names of a run's files that its command does not use as LoRAs.
+    """Return the names of a run's files that are not LoRAs.
 
-    None stands for all files: the run has trained a ControlNet, an embedding or a full model.
+    Returns None if no file is one, because the run has trained a ControlNet, an embedding or a full model.
     """
     loras: set[str] = set()
     others: set[str] = set()
@@ -193,7 +193,7 @@ def _find_other_networks(source: ComparableRun) -> set[str] | None:
 
 
 def list_downloaded(folders: Iterable[Path]) -> list[Path]:
-    """Return the files in a folder `loras` of each of these folders, sorted by name."""
+    """Return the files in the subfolders `loras` of the given folders, sorted by name."""
     found: list[Path] = []
     for folder in folders:
         found += sorted((folder / FOLDER).glob("*.safetensors"))
@@ -229,7 +229,7 @@ def choose_expert(row: LoraRow, folder: Path) -> str:
 
 
 def check_family(path: Path, family: str) -> None:
-    """Raise OptionError if the header of a LoRA file names another family than that of a script."""
+    """Raise OptionError if the header of a LoRA file names another family than the script's."""
     texts = _read_texts(path)
     trained_on = read_family(texts)
     if trained_on is None:

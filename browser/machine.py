@@ -55,7 +55,7 @@ class GraphicsCard:
 
 
 class CardReader:
-    """Asks the NVIDIA driver for the cards every few seconds. Without nvidia-smi, it starts nothing."""
+    """Runs nvidia-smi, if it is installed, every few seconds to read the state of the cards."""
 
     def __init__(self, program: str | None) -> None:
         """Use nvidia-smi at the path `program`; None if it is not installed."""
@@ -144,7 +144,10 @@ class MachineLine:
         return answer_template("machine.html", "", values)
 
     def read(self) -> MachineInfo:
-        """Return the state of the machine; it is at most a few seconds old, and that of runs is not old."""
+        """Return the state of the machine.
+
+        Values of the cards may be a few seconds old; runs are up to date.
+        """
         with self._lock:
             mark = [(run.id, run.state, run.doing) for run in self.site.runs.list_all()]
             if time.monotonic() >= self._next or mark != self._mark:

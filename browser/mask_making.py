@@ -108,7 +108,7 @@ class MaskMakingPages:
         return answer_template("mask_making.html", say("Masks"), values, is_rejected=refused != "")
 
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form: the model, and the commands that the form stands for."""
+        """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
             lines = [format_command(self.make_words(folder, texts, tries), folder) for tries in (True, False)]
         except OptionError as error:

@@ -205,7 +205,7 @@ class MaskReview:
         return None if content is None else MaskImage(content, "image/jpeg")
 
     def read_mask(self, place: MaskPlace, number: int, is_full: bool) -> MaskImage | None:
-        """Return a mask as PNG: white pixels whose opacity is the mask's brightness.
+        """Return a mask as a PNG of white pixels whose opacity is the brightness of the mask.
 
         `is_full` asks for full size. Returns None and raises MediaError as `read_picture`.
         """
@@ -239,7 +239,7 @@ def name_id(place: MaskPlace) -> str:
 
 
 def mark_mask(place: MaskPlace) -> str:
-    """Return a text that changes whenever the mask does; "" if there is no mask."""
+    """Return a text that changes whenever the mask changes; "" if there is no mask."""
     return "" if place.mask is None else str(place.mask.stat().st_mtime_ns)
 
 
@@ -254,9 +254,9 @@ def find_state(place: MaskPlace) -> str:
 
 
 def list_shots(place: MaskPlace) -> list[int]:
-    """Return the indices of the shown frames.
+    """Return the indices of the frames to show: of a clip, the first, the middle and the last one.
 
-    Those of a clip are the first, the middle and the last. Raises MediaError if the clip cannot be read.
+    Raises MediaError if the clip cannot be read.
     """
     if place.kind == "image":
         return [0]
@@ -313,9 +313,9 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
-    """Return the folder of a folder's masks; None for the default, its subfolder `masks`.
+    """Return the folder with the masks of a media folder; None for the default, the subfolder `masks`.
 
-    The dataset may name another folder, or the masks may lie next to the images in the folder itself.
+    It is the folder that the dataset names, or the media folder itself if the masks are next to the images.
     """
     named = find_named_masks(runs, folder)
     if named is not None:

@@ -106,34 +106,38 @@ class ReadPlan:
 def read_plan(text: str) -> ReadPlan | None:
     """Parse the plan that a training script has printed for one card; None if there is none."""
     lines = text.splitlines()
-    heads = [number for number, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
+    heads = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
     if not heads:
         return None
-    head = heads[-1]
+    titles = lines[heads[-1]]
     # numbers are aligned with the right ends of the column titles
-    ends = lines[head].index("device") + len("device"), lines[head].index("host") + len("host")
-    phases: list[tuple[PlannedPart, list[PlannedPart]]] = []
-    number = head + 1
-    for line in lines[head + 1 :]:
-        match = PART.fullmatch(line[: ends[0]])
+    device_end = titles.index("device") + len("device")
+    host_end = titles.index("host") + len("host")
+    phases: list[PlannedPart] = []
+    parts_of_phase: list[list[PlannedPart]] = []
+    after_table = heads[-1] + 1
+    for line in lines[after_table:]:
+        match = PART.fullmatch(line[:device_end])
         if match is None:
             break
-        number += 1
-        host = line[ends[0] : ends[1]].strip()
+        after_table += 1
+        host = line[device_end:host_end].strip()
         part = PlannedPart(
             name=match[2].strip(),
             device=float(match[3]),
             host=float(host) if host else 0.0,
-            note=line[ends[1] :].strip(),
+            note=line[host_end:].strip(),
         )
         if match[1]:  # indented: a part of the phase above
-            phases[-1][1].append(part)
+            parts_of_phase[-1].append(part)
         else:
-            phases.append((part, []))
+            phases.append(part)
+            parts_of_phase.append([])
     if not phases:
         return None
-    phase, parts = max(phases, key=lambda entry: entry[0].device)
-    return ReadPlan(phase, parts, [line.strip() for line in lines[number:] if line.strip()])
+    largest = max(range(len(phases)), key=lambda index: phases[index].device)
+    remarks = [line.strip() for line in lines[after_table:] if line.strip()]
+    return ReadPlan(phases[largest], parts_of_phase[largest], remarks)
 
 
 @dataclass(frozen=True)
@@ -148,19 +152,22 @@ class MemoryOptions:
     can_swap: bool
 
 
+def _find_used_form(
+    forms: Mapping[str, Sequence[str]], values: Mapping[str, Any], names: Sequence[str]
+) -> str:
+    """Return the last form of which all options in `names` are set; "" if there is none."""
+    used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
+    return used[-1] if used else ""
+
+
 def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> MemoryOptions:
     """Return the switches of a run.toml. `names` are all options of its training script."""
-
-    def find(forms: Mapping[str, Sequence[str]]) -> str:
-        used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
-        return used[-1] if used else ""
-
     weights = {form: keys for form, keys in WEIGHTS.items() if any(key in names for key in keys)}
     checkpointing = {form: keys for form, keys in CHECKPOINTING.items() if all(key in names for key in keys)}
     return MemoryOptions(
         swap=str(values.get(SWAP, "")),
-        weights=find(weights),
-        checkpointing=find(checkpointing),
+        weights=_find_used_form(weights, values, names),
+        checkpointing=_find_used_form(checkpointing, values, names),
         weight_choices=list(weights),
         checkpointing_choices=list(checkpointing),
         can_swap=SWAP in names,
@@ -209,7 +216,7 @@ class MemoryPages:
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
-        """Return the part of the page. `fault` says why a request failed, `done` what was carried out."""
+        """Return the part of the page. `fault` is an error message, `done` a message about what was done."""
         described = read_described(folder)
         file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -239,7 +246,7 @@ class MemoryPages:
         return answer_template("memory_bar.html", say("Memory"), values, is_rejected=fault != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
-        """Return the card size in GiB of the last plan; without a plan, that of this machine's card."""
+        """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
         try:
             return float(job.words[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):
@@ -328,7 +335,7 @@ class MemoryPages:
         ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
-        """Start the plan of a folder for a card of `size` GiB; it replaces one that is running."""
+        """Start planning a folder's run for a card of `size` GiB, and stop a plan that is still running."""
         missing = self.list_missing(read_described(folder))
         if missing:
             raise OptionError(

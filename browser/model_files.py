@@ -102,7 +102,7 @@ class TaskFiles:
 
     @property
     def state(self) -> str:
-        """State of the task in words: on disk, or how much is to be downloaded."""
+        """Text about the task's state: on disk, or the amount to download."""
         if self.is_there:
             return say("ready")
         if len(self.missing) == len(self.parts):
@@ -165,7 +165,7 @@ def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = No
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
 ) -> TaskFiles | None:
-    """Return a task by its names; None if the catalogue has no such task. Arguments as in `list_tasks`."""
+    """Return a task of the catalogue; None if there is none of this name. Arguments as in `list_tasks`."""
     known = {} if known is None else known
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):

@@ -57,7 +57,7 @@ class ModelRow:
 
 
 def describe_kind(model: ModelSet) -> str:
-    """Return what a model generates, as the catalogue says: `clips and sound`."""
+    """Return what a model generates according to the catalogue, such as `clips and sound`."""
     if "--output_layers" in model.commands["generate"]:
         return say("layers")
     if needs_image(model):
@@ -70,9 +70,9 @@ def describe_kind(model: ModelSet) -> str:
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
-    """Return the parts of a model that are to be downloaded.
+    """Return the parts of a model that have to be downloaded.
 
-    `files` are those that lie elsewhere, by option.
+    `files` are the user's own files by option; they are not downloaded.
     """
     missing = []
     for part in model.components:
@@ -93,8 +93,8 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         memory: GiB of the graphics card; 0 without a card.
         content: Media of the folder; None if no folder is selected.
     """
-    ranked = []
-    for place, model in enumerate(find_models()):
+    ranked = []  # rank, position in the catalogue, row
+    for position, model in enumerate(find_models()):
         missing = list_missing(model, models, {})
         size = (
             say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
@@ -108,12 +108,12 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
             fit=describe_fit(model, memory),
             makes=describe_kind(model),
         )
-        ranked.append((_rank_row(row, memory, content), place, row))
+        ranked.append((_rank_row(row, memory, content), position, row))
     ranked.sort(key=lambda entry: entry[:2])
     num_suggested = 0 if content is None else SUGGESTED
     suggested = [replace(row, is_suggested=True) for _, _, row in ranked[:num_suggested]]
-    others = sorted(ranked[num_suggested:], key=lambda entry: (entry[0][0], entry[2].model.title.lower()))
-    return [*suggested, *(row for _, _, row in others)]
+    rest = sorted(ranked[num_suggested:], key=lambda entry: (entry[0][0], entry[2].model.title.lower()))
+    return [*suggested, *(row for _, _, row in rest)]
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:

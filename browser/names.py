@@ -22,9 +22,9 @@ def number_names(name: str) -> Iterator[str]:
 
 
 def free_name(output: Path, name: str) -> str:
-    """Return a name for another run in a folder: `own-2`, or the next number that no run has.
+    """Return an unused name for another run in a folder, such as `own-2`.
 
-    `name` is the run that it follows, such as `own` or `own-3`. The files of a run begin with its name.
+    `name` is the name of the previous run, such as `own` or `own-3`. A name is in use if files begin with it.
     """
     base = re.sub(r"(?<=\D)-\d{1,4}$", "", name)  # behind a digit it may be the day of a date
     entries: list[str] = []

@@ -290,7 +290,7 @@ CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 
 
 def list_field_errors(form: NewForm) -> dict[str, str]:
-    """Return what `new` would reject, by the names of the fields."""
+    """Return the reasons why `new` would reject values, by the names of the fields."""
     errors = {}
     for name, check in CHECKS.items():
         try:
@@ -317,13 +317,13 @@ def read_steps(text: str) -> int:
 
 
 def without_groups(text: str) -> str:
-    """Return a number in plain digits, without its thousands separators; any other text as it is."""
+    """Remove the thousands separators from a number; return any other text unchanged."""
     text = text.translate(FULL_WIDTH)
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
 def parse_integer(text: str, maximum: int) -> int | None:
-    """Return the whole number above 0 in a text; None for any other text, or if it exceeds `maximum`."""
+    """Parse a positive integer; return None for any other text or a number above `maximum`."""
     text = without_groups(text)
     digits = text.lstrip("0")
     if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(maximum))):
@@ -333,7 +333,7 @@ def parse_integer(text: str, maximum: int) -> int | None:
 
 
 def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
-    """Return the command line that describes a folder as the form says.
+    """Return the `new` command that describes a folder with the values of the form.
 
     Args:
         form: Values of the fields.
@@ -369,9 +369,9 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     An empty name or number of steps stands for the value in the files.
 
     Args:
-        sent: Form as the page has sent it.
-        shown: Form as the page was made.
-        present: Form of the folder's current files.
+        sent: Values that the page has sent.
+        shown: Values when the page was built.
+        present: Values in the folder's current files.
     """
     labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():

@@ -261,7 +261,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether the shown changes are still those that the files would get."""
+        """Return whether the changes on the page are still the ones that saving would make."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
@@ -464,12 +464,14 @@ class NewPages:
         if folder is not None:
             job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
-        works = [job is not None and job.state == RUNNING for job in background_jobs.values()]
-        works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
+        busy = [
+            background is not None and background.state == RUNNING for background in background_jobs.values()
+        ]
+        busy += [queued is not None and queued.state in (WAITING, RUNNING) for queued in (job, captioning)]
         output = self.output_values(folder, background_jobs)
         loading = self.loading_values(described)
         download = loading["download"]
-        works.append(download is not None and download.state == RUNNING)
+        busy.append(download is not None and download.state == RUNNING)
         checklist = self.make_checklist(
             folder, described, background_jobs, queue.jobs, output["looking_lines"]
         )
@@ -496,7 +498,7 @@ class NewPages:
             "job": job,
             "run_address": standing.run_address,
             "captioning": captioning,
-            "is_busy": any(works),
+            "is_busy": any(busy),
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
@@ -619,7 +621,7 @@ class NewPages:
         )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return what is to be downloaded for a folder: size, licenses, and the state of the login."""
+        """Return the template values about a folder's downloads: size, licenses and state of the login."""
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
@@ -651,7 +653,7 @@ class NewPages:
         return answer_template("new_progress.html", say("New"), values, is_rejected=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Answer with the command that writes captions as the form says, or why there is none."""
+        """Answer with the command that writes captions with the form's settings, or with an error message."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -1023,9 +1025,10 @@ class NewPages:
         is_chosen = any((row.family, row.task) == (chosen.family, chosen.task) for row in find_models())
         described, _ = self.try_read(find_folder(self.site.runs, chosen.folder))
         known = NewForm() if described is None else self.make_form(described)
+        # `new` has already checked the file that the described folder uses
         is_known = (known.family, known.task) == (chosen.family, chosen.task) and (
             known.model_files.get(option) == chosen.model_files.get(option)
-        )  # `new` has checked it
+        )
         values = {
             "text": describe_file(text),
             "option": option,
@@ -1056,10 +1059,12 @@ def explain_empty(folder: Path) -> str:
 
 
 def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
-    """Return the remedies that have been carried out since `new` looked, for `make_checklist`.
+    """Return the remedies that have been applied since `new` described the folder, for `make_checklist`.
 
-    `lines` were printed by `new`, and `looking` is its background job. `jobs` may have carried out the
-    remedies.
+    Args:
+        lines: Lines that `new` has printed.
+        looking: Background job of `new`; None if there is none.
+        jobs: Jobs that may have applied a remedy.
     """
     if looking is None or not looking.log.exists():
         return set()
@@ -1088,7 +1093,7 @@ def describe_failure(download: Download | None) -> str:
 
 
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return a checksum of a folder's files as they were read; "" if it has none."""
+    """Return a checksum of the folder's files when they were read; "" if it is not described."""
     if described is not None:
         return described.mark
     return "" if folder is None else mark_files(folder)

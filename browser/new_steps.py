@@ -58,7 +58,7 @@ class FolderStanding:
 
     @property
     def mark(self) -> str:
-        """Text that changes with the step of a page whose fields are as the files."""
+        """Text that changes with the next step, as long as no field has been edited."""
         return select_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
 
     @property
@@ -78,7 +78,7 @@ class FolderStanding:
 
 
 def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
-    """Return the next step of a folder. `is_written` says whether its files have the values of the form."""
+    """Return the next step for a folder. `is_written` is true if its files have the values of the form."""
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task

@@ -363,7 +363,7 @@ AT_END = ("written: ", "checks, caches and trains")
 
 
 def is_for_terminal(line: str) -> bool:
-    """Return whether a line only says which files were written, or which command is next."""
+    """Return whether a line only reports which files were written or which command is next."""
     return line.startswith(AT_END[0]) or (line.endswith(AT_END[1]) and not line.startswith("First "))
 
 
@@ -373,7 +373,7 @@ def translate_line(line: str) -> str:
 
 
 def translate_file_kind(kind: str | None) -> str:
-    """Return what a model file is, as `checkpoints.kinds.kind_of` says, as a text that pages translate."""
+    """Return the kind of a model file, from `checkpoints.kinds.kind_of`, as a text that pages translate."""
     return UNKNOWN_FILE if kind is None else _find(kind, FILE_KINDS) or kind
 
 
@@ -422,7 +422,7 @@ def _find_fault(line: str) -> Words | None:
 
 
 def _find_part(name: str, value: str) -> str:
-    """Return what stands in a placeholder, as a text that pages translate if it has a known form."""
+    """Return the value of a placeholder, as a text that pages translate if its form is known."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
     if name == "kinds":  # of files that are not read
@@ -436,16 +436,16 @@ def _read_values(key: str, text: str) -> dict[str, str] | None:
 
     A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
     """
-    begin, *rest = PLACE.split(key)
+    begin, *rest = PLACE.split(key)  # rest: name of a placeholder, the words after it, the next name ...
     if not text.startswith(begin):
         return None
     values = {}
     text = text[len(begin) :]
     for name, words in zip(rest[::2], rest[1::2], strict=True):
         is_last = name == rest[-2]
-        place = len(text) - len(words) if is_last else text.find(words)
-        if place < 1 or not text.startswith(words, place):
+        end = len(text) - len(words) if is_last else text.find(words)
+        if end < 1 or not text.startswith(words, end):
             return None
-        values[name] = text[:place]
-        text = text[place + len(words) :]
+        values[name] = text[:end]
+        text = text[end + len(words) :]
     return None if text else values

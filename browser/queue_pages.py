@@ -53,14 +53,14 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
 
 
 class Draft(NamedTuple):
-    """A command for the user to edit, and the run that it comes from."""
+    """A command that the user edits, and the run whose command it is."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
 def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
-    """Return the command that a page shows for editing; an empty command if the query asks for none.
+    """Return the command to edit on the page; an empty command if the query names none.
 
     The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
     command.

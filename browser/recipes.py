@@ -72,7 +72,7 @@ SIDE_STEP = 32  # pixels: all models take such sides
 
 
 class UsedLora(NamedTuple):
-    """A LoRA file of a generation, its strength as it was typed, and the expert that it is for."""
+    """A LoRA file of a generation with its typed strength and the expert to which it is applied."""
 
     path: str
     strength: str
@@ -233,7 +233,7 @@ class ModelRecipe:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Common sizes (width, height) with about as many pixels as the model's default size."""
+        """Common sizes (width, height) with about the pixel count of the model's default size."""
         try:
             width = int(self.usual.get("width", ""))
             height = int(self.usual.get("height", ""))
@@ -373,7 +373,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
-    """Return the defaults of the released model to which a command's files belong, by their names."""
+    """Return the defaults of the released model that a command uses, recognized by its file names."""
     script = f"{with_scripts()[family].generation_script}.py"
     for model in model_sets():
         transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
@@ -428,6 +428,7 @@ def _make_recipe(
     typed = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
+        # the field of a start image holds a clip, too
         name = names.get("i2i_path" if key == "video_path" else key)
         known = [word for word in words if not is_example(word)]
         typed.append(_TypedOption(flag, key, name, known, has_example=len(known) < len(words)))

@@ -78,7 +78,7 @@ class RenderJob:
 
     @property
     def shown_doing(self) -> str:
-        """`doing` for a page: texts of this program are translated, texts from files stay as they are."""
+        """`doing` for a page: this program's texts are translated, texts from files are not."""
         return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)
 
     @property

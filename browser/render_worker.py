@@ -349,7 +349,7 @@ class RenderWorker:
         return True
 
     def _find_blocking_job(self) -> Job | None:
-        """Return the queue's job that uses the card, or that will get it next; None if there is none."""
+        """Return the queue's job that uses the graphics card or is next to use it; None if there is none."""
         try:
             now = self.queue.now()
         except OutputError:  # the page of the queue says it
@@ -579,7 +579,7 @@ class RenderWorker:
                 (self.folder / SESSION).unlink()
 
     def _end_orphan(self) -> None:
-        """End the process left by a server that was killed: it would share the card with a new one."""
+        """End a process that a killed server has left behind and that still occupies the graphics card."""
         owner = self._read_session()
         if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
             launch.kill_processes(owner["process"]["number"])

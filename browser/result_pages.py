@@ -243,7 +243,7 @@ def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
 
 
 class Candidate(NamedTuple):
-    """A recipe that may have generated a result, and the run that it comes from.
+    """A recipe that may have generated a result, and the run to which it belongs.
 
     The run is None for a released model.
     """
@@ -260,7 +260,10 @@ class Remaker:
         self.folders = folders
 
     def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
-        """Return the render job that repeats a result with a seed. Raises OptionError if none can."""
+        """Return the render job that repeats a result with a seed.
+
+        Raises OptionError if no recipe can repeat it.
+        """
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -445,7 +448,7 @@ class ResultPages:
         """Answer with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
-        if not all(text.isdecimal() and len(text) < 9 for text in texts):
+        if not all(text.isdecimal() and len(text) < 9 for text in texts):  # long numbers are slow to convert
             return answer_text("from and count are numbers of results.", 400)
         first = int(texts[0])
         count = min(int(texts[1]), 2 * PART)
@@ -511,7 +514,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Answer with the command that each button of a result stands for, as JSON."""
+        """Answer with the commands of a result's buttons, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()

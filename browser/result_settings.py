@@ -291,11 +291,10 @@ def remake(
     render_request = RenderRequest(
         replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
     )
-    # "": the seed is among the options of the line
-    request = render_request.request("")
+    request = render_request.request("")  # without a seed: it is among the options of the line
     request["options"] = {**request["options"], **line}
     typed = {**fixed, **type_options(line, recipe.defaults)}
-    # one result is repeated, whatever number its command asked for
+    # only this result is generated again, even if its command generated several
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed.pop(flag, None)
     as_typed = replace(render_request, recipe=replace(recipe, fixed=typed))
@@ -334,7 +333,7 @@ def _keep_fixed(
     for flag, words in recipe.fixed.items():
         name = names.get(flag, "")
         option = options.get(name)
-        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # the file states its own LoRAs
+        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)  # read from the file instead
         was_recorded = name in settings.values or name == "task"
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if (was_recorded or is_never_recorded) and not is_lora:
@@ -372,7 +371,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
 
 
 def _reject_options(flag: str, words: Sequence[str]) -> None:
-    """Raise OptionError if a word from a file would be read as an option of its own after a flag."""
+    """Raise OptionError if a value from a file looks like an option, not like the value of a flag."""
     for word in words:
         if OPTION.match(word):
             raise OptionError(
@@ -439,7 +438,8 @@ def _read_line(
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_default = option is not None and _is_equal([str(option.default)], text)
-        if is_default and not any(flag in recipe.fixed for flag in flags) and key not in SIZES:
+        is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then the default has to be typed
+        if is_default and not is_set_by_recipe and key not in SIZES:
             continue
         if key in MEDIA or line_option.read is read_path:
             paths = [find_media(part) for part in text.split("\n")]

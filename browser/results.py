@@ -181,21 +181,18 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
     times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
     clips = {stem for stem, suffix in names if KINDS[suffix.lower()] == "clip"}
     layers = _group_layers(folder, times)
-    parts = {layer.stem for of_result in layers.values() for layer in of_result}
+    layer_stems = {layer.stem for layers_of_image in layers.values() for layer in layers_of_image}
     results = []
     for (stem, suffix), file in zip(names, files, strict=True):
-        shown_at = file.changed
-        if stem in parts:
+        if stem in layer_stems:
             continue
-        if LARGER in stem or LAST_FRAME in stem:
-            if (
-                suffix.lower() == ".png"
-                and stem.endswith(LAST_FRAME)
-                and stem.removesuffix(LAST_FRAME) in clips
-            ):
-                continue  # the frame that a clip is continued from
-            match = MADE_FROM.fullmatch(stem)
-            shown_at = shown_at if match is None else times.get(match[1], shown_at)
+        is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME)
+        if is_last_frame and stem.removesuffix(LAST_FRAME) in clips:
+            continue  # the frame that a clip is continued from
+        shown_at = file.changed
+        derived = MADE_FROM.fullmatch(stem) if LARGER in stem or LAST_FRAME in stem else None
+        if derived is not None:  # sorted by the time of the file that it was made from
+            shown_at = times.get(derived[1], shown_at)
         result = Result(
             folder / file.name,
             file.changed,

@@ -100,13 +100,13 @@ class MakingCommand:
         return next((place for place, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
 
     def read(self, index: int) -> str:
-        """Return the text of a field; "" for a word that has to be replaced."""
+        """Return the text of a field; "" for a placeholder that the user has to replace."""
         word = self.words[index]
         return "" if word in self.missing else word
 
     @property
     def fields(self) -> list[tuple[int, str, str]]:
-        """Index of each word that the form asks for, its label and its text."""
+        """Words that the user fills in: index in the command, label and text of each."""
         prompt = self.find_index([PROMPT])
         control = self.control_index
         fields: list[tuple[int, str, str]] = []
@@ -137,7 +137,7 @@ class MakingCommand:
 
 @dataclass(frozen=True)
 class RunActions:
-    """The current buttons of a run, each with the command that it stands for; "" for no button."""
+    """The commands of a run's current buttons; "" for a button that is not shown."""
 
     start: str = ""
     start_label: str = say("Continue")
@@ -193,7 +193,7 @@ class RunButtons:
 
         Args:
             shown: The run.
-            template: Which buttons: those above the samples, or those below them, `more_actions.html`.
+            template: `actions.html` for the buttons above the samples, `more_actions.html` for those below.
         """
         return render_page(HERE / template, shown.summary.name, self.values(shown))
 
@@ -484,7 +484,7 @@ class RunButtons:
         return path
 
     def look_at_samples(self, request: Request, form: Form) -> Response:
-        """Answer with the panel of the samples as they are typed, which names sizes of no use."""
+        """Answer with the sample panel for the typed values, with warnings about sizes of no use."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -704,7 +704,7 @@ class RunButtons:
         job = self.find_running_job(shown)
         if job is not None:
             self.site.queue.stop(job.id)
-            if job.stops:
+            if job.stops:  # the second request: the first one only asks the process to end
                 return say("Ended at once.")
             return say("Asked: it saves and ends when its step is done.")
         if run.state == RUNNING and run.start is not None and run.start.listens:

@@ -34,7 +34,7 @@ class RunSamples:
         Args:
             shown: The run.
             path: Its prompt file.
-            fields: What was typed and is not written; `rows` is the minimum number of rows.
+            fields: Typed values that are not saved; `rows` is the minimum number of rows.
 
         Raises:
             OSError: If the file cannot be read.
@@ -57,7 +57,7 @@ class RunSamples:
         }
 
     def read_text(self, shown: ShownRun, path: Path, form: Form) -> str:
-        """Return the text of the prompt file as a form asks for it. Raises OptionError for a wrong row."""
+        """Return the text of the prompt file with the form's edits. Raises OptionError for an invalid row."""
         fields = read_fields(form)
         if "text" in fields:
             return fields["text"]

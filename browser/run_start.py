@@ -89,7 +89,7 @@ class RunState:
 
     @property
     def kind(self) -> str:
-        """State whose color and symbol a list uses."""
+        """The state that lists show: several states share a color and a symbol."""
         if self.name in BUSY:
             return RUNNING
         return {DRAFT: WAITING, FAULTS: DIED}.get(self.name, self.name)
@@ -108,7 +108,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """What the run.toml of a described folder says about its run."""
+    """The facts about a run in the run.toml of a described folder."""
 
     folder: Path
     history: Path  # that its training writes
@@ -665,7 +665,7 @@ def explain_end_at_once(run: RunSummary) -> str:
 
 
 def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
-    """Return whether a job has written no history, so that only its exit code says how the run ended."""
+    """Return whether a job has written no history, so that only its exit code shows how the run ended."""
     # a job of before run.toml was changed may be of another name
     if not histories and job.born + SECOND < plan.changed:
         return False

@@ -115,7 +115,7 @@ class RunSummary:
 
     @property
     def name(self) -> str:
-        """Name of the run, which is that of its history."""
+        """Name of the run: the name of its history file without the ending."""
         return history_name(self.history)
 
     @property
@@ -313,11 +313,11 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
         losses = [float(loss) for _, loss in LOSS.findall(content)]
     else:
         losses = []
-        for place in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
-            match = LOSS.search(content[place : place + SPOT])
+        for position in range(0, size - SPOT, max(1, (size - SPOT) // SPOTS)):
+            match = LOSS.search(content[position : position + SPOT])
             if match is not None:
                 losses.append(float(match[2]))
-    width = max(1, len(losses) // SPOTS)  # so many neighbors become their mean
+    width = max(1, len(losses) // SPOTS)  # number of neighboring losses that are averaged
     return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 

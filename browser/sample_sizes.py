@@ -47,7 +47,7 @@ def note_sizes(rows: Mapping[int, Mapping[str, str]], recipe: ModelRecipe | None
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a whole number above 0, of few digits."""
+    """Return whether a text is a positive integer of few digits."""
     return text.isdecimal() and text.isascii() and len(text) < 7 and int(text) > 0
 
 

@@ -76,7 +76,7 @@ OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row: the options that fields show, and in `more` all others."""
+    """A line of prompts.txt as a row of the form: options that have a field, and the other ones in `more`."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -135,23 +135,25 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         changes: New texts by the names of the fields.
     """
     split = _split(line)
-    parts = split.options
+    parts = split.options  # each with its value, such as `w 768`
     for name, text in changes.items():
         key, characters = FIELDS[name]
-        places = [index for index, part in enumerate(parts) if _find_key(part) == key]
-        if text and places:
-            word = parts[places[-1]].partition(" ")[0]
-            parts[places[-1]] = f"{word} {text}"
+        indices = [index for index, part in enumerate(parts) if _find_key(part) == key]
+        if text and indices:  # the field shows the last use of an option
+            word = parts[indices[-1]].partition(" ")[0]
+            parts[indices[-1]] = f"{word} {text}"
         elif text:
             parts.append(f"{characters} {text}")
         else:
-            removed = places[-1:] if any(_repeats(parts[index]) for index in places) else places
+            # of a list, such as several --ci, only the item that the field shows is removed
+            is_list = any(_repeats(parts[index]) for index in indices)
+            removed = indices[-1:] if is_list else indices
             parts = [part for index, part in enumerate(parts) if index not in removed]
     return " --".join([split.prompt if prompt is None else prompt, *parts])
 
 
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
-    """Return prompts.txt with what was typed into its rows.
+    """Return the text of prompts.txt with the edits from its rows applied.
 
     An emptied prompt removes its line; a new row is added at the end.
 
@@ -324,7 +326,7 @@ class SamplePages:
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
             is_rejected: Whether the page reports an error.
-            typed: Fields of the form that are not saved; None if the files have what was typed.
+            typed: Fields of the form that are not saved; None if the form shows the files.
         """
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
         try:
@@ -369,7 +371,7 @@ class SamplePages:
             change = plan_change(self.site, "samples", texts, run)
             if what == "save":
                 change = save_change(change, texts)
-            # each is said at its field
+            # changed sizes are reported at their fields, not in the note
             sizes = describe_changed_sizes(prompts_after, folder)
             change = replace(change, note=change.note.removeprefix(sizes).strip())
         except ChangedMeanwhileError:
@@ -401,7 +403,7 @@ def read_typed_texts(fields: Mapping[str, str]) -> dict[int, dict[str, str]]:
 
 
 def read_typed_rows(text: str, fields: Mapping[str, str]) -> list[PromptRow]:
-    """Return the rows of a form as they were typed. `text` is the content of the prompt file."""
+    """Return the rows with the values typed into a form. `text` is the content of the prompt file."""
     rows = []
     typed = read_typed_texts(fields)
     for edit in _read_edits(text, fields):

@@ -9,7 +9,7 @@ SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/downl
 
 
 def make_score_words(run: RunSummary, models: Path = MODELS) -> list[str]:
-    """Return the command that scores the samples of a run; [] if it has none, or if there is no model for it.
+    """Return the command that scores a run's samples; [] without samples or without a scoring model.
 
     Args:
         run: The run.

@@ -126,6 +126,40 @@ LARGEST_BODIES = {
 
 
 @dataclass
+class _BoundedBody:
+    """Counts the body of a request as it arrives, because a body in chunks has no Content-Length."""
+
+    receive: Receive
+    max_bytes: int
+    received_bytes: int = 0
+
+    async def receive_part(self) -> Message:
+        message = await self.receive()
+        self.received_bytes += len(message.get("body", b""))
+        if self.received_bytes > self.max_bytes:
+            raise HTTPException(413, f"A request has at most {self.max_bytes:,} bytes.")
+        return message
+
+
+@dataclass
+class _SentResponse:
+    """Adds the common headers to a response, and knows whether its headers have been sent."""
+
+    send: Send
+    complete_headers: Callable[[Sequence[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]]
+    removes_old_cookie: bool
+    has_begun: bool = False
+
+    async def send_part(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            message["headers"] = self.complete_headers(message["headers"])
+            if self.removes_old_cookie:
+                message["headers"].append((b"set-cookie", REMOVED_COOKIE))
+        await self.send(message)
+
+
+@dataclass
 class Gate:
     """Passes only requests that come from pages of this server, carry the token, and are small.
 
@@ -145,8 +179,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, and pass it on or reject it, with limits on its body and common headers.
 
-        The body is counted as it arrives, because one sent in chunks has no Content-Length. An error in a
-        route is answered with status 500, unless the response has already begun.
+        An error in a route is answered with status 500, unless the response has already begun.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -155,35 +188,17 @@ class Gate:
         is_below, scope = _leave_root(scope, access)
         request = Request(scope)
         root = access.root if access is not None and is_below else ""
-        is_begun = False
-        received = 0  # bytes
-        max_bytes = LARGEST_BODIES.get(request.url.path, MAX_BYTES)
-
-        async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                raise HTTPException(413, f"A request has at most {max_bytes:,} bytes.")
-            return message
-
-        async def send_guarded(message: Message) -> None:
-            nonlocal is_begun
-            if message["type"] == "http.response.start":
-                is_begun = True
-                message["headers"] = self._complete_headers(message["headers"])
-                if list_values(request.headers.get("cookie", ""), OLD_COOKIE):
-                    message["headers"].append((b"set-cookie", REMOVED_COOKIE))
-            await send(message)
-
+        body = _BoundedBody(receive, max_bytes=LARGEST_BODIES.get(request.url.path, MAX_BYTES))
+        has_old_cookie = bool(list_values(request.headers.get("cookie", ""), OLD_COOKIE))
+        response = _SentResponse(send, self._complete_headers, has_old_cookie)
         try:
             with speaking(choose_language(request)), serving_below(root):
                 rejection = self._find_rejection(request, access, is_below)
-                await (rejection or self.app)(scope, receive_bounded, send_guarded)
-        except Exception as error:  # whatever a damaged file leads to ends one request, in silence
+                await (rejection or self.app)(scope, body.receive_part, response.send_part)
+        except Exception as error:  # a damaged file may raise anything: only this one request fails
             logger.debug("%s", request.url.path, exc_info=error)
-            if not is_begun:
-                await answer_text(say("This cannot be shown."), 500)(scope, receive, send_guarded)
+            if not response.has_begun:
+                await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers of a response, with the default headers that it does not set itself."""

@@ -119,8 +119,8 @@ DATASET_KEYS: Mapping[str, Words] = {
 def rank_words(name: str) -> dict[str, int]:
     """Return other programs' names for an option or key, in English and in the language of the page.
 
-    The value of each name is the place of the option among those that it stands for: 0 for the one that acts
-    most.
+    A name may stand for several options. Its value is the rank of this one among them; 0 for the option with
+    the largest effect.
     """
     ranks: dict[str, int] = {}
     for word, names in WORDS.items():

@@ -48,7 +48,7 @@ class SettingsPages:
         return self.answer(is_asked=request.query_params.get("ask") == "empty")
 
     def answer(self, error: str = "", is_asked: bool = False) -> Response:
-        """Return the page. `error` is a message to show; `is_asked` asks whether to empty the bin."""
+        """Return the page with an error message. With `is_asked`, the page asks whether to empty the bin."""
         site = self.site
         bin_folder = open_bin(site)
         entries = bin_folder.list_entries()
@@ -132,6 +132,7 @@ class SettingsPages:
     def _words(
         self, host: str, port: int | None, token: str | None, worker: str, further: Sequence[Path] = ()
     ) -> list[str]:
+        """Return the command that starts a server; an option with None is left out of it."""
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,

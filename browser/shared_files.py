@@ -38,7 +38,7 @@ WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
 class Blank(NamedTuple):
-    """Bytes sent in place of those of a file; `data` is b"" for `size` zeros."""
+    """Bytes that are sent instead of the file's own; `data` is b"" for `size` zeros."""
 
     start: int
     size: int
@@ -59,18 +59,25 @@ def answer_shared_file(path: Path, request: Request) -> Response:
     size = path.stat().st_size
     blanks = find_blanks(path)
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}
-    begin, end, status = 0, size, 200
-    asked = RANGE.fullmatch(request.headers.get("range", ""))
-    if asked is not None and int(asked[1]) < size:
-        begin = int(asked[1])
-        end = min(size, int(asked[2]) + 1) if asked[2] else size
-        status = 206
-        if end <= begin:
-            begin, end, status = 0, size, 200
-        else:
-            headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
-    headers |= {"content-length": str(end - begin), "accept-ranges": "bytes"}
-    return StreamingResponse(_read_pieces(path, blanks, begin, end), status, headers)
+    status = 200
+    sent = _read_range(request.headers.get("range", ""), size)
+    if sent is None:
+        sent = range(size)
+    else:
+        status = 206  # partial content
+        headers["content-range"] = f"bytes {sent.start}-{sent.stop - 1}/{size}"
+    headers |= {"content-length": str(len(sent)), "accept-ranges": "bytes"}
+    return StreamingResponse(_read_pieces(path, blanks, sent.start, sent.stop), status, headers)
+
+
+def _read_range(header: str, size: int) -> range | None:
+    """Return the bytes that a Range header asks for; None if it asks for none that the file has."""
+    match = RANGE.fullmatch(header)
+    if match is None:
+        return None
+    begin = int(match[1])
+    end = min(size, int(match[2]) + 1) if match[2] else size
+    return range(begin, end) if begin < end else None
 
 
 def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Iterator[bytes]:
@@ -100,6 +107,7 @@ def find_blanks(path: Path) -> list[Blank]:
 
 
 def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
+    """Rewrite the header of a safetensors file without the metadata that must not be sent."""
     try:
         header = read_tensor_header(file.read, size)
     except ValueError:  # another kind of file has this name
@@ -125,59 +133,68 @@ def _may_be_sent(name: str, text: str) -> bool:
 
 
 def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
+    """Turn chunks with texts into unknown chunks of zeros; a chunk is length, kind, content and checksum."""
     if file.read(8) != PNG_START:
         return
     at = 8
     for _ in range(MAX_CHUNKS):
         file.seek(at)
-        start = file.read(8)
-        if len(start) < 8:
+        head = file.read(8)
+        if len(head) < 8:
             return
-        length, kind = int.from_bytes(start[:4], "big"), start[4:]
-        if at + 12 + length > size:
+        length = int.from_bytes(head[:4], "big")
+        kind = head[4:]
+        next_chunk = at + 8 + length + 4
+        if next_chunk > size:
             return
         if kind in PNG_TEXTS:
             content = PNG_BLANK + bytes(length)
-            yield Blank(at + 4, 8 + length, content + struct.pack(">I", zlib.crc32(content)))
-        at += 12 + length
+            checksum = struct.pack(">I", zlib.crc32(content))
+            yield Blank(at + 4, 8 + length, content + checksum)
+        at = next_chunk
 
 
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
-    waiting = [(0, size)]
+    """Turn boxes with texts into empty `free` boxes, as ISO 14496-12 describes boxes."""
+    unread = [(0, size)]  # begin and end of sequences of boxes
     for _ in range(MAX_CHUNKS):
-        if not waiting:
+        if not unread:
             return
-        at, end = waiting.pop()
+        at, end = unread.pop()
         file.seek(at)
-        start = file.read(16)
-        if len(start) < 8 or at + 8 > end:
+        head = file.read(16)
+        if len(head) < 8 or at + 8 > end:
             continue
-        length, kind, head = int.from_bytes(start[:4], "big"), start[4:8], 8
-        if length == 1 and len(start) == 16:
-            length, head = int.from_bytes(start[8:], "big"), 16
-        elif length == 0:
+        length = int.from_bytes(head[:4], "big")
+        kind = head[4:8]
+        head_bytes = 8
+        if length == 1 and len(head) == 16:  # a large box: its length follows in 64 bits
+            length = int.from_bytes(head[8:], "big")
+            head_bytes = 16
+        elif length == 0:  # up to the end of the file
             length = end - at
-        if length < head or at + length > end:
+        if length < head_bytes or at + length > end:
             continue
-        waiting.append((at + length, end))
+        unread.append((at + length, end))
         if kind in MP4_TEXTS:
             yield Blank(at + 4, 4, b"free")
-            yield Blank(at + head, length - head)
+            yield Blank(at + head_bytes, length - head_bytes)
         elif kind in MP4_OUTER:
-            waiting.append((at + head, at + length))
+            unread.append((at + head_bytes, at + length))
 
 
 def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
+    """Turn chunks with texts into `JUNK` chunks of zeros; a chunk is kind, length and content."""
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
     at = 12
     for _ in range(MAX_CHUNKS):
         file.seek(at)
-        start = file.read(8)
-        if len(start) < 8:
+        head = file.read(8)
+        if len(head) < 8:
             return
-        length = min(int.from_bytes(start[4:], "little"), size - at - 8)
-        if start[:4] in WAV_TEXTS:
+        length = min(int.from_bytes(head[4:], "little"), size - at - 8)
+        if head[:4] in WAV_TEXTS:
             yield Blank(at, 4, b"JUNK")
             yield Blank(at + 8, length)
         at += 8 + length + length % 2

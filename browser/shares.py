@@ -99,11 +99,11 @@ class Shares:
         return found[0] if found else None
 
     def of_run(self, run_id: str, session: int | None = None) -> list[ShareLink]:
-        """Return the links that show a run. `session` is that of its history."""
+        """Return the links to a run. `session` is the session id in its history."""
         return [share for share in self.list_all() if (share.run, share.session) == (run_id, session)]
 
     def add(self, run_id: str, days: int, session: int | None = None) -> ShareLink:
-        """Make a link that holds for `days`. `session` is that of the run's history.
+        """Create a link to a run that is valid for `days`. `session` is the session id in the run's history.
 
         Raises UserError if there are too many links, OSError if the link cannot be stored.
         """
@@ -158,7 +158,7 @@ def _is_same(word: str, typed: str) -> bool:
 
 
 def read_days(form: Form) -> int:
-    """Return for how many days a link is valid. Raises UserError if the field has no such number."""
+    """Return the number of days for which a link is valid. Raises UserError if the field is invalid."""
     days = parse_integer("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
         raise UserError(say("A link holds 1 to %(maximum)s days", maximum=MAX_DAYS))
@@ -172,7 +172,7 @@ def shared_clip(name: str, prompt: str, step: int) -> Markup:
 
 
 def _is_of_run(path: Path, run: RunSummary) -> bool:
-    """Return whether a file is named as a run's files and lies directly in its folder, not behind a link."""
+    """Return whether a file has a name of the run's files and is in the run's folder, not behind a link."""
     folder = run.history.parent
     return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
 
@@ -261,7 +261,7 @@ class SharePages:
     # ---- for the user
 
     def render(self, run_id: str, origin: str, is_open: bool = False, refused: str = "") -> str:
-        """Return the part of a run's page that shares it.
+        """Return the part of a run's page with its links.
 
         Args:
             run_id: Id of the run.
@@ -284,7 +284,7 @@ class SharePages:
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
     def find_origin(self, request: Request) -> str:
-        """Return the origin by which others reach this server."""
+        """Return the origin under which other machines reach this server."""
         public_origin = self.site.settings.public_origin
         return public_origin or f"http://{request.headers.get('host', '')}"
 

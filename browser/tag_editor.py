@@ -57,9 +57,9 @@ def split_section(section: str) -> list[str]:
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
-    """Return a caption in which `new` replaces the tag `old` and occurs once; "" removes the tag.
+    """Replace the tag `old` of a caption by `new`, and remove duplicates of `new`; "" removes the tag.
 
-    Lines without the tag stay as they are written.
+    Lines without the tag are unchanged.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -92,7 +92,7 @@ class TagEditor:
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Replace a tag in all captions of a folder, and return in words what was done.
+        """Replace a tag in all captions of a folder, and return a message about what was done.
 
         The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
 

@@ -88,7 +88,7 @@ class TagPages:
             folder: The folder.
             texts: Values of the form's fields.
             part: "form", "progress" or "editor"; "" for all three.
-            said: What was done, in words.
+            said: Message about what was done.
             refused: Reason why a button did nothing.
         """
         values: dict[str, Any] = {
@@ -115,7 +115,7 @@ class TagPages:
         return answer_template("tags.html", say("Tags"), values, is_rejected=refused != "")
 
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values for the form: the model, and the commands that the form stands for."""
+        """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
             lines = [
                 format_command(self.make_words(folder, texts, try_on), folder) for try_on in (TRIED, None)
@@ -161,7 +161,7 @@ class TagPages:
         return answer_unknown() if said is None else self.answer(folder, fields, part, said)
 
     def carry_out(self, folder: Path, what: str, fields: Mapping[str, str]) -> str | None:
-        """Do what a button requests; return what was done, in words, or None if there is no such button.
+        """Handle a button, and return a message about what was done; None if there is no button of this name.
 
         Raises UserError, OSError or ValueError.
         """

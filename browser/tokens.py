@@ -123,8 +123,8 @@ def is_own_connection(connection: Connection) -> bool:
 def find_owner(connection: Connection) -> int | None:
     """Return the id of the account that opened a connection on this machine.
 
-    Returns None if the system does not show it, or if another machine opened the connection. `ENDED` if the
-    owner has already closed it: it then belongs to nobody, which the system reports as root.
+    Returns None if the system does not show the owner, or if another machine opened the connection; ENDED if
+    the connection is already closed, because the system then reports root as its owner.
     """
     if not _SHOWS_OWNERS:
         return None

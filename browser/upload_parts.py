@@ -38,7 +38,7 @@ OLD_SECONDS = 60 * 60 * 24
 
 @dataclass(frozen=True)
 class Arriving:
-    """A file that arrives in pieces. `size` is that of the complete file, in bytes."""
+    """A file that arrives in pieces. `size` is the size of the complete file in bytes."""
 
     folder: Path
     name: str

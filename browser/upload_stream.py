@@ -14,9 +14,9 @@ DECODING = threading.Lock()
 
 
 async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, max_bytes: int) -> None:
-    """Write the bytes that arrive to a new file.
+    """Write the arriving bytes to a new file.
 
-    If this fails, the file is incomplete, and the caller removes it.
+    If an error is raised, the file is incomplete, and the caller has to remove it.
 
     Args:
         chunks: Bytes as they arrive.

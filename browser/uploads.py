@@ -222,9 +222,9 @@ class FileUploads:
         return await run_in_threadpool(answer_taken, folder)
 
     def find_target(self, into: str) -> Path:
-        """Return the folder that a text names. It need not exist if it is to be directly in a root.
+        """Return the folder to which a text refers. A folder directly in a root need not exist.
 
-        Raises OptionError if files may not be added there.
+        Raises OptionError if files may not be added to it.
         """
         folder = find_folder(self.runs, into)
         if folder is not None:
@@ -319,7 +319,7 @@ class FileUploads:
             raise
 
     def judge(self, path: Path, folder: Path) -> None:
-        """Raise UserError if a file is not what its name says, or is already in its folder."""
+        """Raise UserError if a file's content does not match its name, or is in the folder already."""
         try:
             check_content(path, find_kind(path.name))
         except (UserError, StopIteration) as error:

@@ -176,11 +176,11 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
     """
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
-    of_family = {**family["commands"], **entry.get("commands", {})}
-    further_words = entry.get("more", {})
+    command_by_step = {**family["commands"], **entry.get("commands", {})}
+    extra_words = entry.get("more", {})
     commands = {}
     for step in entry.get("steps", STEPS):
-        commands[step] = f"{of_family[step]} {further_words.get(step, '')}".rstrip()
+        commands[step] = f"{command_by_step[step]} {extra_words.get(step, '')}".rstrip()
     return ModelSet(
         family=entry["family"],
         task=entry["task"],

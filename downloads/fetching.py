@@ -229,7 +229,10 @@ def _shown(path: Path) -> str:
 
 
 def find_damage(path: Path, remote: RemoteFile) -> str | None:
-    """Return how a downloaded file is damaged, or None. Reads the whole file if there is a checksum."""
+    """Return a description of a downloaded file's damage, or None.
+
+    Reads it in full if there is a checksum.
+    """
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
@@ -299,9 +302,9 @@ def _receive(
     if have:
         logger.info("%s: continuing after %.1f GB", name, have / 1e9)
 
-    def ask(have: int, _: str | None) -> AbstractContextManager[Answer]:
-        # the checksum says whether it is one version: servers of a site may name it differently
-        return ask_http(remote.url, have, None, remote.headers)
+    def ask(start: int, _: str | None) -> AbstractContextManager[Answer]:
+        # the version tag is not compared: a site's servers may have different ones for equal files
+        return ask_http(remote.url, start, None, remote.headers)
 
     size = remote.size_bytes
     try:

@@ -76,7 +76,7 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
 
 
 def excludes_many(model_set: ModelSet) -> bool:
-    """Return whether a license excludes so many users that it has to be shown first."""
+    """Return whether a license excludes many users, so that it has to be shown first."""
     return any(component.licence.comes_first for component in model_set.components)
 
 

@@ -62,7 +62,7 @@ _OF_MANY = {"video", "image"}  # words that several models have in their names
 
 
 class NamedModel(NamedTuple):
-    """The model that a name stands for."""
+    """The model to which a name belongs."""
 
     family: str
     task: str | None  # None: it names the family alone
@@ -80,7 +80,7 @@ def is_task_spelling(text: str, task: str) -> bool:
 
 
 def has_other_number(text: str, task: str) -> bool:
-    """Return whether a text has a decimal number that equals one in a task's name but for the point."""
+    """Return whether a text has a decimal number that differs from one in a task's name only by its point."""
     numbers = re.findall(r"\d+(?:\.\d+)?", task)
     decimals = re.findall(r"\d+\.\d+", text)
     return any(number.replace(".", "") in numbers for number in decimals if number not in numbers)
@@ -198,12 +198,12 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
 
 
 def name_unsupported(text: str) -> str | None:
-    """Return the title of a known, unsupported model with whose name a text begins; None for others."""
+    """Return the title of a known, unsupported model if the text begins with its name; None otherwise."""
     return _find_subject(text, _NOT_HERE)
 
 
 def _find_subject(text: str, table: str) -> str | None:
-    """Return the table's entry with the longest prefix of a name; None if there is no prefix of it."""
+    """Return the table's entry whose key is the longest prefix of a name; None if no key is one."""
     plain = plain_name(text)
     beginnings: dict[str, str] = {}
     for line in table.split("\n"):

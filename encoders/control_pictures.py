@@ -23,12 +23,15 @@ from contract.data import (
 from contract.requests import Prepared, Request, check_opens
 from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.reading import read_image, resize_frame
+from modules.media.reading import read_image, read_mask, resize_frame
 from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
 CONTROL = "--cn"  # of a line of samples
+MASK = "--mk"  # likewise
+MASK_PATH = "mask_path"  # its key
+CONTROL_MASK = "control_mask"  # among conditions: B 1 H W uint8, 1 where the image is painted anew
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
@@ -110,6 +113,23 @@ def read_control(path: Path, width: int, height: int, strength: float) -> dict[s
         frame = resize_frame(frame, (width, height), "lanczos")
     pixels = rearrange(torch.from_numpy(frame.copy()), "h w c -> 1 c h w")
     return {CONTROL_PIXELS: pixels, CONTROL_STRENGTH: torch.tensor([strength])}
+
+
+def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
+    """Return a mask at a size, as conditions: 1 1 H W uint8, 1 from half gray on.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
+    frame = read_mask(path)
+    if frame.shape[:2] != (height, width):
+        frame = resize_frame(frame, (width, height), "nearest")
+    return {CONTROL_MASK: torch.from_numpy(frame[None, None, :, :, 0] >= 128).to(torch.uint8)}
+
+
+def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:
+    """Return the masks in the conditions, B 1 H W float32; None without them."""
+    return send_tensor(cond, CONTROL_MASK, device).float() if CONTROL_MASK in cond else None
 
 
 def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:

@@ -50,7 +50,7 @@ def _alone(name: str) -> str:
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word: it stands for all of its vectors; followed by 1, 2, ..., for a single later vector."""
+    """A new word for a prompt. Alone it means all of its vectors; with a 1, 2, ... appended, a single one."""
 
     text: str
     count: int = 1  # number of the word's vectors

@@ -41,7 +41,7 @@ class ModulationRows(nn.Module):
             self.rows = send_ahead(self.rows, device)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return this block's rows, each B S C, of a vector of all rows, B S M C float32."""
+        """Select this block's modulation rows, each B S C, from the rows of all blocks, B S M C float32."""
         # vector: B S M C float32 -> count tensors B S C
         return vector.index_select(2, self.rows).unbind(2)
 

@@ -134,17 +134,18 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
     _, table = DIALECTS["diffusers"]
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     weights = {}
-    parts: dict[str, dict[int, str]] = {}  # our name -> its parts, which are stacked by rows -> their names
+    # diffusers splits some of our weights by rows: names of the parts by index, for each weight of ours
+    parts_of: dict[str, dict[int, str]] = {}
     for name, shape in shapes.items():
         if name.startswith(OWN_PARTS):
             weights[name] = torch.zeros(shape)
         else:
-            ours, _, part = translate_name(name, table).partition("#")
-            parts.setdefault(ours, {})[int(part or 0)] = name
+            our_name, _, index = translate_name(name, table).partition("#")
+            parts_of.setdefault(our_name, {})[int(index or 0)] = name
     state = dit.state_dict()
-    for ours, by_row in parts.items():
-        names = [by_row[row] for row in sorted(by_row)]
-        stacked = state[ours].to("cpu", torch.float32)
+    for our_name, parts in parts_of.items():
+        names = [parts[index] for index in sorted(parts)]
+        stacked = state[our_name].to("cpu", torch.float32)
         rows = stacked.split([shapes[name][0] for name in names])
         weights |= {name: tensor.clone() for name, tensor in zip(names, rows, strict=True)}
     return weights
@@ -200,6 +201,6 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a trained file; `usual` is the command without it."""
+    """Return the command that generates with a trained file; `usual` is the command without this file."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]

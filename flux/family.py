@@ -72,7 +72,7 @@ CLIP_L_WIDTH = 768  # numbers of its pooled text
 class Flux(ModelOfImages):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
-    The transformer's file says whether it is dev, schnell or Chroma.
+    The transformer's file shows whether it is dev, schnell or Chroma.
     """
 
     files: FluxFiles

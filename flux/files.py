@@ -197,7 +197,7 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def kind(self) -> str:
-        """Kind of the transformer; without a file, that of --model_type."""
+        """Kind of the transformer; without a file, the kind given by --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().config.kind

@@ -41,7 +41,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def base_dtype(self) -> str:
-        """Dtype to compute in: that of --dtype, or bfloat16 if that has 8 bits."""
+        """Compute dtype: --dtype, or bfloat16 if --dtype has 8 bits."""
         return "bfloat16" if is_fp8(self.dtype) else self.dtype
 
     @property
@@ -64,7 +64,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
 
 class FluxImageOptions(Options, title="what to make"):
-    """The picture that flux_minimal_inference.py makes."""
+    """The image that flux_minimal_inference.py generates."""
 
     prompt: str = option("what the image shows", default="A photo of a cat")
     output_dir: Path = option("output folder", default=Path())
@@ -103,7 +103,7 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMin
 
 
 def is_fp8(dtype: str | None) -> bool:
-    """Return whether a dtype's name stands for 8 bits."""
+    """Return whether a dtype's name means 8 bits."""
     return dtype is not None and "8" in dtype and "16" not in dtype
 
 
@@ -161,7 +161,10 @@ def negative(text: str) -> str:
 
 
 def line_sizes(text: str) -> int:
-    """Return a side of a line in pixels, rounded up. Raises ValueError if it is not a whole number."""
+    """Parse the width or height of a prompt line, and round it up.
+
+    Raises ValueError if it is not an integer.
+    """
     return round_up_side(int(text))
 
 

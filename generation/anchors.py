@@ -83,12 +83,14 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
     half = kernel_size // 2
     if not half:
         return latents
-    deviation = 0.3 * (half - 1) + 0.8
-    places = torch.arange(-half, half + 1, device=latents.device, dtype=latents.dtype)
-    row = torch.softmax(-(places**2) / (2 * deviation**2), dim=0)
-    planes = functional.pad(latents.flatten(0, 2)[:, None], (half,) * 4, mode="replicate")
-    rows = functional.conv2d(planes, row.view(1, 1, 1, -1))
-    return functional.conv2d(rows, row.view(1, 1, -1, 1)).view(latents.shape)
+    sigma = 0.3 * (half - 1) + 0.8  # OpenCV's getGaussianKernel
+    offsets = torch.arange(-half, half + 1, device=latents.device, dtype=latents.dtype)
+    kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # softmax: the weights sum to 1
+    planes = latents.flatten(0, 2)[:, None]  # (B C F) 1 H W
+    padded = functional.pad(planes, (half,) * 4, mode="replicate")
+    # the kernel is separable: first along rows, then along columns
+    blurred_rows = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return functional.conv2d(blurred_rows, kernel.view(1, 1, -1, 1)).view(latents.shape)
 
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:

@@ -17,7 +17,7 @@ _HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 
 
 def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Callable[[], str]:
-    """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
+    """Return a function that asks for a line; like `input`, it raises EOFError and KeyboardInterrupt.
 
     `quit` and `exit` end the input too; `help` shows the options of a line and asks again. Lines are edited
     and recalled with the package prompt_toolkit, which also works on Windows, or else with readline.

@@ -340,7 +340,7 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
-    """Generate the latents of these clips; each is written as soon as it is finished."""
+    """Generate the latents of the clips, and write each of them as soon as it is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))

@@ -137,6 +137,18 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
     return torch.cat([frames, latents[:, :, frames.shape[2] :]], dim=2)
 
 
+def _fill_timesteps(step: steps.Step, batch_size: int, clean_streams: tuple[bool, bool]) -> Tensor:
+    """Return the timestep of each item, B; B 2, for images and audio, if the two streams may differ."""
+    timesteps = torch.full((batch_size,), step.timestep, device=step.noisy.device)
+    if step.audio_sigma is None and not any(clean_streams):
+        return timesteps
+    audio_timesteps = timesteps
+    if step.audio_sigma is not None:
+        audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
+    has_clean_images, has_clean_audio = clean_streams
+    return torch.stack([timesteps * (not has_clean_images), audio_timesteps * (not has_clean_audio)], dim=1)
+
+
 def predictor(
     family: Passes,
     dit_at: steps.DitAt,
@@ -162,19 +174,14 @@ def predictor(
     def predict(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
-        can_stack = not split and _are_alike(conditions)  # to one batch; others run one by one
+        can_stack = not split and _are_alike(conditions)
+        # passes that form one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
-            timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams) or step.audio_sigma is not None:  # B 2: of images, and of audio
-                audio_timesteps = timesteps
-                if step.audio_sigma is not None:
-                    audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
-                streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
-                timesteps = torch.stack([times * (not is_clean) for times, is_clean in streams], dim=1)
-            # ids tell passes apart: all steps of a section use the same objects
+            timesteps = _fill_timesteps(step, len(rows), clean_streams)
+            # identifies the pass: all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,

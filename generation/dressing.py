@@ -54,7 +54,9 @@ class DitLoader:
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
-        """Load an expert into host memory. Its weights are computed on the device, so that they are the same.
+        """Load an expert into host memory while another one runs.
+
+        LoRAs are merged and weights quantized on the device, as in any load, so that the results are equal.
 
         Args:
             expert: Index of the expert.
@@ -65,12 +67,13 @@ class DitLoader:
         """
         from running.offload.turns import HostCopy  # only for networks that take turns
 
-        place = None
+        host_weights = None
         if self.device.type != "cpu":
-            place = swapped_weights(self.family.dit, self.options.speed.swap, self.device, all_weights=True)
+            swap = self.options.speed.swap
+            host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
         with own_stream(self.device):
-            dit = self(expert, place, check)
-            return dit, HostCopy(dit, self.device, place)
+            dit = self(expert, host_weights, check)
+            return dit, HostCopy(dit, self.device, host_weights)
 
     def __call__(
         self, expert: int, place: HostWeights | None = None, check: Check | None = None
@@ -169,7 +172,7 @@ LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files with their strengths, by the expert of the option that names them."""
+    """Return the LoRA files and their strengths by expert: each option names the files of one expert."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -181,10 +184,20 @@ def key_of(expert: Expert) -> str:
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
+def _find_shared_uses(uses_by_key: "Mapping[str, Sequence[LoraUse]]", key: str) -> "list[LoraUse]":
+    """Return the files that the options of other experts name and that also have a LoRA for this expert."""
+    own_paths = {use.lora.path for use in uses_by_key[key]}
+    shared = []
+    for other_key, other_uses in uses_by_key.items():
+        if other_key != key:
+            shared += [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
+    return shared
+
+
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
-    """Return the LoRAs of each of the family's experts, in order; warn about those for a different expert.
+    """Return the LoRAs of each of the family's experts, in order; warn about LoRAs for a different expert.
 
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
     the files of --lora_weight, then of --lora_weight_high_noise.
@@ -197,7 +210,7 @@ def expert_loras(
 
     Raises:
         OptionError: If LoRAs are given for an expert that is not given.
-        CheckpointError: As `read_lora` and `networks.depths.fit_to_file` do.
+        CheckpointError: If a LoRA file is not valid or does not fit the model.
     """
     experts = family.experts
     files_by_key = list_loras(options)
@@ -214,16 +227,8 @@ def expert_loras(
     _warn_of_missing_experts(uses_by_key, keys)
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
-        own_uses = uses_by_key[key]
-        own_paths = {use.lora.path for use in own_uses}
-        # files that the option of another expert names, with a LoRA for each expert
-        shared_uses = [
-            use
-            for other_key, other_uses in uses_by_key.items()
-            for use in other_uses
-            if other_key != key and use.lora.parts and use.lora.path not in own_paths
-        ]
-        expert_uses.append(tuple(use.for_expert(expert.name) for use in (*own_uses, *shared_uses)))
+        uses_of_expert = [*uses_by_key[key], *_find_shared_uses(uses_by_key, key)]
+        expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
     from networks.depths import fit_to_file, is_grown
 
     # decoding latents runs no transformer

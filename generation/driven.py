@@ -17,6 +17,7 @@ Answers go to what was standard output; what else is printed goes to standard er
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -187,20 +188,18 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
     """Generate a request. Raises UserError if it fails."""
     job = make_job(run, LABEL, values)
     answers.tell("begun", steps=job.prepared.num_steps)
-    num_done = 0
+    counter = itertools.count(1)
 
-    def tell_step(step: StepDone) -> bool:
-        nonlocal num_done
-        num_done += 1
+    def report_step(step: StepDone) -> bool:
         # a family's own solver decides the number of steps itself
         changed_total = {} if step.section.solver is None else {"steps": step.step.num_steps}
-        answers.tell("step", done=num_done, **changed_total)
+        answers.tell("step", done=next(counter), **changed_total)
         return False  # denoising continues
 
-    def tell_phase(what: str) -> None:
+    def report_phase(what: str) -> None:
         answers.tell("phase", what=what)
 
-    watched = replace(run, watchers=[tell_step], on_phase=tell_phase)
+    watched = replace(run, watchers=[report_step], on_phase=report_phase)
     for path in make_outputs(watched, [job], failures).values():
         answers.tell("made", file=str(path.absolute()))
 

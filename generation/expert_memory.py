@@ -167,7 +167,7 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
     Usually there is one. If several remain, only a rehearsal shows which one needs the most memory: a longer
     video made in sections may need no more than a short one.
     """
-    # requests of equal size replace each other; sorted, so that one that also encodes media is kept
+    # only the last request of each size is used: one that also encodes media, if there is one
     request_by_size: dict[tuple[int, int, int], Prepared] = {}
     for prepared in sorted(requests, key=lambda prepared: needs_media(family, prepared)):
         paths = () if family.references is None else prepared.request.control_images

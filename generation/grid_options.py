@@ -136,8 +136,9 @@ def list_cells(
         line: Values of the prompt line, which the values of the axes override.
     """
     axis_keys = {axis.option.key for axis in axes}
-    for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):
-        indices = row_first[::-1]  # in the order of the axes
+    # the last axis, which runs vertically, varies slowest
+    for reversed_indices in product(*(range(len(axis.texts)) for axis in reversed(axes))):
+        indices = reversed_indices[::-1]
         values = {key: value for key, value in line.items() if key not in axis_keys}
         # unset the options that an axis replaces; if such an option is an axis too, it is set below
         for axis in axes:

@@ -8,7 +8,7 @@ from modules.text_files import read_object, read_text
 
 
 def read_named_object(text: str) -> str:
-    """Return the content of the file that `@caption.json` names; any other text is returned unchanged.
+    """Replace a prompt such as `@caption.json` by the content of this file; return any other text unchanged.
 
     Raises:
         OptionError: If the file cannot be read or holds no JSON object, or if a browser page made the

@@ -419,7 +419,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> Pars
 
 
 def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
-    """Return the entries of the parsed arguments that come from the family's script instead of an option."""
+    """Return the values of the parsed arguments that the family's script sets and that are not options."""
     return {
         "extras": {},
         "line_options": defaults.line_options,

@@ -219,7 +219,7 @@ def explain_lack(stays: str) -> Iterator[None]:
     """Turn an out-of-memory error in the block into a UserError.
 
     Args:
-        stays: Sentence about what was kept and how to continue.
+        stays: Sentence about what was saved and how to continue.
     """
     try:
         yield
@@ -553,7 +553,7 @@ def save_merged_model(
     targets = [
         path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
     ]
-    # without experts the only file is written even without LoRAs
+    # a single file is written even without LoRAs
     changed = [index for index in range(len(files)) if uses[index] or not has_names]
     if not changed:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")

@@ -57,6 +57,7 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "am": prompt_lines.LineOption("control_multiplier", _read_leading_number),
     # of inpainting models
     "m": prompt_lines.LineOption("mask_path", prompt_lines.read_path),
+    "mk": prompt_lines.LineOption("mask_path", prompt_lines.read_path),
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),

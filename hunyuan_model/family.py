@@ -126,7 +126,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def moments(self) -> data.MomentsRules:
-        """Rules for moments, which can be used; image-to-video needs those of first frames too."""
+        """Rules for cached moments; image-to-video also needs the moments of first frames."""
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:

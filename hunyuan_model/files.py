@@ -95,7 +95,7 @@ class HunyuanFiles(TransformerFiles):
         ]
 
     def multiply_text(self, dit: nn.Module) -> nn.Module:
-        """Scale the text tokens in a loaded transformer as --te_multiplier says, and return it."""
+        """Scale the text tokens of a loaded transformer by --te_multiplier, and return the transformer."""
         if self.reading.text_multipliers is not None:
             multiply_text(dit, self.refiner, *self.reading.text_multipliers)
         return dit

@@ -134,7 +134,7 @@ class HunyuanCausalConv(nn.Module):
         for start, stop in steps(frames, channels * height * width, chunk):
             piece = self._convolve(self._pad(x, start, stop, factors))
             if out is None:
-                if stop - start == frames:
+                if stop - start == frames:  # the only piece
                     return piece
                 size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)

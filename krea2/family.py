@@ -84,7 +84,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name in caches and saved files, which differs for edits."""
+        """Name in caches and saved files; models for edits have a different one."""
         return "krea2_edit" if self.edits else "krea2"
 
     @property
@@ -121,7 +121,7 @@ class Krea2(pictures.ModelOfImages):
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
-        """Return the release that --dit_variant names; without it, what the transformer's file says."""
+        """Return the release that --dit_variant names; without it, the release in the transformer's file."""
         variant = getattr(self.options, "dit_variant", None)
         if variant is not None:
             return Krea2Release(variant == own.TURBO, f"--dit_variant {variant}")

@@ -168,7 +168,10 @@ def check_mu(mu: float, option: str) -> None:
 
 
 def check_levels(levels: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError if noise levels are given in two ways. `levels` are the given ones of `EXTRAS`."""
+    """Raise OptionError if two options set the noise levels.
+
+    `levels` are the options of `EXTRAS` that are set.
+    """
     if levels and has_shift:
         typed = " ".join(f"--{name}" for name in levels)
         raise OptionError(

@@ -336,8 +336,10 @@ class LtxBlock(nn.Module):
     def _see_other(
         self, names: StreamNames, other: StreamNames, x: Tensor, other_x: Tensor, tokens: LtxTokens
     ) -> Tensor:
+        """Return the attention of a stream's tokens x, B L W, to the tokens of the other stream."""
         layer = getattr(self, names.cross_attn)
-        stream, other_stream = tokens.streams[names], tokens.streams[other]
+        stream = tokens.streams[names]
+        other_stream = tokens.streams[other]
         assert stream.cross is not None
         assert other_stream.cross is not None
         query = layer.queries(x, stream.cross.rotary)
@@ -381,7 +383,7 @@ def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: i
     hidden = UNSEEN * (1 - membership) * (1 - is_video[:, None])  # L R: keys of the other references
     queries = torch.stack([is_video, logarithms, *membership.unbind(1)], dim=1)
     keys = torch.stack([logarithms, is_video, *hidden.unbind(1)], dim=1)
-    padding = (0, -queries.shape[1] % 8)  # kernels take such widths
+    padding = (0, -queries.shape[1] % 8)  # kernels need widths that are multiples of 8
     return functional.pad(queries, padding), functional.pad(keys, padding)
 
 
@@ -392,13 +394,15 @@ def _attend_dimmed(
 
     `more_queries` and `more_keys` are the additional channels, L E each.
     """
-    width, num_more = query.shape[-1], more_queries.shape[-1]
-    root = math.sqrt(width + num_more)  # by which attention divides the logits
+    width = query.shape[-1]
+    num_more = more_queries.shape[-1]
+    divisor = math.sqrt(width + num_more)  # attention divides the logits by it
     shape = (*query.shape[:3], num_more)
-    query_end = (more_queries * root)[None, :, None].expand(shape)
-    key_end = more_keys[None, :, None].expand(shape)
-    query = torch.cat([query * (root / math.sqrt(width)), query_end.to(query.dtype)], dim=-1)
-    key = torch.cat([key, key_end.to(key.dtype)], dim=-1)
+    extra_query = (more_queries * divisor)[None, :, None].expand(shape)  # added to the logits undivided
+    extra_key = more_keys[None, :, None].expand(shape)
+    scaled_query = query * (divisor / math.sqrt(width))  # as if attention divided by sqrt(width)
+    query = torch.cat([scaled_query, extra_query.to(query.dtype)], dim=-1)
+    key = torch.cat([key, extra_key.to(key.dtype)], dim=-1)
     value = functional.pad(value, (0, num_more))
     choice = replace(tokens.attention, mode=SDPA.mode)
     return _attend(query, key, value, replace(tokens, attention=choice))[..., :width]

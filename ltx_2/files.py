@@ -134,7 +134,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def vae_path(self) -> Path:
-        """Path of the video VAE: that of its option, else the released file or folder."""
+        """Path of the video VAE: its option, else the released file or folder."""
         return self._find_part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
 
     @property

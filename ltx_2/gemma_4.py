@@ -139,7 +139,7 @@ def _read_version(checkpoint: Checkpoint, key: str) -> str | None:
 
 
 def check_version(transformer: Path, gemma: Path) -> None:
-    """Raise CheckpointError if the transformer's file says that it was trained with another Gemma."""
+    """Raise CheckpointError if the transformer's metadata names another Gemma version."""
     trained_with = read_once(transformer, wanted_gemma)
     version = read_once(gemma, _own_version)
     if trained_with is not None and version != trained_with:

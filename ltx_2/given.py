@@ -82,14 +82,16 @@ class Extension:
             who: Names of the samples, for messages.
             what: What the latents are, for messages.
         """
-        first, second = draws[0], draws[0 if self.is_one_draw else 1]
+        prefix_draws = draws[0]
+        suffix_draws = prefix_draws if self.is_one_draw else draws[1]
         if self.prefix + self.suffix >= count:
             raise DatasetError(
                 f"{who[0]} has {count} {what}, and {self.prefix} at its start and {self.suffix} at its end "
                 "are given: nothing would be learned. Give fewer, or longer clips"
             )
-        prefixes = mark_ends(count, self.prefix, 0) & (first < self.prefix_p)[:, None]
-        return prefixes | (mark_ends(count, 0, self.suffix) & (second < self.suffix_p)[:, None])
+        is_prefix = mark_ends(count, self.prefix, 0) & (prefix_draws < self.prefix_p)[:, None]
+        is_suffix = mark_ends(count, 0, self.suffix) & (suffix_draws < self.suffix_p)[:, None]
+        return is_prefix | is_suffix
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class MaskRule:
 
 @dataclass(frozen=True)
 class AnchorRule:
-    """Whole latent frames that are given."""
+    """Rule for single latent frames that are given in full."""
 
     probability: float
     strategy: str
@@ -144,7 +146,7 @@ class KeyframeRule:
     max_interior: int  # latent frames between the ends, at most
 
     def choose(self, frames: int, generator: torch.Generator) -> list[int]:
-        """Return the latent frames, in order, of clips that have so many."""
+        """Return the indices of the given latent frames of clips with `count` of them, ascending."""
         first, last, interior, fraction = torch.rand(4, generator=generator).tolist()
         between = min(self.max_interior, frames - 2)
         count = 1 + int(fraction * between) if between > 0 and interior < self.interior else 0

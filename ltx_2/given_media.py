@@ -154,7 +154,7 @@ def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> 
 
 
 def mark_inside(region: Rectangle, rows: int, columns: int, step: int) -> Tensor:
-    """Return which latents, H W bool, lie entirely in a region of pixels."""
+    """Return whether each latent, H W bool, is completely inside a region of pixels."""
     top = round_up(region.top, step)
     left = round_up(region.left, step)
     bounds = (top, left, region.top + region.height, region.left + region.width)
@@ -187,7 +187,7 @@ class GivenImages:
 def encode_images(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Encode, latent: LatentSpec, crf: int
 ) -> dict[str, Tensor]:
-    """Return the latents of what is kept of images, and their shares; {} if nothing is.
+    """Return the latents of the kept parts of images, and their shares; {} if no part is kept.
 
     Args:
         media: Options of what is kept.
@@ -291,7 +291,7 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of what is kept of the audio, and their shares; {} if nothing is.
+    """Return the latents of the kept parts of the audio, and their shares; {} if no part is kept.
 
     Args:
         media: Options of what is kept.
@@ -308,12 +308,12 @@ def encode_given_audio(
     seconds = prepared.frames / prepared.fps
 
     def keep(samples: Tensor, is_kept: Tensor) -> None:
-        nonlocal clean
+        """Encode samples of the full length, and keep the latents where `is_kept`, T."""
         latents = encode(samples, prepared.frames, prepared.fps).float().cpu()
-        clean = torch.where(is_kept[:, None], latents, clean)
+        clean.copy_(torch.where(is_kept[:, None], latents, clean))
         shares.masked_fill_(is_kept[:, None], WHOLE)
 
-    starts, ends = audio_bounds(count)
+    starts, ends = audio_bounds(count)  # seconds of each latent
     retaken = media.retaken
     if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)

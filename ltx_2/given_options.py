@@ -41,7 +41,7 @@ def _one_end(kind: str, end: str) -> Any:
 
 
 class Ltx2GivenParts(Options, title="given parts of clips"):
-    """Which latents keep time 0 and stay out of the loss, beside the first frame; drawn for each clip."""
+    """Latents that keep time 0 and are excluded from the loss, like the first frame; drawn for each clip."""
 
     ltx2_extend_prefix_frames: int = _frames(
         "latent frames at the start of clips that are given: a LoRA that continues clips; "
@@ -247,6 +247,10 @@ def read_recipe(path: Path, streams: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
+    """Return the options for a condition of a recipe file, by their names.
+
+    `RECIPES` maps the keys of each type of condition to options; "" is the switch for the type itself.
+    """
     kind = condition.get("type") if isinstance(condition, dict) else None
     names = RECIPES.get((stream, str(kind)))
     if names is None:
@@ -260,7 +264,9 @@ def _read_condition(condition: Any, stream: str, who: str) -> dict[str, Any]:
     _check_keys(given, set(names) - {""}, who)
     given.setdefault("probability", 1.0)
     values = {names[key]: value for key, value in given.items()}
-    return {**values, names[""]: True} if "" in names else values
+    if "" in names:
+        values[names[""]] = True
+    return values
 
 
 def _check_keys(table: Any, known: set[str], who: str) -> None:

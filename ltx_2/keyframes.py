@@ -28,7 +28,7 @@ FIRST = -1  # frame of an image that is for all of the video
 
 
 def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:
-    """Raise OptionError if a keyframe of a result of so many frames cannot be opened, or is outside of it."""
+    """Raise OptionError if a keyframe cannot be opened, or if its index is beyond the result's frames."""
     for image in images:
         check_opens("keyframe", image.path, is_image=True)
         if not FIRST <= image.index < frames:
@@ -47,7 +47,7 @@ def encode_keyframes(
         images: The keyframes.
         prepared: The request, or that of a stage.
         encode: Encodes pixels 1 3 F H W.
-        crf: H.264 quality at which they are seen.
+        crf: H.264 quality to which the images are compressed first, as in training.
     """
     if not images:
         return {}
@@ -111,7 +111,7 @@ def append_keyframes(
 
 
 def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
-    """Return what is given of a clip, and of keyframes behind it.
+    """Return how much of each latent of a clip, and of the keyframes behind it, is given.
 
     Args:
         given: What is given of the clip alone; None if it is nothing.

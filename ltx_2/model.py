@@ -90,18 +90,22 @@ class TokenTimes:
 
 
 def find_token_times(inputs: StreamInputs, given: Tensor) -> TokenTimes:
-    """Return the times of tokens whose shares are `given`, and of those in front of them.
+    """Return the fraction of the timestep of each token of a stream, references first.
 
-    `given` has the shares of the stream's latents, as in `GivenTokens`, B 1 ... on the host.
+    Args:
+        inputs: Inputs of the stream.
+        given: How much of each latent is given, from 0 to WHOLE, B 1 ... on the host; see `GivenTokens`.
     """
-    latents, references = inputs.latents, inputs.references
-    in_given_frames = inputs.num_given - sum(references.counts)
+    latents = inputs.latents
+    references = inputs.references
+    num_reference_tokens = sum(references.counts)
+    num_given_tokens = inputs.num_given - num_reference_tokens  # of completely given frames
     with disable_modes():  # they have values even in a rehearsal of memory
         shares = given.flatten(1).expand(len(latents), -1).clone()
-        shares[:, :in_given_frames] = WHOLE
-        in_front = shares.new_full((len(latents), sum(references.counts)), WHOLE)
-        in_front -= round(WHOLE * references.share)
-        distinct, indices = torch.cat([in_front, shares], dim=1).unique(return_inverse=True)
+        shares[:, :num_given_tokens] = WHOLE
+        reference_share = WHOLE - round(WHOLE * references.share)
+        reference_shares = shares.new_full((len(latents), num_reference_tokens), reference_share)
+        distinct, indices = torch.cat([reference_shares, shares], dim=1).unique(return_inverse=True)
     fractions = 1 - distinct.float() / WHOLE
     return TokenTimes(send_ahead(fractions, latents.device), send_ahead(indices, latents.device))
 

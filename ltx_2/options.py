@@ -332,10 +332,10 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
 
 
 def with_recipe(options: R) -> R:
-    """Return the options with what the file of --ltx2_conditioning_config says, and without this file.
+    """Return the options with the settings of --ltx2_conditioning_config applied, and this option removed.
 
     Raises:
-        OptionError: If the file is wrong, or says something else than an option that is given.
+        OptionError: If the file is not valid, or contradicts an option that was typed.
     """
     path = options.given.ltx2_conditioning_config
     if path is None:

@@ -272,7 +272,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
-    """Raise OptionError if the reduced size of references is not a whole number of latents."""
+    """Raise OptionError if the reduced size of references is not a multiple of a latent's size."""
     step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(

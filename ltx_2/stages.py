@@ -96,7 +96,7 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Split the request of a clip into one for each stage. `dtype` is that of the upscalers."""
+        """Split the request of a clip into one for each stage. `dtype` is the dtype of the upscalers."""
         request = prepared.request
         if request.source is not None:
             raise OptionError(
@@ -253,7 +253,7 @@ def stage_sections(
 
 
 def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
-    """Return latents at a noise level, on the device of the clean ones."""
+    """Blend clean latents with noise at a noise level, on the device of the clean latents."""
     return (1 - level) * clean + level * drawn.to(clean.device)
 
 

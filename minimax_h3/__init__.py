@@ -18,7 +18,7 @@ reference_options: options of keyframes and references
 reference_sound: sound of references: read, cut, resampled
 references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
-audio: the VAE of sound, and its files
+audio: the audio VAE and its files
 training_inputs: conditions of a training, and what a teacher sees
 training_options: own options for training, names of other trainers
 vae_checkpoints: files of the video VAE: dialects, dimensions

@@ -31,7 +31,7 @@ SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
 
 
 class Rows(NamedTuple):
-    """Keys of the states of a presentation, and of their tags."""
+    """Keys of the text encoder's states in a cache file, and of the tags of these states."""
 
     states: str
     tags: str

@@ -78,7 +78,7 @@ def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LI
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a name is that of latents of an image or a clip (which get noise), not of audio."""
+    """Return whether a name belongs to latents of an image or a clip, which get noise, not of audio."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO

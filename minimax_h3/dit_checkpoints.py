@@ -95,7 +95,8 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     own. Raises CheckpointError for another file.
     """
     names = checkpoint.tensors
-    if MARK in names and "adaln_t_table" in names or MARK in names and "video_patch_proj.weight" in names:
+    has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names
+    if MARK in names and has_released_names:
         is_trained = checkpoint.metadata.get(LAYOUT_KEY) == STACKED
         dialect = STACKED if is_trained else layout or find_layout(checkpoint.path)
         mark = MARK
@@ -104,12 +105,12 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
         mark = DIFFUSERS_MARK
     else:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    if checkpoint.metadata.get(LAYOUT_KEY) is None:  # no file that was trained here, which has any name
+    if checkpoint.metadata.get(LAYOUT_KEY) is None:  # files trained here may have any name
         _reject_other_model(checkpoint.path)
-    stored_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(
-        checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
-    )
+    tensor_shapes = {name: info.shape for name, info in names.items()}
+    if dialect == DIFFUSERS:
+        tensor_shapes = joined_shapes(tensor_shapes, TABLE)
+    shapes = DitShapes(checkpoint.path, tensor_shapes, NAME)
     config = _read_config(shapes)
     frequencies = _read_frequencies(checkpoint)
     if frequencies is not None:

@@ -216,7 +216,7 @@ class H3Files(LanguageModelFiles):
         return inside(super().dit_path, "transformer")
 
     def check_task(self) -> None:
-        """Raise OptionError if the name of the transformer says that it is for another task."""
+        """Raise OptionError if the transformer's name contains another task."""
         found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
         wanted = "ref2va" if self.task == "ref2va" else "fl2va"
         if found not in (None, wanted):

@@ -58,7 +58,7 @@ class H3Condition:
         return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
-        """Return its time, at least that of the learned frames, `image_time`."""
+        """Return the condition's time; for images at least `image_time`, the time of the learned frames."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
@@ -94,7 +94,7 @@ class H3Tokens:
 
     @property
     def image(self) -> int:
-        """Number of tokens of the learned frames, V."""
+        """Number of tokens V of the frames to denoise."""
         return self.grid.tokens
 
 
@@ -185,7 +185,7 @@ class H3TokenRefiner(nn.Module):
 
 
 def _make_modulation(config: H3Config, rows: int) -> nn.ModuleDict:
-    """Return the layer that makes so many rows of an embedded time."""
+    """Return the layer that computes `rows` modulation rows from an embedded time."""
     return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
 
 

@@ -87,6 +87,6 @@ MARKS: Marks = (
     ("adaln_t_table", "a pruned MiniMax-H3 transformer (--dit)"),
     ("video_patch_proj.weight", "a MiniMax-H3 transformer (--dit)"),
     ("audio_proj_in.weight", "a MiniMax-H3 transformer in diffusers layout (--dit)"),
-    ("decoder.proj_out.weight", "MiniMax-H3's VAE of pictures (--video_vae)"),
-    ("encoder.block.0.weight_g", "MiniMax-H3's VAE of sound (--audio_vae)"),
+    ("decoder.proj_out.weight", "MiniMax-H3's video VAE (--video_vae)"),
+    ("encoder.block.0.weight_g", "MiniMax-H3's audio VAE (--audio_vae)"),
 )

@@ -49,10 +49,11 @@ def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     if size >= length:
         return TileRow((0,), length, ())
     count = max(2, math.ceil((length - minimum) / (size - minimum)))
-    overlaps = [minimum] * (count - 1)
-    rest = size * count - sum(overlaps) - length
-    for number in range(rest // step):
-        overlaps[number % (count - 1)] += step
+    num_overlaps = count - 1
+    overlaps = [minimum] * num_overlaps
+    excess = size * count - sum(overlaps) - length  # pixels that the tiles cover beyond `length`
+    for number in range(excess // step):
+        overlaps[number % num_overlaps] += step
     starts = [0]
     for overlap in overlaps:
         starts.append(starts[-1] + size - overlap)

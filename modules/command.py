@@ -92,7 +92,7 @@ def wants_color(stream: Any) -> bool:
 
 @contextlib.contextmanager
 def each_warning_once() -> Iterator[None]:
-    """Show no warning twice inside the block: each line of a prompt file would repeat those about options."""
+    """Log each warning only once in the block: every line of a prompt file repeats warnings about options."""
     filters = [(handler, _RepeatedWarnings()) for handler in logging.getLogger().handlers]
     for handler, repeated_warnings in filters:
         handler.addFilter(repeated_warnings)
@@ -246,12 +246,13 @@ def _check_launcher() -> None:
             raise OptionError(
                 f"the environment has {name}={one_line(value)}, which is no number. {_REMEDY}, which set it"
             )
-    for rank, count in zip(RANK, COUNT, strict=True):
-        of, all_of = os.environ.get(rank), os.environ.get(count)
-        if of and all_of and not 0 <= int(of) < int(all_of):
+    for rank_name, count_name in zip(RANK, COUNT, strict=True):
+        rank = os.environ.get(rank_name)
+        count = os.environ.get(count_name)
+        if rank and count and not 0 <= int(rank) < int(count):
             raise OptionError(
-                f"the environment has {rank}={of} and {count}={all_of}: processes are numbered from 0. "
-                f"{_REMEDY}, which set both"
+                f"the environment has {rank_name}={rank} and {count_name}={count}: processes are numbered "
+                f"from 0. {_REMEDY}, which set both"
             )
 
 
@@ -277,7 +278,7 @@ def explain_compilation(error: Exception) -> str | None:
 
 
 def _find_folder_with_blank(command: str) -> str | None:
-    """Find a folder of torch, or of its compiled code, whose path is in a failed command and has a blank.
+    """Find a folder of torch or its compiled code that is in a failed command and whose path has a blank.
 
     torch does not quote paths in such commands, so that the compiler takes the path for two.
     """
@@ -347,16 +348,17 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     Args:
         word: Word that is not known.
         names: Known names.
-        min_similar: Similarity that a name needs, up to 1 for equal ones.
+        min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
     names = list(names)
-    near = difflib.get_close_matches(word[:MAX_OF_WORD], names, 1, min_similar)
-    if not near:
-        beginnings = [name for name in names if name and word.startswith(f"{name}_")]
-        near = sorted(beginnings, key=len)[-1:]
-    if not near and word:
-        near = [name for name in names if name.lower().startswith(f"{word.lower()}_")]
-    return f" Did you mean {near[0]}?" if len(near) == 1 else ""
+    similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
+    if similar:
+        return f" Did you mean {similar[0]}?"
+    beginnings = [name for name in names if name and word.startswith(f"{name}_")]
+    if beginnings:
+        return f" Did you mean {max(reversed(beginnings), key=len)}?"
+    continuations = [name for name in names if word and name.lower().startswith(f"{word.lower()}_")]
+    return f" Did you mean {continuations[0]}?" if len(continuations) == 1 else ""
 
 
 def as_typed(words: Sequence[str]) -> str:

@@ -30,17 +30,21 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     All texts are shown verbatim: markup is not interpreted and control codes are written out.
     """
     filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
-    shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)
-    below = [line for what, text in shown for line in (f"{what}:", f"  {text}")]
+    lines_below = []
+    for what, text in commands:
+        if text:
+            lines_below += [f"{escape_control_codes(what)}:", f"  {escape_control_codes(text)}"]
     title = escape_control_codes(title)
     width = max((count_columns(label) for label, _ in filled), default=0)
     lines = [title]
-    for label, text in filled:  # indented, with the texts below each other
+    indent = " " * (len("  ") + width + len(": "))  # texts are aligned behind the labels
+    for label, text in filled:
         start = f"  {label}: " + " " * (width - count_columns(label))
         first, *following = text.split("\n")
-        lines += [start + first, *(" " * (width + 4) + line for line in following)]
-    draw = partial(draw_box, title, filled, below)
-    logger.info("%s", "\n".join([*lines, *below]), extra={"draw": draw})
+        lines += [start + first, *(indent + line for line in following)]
+    # a terminal draws the box, a log file gets the lines
+    draw = partial(draw_box, title, filled, lines_below)
+    logger.info("%s", "\n".join([*lines, *lines_below]), extra={"draw": draw})
 
 
 def count_columns(text: str) -> int:
@@ -160,7 +164,7 @@ def count_words(number: int, words: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the log inside: the real run would repeat every line."""
+    """Turn off the log in the block, because the real run logs the same lines."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -55,7 +55,7 @@ NO_MEMORY = (
 
 
 def select_device(name: str | None) -> torch.device:
-    """Return the device of that name; without a name CUDA, else MPS, else the CPU.
+    """Return the device with a name; without a name, CUDA if available, else MPS, else the CPU.
 
     CUDA is also set to compute float32 exactly. A GPU that is named with its index becomes the current one,
     because pinning and synchronizing act on the current GPU, and would otherwise also use memory of GPU 0.
@@ -161,7 +161,7 @@ def make_deterministic() -> None:
 
 
 def leave_cudnn_out(device: torch.device) -> None:
-    """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail.
+    """Turn off cuDNN in torch, because on some GPUs, mostly AMD's, its convolutions are slow or fail.
 
     Warns if the device is not a CUDA device, as it then has no cuDNN.
     """

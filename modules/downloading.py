@@ -226,14 +226,14 @@ def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
 
 
 def _check_answer(address: str, answer: "requests.Response") -> None:
-    """Raise BrokenTry or RefusedBySite if the answer is not the file."""
+    """Raise BrokenTry if a new attempt may succeed, RejectedBySite if the response is not the file."""
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
         raise RejectedBySite("the site passes it on without encryption")
     if code in AGAIN or code >= 500:
         raise BrokenTry(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)
-    if code == 416:  # what is there now is shorter than what is here
+    if code == 416:  # range not satisfiable: the site's file is now shorter than the part on this disk
         raise BrokenTry("the site cannot continue the file", from_start=True)
     if code not in (200, 206):
         meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}

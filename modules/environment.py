@@ -87,23 +87,27 @@ def prepare_environment(
     else:
         folder = ROOT / ".venv"
         python = python_of(folder)
-    stamp = folder / f"reelsmith-{extra or ('runtime' if build is None else 'page')}.stamp"
-    # a killed installer may leave half a package, which it would take for complete the next time
+    # the stamp file holds a hash of what is installed; it is removed during an installation
+    default_name = "runtime" if build is None else "page"
+    stamp = folder / f"reelsmith-{extra or default_name}.stamp"
+    # a killed installer may leave an incomplete package, which the next one would take for complete
     was_killed = build is not None and not stamp.exists()
     if was_killed or not python.exists():
         create_environment(folder, may_inherit=build is None)
-    marks = [sys.version, *packages_to_install, *([] if build is None else [build.name])]
-    mark = hashlib.sha256("\n".join(marks).encode()).hexdigest()
-    before = stamp.read_bytes() if stamp.exists() else None
-    if is_replacing or before != mark.encode():
+    installed = [sys.version, *packages_to_install]
+    if build is not None:
+        installed.append(build.name)
+    new_hash = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+    old_hash = stamp.read_bytes() if stamp.exists() else None
+    if is_replacing or old_hash != new_hash.encode():
         stamp.unlink(missing_ok=True)
         try:
             _install(python, packages_to_install, build, is_replacing)
         except UserError:
-            if before is not None:  # the installer was not killed, so installed packages are complete
-                stamp.write_bytes(before)
+            if old_hash is not None:  # the installer was not killed, so installed packages are complete
+                stamp.write_bytes(old_hash)
             raise
-        stamp.write_text(mark, encoding="utf-8")
+        stamp.write_text(new_hash, encoding="utf-8")
     return python
 
 
@@ -197,17 +201,17 @@ def _install_lines(
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
             return
-        said = _run_installer([*command[:3], "--quiet", *command[3:]])
-        if said is None:
+        error_output = _run_installer([*command[:3], "--quiet", *command[3:]])
+        if error_output is None:
             return
-        if FULL_DISK.search(said):
-            raise UserError(f"uv could not install {what}: {find_cause(said, python)}")
+        if FULL_DISK.search(error_output):
+            raise UserError(f"uv could not install {what}: {find_cause(error_output, python)}")
         sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
         provide_pip(python)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
-    said = _run_installer(command)
-    if said is not None:
-        cause = find_cause(said, python) or "See its message above, fix the cause and run again."
+    error_output = _run_installer(command)
+    if error_output is not None:
+        cause = find_cause(error_output, python) or "See its message above, fix the cause and run again."
         raise UserError(f"pip could not install {what}: {cause}")
 
 

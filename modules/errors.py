@@ -25,7 +25,7 @@ class OptionError(UserError):
 
 
 class CaptionError(OptionError):
-    """Raised for a caption or prompt that a text encoder cannot read; the run continues with others."""
+    """Raised for a caption or prompt that a text encoder cannot read; the run continues without it."""
 
 
 class DatasetError(UserError):
@@ -85,5 +85,5 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Return whether an error comes from torch's or Triton's compiler, so that every call would fail."""
+    """Return whether an error comes from the compiler of torch or Triton, so that every call would fail."""
     return any(cls.__module__.startswith(_COMPILERS) for cls in type(error).__mro__)

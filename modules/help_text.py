@@ -35,7 +35,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def full_help(parser: argparse.ArgumentParser) -> str:
-    """Return all options: groups with much used ones first, refused and unneeded options at the end."""
+    """Return the help of all options: frequently used groups first, unsupported options at the end."""
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_format_usage(parser), [], [])
     formatter.add_text(parser.description)
@@ -123,7 +123,7 @@ def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int
 
 
 def short_help(parser: argparse.ArgumentParser) -> str:
-    """Return one screen of help: frequently used options and the number of others; all if they are few."""
+    """Return one screen of help: the frequently used options; the full help if it fits on a screen."""
     actions = [action for action in parser._actions if not find_rejection(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
     full = parser.format_help()
@@ -181,7 +181,7 @@ def _shorten_clauses(text: str) -> str:
 
 
 def _describe_default(action: argparse.Action) -> str:
-    """Return an option's default as a user would type it; empty if it is not a value, or a long one."""
+    """Return an option's default as a user would type it; "" if it is not a value or is long."""
     default = action.default
     if isinstance(default, (list, tuple)):
         default = " ".join(map(str, default))

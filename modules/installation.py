@@ -113,11 +113,11 @@ def own_name(name: str) -> str:
 
 
 def command_words(words: Sequence[str]) -> list[str]:
-    """Translate a command of ours to the form that this installation has and that the user can type.
+    """Translate a command of ours into the form that the user types in this installation.
 
-    `words` are those for the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch
-    ... wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
-    `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
+    `words` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    wan_train_network.py ...`. In the package it becomes `wan_train_network ...` (for scripts without a model,
+    `reelsmith compare ...`) or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
     words = list(words)
     if not PREFIX:
@@ -126,10 +126,10 @@ def command_words(words: Sequence[str]) -> list[str]:
         return ["reelsmith", *words[2:]]
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
         return [*console_words(Path(words[1]).stem), *words[2:]]
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         script = find_script(word)
         if words[:2] == ["accelerate", "launch"] and script is not None:
-            return [*words[:place], *program_words(script), *words[place + 1 :]]
+            return [*words[:index], *program_words(script), *words[index + 1 :]]
     return words
 
 
@@ -157,7 +157,7 @@ def _find_typed_folder() -> Path:
 
 
 def find_front_words() -> list[str]:
-    """Return `reelsmith.py` and its words, such as `train wan`, if these started the running script."""
+    """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
     place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
     place -= len(words)
@@ -195,7 +195,7 @@ def read_requirements() -> list[str]:
 
 
 def requirement_name(requirement: str) -> str:
-    """Return the name of the distribution that a line asks for: `torch` of `torch>=2.7`."""
+    """Return the distribution's name in a requirement: `torch` for `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
 
 

@@ -43,12 +43,12 @@ def warning(text: str) -> str:
 
 
 def fault(text: str) -> str:
-    """Return a line about a file that cannot be used, or about what would end a run."""
+    """Return a line about an error: a file that cannot be used, or a setting that would end a run."""
     return KindLine(FAULT, text)
 
 
 def show_kinds(lines: Iterable[str]) -> list[str]:
-    """Return lines as they are printed: with their kinds if the browser has started this program."""
+    """Return the lines to print, with their kinds if the browser has started this program."""
     if not os.environ.get(TELLS_KINDS):
         return [*lines]
     return [f"{line.kind}{END}{line}" if isinstance(line, KindLine) else line for line in lines]

@@ -113,16 +113,16 @@ def _check_limits(option: str, number: Any, facts: Info) -> None:
     """Raise OptionError if a number is not within the declared limits."""
     if not isinstance(number, (int, float)):
         return
-    limits = {fact: facts[fact] for fact in LIMITS if fact in facts}
-    if all(LIMITS[fact].holds(number, limit) for fact, limit in limits.items()):  # NaN is within none
+    limits = {name: facts[name] for name in LIMITS if name in facts}
+    if all(LIMITS[name].holds(number, limit) for name, limit in limits.items()):  # never true for NaN
         return
-    shown = {}
-    for fact, limit in limits.items():
-        shown[fact] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
-    if "minimum" in shown and "maximum" in shown:
-        text = f"from {shown['minimum']} to {shown['maximum']}"
+    limit_texts = {}
+    for name, limit in limits.items():
+        limit_texts[name] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
+    if "minimum" in limit_texts and "maximum" in limit_texts:
+        text = f"from {limit_texts['minimum']} to {limit_texts['maximum']}"
     else:
-        text = " and ".join(f"{LIMITS[fact].words} {limit}" for fact, limit in shown.items())
+        text = " and ".join(f"{LIMITS[name].words} {limit}" for name, limit in limit_texts.items())
     raise OptionError(f"{option} {show_number(number)}: give a number {text}{_find_hint(facts)}")
 
 

@@ -241,12 +241,12 @@ class Parser(argparse.ArgumentParser):
         """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
         spelled = list(words)
-        # join `12`, `GB` to `12 GB`, from the end, so that joining two words moves none that is still to come
+        # join `12`, `GB` to `12 GB`; from the end, so that the indices of earlier words stay valid
         for index in range(len(spelled) - 1, 0, -1):
             number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[index - 1])
             if number is not None and re.fullmatch(UNIT, spelled[index], re.IGNORECASE):
                 spelled[index - 1 : index + 1] = [f"{number[0]} {spelled[index]}"]
-        end = spelled.index("--") if "--" in spelled else None  # nothing behind `--` is an option
+        end = spelled.index("--") if "--" in spelled else None  # words after `--` are not options
         for index, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
             is_flag = name[:2] == "--" and name[2:] != ""
@@ -382,16 +382,16 @@ class Parser(argparse.ArgumentParser):
 def _explain_number(action: argparse.Action, word: str) -> str:
     """Return the message about a word that is not a number, for an option that takes numbers."""
     parts = word.split(",")
-    point = f"write a decimal point: {'.'.join(parts)}"
+    decimal_advice = f"write a decimal point: {'.'.join(parts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
     is_decimal = action.type is float and has_comma
     if action.nargs is None and is_decimal:
-        return f"{word}: {point}"
+        return f"{word}: {decimal_advice}"
     are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
     if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
         apart = " ".join(part.strip() for part in parts)
-        or_point = f", or {point}" if is_decimal else ""
-        return f"{word}: write several numbers apart: {apart}{or_point}"
+        or_decimal = f", or {decimal_advice}" if is_decimal else ""
+        return f"{word}: write several numbers apart: {apart}{or_decimal}"
     named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
     if named is not None:  # settings of other trainers
         return f"{word}: write the number alone, {named[1]}"

@@ -49,21 +49,24 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **set
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sums of products of int8 values, int32.
+    """Multiply two int8 matrices and return the int32 product, M N.
 
     CUDA requires more than 16 rows, and sizes that are multiples of 32 (Turing) or 8 (later GPUs), so
     matrices are padded with zeros on CUDA.
 
     Args:
-        a: M K.
-        b: K N, column-major.
+        a: Left matrix, M K.
+        b: Right matrix, K N, column-major.
     """
-    rows, columns = len(a), b.shape[1]
+    rows = a.shape[0]
+    columns = b.shape[1]
     if a.device.type == "cuda":
-        inner = -a.shape[1] % 32
-        a = torch.nn.functional.pad(a, (0, inner, 0, max(0, 17 - rows)))
-        if inner or columns % 32:
-            b = torch.nn.functional.pad(b.t(), (0, inner, 0, -columns % 32)).t()
+        missing_rows = max(0, 17 - rows)
+        missing_inner = -a.shape[1] % 32  # up to the next multiple of 32
+        missing_columns = -columns % 32
+        a = torch.nn.functional.pad(a, (0, missing_inner, 0, missing_rows))
+        if missing_inner or missing_columns:
+            b = torch.nn.functional.pad(b.t(), (0, missing_inner, 0, missing_columns)).t()
     return torch._int_mm(a, b)[:rows, :columns]
 
 

@@ -108,7 +108,7 @@ def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
-    """Return the action of argparse that a row of a table describes, made without calling its constructor."""
+    """Build the argparse action that a row of a table describes, without calling the constructor."""
     flags = row["flags"]
     dest = row.get("dest") or _name_after(flags)
     action_name = row.get("action", "store")
@@ -258,7 +258,7 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
 
 def _describe_action(action: argparse.Action) -> dict[str, Any]:
-    """Return the row of an option: its flags, its name, and what differs from `_DEFAULTS`."""
+    """Return the row of an option: its flags, its name, and the values that differ from `_DEFAULTS`."""
     info = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
     flags = list(action.option_strings)
     row: dict[str, Any] = {"flags": flags}
@@ -267,7 +267,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     kind = _NAMES[type(action)]
     if kind != "store":
         row["action"] = kind
-    usual = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
+    defaults = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
     if info["type"] is not None:
         info["type"] = _name_type(info["type"])
     if isinstance(action, argparse.BooleanOptionalAction):
@@ -275,13 +275,17 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
         info["nargs"] = None
     for name, value in info.items():
         plain = _make_plain(value)
-        default = usual[name]
+        default = defaults[name]
         if plain != (list(default) if isinstance(default, tuple) else default):
             row[name] = plain
     rejection: Rejection | None = vars(action).get("rejection")
     if rejection is not None:
-        said = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
-        row["rejection"] = {name: value for name, value in said.items() if value}
+        rejection_row = {
+            "reason": rejection.reason,
+            "instead": rejection.instead,
+            "values": list(rejection.values),
+        }
+        row["rejection"] = {name: value for name, value in rejection_row.items() if value}
         if row.get("help") == _help_of(rejection):
             del row["help"]
     if "not_given" in vars(action):

@@ -192,6 +192,7 @@ def _rate_text(text: str, encoding: str) -> float:
 
 @functools.lru_cache(1 << 16)
 def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
+    """Rate how plausible a decoded character is between its neighbors; above 0 means plausible."""
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)
@@ -216,11 +217,15 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
         return -0.5  # two accents side by side
     if script != "LATIN" or is_frequent:
         return 0.3 + bonus + 0.2
-    return 0.3 + bonus + 0.0
+    return 0.3 + bonus
 
 
 def _rate_sign(char: str, encoding: str) -> float:
-    """Rate an East Asian character: above 0 for one of daily use, else below."""
+    """Rate an East Asian character: above 0 if it is a common one, else below 0.
+
+    The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
+    Hangul of KS X 1001. The first bytes of their codes are in the ranges below.
+    """
     lead = char.encode(encoding)[0]
     match encoding:
         case "gb18030":

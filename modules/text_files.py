@@ -104,11 +104,14 @@ def read_tensor_header(
 ) -> TensorHeader:
     """Read the header of a safetensors file.
 
-    `read` returns the next bytes of the file. `size` is that of the file in bytes. `first` is the bytes to
-    read at once, more if most headers are short. For `no_repeats` see `parse_json`.
+    Args:
+        read: Returns the next bytes of the file.
+        size: Size of the file in bytes.
+        first: Number of bytes of the first read; a larger number saves a second read of a short header.
+        no_repeats: As in `parse_json`.
 
     Raises:
-        ValueError: If the header is wrong; entries are not looked at.
+        ValueError: If the header is not valid. Its entries are not checked.
     """
     # the file: 8 bytes with the length of the header, the header as JSON, then the tensors' bytes
     start = read(min(size, first))
@@ -119,7 +122,7 @@ def read_tensor_header(
         raise ValueError(f"it claims {length} bytes, the file has {size}" if size else "it is empty")
     if len(start) < 9:
         start += read(1)
-    if start[8:9] != b"{":  # by the format; a hundred megabytes of something else are not read
+    if start[8:9] != b"{":  # checked before up to a hundred megabytes are read
         raise ValueError("it is not a table of tensors")
     if end > len(start):
         start += read(end - len(start))

@@ -48,7 +48,7 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the record of a model's family says about the model."""
+    """Information about a model from the record of its family."""
 
     references: int  # most images that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
@@ -78,7 +78,7 @@ class ModelChoice:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
-    """Return what its family's record says about a model. Imports the family.
+    """Return the information about a model from its family's record. Imports the family.
 
     `files` maps each option to the model's file; the files need not exist.
     """
@@ -125,7 +125,7 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _has_latents(family: Any, fact: str) -> bool:
-    """Return a flag of the latents, such as has_alpha; false if only the VAE's file could tell."""
+    """Return a flag of the latents, such as has_alpha; False if it depends on the file of the VAE."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, fact))
     return False
@@ -145,7 +145,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log only warnings during the block: building a family would log that files are not given."""
+    """Log only warnings during the block, because building a family logs which files are missing."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -180,7 +180,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
 
 
 def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
-    """Check the trigger word that a run learns, as its training script does.
+    """Check the trigger word of a run in the same way as the training script.
 
     Raises OptionError if the script would reject it.
     """
@@ -392,9 +392,9 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the task to take if nobody can be asked.
+    """Return the default task if there is no terminal to ask on.
 
-    `text` is what was given as --task, which fits all of `tasks`; None means nothing.
+    `text` is the value of --task, which matches all of `tasks`; None if it is not set.
 
     Raises:
         OptionError: If several tasks match equally well.
@@ -427,7 +427,7 @@ def _ask(question: str, read: Callable[[str], T], table: str) -> T:
 
 
 def _by_number(text: str, names: Sequence[str]) -> str:
-    """Replace a number from a printed table by the name it stands for; other texts are unchanged."""
+    """Replace the number of a row of the printed table by the name in this row; keep any other text."""
     if text in names or not re.fullmatch(r"[1-9]\d?", text):
         return text
     number = int(text)
@@ -452,26 +452,27 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
         exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
     if exact:
         return exact
-    near = []
+    partial = []
     for model in tasks:
         is_part = len(plain) > 1 and plain in plain_name(model.task)
         if is_part and not has_other_number(text, model.task):
-            near.append(model)
-    if len(near) == 1:
-        return near
+            partial.append(model)
+    if len(partial) == 1:
+        return partial
     names = [model.task for model in tasks]
     script = _training_script(tasks[0])
-    alike = [model for model in find_models() if _training_script(model) == script]
-    others = [model for model in alike if is_task_spelling(text, model.task)]
-    if others:
-        families = dict.fromkeys(model.family for model in others)
+    # families that share a training script are easily confused
+    of_script = [model for model in find_models() if _training_script(model) == script]
+    of_other_families = [model for model in of_script if is_task_spelling(text, model.task)]
+    if of_other_families:
+        families = dict.fromkeys(model.family for model in of_other_families)
         raise OptionError(
             f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
             f"{', '.join(names)}"
         )
     hint = did_you_mean(text, names)
-    if near:
-        hint = f" Did you mean {' or '.join(model.task for model in near)}?"
+    if partial:
+        hint = f" Did you mean {' or '.join(model.task for model in partial)}?"
     page = page_of_control(text) or _find_page_of_undescribed(plain, tasks[0].family)
     raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
 
@@ -522,7 +523,7 @@ def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -
 
 
 def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
-    """Return a numbered table whose last column says what fits the card; for a CPU, a line below it."""
+    """Return a numbered table of models whose last column shows whether they fit the graphics card."""
     if memory:
         where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
         return _numbered((*head, where), rows)

@@ -18,13 +18,13 @@ CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pict
 def describe_control_pairs(
     place: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
 ) -> str | None:
-    """Return a line about a folder of control images that is not used, and what could learn its pairs.
+    """Return a line about an unused folder of control images, with the kind of run that could train on them.
 
     Args:
         place: The folder that may hold control images.
         pictures: Images that the control images may belong to.
-        kind: What is trained; it does not use control images.
-        control_kind: What could be trained on the pairs.
+        kind: The kind of this run, which does not use control images.
+        control_kind: The kind of run that trains on control images.
 
     Returns:
         The line; None if the folder has another name, cannot be listed, or has no control image of any image.

@@ -148,7 +148,7 @@ class Edit:
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
-    """Return width and height: those of the file with the median area, reduced to the default area."""
+    """Return the width and height of the file with the median area, reduced to the model's default area."""
     default_width, default_height = model.data["resolution"]
     middle = _find_middle_by_area(model, media)
     if middle is None:
@@ -278,25 +278,27 @@ def _describe_subsets(choice: Choice) -> list[str]:
     Only this layout has regularization images and shuffled tags.
     """
     shortest = min(choice.size)
+    # bucket sides are multiples of SIDE_STEP; a smaller image is its own limit
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
-    largest = round_up(2 * max(choice.size), SIDE_STEP)
+    largest = round_up(2 * max(choice.size), SIDE_STEP)  # the long side of an image of extreme aspect ratio
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
-    of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
-    lines = ["", *_format_toml_table("[[datasets]]", of_dataset)]
-    for place in dict.fromkeys(item.path.parent for item in choice.media):
-        keys = _make_folder_keys(choice, place, "image")
+    dataset_keys = {name: side for name, side in sides.items() if name not in choice.data}
+    lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
+    for folder in dict.fromkeys(item.path.parent for item in choice.media):
+        keys = _make_folder_keys(choice, folder, "image")
+        # subsets have sd-scripts' names for some keys
         keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
         lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
-    for place in choice.content.regularising:
-        cache = Path("cache", "images", place.parent.name, place.name).as_posix()
-        keys = {"image_dir": choice.inside(place), "cache_directory": cache, "is_reg": True}
-        name = choice.content.names.get(place)
+    for folder in choice.content.regularising:
+        cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
+        keys = {"image_dir": choice.inside(folder), "cache_directory": cache, "is_reg": True}
+        name = choice.content.names.get(folder)
         if name is not None:
             if name.repeats > 1:
                 keys["num_repeats"] = name.repeats
             keys["class_tokens"] = name.words
         if choice.trigger:
-            keys["trigger_word"] = ""  # the class has none
+            keys["trigger_word"] = ""  # images of the class must not contain it
         lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
     return lines
 
@@ -329,31 +331,31 @@ def _clip_keys(choice: Choice) -> dict[str, Any]:
     return keys
 
 
-def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
+def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]:
     """Return the keys of the table for the files of one kind in a folder."""
     content = choice.content
-    keys: dict[str, Any] = {f"{kind}_directory": choice.inside(place)}
-    # by the name in this folder: a link leads elsewhere, where `run` writes nothing
-    name_here = place.relative_to(choice.options.folder)
+    keys: dict[str, Any] = {f"{kind}_directory": choice.inside(folder)}
+    # links are not followed: `run` writes nothing outside the described folder
+    name_here = folder.relative_to(choice.options.folder)
     keys["cache_directory"] = (Path("cache") / f"{kind}s" / name_here).as_posix()
-    source = content.references.get(place) if kind == "image" else None
+    source = content.references.get(folder) if kind == "image" else None
     if source is not None:
         keys["control_directory"] = choice.inside(source)
         if choice.model.data.get("sizes_references"):
             keys["control_resolution"] = choice.size
     if content.layers:
         keys["multiple_target"] = True
-    if place in content.controls:
-        keys["control_directory"] = choice.inside(content.controls[place])
-    if real_path(place) in content.masks:
-        keys["mask_directory"] = choice.inside(content.masks[real_path(place)])
-    name = content.names.get(place)
+    if folder in content.controls:
+        keys["control_directory"] = choice.inside(content.controls[folder])
+    if real_path(folder) in content.masks:
+        keys["mask_directory"] = choice.inside(content.masks[real_path(folder)])
+    name = content.names.get(folder)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
-    words = choice.trigger if name is None else name.words
-    if words and _lacks_captions(choice, place, kind):
-        keys["class_tokens"] = words
-    return keys | dict(choice.places.get(place, {}))
+    class_tokens = choice.trigger if name is None else name.words
+    if class_tokens and _lacks_captions(choice, folder, kind):
+        keys["class_tokens"] = class_tokens
+    return keys | dict(choice.places.get(folder, {}))
 
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
@@ -402,7 +404,7 @@ def describe_samples(choice: Choice) -> str:
 
 
 def _describe_edit_samples(choice: Choice, edits: Sequence[Edit], released_values: str) -> str:
-    """Return prompt lines for the first and a middle edit as they are trained, and one for another edit."""
+    """Return prompt lines for two edits of the dataset, the first and a middle one, and for a new edit."""
     shown = [edits[0], *([edits[len(edits) // 2]] if len(edits) > 1 else [])]
     samples = [edit for edit in shown if edit.instruction]
     if not samples or not choice.kind.learns_word:
@@ -555,14 +557,17 @@ def list_commands(choice: Choice) -> list[list[str]]:
     Texts that vary are not cached: the training encodes them.
     """
     model = choice.model
-    paths = {f"{{{name}}}": path for name, path in choice.files.items()}
+    paths = {f"{{{name}}}": path for name, path in choice.files.items()}  # by placeholder, such as {vae}
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
     texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
     if choice.needs_float32:
-        latents += [word for name in choice.facts.dtypes["LatentCaching"] for word in (f"--{name}", FLOAT32)]
-        texts += [word for name in choice.facts.dtypes["TextCaching"] for word in (f"--{name}", FLOAT32)]
-    if choice.facts.few_steps is not None:  # so that each recommended target finds what it needs
-        texts += [word for target in choice.facts.few_steps.targets for word in shlex.split(target.caching)]
+        for name in choice.facts.dtypes["LatentCaching"]:
+            latents += [f"--{name}", FLOAT32]
+        for name in choice.facts.dtypes["TextCaching"]:
+            texts += [f"--{name}", FLOAT32]
+    if choice.facts.few_steps is not None:  # cache what each recommended training target needs
+        for target in choice.facts.few_steps.targets:
+            texts += shlex.split(target.caching)
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
     if choice.has_small_encoders:
         download.append("--fp8_encoders")

@@ -43,7 +43,7 @@ class EndCommand:
 
 
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> EndedRun:
-    """Return what is known of a run, from the files that its training has written.
+    """Return the state of a run, from the files that its training has written.
 
     Args:
         output: Output folder of the training.

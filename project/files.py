@@ -88,7 +88,7 @@ def write_project(options: NewOptions) -> None:
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
-    asked = ""  # what the project trains, if nothing else is typed
+    asked = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
         asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
         options = fill_in(foreign, options)
@@ -96,9 +96,11 @@ def write_project(options: NewOptions) -> None:
         model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
-    kind = _select_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
+    # first, because building the family takes seconds
+    kind = _select_kind(options, model_choice, memory, asked)
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
-    _reject_existing(options, paths)  # behind what is mistyped, which --overwrite would not mend
+    # after all other checks: --overwrite would not help against a mistyped option
+    _reject_existing(options, paths)
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
     if options.print_run:
@@ -150,7 +152,7 @@ def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str,
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
-    """Return the changes that these texts would make to files, as `diff -u` shows them."""
+    """Return the differences between the texts and the present files in the format of `diff -u`."""
     lines: list[str] = []
     for path, text in texts.items():
         old = read_text(path) if path.exists() else ""
@@ -174,14 +176,16 @@ def _gather_choice(
     memory: float,
     foreign: ForeignProject | None,
 ) -> describing.Choice:
-    """Look at the folder, check the named model files, and return all that the three files are made of.
+    """Read the folder, check the typed model files, and return everything that the three files depend on.
 
     `kind` is what the run trains.
     """
     model = model_choice.model
     if 0 < memory < describing.SMALL:  # use the text encoders in 8 bits
-        small = {(entry.family, entry.task): entry for entry in find_models(fp8_encoders=True)}
-        model = small[model.family, model.task]
+        with_small_encoders = find_models(fp8_encoders=True)
+        model = next(
+            entry for entry in with_small_encoders if (entry.family, entry.task) == (model.family, model.task)
+        )
     typed = typed_files(options)
     inside = find_inside(model, typed)
     if inside:
@@ -193,9 +197,6 @@ def _gather_choice(
     if kind.makes_adapter:
         take_prompts(content)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
-    data: Mapping[str, Any] = {}
-    training: Mapping[str, Any] = {}
-    places: Mapping[Path, Mapping[str, Any]] = {}
     if foreign is not None:
         script = ask_script(kind.find_words(model)[0])
         forms = Forms(
@@ -204,10 +205,8 @@ def _gather_choice(
             has_subsets=bool(content.regularising) or tags is not None,
             regularizes=bool(content.regularising),
         )
-        settle(foreign, model, kind, script, memory, forms)
-        data, training = foreign.data, foreign.training
-        folders = dict.fromkeys(item.path.parent for item in content.media)
-        places = find_table_keys(foreign, options.folder, folders)
+        settle(foreign, model, kind, script, memory, forms)  # converts its keys to ours
+    data: Mapping[str, Any] = {} if foreign is None else foreign.data
     choice = describing.Choice(
         options=options,
         model=model,
@@ -223,18 +222,27 @@ def _gather_choice(
         trigger=model_choice.trigger,
         tags=tags,
         data=data,
-        places=places,
-        training=training,
+        places=_find_keys_of_folders(foreign, options.folder, content.media),
+        training={} if foreign is None else foreign.training,
         holds_back=foreign is None,
     )
     if foreign is None:
         return choice
     if choice.has_subsets:
         leave_sizes(foreign)
-    in_epoch = count_steps_of_epoch(choice)
-    return dataclasses.replace(
-        choice, options=select_length(foreign, choice.options, in_epoch, len(content.media))
-    )
+    steps_of_epoch = count_steps_of_epoch(choice)
+    options = select_length(foreign, choice.options, steps_of_epoch, len(content.media))
+    return dataclasses.replace(choice, options=options)
+
+
+def _find_keys_of_folders(
+    foreign: ForeignProject | None, folder: Path, media: Sequence[Media]
+) -> Mapping[Path, Mapping[str, Any]]:
+    """Return the keys of another trainer's project that apply to single folders of media."""
+    if foreign is None:
+        return {}
+    folders = dict.fromkeys(item.path.parent for item in media)
+    return find_table_keys(foreign, folder, folders)
 
 
 def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
@@ -249,7 +257,7 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 
 
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
-    """Return what to train: the typed kind, else a control network if the folder has pairs, else a LoRA.
+    """Return the kind of run: the typed one, else a control network if the folder has pairs, else a LoRA.
 
     `chosen` holds the model and the trigger word. `asked` is the setting of another trainer's project that
     asks for this kind; "" if it was typed.
@@ -262,17 +270,18 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked:
     if options.trains is None:
         control_kind = find_control_kind(model)
         has_word = chosen.trigger is not None
-        has_pairs = control_kind is not None and has_control_pairs(options.folder, has_word)
-        return control_kind if control_kind is not None and has_pairs else LORA
+        if control_kind is not None and has_control_pairs(options.folder, has_word):
+            return control_kind
+        return LORA
     kind = BY_NAME[options.trains]
-    reason = kind.why_not(model, memory)
+    rejection = kind.why_not(model, memory)
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
-    if reason is not None:
+    if rejection is not None:
         possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
         remedy = "Give --train lora" if asked else "Leave it out"
         raise OptionError(
-            f"{asked or typed}: {reason}. {remedy} to train a LoRA, or choose another --task. This one has "
-            f"--train {', '.join(possible)}"
+            f"{asked or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. This one "
+            f"has --train {', '.join(possible)}"
         )
     if kind.learns_word:
         check_word(model, kind, chosen.trigger)
@@ -288,10 +297,11 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
     edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    hearing = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
-    if not hearing:
+    # options that select a model for audio without video
+    audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
+    if not audio_options:
         families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
-        hearing = [f"--family {family}" for family in families]
+        audio_options = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
     if facts.hears:
         silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
@@ -302,7 +312,7 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
         kind=kind,
         control_kind=find_control_kind(model),
         edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
-        hearing=" or ".join(hearing),
+        hearing=" or ".join(audio_options),
         silent=silent_tasks[0] if silent_tasks else "",
     )
 
@@ -361,7 +371,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
 
 
 def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
-    """Return the line with the command that trains, and what has to be done first."""
+    """Return the line with the training command, or with the steps that come before it."""
     command = ["run", as_operand(choice.options.folder)]
     downloads = ""
     if not all(Path(path).exists() for path in choice.files.values()):
@@ -388,11 +398,11 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
     lines.append(_describe_model(choice))
     lines += choice.kind.describe(choice.model, choice.memory)
-    for place, source in choice.content.controls.items():
+    for folder, control_folder in choice.content.controls.items():
         instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
-        lines.append(f"{place}: {choice.kind.title} learns from its pairs with {source}{instead}")
-    for name, holder in choice.held.items():
-        lines.append(f"--{name}: the one inside {holder}. --model_file {name}=FILE takes another")
+        lines.append(f"{folder}: {choice.kind.title} learns from its pairs with {control_folder}{instead}")
+    for name, checkpoint in choice.held.items():
+        lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
     if choice.needs_float32:
         lines.append(
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
@@ -403,25 +413,25 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     few_steps = choice.facts.few_steps
     if few_steps is not None and not choice.kind.makes_adapter:
         subject = "It" if choice.facts.contradiction else choice.model_name
-        told = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
+        warning_text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
         comments = (
             "the comment signs from the lines of a target that keeps "
             f"{few_steps.lost}, in [training] of {RUN_FILE}"
         )
         if not choice.kind.has_targets:
-            told += f". {few_steps.instead_of_full}"
+            warning_text += f". {few_steps.instead_of_full}"
         elif few_steps.is_certain:  # a family of distilled models alone has nothing else to train
-            told += f". Take {comments}"
+            warning_text += f". Take {comments}"
         else:
-            told += f". {few_steps.instead}. Or take {comments}"
+            warning_text += f". {few_steps.instead}. Or take {comments}"
         adapted = find_adapted(choice.model)
         if choice.kind.has_targets and adapted is not None:
-            told += f". --task {adapted.task} downloads an adapter and trains with it"
-        lines.append(warning(told))
+            warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
+        lines.append(warning(warning_text))
     if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
         lines += describe_own(choice)
-    references = choice.content.references
-    lines += [f"{place}: made from {source}" for place, source in references.items()]
+    for folder, reference_folder in choice.content.references.items():
+        lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(choice)
 
 
@@ -440,7 +450,7 @@ def _summarize(choice: describing.Choice) -> str:
 
 
 def _count_media(media: Sequence[Media]) -> str:
-    """Return the number of files of each kind, in words: `3 clips and 1 picture`."""
+    """Return the number of files of each kind as a text, such as `3 clips and 1 picture`."""
     counts = Counter[str](item.kind for item in media)
     texts = [count_of(counts[kind], word) for kind, word in KIND_WORDS.items() if counts[kind]]
     return " and ".join(texts)
@@ -488,7 +498,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return media without a caption, for which neither a trigger word nor a folder's name stands in."""
+    """Return the media with no caption, and with no trigger word or folder name to replace it."""
     if choice.trigger:
         return []
     content = choice.content
@@ -540,20 +550,20 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     if choice.tags is None:
         return [f"{found}, learned as they stand: {choice.model_name} was trained on sentences"]
     keys = tags.make_keys(choice.trigger)
-    kept = ""
+    kept_text = ""
     if "keep_tokens_separator" in keys:
-        kept = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
+        kept_text = f", but for those before {keys['keep_tokens_separator']} (keep_tokens_separator)"
     elif "keep_tokens" in keys:
-        kept = f", but for the first {keys['keep_tokens']} (keep_tokens)"
-    drawn = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
-    # "": the model itself was trained on sentences, and many that were made from it on tags
+        kept_text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
+    wildcard_text = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
+    # "" if the model was trained on sentences, but many models derived from it on tags
     knows_tags = bool(choice.model.data["tags"])
     reader = (
         f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
     )
     lines = [
         f"{found}. {reader} such lists, so they are in another order each time "
-        f"(shuffle_caption){kept}{drawn}. The training encodes them in each step"
+        f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
     ]
     if tags.joined is None:
         return lines
@@ -569,7 +579,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
 
 
 def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
-    """Return media without a caption for which the trigger word stands in.
+    """Return the media whose missing caption is replaced by the trigger word.
 
     `bare` are the media that have neither a caption nor a replacement.
     """

@@ -55,9 +55,11 @@ def weight_options(model: ModelSet, memory: float) -> list[str]:
         return words
     # of two transformers only the active one is on the card
     networks = len(transformers_of(model)) if "--offload_inactive_dit" in words else 1
-    size_in_int8 = transformer_bytes(model) / networks / 2 / 2**30  # GiB; int8 halves the 16 bits of the file
+    bytes_in_int8 = transformer_bytes(model) / networks / 2  # the file has 16 bits
+    size_in_int8 = bytes_in_int8 / 2**30  # GiB
     weights = INT8 if size_in_int8 + BESIDE_INT8 <= memory else NF4
-    return [weights, *(word for word in words if word not in FP8)]
+    other_words = [word for word in words if word not in FP8]
+    return [weights, *other_words]
 
 
 def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:

@@ -81,7 +81,10 @@ def user_file_of(kind: str, folder: Path) -> str:
 
 
 def identify_folder(folder: Path) -> dict[str, str | int]:
-    """Return numbers that change if another folder takes this one's place. Raises OSError if it is gone."""
+    """Return the file-system ids of a folder, to notice that it was replaced.
+
+    Raises OSError if it is gone.
+    """
     status = folder.stat()
     return {
         "folder": os.path.normcase(real_path(folder)),

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_audio_beside
@@ -177,7 +177,7 @@ def collect_content(
 def _collect_media(
     folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelInfo"
 ) -> list[Path]:
-    """Add the media of the training folders with captions, and lines about other files; return the audio.
+    """Add the captioned media of the training folders and lines about other files; return the audio files.
 
     Lines about lists of captions come before those about the files.
     """
@@ -209,24 +209,33 @@ def _describe_control_pairs(
     kind: RunKind,
     control_kind: RunKind | None,
 ) -> dict[Path, str]:
-    """Return a line about each folder of control images that belongs to a folder or its training folders.
+    """Return a line for each folder of control images that belongs to the media folder or a training folder.
 
-    Such folders are inside the folder or next to it. `kind` is what is trained. `control_kind` is what could
-    be trained on control images; None if nothing could, and then no line is returned.
+    Folders of control images are inside the media folder or next to it.
+
+    Args:
+        folder: The media folder.
+        places: Its subfolders by their meaning.
+        media: Its media.
+        kind: The kind of this run.
+        control_kind: The kind of run that trains on control images; None if the model has none. Then no line
+            is returned.
     """
     if control_kind is None:
         return {}
     images = [item.path for item in media if item.kind == "image"]
     absolute = folder.absolute()
-    of_all = [*places.sources, *(source for source in _sources_in(absolute.parent) if source != absolute)]
-    owned = dict.fromkeys(of_all, images)
-    for place in places.learned[1:]:
-        of_place = [path for path in images if path.parent == place]
-        owned |= dict.fromkeys(_sources_in(place), of_place)
-    lines = {
-        place: describe_control_pairs(place, paths, kind, control_kind) for place, paths in owned.items()
-    }
-    return {place: line for place, line in lines.items() if line is not None}
+    neighbors = [source for source in _sources_in(absolute.parent) if source != absolute]
+    images_of_source = dict.fromkeys([*places.sources, *neighbors], images)
+    for training_folder in places.learned[1:]:  # without the media folder itself
+        inner_images = [path for path in images if path.parent == training_folder]
+        images_of_source |= dict.fromkeys(_sources_in(training_folder), inner_images)
+    lines: dict[Path, str] = {}
+    for source, source_images in images_of_source.items():
+        line = describe_control_pairs(source, source_images, kind, control_kind)
+        if line is not None:
+            lines[source] = line
+    return lines
 
 
 def _describe_unused_sources(
@@ -356,7 +365,7 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _name_of(folder: Path) -> FolderName | None:
-    """Return the repeats and the words in a folder's name, such as `10_ohwx man`; None for other names."""
+    """Parse a folder's name such as `10_ohwx man` into repeats and words; None for a name of another form."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
@@ -506,26 +515,29 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
 
 
 def read_kept_masks(folder: Path) -> dict[Path, Path]:
-    """Return the folder of masks for each folder of media.
+    """Return the folder of masks for each media folder that has one.
 
-    If the folder has a dataset.toml, it names them. Otherwise they are the masks that this program has made,
-    because somebody asked for them.
+    A dataset.toml names the folders of masks. Without it, they are the folders in which this program has
+    created masks.
     """
     if not (folder / WRITTEN[0]).exists():
-        media = [folder, *_folders(folder)]
-        masks = [place / name for place in media for name in MASK_FOLDERS]
-        return {real_path(path.parent): real_path(path) for path in masks if _has_made_masks(path)}
+        media_folders = [folder, *_folders(folder)]
+        candidates = [media_folder / name for media_folder in media_folders for name in MASK_FOLDERS]
+        return {real_path(path.parent): real_path(path) for path in candidates if _has_made_masks(path)}
     try:
-        tables = parse_toml(read_text(folder / WRITTEN[0]))["datasets"]
-        tables = [one for table in tables for one in (table, *table.get("subsets", ()))]
-        kept: dict[Path, Path] = {}
+        tables: list[Mapping[str, Any]] = []
+        for table in parse_toml(read_text(folder / WRITTEN[0]))["datasets"]:
+            tables += [table, *table.get("subsets", ())]
+        mask_folders: dict[Path, Path] = {}
         for table in tables:
-            places = [table.get(key) for key in ("image_directory", "video_directory", "image_dir")]
             masks = folder / table.get("mask_directory", "")
-            if "mask_directory" in table and masks.is_dir():
-                kept |= {real_path(folder / place): real_path(masks) for place in places if place}
-        return kept
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            if "mask_directory" not in table or not masks.is_dir():
+                continue
+            for key in ("image_directory", "video_directory", "image_dir"):
+                if table.get(key):
+                    mask_folders[real_path(folder / table[key])] = real_path(masks)
+        return mask_folders
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the user may have edited it
         return {}
 
 
@@ -728,7 +740,7 @@ def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
 
 
 def _take_first_frame(folder: Path, content: FolderContent, clip: Media) -> Media | None:
-    """Note that the first frame of a clip is to be written; return the image, None if it is left out."""
+    """Plan to write a clip's first frame as an image, and return that image; None if the clip is left out."""
     try:
         height, width, _ = first_frame(clip.path).shape
     except MediaError as error:
@@ -783,11 +795,11 @@ def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
-    """Return whether images of a folder have control images in a folder with such a name.
+    """Return whether the images of a folder have control images in a folder named for them.
 
-    The control folder is inside the folder. One next to it may belong to another folder: it counts only if it
-    has a control image for each image, if there are no other media next to it, and if no trigger word is
-    given.
+    The control folder is usually inside the folder. A control folder next to it may belong to another folder:
+    it counts only if it has a control image for each image, if there are no other media next to it, and if no
+    trigger word is given.
     """
     places = _sort_folders(folder, FolderContent())
     parent = folder.absolute().parent
@@ -806,7 +818,7 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
 
 
 def _list_other_media(folder: Path, source: Path) -> list[Path]:
-    """Return other media next to a folder, to which a neighboring folder of control images may belong."""
+    """Return the other media next to a folder: a control folder there may belong to them."""
     parent = source.parent
     others = [
         place

@@ -90,7 +90,7 @@ def times_of_steps(steps: int) -> dict[str, int]:
 
 
 def own_command(*words: str) -> str:
-    """Return a command of `reelsmith` as it is typed: `new` or `run`, and its options."""
+    """Return the text of a `reelsmith` command, such as `new` or `run` with its options."""
     return as_typed(["python", FRONT_SCRIPT, *words])
 
 
@@ -102,7 +102,7 @@ def find_own_script(words: Sequence[str]) -> Path | None:
 
 
 def typed_in(words: Sequence[str], folder: Path) -> str:
-    """Return a command as it can be typed in a folder."""
+    """Return a command as the user can type it in a folder."""
     script = find_own_script(words)
     if script is None or installation.PREFIX:
         return as_typed(words)
@@ -112,7 +112,7 @@ def typed_in(words: Sequence[str], folder: Path) -> str:
 
 
 def as_operand(folder: Path) -> str:
-    """Return a folder as an argument of a command; one that is named like an option gets a path in front."""
+    """Return a folder as a command-line argument; `./` is put before a name that looks like an option."""
     return f".{os.sep}{folder}" if str(folder).startswith("-") else str(folder)
 
 

@@ -38,6 +38,6 @@ def find_origin(content: FolderContent) -> str:
 
 
 def _read_prompt(content: FolderContent, item: Media) -> str:
-    """Return the prompt that a file was generated from; "" if it says none."""
+    """Return the prompt that a file was generated from; "" if its metadata has none."""
     path = content.first_frames.get(item.path, item.path)  # the first frame of a clip is written later
     return read_tags(path).get(PROMPT, "")

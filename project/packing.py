@@ -46,7 +46,7 @@ LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may name files o
 
 @dataclass(frozen=True)
 class PackSource:
-    """What run.toml says about a folder."""
+    """Information about a folder from its run.toml."""
 
     folder: Path
     output: Path
@@ -119,8 +119,8 @@ def read_described(folder: Path) -> PackSource:
         training: Mapping[str, Any] = tables["training"]
         files = [str(file) for file in tables[OTHERS_TABLE]["files"]]
         commands = [[str(word) for word in words] for words in tables[OTHERS_TABLE]["commands"]]
-        outputs = [expand_path(str(training[key]), folder) for key in ("output_dir",)]
-        outputs += [expand_path(str(training[key]), folder) for key in ("logging_dir",) if key in training]
+        output = expand_path(str(training["output_dir"]), folder)
+        logs = expand_path(str(training["logging_dir"]), folder) if "logging_dir" in training else output
         name = str(training["output_name"])
     except FileNotFoundError:
         words = own_command("new", as_operand(folder))
@@ -132,11 +132,12 @@ def read_described(folder: Path) -> PackSource:
         ) from None
     target = _find_download_folder(commands)
     models, own_models = _name_models(folder, [*files, *_list_model_paths(training)], target)
-    left_out = {folder / CHECK_PAGE, *outputs, *(expand_path(file, folder) for file in models)}
+    model_paths = [expand_path(file, folder) for file in models]
+    left_out = [folder / CHECK_PAGE, output, logs, *model_paths]
     samples = training.get("sample_prompts")
     return PackSource(
         folder=folder,
-        output=outputs[0],
+        output=output,
         name=name,
         left_out=frozenset(map(real_path, left_out)),
         places=MachinePaths(folder, models),
@@ -146,7 +147,7 @@ def read_described(folder: Path) -> PackSource:
 
 
 def _find_download_folder(commands: Sequence[Sequence[str]]) -> str | None:
-    """Return the folder that the commands download into, as it is written in run.toml."""
+    """Return the folder that the commands download into, exactly as written in run.toml."""
     for words in commands:
         if "--to" in words[:-1]:
             return words[words.index("--to") + 1]
@@ -162,7 +163,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 
 
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
-    """Map the paths of model files to those in the packed folder; list files that no download brings.
+    """Map the paths of model files to paths in the packed folder, and list files that cannot be downloaded.
 
     `target` is the download folder, as it is written in run.toml.
     """
@@ -193,8 +194,8 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
         OptionError: If a file's name is not allowed on every system.
     """
     walked: set[Path] = set()
-    for place, folders, files in os.walk(described.folder, followlinks=True):
-        folder = Path(place)
+    for folder_text, folders, files in os.walk(described.folder, followlinks=True):
+        folder = Path(folder_text)
         hidden += [str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if real_path(folder) in walked or real_path(folder) in described.left_out:
@@ -235,7 +236,7 @@ def _find_state(described: PackSource) -> list[PackMember]:
 def _relocate_texts(
     described: PackSource, members: Sequence[PackMember]
 ) -> tuple[list[PackMember], list[str]]:
-    """Return the members with the paths in their texts replaced, and the secret options that were removed.
+    """Return the members with relocated paths in their texts, and the secret options that were removed.
 
     Raises:
         OptionError: If a text contains other paths of this machine.
@@ -245,18 +246,20 @@ def _relocate_texts(
     dropped: list[str] = []
     outside: list[str] = []
     for member in members:
-        text: str | None = None
-        wrong: list[str] = []
+        text: str | None = None  # None: the file is packed unchanged
+        paths_outside: list[str] = []
         if member.path.suffix.lower() == ".toml":
-            text, wrong, removed = _relocate_file(relocate_toml, described.places, member.path, secret)
+            text, paths_outside, removed = _relocate_file(
+                relocate_toml, described.places, member.path, secret
+            )
             dropped += removed
         elif described.prompts is not None and real_path(member.path) == real_path(described.prompts):
-            text, wrong, _ = _relocate_file(relocate_prompts, described.places, member.path)
+            text, paths_outside, _ = _relocate_file(relocate_prompts, described.places, member.path)
         elif member.path.parent == described.output and member.path.suffix == ".jsonl":
             text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.places)
         elif member.path.suffix.lower() in LISTS:
-            wrong = find_own_names(member.path, described.places)
-        outside += [f"{member.path}: {each}" for each in wrong]
+            paths_outside = find_own_names(member.path, described.places)
+        outside += [f"{member.path}: {path}" for path in paths_outside]
         relocated.append(member if text is None else replace(member, content=text.encode("utf-8")))
     if outside:
         places = "\n  ".join(outside[:6])

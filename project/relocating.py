@@ -85,18 +85,18 @@ def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()
         document = tomlkit.parse(text)
     except TOMLKitError as error:
         raise ValueError(f"it is no TOML: {error}") from None
-    outside: list[str] = []
+    paths_outside: list[str] = []  # as `key = value`; filled by `relocate`
 
     def relocate(key: str, value: str) -> str:
-        moved = places.relocate(value)
-        if moved is None:
-            outside.append(f"{key} = {value}")
+        relocated = places.relocate(value)
+        if relocated is None:
+            paths_outside.append(f"{key} = {value}")
             return value
-        return moved
+        return relocated
 
     removed = _remove_keys(document, without)
     change_texts(document, relocate)
-    return RelocatedText(tomlkit.dumps(document), outside, removed)
+    return RelocatedText(tomlkit.dumps(document), paths_outside, removed)
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:

@@ -389,7 +389,7 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
 
 
 def _report_trained(project: Project, options: RunOptions) -> bool:
-    """Return whether the run is finished; if so, print what can be done next. Nothing is loaded.
+    """Return whether the run is finished; if it is, print the next commands. No model is loaded.
 
     Raises:
         OptionError: If the trained file belongs to another model.
@@ -438,7 +438,7 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options with which `run` may download the missing files.
+    """Return the options that allow `run` to download the missing files.
 
     `models` is the folder that plain --download fills; another folder has to be named.
     """

@@ -93,7 +93,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
-    """Return the paths of models in run.toml, placed in this machine's folder of models.
+    """Return the paths of models in run.toml, moved to this machine's models folder.
 
     Raises ValueError or TypeError for a file that `pack` would not write; OSError if run.toml is too large.
     """

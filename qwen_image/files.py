@@ -100,7 +100,7 @@ def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
             f"of {WHAT}. Copy the file again.",
             shapes.path,
         )
-    shapes.of(QUERY)  # that it is there
+    shapes.of(QUERY)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],

@@ -59,7 +59,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 
     @property
     def clean(self) -> int:
-        """Negative index among the image tokens at which those of clean references begin."""
+        """Negative index of the first token of clean references among the image tokens."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
@@ -279,20 +279,22 @@ class QwenImageModel(BlockNetwork):
         layers, at least at j + their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
-        number_width, row_width, column_width = widths
+        index_width, row_width, column_width = widths  # channels of each axis
 
         def axis(first: int, size: int, width: int) -> Tensor:
-            places = torch.arange(first, first + size, dtype=torch.float64)
-            pairs = turns(angles_at(places, width, self.config.rope_theta))
+            """Return the pairs of `size` consecutive positions from `first` on, size width/2 2."""
+            positions = torch.arange(first, first + size, dtype=torch.float64)
+            pairs = turns(angles_at(positions, width, self.config.rope_theta))
             return send_ahead(pairs.float(), device)
 
         tables = []
         for index, rows, columns in layout.pictures:
-            image = axis(index, 1, number_width)
+            image = axis(index, 1, index_width)
+            # rows and columns are counted from the middle of the image
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
             tables.append(on_grid([image, along_rows, along_columns]))
-        start = max(side // 2 for _, *sides in layout.pictures for side in sides)
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in layout.pictures)
         if self.config.has_layers:
             start = max(start, *(index + 1 for index, _, _ in layout.pictures))
         for count in layout.texts:

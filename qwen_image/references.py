@@ -82,7 +82,7 @@ def read_reference(
 
 
 def find_area(options: QwenImageReferenceOptions) -> int | None:
-    """Return the pixels of the official size for the VAE; None if that size is not requested."""
+    """Return the official number of pixels of an image for the VAE; None if it keeps its own size."""
     return MEGAPIXEL if options.resize_control_to_official_size else None
 
 

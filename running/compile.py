@@ -98,7 +98,7 @@ def check_compilation(choice: Compilation | None, device: torch.device, spec: Di
 
 
 def missing_for_inductor(device: torch.device) -> str:
-    """Return the parts of torch's compiler that are known to be missing, and how to get them."""
+    """Return the parts of torch's compiler that are missing, and how to install them."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":

@@ -87,7 +87,7 @@ class SwapOptions(Options):
 
     @property
     def is_auto(self) -> bool:
-        """Return whether the number of blocks still has to be chosen; `set_blocks_to_swap` sets it."""
+        """Return whether the number of blocks is not chosen yet; `set_blocks_to_swap` sets it."""
         return self.blocks_to_swap == AUTO
 
     @property
@@ -98,7 +98,7 @@ class SwapOptions(Options):
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
 
     def reject_trained(self, steps_in_backward: bool) -> None:
-        """Raise OptionError if weights that are to be swapped are trained in a way that does not support it.
+        """Raise OptionError if swapped weights would be trained by a method that does not support swapping.
 
         Args:
             steps_in_backward: Whether each weight is stepped during the backward pass
@@ -164,7 +164,7 @@ class PlanOptions(Options):
 
     @property
     def cards(self) -> tuple[int, float]:
-        """Return the number of GPUs to plan for and the GiB of each; 0 GiB stands for this machine's GPU."""
+        """Return the number of GPUs to plan for and the GiB of each; 0 GiB for the size of this machine's."""
         count, _, size = (self.plan or "0").rpartition("x")
         return int(count or 1), float(size)
 

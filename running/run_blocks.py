@@ -112,7 +112,7 @@ class BlockNetwork(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the blocks compute: that of the parameter named by `dtype_of`."""
+        """Dtype in which the blocks compute: the dtype of the parameter that `dtype_of` names."""
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:

@@ -171,7 +171,7 @@ class Asking:
 
 
 def _check_parts(parts: int) -> None:
-    """Raise OptionError if a mask has no use: there is no image to repaint, and no regions."""
+    """Raise OptionError if a mask would have no effect, without an image to repaint and without regions."""
     if parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "
@@ -197,7 +197,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Return the options with those of a line in their place.
+    """Return the options, overridden by the options of a line.
 
     Raises:
         OptionError: If a value cannot be used.
@@ -207,7 +207,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
 
 
 def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
-    """Return the strengths of --am in a line; None stands for those of the command line."""
+    """Return the strengths of --am in a line; None for the strengths on the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(

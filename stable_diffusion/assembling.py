@@ -44,10 +44,14 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
     paths = {}
     for released, path, _ in unet_blocks(layers):
-        side, number, *_ = released.split(".")
-        if f"{path}.transformer_blocks.0.attn2.to_k.weight" in names:
-            short = {"input_blocks": "IN", "middle_block": "MID", "output_blocks": "OUT"}[side]
-            paths["MID" if short == "MID" else f"{short}{int(number):02d}"] = path
+        if f"{path}.transformer_blocks.0.attn2.to_k.weight" not in names:
+            continue
+        part, number, *_ = released.split(".")  # such as input_blocks.1.1
+        if part == "middle_block":
+            paths["MID"] = path
+        else:
+            prefix = "IN" if part == "input_blocks" else "OUT"
+            paths[f"{prefix}{int(number):02d}"] = path
     return dict(sorted(paths.items()))
 
 
@@ -105,9 +109,9 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     with ExitStack() as files:
         release = open_release(options.model, files)
         check_networks(loras, release)
-        velocity = release.marks.predicts_velocity or options.model.v_parameterization
-        compare_predictions({lora.path: lora.metadata for lora in loras}, velocity)
-        check_sampling(options.sampling.zero_terminal_snr, velocity)
+        predicts_v = release.marks.predicts_velocity or options.model.v_parameterization
+        compare_predictions({lora.path: lora.metadata for lora in loras}, predicts_v)
+        check_sampling(options.sampling.zero_terminal_snr, predicts_v)
         _check_painting(options, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
@@ -124,13 +128,13 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
     texts = Texts(model.texts, model.kind, options.text, list(layers), bundled=bundled)
-    ideas: list[BatchHook] = []
+    batch_hooks: list[BatchHook] = []
     if control_nets is not None:
-        ideas.append(control_nets)
+        batch_hooks.append(control_nets)
     if lllites is not None:
-        ideas.append(lllites)
-    ideas.append(DeepShrinks(model.unet))
-    ideas.append(LayerTexts(model.unet, tuple(layers.values())))
+        batch_hooks.append(lllites)
+    batch_hooks.append(DeepShrinks(model.unet))
+    batch_hooks.append(LayerTexts(model.unet, tuple(layers.values())))
     regions = Regions(
         model.unet,
         () if networks is None else networks.layers,
@@ -145,7 +149,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         sampling=options.sampling,
         vae_batch_size=options.model.vae_batch_size,
         networks=networks,
-        ideas=ideas,
+        batch_hooks=batch_hooks,
         regions=regions,
         vision=vision,
         guides=load_guides(guides, model),

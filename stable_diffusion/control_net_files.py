@@ -213,18 +213,20 @@ def _read_config(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the configuration of ControlNetModel: sizes from the file, the rest from the U-Net."""
-    wrong = CheckpointError(
+    unknown_sizes = CheckpointError(
         f"{checkpoint.path} is not a ControlNet that is known: the sizes of its tensors are those of no "
         f"such network. Give {GIVE} to {OPTION}.",
         checkpoint.path,
     )
-    shape = shapes_of(checkpoint, sources, wrong)
+    # returns the shape of a tensor; raises `unknown_sizes` if the tensor is missing
+    shape = shapes_of(checkpoint, sources, unknown_sizes)
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
-        raise wrong
+        raise unknown_sizes
     levels = _read_levels(sources, [*down, "mid_block"])
+    # diffusers has one number of layers for the last level and the middle block
     if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
-        raise wrong  # diffusers has one number for both
+        raise unknown_sizes
     hint_blocks = count(sources, _BLOCKS)
     pooled = {}  # conditions of SDXL: sizes and pooled text
     if "add_embedding.linear_1.weight" in sources:

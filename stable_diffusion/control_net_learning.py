@@ -213,9 +213,9 @@ def _name_own(name: str, names: Collection[str]) -> str:
         name: Diffusers' name of the weight.
         names: Names of all weights.
     """
-    place = _HINT_BLOCK.fullmatch(name)
-    if place is not None:  # an activation stands between convolutions
-        return f"input_hint_block.{2 * int(place[1]) + 2}.{place[2]}"
+    hint_block = _HINT_BLOCK.fullmatch(name)
+    if hint_block is not None:  # even numbers: an activation comes after each convolution
+        return f"input_hint_block.{2 * int(hint_block[1]) + 2}.{hint_block[2]}"
     leaf = name.rpartition(".")[2]
     if name.startswith("controlnet_cond_embedding.conv_out."):
         blocks = {match[1] for match in map(_HINT_BLOCK.fullmatch, names) if match is not None}

@@ -252,11 +252,12 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 def _check_levels(config: Mapping[str, Any], file: Path) -> None:
     """Raise CheckpointError if a U-Net's settings lack the number of its blocks, which trainings need."""
-    down, up = config["down_block_types"], config["up_block_types"]
-    layers, text_width = config["layers_per_block"], config["cross_attention_dim"]
-    has_names = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
-    has_names = has_names and all(isinstance(name, str) for name in (*down, *up))
-    if not has_names:
+    down = config["down_block_types"]
+    up = config["up_block_types"]
+    layers = config["layers_per_block"]
+    text_width = config["cross_attention_dim"]
+    are_lists = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
+    if not are_lists or not all(isinstance(name, str) for name in (*down, *up)):
         wrong = f"down_block_types or up_block_types is no list of names ({down!r}, {up!r})"
     elif not len(down) == len(up) == len(config["block_out_channels"]):
         wrong = "down_block_types, up_block_types and block_out_channels have different lengths"

@@ -139,7 +139,7 @@ FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 
 @dataclass(frozen=True, eq=False)
 class SavedStage:
-    """One stage's result that is to be saved."""
+    """The result of a stage that the run saves."""
 
     # with the seeds that were asked for, and with the settings of this stage
     pictures: Sequence[RequestedImage]

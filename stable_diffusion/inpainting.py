@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ WOBBLE = 0.5
 def make_inputs(
     vae: Any, pixels: Tensor, mask: Tensor, generator: torch.Generator, latent: LatentSpec
 ) -> Tensor:
-    """Return the further inputs of the U-Net for an image, 5 1 h w on the CPU.
+    """Return the U-Net's additional inputs for an image, mask and masked latents: 5 1 h w on the CPU.
 
     Args:
         vae: The loaded VAE, a `DiffusersVae`.
@@ -110,27 +110,32 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(draw_wobbly_ellipse(height, width, numbers)).float()
 
 
+def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
+    """Return the sum of the waves at an angle of the ellipse."""
+    values = [amplitude * math.cos(k * angle + phase) for k, (amplitude, phase) in enumerate(waves, 1)]
+    return sum(values)
+
+
 def draw_wobbly_ellipse(height: int, width: int, numbers: random.Random) -> Any:
     """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
-    ratio = numbers.uniform(0.6, 1.4)
-    across = math.sqrt(AREA * height * width / math.pi * ratio)
-    down = across / ratio
-    x = width * numbers.uniform(0.25, 0.75)
-    y = height * numbers.uniform(0.25, 0.75)
-    turn = numbers.uniform(0, 2 * math.pi)
+    # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
+    aspect_ratio = numbers.uniform(0.6, 1.4)
+    horizontal_radius = math.sqrt(AREA * height * width / math.pi * aspect_ratio)
+    vertical_radius = horizontal_radius / aspect_ratio
+    center_x = width * numbers.uniform(0.25, 0.75)
+    center_y = height * numbers.uniform(0.25, 0.75)
+    rotation = numbers.uniform(0, 2 * math.pi)
+    # amplitude and phase of each wave of the edge; wave k has k periods around the ellipse
     waves = [(numbers.uniform(-1, 1), numbers.uniform(0, 2 * math.pi)) for _ in range(HARMONICS)]
     corners = []
     for corner in range(CORNERS):
         angle = 2 * math.pi * corner / CORNERS
-        cosines = [size * math.cos(number * angle + phase) for number, (size, phase) in enumerate(waves, 1)]
-        radius = 1 + WOBBLE * sum(cosines) / HARMONICS
-        right, below = radius * across * math.cos(angle), radius * down * math.sin(angle)
-        corners.append(
-            (
-                x + right * math.cos(turn) - below * math.sin(turn),
-                y + right * math.sin(turn) + below * math.cos(turn),
-            )
-        )
+        radius = 1 + WOBBLE * _sum_waves(waves, angle) / HARMONICS
+        x = radius * horizontal_radius * math.cos(angle)
+        y = radius * vertical_radius * math.sin(angle)
+        rotated_x = x * math.cos(rotation) - y * math.sin(rotation)
+        rotated_y = x * math.sin(rotation) + y * math.cos(rotation)
+        corners.append((center_x + rotated_x, center_y + rotated_y))
     mask = np.zeros((height, width), np.uint8)
     points: Any = np.rint(np.array([corners])).astype(np.int32)
     cv2.fillPoly(mask, points, 1)

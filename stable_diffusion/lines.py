@@ -14,7 +14,7 @@ from itertools import chain, combinations, count
 from pathlib import Path
 from random import Random
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from generation import prompt_lines
 from generation.line_options import key_of
@@ -181,7 +181,7 @@ def enumerates(text: str) -> bool:
 
 
 def expand(text: str, random: Random) -> list[str]:
-    """Replace the `{...}` groups of a prompt: `{e$$...}` by each choice in turn, others by a random one.
+    """Replace the `{...}` groups of a prompt: `{e$$...}` by each choice in turn, others by random choices.
 
     Returns one text, or several if there are `{e$$...}` groups. For each of these texts `random` starts from
     the same state. Equal texts are returned once.
@@ -197,39 +197,50 @@ def expand(text: str, random: Random) -> list[str]:
     return list(texts)
 
 
+class _ChoiceGroup(NamedTuple):
+    """A group of a prompt: its choices, how many of them to take, and the text between them."""
+
+    choices: Sequence[str]
+    minimum: int
+    maximum: int
+    separator: str
+
+
 def _expand_groups(text: str, random: Random) -> Iterator[str]:
-    while (group := _GROUP.search(text)) is not None:
-        before = text[: group.start()]
-        after = text[group.end() :]
-        mark = _EACH.match(group[1])
-        if mark is not None:
+    """Yield the text with its first group replaced, and so on for the remaining groups."""
+    while (match := _GROUP.search(text)) is not None:
+        before = text[: match.start()]
+        after = text[match.end() :]
+        each = _EACH.match(match[1])
+        if each is not None:  # `e$$`: one text for each combination
             state = random.getstate()
-            options, fewest, maximum, joiner = _read_group(group[1][mark.end() :])
-            for size in range(fewest, maximum + 1):
-                for chosen in combinations(options, size):
+            group = _read_group(match[1][each.end() :])
+            for size in range(group.minimum, group.maximum + 1):
+                for chosen in combinations(group.choices, size):
                     random.setstate(state)
-                    yield from _expand_groups(before + joiner.join(chosen) + after, random)
+                    yield from _expand_groups(before + group.separator.join(chosen) + after, random)
             return
-        options, fewest, maximum, joiner = _read_group(group[1])
-        places = sorted(random.sample(range(len(options)), random.randint(fewest, maximum)))
-        text = before + joiner.join(options[place] for place in places) + after
+        group = _read_group(match[1])
+        size = random.randint(group.minimum, group.maximum)
+        indices = sorted(random.sample(range(len(group.choices)), size))
+        text = before + group.separator.join(group.choices[index] for index in indices) + after
     yield text
 
 
-def _read_group(content: str) -> tuple[list[str], int, int, str]:
-    """Return a group's choices, the minimum and maximum number of them to take, and their separator."""
+def _read_group(content: str) -> _ChoiceGroup:
+    """Parse the content of a group."""
     counts = _COUNTS.match(content)
     if counts is None:
-        return content.split("|"), 1, 1, JOINER
-    options = content[counts.end() :].split("|")
-    exact, low, high, joiner = counts.groups()
+        return _ChoiceGroup(content.split("|"), minimum=1, maximum=1, separator=JOINER)
+    choices = content[counts.end() :].split("|")
+    exact, low, high, separator = counts.groups()
     if exact is not None:
         low = high = exact
-    fewest = min(int(low or "0"), len(options))
-    maximum = min(int(high or len(options)), len(options))
-    if fewest > maximum:
-        fewest, maximum = maximum, fewest
-    return options, fewest, maximum, JOINER if joiner is None else joiner
+    minimum = min(int(low or "0"), len(choices))
+    maximum = min(int(high or len(choices)), len(choices))
+    if minimum > maximum:
+        minimum, maximum = maximum, minimum
+    return _ChoiceGroup(choices, minimum, maximum, JOINER if separator is None else separator)
 
 
 logger = logging.getLogger(__name__)
@@ -237,7 +248,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Input images in the order of use; an empty tuple for each kind without any."""
+    """Paths of the run's input images, masks and guide images, each in the order of use."""
 
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()

@@ -121,10 +121,11 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
             first = _get_layer(unet, path)
             if first is None:
                 break
-            sides = path.split(".")
-            level = int(sides[1]) if sides[0] == "down_blocks" else levels - 1
-            *before, last = _STRIDES[level]
-            convolutions = (*((width // 2, stride) for stride in before), (width, last))
+            path_parts = path.split(".")
+            level = int(path_parts[1]) if path_parts[0] == "down_blocks" else levels - 1
+            # (channels, stride) of each convolution: the last one has the full width
+            *strides, last_stride = _STRIDES[level]
+            convolutions = (*((width // 2, stride) for stride in strides), (width, last_stride))
             for leaf in _LAYERS:
                 name = f"{PREFIX}{block}_transformer_blocks_{number}_{leaf}"
                 parts[name] = LllitePart(convolutions, first.in_features, rank, is_convolution=False)
@@ -217,20 +218,16 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
         return info.shape
 
     start = f"{name}.conditioning1."
-    places = []
+    indices = []
     for tensor_name in tensors:
         if tensor_name.startswith(start) and tensor_name.endswith(".weight"):
-            place = tensor_name.removeprefix(start).removesuffix(".weight")
-            if place.isdecimal():
-                places.append(int(place))
+            index_text = tensor_name.removeprefix(start).removesuffix(".weight")
+            if index_text.isdecimal():
+                indices.append(int(index_text))
     kernels = []
-    for number in sorted(places) or [0]:
-        channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
+    for index in sorted(indices) or [0]:  # without any, the error names the first one
+        channels, _, size, _ = shape(f"conditioning1.{index}.weight", (4,))
         kernels.append((channels, size))
-    down = shape("down.0.weight", (2, 4))
-    return LllitePart(
-        tuple(kernels),
-        down[1],
-        down[0],
-        is_convolution=len(down) == 4,
-    )
+    down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel
+    rank, in_features = down_shape[:2]
+    return LllitePart(tuple(kernels), in_features, rank, is_convolution=len(down_shape) == 4)

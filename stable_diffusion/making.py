@@ -27,12 +27,12 @@ from stable_diffusion.text import ImageVectors, Texts
 
 
 class BatchHook(Protocol):
-    """Creates an `Idea` for each batch, and may change modules while the batch is generated."""
+    """Creates a hook of the U-Net for each batch, and may change modules while the batch is generated."""
 
     def for_batch(
         self, pictures: Sequence[contract.RequestedImage], width: int, height: int
     ) -> AbstractContextManager[contract.UnetHook | None]:
-        """Open the block in which a batch is generated; yield its `Idea`, or None if the batch needs none."""
+        """Enter the block in which a batch is generated; yield its hook, or None if the batch needs none."""
 
 
 class _Texts(NamedTuple):
@@ -52,7 +52,7 @@ class ImageGenerator:
     sampling: SamplingOptions
     vae_batch_size: float | None = None
     networks: ChosenLoras | None = None
-    ideas: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
+    batch_hooks: Sequence[BatchHook] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
@@ -93,17 +93,18 @@ class ImageGenerator:
             starting.check_start(self.model, image, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
+            """Return a key that is equal for images that can be generated together."""
             image = pictures[index]
-            place = 0 if self.guides is None else index
-            return self._count_chunks(image), image.image is not None, image.mask is not None, place
+            own_group = 0 if self.guides is None else index  # steered images are generated alone
+            return self._count_chunks(image), image.image is not None, image.mask is not None, own_group
 
-        latents: dict[int, Tensor] = {}
+        latents: dict[int, Tensor] = {}  # by index of the image
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
-            places = list(group)
-            group_start = None if start is None else _pick(start, places)
-            group_latents = self._make_group([pictures[place] for place in places], group_start)
-            latents |= dict(zip(places, group_latents, strict=True))
-        joined = torch.stack([latents[place] for place in range(len(pictures))])
+            indices = list(group)
+            group_start = None if start is None else _pick(start, indices)
+            group_latents = self._make_group([pictures[index] for index in indices], group_start)
+            latents |= dict(zip(indices, group_latents, strict=True))
+        joined = torch.stack([latents[index] for index in range(len(pictures))])
         if not wants_images:
             return contract.Made(joined, None)
         labels = [image.label for image in pictures]
@@ -140,17 +141,15 @@ class ImageGenerator:
             beginning = replace(beginning, latents=small, sampler=growing)
         self._select_loras(settings)
         with ExitStack() as stack:
-            makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
-            ideas = [
-                stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
-                for maker in makers
-            ]
-            passes = samplers.UnetPasses(
-                self.model,
-                beginning.sampler,
-                [idea for idea in ideas if idea is not None],
-                beginning.inpainting,
-            )
+            batch_hooks = [*self.batch_hooks]
+            if self.regions is not None:
+                batch_hooks.append(self.regions)
+            hooks = []
+            for batch_hook in batch_hooks:
+                hook = stack.enter_context(batch_hook.for_batch(pictures, settings.width, settings.height))
+                if hook is not None:
+                    hooks.append(hook)
+            passes = samplers.UnetPasses(self.model, beginning.sampler, hooks, beginning.inpainting)
             return self._denoise(passes, beginning, section_texts, pictures[0])
 
     def _denoise(
@@ -233,24 +232,33 @@ class ImageGenerator:
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
         def join(picture: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
-            """Join the states of an image's texts, one for each part of its prompt, into one state."""
+            """Join the states of an image's texts, one for each part of its prompt."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            if len(parts) == 1:
-                return parts[0]
-            regions = self.regions or Regions(self.model.unet)
-            return join_parts(parts, regions.read(picture, settings.width, settings.height))
-
-        def join_avoided(number: int) -> list[contract.TextState] | None:
-            """Return the states of the negative (0) or empty (1) texts, repeated for each part of prompts."""
-            if len(avoided[0]) <= number:
-                return None
-            pairs = zip(pictures, avoided, strict=True)
-            return [join(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
+            return self._join_parts(picture, parts)
 
         positive = [join(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
         if self.vision is not None:
             positive = self.vision.replace_pooled(positive, _list_vision_paths(pictures))
-        return _Texts(positive, negative=join_avoided(0), blank=join_avoided(1))
+        # each avoided text is repeated for all parts of the prompt
+        avoided_states = [
+            [join(picture, [text] * settings.parts) for text in texts]
+            for picture, texts in zip(pictures, avoided, strict=True)
+        ]
+        num_avoided = len(avoided[0])  # 0, 1 (negative) or 2 (negative and blank), equal for all images
+        return _Texts(
+            positive,
+            negative=[of_image[0] for of_image in avoided_states] if num_avoided > 0 else None,
+            blank=[of_image[1] for of_image in avoided_states] if num_avoided > 1 else None,
+        )
+
+    def _join_parts(
+        self, picture: contract.RequestedImage, parts: Sequence[contract.TextState]
+    ) -> contract.TextState:
+        """Return the state of a prompt from the states of its parts, each of which acts in its region."""
+        if len(parts) == 1:
+            return parts[0]
+        regions = self.regions or Regions(self.model.unet)
+        return join_parts(parts, regions.read(picture, picture.settings.width, picture.settings.height))
 
     def _encode_parts(
         self,

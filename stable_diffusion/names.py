@@ -49,7 +49,7 @@ class BlockPaths(NamedTuple):
 
 
 class SamplerPaths(NamedTuple):
-    """Paths of a downsampler, and of the upsampler that stands at the same index in the up path."""
+    """Paths of a downsampler, and of the upsampler with the same index in the up path."""
 
     released_down: str  # in LDM
     released_up: str  # in LDM, if the upsampler's level has attentions, which come before it

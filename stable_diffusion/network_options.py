@@ -89,7 +89,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """Each network with its preparation, strength and fraction of steps; missing values get defaults."""
+        """The networks with preprocessor, strength and fraction of the steps; missing values get defaults."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(

@@ -130,8 +130,9 @@ def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -
     """
     if not weights.has_any:
         return ()
-    snr = shares.double() / (1 - shares.double())
-    capped = snr.clamp(max=MAX_SNR)
+    alphas_cumprod = shares.double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    capped = snr.clamp(max=MAX_SNR)  # Min-SNR has its own, smaller limit
     factors = torch.ones_like(snr)
     if weights.min_snr_gamma:
         factors *= snr.clamp(max=weights.min_snr_gamma) / (snr + 1 if predicts_v else snr)

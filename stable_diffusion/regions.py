@@ -99,8 +99,9 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     pooled = [state.pooled for state in states if state.pooled is not None]
     if not pooled:
         return TextState(context)
-    shares = part_weights(regions).mean((-2, -1)).to(pooled[0].device, torch.float32)
-    mean = (torch.stack(pooled).float() * shares[:, None]).sum(0)
+    # fraction of the image's area that each part covers
+    areas = part_weights(regions).mean((-2, -1)).to(pooled[0].device, torch.float32)
+    mean = (torch.stack(pooled).float() * areas[:, None]).sum(0)
     return TextState(context, mean.to(pooled[0].dtype))
 
 

@@ -213,7 +213,7 @@ def count_left_out(steps: int, strength: float | None) -> int | None:
 
 
 def begin_sampling(
-    scheduler: Any, steps: int, generators: Sequence[torch.Generator], left_out: int | None = None
+    scheduler: Any, steps: int, generators: Sequence[torch.Generator], num_skipped: int | None = None
 ) -> SchedulerSolver:
     """Set a scheduler to a number of steps, without state of earlier runs, and return its solver.
 
@@ -223,16 +223,16 @@ def begin_sampling(
         scheduler: Scheduler of diffusers.
         steps: Number of steps.
         generators: Generator of each image.
-        left_out: Number of steps that image-to-image skips; None to begin from noise.
+        num_skipped: Number of steps that image-to-image skips; None to begin from noise.
     """
     if "skip_prk_steps" in scheduler.config:  # only PNDM has this setting
         # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
-        scheduler.register_to_config(skip_prk_steps=left_out is not None)
+        scheduler.register_to_config(skip_prk_steps=num_skipped is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
-    if left_out == steps:
+    if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    first = (left_out or 0) * int(scheduler.order)
+    first = (num_skipped or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return SchedulerSolver(scheduler, generators, first)
@@ -305,7 +305,7 @@ class UnetPasses:
 
     model: Model
     sampler: SchedulerSolver
-    ideas: Sequence[UnetHook] = ()  # each sees the call as those before it left it
+    hooks: Sequence[UnetHook] = ()  # each gets the call that the previous one returned
     # B 5 h w: mask and masked image, which the U-Net of an inpainting checkpoint takes with the sample
     inpainting: Tensor | None = None
 
@@ -329,8 +329,8 @@ class UnetPasses:
             negative_rows=int(_tensor(cond, IS_NEGATIVE).sum()),
             added={name: _tensor(cond, name) for name in (POOLED, SIZES) if name in cond},
         )
-        for idea in self.ideas:
-            call = idea(call)
+        for hook in self.hooks:
+            call = hook(call)
         dtype = self.model.dtype
         sample = call.sample
         if self.inpainting is not None:

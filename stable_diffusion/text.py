@@ -214,11 +214,16 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     if all(weight == 1 for weight in weights):
         return states
     plain = states.float()
-    takes_weights = plain * torch.tensor(weights, device=states.device)[:, None]
-    if mode != "none":
-        before, after = ((x.abs() if mode == "abs" else x).mean() for x in (plain, takes_weights))
-        takes_weights = takes_weights * torch.where(after == 0, 1.0, before / after)
-    return takes_weights.to(states.dtype)
+    weighted = plain * torch.tensor(weights, device=states.device)[:, None]
+    if mode == "original":
+        weighted = weighted * _divide_or_one(plain.mean(), weighted.mean())
+    elif mode == "abs":
+        weighted = weighted * _divide_or_one(plain.abs().mean(), weighted.abs().mean())
+    return weighted.to(states.dtype)
+
+
+def _divide_or_one(number: Tensor, divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1.0, number / divisor)
 
 
 def check_texts(

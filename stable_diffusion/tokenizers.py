@@ -70,7 +70,7 @@ def fetch_tokenizer_files(
 def find_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path | None]]:
-    """Return the possible places of each text encoder's tokenizer, and its file; None if it is missing.
+    """Return the files in which each text encoder's tokenizer may be, and the one that exists, or None.
 
     Arguments and OptionError: as for `find_tokenizers`.
     """
@@ -184,7 +184,7 @@ class Part:
 
 @dataclass
 class _Bracket:
-    """A bracket that opens a weighted part, or one that closes it."""
+    """An opening or closing bracket of a weighted part."""
 
     kind: str  # "(" or "["
     weight: float  # weight of an opening bracket, which the closing bracket may set
@@ -289,7 +289,7 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
 
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:
-    """Return the end of a text, in whole words, that does not fit into `maximum` chunks. This is slow."""
+    """Return the words at the end of a text that do not fit into `maximum` chunks. This is slow."""
     words: list[Part] = []
     begins_chunk = False
     for part in parts:

@@ -130,7 +130,7 @@ class TowerEncoder:
         return self._loaded.get()[0]
 
     def reads_weight(self, name: str) -> bool:
-        """Return whether an output depends on a weight; layers after the one that is used do not matter.
+        """Return whether an output depends on a weight; layers after the used hidden state do not matter.
 
         Reads the header of the checkpoint once.
         """
@@ -274,21 +274,22 @@ class TowerEncoder:
             return []
         loaded = self._loaded.get()[1]
         texts = [self._read_chunks(prompt, loaded) for prompt in prompts]
-        count = len(texts[0])
+        num_chunks = len(texts[0])
         length = None  # number of states that are used; None for all
         if not self._fills and prompts[0].marked_chunks is None:
-            length = max(len(chunks[0].ids) for chunks in texts) + 2
+            length = max(len(chunks[0].ids) for chunks in texts) + 2  # with start and end token
         states, pooled = self._read_rows(
             [self._make_row(chunk, loaded) for chunks in texts for chunk in chunks]
         )
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
-        for chunks, place in zip(texts, range(0, len(states), count), strict=True):
-            joined = join_chunks(states[place : place + count])
-            takes_weights = weigh_states(joined, weights_of(chunks), WEIGHING)
-            conditions = {states_key: takes_weights[:length].cpu()}
-            if pooled is not None:
-                conditions[POOLED] = pooled[place].cpu().clone()
+        # `states` has one row for each chunk of each text
+        for chunks, first_row in zip(texts, range(0, len(states), num_chunks), strict=True):
+            joined = join_chunks(states[first_row : first_row + num_chunks])
+            weighted = weigh_states(joined, weights_of(chunks), WEIGHING)
+            conditions = {states_key: weighted[:length].cpu()}
+            if pooled is not None:  # of the first chunk
+                conditions[POOLED] = pooled[first_row].cpu().clone()
             results.append(conditions)
         return results
 
@@ -323,7 +324,7 @@ class TowerEncoder:
 
 
 def _find_cut(text: str, tokenize: Callable[[str], list[int]], maximum: int) -> int:
-    """Return how many characters of a text its first `maximum` tokens cover, in whole words."""
+    """Return the number of characters covered by the first `maximum` tokens of a text, in whole words."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     number = bisect_right(ends, maximum, key=lambda end: len(tokenize(text[:end])))
     return ends[number - 1] if number else 0

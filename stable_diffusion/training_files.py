@@ -116,7 +116,7 @@ class TrainingFiles:
 
     @property
     def hashed(self) -> Mapping[str, Path]:
-        """Return those of the checkpoint and --vae that are single files, by their keys in metadata."""
+        """Return the checkpoint and --vae, if they are single files, by their keys in metadata."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
         return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
@@ -234,7 +234,7 @@ class TrainingFiles:
 
     @contextmanager
     def opened_vae(self) -> Iterator[LoadPlan[checkpoints.VaeSizes]]:
-        """Open only the VAE: that of --vae, or of the checkpoint."""
+        """Open only the VAE, from --vae or from the checkpoint."""
         with ExitStack() as files:
             if self.vae is not None:
                 yield loading.read_chosen_vae(self.vae, "--vae", self.kind, files)
@@ -397,13 +397,13 @@ class _Sides:
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
-    """Return the blocks of a U-Net with the numbers that known trainers give them, as in released files.
+    """Return the blocks of a U-Net with the numbers that other trainers give them, as in released files.
 
     SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
     and its outputs: 23. In other models the middle is one block, and inputs and outputs have no numbers: 25.
     """
     layers = count_layers(config)
-    # residual blocks, the first convolution, and a sampler after each level but the last
+    # residual blocks, the first convolution, and a sampler after each level except the last
     blocks = sum(layers) + len(layers)
     is_xl = config.get("addition_embed_type") is not None
     sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
@@ -412,7 +412,7 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     for sampler in unet_samplers(layers):
         numbers.append((sampler.down.removesuffix(".conv"), sides.number_of(sampler.released_down)))
         numbers.append((sampler.up.removesuffix(".conv"), sides.number_of(sampler.released_up)))
-    rates = (
+    rates = (  # argument, its first block, number of blocks
         ("down_lr_weight", sides.first, sides.down),
         ("mid_lr_weight", sides.first_middle, sides.middle),
         ("up_lr_weight", sides.first_up, sides.up),

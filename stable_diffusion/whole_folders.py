@@ -242,7 +242,7 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the scheduler's settings: the source folder's if it predicts the same, else released ones."""
+    """Return the scheduler's settings: the source folder's if its prediction type is equal, else defaults."""
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])

@@ -95,9 +95,8 @@ SMALLER = {
     "flux_kontext_generate_image.py": f"{IMAGE} --no_resize_control",
     "gen_img.py": "--W 64 --H 64 --steps 2",
     **dict.fromkeys(("sd_generate_image.py", "sdxl_generate_image.py"), IMAGE),
-    "flux_minimal_inference.py": "--width 64 --height 64 --steps 2",
-    "hunyuan_image_minimal_inference.py": f"{IMAGE} {QUICK_VAE}",
     "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
+    "hunyuan_image_minimal_inference.py": f"{IMAGE} {QUICK_VAE}",
     "fpack_train.py": f"{TRAINING} --latent_window_size 1",
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
     **{f"{name}_train.py": TRAINING for name in FULL_MODELS},
@@ -125,10 +124,8 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     "--optimizer_type=AdamW8bit": "--optimizer_type adamw",  # needs a GPU
     "--resolution 1024,1024": "--resolution 64 --min_bucket_reso 32 --bucket_reso_steps 32",
     "--max_train_steps 1600": "--validation_split 0.5",  # of two pictures
-    "--teacache_calibration": "--infer_steps 8",  # with fewer there is nothing to fit
     "--i2i_path start.png": "--video_length 1",
     # they make two steps
-    "--cfgzerostar_init_steps 2": "--cfgzerostar_init_steps 1",
     "--cfg_schedule 1-": "--cfg_schedule '1:3, e~2, !2'",
     "--highres_fix_scale 0.5": "--highres_fix_steps 2",
     # latents that grow from 8 x 8 to 16 x 16
@@ -137,7 +134,6 @@ LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended
     "reelsmith.py new": "--max_train_steps 1 --memory 0",
     **dict.fromkeys(("--sample_two_stage", "--reference_video"), "--video_size 64 64"),
     "--post gimmvfi": "--video_size 128 128",  # it takes no smaller frames
-    "--tread 0.25": "--tread 0.5 --tread_blocks 0 1",  # of two blocks
     "gpu.py --dry": "--rows wan14b-bf16",
     # inductor is slow, and has its own tests
     "--compile_args inductor": "--compile_args eager default auto False",
@@ -361,9 +357,6 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_targets(tmp_path)
         run_for_z_image([command for command in commands if "zimage_" in command], tmp_path / "z image", page)
         commands = [command for command in commands if "zimage_" not in command]
-    if page.stem == "recipes":
-        run_for_flux_2([command for command in commands if "flux_2_" in command], tmp_path / "flux 2")
-        commands = [command for command in commands if "flux_2_" not in command]
     if any("models/chat" in command for command in commands):
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
@@ -527,17 +520,6 @@ def run_for_z_image(commands: Sequence[str], folder: Path, page: Path) -> None:
     lay_out_named(folder, [z_image, page], SMALL)
     before = [one for one in commands_of(z_image) if "_cache_" in one or "my_z_lora" in one]
     for command in [*(one.replace("my_z_lora", "base_lora") for one in before), *commands]:
-        run_in(folder, command, makes_caches=True, apart=False)
-
-
-def run_for_flux_2(commands: Sequence[str], folder: Path) -> None:
-    """Run the commands of a page for FLUX.2 with the data set and the caches of its own page."""
-    picture_project.lay_out_flux_2(folder / "models")
-    lay_out_images(folder)
-    flux_2 = ROOT / "docs" / "flux_2.md"
-    lay_out_named(folder, [ROOT / "docs" / "image_datasets.md", flux_2], SMALL)
-    caching = [command for command in commands_of(flux_2) if "_cache_" in command]
-    for command in [*caching, *commands]:
         run_in(folder, command, makes_caches=True, apart=False)
 
 

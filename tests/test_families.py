@@ -35,7 +35,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 
 
 # FramePack but for the order of sections, which tests/frame_pack has; FLUX but for its modulation, or for a
-# reference, which tests/parity has; LTX-2 without sound
+# reference, which tests/parity has; LTX-2 without audio
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}

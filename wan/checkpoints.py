@@ -93,7 +93,7 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log that the kind of a file is known from --task only, or that its size differs from the release.
+    """Log if only --task shows the kind of a file, or if the file's size differs from the released one.
 
     `target` is the compute dtype. Warns if a large file stays in float32, as A14B was released.
     """

@@ -73,8 +73,9 @@ class WanFiles(TransformerFiles):
             check_task(headers[option], self.task, path, option)
         if len(headers) < 2:
             return
-        first, second = headers
-        config, second_config = headers[first].config, headers[second].config
+        first, second = headers  # options of the two transformers
+        config = headers[first].config
+        second_config = headers[second].config
         if second_config != config:
             raise CheckpointError(
                 f"{second} {paths[second]} is not of the model of {first} {paths[first]}:\n"
@@ -258,7 +259,7 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
 
 
 class _NamedDit(NamedTuple):
-    """A transformer file, and the experts that its option and its name stand for."""
+    """A transformer file, the expert of its option, and the expert that its name suggests."""
 
     option: str
     path: Path

@@ -69,15 +69,21 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     the last letter of a part), positions may be off by a character or two.
     """
     cleaned = clean_text(text).strip()
-    length = 0
-    places = []
-    edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
+    edges = [0]  # of all parts of the text, weighted or not
+    for start, end, _ in spans:
+        edges += [start, end]
+    edges.append(len(text))
+    length = 0  # of the cleaned parts so far
+    cleaned_ends = []
     for start, end in itertools.pairwise(edges):
-        piece = clean_text(text[start:end])
-        length += len(piece.lstrip() if length == 0 else piece)  # what a text begins with is dropped
-        places.append(min(length, len(cleaned)))
-    parts = zip(places[0::2], places[1::2], spans, strict=False)
-    return cleaned, tuple((first, last, weight) for first, last, (_, _, weight) in parts)
+        part = clean_text(text[start:end])
+        length += len(part.lstrip() if length == 0 else part)  # white space at the start is dropped
+        cleaned_ends.append(min(length, len(cleaned)))
+    # plain and weighted parts alternate: a weighted part begins at the end of the plain part before it
+    starts = cleaned_ends[0::2]
+    ends = cleaned_ends[1::2]
+    weights = [weight for _, _, weight in spans]
+    return cleaned, tuple(zip(starts, ends, weights, strict=False))
 
 
 class WanTextEncoder(FileTextEncoder[T5Network]):
@@ -96,7 +102,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What the states depend on: the file, the tokenizer, and the form of the weights."""
+        """Everything that the outputs depend on: the file, the tokenizer, and the form of the weights."""
         return self.identify("t5", weights=self.form)
 
     def write(self, prompt: Prompt) -> Written:

@@ -42,7 +42,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
 
 
 def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
-    """Return `vace_control`, B 96 K+L h w. Raises CacheError for control that was cached for other models."""
+    """Return `vace_control`, B 96 K+L h w. Raises CacheError if the control was cached for another model."""
     halves = batch.tensor("latents_control").float()
     if halves.shape[1] != 2 * LATENT.channels:
         raise CacheError(
@@ -54,5 +54,6 @@ def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
     else:
         mask = halves.new_ones(len(halves), LATENT.stride[1] * LATENT.stride[2], *halves.shape[2:])
     names = [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
-    names.sort(key=lambda name: int(name.rpartition("_")[2]))
-    return {"vace_control": join_control(halves, mask, [batch.tensor(name) for name in names])}
+    names.sort(key=lambda name: int(name.rpartition("_")[2]))  # by the index at the end
+    references = [batch.tensor(name) for name in names]
+    return {"vace_control": join_control(halves, mask, references)}

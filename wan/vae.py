@@ -68,13 +68,19 @@ class WanVae(nn.Module):
         step, side, _ = RELEASES[self.config.latent_channels].stride
         check_clip(pixels, step, side)
         batch, _, frames, height, width = pixels.shape
-        size = (frames - 1) // step + 1, height // side, width // side
-        if self.tile is None or max(size[1:]) <= max(1, self.tile // side):
+        latent_frames = (frames - 1) // step + 1
+        latent_height = height // side
+        latent_width = width // side
+        if self.tile is None:
             return self._encode(pixels, as_moments)
-        edge = max(1, self.tile // side)
-        grid = (tiles(size[1], edge), tiles(size[2], edge))
+        edge = max(1, self.tile // side)  # of a tile, in latent pixels
+        if max(latent_height, latent_width) <= edge:
+            return self._encode(pixels, as_moments)
+        grid = (tiles(latent_height, edge), tiles(latent_width, edge))
         channels = (self.conv1 if as_moments else self.conv2).in_channels
-        latents = torch.zeros((batch, channels, *size), device=self.device)
+        latents = torch.zeros(
+            (batch, channels, latent_frames, latent_height, latent_width), device=self.device
+        )
         add_in_tiles(lambda tile: [self._encode(tile, as_moments)], pixels, grid, (side, 1), latents)
         return latents
 
@@ -104,7 +110,7 @@ class WanVae(nn.Module):
             yield chunk.clamp_(-1, 1) if clamps else chunk
 
     def _encode(self, pixels: Tensor, as_moments: bool) -> Tensor:
-        """Encode one frame, then groups of as many frames as make a latent frame."""
+        """Encode the first frame, then groups of frames, each of which becomes one latent frame."""
         frames = pixels.shape[2]
         parts = []
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None

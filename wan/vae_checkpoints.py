@@ -158,18 +158,19 @@ def _read_layers(
     shape: Callable[[str], tuple[int, ...]], names: Collection[str], start: str
 ) -> tuple[VaeLayer, ...]:
     """Read the layers of a list; in Wan2.2 its entries are stages, which hold a list of the same name."""
+    list_name = start.split(".")[-1]
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
         name = f"{start}.{index}"
-        kind = "residual"
-        inner = _read_layers(shape, names, f"{name}.{start.split('.')[-1]}")
-        if inner:
-            layers.append(VaeLayer(inner[-1].kind, inner[0].width_in, inner[-1].width_out, inner))
+        stage = _read_layers(shape, names, f"{name}.{list_name}")
+        if stage:
+            layers.append(VaeLayer(stage[-1].kind, stage[0].width_in, stage[-1].width_out, stage))
             continue
+        kind = "residual"
         weight = f"{name}.residual.2.weight"
         if f"{name}.resample.1.weight" in names:
-            weight = f"{name}.resample.1.weight"
             kind = "temporal" if f"{name}.time_conv.weight" in names else "spatial"
+            weight = f"{name}.resample.1.weight"
         width_out, width_in = shape(weight)[:2]
         layers.append(VaeLayer(kind, width_in, width_out))
     return tuple(layers)

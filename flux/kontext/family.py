@@ -102,7 +102,7 @@ class KontextFiles(FluxFiles):
 class Kontext(Flux):
     """Description of FLUX.1 Kontext for one run, built by the `family_for_...` functions below.
 
-    Its files cannot be distinguished from those of FLUX.1 dev.
+    Its files cannot be distinguished from files of FLUX.1 dev.
     """
 
     files: KontextFiles

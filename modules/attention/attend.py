@@ -389,16 +389,16 @@ def rejection(
 def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, training: bool) -> None:
     """Compute a small attention with and without padding, in training with its gradients.
 
-    Raises whatever the back end raises, and ArithmeticError if the results are not close to torch's.
+    Errors of the back end are passed on. Raises ArithmeticError if the results are not close to torch's.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(2, 128, 2, 128, generator=generator).to(device, dtype).requires_grad_(training)
-        for _ in range(3)
-    ]
+    inputs = []  # query, key and value: B 2, L 128, N 2, D 128
+    for _ in range(3):
+        tensor = torch.randn(2, 128, 2, 128, generator=generator).to(device, dtype)
+        inputs.append(tensor.requires_grad_(training))
     query, key, value = inputs
     with torch.set_grad_enabled(training):
-        for counts in (None, (128, 72)):
+        for counts in (None, (128, 72)):  # without padding, and with a second sample of 72 tokens
             lengths = None if counts is None else make_lengths(counts, device)
             result = attend(query, key, value, choice, lengths=lengths)
             expected = attend(query, key, value, SDPA, lengths=lengths)

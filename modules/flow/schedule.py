@@ -52,10 +52,10 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
         raise ValueError(
             f"batch sizes differ: {len(latents)} latents, {len(noise)} noise, {len(sigmas)} sigmas"
         )
-    rows = (-1, *([1] * (latents.ndim - 1)))
-    weights = sigmas.float().view(rows)
-    shares = 1 - weights if alphas is None else alphas.float().view(rows)
-    return (shares * latents.float() + weights * noise.float()).to(latents.dtype)
+    per_item = (-1, *([1] * (latents.ndim - 1)))  # B 1 1 1 1
+    sigmas = sigmas.float().view(per_item)
+    alphas = 1 - sigmas if alphas is None else alphas.float().view(per_item)
+    return (alphas * latents.float() + sigmas * noise.float()).to(latents.dtype)
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:

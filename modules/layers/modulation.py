@@ -61,20 +61,26 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 
 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tokens and rows by segment: return the tokens, B L' C, and then the rows, B 1 C, of each.
+    """Split tokens into segments of equal modulation.
 
-    `rows` has one or more tensors, each B S C. If `split` has the row of each token, all tokens are one
-    segment and each has a row, B L C.
+    Args:
+        split: Where segments begin: one index, several, or the index of the modulation row of each token.
+        rows: Modulation tensors, each B S C with a row for each of S segments.
+        *tokens: Token tensors, each B L C.
+
+    Returns:
+        For each segment its part of each token tensor, B L' C, followed by its row of each modulation tensor,
+        B 1 C. If `split` has the row of each token, all tokens are one segment, with rows B L C.
     """
     count = rows[0].shape[1]
     if count == 1:
         return [(*tokens, *rows)]
     if isinstance(split, Tensor):
         return [(*tokens, *(row.gather(1, _widen(split, row)) for row in rows))]
-    places = (split,) if isinstance(split, int) else split
-    assert len(places) == count - 1, f"{count} rows for the segments that begin at {places}"
+    starts = (split,) if isinstance(split, int) else split
+    assert len(starts) == count - 1, f"{count} rows for the segments that begin at {starts}"
     segments = []
-    for index, (start, stop) in enumerate(pairwise((None, *places, None))):
+    for index, (start, stop) in enumerate(pairwise((None, *starts, None))):
         parts = [tensor[:, start:stop] for tensor in tokens]
         segments.append((*parts, *(row[:, index : index + 1] for row in rows)))
     return segments

@@ -15,6 +15,7 @@ measures: brightness, sharpness, stillness, hashes, and cuts of scenes
 opening: open foreign images and videos safely; import PyAV
 options: how videos are encoded, usual thresholds of edges
 pixels: media as pixels for a VAE, and back
+random_masks: masks for inpainting, drawn at random
 reading: read images and videos as uint8 frames, and their texts
 remedies: what to do with files nothing here reads
 samples: the sound of a part of a file as samples

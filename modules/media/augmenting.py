@@ -74,10 +74,10 @@ def fit_face(
     always covers the bucket, and is not enlarged just to reach that ratio. The face is centered, or with
     `anywhere` at a random position where it is fully visible.
     """
-    longer = max(face.width, face.height, 1)
-    cover = max(bucket[0] / size[0], bucket[1] / size[1])
-    drawn_scale = min(bucket) / (longer * numbers.uniform(*sides))
-    scale = max(cover, min(drawn_scale, 1.0))
+    face_length = max(face.width, face.height, 1)
+    covering_scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    drawn_scale = min(bucket) / (face_length * numbers.uniform(*sides))
+    scale = max(covering_scale, min(drawn_scale, 1.0))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
 
     def start(middle: float, length: float, axis: int) -> int:

@@ -155,7 +155,7 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def how_to_resize(size: Size, resized: Size) -> str:
-    """Return the filter for resizing: area if both sides get smaller, else lanczos; none for equal sizes."""
+    """Return the resizing filter: "area" if both sides shrink, else "lanczos"; "none" for equal sizes."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

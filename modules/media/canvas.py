@@ -18,15 +18,20 @@ def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
     As in diffusers' WanVACEPipeline, sides are first reduced to multiples of 8 (Lanczos), then scaled and
     rounded down (bilinear, without antialiasing).
     """
-    rows, columns = (max(side // STEP, 1) * STEP for side in frame.shape[:2])
-    if (rows, columns) != frame.shape[:2]:
-        frame = resize_frame(frame, (columns, rows), "lanczos")
-    scale = min(height / rows, width / columns)
-    rows, columns = (max(int(side * scale), 1) for side in (rows, columns))
-    image = to_pixels(torch.from_numpy(frame[None, None]))[:, :, 0]
-    scaled = functional.interpolate(image, (rows, columns), mode="bilinear", align_corners=False)
+    even_height = max(frame.shape[0] // STEP, 1) * STEP
+    even_width = max(frame.shape[1] // STEP, 1) * STEP
+    if (even_height, even_width) != frame.shape[:2]:
+        frame = resize_frame(frame, (even_width, even_height), "lanczos")
+    scale = min(height / even_height, width / even_width)
+    scaled_height = max(int(even_height * scale), 1)
+    scaled_width = max(int(even_width * scale), 1)
+    clip = torch.from_numpy(frame[None, None])  # 1 1 H W 3, bytes
+    image = to_pixels(clip)[:, :, 0]  # 1 3 H W, -1..1
+    scaled = functional.interpolate(
+        image, (scaled_height, scaled_width), mode="bilinear", align_corners=False
+    )
     canvas = image.new_ones(1, 3, 1, height, width)
-    top = (height - rows) // 2
-    left = (width - columns) // 2
-    canvas[:, :, 0, top : top + rows, left : left + columns] = scaled
+    top = (height - scaled_height) // 2
+    left = (width - scaled_width) // 2
+    canvas[:, :, 0, top : top + scaled_height, left : left + scaled_width] = scaled
     return canvas

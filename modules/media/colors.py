@@ -88,15 +88,16 @@ def upright(file: Image.Image) -> Image.Image:
 def _note_info(file: Image.Image) -> None:
     """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
     tile = getattr(file, "tile", None)
-    key = file.info.get("transparency")
-    raw = str(tile[0][3]) if tile else ""
-    if key is not None:  # Pillow leaves the transparent color of a PNG as stored, and spreads pixels
-        spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
-        file.info["transparency"] = key * spread if spread > 1 else key
-        if raw == "RGB;16B":  # of pixels the higher bytes are read
-            file.info["transparency"] = tuple(value >> 8 for value in key)
+    raw_mode = str(tile[0][3]) if tile else ""  # Pillow's name of the stored pixel format
+    transparent = file.info.get("transparency")
+    if transparent is not None:  # the transparent color of a PNG, as stored
+        # Pillow scales pixels to 8 bits, but not this color: 2 bits by 255 / 3, 4 bits by 255 / 15
+        factor = {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
+        file.info["transparency"] = transparent * factor if factor > 1 else transparent
+        if raw_mode == "RGB;16B":  # of pixels only the high bytes are read
+            file.info["transparency"] = tuple(value >> 8 for value in transparent)
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        file.info[_INVERTED] = True  # white is 0, which Pillow minds in 8 bits only
+        file.info[_INVERTED] = True  # white is 0, which Pillow handles for 8 bits only
     readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
     codes = readers[file.format](file) if file.format in readers else None
     if codes is not None:
@@ -104,7 +105,7 @@ def _note_info(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the image has transparency.
+    """Return the pixels on white, H W 3 RGB; with `alpha`, those of a transparent image as H W 4.
 
     `image` comes from `upright`. `path` is for messages only.
     """
@@ -261,11 +262,12 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     content = image.info.get("icc_profile")
     if content:
         return _Profile(content, _select_mode(image.mode, content), path)
-    places = None if transfer else image.info.get("chromaticity")
+    # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
+    chromaticity = None if transfer else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
+    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_PLACES, atol=2e-3):
         return None
-    content = _make_profile(gamma, tuple(places))
+    content = _make_profile(gamma, tuple(chromaticity))
     return None if content is None else _Profile(content, "RGB", path)
 
 

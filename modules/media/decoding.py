@@ -27,7 +27,7 @@ TAIL = 64  # bytes; programs that fetch files may claim their whole length at on
 
 @dataclass(frozen=True)
 class Orientation:
-    """Turn and mirroring of a stored frame for display: transposed first, then mirrored."""
+    """How a stored frame is rotated and mirrored for display: transposed first, then mirrored."""
 
     is_transposed: bool = False  # rows become columns
     flips_columns: bool = False  # left and right change places
@@ -56,7 +56,7 @@ _BY_EXIF = {
 
 
 def read_orientation(frame: Any) -> Orientation:
-    """Return the turn and mirroring that the display matrix of FFmpeg's frame asks for.
+    """Return the orientation in the display matrix of FFmpeg's frame.
 
     Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
     FFmpeg's libavutil/display.h.
@@ -162,7 +162,7 @@ def _has_all_bytes(path: Path) -> bool:
 
 
 def hides_alpha(stream: Any) -> bool:
-    """Return whether a stream has transparency that its usual decoder does not read."""
+    """Return whether a stream has transparency that FFmpeg's default decoder does not read."""
     return stream.codec_context.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
 
 
@@ -270,7 +270,7 @@ def _no_frames(path: Path) -> MediaError:
 
 
 def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
-    """Turn and mirror the pixels of a frame, H W C, to what a player shows."""
+    """Rotate and mirror the pixels of a frame, H W C, as a player shows it."""
     if orientation == AS_STORED:
         return pixels
     view: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels

@@ -159,9 +159,9 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
 def create_container(
     path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
 ) -> Any:
-    """Open a file to write, without random ids and with tags.
+    """Open a file for writing, without random ids and with tags.
 
-    `options` are additional ones of the container.
+    `options` are additional options of the container format.
     """
     options = {"fflags": "+bitexact", **(options or {})}
     container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)
@@ -252,7 +252,7 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
 
 
 def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
-    """Return a frame H W 3 as H.264 of this quality shows it; an odd last row or column is cropped.
+    """Encode and decode a frame, H W 3, with H.264 of quality `crf`; an odd last row or column is cropped.
 
     A single thread encodes: several threads would divide the frame into slices, so that pixels would depend
     on the number of cores.
@@ -286,7 +286,7 @@ def _name_encoder(stream: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def name_write_errors() -> Iterator[None]:
-    """Turn FFmpeg's errors into OSError, which `atomic_path` explains."""
+    """Convert FFmpeg's errors to OSError, for which `atomic_path` has an explanation."""
     try:
         yield
     except av.FFmpegError as error:

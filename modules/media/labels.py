@@ -11,11 +11,11 @@ LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return the label that a file's name, without suffix, ends in; None: it is an image."""
+    """Return the label at the end of a file's stem, such as that of a mask; None for an ordinary image."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 
 
 def owner_of(stem: str, label: str) -> str:
-    """Return the name of the image that a file belongs to if its name ends in `label`; else the name."""
+    """Return the name of the image to which a companion file belongs: the file's name without `label`."""
     return stem[: -len(label)] if label_of(stem) == label else stem

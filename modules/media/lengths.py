@@ -25,7 +25,7 @@ class ClipLengths:
         return (frames - self.first) // self.step * self.step + self.first
 
     def includes(self, frames: int) -> bool:
-        """Return whether a clip may have so many frames."""
+        """Return whether a clip may have this number of frames."""
         return frames == self.fit(frames)
 
 

@@ -51,7 +51,7 @@ def brightness(frame: Frame) -> float:
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
-    """Return whether `share` of pixels have a luma below `threshold`, 0..1. Source: FFmpeg's blackdetect."""
+    """Return whether a fraction `share` of pixels has a luma below `threshold`, as FFmpeg's blackdetect."""
     return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 
@@ -108,7 +108,7 @@ def is_flat(frame: Frame) -> bool:
 
 
 def perceptual_hash(frame: Frame) -> int:
-    """Return a 63-bit hash that is nearly equal for copies: rescaled, recompressed, brighter or darker ones.
+    """Return a 63-bit hash that hardly changes if a frame is rescaled, recompressed, brightened or darkened.
 
     The luma is reduced to 32 x 32 and transformed by a DCT; each of its 8 x 8 lowest terms except the
     constant one gives a bit: whether it is above their median. Mirrored images differ. A flat frame gives
@@ -189,14 +189,14 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     factor = min(1.0, LONG_SIDE / max(height, width))
     columns = max(1, round(width * factor))
     rows = max(1, round(height * factor))
-    # twice as fine for the colors, so that the histogram has enough samples
+    # four times as fine for the colors, so that the histogram has enough samples
     fine = cv2.resize(in_eight_bits(pixels), (4 * columns, 4 * rows), interpolation=cv2.INTER_AREA)
     small = cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA)
-    shares = []
+    counts = []
     for color in range(3):
         bins = fine[..., color] // (256 // BINS)
-        shares.append(np.bincount(bins.ravel(), minlength=BINS))
-    histogram = (np.stack(shares) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
+        counts.append(np.bincount(bins.ravel(), minlength=BINS))
+    histogram = (np.stack(counts) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
     gray: NDArray[np.float32] = (small.astype(np.float32) @ LUMA) / np.float32(255)
     return Thumbnail(gray, small.max(axis=-1) >= WHITE, histogram)
 
@@ -237,18 +237,19 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """
     height, width = first.grey.shape
+    # the part of each thumbnail that overlaps the other one after the shift
     first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))
     second_area = slice(max(0, -y), height + min(0, -y)), slice(max(0, -x), width + min(0, -x))
-    is_seen = ~(first.is_white[first_area] | second.is_white[second_area])
-    if 4 * is_seen.sum() < is_seen.size:
+    is_used = ~(first.is_white[first_area] | second.is_white[second_area])
+    if is_used.sum() < is_used.size / 4:
         return None
-    first_values = _center(first.grey[first_area][is_seen])
-    second_values = _center(second.grey[second_area][is_seen])
-    first_spread = float(np.sqrt(np.square(first_values).mean()))
-    second_spread = float(np.sqrt(np.square(second_values).mean()))
-    if min(first_spread, second_spread) < FLAT_SCENE:
+    first_values = _center(first.grey[first_area][is_used])
+    second_values = _center(second.grey[second_area][is_used])
+    first_deviation = float(np.sqrt(np.square(first_values).mean()))
+    second_deviation = float(np.sqrt(np.square(second_values).mean()))
+    if min(first_deviation, second_deviation) < FLAT_SCENE:
         return None
-    return float((first_values * second_values).mean()) / (first_spread * second_spread)
+    return float((first_values * second_values).mean()) / (first_deviation * second_deviation)
 
 
 def _center(values: Gray) -> Gray:

@@ -199,7 +199,7 @@ class MaskLook:
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
-        """Look at a frame of the mask, H W 3 or 4; return it on white, H W 3, and how opaque it is, H W."""
+        """Add a mask frame, H W 3 or 4, to the range; return it on white, H W 3, and its alpha, H W."""
         if frame.shape[2] == 3:
             opacity = np.full(frame.shape[:2], 255, np.uint8)
             on_white = frame
@@ -251,9 +251,9 @@ def resize_cover(
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
-    """Resize and crop a frame, as `fit` says.
+    """Resize and crop a frame according to `fit`.
 
-    `place` are fractions from left and top at which to crop instead of the center.
+    `place` is the position of the crop, as fractions from the left and the top; None for the center.
     """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop

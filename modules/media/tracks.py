@@ -37,7 +37,7 @@ class TrackAudio:
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the sound before the given second of the new file; None: all of the rest."""
+        """Write the audio before a time of the new file in seconds; None for all remaining audio."""
         end = round((self._lasts() if seconds is None else seconds) * self._rate)
         if end > self._written:
             part = self._samples[:, self._written : end]

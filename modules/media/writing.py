@@ -65,7 +65,7 @@ class SectionAudio:
         self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the sound before the given second of the new file; None: all of the rest."""
+        """Write the audio before a time of the new file in seconds; None for all remaining audio."""
         while True:
             if self._waiting is None:
                 self._waiting = next(self._packets, None)
@@ -108,7 +108,7 @@ MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
-    """Return the number of ticks per second for which all times n / rate are whole numbers of ticks."""
+    """Return a number of ticks per second for which each time n / rate is an integer number of ticks."""
     ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
     return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
@@ -252,7 +252,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """Facts about a written video; the sizes are those of its frames."""
+    """Information about a written video; the sizes are frame sizes."""
 
     width: int
     height: int

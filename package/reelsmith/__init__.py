@@ -1,5 +1,57 @@
 """Teach open video models something new, and make videos with them.
 
 __main__: python -m reelsmith, the same as reelsmith
+api: the functions of `import reelsmith`
+command_run: a command in a process of its own
 commands: words to scripts, and the list of all
+events: what a running command reports, as records
+typed_words: keyword arguments as words of a command
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # commands need none of it
+    from package.reelsmith.api import (
+        CommandRun,
+        Event,
+        LineEvent,
+        SampleEvent,
+        SavedEvent,
+        StepEvent,
+        UserError,
+        ValidationEvent,
+        cache,
+        command,
+        generate,
+        merge,
+        plan,
+        resume,
+        train,
+    )
+
+__all__ = [
+    "CommandRun",
+    "Event",
+    "LineEvent",
+    "SampleEvent",
+    "SavedEvent",
+    "StepEvent",
+    "UserError",
+    "ValidationEvent",
+    "cache",
+    "command",
+    "generate",
+    "merge",
+    "plan",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Return a name of api.py; importing it waits until a program asks for one."""
+    if name not in __all__:
+        raise AttributeError(f"module 'reelsmith' has no attribute {name!r}")
+    from package.reelsmith import api  # commands, which import this first, need none of it
+
+    return getattr(api, name)

@@ -62,7 +62,7 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return keys of lists that are empty, and of averages that are not asked for."""
+    """Return the keys without effect: empty lists, and settings of an EMA that is turned off."""
     idle = set()
     if not is_on(values.get(f"{_FIRST}.train.ema_config.use_ema")):
         idle |= {f"{_FIRST}.train.ema_config.ema_decay"}

@@ -52,7 +52,7 @@ class NotSaid(ValueError):
 
 
 class NoRun(Exception):
-    """Raised for a project that trains what `new` cannot set up; the text says what, and why."""
+    """Raised for a project whose kind of training `new` cannot set up; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
 
 
 def whole(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
-    """Return a reader of whole numbers within limits."""
+    """Return a function that reads an integer within limits."""
     of_number = number(minimum, maximum)
 
     def read(value: Any) -> int:
@@ -182,7 +182,7 @@ def whole(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
 
 
 def read_repeats(value: Any) -> int:
-    """Return how often each file is used in an epoch: a whole number, at least 1."""
+    """Return the number of repeats of each file in an epoch, an integer of at least 1."""
     return max(round(number(0, 100_000)(value)), 1)
 
 

@@ -25,7 +25,7 @@ DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
 
 @dataclass(frozen=True)
 class CountedFile:
-    """A file, as it counts in an epoch."""
+    """A file of an epoch, with the values that decide its batch."""
 
     table: DatasetTable
     bucket: tuple[int, ...]

@@ -89,27 +89,29 @@ _OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which networks learn. For a LoRA, two rates of 0 mean that both learn at learning_rate."""
-    names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
-    of_full = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
-    keys = tuple(key for key in (*names, *of_full) if key in values)
+    """Return which networks are trained. For a LoRA, two rates of 0 mean both networks at learning_rate."""
+    full_keys = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
+    all_keys = ("unet_lr", "text_encoder_lr", "train_text_encoder", *full_keys)
+    keys = tuple(key for key in all_keys if key in values)
     # the program's page writes 0 for a rate that the user has not set
     if _find_run(values).kind == "lora":
-        dit, text = (read_rate(values.get(name)) or 0 for name in names[:2])
-        if not dit and not text:
-            both = "unet_lr" in values and "text_encoder_lr" in values
-            return Parts(keys, text_rates=(None,) if both else ())
-        return Parts(keys, dit > 0, dit or None, (text,) if text else ())
-    rates = [read_rate(values[name]) or 0 for name in of_full if name in values]
+        dit_rate = read_rate(values.get("unet_lr")) or 0
+        text_rate = read_rate(values.get("text_encoder_lr")) or 0
+        if not dit_rate and not text_rate:
+            has_both = "unet_lr" in values and "text_encoder_lr" in values
+            return Parts(keys, text_rates=(None,) if has_both else ())
+        text_rates = (text_rate,) if text_rate else ()
+        return Parts(keys, trains_dit=dit_rate > 0, dit_rate=dit_rate or None, text_rates=text_rates)
+    rates = [read_rate(values[name]) or 0 for name in full_keys if name in values]
     if is_on(values.get("train_text_encoder")) and not any(rates):
-        return Parts(keys, text_rates=(None,))  # the encoders learn at learning_rate
-    if is_off(values.get("train_text_encoder", True)):
-        rates = []
-    return Parts(keys, text_rates=tuple(rates) if any(rates) else ())
+        return Parts(keys, text_rates=(None,))  # the encoders are trained at learning_rate
+    if is_off(values.get("train_text_encoder", True)) or not any(rates):
+        return Parts(keys, text_rates=())
+    return Parts(keys, text_rates=tuple(rates))
 
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
-    """Return the keys without effect in that program: those of other kinds of networks, noise and models."""
+    """Return the keys that have no effect in that program: keys of other networks, noises and models."""
     kind = str(values.get("LoRA_type", "")).lower()
     idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
     idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # keys of other models

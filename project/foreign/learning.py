@@ -14,7 +14,7 @@ _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
 def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
-    """Drop rates that belong to another kind of run or to another optimizer."""
+    """Drop the learning rates of the project if this run has another kind or another optimizer."""
     reason = ""
     if kind.name != project.run.kind:
         said = f" ({project.run.said})" if project.run.said else ""

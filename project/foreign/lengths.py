@@ -76,7 +76,7 @@ def _leave_length(
 def _select_steps(
     project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, epoch: Epoch
 ) -> int | None:
-    """Return the number of steps that applies: the project's own, or that of its epochs."""
+    """Return the number of steps that applies: the project's own number, or the steps of its epochs."""
     chosen = _select_epochs(epochs, said_steps, epoch.steps)
     counted = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{counted} counts, as in {project.title}"

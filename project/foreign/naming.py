@@ -53,7 +53,7 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
 def _read_model(
     project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
 ) -> FileModel | None:
-    """Return the model that a key names, and note it."""
+    """Return the model that a key of another trainer names, and note in the report how it was read."""
     value = values[key]
     if value is False:
         project.taken.append(show(key))
@@ -80,9 +80,12 @@ def _read_model(
 
 
 def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
-    """Return the family and task that a name of the program, a repository or a released file stands for."""
+    """Return the family and task to which a model name, a repository or a released file belongs.
+
+    The task is None if the program's name stands for all tasks of a family.
+    """
     by_name: dict[str, tuple[str, str | None]] = {}
-    for model in reversed(find_models()):
+    for model in reversed(find_models()):  # the first model of a repository takes precedence
         of_model = (model.family, model.task)
         by_name[plain_name(model.released_by.split("/")[-1])] = of_model
         by_name[plain_name(model.released_by)] = of_model
@@ -90,10 +93,10 @@ def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
             if part.role in {"transformer", "checkpoint"} and part.path.suffix:
                 by_name[plain_name(part.path.stem)] = of_model
     by_name |= {plain_name(theirs): model for theirs, model in program.models.items()}
-    last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", last)
-    stem = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
-    return by_name.get(plain_name(name)) or by_name.get(plain_name(stem))
+    file_name = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", file_name)
+    without_format = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
+    return by_name.get(plain_name(name)) or by_name.get(plain_name(without_format))
 
 
 def explain_model(project: ForeignProject, error: OptionError) -> OptionError:

@@ -35,25 +35,23 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:
-    """Return which networks learn. If a model has one text encoder, text_encoder is that one."""
+    """Return which networks are trained, and at which rates. The only text encoder is called text_encoder."""
     keys = [key for key in values if key.split(".")[0] in {*_TEXTS, *_DITS}]
-    said = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
-    dit = next(
-        (
-            read_rate(values.get(f"{name}.learning_rate"))
-            for name in _DITS
-            if f"{name}.learning_rate" in values
-        ),
-        None,
-    )
+    used_keys = [key for key in keys if key.endswith((".train", ".learning_rate", ".include"))]
+    # the transformer is called unet, prior or transformer, depending on the model
+    dit_rate_keys = [f"{name}.learning_rate" for name in _DITS if f"{name}.learning_rate" in values]
+    dit_rate = read_rate(values[dit_rate_keys[0]]) if dit_rate_keys else None
     trains_dit = not any(values.get(f"{name}.train") is False for name in _DITS)
-    rates: list[float | None] = []
+    text_rates: list[float | None] = []
     for name in _TEXTS:
-        is_there = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
-        if is_there:
-            learns = values.get(f"{name}.train", True) is not False
-            rates.append(read_rate(values.get(f"{name}.learning_rate")) if learns else 0)
-    return Parts(tuple(said), trains_dit, dit, tuple(rates))
+        is_in_file = name == "text_encoder" or any(key.startswith(f"{name}.") for key in keys)
+        if not is_in_file:
+            continue
+        if values.get(f"{name}.train", True) is False:
+            text_rates.append(0)
+        else:
+            text_rates.append(read_rate(values.get(f"{name}.learning_rate")))
+    return Parts(tuple(used_keys), trains_dit, dit_rate, tuple(text_rates))
 
 
 def _read_scheduler(value: Any) -> str:

@@ -17,7 +17,7 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 
 def join_places(project: ForeignProject) -> None:
-    """Resolve the keys of each dataset in a list; move those of an only folder to the [general] table."""
+    """Resolve the keys of each dataset in a list; if there is only one, move its keys to [general]."""
     for place in project.places.values():
         if place.num_drawn is not None:
             # here the program's number of repeats is the number of files that it draws per epoch
@@ -69,7 +69,7 @@ def _count_pixels(size: Size) -> int:
 
 
 def _move_to_all(project: ForeignProject) -> None:
-    """Move the keys of a list's only folder to those of all tables, over which they take precedence."""
+    """Move the keys of a list's only folder to the keys of all tables, where they take precedence."""
     moved: set[str] = set()
     for place in project.places.values():
         for name, value in place.data.items():
@@ -119,7 +119,7 @@ def find_table_keys(
 
 
 def leave_sizes(project: ForeignProject) -> None:
-    """Drop keys of single folders that subsets cannot have, only whole tables."""
+    """Drop keys of single folders that [[datasets]] tables accept and their subsets do not."""
     for place in project.places.values():
         names = [name for name in place.data if name not in SUBSET_KEYS]
         _leave_keys(project, place, names, _OF_ALL_SUBSETS)

@@ -158,7 +158,7 @@ class ForeignProject:
         return lines
 
     def _find_near(self, key: str) -> str:
-        """Return a key that the file lacks and that differs by a letter or two from this one; "" if none."""
+        """Return a known key, not in the file, that differs from this one by a letter or two; "" if none."""
         table, _, name = key.rpartition(".")
         generic = without_numbers(table)
         rules = [rule.rpartition(".") for rule in self.program.rules]

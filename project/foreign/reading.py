@@ -60,7 +60,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
 
 
 def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
-    """Note what a project trains.
+    """Set the project's kind of run.
 
     Raises:
         OptionError: If `new` cannot set up such a training, and no other kind was typed.
@@ -75,7 +75,7 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
 
 
 def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
-    """Take over the values of a file, or note why not; return the rules of keys that name a model."""
+    """Convert the values of a file, or report why not; return the rules of the keys that name a model."""
     program = project.program
     idle = program.find_idle(values)
     of_models: dict[str, KeyRule] = {}
@@ -118,7 +118,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
 
 
 def _join_units(project: ForeignProject, program: Program, values: dict[str, Any]) -> None:
-    """Join numbers and their units to one value, `10 MINUTE`; those in epochs get another key."""
+    """Join numbers and their units into one value such as `10 MINUTE`; counts of epochs get another key."""
     for key, unit_key in program.units.items():
         if key not in values or unit_key not in values:
             continue
@@ -205,7 +205,7 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
 
 
 def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, Any]:
-    """Return the values of a further file of a project; if it is missing, note that and return {}."""
+    """Return the values of an additional file of a project; if it is missing, report it and return {}."""
     path = find_beside(project.path, name)
     if path is None:
         project.left.append(

@@ -49,7 +49,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
 
 
 def _read_size(value: Any) -> tuple[int, int]:
-    """Return width and height. Numbers up to 16 are areas in megapixels, others sides in pixels."""
+    """Return width and height. Numbers up to 16 are areas in megapixels, larger ones sides in pixels."""
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)

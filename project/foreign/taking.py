@@ -41,7 +41,7 @@ def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> 
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
-    """Return the rule of a key, or that of the table around it, which is written as `table.*`."""
+    """Return the rule of a key, or the rule `table.*` of the table that contains the key."""
     generic = without_numbers(key)
     if generic in program.rules:
         return program.rules[generic]
@@ -50,7 +50,7 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
 
 
 def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
-    """Return the dataset in whose table a key stands, and record the key as one of this dataset."""
+    """Return the dataset whose table contains a key, and record the key for this dataset."""
     table = _find_table(project.program, key)
     if table is None:
         return None
@@ -64,7 +64,7 @@ def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset
 
 
 def _find_table(program: Program, key: str) -> str | None:
-    """Return the key of the dataset of a list in which a key stands: `concepts[0]` of `concepts[0].path`."""
+    """Return the dataset part of a key in a list of datasets: `concepts[0]` of `concepts[0].path`."""
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
         if rule.to == contract.FOLDER and prefix.endswith("[]"):
@@ -82,7 +82,7 @@ def _leave(project: ForeignProject, said: FileValue) -> None:
 
 
 def _take_network(project: ForeignProject, said: FileValue, module: str | None) -> None:
-    """Take the kind of a network. `module` is the one that makes it; None means a LoRA."""
+    """Set the kind of network. `module` is our module that implements it; None for a LoRA."""
     if module is None:
         project.taken.append(said.key)
         return

@@ -43,12 +43,12 @@ def list_kinds(model: ModelSet) -> list[RunKind]:
 
 
 def find_control_kind(model: ModelSet) -> RunKind | None:
-    """Return the kind of run that a folder with control images gets if no kind is typed."""
+    """Return the default kind of run for a folder with control images."""
     return next((kind for kind in list_kinds(model) if kind.sees_controls), None)
 
 
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
-    """Return the kind of a run from its commands, of which the last one trains; LORA for unknown ones."""
+    """Return the kind of a run from its training command, which is the last one; LORA if unknown."""
     words = commands[-1] if commands else ()
     return kinds_by_script().get(words[1], LORA) if len(words) > 1 else LORA
 

@@ -14,7 +14,7 @@ OF_LORA = ("network_", "lora_format")
 
 
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run without those of a LoRA.
+    """Return the options of a run without the options of a LoRA.
 
     `memory` has the meaning that it has in `RunKind.change`.
     """

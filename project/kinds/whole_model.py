@@ -62,7 +62,7 @@ def why_not_full(model: ModelSet, memory: float) -> str | None:
 
 
 def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Convert the options of a LoRA's run to those of full training.
+    """Convert the options of a LoRA run to the options of a full training run.
 
     `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """

@@ -74,7 +74,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """The streamed blocks of one list and the slots that they share."""
+    """The streamed blocks of one list of blocks, and the device memory (slots) that they share."""
 
     units: Mapping[int, Unit]  # by position
     slots: Sequence[Slot]
@@ -171,7 +171,7 @@ class BlockSwap:
         inner(dit, hidden, overrides)
 
     def enter(self, position: int, backward: bool) -> None:
-        """Enter the block at `position`: wait for its weights, and start copying those of the next blocks."""
+        """Enter the block at `position`: wait for its weights, and start copying the next blocks' weights."""
         if self._at == (position, backward):
             return
         self._prepare(position, backward)
@@ -219,7 +219,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; what the next pass enters is a guess."""
+        """Yield the positions to enter next, from this one on; those of the next pass are predicted."""
         turn = self._turn_of[position]
         entered = [index for index in self._order if index not in self._skipped]
         if backward:
@@ -354,14 +354,15 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, 
         places: Weights in host memory, by name.
     """
     rings: list[Ring] = []
-    start = 0  # position of the first block of a list
+    start = 0  # position of the list's first block among all blocks
     for plan in lists:
         units = {}
         for index in plan.streamed:
-            layers = [name for name, _ in big_layers(dit, f"{plan.name}.{index}")]
-            names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
+            weight_names = [f"{name}.weight" for name, _ in big_layers(dit, f"{plan.name}.{index}")]
+            names = [name for name in weight_names if name in places]
             weights = [dit.get_parameter(name) for name in names]
-            units[start + index] = Unit(start + index, weights, [places[name] for name in names])
+            position = start + index
+            units[position] = Unit(position, weights, [places[name] for name in names])
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks

@@ -105,7 +105,7 @@ class Offload:
         self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """Start a new forward pass; inputs of earlier passes are not prefetched with those of this one."""
+        """Start a new forward pass, whose inputs are prefetched separately from those of earlier passes."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
@@ -284,26 +284,31 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 
 def _in_pieces(method: Method, tokens: int) -> Method:
+    """Return a method that runs `method` on pieces of `tokens` tokens, each of them checkpointed."""
+
     def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
-        count = ceil_div(x.shape[1], tokens)
-        if count == 1 or not (block.training and torch.is_grad_enabled()):
+        num_pieces = ceil_div(x.shape[1], tokens)
+        if num_pieces == 1 or not (block.training and torch.is_grad_enabled()):
             return method(block, x, *inputs)
-        # compiled code plans by itself what to keep and what to recompute
+        # compiled code decides by itself which inputs it saves, so that they need not be shared by hand
         if torch.compiler.is_compiling():
 
             def compute(piece: Tensor) -> Tensor:
                 return method(block, piece, *inputs)
 
-            pieces = x.chunk(count, dim=1)
+            pieces = x.chunk(num_pieces, dim=1)
             outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
             return torch.cat(outputs, dim=1)
-        common = _CommonInputs(method, block, count, inputs=(x, *inputs))
-        # `checkpoint` finds the device by the tensors in its arguments. In a tuple the tensor is not saved:
-        # saving it would happen only after a piece was computed
-        device = (x.new_empty(0),)
-        computed = [checkpoint(common.compute, index, device, use_reentrant=False) for index in range(count)]
+        common = _CommonInputs(method, block, num_pieces, inputs=(x, *inputs))
+        # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
+        # which would happen only after its piece was computed
+        device_tensor = (x.new_empty(0),)
+        outputs = [
+            checkpoint(common.compute, index, device_tensor, use_reentrant=False)
+            for index in range(num_pieces)
+        ]
         common.forget()
-        return torch.cat(computed, dim=1)
+        return torch.cat(outputs, dim=1)
 
     return run
 
@@ -322,7 +327,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _CommonInputs:
-    """Inputs that all pieces of a call share: in the backward pass, the copies that autograd saved."""
+    """The inputs that all pieces of a call share; in the backward pass, the copies that autograd saved."""
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
         """Prepare to compute a method in pieces of its first input.

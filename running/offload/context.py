@@ -33,7 +33,7 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """How many processes share passes and how many share tokens, and the rank of this process."""
+    """The numbers of processes that share passes and that share tokens, and the rank of this process."""
 
     rank: int  # of this process, from 0
     data: int  # groups of processes with micro-batches of their own (`count_groups`)
@@ -71,11 +71,11 @@ class TokenPart:
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
-        """Return how many of the clip's first `count` tokens belong to this process."""
+        """Return the number of tokens of this process among the clip's first `count` tokens."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
     def of_last(self, count: int) -> int:
-        """Return how many of the clip's last `count` tokens belong to this process."""
+        """Return the number of tokens of this process among the clip's last `count` tokens."""
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:
@@ -125,13 +125,14 @@ class TokenPart:
             with_second: See `SecondText.combine`.
             second: The second text.
         """
-        before = second.before
-        texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
-        with_first = self.gather_heads(torch.cat([with_first[:, :before], texts], dim=1))
-        with_second = self.gather_heads(torch.cat([with_second[:, :before], texts], dim=1))
-        here = self.of_first(before)
-        steered = second.steer(with_first[:, :here], with_second[:, :here])
-        return torch.cat([steered, with_first[:, here:]], dim=1)
+        num_image_tokens = second.before  # they come before the tokens of a text
+        texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
+        # all heads of this process's tokens
+        all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))
+        all_second = self.gather_heads(torch.cat([with_second[:, :num_image_tokens], texts], dim=1))
+        num_here = self.of_first(num_image_tokens)
+        steered = second.steer(all_first[:, :num_here], all_second[:, :num_here])
+        return torch.cat([steered, all_first[:, num_here:]], dim=1)
 
     def _fill_up(self, x: Tensor) -> Tensor:
         """Pad B l ... with zeros to B size ..."""
@@ -140,7 +141,7 @@ class TokenPart:
 
 
 class _Exchange(torch.autograd.Function):
-    """Send row i of each tensor, P ..., to process i of a group; return the rows received from the others."""
+    """Send row i of each tensor, P ..., to process i of a group; return the rows from all processes."""
 
     @staticmethod
     def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -77,15 +77,16 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
-    mapping = None if machine is None else _share(size, machine)
-    memory, unlocked = _as_tensor(_private(size) if mapping is None else mapping, pieces if pinned else ())
-    tensors = {
-        name: memory[start : start + info.size_bytes].view(info.dtype).view(info.shape)
-        for start, (name, info) in zip(starts, infos.items(), strict=True)
-    }
+    shared = None if machine is None else _share(size, machine)
+    mapping = _private(size) if shared is None else shared
+    memory, unlocked = _as_tensor(mapping, pieces if pinned else ())
+    tensors = {}
+    for start, (name, info) in zip(starts, infos.items(), strict=True):
+        content = memory[start : start + info.size_bytes]
+        tensors[name] = content.view(info.dtype).view(info.shape)
     if unlocked:
         _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
-    is_filled_here = machine is None or mapping is None or machine.rank == 0
+    is_filled_here = machine is None or shared is None or machine.rank == 0
     return HostTensors(tensors, is_filled_here, unlocked)
 
 
@@ -101,9 +102,9 @@ def _warn_of_unlocked(size: int, total: int) -> None:
 
 
 def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
-    """Return the byte offsets of tensors of these sizes, and the pieces of memory to lock one by one.
+    """Return the byte offset of each tensor, and the pieces of memory to lock one by one.
 
-    Neither a tensor nor a page lies in two pieces, because a copy may not cross their border.
+    No tensor and no page is in two pieces, because a copy must not cross the border between pieces.
     """
     offsets: list[int] = []
     pieces: list[range] = []
@@ -199,7 +200,7 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 
 
 def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
-    """Return the bytes of a mapping as a tensor that keeps it alive, and how many bytes are not locked.
+    """Return the bytes of a mapping as a tensor that keeps it alive, and the number of bytes not locked.
 
     Args:
         mapping: The mapping.
@@ -351,7 +352,7 @@ Beside = TypeVar("Beside")
 
 
 class LoadedNetwork(Generic[Network, Beside]):
-    """A network and its companion, such as a tokenizer; both exist only between `load` and `free`."""
+    """A network and its companion, such as a tokenizer; both are in memory only between `load` and `free`."""
 
     _pair: tuple[Network, Beside] | None = None
 

@@ -138,7 +138,7 @@ class _Root(nn.Module):
 
 
 def _gather_alone(block: nn.Module, _: object) -> None:
-    """Gather a block just before it runs; FSDP2 would keep the previous block gathered until then."""
+    """Gather a block just before it runs, and not earlier, while the previous block is still gathered."""
     block.unshard(async_op=True)  # type: ignore[operator]
 
 
@@ -163,7 +163,7 @@ def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
 
 
 def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
-    """Run the blocks without autocast's cache, which would end up holding copies of all trained weights."""
+    """Run the blocks without autocast's cache, which would collect copies of all trained weights."""
     is_cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -202,7 +202,7 @@ def rows_here(weight: Any) -> Tensor:
 
 
 def gather_parts(gathered: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
-    """Fill `gathered` with the parts of all processes, or of those of a group, in their order."""
+    """Fill `gathered` with the parts of all processes, or of the processes of a group, in their order."""
     # the old name is deprecated where there is the new one
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(gathered, part, group)
@@ -218,7 +218,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     num_processes = distributed.get_world_size()
     rows_per_process = ceil_div(weight.shape[0], num_processes)  # the last processes may have fewer
     row_bytes = math.prod(weight.shape[1:]) * part.dtype.itemsize
-    # as bytes, padded to equal sizes, because a gather takes equal parts and few dtypes
+    # a gather supports only equal parts and few dtypes, so rows are sent as padded bytes
     padded = torch.zeros(rows_per_process * row_bytes, dtype=torch.uint8, device=part.device)
     padded[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
     gathered = padded.new_empty(num_processes * padded.numel())

@@ -58,9 +58,9 @@ class _Allocation:
 
 
 class Ledger(TorchDispatchMode):
-    """Track live bytes by kind, and the peak in each place of the run.
+    """Tracks the bytes in use by kind, and the peak in each phase of the run.
 
-    A place is a part of the run named by `enter`, such as the backward pass through a block.
+    `enter` begins a phase, such as the backward pass through a block.
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
@@ -179,7 +179,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator; the result has values if all inputs do, or if it creates a small integer tensor."""
+    """Run an operator.
+
+    Its result has values if all inputs have some, or if it is a new small integer tensor.
+    """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     if tensors and not fakes:  # all inputs have values

@@ -85,7 +85,7 @@ class MemoryPlan:
 
 
 def workspace(device: torch.device, is_training: bool) -> MemoryPart:
-    """Return the part for cuBLAS's workspaces; without a CUDA device, those of a Hopper GPU."""
+    """Return the memory of cuBLAS's workspaces; without a CUDA device, the size on a Hopper GPU."""
     is_large = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
     size = WORKSPACE if is_large else SMALL_WORKSPACE
     return MemoryPart("cuBLAS", (2 if is_training else 1) * size, note="workspace of matrix products")
@@ -276,10 +276,11 @@ def show(plan: MemoryPlan, last_line: str) -> None:
         rows.append(_make_row(MemoryPart(name, phase.device, phase.host)))
         for part in phase.parts:
             rows.append(_make_row(replace(part, name=f"  {part.name}")))
-    names, devices, hosts, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    columns = list(zip(*rows, strict=True))
+    name_width, device_width, host_width, _ = (max(map(len, column)) for column in columns)
     lines = []
     for name, device, host, note in rows:
-        line = f"{name:<{names}}  {device:>{devices}}  {host:>{hosts}}  {note}"
+        line = f"{name:<{name_width}}  {device:>{device_width}}  {host:>{host_width}}  {note}"
         lines.append(line.rstrip())
     text = "\n".join(["Memory plan", *lines, *plan.remarks, last_line])
     sys.stdout.write(f"{escape_control_codes(text)}\n")
@@ -414,7 +415,7 @@ def advise(
     can_swap: bool = True,
     phase: str = "",
 ) -> tuple[list[str], Predicted | None]:
-    """Advise changes that make a prediction fit, cheapest first; each line adds to the lines before it.
+    """Advise options that make a run fit, cheapest first; each line is in addition to the previous lines.
 
     Args:
         prediction: The prediction with the current options.

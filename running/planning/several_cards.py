@@ -49,7 +49,7 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to use the GPUs. A way that is not possible has a refusal instead of a plan."""
+    """A way to use several GPUs. If it is not possible, it has the reason instead of a memory plan."""
 
     words: tuple[str, ...]  # options that it adds to the command
     division: Division
@@ -66,7 +66,7 @@ def with_division(speed: Speed, division: Division) -> Speed:
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways to use equal GPUs; those that wait least for each other come first.
+    """Yield the ways to use equal GPUs, in the order of how little the GPUs wait for each other.
 
     Args:
         rehearsed: The rehearsed run.
@@ -100,7 +100,7 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
 
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
-    """Return the divisions of a run over GPUs; those that wait least for each other come first."""
+    """Return the divisions of a run over GPUs, in the order of how little the GPUs wait for each other."""
     # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
     # its processes share anything, and then each computes all tokens unless it shares them
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
@@ -183,7 +183,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
 
 def format_table(ways: Sequence[Way]) -> list[str]:
     """Return the lines of a table, with a heading, of the ways whose memory is known."""
-    rows = [("way", "GiB a card", "host", "", "at once")]
+    rows = [("options", "GiB per card", "host", "", "at once")]
     for way in ways:
         if way.memory is not None:
             rows.append(
@@ -213,14 +213,14 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         argv: Arguments of the planning command.
         is_training: Whether the run is a training.
     """
-    kept: list[str] = []  # arguments of the command without the options that a way decides, and their values
-    num_values = 0  # how many of the next words are values of a removed option
+    kept: list[str] = []  # arguments without the options that `way` decides, and without their values
+    num_values = 0  # number of the following words that are values of a removed option
     for word in argv[1:]:
-        name, equals, _ = word.partition("=")
+        name, equals_sign, _ = word.partition("=")
         if num_values and not word.startswith("--"):
             num_values -= 1
             continue
-        num_values = 0 if equals else DECIDED.get(name, 0)
+        num_values = 0 if equals_sign else DECIDED.get(name, 0)
         if name not in DECIDED:
             kept.append(word)
     script = Path(argv[0]).name

@@ -49,7 +49,7 @@ class SharedPasses:
         return velocities
 
     def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:
-        """Return groups of passes that can run at the same time; in lockstep these skip the same blocks."""
+        """Return groups of passes that can run at the same time; in lockstep, they skip the same blocks."""
         groups: dict[object, list[tuple[Overrides, int]]] = {}
         for overrides, conditions in calls.items():
             passes = [(overrides, key) for key in conditions]

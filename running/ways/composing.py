@@ -29,7 +29,7 @@ OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # begin the variables 
 
 
 def options_of_ways(is_training: bool) -> type[Options]:
-    """Return a record of the options of a script's ways to run, with a field for each way by its name."""
+    """Return a record with the options of a script's modes of running, a field for each mode by its name."""
     records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
     content: dict[str, Any] = {
         name: option(facts=NO_PIXELS if record.keeps_pixels and not is_training else None)
@@ -40,7 +40,7 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> JoinedWays:
-    """Have the active ways to run join a run.
+    """Let the active modes of running join a run.
 
     Raises:
         OptionError: If other options conflict with them.
@@ -111,10 +111,10 @@ def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace
 
 
 def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.device") -> None:
-    """Let the active ways to run prepare a complete network, as its last change before the first step.
+    """Let the active modes prepare a complete network, as its last change before the first step.
 
     Raises:
-        OptionError: If a way to run does not support this network.
+        OptionError: If an active mode does not support this network.
     """
     for finish in speed.joined.on.finish:
         finish(network, lay_out(speed, False), device)
@@ -137,12 +137,12 @@ def warn_if_alone(speed: SpeedOptions) -> None:
 
 
 def _list_info() -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of the options of all ways, by name."""
+    """Return the declarations of the options of all modes of running, by name."""
     return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
 def list_block_options() -> list[str]:
-    """Return the options of ways that act on the blocks of a transformer."""
+    """Return the options of modes that act on the blocks of a transformer."""
     return [name for name, info in _list_info().items() if info.get("of_blocks")]
 
 
@@ -153,7 +153,7 @@ def divided_options(division: Division) -> dict[str, Any]:
 
 
 def list_shared_things() -> str:
-    """Return what processes share and by which option, such as "weights with --shard_base"."""
+    """Return what the processes share, with the option for it, such as "weights with --shard_base"."""
     return " and ".join(f"{way.options.shares} with --{way.name}" for way in WAYS if way.options.shares)
 
 

@@ -28,7 +28,7 @@ class ContextParallelOptions(
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     },
 ):
-    """How many processes share the tokens of a clip."""
+    """The number of processes that share the tokens of a clip."""
 
     context_parallel: int = option(
         "N processes share the tokens of each clip: each holds a part of the tokens outside attention, "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # --help needs no torch
 
 
 class SwapsBlocks(Protocol):
-    """The options that keep blocks in host memory, as far as ways use them."""
+    """The part of the block-swap options that modes of running use."""
 
     @property
     def typed(self) -> str:
@@ -30,11 +30,11 @@ class SwapsBlocks(Protocol):
 
 
 class SpeedOptions(Protocol):
-    """The options of memory and speed, as far as ways use them."""
+    """The part of the memory and speed options that modes of running use."""
 
     @property
     def ways(self) -> Options:
-        """Options of each way, by the way's name."""
+        """Options of each mode, by its name."""
 
     @property
     def swap(self) -> SwapsBlocks:
@@ -42,7 +42,7 @@ class SpeedOptions(Protocol):
 
     @property
     def joined(self) -> "JoinedWays":
-        """What the active ways have contributed."""
+        """The contributions of the active modes."""
 
 
 class FurtherModel(NamedTuple):
@@ -54,7 +54,7 @@ class FurtherModel(NamedTuple):
 
 @dataclass(frozen=True)
 class RunUses:
-    """What a run does that ways may conflict with, as the options that ask for it; "" if it does not."""
+    """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
     # of a training: the option of the model that makes samples, and a module of a network
@@ -114,7 +114,7 @@ class WayOptions(Options):
 
 @dataclass(frozen=True)
 class WayHooks:
-    """The points of a run at which ways act, in the order of their list."""
+    """Functions that modes of running call at points of a run, in the order of the modes."""
 
     # given --mixed_precision of a whole model that learns: raises OptionError
     whole: list[Callable[[str], None]] = field(default_factory=list)
@@ -131,7 +131,7 @@ class WayHooks:
 
 @dataclass
 class JoinedWays:
-    """What the active ways contribute to a run. Options are spelled as a user types them."""
+    """The contributions of the active modes to a run. Options are spelled as a user types them."""
 
     speed: SpeedOptions
     typed: list[str] = field(default_factory=list)  # of all these ways
@@ -153,7 +153,7 @@ class JoinedWays:
 
 @dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class WayToRun:
-    """A way to run a transformer."""
+    """A mode of running a transformer."""
 
     name: str  # of its option
     options: type[WayOptions]

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anima.configs import DIT, AnimaConfig
-from anima.lllite import HungLllite, describe_lllite
+from anima.lllite import HungLllite, check_file, check_mask, describe_lllite, draw_masks
 from anima.lllite_modules import AnimaLllite, LlliteConfig
 from anima.model import AnimaModel
 from anima.options import AnimaLlliteTrainingOptions
 from checkpoints.filling import on_meta_device
+from contract.data import CONTROL_PIXELS
+from encoders.control_pictures import CONTROL_MASK
 from modules.errors import CheckpointError, OptionError
 from tests.anima.making import tiny_inputs, tiny_model
 from tests.faults.messages import succeed_here
@@ -94,11 +96,31 @@ def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
-@pytest.mark.parametrize(("aspp", "checkpointing"), [(False, False), (True, True)])
+def join_plainly(controls: Tensor, mask: Tensor | None, hides: bool) -> Tensor:
+    """What the trunk sees: -1..1, then the mask as -1 (kept) and 1 (painted anew)."""
+    seen = controls * 2 - 1
+    if mask is None:
+        return seen
+    seen = torch.where(mask == 1, torch.zeros(()), seen) if hides else seen
+    return torch.cat([seen, torch.where(mask == 1, 1.0, -1.0)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("aspp", "checkpointing", "masked"),
+    [(False, False, None), (True, True, None), (False, False, "seen"), (False, False, "hidden")],
+)
 def test_output_and_gradients_of_all_weights_are_those_of_the_formulas(
-    aspp: bool, checkpointing: bool
+    aspp: bool, checkpointing: bool, masked: str | None
 ) -> None:
-    options = options_of(lllite_target_layers=ALL, lllite_use_aspp=aspp, lllite_multiplier=0.7)
+    channels = 3 if masked is None else 4
+    options = options_of(
+        lllite_target_layers=ALL,
+        lllite_use_aspp=aspp,
+        lllite_multiplier=0.7,
+        lllite_cond_in_channels=channels,
+        lllite_inpaint_masked_input=masked == "hidden",
+    )
+    mask = None if masked is None else (torch.arange(2 * 48 * 64).view(2, 1, 48, 64) % 5 < 2).float()
     inputs = tiny_inputs(rows=3, columns=4)
     controls = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(3))
     dit = tiny_model()
@@ -107,14 +129,15 @@ def test_output_and_gradients_of_all_weights_are_those_of_the_formulas(
         from running.offload.checkpointing import checkpoint_blocks
 
         checkpoint_blocks(dit.train(), DIT)
-    network.see(controls, 0.5)
+    network.see(controls, 0.5, mask)
     found = dit(**inputs)
     found.square().mean().backward()
 
     plain = tiny_model()
     state = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
     state = {name: weight.requires_grad_(True) for name, weight in state.items()}
-    condition = condition_plainly(part_of(state, "lllite_conditioning1"), controls * 2 - 1, aspp)
+    seen = join_plainly(controls, mask, masked == "hidden")
+    condition = condition_plainly(part_of(state, "lllite_conditioning1"), seen, aspp)
     for block in range(CONFIG.num_layers):
         for leaf in (
             "self_attn.q_proj",
@@ -203,20 +226,64 @@ def picture(path: Path) -> Tensor:
     return torch.from_numpy(np.asarray(Image.open(path)).astype(np.int64))
 
 
+def test_each_batch_gets_new_masks_which_the_seed_draws() -> None:
+    inputs = {CONTROL_PIXELS: torch.zeros(3, 3, 48, 64, dtype=torch.uint8)}
+
+    def masks(seed: int) -> Tensor:
+        drawn = draw_masks(inputs, "", torch.Generator().manual_seed(seed))[CONTROL_MASK]
+        assert isinstance(drawn, Tensor)
+        return drawn
+
+    first = masks(1)
+    assert first.shape == (3, 1, 48, 64)
+    assert set(first.unique().tolist()) == {0, 1}
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first, masks(1))
+    assert not torch.equal(first, masks(2))
+
+
+def test_a_mask_belongs_to_a_file_for_inpainting(tmp_path: Path) -> None:
+    control = tmp_path / "control.png"
+    Image.new("RGB", (64, 64)).save(control)
+    for channels, mask, words in ((4, None, "Give its mask to --mask_image"), (3, control, "takes no mask")):
+        path = tmp_path / f"{channels}.safetensors"
+        made = describe_lllite(options_of(lllite_cond_in_channels=channels))
+        save_file(made.make(tiny_model(), True).state_dict(), path)
+        with pytest.raises(OptionError, match=words):
+            check_mask(path, check_file(path, "--lllite_weights").config, mask)
+    with pytest.raises(OptionError, match="is for masks, which control images of 3 channels lack"):
+        options_of(lllite_inpaint_masked_input=True)
+    with pytest.raises(OptionError, match="--lllite_cond_in_channels is 3, .*4.safetensors has 4"):
+        describe_lllite(options_of(network_weights=tmp_path / "4.safetensors")).check()
+    five = {**load_file(path), "lllite_conditioning1.conv1.weight": torch.zeros(12, 5, 4, 4)}
+    save_file(five, tmp_path / "five.safetensors")
+    with pytest.raises(CheckpointError, match="control images of 5 channels"):
+        check_file(tmp_path / "five.safetensors", "--lllite_weights")
+
+
 @pytest.mark.slow
-def test_samples_are_the_pictures_of_a_generation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_samples_are_the_pictures_of_a_generation(tmp_path: Path, with_mask: bool) -> None:
     FAMILY.prepare(tmp_path)
     dataset = tmp_path / "dataset.toml"
     text = dataset.read_text(encoding="utf-8")
     folder = tmp_path / re.findall(r'image_directory = "(.*)"', text)[0]
-    (tmp_path / "control").mkdir()
-    for path in folder.glob("*.png"):
-        Image.open(path).save(tmp_path / "control" / path.name)
-    dataset.write_text(text + 'control_directory = "control"\n', encoding="utf-8")
+    # for inpainting, control images are the images themselves
+    controls = folder if with_mask else tmp_path / "control"
+    if not with_mask:
+        controls.mkdir()
+        for path in folder.glob("*.png"):
+            Image.open(path).save(controls / path.name)
+    dataset.write_text(text + f"control_directory = '{controls}'\n", encoding="utf-8")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 16:44] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
     for command in (FAMILY.cache_latents, FAMILY.cache_texts):
         succeed_here(*command, folder=tmp_path)
-    control = next((tmp_path / "control").glob("*.png"))
-    line = f"a red square --n dull --w 64 --h 64 --d 5 --s 2 --l 3 --cn control/{control.name} --am 0.5"
+    control = next(controls.glob("*.png"))
+    line = f"a red square --n dull --w 64 --h 64 --d 5 --s 2 --l 3 --cn {control} --am 0.5"
+    if with_mask:
+        line += " --mk mask.png"
     (tmp_path / "samples.txt").write_text(line + "\n", encoding="utf-8")
     words = [*FAMILY.train[1:]]
     del words[words.index("--network_module") : words.index("--network_module") + 2]
@@ -227,6 +294,8 @@ def test_samples_are_the_pictures_of_a_generation(tmp_path: Path) -> None:
     samples = ["--sample_prompts", "samples.txt", "--sample_every_n_steps", 2]
     run = [*words, *OUTPUT, *sizes, "--max_train_steps", 2, "--output_name", "net"]
     run += ["--mixed_precision", "no"]
+    if with_mask:
+        run += ["--lllite_cond_in_channels", 4, "--lllite_inpaint_masked_input"]
 
     succeed_here(SCRIPT, *run, *samples, folder=tmp_path)
 
@@ -235,18 +304,29 @@ def test_samples_are_the_pictures_of_a_generation(tmp_path: Path) -> None:
     assert metadata["modelspec.architecture"] == "anima-preview/control-net-lllite"
     assert metadata["lllite.version"] == "2"
     assert metadata["lllite.cond_emb_dim"] == "6"
+    assert metadata["lllite.cond_in_channels"] == ("4" if with_mask else "3")
+    assert metadata["lllite.inpaint_masked_input"] == str(with_mask).lower()
     names = {name.partition(".")[0] for name in load_file(tmp_path / "output" / "net.safetensors")}
     assert "lllite_dit_blocks_1_self_attn_q_proj" in names
     (sample,) = (tmp_path / "output" / "sample").glob("net_000002_00_*.png")
-    network = ["--lllite_weights", "output/net.safetensors", "--control_image", f"control/{control.name}"]
+    network = ["--lllite_weights", "output/net.safetensors", "--control_image", control]
+    if with_mask:
+        network += ["--mask_image", "mask.png"]
     generate = [*FAMILY.generate, "--prompt", "a red square", "--image_size", 64, 64, "--seed", 5]
     generate += ["--infer_steps", 2, "--guidance_scale", 3]
+    if with_mask:
+        Image.fromarray(255 - mask).save(tmp_path / "inverse.png")
+        inverse = [*network[:-1], "inverse.png", "--lllite_multiplier", 0.5]
+        succeed_here(*generate, *inverse, "--save_path", "inverse", folder=tmp_path)
     for name, further in {"with": [*network, "--lllite_multiplier", 0.5], "without": []}.items():
         succeed_here(*generate, *further, "--save_path", name, folder=tmp_path)
     (made,) = (tmp_path / "with").glob("*.png")
     (base,) = (tmp_path / "without").glob("*.png")
     assert (picture(sample) - picture(made)).abs().max() <= 1
     assert (picture(base) - picture(made)).abs().max() > 2
+    if with_mask:
+        (other,) = (tmp_path / "inverse").glob("*.png")
+        assert (picture(other) - picture(made)).abs().max() > 2
 
 
 @pytest.mark.parametrize("with_values", [False, True])

@@ -179,8 +179,8 @@ KINDS = {
     "moss-image-vae": "the autoencoder of FLUX.2",
     "minimax-h3-dit-pruned": "a pruned MiniMax-H3 transformer",
     "minimax-h3-dit": "a MiniMax-H3 transformer",
-    "minimax-h3-video-vae": "MiniMax-H3's VAE of pictures",
-    "minimax-h3-audio-vae": "MiniMax-H3's VAE of sound",
+    "minimax-h3-video-vae": "MiniMax-H3's video VAE",
+    "minimax-h3-audio-vae": "MiniMax-H3's audio VAE",
     "llava-llama3-vision": "CLIP image",
     "llava": "language model",
 }

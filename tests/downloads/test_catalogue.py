@@ -193,8 +193,8 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 
 
 ELSEWHERE = {
-    # on no hub, as their pages say; any ControlNet; any chat model; any vision-language model
-    *("taehv.pth", "FLUX.1-dev-Controlnet-Canny", "chat", "chat/config.json", "vision"),
+    # any ControlNet; any chat model; any vision-language model
+    *("FLUX.1-dev-Controlnet-Canny", "chat", "chat/config.json", "vision"),
     *("wan_pipeline", "wan_pipeline/vae", "wan_pipeline/text_encoder"),  # a diffusers folder
 }
 

@@ -1,4 +1,4 @@
-"""Training LTX-2 with sound by its command lines: steps equal those computed with diffusers."""
+"""Training LTX-2 with audio by its command lines: steps equal those computed with diffusers."""
 
 import json
 import re

@@ -59,7 +59,7 @@ NUMBERS = {int, float}
 
 def section() -> dict[str, set[str]]:
     """The names in each point of the list, by its first word."""
-    text = PAGE.read_text(encoding="utf-8").partition("## A folder of somebody else")[2]
+    text = PAGE.read_text(encoding="utf-8").partition("## A folder from somebody else")[2]
     points = re.split(r"\n- \*\*", text.partition("Reading is safe")[0])[1:]
     return {point.split()[0].strip("*,"): set(re.findall(r"`(\w+)`", point)) for point in points}
 

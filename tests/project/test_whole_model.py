@@ -120,7 +120,7 @@ def test_it_is_told_how_much_memory_and_disk_it_takes(tmp_path: Path) -> None:
         ),
         (
             "--family ltx2 --task v --memory 80",
-            "--whole_model: LTX-2 without sound has no script that trains it whole",
+            "--whole_model: LTX-2 without audio has no script that trains it whole",
         ),
         ("--family h3 --task t2va-small --memory 80", "has weights in 8 bits"),
     ],

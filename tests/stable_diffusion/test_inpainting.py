@@ -34,6 +34,7 @@ from dataset.sources.decoding import decode_source
 from dataset.subset_options import SubsetOptions
 from encoders.tiles import posterior_generator
 from modules.errors import CheckpointError
+from modules.media.random_masks import draw_cloud, draw_mask, draw_polygons, draw_shape
 from modules.script_options import parse_options
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.files import Marks
@@ -46,7 +47,6 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, KINDS, make_batch, make_family, plain_loss
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder, unet_state, write_folder
 from training.features.inpainting import InpaintingOptions, add_inputs
-from training.features.inpainting_masks import draw_cloud, draw_mask, draw_polygons, draw_shape
 from training.loss import NoisyBatch
 from training.targets.passes import training_loss
 
@@ -254,6 +254,25 @@ def test_what_cannot_be_is_refused_with_the_reason(case: str, folder: Path) -> N
     assert_one_message(code, said, reason)
 
 
+@pytest.mark.parametrize("further", [[], ["--masked_loss"]])
+def test_nothing_is_held_outside_masks_that_weigh_no_loss(further: list[object], folder: Path) -> None:
+    """--mask_prior_weight needs masks of the loss; those of --train_inpainting are inputs."""
+    (folder / "masks").mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(folder / "mask.png", folder / "masks" / name)
+    key = "conditioning_data_dir" if further else "mask_directory"
+    (folder / "dataset.toml").write_text(f'{DATASET}{key} = "masks"\n', encoding="utf-8")
+    model = WRITERS["sd1"](folder, channels=9, name="nine.safetensors")
+    lora: list[object] = ["--train_inpainting", "--mask_prior_weight", 0.5, "--network_train_unet_only"]
+
+    code, said = run_here("train_network.py", *words(model, *lora, *further), folder=folder)
+
+    if further:
+        assert (code, (folder / "output" / "it.safetensors").is_file()) == (0, True)
+    else:
+        assert_one_message(code, said, "--mask_prior_weight 0.5 with --train_inpainting: masks are inputs")
+
+
 def test_a_lora_learns_on_an_inpainting_model_and_its_samples_are_the_images_of_the_scripts(
     folder: Path,
 ) -> None:
@@ -330,6 +349,35 @@ def test_images_are_those_of_diffusers_pipelines(kind: str, folder: Path) -> Non
     expected = torch.from_numpy(np.asarray(result.images[0]).astype(np.int64))
     # sums in another order, and bytes that round the other way
     assert (picture(ours) - expected).abs().max() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_diffusers_reads_a_widened_model_from_a_single_file(kind: str, folder: Path) -> None:
+    """Its reader takes the 9 channels from the file's first layer, the rest of the sizes from a folder."""
+    script = "sdxl_train.py" if kind == "sdxl" else "fine_tune.py"
+    command = words(WRITERS[kind](folder), "--train_inpainting", "--optimizer_type", "SGD")
+    succeed_here(script, *command, folder=folder)
+    succeed_here(script, *command, "--save_model_as", "diffusers", "--output_name", "whole", folder=folder)
+
+    wide = PIPELINES[kind].from_pretrained(folder / "output" / "whole", local_files_only=True).unet
+    read = (
+        PIPELINES[kind]
+        .from_single_file(
+            str(folder / "output" / "it.safetensors"),
+            config=str(folder / "output" / "whole"),
+            local_files_only=True,
+            # towers of equal width: the reader would take the first one for both
+            **({"text_encoder": None, "text_encoder_2": None} if kind == "sdxl" else {"text_encoder": None}),
+        )
+        .unet
+    )
+
+    assert read.config.in_channels == read.conv_in.weight.shape[1] == 9
+    assert read.conv_in.weight[:, 4:].abs().max() > 0  # learned
+    expected = wide.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in read.state_dict().items())
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def start_noise(seed: int) -> Tensor:
 def test_negative_scale_has_a_pass_of_its_own(maker: ImageGenerator) -> None:
     recorder = Recorder()
     settings = replace(SETTINGS, negative_scale=1.5)
-    made = replace(maker, ideas=[recorder]).make([picture(5, settings)], wants_images=False)
+    made = replace(maker, batch_hooks=[recorder]).make([picture(5, settings)], wants_images=False)
 
     def guide(says: Any) -> Tensor:
         empty = says("")
@@ -119,7 +119,7 @@ def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> Imag
     """The same model, which reads long texts."""
     words = ["--ckpt", "x", "--prompt", "x", "--max_embeddings_multiples", multiples]
     texts = Texts(maker.model.texts, maker.model.kind, read_gen_img(None, words).text)
-    return replace(maker, texts=texts, ideas=[recorder])
+    return replace(maker, texts=texts, batch_hooks=[recorder])
 
 
 # Starts
@@ -128,7 +128,9 @@ def load_like(maker: ImageGenerator, recorder: Recorder, multiples: str) -> Imag
 def test_no_strength_keeps_the_picture(maker: ImageGenerator, tmp_path: Path) -> None:
     source = write_image(tmp_path / "source.png", (SIZE, SIZE))
     recorder = Recorder()
-    made = replace(maker, ideas=[recorder]).make([picture(3, replace(SETTINGS, strength=0.0), image=source)])
+    made = replace(maker, batch_hooks=[recorder]).make(
+        [picture(3, replace(SETTINGS, strength=0.0), image=source)]
+    )
 
     pixels = to_pixels(Image.open(source), SIZE, SIZE)
     torch.testing.assert_close(made.latents, encode_pixels(maker.model, pixels, generators(3)))

@@ -297,7 +297,7 @@ def test_steps_that_image_to_image_leaves_out(strength: float | None, left_out: 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "heun", "euler"])
 def test_image_to_image_begins_at_a_whole_step(sampler: str) -> None:
-    solver = begin_sampling(make_scheduler(sampler, predicts_velocity=False), STEPS, [], left_out=2)
+    solver = begin_sampling(make_scheduler(sampler, predicts_velocity=False), STEPS, [], num_skipped=2)
 
     first_timestep = solver.schedule.timesteps[solver.first]
     assert first_timestep == solver.timesteps_of_steps[2]

@@ -222,10 +222,13 @@ def lay_out_qwen_image_21(folder: Path) -> None:
 
 
 def lay_out_qwen_image(folder: Path) -> None:
-    """Qwen-Image, Edit-2511 and what they need; beside the folder pictures to edit, and a mask."""
+    """Qwen-Image, Edit-2511, Layered and what they need; beside the folder images to edit, and a mask."""
     for seed, name in enumerate(("qwen_image_bf16", "qwen_image_edit_2511_bf16")):
         qwen_image.write_dit(folder, qwen_image.tiny_state(seed, torch.bfloat16), name=name)
+    layered = qwen_image.tiny_state(2, torch.bfloat16, has_layers=True)
+    qwen_image.write_dit(folder, layered, name="qwen_image_layered_bf16")
     save(folder / "qwen_image_vae.safetensors", vae_tensors())
+    save(folder / "qwen_image_layered_vae.safetensors", vae_tensors(colors=4))
     write_qwen_tokenizer(folder / "qwen_2.5_vl")
     write_model(folder / "qwen_2.5_vl_7b.safetensors", qwen25_vl())
     (folder.parent / "control").mkdir()
@@ -307,7 +310,7 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 def lay_out_images(folder: Path) -> None:
     """Pictures with captions, others to regularize with, masks, and the same in the forms of the guides."""
-    for name in ("pictures", "regularisation", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
+    for name in ("pictures", "regularization", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
         (folder / name).mkdir(parents=True)
     for index in range(2):
         image = folder / "pictures" / f"{index}.png"
@@ -316,7 +319,7 @@ def lay_out_images(folder: Path) -> None:
         for other in ("masks", "edges", "train/2_ohwx cat"):
             shutil.copy(image, folder / other / image.name)
     (folder / "train/2_ohwx cat/0.txt").write_text(TAGS, encoding="utf-8")
-    for other in ("regularisation", "reg/1_cat"):
+    for other in ("regularization", "reg/1_cat"):
         write_image(folder / other / "cat.png", SIDE, SIDE)
     metadata = {"0": {"caption": "a cat", "tags": "red, chair"}, "1.png": {"caption": "a dog"}}
     (folder / "captions.json").write_text(json.dumps(metadata), encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contract.data import SIZES, Batch
@@ -24,6 +25,7 @@ from stable_diffusion.noise import make_noise_spec
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, make_family
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
+from tests.training.toy import same
 from training.features.leco_file import LecoPair, read_pairs
 from training.features.leco_options import LecoOptions
 from training.features.leco_passes import Walk, encode_pairs, leco_passes
@@ -180,6 +182,7 @@ def test_the_error_is_that_of_a_plain_loop(kind: str, action: str, tmp_path: Pat
     generator = torch.Generator().manual_seed(5)
     changes: dict[str, Tensor] = {}
     for name, layer in zip(network.names, network.layers, strict=True):
+        nn.init.normal_(layer.lora_down.weight, std=0.2, generator=generator)
         nn.init.normal_(layer.lora_up.weight, std=0.2, generator=generator)
         change = layer.scale * (layer.lora_up.weight.flatten(1) @ layer.lora_down.weight.flatten(1))
         changes[name.removeprefix("lora_unet_")] = change.detach()
@@ -282,6 +285,30 @@ def test_a_file_names_its_prompts_and_makes_images(kind: str, folder: Path) -> N
     lora = ["--network_module", "networks.lora", "--network_weights", "output/leco.safetensors"]
     given = ["--ckpt", model, "--tokenizer_cache_dir", "tokenizers", "--prompt", "a cat", "--steps", 1]
     succeed_here(generate, *given, *lora, "--W", 64, "--H", 64, "--outdir", "made", folder=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_resumed_training_ends_with_the_same_weights_and_tells_of_other_prompts(
+    kind: str, folder: Path
+) -> None:
+    model = WRITERS[kind](folder)
+    script = "sdxl_train_leco.py" if kind == "sdxl" else "train_leco.py"
+    further: list[object] = ["--prompts_file", "prompts.toml", "--max_train_steps", 4, "--save_state"]
+    command = words(model, *further, "--save_every_n_steps", 2, "--seed", 1, "--lr_scheduler", "cosine")
+    first = succeed_here(script, *command, folder=folder)
+    state: list[object] = ["--resume", "output/leco-step00000002-state"]
+
+    said = succeed_here(script, *command, "--output_dir", "again", *state, folder=folder)
+
+    assert "Resuming from" in said
+    full = load_file(folder / "output" / "leco.safetensors")
+    assert same(full, load_file(folder / "again" / "leco.safetensors"))
+    assert not same(full, load_file(folder / "output" / "leco-step00000002.safetensors"))
+    (folder / "prompts.toml").write_text(PAIRS.replace("a dog", "a bird"), encoding="utf-8")
+    told = "prompts.toml has other prompts than when the state was saved"
+    assert told in succeed_here(script, *command, *state, folder=folder)
+    assert told not in first + said
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

@@ -13,7 +13,6 @@ encoded_captions: captions that are encoded once, before
 guided: learn away from what is predicted for the empty prompt
 hooks: where features act in a run, and what they see
 inpainting: train a model that repaints what a mask marks
-inpainting_masks: random masks for this
 ip_noise: mix in further noise, which is not to be predicted
 item_losses: record the loss of each picture and clip
 item_losses_recording: how, without waiting, with small pictures

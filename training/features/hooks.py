@@ -445,6 +445,7 @@ class JoinedRun:
     # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
     keeps_steps: bool = False
     view: str = ""  # further conditions that passes see, as `Batch.view`
+    masks_taken_by: str = ""  # the option for which masks of tables are inputs, so that they weigh no loss
     # given all captions: says from which of them nothing is learned, "" if there are none; raises
     # DatasetError
     read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)

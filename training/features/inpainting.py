@@ -92,8 +92,8 @@ def add_inputs(
     import torch  # not needed for --help, as what follows
 
     from contract.data import LOSS_MASK
+    from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
-    from training.features.inpainting_masks import draw_mask
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
     numbers = random.Random(derive_seed("inpainting", key))
@@ -140,6 +140,8 @@ def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
         )
     subset = run.options.subset
     masks_weigh = subset is not None and subset.masked_loss
+    if not masks_weigh:
+        run.masks_taken_by = SWITCH
     has_masks = not masks_weigh and any(table.mask_directory for table in run.tables)
     masks = "those of mask_directory, random ones elsewhere" if has_masks else "random ones"
     run.info.at_start["inpainting"] = f"masks: {masks}"

@@ -8,12 +8,13 @@ Source of the target: LECO, after Gandikota et al. 2023, arXiv 2303.07345.
 
 import atexit
 import functools
+import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 PREVIEWED = 16  # entries that files name
 SIDE = 64  # of the image that stands for the dataset
+
+
+@dataclass
+class LecoProgress:
+    """What states remember of the prompts."""
+
+    leco_pairs: str = ""  # a hash of the pairs; "" before the first step
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
@@ -79,6 +87,13 @@ def make_blank_dataset() -> "DatasetConfig":
 
 def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
     """Encode the prompts before the network is loaded, and replace the usual pass."""
+    progress = plan.progress.of(LecoProgress)
+    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
+    if progress.leco_pairs not in {"", digest}:
+        logger.warning(
+            "%s has other prompts than when the state was saved; they are learned now", options.path
+        )
+    progress.leco_pairs = digest
     from training.features.leco_passes import encode_pairs, leco_passes  # torch: only with this feature
 
     target = encode_pairs(plan.family, options, pairs, plan.accelerator.device)
@@ -114,6 +129,7 @@ def _join(run: "JoinedRun", options: LecoOptions) -> None:
         )
     )
     run.keeps_steps = True
+    run.remembers.append(LecoProgress)
     preview = json.dumps([asdict(pair) for pair in pairs[:PREVIEWED]], ensure_ascii=False)
     run.info.in_files |= given_values(options) | {
         "leco_prompt_count": len(pairs),

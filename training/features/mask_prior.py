@@ -42,8 +42,14 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
         return self.mask_prior_weight or 0.0
 
 
-def _require_masks(options: MaskPriorOptions, plan: "PlannedRun") -> None:
-    """Raise OptionError if no item for training has a mask."""
+def _require_masks(run: "JoinedRun", options: MaskPriorOptions, plan: "PlannedRun") -> None:
+    """Raise OptionError if no item for training has a mask that weighs its loss."""
+    if run.masks_taken_by and not any(item.table.alpha_mask for item in plan.training):
+        raise OptionError(
+            f"--mask_prior_weight {options.weight:g} with {run.masks_taken_by}: masks are inputs of the "
+            "model there and weigh no loss, so that nothing is outside of one. Leave out one of the two, or "
+            "let masks weigh the loss: --masked_loss, or alpha_mask = true"
+        )
     if not _has_masks(plan.training, plan.sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so there is no place outside of "
@@ -97,7 +103,7 @@ def _join(run: "JoinedRun", options: MaskPriorOptions) -> None:
     )
     run.targets.append(target)
     run.info.in_files |= asdict(options)
-    run.on.plan.append(partial(_require_masks, options))
+    run.on.plan.append(partial(_require_masks, run, options))
     run.on.target.append(partial(compare_outside_masks, options.weight))
 
 

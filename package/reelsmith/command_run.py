@@ -1,0 +1,168 @@
+"""A command of this program that runs in a process of its own, started from Python."""
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from modules.command import message_of
+from modules.errors import UserError
+from modules.installation import program_environment, program_words
+from package.reelsmith.events import (
+    Event,
+    HistoryEvents,
+    LineEvent,
+    PrintedLines,
+    SampleEvent,
+    SavedEvent,
+    StepEvent,
+)
+
+PAUSE = 0.1  # seconds between two looks for events
+MAX_OF_OUTPUT = 2000  # characters of the output in the message of an error that is none of the user's
+
+
+class CommandRun:
+    """A command that runs. Iterate over its events, or call `wait`; in a `with` block it ends with the block.
+
+    Attributes:
+        script: File of the command's script.
+        options: Keyword arguments of the command.
+        losses: Loss of each step so far, by step.
+        samples: Samples of the training so far.
+        saved: Files with trained weights that the training has saved so far.
+        lines: Lines that the command has printed so far.
+    """
+
+    def __init__(
+        self, script: Path, words: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
+    ) -> None:
+        """Start a command whose words were checked.
+
+        Args:
+            script: Path of the script in the checkout or the package.
+            words: The words behind it.
+            options: Keyword arguments that they were made of.
+            history: Reads the history of a training.
+        """
+        self.script, self.options = script, dict(options)
+        self.losses: dict[int, float | None] = {}
+        self.samples: list[Path] = []
+        self.saved: list[Path] = []
+        self.lines: list[str] = []
+        self._history = history
+        self._is_stopped = False
+        self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
+        output = Path(self._folder.name) / "output.txt"
+        # a process group of its own: Ctrl-C reaches it through `stop` alone, once
+        with output.open("wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, *program_words(script), *words],
+                env=program_environment(PYTHONUNBUFFERED="1"),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self._printed = PrintedLines(output)
+        atexit.register(self.stop)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the command has not ended."""
+        return self._process.poll() is None
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield each event once, until the command has ended. Ctrl-C stops the command.
+
+        Raises:
+            UserError: If the command ends with a message for the user, which the error has.
+            RuntimeError: If it ends with any other error.
+        """
+        try:
+            while True:
+                is_over = not self.is_running
+                for event in self._read_events(is_over):
+                    self._note(event)
+                    yield event
+                if is_over:
+                    break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(PAUSE)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        atexit.unregister(self.stop)
+        self._raise_error()
+
+    def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
+        """Wait for the end of the command, and return it.
+
+        Args:
+            callback: Called with each event.
+
+        Raises:
+            UserError: If the command ends with a message for the user, which the error has.
+            RuntimeError: If it ends with any other error.
+        """
+        for event in self:
+            if callback is not None:
+                callback(event)
+        return self
+
+    def stop(self) -> None:
+        """Stop the command as Ctrl-C does, and wait for its end. A training saves its state before."""
+        if not self.is_running:
+            return
+        self._is_stopped = True
+        try:
+            with contextlib.suppress(OSError):  # it has just ended
+                if sys.platform == "win32":
+                    self._process.send_signal(signal.CTRL_BREAK_EVENT)
+                else:
+                    os.killpg(self._process.pid, signal.SIGINT)
+            self._process.wait()
+        except KeyboardInterrupt:
+            self._process.kill()
+            raise
+
+    def __enter__(self) -> "CommandRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _read_events(self, is_over: bool) -> Iterator[Event]:
+        yield from self._printed.read(is_over)
+        if self._history is not None:
+            yield from self._history.read()
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case LineEvent():
+                self.lines.append(event.text)
+            case StepEvent():
+                self.losses[event.step] = event.loss
+            case SampleEvent():
+                self.samples.append(event.path)
+            case SavedEvent():
+                self.saved.append(event.path)
+
+    def _raise_error(self) -> None:
+        code = self._process.returncode
+        if code == 0 or self._is_stopped:
+            return
+        output = "\n".join(self.lines)
+        if code in (1, 2, 3) and "Traceback (most recent call last)" not in output:
+            raise UserError(message_of(output))
+        raise RuntimeError(f"{self.script.name} ended with code {code}:\n{output[-MAX_OF_OUTPUT:]}")

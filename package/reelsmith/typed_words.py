@@ -1,0 +1,114 @@
+"""Keyword arguments of Python as the words of a command line, checked by the table of its script."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from modules.command import message_of, name_as_typed
+from modules.console import quiet
+from modules.errors import OptionError, UserError
+from modules.option_tables import find_table
+from modules.options import TYPED
+from modules.parser import Parser, reject_unsupported, typed_names
+from modules.table_parser import build_parser, check_arguments
+from training.config_options import read_config_file
+
+# names that read better in Python -> options
+SHORT_NAMES = {"config": "config_file", "dataset": "dataset_config"}
+
+
+class _RaisingParser(Parser):
+    """A parser whose messages are raised, where those of a command end the process."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Raise the message of a wrong option as OptionError."""
+        raise OptionError(message_of(message or "the options ask for the help alone"))
+
+
+def make_words(script: Path, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
+    """Return the words behind a script for operands and keyword arguments.
+
+    Values that are None or False are not given. A mapping becomes words KEY=VALUE.
+
+    Args:
+        script: Path of the script in the checkout or the package.
+        operands: Values without an option, such as the folder of `new`.
+        options: Values by name of the option.
+
+    Raises:
+        OptionError: If a switch is given a value that is not a bool.
+    """
+    actions = _find_actions(script)
+    words = [str(operand) for operand in operands]
+    for name, value in options.items():
+        name = name if name in actions else SHORT_NAMES.get(name, name)
+        words += _type_option(name, value, actions.get(name))
+    return words
+
+
+def list_known(script: Path) -> set[str]:
+    """Return the keyword arguments that a script takes."""
+    known = set(_find_actions(script))
+    return known | {short for short, name in SHORT_NAMES.items() if name in known}
+
+
+def check_words(script: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a command's options, checked as the command does before it loads anything.
+
+    Options that --config_file names have its values, unless they are typed too.
+
+    Raises:
+        UserError: For what the command itself would reject, with its message.
+    """
+    table = find_table(script)
+    if table is None or table.get("cuts_words"):  # the script reads them with another one's options
+        return {}
+    parser = build_parser(table, script.name, _RaisingParser)
+    arguments: argparse.Namespace = parser.parse_args(words)
+    with name_as_typed(typed_names(arguments)):
+        reject_unsupported(parser, arguments, tells_unneeded=False)
+        check_arguments(parser, arguments)
+    values = vars(arguments)
+    if values.get("config_file") is None:
+        return values
+    with quiet():  # the command logs the same warnings
+        in_file = read_config_file(values["config_file"], parser)
+    typed = getattr(arguments, TYPED)
+    return {**values, **{name: value for name, value in in_file.items() if name not in typed}}
+
+
+def _find_actions(script: Path) -> dict[str, argparse.Action]:
+    """Return the options of a script by the names of their flags, with _ for -."""
+    table = find_table(script)
+    if table is None:
+        raise UserError(f"{script}: this script has no table of options")
+    actions = {}
+    for action in build_parser(table, script.name, _RaisingParser)._actions:
+        for flag in action.option_strings:
+            actions[flag.lstrip("-").replace("-", "_")] = action
+    return actions
+
+
+def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
+    """Return the words of one keyword argument; an unknown one is left to the parser's message."""
+    flag = f"--{name}"
+    if action is not None:
+        spellings = {flag.lstrip("-").replace("-", "_"): flag for flag in action.option_strings}
+        flag = spellings[name]
+        if action.nargs == 0 and not isinstance(value, bool | None):
+            raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
+    if isinstance(action, argparse.BooleanOptionalAction) and value is False:
+        return [f"--no-{flag[2:]}"]
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, Mapping):
+        value = [f"{key}={inner}" for key, inner in value.items()]
+    if not isinstance(value, list | tuple):
+        return [f"{flag}={value}"]
+    texts = [str(item) for item in value]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{flag}={text}" for text in texts]
+    return [flag, *texts]
