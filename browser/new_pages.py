@@ -88,6 +88,7 @@ from browser.new_form import (
     hint_at_word,
     list_differing,
     list_field_errors,
+    list_fitting_recipes,
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
@@ -385,9 +386,10 @@ class NewPages:
     def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
         """Return the values for the field `train`. `model` is the selected model; None if there is none."""
         if model is None:
-            return {"kinds": []}
+            return {"kinds": [], "recipes": []}
         chosen = BY_NAME[form.train or LORA.name]
         return {
+            "recipes": list_fitting_recipes(form.family, form.task, form.train),
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
             "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),

@@ -45,10 +45,10 @@ def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
         content = words.setdefault(match["word"], {})
         if match["table"] is None:
             content[match["key"]] = tensor
-        else:
-            rows = content.get(match["table"], {})
-            assert not isinstance(rows, Tensor)
-            content[match["table"]] = {**rows, match["row"] or "*": tensor}
+        else:  # Web UI: `string_to_param` is a dictionary, whose only key usually is "*"
+            table = content.get(match["table"], {})
+            assert not isinstance(table, Tensor)
+            content[match["table"]] = {**table, match["row"] or "*": tensor}
     return words
 
 

@@ -175,6 +175,8 @@ class DitSpec:
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
     # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    # list of layers in blocks; where it has several, each of them is recomputed by itself, not the block
+    recomputed_list: str = ""
     further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()

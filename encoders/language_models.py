@@ -165,11 +165,12 @@ def _read_delta_layers(
 
     Raises ValueError if a setting is missing or invalid.
     """
-    _ = width  # unused: DeltaNet's heads have widths of their own
+    _ = width  # not used: heads of DeltaNet layers have other widths than those of attention layers
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
     key_width = config_json.get("linear_key_head_dim", value_width)
+    # q and k have equally many rows, and v has one head for each A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
         raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
@@ -501,7 +502,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     network: Any = getattr(transformers, f"{classes}Model")(their_config)
     if not config.final_norm:
         network.norm = nn.Identity()
-    with torch.device("cpu"):
+    with torch.device("cpu"):  # no file has the frequencies: they are computed, not loaded
         network.rotary_emb = HostAngles(type(network.rotary_emb)(their_config))
         if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's, which no file holds
             network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
@@ -558,24 +559,24 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        swapped, layer_bytes = streamed_layers(plan, dtype, form, room)
-        host = host_weights(SwapPlan(SPEC, swapped), device)
+        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, room)
+        host = host_weights(SwapPlan(SPEC, num_streamed), device)
         what = f"the language model ({model.option})"
-        if swapped:
+        if num_streamed:
             logger.info(
                 "%s does not fit on the device: "
                 "%d of its %d layers (%.1f GB) come from host memory each time",
                 what,
-                swapped,
+                num_streamed,
                 plan.config.num_layers,
-                swapped * layer_bytes / 1e9,
+                num_streamed * layer_bytes / 1e9,
             )
-        kept = model.keep_float32
+        float32_names = model.keep_float32
         network = load_planned(
             plan,
             build_language_model,
             device=device,
-            dtype=lambda name, _: torch.float32 if name.endswith(kept) else dtype,
+            dtype=lambda name, _: torch.float32 if name.endswith(float32_names) else dtype,
             what=what,
             form=form,
             host=host,
@@ -594,13 +595,14 @@ def streamed_layers(
     device; None means enough for all layers.
     """
 
-    def size(name: str) -> int:
+    def loaded_size(name: str) -> int:
+        """Return the bytes of a weight on the device; only projections have a stored form."""
         return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
 
     config = plan.config
     if room is None or config.num_layers < 2:
         return 0, 0
-    layer_bytes = sum(size(name) for name in plan.sources if name.startswith("layers.0."))
+    layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room
     streamed = max(math.ceil(excess / layer_bytes), 0)

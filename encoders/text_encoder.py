@@ -204,7 +204,7 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
-            tokenizer.encode("a b")  # a tokenizer that fails with any text fails now, not during encoding
+            tokenizer.encode("a b")  # only for its error: a tokenizer that fails for any text fails here
         first = []  # the begin token, unless the tokenizer adds it itself
         if begin is not None and empty[:1] != [begin]:
             first.append(begin)
@@ -216,10 +216,10 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            places: list[Place] = [None] * len(first)
-            for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_added else place)
-            return Tokens([*first, *encoded.ids], places)
+            positions: list[Place] = [None] * len(first)
+            for position, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                positions.append(None if is_added else position)
+            return Tokens([*first, *encoded.ids], positions)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
@@ -247,13 +247,13 @@ class TokenizerSource:
             with self.files.explain(origin):
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-            # they follow one another; white space that is dropped can only stand in front of them
-            begin = len(text) - sum(map(len, surfaces))
-            edges = itertools.accumulate(map(len, surfaces), initial=begin)
-            places: list[Place] = [None] * len(first)
-            places += itertools.pairwise(edges)
-            places += [None] * len(last)
-            return Tokens([*first, *ids, *last], places)
+            # the pieces cover the text without gaps; only white space at its start may be dropped
+            start_of_text = len(text) - sum(map(len, surfaces))
+            edges = itertools.accumulate(map(len, surfaces), initial=start_of_text)
+            positions: list[Place] = [None] * len(first)
+            positions += itertools.pairwise(edges)
+            positions += [None] * len(last)
+            return Tokens([*first, *ids, *last], positions)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -264,7 +264,7 @@ def _find_inside(checkpoint: Checkpoint) -> str | None:
 
 
 def find_merges(file: Path | None) -> Path | None:
-    """Return the merges next to a vocab.json; None for a tokenizer of one file."""
+    """Return the path of the BPE merges next to a vocab.json; None for a tokenizer that is one file."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -512,13 +512,13 @@ class FileTextEncoder(ABC, Generic[Network]):
         results = compute(network, tokenizer, rows, dropped)
         if not self.takes_weights:
             return results
-        takes_weights = []
+        weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             if prompt.spans:
                 weights = weights_of(prompt, tokens.places[dropped:])
                 conditions = self.weigh(conditions, weights)
-            takes_weights.append(conditions)
-        return takes_weights
+            weighted.append(conditions)
+        return weighted
 
     def _log_cuts(
         self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]

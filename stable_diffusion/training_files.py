@@ -36,6 +36,7 @@ from stable_diffusion.diffusers_parts import unet_class, vae_class
 from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
+from stable_diffusion.resnets import use_fewer_kernels
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
@@ -223,6 +224,7 @@ class TrainingFiles:
         # cuDNN's, whose gradients of several samples may be NaN (modules/attention/sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
+        use_fewer_kernels(unet)
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
@@ -440,6 +442,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
+        recomputed_list="transformer_blocks",  # up to ten, of which the activations would be there at once
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
         compiles_each_size=True,

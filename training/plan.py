@@ -153,7 +153,7 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
-    check_before_loading(family, options, learner, others)  # before minutes of encoding
+    check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
     joined = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)
@@ -316,7 +316,7 @@ def join_processes(
     if accelerator.num_processes == 1 and options.speed.joined.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
+        logging.getLogger().setLevel(logging.WARNING)  # one process logs for all
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
         lines = list_unused_options(
@@ -347,7 +347,7 @@ def join_processes(
                 OtherProcesses(accelerator.process_index, accelerator.num_processes)
             )
             stack.enter_context(processes.explain())
-        # the main process reserves the name; if that fails, it reports the error, and all end
+        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:

@@ -59,6 +59,7 @@ class Tagger:
     def _answer_batch(
         self, batch: Sequence[Shown], choice: TagChoice, separator: str
     ) -> list[tuple[CaptionPlace, str | Exception]]:
+        """Return the tags of each place, joined over its frames, or an error if no tag is probable enough."""
         frames = [frame for _, shown in batch for frame in shown]
         probabilities = self.probabilities(frames)
         answers: list[tuple[CaptionPlace, str | Exception]] = []
@@ -162,6 +163,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
             path,
         )
     fixed_batch = shape[0]
+    # an image takes 3 channels of 4 bytes; half of the memory is left for the network
     if fixed_batch is not None and 12 * sides[0] ** 2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
             f"{path} takes {fixed_batch:,} pictures of {sides[0]} x {sides[0]} pixels at once: more than "

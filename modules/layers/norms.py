@@ -138,10 +138,27 @@ class CenteredNorm(ScaleNorm):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.scale)
+        # the state of a frozen scale, and 1 + scale in float32, computed once for all passes
+        self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed values in the dtype of `x`."""
-        return centered_norm(x, self.scale, self.eps)
+        return self.in_float32(x).to(x.dtype)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """Return the normed values in float32, for what computes in float32 next."""
+        return rms_norm(x.float(), self._weight(), self.eps)
+
+    def _weight(self) -> Tensor:
+        """Return 1 + scale in float32."""
+        scale = self.scale
+        if scale.requires_grad or torch.compiler.is_compiling():
+            return 1 + scale.float()
+        state = (id(scale), scale._version, scale.dtype, scale.device)
+        if self._known is None or self._known[0] != state:
+            with torch.inference_mode(False):  # for a sample, and for the next training step
+                self._known = state, 1 + scale.detach().float()
+        return self._known[1]
 
 
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

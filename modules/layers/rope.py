@@ -206,4 +206,7 @@ def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) ->
     else:
         frequencies = (-math.log(LONGEST) * numbered / half).double().exp().to(dtype)
     angles = torch.outer(numbers.to(device, dtype), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(numbers.device, torch.float32)
+    waves = angles.new_empty(len(numbers), 2 * half)
+    torch.cos(angles, out=waves[:, :half])
+    torch.sin(angles, out=waves[:, half:])
+    return waves.to(numbers.device, torch.float32)

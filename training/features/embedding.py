@@ -161,6 +161,7 @@ def _describe(options: EmbeddingOptions) -> str:
 
 
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
+    """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
     text = options.train_embedding
     assert text is not None  # the feature is on
     error = find_error(text)

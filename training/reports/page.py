@@ -278,9 +278,9 @@ def _make_loss_tile(story: Story) -> Tile | None:
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
         note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
-    left_out = sum(loss is None for loss in story.loss.values())
-    if left_out:
-        note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{left_out:,}")
+    num_not_finite = sum(loss is None for loss in story.loss.values())
+    if num_not_finite:
+        note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{num_not_finite:,}")
     return say("Loss"), f"{mean:.4g}", note
 
 
@@ -310,6 +310,7 @@ def _weights_mark(path: Path, changed: int, size: int) -> str:
 
 
 def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+    """Return the rows of the table of saved files, with the validation loss nearest to each."""
     rows: list[Mapping[str, Any]] = []
     for step, (name, *twins) in list_files(story, folder):
         path = folder / name

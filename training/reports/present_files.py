@@ -31,6 +31,7 @@ def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCom
 
 
 def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
+    """Replace files of the run in a command that are gone, or not the best, by the best one that exists."""
     start = story.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
@@ -38,18 +39,21 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
     except ValueError:  # an edited history
         return command
     notes = []
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         path = Path(word)
+        # a relative path counts from the folder in which the training was started, if that is known
         if path.name not in story.saved or not (path.is_absolute() or base):
             continue
+        if (base or folder) / path.parent != folder:
+            continue  # a file of the same name in another folder
+        best_step = None if best is None else story.saved[best]
         is_there = (folder / path.name).exists()
-        is_best = best is None or story.saved[best] == story.saved[path.name]
-        if (base or folder) / path.parent != folder or (is_there and is_best):
+        if is_there and best_step in {None, story.saved[path.name]}:
             continue
         present = _find_kin(path.name, story, folder, best)
-        if present is None or (is_there and best is not None and story.saved[present] != story.saved[best]):
-            continue
-        words[place] = str(path.with_name(present))
+        if present is None or (is_there and story.saved[present] != best_step):
+            continue  # nothing to use, or nothing better than the file that is there
+        words[index] = str(path.with_name(present))
         reason = "is not the best file by its scores" if is_there else "is not there any more"
         notes.append(f"{path.name} {reason}: {present} takes its place.")
     if not notes:

@@ -200,6 +200,7 @@ def _read_note(values: Mapping[str, Any]) -> ScoreNote:
 
 
 def _read_row(values: Mapping[str, Any]) -> StepScores:
+    """Parse the scores of a step. Raises LookupError, TypeError or ValueError if they are malformed."""
     samples = []
     for sample in values["samples"]:
         numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
@@ -250,48 +251,68 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     """
     candidates = [row for row in rows if row.saved]
     clean = [row for row in candidates if not row.copies]
-    chosen = clean or candidates
+    usable = clean or candidates
+    best = _find_by_loss(rows, usable, unsampled)
+    if best is None:
+        if not usable:
+            return None
+        best = _find_by_samples(usable)
+    num_copying = len(candidates) - len(clean)
+    if not num_copying:
+        return best
+    if clean:
+        remark = counted(
+            num_copying,
+            "%(n)s file whose samples copy a training picture is left out",
+            "%(n)s files whose samples copy a training picture are left out",
+        )
+    else:
+        remark = say("samples of all files copy training pictures")
+    return replace(best, reasons=(*best.reasons, remark))
+
+
+def _find_by_loss(
+    rows: Sequence[StepScores], usable: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
+) -> BestFile | None:
+    """Return the file to use by the validation losses; None if none was measured.
+
+    Args:
+        rows: Scores of all steps, for trends after the best one.
+        usable: Those of the steps whose file may be chosen.
+        unsampled: Files without samples, which may be chosen too.
+    """
     measured = {
         MeasuredFile(row.saved, row.step, row.loss, row.loss_step): row
-        for row in chosen
+        for row in usable
         if row.loss is not None and row.loss_step is not None
     }
     lowest = select_best([*measured, *unsampled])
-    if lowest is not None:
-        best = measured.get(lowest) or StepScores(
-            lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
-        )
-        step = f"{lowest.loss_step:,}"
-        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=step)]
-        if lowest.loss_step != lowest.step:
-            reasons = [say("validation loss lowest at step %(step)s, measured nearest to it", step=step)]
-        reasons += _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
-    elif not chosen:
+    if lowest is None:
         return None
+    best = measured.get(lowest) or StepScores(
+        lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
+    )
+    step = f"{lowest.loss_step:,}"
+    if lowest.loss_step == lowest.step:
+        reason = say("validation loss lowest at step %(step)s", step=step)
     else:
-        fitting = _fitting(chosen)
-        best = max(fitting, key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
-        reasons = [
-            say("no validation loss was measured"),
-            say(
-                "most like the training pictures of those that fit their prompts as well as the best (within "
-                "%(same)s)",
-                same=f"{SAME:g}",
-            )
-            if best.likeness is not None
-            else say("fits its prompts best"),
-        ]
-    if len(clean) < len(candidates):
-        reasons.append(
-            counted(
-                len(candidates) - len(clean),
-                "%(n)s file whose samples copy a training picture is left out",
-                "%(n)s files whose samples copy a training picture are left out",
-            )
-            if clean
-            else say("samples of all files copy training pictures")
+        reason = say("validation loss lowest at step %(step)s, measured nearest to it", step=step)
+    trends = _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
+    return BestFile(best, (reason, *trends))
+
+
+def _find_by_samples(usable: Sequence[StepScores]) -> BestFile:
+    """Return the file whose samples look best by their scores, for runs without validation losses."""
+    best = max(_fitting(usable), key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
+    if best.likeness is None:
+        reason = say("fits its prompts best")
+    else:
+        reason = say(
+            "most like the training pictures of those that fit their prompts as well as the best (within "
+            "%(same)s)",
+            same=f"{SAME:g}",
         )
-    return BestFile(best, tuple(reasons))
+    return BestFile(best, (say("no validation loss was measured"), reason))
 
 
 def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:

@@ -126,20 +126,31 @@ def score_run(options: ScoreOptions) -> None:
     notes: list[ScoreNote] = []
     config = _find_dataset(options, run, notes)
     model = load_image_text_model(options.model, options.device)
-    looking = None
+    likeness_model = None
     if options.likeness_model is not None:
-        looking = load_image_model(options.likeness_model, options.device)
-    seen = _embed(run, rows, options, model, config if looking is None else None)
-    looks = seen if looking is None else _embed(run, rows, options, looking, config)
-    training = looks.training
+        likeness_model = load_image_model(options.likeness_model, options.device)
+    prompt_vectors = _embed(run, rows, options, model, config if likeness_model is None else None)
+    likeness_vectors = (
+        prompt_vectors if likeness_model is None else _embed(run, rows, options, likeness_model, config)
+    )
+    training = likeness_vectors.training
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
     )
     scored = [
-        _score_step(run, row, files, vectors=seen.samples, looks=looks.samples, comparison=comparison)
+        _score_step(
+            run,
+            row,
+            files,
+            vectors=prompt_vectors.samples,
+            looks=likeness_vectors.samples,
+            comparison=comparison,
+        )
         for row, files in rows
     ]
-    notes += _list_notes(run, [*dict.fromkeys((*seen.unreadable, *looks.unreadable))], comparison)
+    notes += _list_notes(
+        run, [*dict.fromkeys((*prompt_vectors.unreadable, *likeness_vectors.unreadable))], comparison
+    )
     scored_rows = tuple(row for row in scored if row.samples)
     folders = (options.model, options.likeness_model)
     scores = RunScores(
@@ -286,7 +297,7 @@ class SampleComparison:
             path: File of the sample.
             prompt: The prompt.
             vectors: Vectors of its frames, F D, to compare with the prompt.
-            looks: Likewise, to compare with training images; None if they are not known.
+            looks: Vectors of its frames, F D, to compare with training images; None if they are not known.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -329,6 +340,7 @@ def _score_step(
     looks: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
+    """Score the samples of a step; `vectors` and `looks` are those of each file's frames."""
     samples = []
     for index, path in files.items():
         frames = vectors[path]
