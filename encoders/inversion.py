@@ -213,7 +213,7 @@ class Inversion:
         if self.asked.init_word is None:
             return {key: torch.randn(count, table.shape[1]) * table.std() for key, table in tables.items()}
         starts = {}
-        for number, tower in enumerate(self.towers, 1):
+        for encoder_index, tower in enumerate(self.towers, 1):
             ids = self._read_init_word(tower)
             if len(ids) != count:
                 logger.warning(
@@ -221,12 +221,12 @@ class Inversion:
                     self.asked.flags.init_word,
                     self.asked.init_word,
                     count_of(len(ids), "token"),
-                    number,
+                    encoder_index,
                     self.asked.flags.count,
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
-            starts[tower.key] = tables[tower.key][[ids[place % len(ids)] for place in range(count)]].clone()
+            starts[tower.key] = tables[tower.key][[ids[index % len(ids)] for index in range(count)]].clone()
         return starts
 
     def _read_init_word(self, tower: WordTower) -> list[int]:

@@ -62,7 +62,7 @@ class NewWord:
             vocabulary: Number of rows of the table without the word.
         """
         ids = [*range(vocabulary, vocabulary + self.count)]
-        single = {f"{self.text}{place}": [number] for place, number in enumerate(ids[1:], 1)}
+        single = {f"{self.text}{index}": [token_id] for index, token_id in enumerate(ids[1:], 1)}
         return {self.text: ids, **single}
 
 
@@ -180,10 +180,10 @@ class GrowingEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings of token ids, B L C."""
-        places = ids - self.known
-        is_new = places >= 0
+        rows = ids - self.known
+        is_new = rows >= 0
         old = super().forward(ids.masked_fill(is_new, 0))
-        new = F.embedding(places.clamp(min=0), self.rows().to(old))
+        new = F.embedding(rows.clamp(min=0), self.rows().to(old))
         embedded = torch.where(is_new[..., None], new, old)
         return embedded if self.scale is None else embedded * self.scale.to(embedded)
 
@@ -229,8 +229,8 @@ def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     ids: dict[str, list[int]] = {}
     names = {word.text.lower() for word in words}
     for word in words:
-        for name, numbers in word.list_ids(vocabulary).items():
+        for name, token_ids in word.list_ids(vocabulary).items():
             if name == word.text or name.lower() not in names:
-                ids[name] = numbers
+                ids[name] = token_ids
         vocabulary += word.count
     return ids

@@ -117,7 +117,7 @@ class H3TextEncoder(LanguageModelEncoder):
         if tokenizer is not None:
             folders.append(tokenizer.parent)
         folder = self.path if self.path.is_dir() else self.path.parent
-        folders += [folder / place for place in PREPROCESSOR_FOLDERS]
+        folders += [folder / subfolder for subfolder in PREPROCESSOR_FOLDERS]
         return read_preprocessing(folders)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -217,12 +217,12 @@ class H3Files(LanguageModelFiles):
 
     def check_task(self) -> None:
         """Raise OptionError if the transformer's name contains another task."""
-        found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
-        wanted = "ref2va" if self.task == "ref2va" else "fl2va"
-        if found not in (None, wanted):
+        named = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
+        needed_task = "ref2va" if self.task == "ref2va" else "fl2va"
+        if named not in (None, needed_task):
             raise OptionError(
-                f"--dit {self.dit}: by its name this is the transformer of {found}, and --task {self.task} "
-                f"needs that of {wanted}. Give the other file, or rename it if its name is wrong"
+                f"--dit {self.dit}: by its name this is the transformer of {named}, and --task {self.task} "
+                f"needs that of {needed_task}. Give the other file, or rename it if its name is wrong"
             )
 
     # the autoencoders

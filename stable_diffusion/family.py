@@ -280,7 +280,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return the metadata that known trainers write under names other than those of our options."""
+        """Return the metadata that other trainers write under names that our options do not have."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),

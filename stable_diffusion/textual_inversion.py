@@ -108,7 +108,7 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 
 
 def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
-    """Join the words of files and those in LoRAs; warn of words in LoRAs that exist already."""
+    """Join the words of files and of LoRAs; warn of words in LoRAs that exist already."""
     chosen = {word.word.lower(): word for word in words}
     for word in bundled:
         first = chosen.setdefault(word.word.lower(), word)
@@ -204,12 +204,12 @@ def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return additional names and their ids: those of a word's single vectors, and the names in the files."""
+    """Return additional names and their ids: names of a word's single vectors, and names in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]
-        for place, number in enumerate(word_ids[1:], 1):
-            derived[f"{word.word}{place}"] = [number]
+        for index, number in enumerate(word_ids[1:], 1):
+            derived[f"{word.word}{index}"] = [number]
         if word.token is not None:
             derived.setdefault(word.token, word_ids)
     return derived
@@ -225,13 +225,13 @@ def with_words(
 
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
-        place = 0
+        position = 0
         for match in pattern.finditer(text):
-            tokens += tokenize(text[place : match.start()])
+            tokens += tokenize(text[position : match.start()])
             assert match.lastindex is not None
             tokens += ids[match.lastindex - 1]
-            place = match.end()
-        return tokens + tokenize(text[place:])
+            position = match.end()
+        return tokens + tokenize(text[position:])
 
     return tokenize_all
 

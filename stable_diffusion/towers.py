@@ -243,7 +243,7 @@ class TowerEncoder:
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks of a prompt with weights; at least 1.
+        """Return the number of chunks of a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
