@@ -100,7 +100,10 @@ def prepare_ours(name: str) -> Step:
 
     tiny = dit_called(name)
     dit, network = tiny.with_lora(blocks=2)
-    dit.to(torch.bfloat16).train()
+    for name, parameter in dit.named_parameters():  # as a file is loaded
+        if not name.startswith(tiny.spec.keep_float32):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    dit.train()
     for layer in network.layers:
         layer.joins_from = 0  # as in layers of released sizes
     cast_before_pass(dit, network.layers_of_dit(), tiny.spec.shared_inputs)
@@ -115,6 +118,7 @@ def prepare_our_unet(kind: str) -> Step:
     from networks.cast_factors import cast_before_pass
     from running.offload.checkpointing import checkpoint_blocks
     from stable_diffusion.attention import ChosenAttention
+    from stable_diffusion.resnets import use_fewer_kernels
     from stable_diffusion.training_files import unet_spec
     from tests.networks.making import randomize
     from tests.tiny.loras import make_lora
@@ -123,6 +127,7 @@ def prepare_our_unet(kind: str) -> Step:
     unet: Any = make_unet(kind)
     unet.spec = unet_spec(KINDS[kind].unet)
     unet.set_attn_processor(ChosenAttention(SDPA))  # as on CUDA
+    use_fewer_kernels(unet)
     network = make_lora("lora", RANK, RANK, unet)
     randomize(network)
     network.attach()

@@ -175,6 +175,8 @@ class DitSpec:
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
     # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    # list of layers in blocks; where it has several, each of them is recomputed by itself, not the block
+    recomputed_list: str = ""
     further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -242,6 +244,7 @@ class EncoderAbilities:
     divide: bool = False  # a `DividedEncoder`
     see: bool = False  # a `SeeingEncoder`
     mark: bool = False  # a `MarkingEncoder`
+    take_words: bool = False  # an `encoders.new_words.WordEncoder`
     # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
     # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
     see_clip: bool = False
@@ -414,8 +417,6 @@ class Abilities:
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
     train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
-    take_words: bool = False  # it is a `contract.brought_words.TakesWords`
-    learn_words: bool = False  # it is a `LearnsWords` of the feature embedding
     inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
 

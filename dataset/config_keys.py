@@ -60,7 +60,7 @@ def form_of(
     """Return the form for values of certain types; `fits` returns whether a value is allowed."""
 
     def read(value: Any) -> Any:
-        is_switch = isinstance(value, bool) and kinds is not bool
+        is_switch = isinstance(value, bool) and kinds is not bool  # true is an int in Python, but no number
         if is_switch or not isinstance(value, kinds) or not fits(value):
             raise Unfit
         return convert(value)

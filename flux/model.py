@@ -15,7 +15,7 @@ from contract.steps import NO_OVERRIDES, Overrides
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, activate, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, make_lengths
 from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
@@ -166,7 +166,7 @@ class FluxModel(BlockNetwork):
         latents = (noisy, *references)
         images = [in_own_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
         # a reference stands at the next place of the axis of frames
-        grids = [Grid(grid_of(image), first=number) for number, image in enumerate(latents)]
+        grids = [Grid(grid_of(image), first=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
@@ -179,7 +179,9 @@ class FluxModel(BlockNetwork):
         texts = []
         for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
-            vector = self._embed_vector(timesteps, prompt["pooled"], scale) if rows is None else rows
+            vector = rows
+            if vector is None:
+                vector = activate(self._embed_vector(timesteps, prompt["pooled"], scale), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,
@@ -209,7 +211,7 @@ class FluxModel(BlockNetwork):
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return the input of the blocks' modulation, B 1 C. Without `guidance`, it is left out."""
+        """Return the embedded time, B 1 C float32. Without `guidance`, it is left out."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training

@@ -143,7 +143,7 @@ class FramePackRefinerBlock(nn.Module):
     ) -> Tensor:
         """Apply the block to text tokens x, B T C. `vector` is B C float32."""
         # x: B T C    vector: B C float32
-        gate1, gate2 = self.norm_out(vector.unsqueeze(1))
+        gate1, gate2 = self.norm_out(functional.silu(vector.unsqueeze(1)))
         x = add_gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
         return add_gated(x, gate2, self.ff(self.norm2(x).to(x.dtype)))
 

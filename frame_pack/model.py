@@ -24,7 +24,7 @@ from frame_pack.blocks import (
     HunyuanVideoTransformerBlock,
 )
 from frame_pack.configs import DIT, FramePackConfig
-from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, activate, join_tokens
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from hunyuan_model.token_refiner import mean_text, refine_tokens
 from modules.devices import send_ahead
@@ -344,7 +344,7 @@ class FramePackModel(BlockNetwork):
                 states, timesteps, counts, dtype=image.dtype, attention=self.attention
             )
             vector = self.time_text_embed(timesteps, prompt["clip_l"], guided).unsqueeze(1)
-            texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, vector))
+            texts.append(EmbeddedText(torch.cat([image, text], dim=1), lengths, activate(vector, dtype)))
         return join_tokens(
             video,
             texts,

@@ -20,6 +20,7 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
+    activate,
     join_tokens,
 )
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
@@ -119,7 +120,7 @@ class HunyuanImageModel(BlockNetwork):
         pixels = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.get_table(Grid((rows, columns)), noisy.device)
-        vector = self.time_in(timesteps).unsqueeze(1)
+        vector = activate(self.time_in(timesteps).unsqueeze(1), dtype)
         texts = []
         for prompt in overrides.texts(
             len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask

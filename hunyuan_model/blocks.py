@@ -41,8 +41,8 @@ class HunyuanTokens:
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
-    # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
-    # the second row belongs to the second text only
+    # B S C: timestep, pooled text and guidance after SiLU (`activate`), from which every block computes its
+    # modulation. A second row belongs to the second text only
     vector: Tensor
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
@@ -136,7 +136,7 @@ class EmbeddedText(NamedTuple):
 
     tokens: Tensor  # B T C
     lengths: Lengths | None  # how many of the video's tokens and these are real; None: all
-    vector: Tensor  # B 1 C float32, as `HunyuanTokens.vector`
+    vector: Tensor  # B 1 C, as `HunyuanTokens.vector`
 
 
 def join_tokens(
@@ -165,8 +165,20 @@ def join_tokens(
     return Hidden(x, replace(tokens, second=second))
 
 
+def activate(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return SiLU of the embedded time, once for all blocks.
+
+    Args:
+        vector: Embedded time, float32.
+        dtype: Dtype that the blocks compute in, to which a result without gradient is cast once. With a
+            gradient it stays float32, because the gradients of all blocks are added.
+    """
+    activated = functional.silu(vector)
+    return activated if activated.requires_grad else activated.to(dtype)
+
+
 class HunyuanModulation(nn.Module):
-    """Computes the shifts, scales and gates of a block. `name` is that of its linear layer in files."""
+    """Computes the shifts, scales and gates of a block. `name` is its linear layer's name in files."""
 
     def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()
@@ -174,10 +186,10 @@ class HunyuanModulation(nn.Module):
         self.add_module(name, nn.Linear(dim, count * dim))
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Return `count` rows of modulation, each B S C float32, for a vector B S C float32."""
-        # vector: B S C float32 -> count tensors B S C float32
+        """Return `count` rows of modulation, each B S C float32, for a vector B S C of `activate`."""
+        # vector: B S C -> count tensors B S C float32
         linear = getattr(self, self._name)
-        return in_own_dtype(linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
+        return in_own_dtype(linear, vector).float().chunk(self.count, dim=-1)
 
 
 class DoubleStreamBlock(nn.Module):

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
+    activate,
     join_tokens,
 )
 from hunyuan_model.configs import HunyuanVideoConfig
@@ -50,7 +50,7 @@ class HunyuanFinalLayer(nn.Module):
 
     def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Return shift and scale, each B 1 C float32."""
-        return in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float().chunk(2, dim=-1)
+        return in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
 
 
 class HunyuanVideoModel(BlockNetwork):
@@ -142,7 +142,7 @@ class HunyuanVideoModel(BlockNetwork):
             vector = self.time_in(timesteps) + self.vector_in(prompt["clip_l"])
             if guided is not None:
                 vector = vector + self.guidance_in(guided)
-            texts.append(EmbeddedText(text, lengths, vector.unsqueeze(1)))
+            texts.append(EmbeddedText(text, lengths, activate(vector.unsqueeze(1), dtype)))
         video = rearrange(patches, "b c f h w -> b (f h w) c")
         return join_tokens(
             [video],
@@ -199,7 +199,7 @@ def count_real(
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
-    """Return the longest text's number of real rows, and that of each sample; None if all are equal.
+    """Return the number of real rows of the longest text, and of each sample (None if all are equal).
 
     `mask` is B T. Padding after the longest text is cut off instead of masked, because attention without a
     mask is faster and gives the same result. Raises ValueError if padding comes before a real token.

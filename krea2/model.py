@@ -225,14 +225,14 @@ class Krea2Block(StreamBlock):
 
     def rows(self, tokens: Krea2Tokens) -> tuple[Tensor, ...]:
         """Return scale, shift and gate of attention and of feed-forward, each B S C float32."""
-        table = self.mod.lin.float().unflatten(0, (ROWS, 1, -1))
+        table = self.mod.lin.unflatten(0, (ROWS, 1, -1))  # added in float32, as the time
         return (tokens.time[:, :ROWS] + table).unbind(1)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         scale, shift, gate, *feed_rows = self.rows(tokens)
-        h = modulate(self.prenorm(x), shift, scale, tokens.dtype, split=tokens.split)
+        h = modulate(self.prenorm.in_float32(x), shift, scale, tokens.dtype, split=tokens.split)
         x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
@@ -245,11 +245,12 @@ class Krea2Block(StreamBlock):
         """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
         image = x[:, tokens.split : tokens.split + tokens.image]
-        return modulate(self.prenorm(image), shift, scale, tokens.dtype)
+        return modulate(self.prenorm.in_float32(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
-        return add_gated(x, gate, self.mlp(modulate(self.postnorm(x), shift, scale, dtype)))
+        h = modulate(self.postnorm.in_float32(x), shift, scale, dtype)
+        return add_gated(x, gate, self.mlp(h))
 
 
 class LastLayer(nn.Module):
@@ -263,8 +264,8 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the patches of the velocity for image tokens x, B L C."""
-        scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin.float()).chunk(2, dim=1)
-        return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
+        scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin).chunk(2, dim=1)
+        return in_own_dtype(self.linear, modulate(self.norm.in_float32(x), shift, scale, tokens.dtype))
 
 
 class Krea2Layout(NamedTuple):

@@ -210,6 +210,7 @@ class LtxBlock(nn.Module):
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
         attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
+        # shift, scale and gate: of self-attention, of the feed-forward, and of the attention to the text
         num_rows = 9 if config.modulates_text else 6
         for names, stream in config.streams.items():
             prefix = names.prefix
@@ -225,18 +226,20 @@ class LtxBlock(nn.Module):
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
             dim = config.streams[names].dim
             setattr(self, names.cross_attn, attention(dim, config.streams[other].dim, config.cross_dim))
+            # scale and shift as query, scale and shift as key, and the gate
             setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
         """Apply the block to tokens x, B L+M W."""
         # x: B L+M W
+        rows = {names: self._split_rows(names, stream) for names, stream in tokens.streams.items()}
         parts = {}
         for names, stream_x in tokens.split(x).items():
-            parts[names] = self.see_itself_and_text(names, stream_x, tokens)
+            parts[names] = self.see_itself_and_text(names, stream_x, tokens, rows[names])
         if all(stream.cross is not None for stream in tokens.streams.values()):
             parts = self.see_each_other(parts, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        changed = {names: self.change(names, parts[names], tokens) for names in reversed(parts)}
+        changed = {names: self.change(names, parts[names], tokens, rows[names]) for names in reversed(parts)}
         return tokens.join({names: changed[names] for names in parts})
 
     def modulated_input(self, x: Tensor, tokens: LtxTokens) -> Tensor:
@@ -246,11 +249,13 @@ class LtxBlock(nn.Module):
         shift, scale, *_ = self._split_rows(names, stream)
         return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.split)
 
-    def see_itself_and_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Add to a stream, B L C, its attention to itself and to its text."""
+    def see_itself_and_text(
+        self, names: StreamNames, x: Tensor, tokens: LtxTokens, rows: Sequence[Tensor]
+    ) -> Tensor:
+        """Add to a stream, B L C, its attention to itself and to its text; `rows` are its `_split_rows`."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
-        shift, scale, gate, _, _, _, *text_rows = self._split_rows(names, stream)
+        shift, scale, gate, _, _, _, *text_rows = rows
         h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
         x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.split)
 
@@ -265,7 +270,7 @@ class LtxBlock(nn.Module):
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
             cross = tokens.streams[names].cross
             assert cross is not None  # there are two streams
-            gate = getattr(self, names.cross_table).float()[4:] + cross.gate
+            gate = getattr(self, names.cross_table)[4:] + cross.gate  # float32, as the gate
             if cross.influence is not None:
                 gate = gate * cross.influence
             query_input, key_input = inputs[names][names], inputs[other][names]
@@ -279,7 +284,8 @@ class LtxBlock(nn.Module):
         """Return a stream's inputs of the attention between the streams, B L C, by the receiving stream."""
         stream = tokens.streams[names]
         assert stream.cross is not None
-        table = getattr(self, names.cross_table).float()
+        table = getattr(self, names.cross_table)  # added in float32, as the rows
+        # scale and shift for the attention of the video, and for the attention of the audio
         video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.rows).unbind(2)
         h = norm_tokens(x.float())
         return {
@@ -287,10 +293,10 @@ class LtxBlock(nn.Module):
             SOUND: modulate(h, audio_shift, audio_scale, tokens.dtype, split=stream.split),
         }
 
-    def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Add the feed-forward branch of a stream, B L C."""
+    def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens, all_rows: Sequence[Tensor]) -> Tensor:
+        """Add the feed-forward branch of a stream, B L C; `all_rows` are its `_split_rows`."""
         stream = tokens.streams[names]
-        rows = self._split_rows(names, stream)[3:6]
+        rows = all_rows[3:6]
         layer = getattr(self, f"{names.prefix}ff")
         if isinstance(stream.split, Tensor):  # not in pieces, which would have the rows of all tokens
             shift, scale, gate = rows
@@ -326,7 +332,7 @@ class LtxBlock(nn.Module):
         stream = tokens.streams[names]
         texts = stream.texts
         if stream.text_rows is not None:
-            table = getattr(self, f"{names.prefix}prompt_scale_shift_table").float()
+            table = getattr(self, f"{names.prefix}prompt_scale_shift_table")
             shift, scale = (table + stream.text_rows).unbind(2)
             texts = tuple(modulate(text, shift, scale, tokens.dtype) for text in texts)
         query = layer.queries(x)
@@ -354,11 +360,11 @@ class LtxBlock(nn.Module):
     def _split_rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""
         table: Tensor = getattr(self, f"{names.prefix}scale_shift_table")
-        return (table.float() + stream.rows).unbind(2)
+        return (table + stream.rows).unbind(2)  # the sum is float32, as the rows
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
+    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 

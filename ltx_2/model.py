@@ -10,7 +10,7 @@ of the other one. `blocks` lists the steps in float32.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,18 @@ Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one fo
 
 
 class TimeModulation(nn.Module):
-    """Embeds timesteps and computes shifts, scales and gates of them: n to n R C and n C, float32."""
+    """Embeds timesteps, given as waves, and computes shifts, scales and gates of them, float32."""
 
     def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
         super().__init__()
-        self.rows, self.freq_dim = rows, config.freq_dim
+        self.rows = rows
         layers = {"linear_1": nn.Linear(config.freq_dim, dim), "linear_2": nn.Linear(dim, dim)}
         self.emb = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(layers)})
         self.linear = nn.Linear(dim, rows * dim)
 
-    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows, n R C, and embedded times, n C, of timesteps n."""
+    def forward(self, waves: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows, n R C, and embedded times, n C, of the sinusoids of n timesteps, n freq_dim."""
         layers: Any = self.emb["timestep_embedder"]
-        # float32 angles, as in training
-        waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         time = run_float32(layers["linear_2"], functional.silu(run_float32(layers["linear_1"], waves)))
         rows = run_float32(self.linear, functional.silu(time))
         return rows.unflatten(-1, (self.rows, -1)), time
@@ -62,14 +60,24 @@ class StreamInputs:
     names: StreamNames
     latents: Tensor  # B Z F H W of a video, B Z M K of a sound
     timesteps: Tensor  # B
+    freq_dim: int  # width of the timesteps' sinusoids
     given_frames: int  # latent frames in front that are clean
     references: LtxReferences
     times: "TokenTimes | None" = None  # of single tokens; None: only those in front have a time of their own
     keyframes: Sequence[int] = ()  # where the images in the last latent frames stand
 
+    @cached_property
+    def waves(self) -> Tensor:
+        """Sinusoids of the timesteps, B freq_dim, which several layers embed."""
+        return self.make_waves(self.timesteps)
+
+    def make_waves(self, timesteps: Tensor) -> Tensor:
+        """Return the sinusoids of timesteps, n to n freq_dim, of float32 angles as in training."""
+        return sinusoid(timesteps, self.freq_dim, torch.float32)
+
     @property
     def num_given(self) -> int:
-        """Number of tokens in front with a time of their own: those of references and given frames."""
+        """Number of tokens of references and given frames; these come first and have their own time."""
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
@@ -265,6 +273,7 @@ class LtxModel(nn.Module):
                 names,
                 stream_latents,
                 timesteps=timesteps[names],
+                freq_dim=self.config.freq_dim,
                 given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
                 keyframes=keyframes if is_video else (),
@@ -327,7 +336,7 @@ class LtxModel(nn.Module):
             return None
         if not self.config.times_text:
             return rows.new_zeros(1, 1, 2, 1)
-        text_rows, _ = self._get_layer(inputs.names, "prompt_adaln_single")(inputs.timesteps)
+        text_rows, _ = self._get_layer(inputs.names, "prompt_adaln_single")(inputs.waves)
         return text_rows.unsqueeze(1)
 
     def _embed_cross(
@@ -339,7 +348,8 @@ class LtxModel(nn.Module):
         the other stream has an effect in each sample; None: always.
         """
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
-        gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
+        other_waves = inputs.make_waves(other_times * self.config.gate_time)
+        gate, _ = getattr(self, inputs.names.cross_gate)(other_waves)
         if influence is not None:
             # a copy of pageable memory would wait for the device
             influence = send_ahead(influence.float(), rows.device).view(-1, 1, 1)
@@ -347,7 +357,7 @@ class LtxModel(nn.Module):
         return CrossInputs(rotary, rows, gate, influence)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
-        """Project the latents of a stream to tokens, B L W, with those of references in front."""
+        """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
         # B F*H*W Z of a video's latents, B M Z*K of a sound's
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
@@ -392,13 +402,13 @@ class LtxModel(nn.Module):
         timesteps, share = inputs.timesteps, inputs.references.share
         if inputs.times is not None:
             times = timesteps[:, None] * inputs.times.fractions  # B S
-            rows, time = layer(times.flatten())
+            rows, time = layer(inputs.make_waves(times.flatten()))
             return rows.unflatten(0, times.shape), time.unflatten(0, times.shape)
         if inputs.num_given == 0:
-            rows, time = layer(timesteps)
+            rows, time = layer(inputs.waves)
             return rows.unsqueeze(1), time.unsqueeze(1)
         given_times = timesteps * share if share else timesteps.new_zeros(1)
-        rows, time = layer(torch.cat([timesteps, given_times]))
+        rows, time = layer(inputs.make_waves(torch.cat([timesteps, given_times])))
         return _pair_times(rows, len(timesteps)), _pair_times(time, len(timesteps))
 
     def _make_rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:

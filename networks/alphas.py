@@ -130,24 +130,26 @@ def find_alphas(
     scaled = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
     if len(set(alphas)) > 1:
-        places = [f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)]
+        alphas_in_words = [
+            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)
+        ]
         raise CheckpointError(
-            f"{path} has two alphas: {' and '.join(places)}.\n"
+            f"{path} has two alphas: {' and '.join(alphas_in_words)}.\n"
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
     tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
-    words: list[str] = []
+    descriptions: list[str] = []
     if alphas:
-        words.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
+        descriptions.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
     elif tensors:
-        words.append(f"alphas of {sources[0].place}")
+        descriptions.append(f"alphas of {sources[0].place}")
     missing = len(ranks) - len(tensors)
     if missing:
         has_alphas = tensors or any("alpha" in factors for factors in modules.values())
-        where = f"for {missing} modules" if has_alphas else "in it"
-        words.append(f"no alpha {where}: the rank is taken")
-    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+        which = f"for {missing} modules" if has_alphas else "in it"
+        descriptions.append(f"no alpha {which}: the rank is taken")
+    return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
@@ -206,7 +208,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
             continue
         strength = strengths[rank]
         mantissa, _ = math.frexp(strength)
-        is_exact = mantissa == 0.5  # a power of two
+        is_exact = mantissa == 0.5  # dividing by a power of two only changes exponents
         by_down, by_up = split_strength(strength)
         divisors = {
             DOWN: by_down,
@@ -369,7 +371,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
-        alpha_keys = [""]  # patterns without an alpha for all modules are one source, too
+        alpha_keys = [""]  # no alpha for all modules, but patterns with alphas for some
     for alpha_key in alpha_keys:
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
@@ -423,23 +425,23 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
-    start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    prefix = next((prefix for prefix, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
     texts = group_by_module(native.texts)
     try:
         in_dit = find(
             modules=group_by_module(native.tensors),
             paths=native.paths,
-            start=start,
+            start=prefix,
             stacked=native.stacked,
         )
         in_texts: list[FoundAlphas] = []
-        for encoder_start, paths in _paths_by_encoder(texts).items():
+        for encoder_prefix, paths in _paths_by_encoder(texts).items():
             modules = {name: texts[name] for name in paths}
             in_texts.append(
                 find(
                     modules=modules,
                     paths=paths,
-                    start=encoder_start,
+                    start=encoder_prefix,
                     stacked={},
                 )
             )

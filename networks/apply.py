@@ -184,24 +184,24 @@ class Change:
 
         If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
         """
-        height = self.shape()[0]
-        weight_height = len(weight)
+        num_rows = self.shape()[0]
+        weight_rows = len(weight)
         if relative.is_part:
-            part_height = height
-            full_height = weight_height
+            rows_of_part = num_rows
+            rows_of_whole = weight_rows
             relation = "it is a part of the weight"
         else:
-            part_height = weight_height
-            full_height = height
+            rows_of_part = weight_rows
+            rows_of_whole = num_rows
             relation = "the weight is a part of it"
-        if is_cut(relative.part) and part_height >= full_height:
+        if is_cut(relative.part) and rows_of_part >= rows_of_whole:
             raise MismatchError(
-                f"{relative.name} has {height} rows, the weight {weight_height}, although {relation}"
+                f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
             )
-        rows = part_rows(relative.part, part_height, full_height)
+        rows = part_rows(relative.part, rows_of_part, rows_of_whole)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        if rows is None or rows == slice(0, height):
+        if rows is None or rows == slice(0, num_rows):
             return self
         if self.delta.has_input_magnitudes:
             raise MismatchError(BY_INPUT)
@@ -225,23 +225,18 @@ class Change:
                 them.
         """
         if self.rows is not None:
-            start = 0 if block is None else block.start
-            step = 1 if block is None else block.step or 1
-            # first to end: those of the block's rows that are in the change
-            first = max(0, ceil_div(self.rows.start - start, step))
-            end = min(len(total), ceil_div(self.rows.stop - start, step))
-            if first >= end:
+            overlap = _find_overlap(self.rows, block, len(total))
+            if overlap is None:
                 return
-            offset = start - self.rows.start
-            block = slice(offset + first * step, offset + end * step, step)
-            total = total[first:end]
-            weight = weight[first:end]
+            block = overlap.in_change
+            total = total[overlap.in_block]
+            weight = weight[overlap.in_block]
         rotation = self.delta.rotation
-        if rotation is not None:  # its multiplier is in the rotation
-            made = self.turned
-            if made is None:
-                made = self._turn(total.device)
-            total.add_(rotation.of_weight(weight, made))
+        if rotation is not None:  # the rotation includes the multiplier
+            matrices = self.turned
+            if matrices is None:
+                matrices = self._turn(total.device)
+            total.add_(rotation.of_weight(weight, matrices))
             return
         delta = self.delta
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
@@ -290,25 +285,53 @@ class FoundChange(NamedTuple):
     relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
+class _Overlap(NamedTuple):
+    """The rows that a block of a parameter and a change have in common."""
+
+    in_block: slice  # indices into the block
+    in_change: slice  # indices into the change, with the step of the block
+
+
+def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap | None:
+    """Return the rows of a block that a change of some rows of the parameter affects; None if there are none.
+
+    Args:
+        change: Rows of the parameter that the change is for.
+        block: Rows of the parameter in the block, possibly with a step; None for all.
+        num_rows: Number of rows in the block.
+    """
+    start = 0 if block is None else block.start
+    step = 1 if block is None else block.step or 1
+    # row i of the block is row start + i * step of the parameter
+    first = max(0, ceil_div(change.start - start, step))
+    end = min(num_rows, ceil_div(change.stop - start, step))
+    if first >= end:
+        return None
+    offset = start - change.start
+    return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
+
+
 def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
     """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
 
-    Else the rows of each part have to be known, which a rotation of inputs does not show.
+    Otherwise each part is rotated by itself, for which the number of its rows has to be known.
     """
     pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
     for key, change, relative in found:
         if change.delta.rotation is not None and relative is not None and relative.is_part:
             piece = FusedPiece(key, relative.part, change.delta.factors)
             pieces.setdefault(id(change.use), []).append(piece)
-    alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
+    uses_that_rotate_alike = {
+        use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)
+    }
     joined: list[FoundChange] = []
-    for each in found:
-        use = id(each.change.use)
-        is_piece = use in pieces and any(piece.name == each.key for piece in pieces[use])
-        if not is_piece or use not in alike:
-            joined.append(each)
-        elif each.key == pieces[use][0].name:
-            joined.append(each._replace(relative=None))
+    for found_change in found:
+        use = id(found_change.change.use)
+        is_piece = use in pieces and any(piece.name == found_change.key for piece in pieces[use])
+        if not is_piece or use not in uses_that_rotate_alike:
+            joined.append(found_change)
+        elif found_change.key == pieces[use][0].name:
+            joined.append(found_change._replace(relative=None))
     return joined
 
 
@@ -453,7 +476,7 @@ class LoraPatch:
         if not blocks:
             return weight
         dtype = narrow_dtype(weight.dtype, target)
-        sample = None
+        sample = None  # some rows, which show how much rounding to 16 bits would lose
         base = weight
         if any(change.sets_weight for change in changes):
             base = weight.to(torch.float32, copy=True)
@@ -518,6 +541,7 @@ class LoraPatch:
         """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
         changes = []
         found = self._find(name)
+        # rotations count as used before `_as_full` joins those of several parts
         for key, change, _ in found:
             if change.delta.rotation is not None:
                 self._used[id(change.use)].add(key)
@@ -528,9 +552,12 @@ class LoraPatch:
                 continue
             self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
-            is_joined = change.delta.is_part and not fitted.delta.is_part
-            if not is_joined or not deltas.rows_in(change.delta.factors)[0]:  # the first part stands for all
-                changes.append(fitted)
+            # parts of a joined layer may become the change of the whole layer: only the first part adds it
+            if change.delta.is_part and not fitted.delta.is_part:
+                first_row, _ = deltas.rows_in(change.delta.factors)
+                if first_row > 0:
+                    continue
+            changes.append(fitted)
         return changes
 
     @torch.no_grad()

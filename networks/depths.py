@@ -104,7 +104,9 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
     """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible."""
     numbers = _numbers_in(lora.modules(), [grown.blocks])
     source = read_depth(lora, grown)
-    if not numbers or not depth or source == depth or (source is None and depth not in grown.depths[1:]):
+    # without a known depth, a LoRA is taken to be for the first variant; other models need to be told apart
+    fits_unseen = source is None and depth not in grown.depths[1:]
+    if not numbers or not depth or source == depth or fits_unseen:
         return lora
     if source is None:
         raise CheckpointError(
@@ -119,15 +121,15 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
             f"same there. Use the model with {source} blocks.",
             lora.path,
         )
-    places = grown.places(source, depth)
+    copies = grown.places(source, depth)
     tensors = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
         if match is None:
             tensors[name] = tensor
             continue
-        for place in places[int(match[2])]:
-            tensors[f"{match[1]}{place}{match[3]}"] = tensor
+        for index in copies[int(match[2])]:
+            tensors[f"{match[1]}{index}{match[3]}"] = tensor
     logger.info(
         "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
         lora.path,

@@ -94,7 +94,7 @@ def to_native(
         family_hint: Family that the user or the metadata names.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
+    internal = tuple(key for key in tensors if ROWS in key)  # a name that only `rewrite` may use: rejected
     rearranged = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
     if any(MARKS.search(key) for key in rearranged.tensors):
         rearranged = rewrite(rearranged.tensors)
@@ -172,11 +172,11 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
     returned.
     """
-    maximum = max((place.number for place in places.in_texts.values()), default=1)
+    num_encoders = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
-        has_prefix = any(start.endswith(str(maximum)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= maximum:
+        has_prefix = any(start.endswith(str(num_encoders)) for start, _ in family.encoders)
+        if has_prefix or len(family.encoders) >= num_encoders:
             by_texts.append(family)
     by_texts = by_texts or [*families]
     underscored = {place.path for place in places.in_dit.values() if "." not in place.path}
@@ -247,7 +247,7 @@ def _rename(
     for name in names.values():
         key = first_keys[name]
         tensor = tensors[key]
-        if FLAT.search(key):
+        if FLAT.search(key):  # a vector of magnitudes becomes a column
             inner_axes = max(tensor.ndim - 1, 1)
             tensor = tensor.reshape(-1, *[1] * inner_axes)
         renamed[name] = tensor
@@ -255,7 +255,10 @@ def _rename(
 
 
 def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return two keys of one part with different values, the first one first."""
+    """Return two keys that stand for the same tensor but have different values; None if there are none.
+
+    `repeated` maps each repeated key to the first key with the same meaning.
+    """
     for key, first_key in repeated.items():
         first = tensors[first_key]
         second = tensors[key]

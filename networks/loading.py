@@ -10,12 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from contract.brought_words import BundledWords
+from contract.brought_words import BundledWords, find_words, without_words
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.bundled_words import find_words, without_words
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
@@ -207,7 +206,7 @@ def read_lora(
             f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
             path,
         )
-    rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
+    rule_of(metadata, path)  # raises for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
     if with_words:
         words = find_words(stored)
@@ -617,18 +616,18 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
 
-    The mark of patterns that other options have added is removed.
+    What other options have added to the typed pattern, after the mark UNTYPED, is kept without the mark.
     """
     typed, untyped, added = (pattern or "").partition(UNTYPED)
-    bar = "|" if typed.endswith("|") and untyped else ""
-    typed = typed.removesuffix(bar)
+    separator = "|" if typed.endswith("|") and untyped else ""
+    typed = typed.removesuffix(separator)
     if not typed or any(re.search(typed, name) for name in names):
-        return f"{typed}{bar}{added}" or pattern
-    loose = in_any_spelling(typed)
-    if not any(re.search(loose, name) for name in names):
+        return f"{typed}{separator}{added}" or pattern
+    any_spelling = in_any_spelling(typed)
+    if not any(re.search(any_spelling, name) for name in names):
         modules = (name.partition(".")[0] for name in names)
         logger.warning("%s: the pattern %s.", where, describe_unfit(typed, modules))
-    return f"{loose}{bar}{added}"
+    return f"{any_spelling}{separator}{added}"
 
 
 def warn_of_absent(
@@ -678,21 +677,21 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """
     parts = []
     for use in uses:
-        in_text: dict[str, Factors] = {}
-        in_dit: dict[str, Factors] = {}
+        text_modules: dict[str, Factors] = {}
+        dit_modules: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
             if on_text_side(name.removeprefix(OURS)):
-                in_text[name] = factors
+                text_modules[name] = factors
             else:
-                in_dit[name] = factors
-        has_text = _keeps_any(use, in_text)
-        has_dit = _keeps_any(use, in_dit)
-        selects_nothing = bool(in_dit) and not has_dit and not has_text
+                dit_modules[name] = factors
+        has_text = _keeps_any(use, text_modules)
+        has_dit = _keeps_any(use, dit_modules)
+        selects_nothing = bool(dit_modules) and not has_dit and not has_text
         is_used = has_text if is_text else has_dit or selects_nothing
         if is_used:
             tensors = use.lora.tensors
-            if in_text and in_dit:
-                tensors = ungroup(in_text if is_text else in_dit)
+            if text_modules and dit_modules:
+                tensors = ungroup(text_modules if is_text else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
 

@@ -135,7 +135,7 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
-        # compiled code merges what layers do with a common input by itself
+        # torch.compile itself merges what several layers compute from a common input
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -143,12 +143,14 @@ class LoraLayer(nn.Module):
                 # cast once, not in both the original and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code computes the LoRA in any case, and drops it afterwards
+        # compiled code has no data-dependent branch: it computes the LoRA, and masks dropped ones afterwards
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0:
             return self._original_forward(x)
         if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
+        if shared is not None and shared.computes_outputs and x.dtype == dtype:
+            return shared.compute(self, x)
         if self._adds_in_place(x, dtype):
             out = self._add_in_place(x, dropouts, shared)
             total = out
@@ -213,6 +215,24 @@ class LoraLayer(nn.Module):
         saved = hold(hidden, up, heights)
         out = self._original_forward(original_x)
         return add_up(out.to(x.dtype), hidden, up, heights=heights, saved=saved).to(out.dtype)
+
+    def is_plain(self) -> bool:
+        """Return whether the layer does no more than add the product of its factors to a linear layer.
+
+        Not with what changes single ranks, masks, noise or a LoRA in parts, nor if code that acts on the
+        frozen module replaced its forward.
+        """
+        before = self._original_forward
+        return (
+            getattr(before, "__func__", None) is nn.Linear.forward
+            and getattr(self._original[0].forward, "__self__", None) is self
+            and isinstance(self.lora_up, nn.Linear)
+            and self.rank_mask is None
+            and self.noise_of is None
+            and self.combine is None
+            and self.dropouts is None
+            and self.multiplier != 0
+        )
 
     def run_frozen(self, x: Tensor) -> Tensor:
         """Return the output of the frozen module alone."""

@@ -128,7 +128,7 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
-        # the network has only some modules: names known to the LoRA's family are taken to be of that family
+        # this network may have only a few modules, whose names several families share: the file decides
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in here)
         family = select_family(names, None if lora_family is None else lora_family.name)
@@ -220,7 +220,7 @@ class OwnNetwork(nn.Module):
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue  # frozen; if all rates are 0, the groups stay: an optimizer needs at least one
+                continue  # frozen; but if all rates are 0, the groups are kept: an optimizer needs one
             for parameter in layer.parameters():
                 if ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})

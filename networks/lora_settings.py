@@ -280,10 +280,10 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         """Return the pattern if it fits as written, else one that matches in any spelling."""
         if fits_some or not modules:
             return pattern
-        loose = re.compile(in_any_spelling(pattern.pattern))
+        any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
         for path, name in zip(paths, names, strict=True):
-            if pattern.search(path) or loose.search(name):
+            if pattern.search(path) or any_spelling.search(name):
                 spellings.update((path, name))
         if spellings:
             return NamePattern(pattern.pattern, frozenset(spellings))
@@ -326,9 +326,9 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
         pairs: Patterns with their values.
         matches: Patterns that match each module, from `find_by_pattern`.
     """
-    counts = Counter((place, places[-1]) for places in matches for place in places[:-1])
-    for (place, last), count in sorted(counts.items()):
-        overridden, _ = pairs[place]
+    counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
+    for (index, last), count in sorted(counts.items()):
+        overridden, _ = pairs[index]
         pattern, number = pairs[last]
         logger.info(
             f"--network_args {argument}: {count} modules fit {overridden.pattern!r} and the later "

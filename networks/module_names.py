@@ -101,7 +101,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families
-    # blocks are alike: one name stands for those that differ in numbers only, the first in the file
+    # modules of all blocks have the same sizes: the first name stands for those with other block numbers
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
@@ -109,7 +109,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     chosen = [family for family in families if levels[family] == best]
     if len(chosen) == 1:
         return chosen
-    # if the numbers of blocks do not decide, the others are possible too
+    # if block numbers do not decide among the best, families of other released sizes are possible too
     return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
 
 
@@ -455,6 +455,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
+    """Return the lookup tables between a family's names and those of the other layout."""
     # a parameter of ours may be the weight of a module there
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]

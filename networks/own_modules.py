@@ -89,7 +89,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
 def _choose(
     candidates: Iterable[PlacedModule],
     settings: LoraSettings,
-    start: str,
+    prefix: str,
     optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
     """Return the modules to train, each with its rank and alpha, by our name.
@@ -97,40 +97,45 @@ def _choose(
     Args:
         candidates: Modules by path.
         settings: Settings of the network.
-        start: Prefix of our names.
+        prefix: Prefix of our names.
         optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
-        name = start + path.replace(".", "_")
+        name = prefix + path.replace(".", "_")
         matching: tuple[int, ...] = ()
         if settings.reg_ranks:
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
-        if matching:  # a pattern wins over the rank of the kind; the last pattern over earlier ones
+        # precedence: the last matching pattern, then the rank for this kind of module; then what excludes it
+        if matching:
             _, rank = settings.reg_ranks[matching[-1]]
-            size: LoraSize | None = LoraSize(int(rank), settings.alpha)
+            selected_size: LoraSize | None = LoraSize(int(rank), settings.alpha)
         else:
-            size = _size(path, module, settings)
+            selected_size = _size(path, module, settings)
         is_optional = any(part in f".{path}" for part in optional)
         if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
             is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
         may_be_excluded = is_optional or settings.exclude
         if may_be_excluded and _is_excluded(path, settings, is_optional):
-            size = None
-        if size is not None and size.rank <= 0:
-            size = None
+            selected_size = None
+        if selected_size is not None and selected_size.rank <= 0:
+            selected_size = None
         if settings.blocks is not None and settings.blocks.is_left_out(path):
-            size = None
+            selected_size = None
         if settings.verbose:
-            state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
+            state = (
+                "left out"
+                if selected_size is None
+                else f"rank {selected_size.rank}, alpha {selected_size.alpha:g}"
+            )
             logger.info(f"  {path}: {state}")
-        if size is not None:
+        if selected_size is not None:
             targets[name] = Target(
                 module=module,
-                rank=size.rank,
-                alpha=size.alpha,
+                rank=selected_size.rank,
+                alpha=selected_size.alpha,
                 heights=settings.heights_of(path, module) if settings.splits else (),
                 rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
@@ -239,10 +244,10 @@ def build_network(
         OptionError: For wrong settings, or if no module is left.
     """
     settings, own = read_own(name, typed)
-    learning = {
+    trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
-    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in learning.items()}
+    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in trained_encoders.items()}
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
         for start, candidates in in_texts.items():
@@ -250,7 +255,7 @@ def build_network(
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
     if not kind.is_for_texts:
-        learning = {}
+        trained_encoders = {}
         in_texts = {}
     targets: dict[str, Target] = {}
     if dit is not None:
@@ -261,7 +266,7 @@ def build_network(
         targets |= _choose(candidates, text_settings, start)
     layers = kind.make_layers(targets, settings, own)
     if begun:
-        by_name = _layers_by_name(dit, learning)
+        by_name = _layers_by_name(dit, trained_encoders)
         joining = _joining_layers(
             layers,
             name,
@@ -463,9 +468,8 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
         allowed.update(rules.encoders)
     from_file = {key for key, value in typed.arguments.items() if value is not None and key not in allowed}
     checked = {key: value for key, value in typed.arguments.items() if key in from_file}
-    read_own(
-        name, NetworkArguments(arguments=checked)
-    )  # only for its errors: ignored values must be valid too
+    # only for its errors: values that are ignored have to be valid too
+    read_own(name, NetworkArguments(arguments=checked))
     for key in sorted(from_file):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "

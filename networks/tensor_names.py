@@ -215,7 +215,7 @@ def dialect_in_words(dialect: str) -> str:
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert if a key begins with the diffusers name of a second expert's network; else None."""
+    """Return the expert of a diffusers key that begins with the name of a second network; else None."""
     for bare in without_starts(key):
         for start, expert in _FURTHER.items():
             if bare.path.startswith(start):

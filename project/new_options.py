@@ -57,6 +57,13 @@ class NewOptions(Options):
         place="file",
         metavar="FILE",
     )
+    recipe: str | None = option(
+        "recipe whose model and values are taken: a name of `recipe list`, or a file of `recipe save`, also "
+        "of somebody else, which can set values alone",
+        metavar="NAME",
+        excludes="from",
+        hint="both say how it is trained",
+    )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(
         "file of a model in another place, such as dit=my.safetensors; once for each: "

@@ -154,7 +154,7 @@ class LastNorm(nn.Module):
 
     def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
         """Return the modulated norm of tokens x, B L C."""
-        rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
+        rows = in_own_dtype(self.linear, tokens.vector[:, :1]).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
@@ -232,6 +232,7 @@ class QwenImageModel(BlockNetwork):
         vector = self.time_text_embed(timesteps)
         if has_clean:
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
+        vector = blocks.activate(vector, dtype)
         texts = []
         for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)

@@ -36,6 +36,7 @@ from stable_diffusion.diffusers_parts import unet_class, vae_class
 from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
+from stable_diffusion.resnets import use_fewer_kernels
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.tokenizers import find_tokenizers
 from stable_diffusion.training_options import CKPT
@@ -59,7 +60,7 @@ GENERATED_BY = {
 
 
 class UnetInput(Enum):
-    """Which U-Nets a run takes: those for images, with 4 input channels, or those for inpainting, with 9."""
+    """Kind of U-Net that a run takes: for images, with 4 input channels, or for inpainting, with 9."""
 
     ANY = "4 or 9"
     LATENTS = "4"
@@ -223,12 +224,13 @@ class TrainingFiles:
         # cuDNN's, whose gradients of several samples may be NaN (modules/attention/sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
+        use_fewer_kernels(unet)
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the U-Net computes in."""
-        wanted = placement.compute_dtype or placement.storage_dtype or self.dtype
-        return wanted if wanted.itemsize > 1 else FP8_COMPUTE
+        dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
+        return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 
     # the VAE
 
@@ -250,7 +252,7 @@ class TrainingFiles:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
     def load_vae(self, device: torch.device) -> "DiffusersVae":
-        """Load the VAE in float32, because that of SDXL overflows in float16."""
+        """Load the VAE in float32, because SDXL's VAE overflows in float16."""
         with self.opened_vae() as plan:
             network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(
@@ -386,14 +388,14 @@ class _Sides:
 
     def number_of(self, released: str) -> int:
         """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
-        side, place, *_ = released.split(".")
+        side, index, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,
             "middle_block": self.first_middle,
             "output_blocks": self.first_up,
         }
         middle_is_one = side == "middle_block" and self.middle == 1
-        return starts[side] if middle_is_one else starts[side] + int(place)
+        return starts[side] if middle_is_one else starts[side] + int(index)
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
@@ -440,6 +442,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
+        recomputed_list="transformer_blocks",  # up to ten, of which the activations would be there at once
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
         compiles_each_size=True,

@@ -270,6 +270,7 @@ class NextSteps:
         return any(map(state_pattern(self.plan.names.name).fullmatch, entries))
 
     def _generate(self, file: Path) -> PageCommand:
+        """Return the command that generates with a trained file, with the first sample's settings if any."""
         shows_sample = self.plan.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]

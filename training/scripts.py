@@ -84,7 +84,7 @@ def training_script(
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused(options, family_options)
-            if os.environ.get(ONLY_OPTIONS):
+            if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
                 return
 
             entry.say_notice()

@@ -16,7 +16,7 @@ def list_without_effect(
 ) -> list[str]:
     """Return one line for each given option that has no effect in combination with the others.
 
-    Most options declare this with `acts_if`; this adds those that depend on several records.
+    Most options declare with `acts_if` when they act; options that depend on several records are added here.
 
     Args:
         options: Options of the training.

@@ -122,8 +122,8 @@ def cut_percent(fit: Fit) -> float:
 
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Decode a source as caching does, with its control media and mask, and measure its used frames."""
-    size: tuple[int, int] | None = None  # that all frames are reduced to
+    """Decode a source as caching does, with its control media and mask, and measure the frames it uses."""
+    size: tuple[int, int] | None = None  # all frames are reduced to it; the first frame selects it
 
     def reduce(frame: Frame) -> Frame:
         nonlocal size
@@ -137,6 +137,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     info = _look_over(source, fps, latent, sample.add)
     has_companions = bool(source.control) or source.mask_from is not None
     if has_companions and "problem" not in info:
+        # decoded again as for caching, only to find out whether the control media and the mask fit
         try:
             decode_source(
                 source,
@@ -146,7 +147,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
                 keeps_alpha=latent.keeps_alpha,
                 has_alpha=latent.has_alpha,
             )
-        except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
+        except (MediaError, DatasetError, OSError) as error:  # caching would reject it
             info["problem"] = str(error)
             info["lengths"] = ()
             info["none"] = None

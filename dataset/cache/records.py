@@ -179,7 +179,11 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
 
 def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents."""
+    """Return the folder of each file in a record of latents.
+
+    Records list the files of an item in this order: the item itself, control media, mask, control mask,
+    references, rejected item, audio, layers. Their number follows from the options, except for control media.
+    """
     companions: list[Path | None] = []
     if record.options.get("mask") == FROM_FILE:
         companions.append(table.mask_directory)

@@ -88,13 +88,14 @@ def companion_frames(
         clip: Clip that it belongs to.
         table: Table of both.
         fps: Frame rate of the kept frames.
-        clock: Number and second of each kept frame.
+        clock: Index and second of each kept frame.
         alpha: Keep transparency, as in `kept_frames`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
     numbers = [number for number, _ in clock]
+    # if both have the same frames, frames with equal indices belong together, otherwise those at equal times
     if not _Pair(path, clip, table, fps).is_numbered:
         seconds = [second for _, second in clock]
         if not path.is_dir():

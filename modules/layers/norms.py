@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the compute dtype of a layer: that of autocast if it is enabled, else that of the weights."""
+    """Return the compute dtype of a layer: autocast's dtype if autocast is enabled, else the weights'."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
@@ -42,9 +42,14 @@ class TwoLayers(nn.Module):
         bias: bool = True,
         in_float32: bool = False,
     ) -> None:
-        """names: of the two layers in files, such as "fc1 fc2".
+        """Create two linear layers with an activation between them.
 
-        `sizes` are C, the width between the layers, C'.
+        Args:
+            names: Names of the two layers in files, separated by a blank, such as "fc1 fc2".
+            sizes: Widths of the input, between the layers, and of the output.
+            activation: Activation between the layers.
+            bias: Whether the layers have a bias.
+            in_float32: Whether to compute in float32 instead of the layers' own dtype.
         """
         super().__init__()
         self._first, self._second = names.split()
@@ -138,10 +143,27 @@ class CenteredNorm(ScaleNorm):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.scale)
+        # the state of a frozen scale, and 1 + scale in float32, computed once for all passes
+        self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed values in the dtype of `x`."""
-        return centered_norm(x, self.scale, self.eps)
+        return self.in_float32(x).to(x.dtype)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """Return the normed values in float32, for what computes in float32 next."""
+        return rms_norm(x.float(), self._weight(), self.eps)
+
+    def _weight(self) -> Tensor:
+        """Return 1 + scale in float32."""
+        scale = self.scale
+        if scale.requires_grad or torch.compiler.is_compiling():
+            return 1 + scale.float()
+        state = (id(scale), scale._version, scale.dtype, scale.device)
+        if self._known is None or self._known[0] != state:
+            with torch.inference_mode(False):  # for a sample, and for the next training step
+                self._known = state, 1 + scale.detach().float()
+        return self._known[1]
 
 
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

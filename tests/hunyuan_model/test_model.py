@@ -91,8 +91,9 @@ def test_the_mask_may_be_of_truth_values() -> None:
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> None:
-    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_embedding_that_learns_stays_float32_in_bfloat16(how: str, learns: bool) -> None:
+    model, inputs = tiny_model("t2v").requires_grad_(learns), tiny_inputs("t2v")
     if how == "weights":
         model = model.to(torch.bfloat16)
 
@@ -102,7 +103,7 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
         double, single = model.double_blocks[0](x, tokens), model.single_blocks[0](x, tokens)
 
     assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
-    assert tokens.vector.dtype == torch.float32
+    assert tokens.vector.dtype == (torch.float32 if learns else torch.bfloat16)
 
 
 B, L, T, N, D = 2, 24, 5, 8, 16

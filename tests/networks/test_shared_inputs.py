@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.cast_factors import cast_before_pass, group_layers
 from networks.lora_layer import Dropouts, LoraLayer
+from tests.networks.test_cast_factors import Kernels
 from tests.tiny.dits import DITS, TinyDit
 
 WIDTH, RANK = 16, 4
@@ -111,6 +112,38 @@ def test_results_are_those_of_layers_apart(checkpoints: bool, joins: bool, dtype
         torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_outputs_of_plain_layers_are_those_of_layers_apart(checkpoints: bool) -> None:
+    results, counts = [], []
+    for shares in (False, True):
+        model, layers = build(shares, checkpoints, joins=True)
+        model.to(torch.bfloat16)
+        with Kernels() as kernels:
+            results.append(step(model, layers, torch.float32))
+        counts.append(kernels.counts)
+    apart, together = counts
+
+    for one, other in zip(*results, strict=True):
+        # sums of products are rounded to 8 bits once, not after each product
+        torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
+    # gradients of the input of q, k and v are added by the products themselves
+    assert apart["aten::add.Tensor"] - together["aten::add.Tensor"] == 2
+    assert together["aten::cat"] == 0
+
+
+def test_layers_of_which_one_is_not_reached_have_no_gradient_of_it() -> None:
+    model, layers = build(True)
+    model.to(torch.bfloat16)
+    model.block.attend = lambda x: model.block.q(x) + model.block.k(x)  # type: ignore[method-assign]
+
+    step(model, layers, torch.float32)
+
+    assert layers[0].lora_up.weight.grad is not None
+    assert layers[2].lora_up.weight.grad is None
+    assert layers[2].lora_down.weight.grad is not None
+    assert not layers[2].lora_down.weight.grad.any()
+
+
 def test_nothing_is_held_after_a_pass() -> None:
     model, layers = build(True, checkpoints=True)
 
@@ -120,13 +153,13 @@ def test_nothing_is_held_after_a_pass() -> None:
     assert shared is not None
     assert all(layer.shared_input is shared for layer in layers)
     assert [
-        value for name, value in vars(shared).items() if name not in ("layers", "ranks", "down") and value
+        value
+        for name, value in vars(shared).items()
+        if name not in ("layers", "ranks", "down", "ups", "computes_outputs") and value
     ] == []
 
 
 def test_products_of_the_input_are_made_once() -> None:
-    from tests.networks.test_cast_factors import Kernels
-
     counts = []
     for shares in (False, True):
         built = build(shares, checkpoints=True, joins=True)

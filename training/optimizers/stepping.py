@@ -243,7 +243,8 @@ class StepAfterBackward:
         norm = norm_of_gradients(self.parameters, self.split)
         if allows is not None and not allows(norm):
             if self.scaler.is_enabled():
-                self.scaler.update(self.scaler.get_scale())  # what is left out says nothing about it
+                # a new step may begin, with the same scale: a skipped step does not show whether it fits
+                self.scaler.update(self.scaler.get_scale())
             return norm
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)

@@ -1,0 +1,51 @@
+"""Residual blocks of diffusers' U-Net, with fewer kernels and equal results.
+
+Every block applies SiLU to the same embedded time and divides its output by 1. A fast GPU waits for the host
+to start such kernels, in a training with checkpointing twice. Here SiLU is applied once, by a module that the
+U-Net has a place for, and a division by 1 is left out.
+"""
+# Letters: B images, C channels, H W their size, E width of the embedded time
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def use_fewer_kernels(unet: Any) -> None:
+    """Change the residual blocks of a U-Net.
+
+    Args:
+        unet: U-Net of diffusers as `unet_class` makes it; one with other settings stays as it is.
+    """
+    blocks = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
+    if unet.time_embed_act is not None or not all(_is_plain(block) for block in blocks):
+        return
+    unet.time_embed_act = nn.SiLU()
+    for block in blocks:
+        block.skip_time_act = True
+        block.forward = MethodType(_run_block, block)
+
+
+def _is_plain(block: Any) -> bool:
+    """Return whether a block is one of Stable Diffusion."""
+    return (
+        isinstance(block.nonlinearity, nn.SiLU)
+        and block.time_emb_proj is not None
+        and block.time_embedding_norm == "default"
+        and not block.skip_time_act
+        and block.upsample is None
+        and block.downsample is None
+        and block.output_scale_factor == 1
+    )
+
+
+def _run_block(block: Any, x: Tensor, time: Tensor) -> Tensor:
+    """Return the output of a block, B C H W, for x, B C' H W, and SiLU of the embedded time, B E."""
+    hidden = block.conv1(block.nonlinearity(block.norm1(x)))
+    hidden = hidden + block.time_emb_proj(time)[:, :, None, None]
+    hidden = block.conv2(block.dropout(block.nonlinearity(block.norm2(hidden))))
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    output: Tensor = x + hidden
+    return output
