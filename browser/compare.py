@@ -241,10 +241,10 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
         except ValueError:  # an edited history
             continue
         # behind python, or behind a launcher with its options
-        for place, word in enumerate(words[:MAX_BEFORE]):
+        for index, word in enumerate(words[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
-                yield _TypedCommand(command.bash, script, words[place + 1 :], missing)
+                yield _TypedCommand(command.bash, script, words[index + 1 :], missing)
                 break
 
 
@@ -345,8 +345,8 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
     chosen = [file for file in files if file.key in keys]
     if chosen:
         return chosen
-    place = next((index for index, file in enumerate(files) if file.is_best), len(files) - 1)
-    return files[max(0, place - 1) :][:2]
+    best_index = next((index for index, file in enumerate(files) if file.is_best), len(files) - 1)
+    return files[max(0, best_index - 1) :][:2]
 
 
 def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
