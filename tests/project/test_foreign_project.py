@@ -8,6 +8,7 @@ import pytest
 
 from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
+from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import OptionError
 from modules.options import info_of
 from modules.script_options import parse_options
@@ -478,6 +479,7 @@ def test_what_is_taken_has_a_place_here() -> None:
         *info_of(TrainingOptions),
         *info_of(StableDiffusionTrainingOptions),
         *info_of(InversionOptions),
+        *info_of(Ltx2TrainingOptions),
     }
     arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
     places = {
