@@ -79,13 +79,13 @@ class Drawing:
         if self.options.prompt_wildcards is None:
             return unescape(text)
         pieces = []
-        place = 0
+        position = 0
         for match in _WILDCARD.finditer(text):
             key = match[1]
-            pieces.append(self._plain(text[place : match.start()]))
+            pieces.append(self._plain(text[position : match.start()]))
             pieces.append("__" if key is None else self._draw(key, where, keys))
-            place = match.end()
-        return "".join([*pieces, self._plain(text[place:])])
+            position = match.end()
+        return "".join([*pieces, self._plain(text[position:])])
 
     def _plain(self, text: str) -> str:
         return unescape(text) if self.options.prompt_alternatives else text

@@ -206,8 +206,8 @@ class MaskMakingPages:
             elif not self.tool.press(folder, what, make_words):
                 return answer_unknown()
         except ChangedMeanwhileError:
-            said = say("dataset.toml has changed meanwhile: press it again.")
-            return self.answer(folder, fields, "progress", refused=said)
+            message = say("dataset.toml has changed meanwhile: press it again.")
+            return self.answer(folder, fields, "progress", refused=message)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, "progress", refused=str(error))
         return self.answer(folder, fields, "progress")

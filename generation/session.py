@@ -149,9 +149,9 @@ class Session:
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
-                # the VAE comes again with the image encoder: rare, and two at once would not fit
+                # the VAE is loaded again with the image encoder, which is rare; two VAEs would not fit
                 self._media = None
-                # a VAE that comes again, as for each sample of a training on the CPU, is logged once
+                # a VAE that is loaded repeatedly, as for each sample of a training on the CPU, is logged once
                 with quiet() if images in self._logged_media else nullcontext():
                     self._media = self.family.media_encoders(self.device, images)
                 self._has_image_encoder = images
@@ -161,8 +161,8 @@ class Session:
             with torch.no_grad():
                 yield self._media
         finally:  # also where Ctrl-C comes in the middle of a move
-            waits = self.dits.keep or (again and self.device != CPU)
-            if self._media is not None and waits:
+            stays_in_host_memory = self.dits.keep or (again and self.device != CPU)
+            if self._media is not None and stays_in_host_memory:
                 _move(self._media, CPU, images=True)
             else:
                 self._media = None

@@ -178,10 +178,10 @@ class GivenImages:
 
         It is kept where `is_kept`, broadcast to f H W.
         """
-        place = slice(first, first + clean.shape[2])
+        kept_frames = slice(first, first + clean.shape[2])
         is_kept = is_kept.expand(clean.shape[2:])
-        self.clean[:, :, place] = torch.where(is_kept, clean, self.clean[:, :, place])
-        self.shares[:, :, place].masked_fill_(is_kept, share)
+        self.clean[:, :, kept_frames] = torch.where(is_kept, clean, self.clean[:, :, kept_frames])
+        self.shares[:, :, kept_frames].masked_fill_(is_kept, share)
 
 
 def encode_images(
@@ -191,10 +191,10 @@ def encode_images(
 
     Args:
         media: Options of what is kept.
-        prepared: The request, or that of a stage.
+        prepared: The request, or the request of a stage.
         encode: Encodes pixels.
         latent: Latent space of the video.
-        crf: H.264 quality at which single images are seen.
+        crf: H.264 quality to which single images are compressed first.
     """
     if not media.image_files.keys() - {"keyframe"}:
         return {}

@@ -47,7 +47,7 @@ def encode_keyframes(
         images: The keyframes.
         prepared: The request, or that of a stage.
         encode: Encodes pixels 1 3 F H W.
-        crf: H.264 quality to which the images are compressed first, as in training.
+        crf: H.264 quality to which the images are compressed first.
     """
     if not images:
         return {}

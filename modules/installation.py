@@ -137,10 +137,10 @@ def _locate_script(words: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MAX_BEFORE]):
+    for index, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(_find_typed_folder() / script), *words[place + 1 :]]
+            return [*words[:index], str(_find_typed_folder() / script), *words[index + 1 :]]
     return words
 
 
@@ -158,11 +158,11 @@ def _find_typed_folder() -> Path:
 
 def find_front_words() -> list[str]:
     """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
-    place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
+    index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
-    place -= len(words)
-    is_front = place > 0 and Path(sys.orig_argv[place]).name == FRONT_SCRIPT
-    typed = [word for word in sys.orig_argv[place + 1 :] if word not in ("help", "-h", "--help")]
+    index -= len(words)
+    is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
+    typed = [word for word in sys.orig_argv[index + 1 :] if word not in ("help", "-h", "--help")]
     return [FRONT_SCRIPT, *words] if is_front and typed[: len(words)] == words else []
 
 

@@ -197,8 +197,8 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        place = error.pos  # a part alone is explained: the text may have a hundred megabytes
-        hint = _explain_json(text[place : place + 200], text[max(0, place - 200) : place])
+        position = error.pos  # a part alone is explained: the text may have a hundred megabytes
+        hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         check_depth(content)

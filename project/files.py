@@ -571,9 +571,9 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         return []
     count = count_of(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
-    found = f"{count}: lists of tags ({example}, ...)"
+    found_text = f"{count}: lists of tags ({example}, ...)"
     if choice.tags is None:
-        return [f"{found}, learned as they stand: {choice.model_name} was trained on sentences"]
+        return [f"{found_text}, learned as they stand: {choice.model_name} was trained on sentences"]
     keys = tags.make_keys(choice.trigger)
     kept_text = ""
     if "keep_tokens_separator" in keys:
@@ -587,7 +587,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
     )
     lines = [
-        f"{found}. {reader} such lists, so they are in another order each time "
+        f"{found_text}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
     ]
     if tags.joined is None:

@@ -35,11 +35,11 @@ def describe_own(choice: Choice) -> list[str]:
 
 
 def _without_single(words: Sequence[str]) -> list[str]:
-    kept: list[str] = []
+    remaining: list[str] = []
     is_dropped = False
     for word in words:
         if word.startswith("--"):
             is_dropped = word in OF_ONE
         if not is_dropped:
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining

@@ -58,7 +58,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first those in `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -127,18 +127,19 @@ class Asking:
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = split_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
-        is_one_seed = enumerates(line.text)
-        num_used = 1 if is_one_seed else count
+        has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
+        num_used = 1 if has_all_variants else count
         if len(line_seeds or ()) > num_used:
             advice = "Raise --images_per_prompt to use all"
-            if is_one_seed:
+            if has_all_variants:
                 advice = "All variants have the first one"
             logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
-        if is_one_seed:
+        if has_all_variants:
             seed = next(seeds)
             return [(seed, text) for text in expand(line.text, Random(seed))]
-        chosen = [next(seeds) for _ in range(count)]
-        return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
+        # the seed of an image also draws its choices
+        image_seeds = [next(seeds) for _ in range(count)]
+        return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
         """Return the requested image of a prompt line: its texts, its files and its settings."""
@@ -270,7 +271,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: the given ones, else those of the input image, else the model's default."""
+    """Return width and height: the given ones, else the input image's, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)

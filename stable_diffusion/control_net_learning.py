@@ -157,9 +157,9 @@ def describe_control_net(
 
     def check() -> None:
         if path is not None:
-            place = require_file(path, WEIGHTS, "")
+            file = require_file(path, WEIGHTS, "")
             load_control_net(
-                place, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
+                file, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
             )
 
     origin = "a copy of the U-Net's first half" if path is None else f"from {path.name}"

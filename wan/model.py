@@ -383,6 +383,6 @@ def _pair_with_last(rows: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
+    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), tokens.attention, repeats=repeats)

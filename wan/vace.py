@@ -59,7 +59,7 @@ class VaceRequest:
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
-    """Raise OptionError if a mask has neither the aspect ratio of its clip nor that of the result."""
+    """Raise OptionError if a mask has neither the aspect ratio of its clip nor the result's."""
     width, height = image_size(mask)
     clip_width, clip_height = image_size(clip)
     aspect = width / height

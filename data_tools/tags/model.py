@@ -135,8 +135,10 @@ class Tagger:
         return np.nan_to_num(output, nan=0.0)
 
 
-def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int) -> Tagger:
-    """Load the tagger in a folder.
+def load_tagger(
+    folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int, option: str = "--model_dir"
+) -> Tagger:
+    """Load the tagger in a folder, which `option` names.
 
     Raises:
         CheckpointError: If the folder has no model file, or if the model is not a tagger.
@@ -146,7 +148,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
     if not path.is_file():
         to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
         raise CheckpointError(
-            f"--model_dir {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
+            f"{option} {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
             "after its size and license",
             folder,
         )

@@ -138,8 +138,9 @@ class BlockSwap:
         self._turn_of = {position: turn for turn, position in enumerate(order)}  # inverse of the order
         # slot and index of its part, by the address of the part's device memory
         self._owners: dict[int, tuple[Slot, int]] = {}
-        self._turns = False
-        self._skipped: frozenset[int] = frozenset()
+        self._turns = False  # whether a backward pass follows, in which the order is reversed
+        self._skipped: frozenset[int] = frozenset()  # positions that this pass skips
+        # position of the block at work, and whether it is in the backward pass
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
@@ -219,7 +220,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; those of the next pass are predicted."""
+        """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
         turn = self._turn_of[position]
         entered = [index for index in self._order if index not in self._skipped]
         if backward:

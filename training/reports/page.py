@@ -86,14 +86,17 @@ def page_values(
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
-    from training.reports.scores import find_best_of_run, select_file
+    from training.reports.scores import find_best_file, list_score_charts
     from training.reports.scores import make_section as make_scores
 
-    scored = find_best_of_run(folder, name, story) if name else None
-    best = select_file(folder, name, story)
+    best = find_best_file(folder, name, story)
+    best_name = None if best is None else best.name
     sections = (
         [make(folder, name, story) for make in (make_scores, make_items)] if has_sections and name else []
     )
+    charts = list_charts(story)
+    if name:
+        charts[1:1] = list_score_charts(folder, name, story)  # next to the loss, which is the first
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -109,10 +112,10 @@ def page_values(
         "tiles": list_tiles(standing, story),
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
-        "charts": [draw_chart(chart) for chart in list_charts(story)],
+        "charts": [draw_chart(chart) for chart in charts],
         "sections": [section for section in sections if section is not None],
-        "files": _files(story, folder, best),
-        "advice": describe_best(story, best) if scored is None else scored.text,
+        "files": _files(story, folder, best_name),
+        "advice": (best and best.reasons) or describe_best(story, best_name),
         "memory": story.memory,
         "commands": story.commands,
     }

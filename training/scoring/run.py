@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from training.scoring.model import (
     load_image_model,
     load_image_text_model,
 )
+from training.scoring.tags import RecognizesTags, find_tags, number_tags, tag_recall
 from training.scoring.training_pictures import (
     MIN_TO_COMPARE,
     NEAREST,
@@ -47,6 +48,8 @@ from training.scoring.training_pictures import (
 )
 
 logger = logging.getLogger(__name__)
+
+LoadTagger = Callable[[Path, int], RecognizesTags]
 
 SOUND = ".wav"
 NO_FACES = ScoreNote("faces")  # post/faces finds and restores them
@@ -69,6 +72,11 @@ class ScoreOptions(Options, title="what to score"):
     likeness_model: Path | None = option(
         "folder of a DINO model as transformers saves it, which compares samples and training images in "
         "place of --model: it sees shapes and details, where CLIP sees what an image is about"
+    )
+    tagger: Path | None = option(
+        "folder of a WD14-like tagger, such as models/wd_tagger: says how many tags of its prompt a sample "
+        "shows",
+        place="folder",
     )
     dataset_config: Path | None = option(
         "dataset of the training images, .toml or .json; default: the one that the run was trained on",
@@ -110,8 +118,12 @@ class ScoredRun:
         return rows
 
 
-def score_run(options: ScoreOptions) -> None:
+def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     """Score the samples of a run: print a table, write the scores, and the run's page again.
+
+    Args:
+        options: The run and the models.
+        load_tagger: Loads the tagger in a folder, given the number of images that it sees at a time.
 
     Raises:
         UserError: If there is nothing to score or the model cannot be used.
@@ -148,11 +160,16 @@ def score_run(options: ScoreOptions) -> None:
         )
         for row, files in rows
     ]
+    folders = [options.model, options.likeness_model, options.tagger]
+    if options.tagger is not None:
+        tagger = load_tagger(options.tagger, options.batch_size)
+        scored = _add_recalls(scored, rows, tagger, _embed(run, rows, options, tagger, None).samples)
+        if all(row.tag_recall is None for row in scored):
+            notes.append(ScoreNote("no_tags"))
     notes += _list_notes(
         run, [*dict.fromkeys((*prompt_vectors.unreadable, *likeness_vectors.unreadable))], comparison
     )
     scored_rows = tuple(row for row in scored if row.samples)
-    folders = (options.model, options.likeness_model)
     scores = RunScores(
         model=", ".join(real_path(folder).name for folder in folders if folder is not None),
         rows=scored_rows,
@@ -161,6 +178,11 @@ def score_run(options: ScoreOptions) -> None:
         notes=tuple(notes),
         unsampled=list_unsampled(scored_rows, run.story, run.folder),
     )
+    _write(run, scores)
+
+
+def _write(run: ScoredRun, scores: RunScores) -> None:
+    """Write the scores of a run, print them as a table, and write its page again."""
     path = scores_path(run.folder, run.name)
     write_scores(path, scores)
     sys.stdout.write(escape_control_codes(describe(scores)) + "\n")
@@ -196,6 +218,26 @@ def _embed(
 def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors | None:
     media = list_training_media(load_dataset_config(config))
     return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
+
+
+def _add_recalls(
+    scored: Sequence[StepScores],
+    rows: Sequence[tuple[SampleRow, Mapping[int, Path]]],
+    tagger: RecognizesTags,
+    probabilities: Mapping[Path, Tensor | None],
+) -> list[StepScores]:
+    """Return the scores of each step with the tag recall of its samples."""
+    indices = number_tags(tagger.names)
+    steps = []
+    for step, (row, files) in zip(scored, rows, strict=True):
+        samples = []
+        for sample in step.samples:
+            tags = find_tags(row.prompts.get(sample.prompt, ""), indices)
+            found = probabilities[files[sample.prompt]]
+            recall = None if found is None else tag_recall(tags, found)
+            samples.append(replace(sample, tag_recall=recall))
+        steps.append(replace(step, samples=tuple(samples)))
+    return steps
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
