@@ -112,7 +112,13 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     ranked.sort(key=lambda entry: entry[:2])
     num_suggested = 0 if content is None else SUGGESTED
     suggested = [replace(row, is_suggested=True) for _, _, row in ranked[:num_suggested]]
-    rest = sorted(ranked[num_suggested:], key=lambda entry: (entry[0][0], entry[2].model.title.lower()))
+
+    def order_rest(entry: tuple[tuple[bool, bool, bool, int], int, ModelRow]) -> tuple[bool, str]:
+        """Sort by whether a model suits the folder, the first item of its rank, and then by title."""
+        rank, _, row = entry
+        return rank[0], row.model.title.lower()
+
+    rest = sorted(ranked[num_suggested:], key=order_rest)
     return [*suggested, *(row for _, _, row in rest)]
 
 

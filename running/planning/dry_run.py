@@ -86,7 +86,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            return _guess_number(args[0])
         result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
         for leaf in tree_leaves(result):
@@ -321,6 +321,13 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
         for index, block in enumerate(all_of_them):
             block.forward = _watch(block.forward, name, index, ledger=ledger, is_first=is_first)
             is_first = False
+
+
+def _guess_number(tensor: Tensor) -> bool | int | float:
+    """Return 1 as a Python number of the tensor's kind."""
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
 
 
 def _name_position(index: int, count: int) -> str:
