@@ -138,7 +138,7 @@ def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Latent frames of clips that training shows as keyframes besides; drawn for all clips of a batch."""
+    """Latent frames of clips that training also shows as keyframes; drawn for all clips of a batch."""
 
     first: float  # probabilities
     last: float
