@@ -207,7 +207,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model as text encoder, which gives a state for each token of a prompt."""
 
-    can = EncoderAbilities(wait=True, divide=True, see=True)
+    can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -238,6 +238,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.maximum = use.maximum
         self.keys = use.keys
+        self.word_keys = (use.model.word_key,)
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.takes_weights = use.states_key
@@ -326,7 +327,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
         room = None
-        if device.type == "cuda" and blocks is None:
+        # backward passes need all layers on the device
+        if device.type == "cuda" and blocks is None and not self.learns_word:
             room = spare_bytes(device)
         network = load_language_model(
             self.path,

@@ -102,10 +102,11 @@ USE = T5Use()
 class T5TextEncoder(FileTextEncoder[T5Network]):
     """T5, which gives a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
-    can = EncoderAbilities(learn=True, divide=True)
+    can = EncoderAbilities(learn=True, divide=True, take_words=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"
+    word_keys = ("t5xxl", "t5")  # as ComfyUI and as OneTrainer have it
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(

@@ -10,12 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from contract.brought_words import BundledWords
+from contract.brought_words import BundledWords, find_words, without_words
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.bundled_words import find_words, without_words
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors

@@ -39,6 +39,7 @@ from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
+from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
 from encoders.tiles import posterior_generator
 from modules.console import quiet
@@ -58,7 +59,6 @@ from stable_diffusion.inpainting import (
     make_inputs,
     read_image_and_mask,
 )
-from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
@@ -185,8 +185,6 @@ class StableDiffusion(ModelOfImages):
         bring_texts=True,
         train_checkpoint=True,
         make_network=True,
-        take_words=True,
-        learn_words=True,
         inpaint=True,
         tell_few_steps=True,
     )
@@ -415,17 +413,24 @@ class StableDiffusion(ModelOfImages):
         )
         return [*encoders]
 
+    @property
+    def word_names(self) -> tuple[str, ...]:
+        """Return the words that text encoders read in addition to those of their tokenizers."""
+        learning = None if self.learning_texts is None else self.learning_texts.word
+        trained = () if learning is None else (learning.text,)
+        return (*trained, *(word.word for word in self.bundled))
+
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model with the trained words that LoRA files contain.
+        """Return the model with the trained words that files contain.
 
         Args:
-            files: Words by LoRA file.
+            files: Words by file.
             option: Option that names the files.
 
         Raises:
             CheckpointError: For vectors that do not fit the text encoders.
         """
-        words = with_bundled((), read_bundled(files, option))
+        words = with_bundled(self.bundled, read_bundled(files, option))
         with self.files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
         check_words(words, widths, self.kind)
@@ -439,10 +444,10 @@ class StableDiffusion(ModelOfImages):
 
     def word_network(self, word: WordToLearn) -> MadeNetwork:
         """Return the network that holds the vectors of a trained word."""
-        from stable_diffusion.inversion_learning import Inversion  # only to train one
+        from stable_diffusion.inversion_learning import invert  # only to train one
 
         # of text encoders alone, whatever the U-Net takes
-        return Inversion(word, replace(self.files, unet_input=UnetInput.ANY)).describe()
+        return invert(word, replace(self.files, unet_input=UnetInput.ANY))
 
     @property
     def text_keys(self) -> frozenset[str]:
