@@ -64,9 +64,9 @@ def describe_kind(model: ModelSet) -> str:
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_hear = model.data.get("sound_alone") and "without sound" not in model.about
-    hears = may_hear or "with sound" in model.about
-    return say("clips and sound") if hears else say("clips")
+    may_have_audio = model.data.get("sound_alone") and "without audio" not in model.about
+    has_audio = may_have_audio or "with audio" in model.about
+    return say("clips and sound") if has_audio else say("clips")
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:

@@ -126,7 +126,7 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
 
 
 def append_clean(image: Tensor, keyframes: Tensor, overrides: Overrides) -> tuple[Tensor, Overrides]:
-    """Append clean keyframes to noisy latents, B C F+K H W, and return them with overrides for the network."""
+    """Append clean keyframes to noisy latents, B C F+K H W; also return overrides for the network."""
     _, _, count, rows, columns = keyframes.shape
     shares = torch.full((1, 1, count, rows, columns), WHOLE, dtype=torch.int16)
     given = append_shares(overrides.given, image, shares)
