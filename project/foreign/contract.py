@@ -125,6 +125,8 @@ class Program:
     variants: Mapping[str, str] = field(default_factory=dict)
     # the family and task of a file that names no model, by its other keys
     guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_nothing
+    # the values of its file under the keys that `rules` has, if these depend on other values
+    name_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
 
 def left(reason: str) -> KeyRule:
