@@ -120,8 +120,10 @@ class PooledClip(FileTextEncoder[ClipText]):
     Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
 
+    can = EncoderAbilities(take_words=True)
     maximum = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
+    word_keys = ("clip_l",)
 
     def __init__(
         self,
@@ -193,5 +195,5 @@ class PooledClip(FileTextEncoder[ClipText]):
 class ClipTextEncoder(PooledClip):
     """CLIP-L, into which a LoRA can be put."""
 
-    can = EncoderAbilities(learn=True)
+    can = EncoderAbilities(learn=True, take_words=True)
     lora_prefix = LORA_PREFIX

@@ -127,10 +127,10 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message.
+    """Return the text before and after a prompt in Qwen3's chat template with a single message.
 
     Args:
-        thinks: Its `enable_thinking`.
+        thinks: Whether the model may think before it answers: `enable_thinking` of the template.
     """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
@@ -207,7 +207,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model as text encoder, which gives a state for each token of a prompt."""
 
-    can = EncoderAbilities(wait=True, divide=True, see=True)
+    can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -238,6 +238,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.maximum = use.maximum
         self.keys = use.keys
+        self.word_keys = (use.model.word_key,)
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.takes_weights = use.states_key
@@ -326,7 +327,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
         room = None
-        if device.type == "cuda" and blocks is None:
+        # backward passes need all layers on the device
+        if device.type == "cuda" and blocks is None and not self.learns_word:
             room = spare_bytes(device)
         network = load_language_model(
             self.path,

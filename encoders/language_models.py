@@ -72,6 +72,7 @@ class LanguageModel:
     files: str  # which files are one, for messages
     classes: str  # of transformers, without "Config" and "Model"
     kind: str  # prefix of `model_type` in a config.json
+    word_key: str  # of the vectors of a word in its file, as ComfyUI names them
     defaults: Mapping[str, float]  # values that its config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
     eps: float  # of the norms, if there is no config.json
@@ -105,6 +106,7 @@ LLAMA = LanguageModel(
     ),
     classes="Llama",
     kind="llama",
+    word_key="llama",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     theta=500000.0,
     eps=1e-5,
@@ -116,6 +118,7 @@ QWEN25_VL = LanguageModel(
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
     classes="Qwen2_5_VLText",
     kind="qwen2",
+    word_key="qwen25_7b",
     defaults={"hidden_size": 8192, "num_attention_heads": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
     theta=1e6,
     eps=1e-6,
@@ -131,6 +134,7 @@ QWEN3 = LanguageModel(
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
     classes="Qwen3",
     kind="qwen3",
+    word_key="qwen3_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     theta=1e6,
     eps=1e-6,
@@ -143,6 +147,7 @@ QWEN3_VL = LanguageModel(
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
     classes="Qwen3VLText",
     kind="qwen3_vl",
+    word_key="qwen3vl_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6},
     theta=5e6,
     eps=1e-6,
@@ -190,6 +195,7 @@ QWEN35 = LanguageModel(
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
     classes="Qwen3_5Text",
     kind="qwen3_5",
+    word_key="qwen35_9b",
     defaults={"hidden_size": 4096, "num_attention_heads": 16, "rope_theta": 1e7, "rms_norm_eps": 1e-6},
     theta=1e7,
     eps=1e-6,

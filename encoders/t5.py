@@ -92,7 +92,7 @@ class T5Use:
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of a state (a function for `read_once`)."""
+        """Return the number of channels of a state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -102,10 +102,11 @@ USE = T5Use()
 class T5TextEncoder(FileTextEncoder[T5Network]):
     """T5, which gives a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
-    can = EncoderAbilities(learn=True, divide=True)
+    can = EncoderAbilities(learn=True, divide=True, take_words=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"
+    word_keys = ("t5xxl", "t5")  # as ComfyUI and as OneTrainer have it
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(

@@ -220,8 +220,7 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
-    takes_words = with_texts and family.can.take_words
-    uses = iter(lora_uses(files, patterns, with_texts, with_words=takes_words))
+    uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     _check_experts(uses_by_key, keys)

@@ -258,6 +258,10 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         from networks.text_loras import with_words_of  # only with words in LoRA files
 
         family = with_words_of(family, uses)
+    if options.textual_inversion_embeddings:
+        from generation.embedding_marks import with_embeddings  # only with embeddings
+
+        family = with_embeddings(family, options.textual_inversion_embeddings)
     if options.save_merged_model is not None:
         save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
         return

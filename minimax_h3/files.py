@@ -82,7 +82,7 @@ TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_enco
 H3_USE = LanguageUse(
     name="vl",
     states_key=KEY,
-    model=replace(QWEN3_VL, files=TEXT_FILES),
+    model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
     maximum=MOST_TOKENS,
     states=(LAYERS,),
@@ -148,7 +148,8 @@ class H3TextEncoder(LanguageModelEncoder):
                 f"the prompt with its pictures and clips has {len(ids)} tokens, {self.maximum} are the most. "
                 "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
             )
-        check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        check_ids([ids], num_rows, self.path, self.source.files.option)
         (conditions,) = self.compute(network, tokenizer, rows=[ids], dropped=0, pictures=[shown.pictures])
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.spans:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+from contract.brought_words import BUNDLE, word_of
 from networks import module_names
-from networks.bundled_words import BUNDLE, word_of
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_starts

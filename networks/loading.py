@@ -10,12 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from contract.brought_words import BundledWords
+from contract.brought_words import BundledWords, find_words, without_words
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.bundled_words import find_words, without_words
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
@@ -644,7 +643,8 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
 
-    What other options have added to the typed pattern, after the mark UNTYPED, is kept without the mark.
+    Names may be written with dots or with underscores. Other options may have added a second pattern, which
+    stands after the mark UNTYPED; it is kept unchanged, without the mark.
     """
     typed, untyped, added = (pattern or "").partition(UNTYPED)
     separator = "|" if typed.endswith("|") and untyped else ""

@@ -39,6 +39,7 @@ from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
+from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
 from modules.console import quiet
 from modules.devices import dtype_of, select_compute_dtype
@@ -57,7 +58,6 @@ from stable_diffusion.inpainting import (
     make_inputs,
     read_image_and_mask,
 )
-from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
@@ -184,8 +184,6 @@ class StableDiffusion(ModelOfImages):
         bring_texts=True,
         train_checkpoint=True,
         make_network=True,
-        take_words=True,
-        learn_words=True,
         inpaint=True,
         tell_few_steps=True,
     )
@@ -239,7 +237,7 @@ class StableDiffusion(ModelOfImages):
         """Return the settings of requests that only this model reads."""
         if self.inpaints:
             return (MASK_PATH,)
-        return () if self._seeing is None else ("control_multiplier",)
+        return () if self._control_network is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
@@ -307,15 +305,15 @@ class StableDiffusion(ModelOfImages):
     # control images
 
     @property
-    def _seeing(self) -> MadeNetwork | None:
+    def _control_network(self) -> MadeNetwork | None:
         """Return the trained network that takes control images."""
         made = self.made_network
         return None if made is None or made.in_texts else made
 
     def check_table(self, table: MediaTable) -> None:
         """Check a table of the dataset: only some trained networks use control images."""
-        if self._seeing is not None:
-            table = control_pictures.check_controls(table, self._seeing.called)
+        if self._control_network is not None:
+            table = control_pictures.check_controls(table, self._control_network.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -332,14 +330,14 @@ class StableDiffusion(ModelOfImages):
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
-        sees = self._seeing is not None
+        sees = self._control_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions of a request's images: of inpainting, or of a trained network."""
         if self.inpaints:
             return {0: self._encode_painted(encoders, prepared)}
-        return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
+        return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
 
@@ -413,17 +411,24 @@ class StableDiffusion(ModelOfImages):
         )
         return [*encoders]
 
+    @property
+    def word_names(self) -> tuple[str, ...]:
+        """Return the words that text encoders read in addition to those of their tokenizers."""
+        learning = None if self.learning_texts is None else self.learning_texts.word
+        trained = () if learning is None else (learning.text,)
+        return (*trained, *(word.word for word in self.bundled))
+
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model with the trained words that LoRA files contain.
+        """Return the model with the trained words that files contain.
 
         Args:
-            files: Words by LoRA file.
+            files: Words by file.
             option: Option that names the files.
 
         Raises:
             CheckpointError: For vectors that do not fit the text encoders.
         """
-        words = with_bundled((), read_bundled(files, option))
+        words = with_bundled(self.bundled, read_bundled(files, option))
         with self.files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
         check_words(words, widths, self.kind)
@@ -437,10 +442,10 @@ class StableDiffusion(ModelOfImages):
 
     def word_network(self, word: WordToLearn) -> MadeNetwork:
         """Return the network that holds the vectors of a trained word."""
-        from stable_diffusion.inversion_learning import Inversion  # only to train one
+        from stable_diffusion.inversion_learning import invert  # only to train one
 
         # of text encoders alone, whatever the U-Net takes
-        return Inversion(word, replace(self.files, unet_input=UnetInput.ANY)).describe()
+        return invert(word, replace(self.files, unet_input=UnetInput.ANY))
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -500,9 +505,9 @@ class StableDiffusion(ModelOfImages):
         """
         texts_again = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
-        names = sorted(self.text_keys - {POOLED})
+        text_names = sorted(self.text_keys - {POOLED})
         conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
-        width = sum(conditions[name].shape[-1] for name in names)
+        width = sum(conditions[name].shape[-1] for name in text_names)
         expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
         if width != expected:
             raise CacheError(
@@ -510,22 +515,23 @@ class StableDiffusion(ModelOfImages):
                 f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
                 "again."
             )
-        length = CHUNK * self.chunks + 2
-        fills = self.learning_texts is None or self.learning_texts.fills_captions
-        for name in names:
-            found = conditions[name].shape[1]
-            if found != length and (fills or found > length):
+        length = CHUNK * self.chunks + 2  # with start and end token
+        # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
+        are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        for name in text_names:
+            num_states = conditions[name].shape[1]
+            if num_states > length or (are_padded and num_states < length):
                 raise CacheError(
-                    f"{batch.keys[0]}: its text has {found} states, this training has "
+                    f"{batch.keys[0]}: its text has {num_states} states, this training has "
                     f"{length}. Cache texts again with the same --max_token_length, or change it here."
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
         if self.inpaints:
             conditions[INPAINTING] = batch.tensor(INPAINTING)
-        if self._seeing is not None:
+        if self._control_network is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, self.latent.stride[1], self._seeing.called
+                batch, latents, self.latent.stride[1], self._control_network.called
             )
         return conditions
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ from modules.seeds import derive_seed
 from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts
+from training.data.live import LiveTexts, WithNetwork
 from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET
 from training.features.hooks import OnMedia
 from training.options import TrainingOptions
@@ -280,7 +280,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         needs_captions: Whether to list all tables, with captions.
 
     Raises:
-        DatasetError: If captions are missing.
+        DatasetError: If captions are missing, or if they are read together with reference images.
         MediaError: If the header of an image cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
@@ -296,6 +296,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
             require_captions(sources)
+            _check_references(plan.table, sources)
         by_stem = {source.stem: source for source in sources}
         sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
         live_tables[plan.table.index] = ItemKind(
@@ -306,6 +307,16 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             sources=by_stem,
         )
     return live_tables
+
+
+def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError if captions belong together with images that a training does not show."""
+    if table.texts_see_references and any(source.control for source in sources):
+        raise DatasetError(
+            f"{table.name}: the text encoder reads captions together with their reference images, and this "
+            "training encodes captions at each step, without them. Leave out what changes captions or learns "
+            "a word, and cache texts; or leave out the reference images"
+        )
 
 
 def _warn_of_live(
@@ -406,7 +417,8 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning = _select_learning_encoders(family, options, able)
-        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=able)
+        taught = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
+        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=taught)
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
+from contract.brought_words import word_of
 from contract.data import CAPTION
 from contract.family import Family, part_rates_of, trains_audio
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from networks.bundled_words import word_of
 from networks.options import NetworkOptions
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy

@@ -38,7 +38,7 @@ from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times, times_by_group
 from training.experts import check_computing, module_of, note_experts
 from training.features.composing import begin_run
-from training.features.contract import EMPTY_PROMPT, KEPT, REJECTED_ONES
+from training.features.contract import EMPTY_PROMPT, KEPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import JoinedRun
 from training.learner import Learner
 from training.noise_options import TimestepOptions
@@ -260,7 +260,8 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself."""
     subsets = [table for table in config.datasets if table.group is not None]
     is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    return is_changing or options.is_for_images or options.caching is not None
+    is_live = LIVE_TEXTS in options.joined.needs
+    return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
 def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
