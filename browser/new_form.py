@@ -1,5 +1,6 @@
 """Values of the fields of the page New, and the command of `new` that they stand for."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
+from project.recipes.reading import TrainingRecipe, list_paths, read_recipe
 
 # a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
@@ -35,6 +37,7 @@ OF_ALL_FILES = {
     "train": say("What is trained"),
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
+    "recipe": say("Recipe"),
 }
 OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
 KIND_TITLES = {  # by the names of the kinds of runs
@@ -94,6 +97,7 @@ class NewForm:
     name: str = ""
     steps: str = str(DEFAULT_STEPS)
     model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
+    recipe: str = ""  # name of a recipe; "": the values of `new`
 
     @classmethod
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
@@ -114,6 +118,7 @@ class NewForm:
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
+            recipe=_fit_recipe(texts.get("recipe", ""), family, task, texts.get("train", "")),
         )
 
     @classmethod
@@ -141,6 +146,7 @@ class NewForm:
             name=texts.get("--output_name", ""),
             steps=texts.get("--max_train_steps", str(DEFAULT_STEPS)),
             model_files=files,
+            recipe=texts.get("--recipe", ""),
         )
 
     @classmethod
@@ -171,6 +177,7 @@ class NewForm:
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
             "train": self.train,
+            "recipe": self.recipe,
             "steps": self.steps,
             **{f"file_{name}": path for name, path in self.model_files.items()},
         }
@@ -192,6 +199,21 @@ def _fit_kind(name: str, model: ModelSet | None) -> str:
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
+
+
+def list_fitting_recipes(family: str, task: str, train: str) -> list[TrainingRecipe]:
+    """Return the recipes for a model and a kind of run, as the field `train` names it."""
+    recipes = []
+    for path in list_paths().values():
+        with contextlib.suppress(OptionError):  # a file in the user's folder that is no recipe
+            recipes.append(read_recipe(path))
+    kind = train or LORA.name
+    return [one for one in recipes if (one.family, one.task, one.train) == (family, task, kind)]
+
+
+def _fit_recipe(name: str, family: str, task: str, train: str) -> str:
+    """Return the value of the field `recipe` if it is of this model and kind of run."""
+    return name if any(name == recipe.name for recipe in list_fitting_recipes(family, task, train)) else ""
 
 
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
@@ -345,6 +367,7 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
         "--family": form.family or None,
         "--task": form.task or None,
         "--train": form.train or _name_default(form),
+        "--recipe": form.recipe or None,
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
         "--max_train_steps": form.steps or None,

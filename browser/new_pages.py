@@ -88,6 +88,7 @@ from browser.new_form import (
     hint_at_word,
     list_differing,
     list_field_errors,
+    list_fitting_recipes,
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
@@ -201,8 +202,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         """Return the page for the form in the query.
 
-        A query with only a folder is filled from the folder's files. If the files have changed since the page
-        with this form was made, the form shows the files and says so.
+        If the query has only a folder, the form is filled from the folder's files. If the files have changed
+        since the page was built, the form shows the files, with a message.
         """
         query = read_query(request)
         form = NewForm.of_fields(query)
@@ -385,9 +386,10 @@ class NewPages:
     def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
         """Return the values for the field `train`. `model` is the selected model; None if there is none."""
         if model is None:
-            return {"kinds": []}
+            return {"kinds": [], "recipes": []}
         chosen = BY_NAME[form.train or LORA.name]
         return {
+            "recipes": list_fitting_recipes(form.family, form.task, form.train),
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
             "whole": FULL.name,
             "whole_refusal": translate_line(FULL.why_not(model, self.memory) or ""),
@@ -462,7 +464,9 @@ class NewPages:
         queue = site.queue.now()
         job = captioning = None
         if folder is not None:
-            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            job = newest_job(
+                [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
+            )
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         busy = [
             background is not None and background.state == RUNNING for background in background_jobs.values()

@@ -1,4 +1,4 @@
-"""Renew the tables of models, files and licenses in these pages.
+"""Renew the tables of models, files, licenses and recipes in these pages.
 
 python docs/model_tables.py
 """
@@ -22,9 +22,11 @@ from downloads.catalogue import (  # noqa: E402
 )
 from downloads.listing import UNVERIFIED, describe_size, describe_total  # noqa: E402
 from modules.parser import Parser  # noqa: E402
+from project.recipes.reading import list_shipped  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 FIRST = "## Models and tasks"  # from here on
+FIRST_OF_RECIPES = "| recipe |"  # the last table of docs/recipes.md
 TOKENIZER = "its tokenizer"
 
 
@@ -39,6 +41,26 @@ def main() -> None:
     for name, of_page in by_page.items():
         page = PAGE.with_name(name)
         page.write_text(renew_family_tables(page.read_text(encoding="utf-8"), of_page), encoding="utf-8")
+    page = PAGE.with_name("recipes.md")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text[: text.index(FIRST_OF_RECIPES)] + recipe_table(), encoding="utf-8")
+
+
+def recipe_table() -> str:
+    """Return the table of the recipes of this program, the end of docs/recipes.md."""
+    columns = ("recipe", "for", "model", "values", "tried on", "figures")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for recipe in list_shipped():
+        cells = (
+            f"`{recipe.name}`",
+            recipe.title,
+            f"`{recipe.family} {recipe.task}`, {recipe.train}",
+            f"`{recipe.values_text}`",
+            recipe.tried_on,
+            recipe.figures_text,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def family_table(family: str) -> list[str]:

@@ -26,5 +26,6 @@ relocating: replaces paths of this machine in a folder's texts
 unpacking: makes the folder of such a file again
 script_facts: options of a script that trains, asked from the script
 foreign/: projects of other trainers, which `new --from` reads
+recipes/: values of a training in a file, for `new --recipe`
 tracing: keeps a trace of a run for the browser
 """

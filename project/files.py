@@ -63,8 +63,9 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import describe_own, write_prompts
+from project.own_commands import describe_length, describe_own, write_prompts
 from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
+from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 
@@ -88,6 +89,9 @@ def write_project(options: NewOptions) -> None:
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
+    recipe = None if options.recipe is None else find_recipe(options.recipe)
+    if recipe is not None:
+        options = fill_in_recipe(recipe, options)
     asked = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
         asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
@@ -99,6 +103,9 @@ def write_project(options: NewOptions) -> None:
     # first, because building the family takes seconds
     kind = _select_kind(options, model_choice, memory, asked)
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    if recipe is not None:
+        values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
+        choice = dataclasses.replace(choice, training=values)
     # after all other checks: --overwrite would not help against a mistyped option
     _reject_existing(options, paths)
     if foreign is not None:
@@ -118,19 +125,37 @@ def write_project(options: NewOptions) -> None:
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
+    taken = [] if foreign is None else foreign.lines(options.folder)
+    if recipe is not None:
+        taken = describe_recipe(recipe)
+    _print_report(choice, model_choice.remarks, texts, taken)
+
+
+def _print_report(
+    choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], taken: Sequence[str]
+) -> None:
+    """Print what was found and chosen, and what follows.
+
+    Args:
+        choice: The chosen model and its material.
+        remarks: Lines about how the model was chosen.
+        texts: Texts of the written files.
+        taken: Lines about values of another trainer's project, or of a recipe.
+    """
+    options = choice.options
     oddities: list[str] = []
-    errors = find_errors(choice, described[WRITTEN[0]], oddities)
+    errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
-    if foreign is not None:
-        lines += foreign.lines(options.folder)
-    lines += _describe_choice(choice, model_choice.remarks)
+    lines += taken
+    lines += _describe_choice(choice, remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
     lines += [*oddities, *errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
-        lines.append(f"written: {', '.join(map(str, paths))}")
+        written = ", ".join(str(options.folder / name) for name in WRITTEN)
+        lines.append(f"written: {written}")
         lines.append(_describe_next(choice, bool(errors)))
     print_lines(show_kinds(lines))
 
@@ -318,7 +343,10 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
+    """Write the first frames of clips, and captions that lists have.
+
+    Existing caption files are not changed.
+    """
     for image, clip in content.first_frames.items():
         image.parent.mkdir(parents=True, exist_ok=True)
         write_png(image, first_frame(clip))
@@ -428,8 +456,10 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         if choice.kind.has_targets and adapted is not None:
             warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(warning_text))
-    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        lines += describe_own(choice)
+    if choice.kind.makes_adapter:
+        lines += describe_length(choice)
+        if find_origin(choice.content) == REAL:
+            lines += describe_own(choice)
     for folder, reference_folder in choice.content.references.items():
         lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(choice)
@@ -546,9 +576,9 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         return []
     count = count_of(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
-    found = f"{count}: lists of tags ({example}, ...)"
+    found_text = f"{count}: lists of tags ({example}, ...)"
     if choice.tags is None:
-        return [f"{found}, learned as they stand: {choice.model_name} was trained on sentences"]
+        return [f"{found_text}, learned as they stand: {choice.model_name} was trained on sentences"]
     keys = tags.make_keys(choice.trigger)
     kept_text = ""
     if "keep_tokens_separator" in keys:
@@ -562,7 +592,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
     )
     lines = [
-        f"{found}. {reader} such lists, so they are in another order each time "
+        f"{found_text}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
     ]
     if tags.joined is None:

@@ -51,11 +51,18 @@ class NewOptions(Options):
     )
     whole_model: bool = option("--train whole", excludes="train", hint="both say what is trained")
     from_file: Path | None = option(
-        "project of another trainer whose values are taken: .yaml of AI Toolkit, .toml of diffusion-pipe, "
-        ".json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
+        "project of another trainer whose values are taken: .yaml of AI Toolkit or ltx-trainer, .toml of "
+        "diffusion-pipe, .json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
         name="from",
         place="file",
         metavar="FILE",
+    )
+    recipe: str | None = option(
+        "recipe whose model and values are taken: a name of `recipe list`, or a file of `recipe save`, also "
+        "of somebody else, which can set values alone",
+        metavar="NAME",
+        excludes="from",
+        hint="both say how it is trained",
     )
     models: Path = option("folder that tools/download.py fills", default=MODELS)
     model_files: tuple[str, ...] = option(

@@ -32,7 +32,6 @@ minimal_inpainting: repaint by the options of sd-scripts' small script
 minimal_options: these options, and the same for gen_img.py
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
 names: what it is called everywhere, from scripts to tensors
-new_words: a new word, and the table with its rows
 noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py

@@ -23,7 +23,7 @@ def use_fewer_kernels(unet: Any) -> None:
     """Change the residual blocks of a U-Net.
 
     Args:
-        unet: U-Net of diffusers as `unet_class` makes it; one with other settings stays as it is.
+        unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
     """
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "training": GROUND
     | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner", "downloads.catalogue"},
     "downloads": GROUND,
-    "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
+    "project": GROUND | {"dataset", "data_tools.report", "downloads", "networks.kinds", "training"},
     "browser": GROUND
     | {"training.reports", "training.config_options", "training.features.composing"}
     | {"training.learning_options", "training.noise_options", "training.saving.options"}
@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "data_tools.tags.options",
         "project.new_options",
         "project.options",
+        "project.recipes",
         "project.run_options",
         "project.fitting",
         "project.kinds",
@@ -258,7 +259,7 @@ _TOOLS = {
         *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
         *("dataset_report", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("mask", "pack", "score", "split_video", "tag", "unpack"),
+        *("mask", "pack", "recipe", "score", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),

@@ -13,6 +13,7 @@ mask: makes masks of what you name in pictures
 pack: makes one file of a described folder, for another machine
 prepare_dataset: prepares clips and captions in CogVideoX form
 quantise: stores a transformer or text encoder in 8 bits once
+recipe: makes a recipe of a finished run, lists recipes
 run_browser: shows all runs of some folders while they train
 score: scores the samples of a run, names the best file
 share_page: copies a page without what is private

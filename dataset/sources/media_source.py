@@ -227,8 +227,8 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     They may differ in captions, control media, masks or sound. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows keep equal stems, which the listing reports.
     """
-    places = Counter((source.path, source.origins[:1]) for source in sources)
-    if not places or max(places.values()) == 1:
+    rows_by_file = Counter((source.path, source.origins[:1]) for source in sources)
+    if not rows_by_file or max(rows_by_file.values()) == 1:
         return list(sources)
     used = {source.stem.casefold() for source in sources}
     by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
@@ -248,7 +248,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.further_text,
             source.layers,
         )
-        stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
+        stems = by_file.setdefault(file, {}) if rows_by_file[file] > 1 else {}
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1

@@ -17,6 +17,7 @@ from browser import page_language
 from browser.page_language import CODES, NAMES, find_accepted, find_way_back, read_table, read_texts
 from downloads.catalogue import model_sets
 from modules.pages.language import Language, Words, counted, join, say, show_all, speaking
+from project.recipes.reading import list_shipped
 from tests.browser.page_texts import (
     PLACE,
     PROGRAMS,
@@ -359,6 +360,7 @@ MODEL_NAMES = {
     *(file.licence.name for one in model_sets() for part in one.components for file in part.files),
     *(str(part.path) for one in model_sets() for part in one.components),
     *("Wan", "best"),
+    *(recipe.name for recipe in list_shipped()),
 }
 DATA_NAMES = re.compile(
     r"(?<!\w)(mrsfluff|described|languages\d*|output|runs|models|a <b>cat|warning|the disk is nearly full"

@@ -7,9 +7,18 @@ import pytest
 
 from browser.captioning import CaptionForm, make_caption_words
 from browser.described_folder import change_steps
-from browser.new_form import NewForm, check_form, hint_at_word, list_key_changes, make_new_words, read_steps
+from browser.new_form import (
+    NewForm,
+    check_form,
+    hint_at_word,
+    list_fitting_recipes,
+    list_key_changes,
+    make_new_words,
+    read_steps,
+)
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
+from project.options import MODELS
 
 FORM = NewForm(
     folder="/x/my clips",
@@ -202,3 +211,20 @@ def test_the_only_task_of_a_model_is_chosen() -> None:
     assert NewForm.of_fields({"family": ["anima"]}).task == "base"
     assert NewForm.of_fields({"family": ["anima"], "task": [""]}).task == "base"
     assert NewForm.of_fields({"family": ["wan"]}).task == ""
+
+
+def test_recipes_are_offered_for_their_model_and_kind_alone() -> None:
+    names = [recipe.name for recipe in list_fitting_recipes("wan", "t2v-1.3B", "")]
+    fields = {"family": ["wan"], "task": ["t2v-1.3B"], "recipe": ["pocket-shape"], "folder": ["clips"]}
+    form = NewForm.of_fields(fields)
+
+    assert "pocket-shape" in names
+    assert list_fitting_recipes("wan", "t2v-1.3B", "whole") == []
+    assert form.recipe == "pocket-shape"
+    assert NewForm.of_address(form.address) == form
+    words = make_new_words(form, MODELS)
+    assert words[words.index("--recipe") + 1] == "pocket-shape"
+    assert NewForm.of_words(words).recipe == "pocket-shape"
+    for wrong in ("../x", "/etc/passwd", "x.toml", "pocket-shap"):
+        assert NewForm.of_fields({**fields, "recipe": [wrong]}).recipe == ""
+    assert NewForm.of_fields({**fields, "task": ["t2v-14B"]}).recipe == ""

@@ -141,7 +141,7 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
     chosen = select_device(device)
     kind, max_tokens = _read_kind(folder)
@@ -164,7 +164,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
     chosen = select_device(device)
     name = _read_config(folder, LIKENESS, tuple(IMAGE_KINDS)).get("model_type")

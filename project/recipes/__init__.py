@@ -1,0 +1,6 @@
+"""Values of a training in a file, with what they were tried on and its figures.
+
+options: which recipe to save, and where
+reading: reads a recipe, and refuses all but its values
+saving: makes a recipe of a finished run
+"""

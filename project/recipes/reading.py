@@ -1,0 +1,345 @@
+"""Read recipes: TOML files with values of a training, which may be somebody else's.
+
+A recipe sets options that decide what is learned: numbers, switches, and names from our own lists. Any other
+key is refused by its name, so no recipe names a path, a program, a module or an address.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from contract.families import with_scripts
+from downloads.catalogue import ModelSet
+from modules.command import did_you_mean
+from modules.control_codes import escape_control_codes, shorten
+from modules.errors import OptionError
+from modules.installation import find_script
+from modules.option_checks import check_value
+from modules.option_tables import find_table
+from modules.options import find_rejection, info_of, options_with
+from modules.table_parser import build_parser
+from modules.text_files import parse_toml, read_text
+from networks.kinds.composing import RANKED_NETWORKS
+from project.foreign.contract import read_optimizer, read_scheduler
+from project.kinds.composing import BY_NAME
+from project.new_options import NewOptions
+from project.options import KIND_NAMES, find_models
+from running.options import TrainingSpeedOptions
+from training.options import TrainingOptions
+from training.run_options import AcceleratorOptions
+
+SHIPPED = Path(__file__).resolve().parent
+OWN = Path("recipes")  # folder of own recipes in the working folder, where `recipe save` writes them
+MAX_BYTES = 1 << 16
+MAX_OF_TEXT = 300  # characters
+MAX_FIGURES = 20
+TEXTS = ("title", "family", "task", "train", "tried_on")
+TABLES = ("training", "figures")
+# options that any resumed run may change, and that decide all the same what is learned
+FURTHER = {"max_train_steps", "gradient_accumulation_steps", "ema_decay", "ema_update_every"}
+# options that the model or the kind of run decides
+DECIDED = {"make_adapter", "model_prediction_type", "task"}
+_NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_PAIR = re.compile(rf"[A-Za-z_]\w{{0,60}}=(?:{_NUMBER}|\(?{_NUMBER}(?:, ?{_NUMBER})*\)?|[A-Za-z_]\w{{0,60}})")
+_NAME = re.compile(r"\w[\w-]{0,80}")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Values of a training, what they were tried on, and the figures of that."""
+
+    name: str
+    title: str
+    family: str
+    task: str
+    train: str  # kind of run, as `new --train` names it
+    tried_on: str
+    training: Mapping[str, Any]  # values by option
+    figures: Mapping[str, str]
+
+    @property
+    def values_text(self) -> str:
+        """The values in a line, as run.toml has them: `network_dim = 16, learning_rate = 0.001`."""
+        return ", ".join(f"{name} = {value}" for name, value in self.training.items())
+
+    @property
+    def figures_text(self) -> str:
+        """The figures in a line."""
+        return "; ".join(f"{name}: {value}" for name, value in self.figures.items())
+
+
+def find_recipe(name: str) -> TrainingRecipe:
+    """Return a recipe by its name, own ones first, or by the path of its file.
+
+    Raises:
+        OptionError: If there is no such recipe, or if it holds anything but values.
+    """
+    if name.endswith(".toml"):
+        return read_recipe(Path(name))
+    paths = list_paths()
+    if name not in paths:
+        near = did_you_mean(name, paths)
+        raise OptionError(f"--recipe {name}: there is no such recipe.{near} There are {', '.join(paths)}")
+    return read_recipe(paths[name])
+
+
+def fill_in_recipe(recipe: TrainingRecipe, options: NewOptions) -> NewOptions:
+    """Return options of `new` with model, kind of run and steps of a recipe where nothing else is typed.
+
+    Raises:
+        OptionError: If another model or kind of run is typed.
+    """
+    typed = {"family": options.family, "task": options.task, "train": options.trains}
+    for name, value in typed.items():
+        named = getattr(recipe, name)
+        if value not in (None, named):
+            raise OptionError(
+                f"--recipe {options.recipe} is for --{name} {named}, not {value}. Leave one of them out"
+            )
+    steps = recipe.training.get("max_train_steps", options.max_train_steps)
+    if options.max_train_steps != NewOptions(folder=options.folder).max_train_steps:
+        steps = options.max_train_steps
+    return dataclasses.replace(
+        options,
+        family=recipe.family,
+        task=recipe.task,
+        train=recipe.train,
+        whole_model=False,
+        max_train_steps=steps,
+    )
+
+
+def list_paths() -> dict[str, Path]:
+    """Return the files of all recipes by name: shipped ones, and those in OWN, which come first."""
+    files = [path for folder in (OWN, SHIPPED) for path in sorted(folder.glob("*.toml"))]
+    return {path.stem: path for path in reversed(files)}
+
+
+def describe_recipe(recipe: TrainingRecipe) -> list[str]:
+    """Return lines about a recipe: what it is for and was tried on, its values and its figures."""
+    return [
+        f"recipe {recipe.name}: {recipe.title}",
+        f"  for {recipe.family} {recipe.task}, {recipe.train}; tried on {recipe.tried_on}",
+        f"  {recipe.values_text}",
+        *([f"  {recipe.figures_text}"] if recipe.figures else []),
+    ]
+
+
+@cache
+def list_shipped() -> tuple[TrainingRecipe, ...]:
+    """Return the recipes of this program, sorted by name."""
+    return tuple(read_recipe(path) for path in sorted(SHIPPED.glob("*.toml")))
+
+
+def read_recipe(path: Path) -> TrainingRecipe:
+    """Read a recipe, which may be somebody else's.
+
+    Raises:
+        OptionError: If the file cannot be read, or for a key that is no value, which the message names.
+    """
+    try:
+        content = parse_toml(read_text(path, MAX_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        why = shorten(" ".join(str(error).split()), MAX_OF_TEXT).rstrip(".")
+        raise OptionError(f"recipe {path} cannot be read: {why}. Give a file of `recipe save`") from None
+    try:
+        return _parse_recipe(path.stem, content)
+    except ValueError as error:
+        raise OptionError(f"recipe {path}: {error}") from None
+
+
+def _parse_recipe(name: str, content: Mapping[str, Any]) -> TrainingRecipe:
+    """Return the recipe of a parsed file. Raises ValueError, or OptionError for a value beyond its limits."""
+    if _NAME.fullmatch(name) is None:
+        raise ValueError("its name has to be of letters, digits, _ and -")
+    for key in content:
+        if key not in (*TEXTS, *TABLES):
+            raise ValueError(
+                f"{_show(key)} is no key of a recipe. It has {', '.join(TEXTS)}, and the tables "
+                f"{' and '.join(f'[{table}]' for table in TABLES)}"
+            )
+    texts = {key: _read_text(key, content.get(key)) for key in TEXTS}
+    tables = {key: content.get(key, {}) for key in TABLES}
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{key} is no table: write [{key}] and its keys below")
+    return TrainingRecipe(
+        name=name,
+        training=check_values(tables["training"], texts["family"], texts["task"], texts["train"]),
+        figures=_read_figures(tables["figures"]),
+        **texts,
+    )
+
+
+def _show(key: str) -> str:
+    return shorten(escape_control_codes(key).replace("\n", " "), 80)
+
+
+def _read_text(key: str, value: Any) -> str:
+    """Return a text that pages and tables can show.
+
+    Raises:
+        ValueError: If the value is no text of one line, or an address.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{_show(key)} is missing, or no text")
+    if len(value) > MAX_OF_TEXT or escape_control_codes(value) != value or len(value.splitlines()) > 1:
+        raise ValueError(f"{_show(key)} has to be a line of at most {MAX_OF_TEXT} characters")
+    if "://" in value:
+        raise ValueError(f"{_show(key)} holds an address, and a recipe has none")
+    return value.strip()
+
+
+def _read_figures(table: Mapping[str, Any]) -> dict[str, str]:
+    if len(table) > MAX_FIGURES:
+        raise ValueError(f"[figures] has {len(table)} keys: {MAX_FIGURES} are the most")
+    figures = {}
+    for name, value in table.items():
+        text = f"{value:g}" if type(value) in (int, float) else value
+        figures[_read_text(name, name)] = _read_text(name, text)
+    return figures
+
+
+def find_recipe_model(family: str, task: str) -> ModelSet:
+    """Return the model of a recipe. Raises ValueError if `new` has none of this family and task."""
+    models = {(model.family, model.task): model for model in find_models()}
+    if (family, task) not in models:
+        names = [f"{one} {other}" for one, other in models]
+        raise ValueError(
+            f"{_show(f'{family} {task}')} is no model.{did_you_mean(f'{family} {task}', names)} "
+            "python reelsmith.py download --list names all"
+        )
+    return models[family, task]
+
+
+def check_values(training: Mapping[str, Any], family: str, task: str, train: str) -> dict[str, Any]:
+    """Return the values of a recipe, each checked by the table of the script that trains this kind of run.
+
+    Args:
+        training: Values by option.
+        family: Family of the model, as `new --family` names it.
+        task: Its task.
+        train: Kind of run, as `new --train` names it.
+
+    Raises:
+        ValueError: If there is no such model or kind, or for a key that no recipe may set.
+        OptionError: If a number is beyond the limits of its option.
+    """
+    model = find_recipe_model(family, task)
+    if train not in KIND_NAMES:
+        raise ValueError(f"train = {_show(train)!r}: use {', '.join(KIND_NAMES)}")
+    words = BY_NAME[train].find_words(model)
+    if not words:
+        raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
+    table = find_table(find_script(words[0]))
+    assert table is not None, words[0]
+    actions = {action.dest: action for action in build_parser(table, words[0])._actions}
+    allowed = list_allowed(words[0])
+    modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
+    values = {}
+    for name, value in training.items():
+        if name not in allowed or name not in actions or find_rejection(actions[name]):
+            known = sorted(allowed & actions.keys())
+            near = did_you_mean(_show(name), known)
+            raise ValueError(
+                f"{_show(name)} is nothing that a recipe may set.{near} It sets values that decide what is "
+                "learned: no paths, no programs, nothing of the card, nothing that is saved or sent"
+            )
+        values[name] = _read_value(actions[name], name, value, modules)
+        check_value(name, values[name], getattr(actions[name], "facts", {}))
+    return values
+
+
+@cache
+def list_allowed(script: str) -> frozenset[str]:
+    """Return the options of a script that a recipe may set.
+
+    These are the options that a resumed run has to repeat, or is warned of if it does not, except for those
+    that a card decides.
+    """
+    allowed: set[str] = set(FURTHER)
+    records: list[type] = [TrainingOptions]
+    for entry in with_scripts().values():
+        if script.startswith(f"{entry.script}_") or script == f"{entry.training_script}.py":
+            records.append(entry.options_record("Training"))
+    for record in records:
+        allowed |= {*options_with(record, "resume", "identity"), *options_with(record, "resume", "habit")}
+    of_the_card = {*info_of(AcceleratorOptions), *info_of(TrainingSpeedOptions)}
+    return frozenset(allowed - of_the_card - DECIDED)
+
+
+def _list_own_modules(model: ModelSet) -> list[str]:
+    """Return the network modules that the training command of a model names."""
+    words = model.commands["train"].split()
+    return [after for word, after in zip(words, words[1:], strict=False) if word == "--network_module"]
+
+
+def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:
+    """Return a value as run.toml has it.
+
+    Args:
+        action: The option.
+        name: Its name.
+        value: Value of the recipe.
+        modules: Modules that `network_module` may name.
+
+    Raises:
+        ValueError: If the option takes no such value, or takes more than values.
+    """
+    if name in ("optimizer_args", "network_args", "lr_scheduler_args"):
+        return [_read_pair(name, text) for text in _as_list(value)]
+    if name == "network_module":
+        return _choose(name, value, sorted(modules))
+    if name == "optimizer_type":
+        return _read_listed(name, value, read_optimizer(value))
+    if name == "lr_scheduler":
+        return _read_listed(name, value, read_scheduler(value))
+    if getattr(action, "reach", "") or getattr(action, "is_secret", False):
+        raise ValueError(f"{name} reaches out of the training, and only who types it may set it")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} = {_show(str(value))}: give true or false")
+        return value
+    if action.choices is not None:
+        return _choose(name, value, [str(choice) for choice in action.choices])
+    if action.nargs is None:
+        return _read_number(name, value, action.type)
+    return [_read_number(name, item, action.type) for item in _as_list(value)]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_listed(name: str, value: Any, ours: str) -> str:
+    if value != ours:
+        raise ValueError(f"{name} = {_show(str(value))}: write {ours}")
+    return ours
+
+
+def _choose(name: str, value: Any, choices: list[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} = {_show(str(value))}: use {', '.join(choices)}")
+    return str(value)
+
+
+def _read_pair(name: str, text: Any) -> str:
+    if not isinstance(text, str) or _PAIR.fullmatch(text) is None:
+        raise ValueError(f"{name} = {_show(str(text))}: write NAME=VALUE, the value a number or a word")
+    return text
+
+
+def _read_number(name: str, value: Any, kind: Any) -> float | int:
+    """Return a number; a text, also that of a path, is none. Warm-up steps may be whole or a fraction."""
+    if type(value) not in (int, float):
+        raise ValueError(f"{name} = {_show(str(value))}: a recipe gives a number here")
+    if kind is int and type(value) is not int:
+        raise ValueError(f"{name} = {value}: give a whole number")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} = {value} is no number")
+    return value

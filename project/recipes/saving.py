@@ -1,0 +1,215 @@
+"""Make a recipe of a finished run from its history and, in a described folder, from its run.toml."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from downloads.listing import print_lines
+from modules.atomic_write import write_text
+from modules.errors import OptionError, OutputError
+from modules.installation import find_script
+from modules.option_tables import find_table
+from modules.options import find_rejection
+from modules.table_parser import build_parser
+from modules.text_files import parse_toml, read_text
+from project.kinds.composing import BY_NAME, find_kind_of
+from project.options import RUN_FILE, find_models, own_command
+from project.recipes.options import LIST, RecipeOptions
+from project.recipes.reading import (
+    OWN,
+    TrainingRecipe,
+    check_values,
+    describe_recipe,
+    list_allowed,
+    list_paths,
+    read_recipe,
+)
+from training.config_options import OTHERS_TABLE, toml_value
+from training.reports.history import END, Start, Story, history_name, read_history, read_session
+
+MODEL_OPTIONS = (
+    "dit",
+    "ckpt",
+    "pretrained_model_name_or_path",
+    "ltx2_checkpoint",
+)  # the trained model's file
+DIGITS = 4  # of figures
+
+
+def run_recipe_command(options: RecipeOptions) -> None:
+    """List all recipes, or make one of a run.
+
+    Raises:
+        UserError: If the run has not ended, or if its recipe cannot be written.
+    """
+    if options.action == LIST:
+        print_lines([line for path in list_paths().values() for line in describe_recipe(read_recipe(path))])
+        return
+    assert options.run is not None  # a check of the options
+    save_recipe(options, find_history(options.run))
+
+
+def find_history(place: Path) -> Path:
+    """Return the history of a run in a folder, or in the folder `output` in it.
+
+    Raises:
+        OptionError: If there is none, or if there are several.
+    """
+    if place.name.endswith(END):
+        return place
+    for folder in (place, place / "output"):
+        found = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(map(str, found))
+            raise OptionError(f"{place} has {len(found)} runs. Give the history of one: {names}")
+    raise OptionError(
+        f"{place} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
+    )
+
+
+def save_recipe(options: RecipeOptions, history: Path) -> None:
+    """Write the recipe of a finished run, and print how to use it.
+
+    Raises:
+        OptionError: If the run has not ended, or is of a kind that `new` does not set up.
+        OutputError: If the file exists and may not be replaced.
+    """
+    session = read_session(history)
+    story = Story() if session is None else read_history(history, session)
+    start = story.start
+    if start is None or story.ending is None or story.ending[1] != "good":
+        raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
+    typed = dict(start.changed)
+    family, task, train = _find_model(history, typed, start)
+    name = options.name or history_name(history)
+    recipe = TrainingRecipe(
+        name=name,
+        title=options.title or f"{family} {task}: {name}",
+        family=family,
+        task=task,
+        train=train,
+        tried_on=options.tried_on or _name_model_file(typed),
+        training=_select_values(typed, family, task, train, start),
+        figures=_list_figures(story, start),
+    )
+    path = options.to / f"{name}.toml"
+    if path.exists() and not options.overwrite:
+        raise OutputError(f"{path} is there already. Give another --name, or --overwrite")
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_text(path, write_recipe(recipe))
+    read_recipe(path)  # what is written can be read
+    given = name if options.to == OWN else path.as_posix()
+    lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
+    lines.append(f"{own_command('new', 'FOLDER', '--recipe', given)} trains another folder with it")
+    print_lines(lines)
+
+
+def write_recipe(recipe: TrainingRecipe) -> str:
+    """Return the text of a recipe's file."""
+    texts = {
+        "title": recipe.title,
+        "family": recipe.family,
+        "task": recipe.task,
+        "train": recipe.train,
+        "tried_on": recipe.tried_on,
+    }
+    lines = [f"{name} = {toml_value(text)}" for name, text in texts.items()]
+    lines += ["", "[training]"]
+    lines += [f"{name} = {toml_value(value)}" for name, value in recipe.training.items()]
+    if recipe.figures:
+        lines += ["", "[figures]"]
+        lines += [f"{toml_value(name)} = {toml_value(text)}" for name, text in recipe.figures.items()]
+    return "\n".join([*lines, ""])
+
+
+def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[str, str, str]:
+    """Return family, task and kind of a run: from the run.toml of its folder, else from its options.
+
+    Raises:
+        OptionError: If neither names a model that `new` can set up.
+    """
+    described = _read_commands(history)
+    for words in described:
+        given = dict(zip(words, words[1:], strict=False))
+        if "--family" in given and "--task" in given:
+            return given["--family"], given["--task"], find_kind_of(described).name
+    task = typed.get("task") or typed.get("model_version") or typed.get("model_type") or ""
+    models = [model for model in find_models() if model.family == start.model]
+    named = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
+    if not named or "network_module" not in typed:
+        raise OptionError(
+            f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
+            "that `new` described, and of LoRAs of a model with a --task of its name"
+        )
+    return start.model, named[0].task, "lora"
+
+
+def _read_commands(history: Path) -> list[list[str]]:
+    """Return the commands in the run.toml next to a run, or in the folder around it; none without one."""
+    for folder in (history.absolute().parent, history.absolute().parent.parent):
+        path = folder / RUN_FILE
+        if path.is_file():
+            commands = parse_toml(read_text(path)).get(OTHERS_TABLE, {}).get("commands", [])
+            return [[str(word) for word in words] for words in commands]
+    return []
+
+
+def _name_model_file(typed: Mapping[str, str]) -> str:
+    """Return the name of the trained model's file, without its folder."""
+    for name in MODEL_OPTIONS:
+        if name in typed:
+            return Path(typed[name]).name
+    return "the released model"
+
+
+def _select_values(
+    typed: Mapping[str, str], family: str, task: str, train: str, start: Start
+) -> dict[str, Any]:
+    """Return the values of a run that a recipe may have, from their texts in its history."""
+    model = next(model for model in find_models() if (model.family, model.task) == (family, task))
+    script = BY_NAME[train].find_words(model)[0]
+    table = find_table(find_script(script))
+    assert table is not None, script
+    actions = {action.dest: action for action in build_parser(table, script)._actions}
+    values: dict[str, Any] = {}
+    for name, text in typed.items():
+        action = actions.get(name)
+        if name not in list_allowed(script) or action is None or find_rejection(action):
+            continue
+        value: Any = True if action.nargs == 0 else text
+        if action.nargs not in (None, 0, "?"):
+            value = [_read_number(word) for word in shlex.split(text)]
+        elif action.nargs != 0:
+            value = _read_number(text)
+        try:
+            values |= check_values({name: value}, family, task, train)
+        except (ValueError, OptionError):
+            continue  # a path, or code of the user's own
+    values["max_train_steps"] = start.total_steps
+    return values
+
+
+def _read_number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _list_figures(story: Story, start: Start) -> dict[str, str]:
+    """Return the figures of a run: losses and seconds."""
+    figures = {}
+    if story.average is not None:
+        figures["average loss at the end"] = f"{story.average:.{DIGITS}g}"
+    if story.lowest is not None:
+        step, loss = story.lowest
+        figures["lowest validation loss"] = f"{loss:.{DIGITS}g} at step {step}"
+    seconds = sorted(value for value in story.seconds.values() if value is not None)
+    if seconds:
+        figures["seconds a step, median"] = f"{seconds[len(seconds) // 2]:.3g}"
+    return figures
