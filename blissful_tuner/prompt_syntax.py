@@ -112,7 +112,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw each other without end, or too often."""
+        """Raise OptionError if wildcards draw each other endlessly, or too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(

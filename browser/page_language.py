@@ -50,7 +50,7 @@ def read_texts(code: str) -> Mapping[str, str]:
 def choose_language(request: Request) -> Language:
     """Return the language of a request: of its page, of the cookie, or the first known one of the browser.
 
-    Parts that a page asks for again stay in its own language when another tab has changed the cookie.
+    Parts that a page requests later keep its language, even if another tab has changed the cookie.
     """
     of_page = request.headers.get(HEADER, "")
     code = of_page if of_page in CODES else _read_cookie(request)

@@ -185,10 +185,10 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
-    plans = plan_steps(prepared, options)
-    needed = {
-        guidance_pass.text for expert_plans in plans for plan in expert_plans for guidance_pass in plan.passes
-    }
+    needed: set[str] = set()
+    for expert_plans in plan_steps(prepared, options):
+        for plan in expert_plans:
+            needed |= {guidance_pass.text for guidance_pass in plan.passes}
     return {
         section: replace(
             texts,

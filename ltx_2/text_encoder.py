@@ -244,7 +244,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return how many bytes of Gemma stay in host memory next to the connectors."""
+        """Return the bytes of Gemma that stay in host memory next to the connectors."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(

@@ -140,8 +140,8 @@ def option(
             whether it has an effect.
         refused: Maps values of `choices` that are rejected to the reason.
         known_as: Names of the option in other programs, for the message about an unknown option.
-        facts: Further facts, such as FREE or NO_PIXELS.
-        **settings: Further arguments of `add_argument`.
+        facts: Additional facts, such as FREE or NO_PIXELS.
+        **settings: Additional arguments of `add_argument`.
     """
     metadata: dict[str, Any] = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata |= {

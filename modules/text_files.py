@@ -33,7 +33,7 @@ _KINDS = (
 def real_path(path: Path) -> Path:
     """Return the path with links resolved.
 
-    Links in a circle stay, and so does a path that no file can have; `Path.resolve` would raise.
+    Circular links are not resolved, nor is a path that no file can have: `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))

@@ -343,7 +343,10 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
+    """Write the first frames of clips, and captions that lists have.
+
+    Existing caption files are not changed.
+    """
     for image, clip in content.first_frames.items():
         image.parent.mkdir(parents=True, exist_ok=True)
         write_png(image, first_frame(clip))

@@ -184,17 +184,19 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
     if line.is_plain:
         return
-    split_seeds(line.text)
-    values = read_line(expand(line.text, Random(0))[0], line.label)
-    parts = len(split_parts(values["prompt"]))
-    networks = options.networks
-    if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts
-        if options.prompts.image_path is None:
-            _check_parts(parts)
-        if parts > 1:
+    split_seeds(line.text)  # raises if a seed is not a number
+    any_variant = expand(line.text, Random(0))[0]  # its options are checked for all variants
+    values = read_line(any_variant, line.label)
+    num_parts = len(split_parts(values["prompt"]))
+    has_variants = "{" in line.text  # which may have other numbers of parts
+    if options.prompts.mask_path is not None and not has_variants:
+        if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
+            _check_parts(num_parts)
+        if num_parts > 1:
+            networks = options.networks
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
-            check_regions(parts, networks.num_adjustable, is_folded)
-    _select_strengths(with_line(options, values), values)
+            check_regions(num_parts, networks.num_adjustable, is_folded)
+    _select_strengths(with_line(options, values), values)  # raises if --am is not valid
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:

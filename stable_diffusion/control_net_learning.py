@@ -125,9 +125,8 @@ def make_control_net(
     if checkpoints:
         network.enable_gradient_checkpointing()
     trained = TrainedControlNet(network.train(), new_layers_lr)
-    unet.beside = BesideUnet(
-        trained.compute_residuals
-    )  # calls of the U-Net then add the ControlNet's residuals
+    # the family calls `beside` before each call of the U-Net, to add the ControlNet's residuals to it
+    unet.beside = BesideUnet(trained.compute_residuals)
     return trained
 
 

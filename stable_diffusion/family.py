@@ -244,7 +244,7 @@ class StableDiffusion(ModelOfImages):
         """Return the settings of requests that only this model reads."""
         if self.inpaints:
             return (MASK_PATH,)
-        return () if self._seeing is None else ("control_multiplier",)
+        return () if self._control_network is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
@@ -312,15 +312,15 @@ class StableDiffusion(ModelOfImages):
     # control images
 
     @property
-    def _seeing(self) -> MadeNetwork | None:
+    def _control_network(self) -> MadeNetwork | None:
         """Return the trained network that takes control images."""
         made = self.made_network
         return None if made is None or made.in_texts else made
 
     def check_table(self, table: MediaTable) -> None:
         """Check a table of the dataset: only some trained networks use control images."""
-        if self._seeing is not None:
-            table = control_pictures.check_controls(table, self._seeing.called)
+        if self._control_network is not None:
+            table = control_pictures.check_controls(table, self._control_network.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -337,14 +337,14 @@ class StableDiffusion(ModelOfImages):
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
-        sees = self._seeing is not None
+        sees = self._control_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions of a request's images: of inpainting, or of a trained network."""
         if self.inpaints:
             return {0: self._encode_painted(encoders, prepared)}
-        return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
+        return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
 
@@ -518,9 +518,9 @@ class StableDiffusion(ModelOfImages):
         """
         texts_again = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
-        names = sorted(self.text_keys - {POOLED})
+        text_names = sorted(self.text_keys - {POOLED})
         conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
-        width = sum(conditions[name].shape[-1] for name in names)
+        width = sum(conditions[name].shape[-1] for name in text_names)
         expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
         if width != expected:
             raise CacheError(
@@ -528,23 +528,25 @@ class StableDiffusion(ModelOfImages):
                 f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
                 "again."
             )
-        length = CHUNK * self.chunks + 2
-        fills = self.learning_texts is None or self.learning_texts.fills_captions
+        length = CHUNK * self.chunks + 2  # with start and end token
+        # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
+        are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        # one after the other, for each cross-attention of a word with vectors for each
         copies = 1 if self.learning_texts is None else max(len(self.learning_texts.layers), 1)
-        for name in names:
-            found = conditions[name].shape[1] // copies
-            if found != length and (fills or found > length):
+        for name in text_names:
+            num_states = conditions[name].shape[1] // copies
+            if num_states > length or (are_padded and num_states < length):
                 raise CacheError(
-                    f"{batch.keys[0]}: its text has {found} states, this training has "
+                    f"{batch.keys[0]}: its text has {num_states} states, this training has "
                     f"{length}. Cache texts again with the same --max_token_length, or change it here."
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
         if self.inpaints:
             conditions[INPAINTING] = batch.tensor(INPAINTING)
-        if self._seeing is not None:
+        if self._control_network is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, self.latent.stride[1], self._seeing.called
+                batch, latents, self.latent.stride[1], self._control_network.called
             )
         return conditions
 

@@ -188,7 +188,8 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder
         )
-    return open_checkpoint(folder)  # another name; its message says what is here
+    # weights under another name: opening the folder raises an error that lists what it has
+    return open_checkpoint(folder)
 
 
 def _read_kind(folder: Path) -> ModelKind:

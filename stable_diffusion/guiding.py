@@ -96,7 +96,7 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
 def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
     """Return VGG16's layers up to index `last`: convolutions are in the file, the others follow from gaps.
 
-    After a convolution comes a ReLU, and after a ReLU without a convolution behind it a pooling layer.
+    A convolution is followed by a ReLU, and a ReLU that is not followed by a convolution by a pooling layer.
     """
     channels = 3
     layers: list[_Layer] = []

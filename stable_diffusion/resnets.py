@@ -16,7 +16,7 @@ def use_fewer_kernels(unet: Any) -> None:
     """Change the residual blocks of a U-Net.
 
     Args:
-        unet: U-Net of diffusers as `unet_class` makes it; one with other settings stays as it is.
+        unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
     """
     blocks = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
     if unet.time_embed_act is not None or not all(_is_plain(block) for block in blocks):

@@ -274,18 +274,22 @@ def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[in
 
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
     """Return the chunks of a text, at least one. BREAK begins a new one, unless one has just begun."""
-    chunks: list[tuple[list[int], list[float]]] = [([], [])]
+    chunks: list[Chunk] = []
+    ids: list[int] = []
+    weights: list[float] = []
     for part in parts:
-        if part.begins_chunk and chunks[-1][0]:
-            chunks.append(([], []))
+        if part.begins_chunk and ids:
+            chunks.append(Chunk(tuple(ids), tuple(weights)))
+            ids, weights = [], []
         for token in tokenize(part.text):
-            if len(chunks[-1][0]) == SIZE:
-                chunks.append(([], []))
-            chunks[-1][0].append(token)
-            chunks[-1][1].append(part.weight)
-    if len(chunks) > 1 and not chunks[-1][0]:  # only blanks after BREAK
-        chunks.pop()
-    return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
+            if len(ids) == SIZE:
+                chunks.append(Chunk(tuple(ids), tuple(weights)))
+                ids, weights = [], []
+            ids.append(token)
+            weights.append(part.weight)
+    if ids or not chunks:  # not if only blanks come after the last BREAK
+        chunks.append(Chunk(tuple(ids), tuple(weights)))
+    return chunks
 
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:

@@ -184,7 +184,12 @@ def list_plans(release: OpenedCheckpoint) -> Plans:
 
 def _list_marks(marks: Marks) -> list[str]:
     """Return the names of the empty tensors that state what a file's model predicts."""
-    return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
+    names = []
+    if marks.predicts_velocity:
+        names.append(V_PRED)
+    if marks.zero_terminal_snr:
+        names.append(ZTSNR)
+    return names
 
 
 def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:

@@ -188,7 +188,7 @@ class ImageEmbedding(nn.Module):
 class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
-    Variants with conditions on images or control videos take these as further input channels. Simplified,
+    Variants with conditions on images or control videos take these as additional input channels. Simplified,
     without a second text and the code around the blocks:
 
         x = patch_embedding(noisy)                                            # B L C float32
