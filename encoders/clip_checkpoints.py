@@ -69,7 +69,7 @@ class ClipUse:
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of the pooled state (a function for `read_once`)."""
+        """Return the number of channels of the pooled state, from the header of a file."""
         return read_clip_text(checkpoint, self).config.dim
 
 

@@ -127,10 +127,10 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message.
+    """Return the text before and after a prompt in Qwen3's chat template with a single message.
 
     Args:
-        thinks: Its `enable_thinking`.
+        thinks: Whether the model may think before it answers: `enable_thinking` of the template.
     """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"

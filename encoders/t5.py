@@ -92,7 +92,7 @@ class T5Use:
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of a state (a function for `read_once`)."""
+        """Return the number of channels of a state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 

@@ -616,7 +616,8 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
 
-    What other options have added to the typed pattern, after the mark UNTYPED, is kept without the mark.
+    Names may be written with dots or with underscores. Other options may have added a second pattern, which
+    stands after the mark UNTYPED; it is kept unchanged, without the mark.
     """
     typed, untyped, added = (pattern or "").partition(UNTYPED)
     separator = "|" if typed.endswith("|") and untyped else ""

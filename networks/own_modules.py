@@ -108,40 +108,56 @@ def _choose(
         if settings.reg_ranks:
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
-        # precedence: the last matching pattern, then the rank for this kind of module; then what excludes it
-        if matching:
-            _, rank = settings.reg_ranks[matching[-1]]
-            selected_size: LoraSize | None = LoraSize(int(rank), settings.alpha)
-        else:
-            selected_size = _size(path, module, settings)
-        is_optional = any(part in f".{path}" for part in optional)
-        if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
-            is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
-        may_be_excluded = is_optional or settings.exclude
-        if may_be_excluded and _is_excluded(path, settings, is_optional):
-            selected_size = None
-        if selected_size is not None and selected_size.rank <= 0:
-            selected_size = None
-        if settings.blocks is not None and settings.blocks.is_left_out(path):
-            selected_size = None
+        size = _select_size(path, module, settings, matching, optional)
         if settings.verbose:
-            state = (
-                "left out"
-                if selected_size is None
-                else f"rank {selected_size.rank}, alpha {selected_size.alpha:g}"
-            )
+            state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
-        if selected_size is not None:
+        if size is not None:
             targets[name] = Target(
                 module=module,
-                rank=selected_size.rank,
-                alpha=selected_size.alpha,
+                rank=size.rank,
+                alpha=size.alpha,
                 heights=settings.heights_of(path, module) if settings.splits else (),
                 rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, matches)
     return targets
+
+
+def _select_size(
+    path: str,
+    module: LoraModule,
+    settings: LoraSettings,
+    matching: tuple[int, ...],
+    optional: tuple[str, ...],
+) -> LoraSize | None:
+    """Return the rank and alpha of a module; None if it gets no LoRA.
+
+    The last matching pattern of the ranks decides, else the kind of the module. After that, patterns may
+    exclude it.
+
+    Args:
+        path: Path of the module.
+        module: The module.
+        settings: Settings of the network.
+        matching: Indices of the patterns in `settings.reg_ranks` that match the module.
+        optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
+    """
+    if matching:
+        _, rank = settings.reg_ranks[matching[-1]]
+        size: LoraSize | None = LoraSize(int(rank), settings.alpha)
+    else:
+        size = _size(path, module, settings)
+    is_optional = any(part in f".{path}" for part in optional)
+    if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
+        is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
+    may_be_excluded = is_optional or settings.exclude
+    if may_be_excluded and _is_excluded(path, settings, is_optional):
+        return None
+    if settings.blocks is not None and settings.blocks.is_left_out(path):
+        return None
+    return None if size is None or size.rank <= 0 else size
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:

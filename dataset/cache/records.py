@@ -146,6 +146,7 @@ def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] 
         None if the record cannot be split that simply.
     """
     text = entry.metadata.get(RECORD_KEY, "")
+    # texts around the checksums and the files; at index 3 the list of files, which the pattern captures
     parts = _OF_ITEM.split(text)
     if len(parts) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
         return None

@@ -300,7 +300,7 @@ class TextWork:
         """Return the prompt with what encoders see of the item of a source.
 
         Raises:
-            MediaError: If it cannot be used, or a clip has several items, whose text would be one.
+            MediaError: If it cannot be used, or if a clip has several items, which would share a text cache.
         """
         media = self._decode(source)
         if len(media.spans) != 1:
@@ -471,7 +471,8 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one takes precedence for tensors and texts that both have.
 
-    Everything that an encoder of the new entry wrote into the old one is dropped, even under other names.
+    Each encoder of the new entry replaces all tensors that it wrote into the old one, even those that it
+    writes no more.
     """
     old_records = text_records(old)
     new_records = text_records(new)

@@ -226,9 +226,10 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether a cache that was made when each clip was timed on its own equals one made now.
+    """Return whether an old cache, made before companions were timed by their clip, equals one made now.
 
-    Headers are read, of files at addresses and in tars too. Raises MediaError if one cannot be read.
+    Only headers are read, also those of files at addresses and in tars. Raises MediaError if one cannot be
+    read.
     """
     with fetch(source) as here:
         paths = _list_moving_companions(here)

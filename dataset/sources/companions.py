@@ -172,7 +172,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return those references of a source of which the model takes a single image."""
+    """Return the references of a source that have to be single images, not clips."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references

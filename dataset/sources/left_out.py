@@ -181,6 +181,7 @@ def _find_captions(
     if not rules.caption_suffixes:
         return {}
     names = {entry.name for entry, _, _ in entries}
+    # images and clips without a caption
     owners = CaptionOwners(
         entry.name
         for entry, stem, suffix in entries
@@ -202,12 +203,8 @@ def _find_captions(
             by_suffix.setdefault(suffix, []).append(entry.name)
     found: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
-        key = (
-            f"--caption_extension {suffix}"
-            if table.config_path.is_dir()
-            else f'caption_extension = "{suffix}"'
-        )
-        found[f"captions of {table.holds}s without another one, which {key} reads"] = captions
+        setting = _name_suffix_setting(table, suffix)
+        found[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
         wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
@@ -215,6 +212,13 @@ def _find_captions(
         why = f"captions under another name than their {table.holds}: {example}; rename them"
         found[why] = [name for name, _ in misnamed]
     return found
+
+
+def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
+    """Return the option, or the key of the dataset file, that makes a table read captions with a suffix."""
+    if table.config_path.is_dir():  # the dataset is given as a folder
+        return f"--caption_extension {suffix}"
+    return f'caption_extension = "{suffix}"'
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class NetworkKind:
         return None
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
-        """Return which ranks act, by the metadata of a file; None: all.
+        """Return the rule in a file's metadata by which only some ranks are used at a time; None if all are.
 
         Raises:
             CheckpointError: If its values cannot be read.

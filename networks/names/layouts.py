@@ -119,7 +119,7 @@ class GrownBlocks:
     maximum: int = 1000  # that a file may name
 
     def originals(self, depth: int) -> list[int]:
-        """Return, for each block of a variant, the block of the first one that it comes from."""
+        """Return, for each block of a variant, the index of the block that it copies in the shortest one."""
         copies = self.depths.index(depth)
         order = []
         for block in range(self.depths[0]):

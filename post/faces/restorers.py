@@ -345,8 +345,15 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
 def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
     """Return the first of these files that exists, with any known suffix, ignoring case.
 
-    The arguments `what`, `origin` and `task` are those of `_make_missing_error`. Raises CheckpointError if no
-    file exists.
+    Args:
+        folder: Folder of the files.
+        stems: Names of the files without suffix, the preferred ones first.
+        what: Option and value that need the file, for the message.
+        origin: Address where it can be found, for the message.
+        task: Its name in tools/download.py; None if it has none.
+
+    Raises:
+        CheckpointError: If no file exists.
     """
     files: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder of a file that is not there

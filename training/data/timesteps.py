@@ -500,12 +500,12 @@ def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_s
 
 def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
     """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
-    share = rule.uniform_share
-    edge = torch.tensor(rule.cut, dtype=torch.float64)
-    kept = torch.special.ndtr((torch.logit(edge) - rule.mean) / rule.std)  # of the draws, below the cut
-    places = ((numbers - share) / (1 - share) * kept).clamp(1e-12, 1 - 1e-12)
-    t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(places)) / rule.cut
-    t = torch.where(numbers < share, numbers / max(share, 1e-9), t)
+    uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
+    cut = torch.tensor(rule.cut, dtype=torch.float64)
+    below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution
+    quantiles = ((numbers - uniform) / (1 - uniform) * below_cut).clamp(1e-12, 1 - 1e-12)
+    t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(quantiles)) / rule.cut
+    t = torch.where(numbers < uniform, numbers / max(uniform, 1e-9), t)
     return (NUM_TIMESTEPS * t).ceil().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
 
 
@@ -522,8 +522,8 @@ def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> 
         (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
     )
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
-    shares = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
-    return shift_sigmas(shares, options.flow_shift) if noise.table_is_shifted else shares
+    sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
+    return shift_sigmas(sigmas, options.flow_shift) if noise.table_is_shifted else sigmas
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:

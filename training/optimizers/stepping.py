@@ -73,7 +73,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer that `steps_alone`, bit-identical to a step of all."""
+    """Step single parameters of an optimizer, with the same results to the bit as a step of all."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
