@@ -137,7 +137,7 @@ class DitLoader:
         from networks.rounding import LoraRounding
 
         rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding)
+        return LoraPatch(uses, rounding=rounding, family=self.family.name)
 
 
 def dit_loader(
@@ -228,10 +228,10 @@ def expert_loras(
         if other_uses:
             uses_of_expert += _select_shared(other_uses, uses_by_key[key])
         expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
-    from networks.depths import fit_to_file, is_grown
+    from networks.depths import find_grown, fit_to_file
 
     # decoding latents runs no transformer
-    if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
+    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
         return tuple(expert_uses)
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
