@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.run_limits import is_limited
 from modules.script_words import console_words, name_words
 from modules.text_files import real_path
 
@@ -261,6 +262,11 @@ def rejects_code() -> str | None:
     if os.environ.get(FROM_QUEUE):
         return "The queue takes no code from a folder: if it is yours, start the command in a terminal"
     return None
+
+
+def is_started_by_file() -> bool:
+    """Return whether a described folder, or a job of the browser's queue, has this process started."""
+    return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, deed: str = "starts a program") -> None:

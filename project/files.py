@@ -63,7 +63,7 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import describe_own, write_prompts
+from project.own_commands import describe_length, describe_own, write_prompts
 from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
 from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
 from project.script_facts import ask_script
@@ -456,8 +456,10 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         if choice.kind.has_targets and adapted is not None:
             warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(warning_text))
-    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        lines += describe_own(choice)
+    if choice.kind.makes_adapter:
+        lines += describe_length(choice)
+        if find_origin(choice.content) == REAL:
+            lines += describe_own(choice)
     for folder, reference_folder in choice.content.references.items():
         lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(choice)

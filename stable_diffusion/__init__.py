@@ -38,7 +38,7 @@ network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 released_names: names of released files for parts of folders
 regions: parts of a prompt, each in its own region
-resnets: residual blocks of a U-Net with fewer kernels
+resnets: norms and residual blocks with fewer kernels
 run: from prompts to pictures and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
 sampling_options: options of sampling, and of pictures that begin small

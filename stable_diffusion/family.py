@@ -41,11 +41,10 @@ from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
 from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
-from encoders.tiles import posterior_generator
 from modules.console import quiet
 from modules.devices import dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
-from modules.media.pixels import byte_clips, to_pixels
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
@@ -354,18 +353,16 @@ class StableDiffusion(ModelOfImages):
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
-        self, encoders: MediaEncoders, frames: Tensor, mask: Tensor, key: str
+        self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return a mask and the latents of an image without what it marks, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
-            frames: The image, 1 H W 3 uint8.
-            mask: H W bool; True is repainted.
-            key: Seeds the sample of the posterior.
+            pixels: The image, 1 C H W, -1..1.
+            mask: H W; what is not 0 is repainted.
+            generator: Draws the sample of the posterior.
         """
-        pixels = to_pixels(frames[None])[:, :, 0]
-        generator = posterior_generator(f"{key} masked")
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -381,7 +378,8 @@ class StableDiffusion(ModelOfImages):
         for _ in range(2 if source is not None and source.needs_vae else 1):
             torch.randn(shape, generator=generator)
         pixels, mask = read_image_and_mask(prepared)
-        return {INPAINTING: make_inputs(encoders.vae, pixels, mask, generator, self.latent)[None]}
+        masked = self.encode_masked(encoders, pixels, mask, generator)
+        return {name: tensor[None] for name, tensor in masked.items()}
 
     # files
 

@@ -61,7 +61,7 @@ ALONE: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
-# our own one, likewise; it is imported only if it is chosen
+# our own optimizer of this kind; it is imported only if it is chosen
 OWN_MODULE, OWN_CLASS = "training.optimizers.muon", "MuonWithAdam"
 # end of the class name in lower case -> why it cannot step single weights
 TOGETHER: Mapping[str, str] = {
