@@ -28,6 +28,7 @@ STATES, MASK, IDS, WEIGHTS = "prompt_embeds", "attn_mask", "t5_input_ids", "t5_a
 QWEN3_SMALL = replace(
     QWEN3,
     option="--qwen3",
+    word_key="qwen3_06b",
     files=(
         "qwen_3_06b_base.safetensors of circlestone-labs/Anima, or the folder text_encoder of its diffusers "
         "release,"
@@ -64,7 +65,7 @@ def make_use(maximum: int) -> LanguageUse:
 class AnimaTextEncoder(LanguageModelEncoder):
     """Qwen3 with its final norm; states after a text's end are zeros. T5's tokens have no states."""
 
-    can = EncoderAbilities(learn=True, wait=True, divide=True)
+    can = EncoderAbilities(learn=True, wait=True, divide=True, take_words=True)
     lora_prefix = "lora_te"
 
     def __init__(self, *args: Any, t5_tokenizer: Path | None = None, t5_most: int, **settings: Any) -> None:

@@ -56,7 +56,7 @@ def make_guidance(
 
     Args:
         prepared: The request with all values resolved.
-        options: Options of guidance besides its scale.
+        options: Options of guidance other than its scale.
         experts: `Family.experts`; each has its own guidance scale.
         run: Runs the passes of a step.
 

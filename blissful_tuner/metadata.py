@@ -94,7 +94,7 @@ def output_metadata(
 
 
 def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the guidance scales of the other experts, and the timesteps at which they start."""
+    """Return the guidance scales of all experts but the first, and the timesteps at which they start."""
     values: dict[str, object] = {}
     for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale

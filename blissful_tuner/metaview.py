@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those in folders that can contain metadata, sorted by name."""
+    """Return the files, and the files in folders that can contain metadata, sorted by name."""
     files = []
     for path in paths:
         if not path.is_dir():

@@ -53,7 +53,7 @@ CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
 class GuidanceOptions(Options, title="guidance"):
-    """Options of classifier-free guidance besides its scale."""
+    """Options of classifier-free guidance other than its scale."""
 
     nag: NagOptions
     cfg_skip_mode: str = option(

@@ -79,13 +79,13 @@ class Drawing:
         if self.options.prompt_wildcards is None:
             return unescape(text)
         pieces = []
-        place = 0
+        position = 0
         for match in _WILDCARD.finditer(text):
             key = match[1]
-            pieces.append(self._plain(text[place : match.start()]))
+            pieces.append(self._plain(text[position : match.start()]))
             pieces.append("__" if key is None else self._draw(key, where, keys))
-            place = match.end()
-        return "".join([*pieces, self._plain(text[place:])])
+            position = match.end()
+        return "".join([*pieces, self._plain(text[position:])])
 
     def _plain(self, text: str) -> str:
         return unescape(text) if self.options.prompt_alternatives else text
@@ -112,7 +112,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw each other without end, or too often."""
+        """Raise OptionError if wildcards draw each other endlessly, or too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(

@@ -37,7 +37,7 @@ UNSEEN = 1.05
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check the source of a request; if the number of frames is not given, take that of the source.
+    """Check the source of a request; take its number of frames if the request has none.
 
     Only headers are read, and one frame of a video.
 

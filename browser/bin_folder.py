@@ -42,11 +42,11 @@ class BinFolder:
     def list_entries(self) -> list[BinEntry]:
         """Return the entries of the bin, the newest first."""
         entries = []
-        for place in self.places:
-            if place.is_symlink():
+        for bin_folder in self.places:
+            if bin_folder.is_symlink():
                 continue
             with contextlib.suppress(OSError):
-                entries += [_measure(path) for path in place.iterdir()]
+                entries += [_measure(path) for path in bin_folder.iterdir()]
         return sorted(entries, key=lambda entry: entry.path.name, reverse=True)
 
     def mark(self) -> str:
@@ -67,7 +67,11 @@ class BinFolder:
         plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
         base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
         names = number_names(base_name)  # several may be of the same second
-        name = next(name for name in names if not any(os.path.lexists(place / name) for place in self.places))
+        name = next(
+            name
+            for name in names
+            if not any(os.path.lexists(bin_folder / name) for bin_folder in self.places)
+        )
         used = self.places[0]
         for path in paths:
             used = self._take_one(path, base, name)
@@ -75,16 +79,16 @@ class BinFolder:
 
     def _take_one(self, path: Path, base: Path, name: str) -> Path:
         """Move a file or folder; return the folder of the bin that took it."""
-        for place in self.places:
-            target = _free_name(place / name / path.relative_to(base))
+        for bin_folder in self.places:
+            target = _free_name(bin_folder / name / path.relative_to(base))
             with explain_errors(target):
                 try:
-                    rename_into(path, target, place)
+                    rename_into(path, target, bin_folder)
                 except OSError as error:
                     if error.errno != errno.EXDEV:
                         raise
                 else:
-                    return place
+                    return bin_folder
         raise OutputError(
             say(
                 "%(path)s is on another disk than %(places)s. Delete it by hand",
@@ -97,9 +101,9 @@ class BinFolder:
         """Return the bin's folder on the same disk as a file; the first folder if all are on other disks."""
         with contextlib.suppress(OSError):
             disk = path.lstat().st_dev
-            for place in self.places:
-                if (place if place.exists() else place.parent).stat().st_dev == disk:
-                    return place
+            for bin_folder in self.places:
+                if (bin_folder if bin_folder.exists() else bin_folder.parent).stat().st_dev == disk:
+                    return bin_folder
         return self.places[0]
 
     def empty(self, mark: str) -> int:
@@ -182,7 +186,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _remove_empty(folder: Path, end: Path) -> None:
-    """Remove a folder and those above it, below `end`, while they are empty."""
+    """Remove a folder and its parents below `end`, as long as they are empty."""
     while folder != end and folder.is_relative_to(end):
         try:
             folder.rmdir()

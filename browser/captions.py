@@ -45,12 +45,12 @@ class CaptionText:
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
         decoded = decoded.replace("\r\n", "\n").replace("\r", "\n")
         text = decoded.strip()
-        place = decoded.index(text) if text else 0
+        position = decoded.index(text) if text else 0
         return cls(
             text=text,
             start=start,
-            head=decoded[:place],
-            tail=decoded[place + len(text) :],
+            head=decoded[:position],
+            tail=decoded[position + len(text) :],
             newline=newline,
         )
 
@@ -180,13 +180,15 @@ class Captions:
             before: dict[Path, bytes] = {}
             contents: dict[Path, bytes] = {}
             for edit in edits:
-                now = _read_content(edit.path)
-                if now is not None and mark_bytes(now) == edit.have:
-                    contents[edit.path] = _encode(edit.text, now)
-                    before[edit.path] = now
+                present = _read_content(edit.path)
+                # files that have changed since are left as they are
+                if present is not None and mark_bytes(present) == edit.have:
+                    contents[edit.path] = _encode(edit.text, present)
+                    before[edit.path] = present
             write_files({name_backup(path): content for path, content in before.items()})
 
             def note(path: Path) -> None:
+                """Remember a written file for undoing."""
                 self._first.setdefault(path, before[path])
                 self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(before[path])
                 marks[path] = mark_bytes(contents[path])

@@ -46,8 +46,8 @@ def _add_script_path(words: Sequence[str]) -> list[str]:
         return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MAX_BEFORE]):
+    for index, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(ROOT / script), *words[place + 1 :]]
+            return [*words[:index], str(ROOT / script), *words[index + 1 :]]
     return words

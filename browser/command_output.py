@@ -67,10 +67,10 @@ class OutputLine:
         rest: str = show(self.shown)
         pieces = []
         for name in self.names:
-            place = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
-            if place >= 0:
-                pieces += [LinePiece(rest[:place], is_file=False), LinePiece(name, is_file=True)]
-                rest = rest[place + len(name) :]
+            position = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
+            if position >= 0:
+                pieces += [LinePiece(rest[:position], is_file=False), LinePiece(name, is_file=True)]
+                rest = rest[position + len(name) :]
         return [*pieces, LinePiece(rest, is_file=False)]
 
     @property
@@ -156,9 +156,9 @@ def _find_full(name: str, text: str) -> int:
 def read_changes(job: Job | None) -> list[str]:
     """Return the lines that list changes to files, as `new --dry_run` prints them."""
     lines = [] if job is None else job.last_lines(MAX_LINES).splitlines()
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         if DIFF.match(line):
-            return lines[place:]
+            return lines[index:]
     return []
 
 

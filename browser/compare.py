@@ -33,7 +33,7 @@ from modules.text_files import read_text, real_path
 from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
-from training.reports.scores import select_file
+from training.reports.scores import find_best_file
 from training.reports.sections import SAMPLES
 
 MAX_COLUMNS = 24
@@ -111,7 +111,8 @@ class ComparableRun:
         """Saved files that still exist, sorted by step. Of several with equal weights, only one is listed."""
         folder = self.run.history.parent
         story = self.story
-        best = select_file(folder, self.run.name, story)
+        best = find_best_file(folder, self.run.name, story)
+        best_name = None if best is None else best.name
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
@@ -132,7 +133,7 @@ class ComparableRun:
                 paths=paths,
                 step=step,
                 loss=None if validation is None else validation[1],
-                is_best=best in (high_noise_name, *names),
+                is_best=best_name in (high_noise_name, *names),
                 twins=names[1:],
             )
             files.append(file)
@@ -240,10 +241,10 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
         except ValueError:  # an edited history
             continue
         # behind python, or behind a launcher with its options
-        for place, word in enumerate(words[:MAX_BEFORE]):
+        for index, word in enumerate(words[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
-                yield _TypedCommand(command.bash, script, words[place + 1 :], missing)
+                yield _TypedCommand(command.bash, script, words[index + 1 :], missing)
                 break
 
 
@@ -344,8 +345,8 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
     chosen = [file for file in files if file.key in keys]
     if chosen:
         return chosen
-    place = next((index for index, file in enumerate(files) if file.is_best), len(files) - 1)
-    return files[max(0, place - 1) :][:2]
+    best_index = next((index for index, file in enumerate(files) if file.is_best), len(files) - 1)
+    return files[max(0, best_index - 1) :][:2]
 
 
 def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:

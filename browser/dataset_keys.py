@@ -27,7 +27,9 @@ MAX_IN_BATCH = 1024
 def _list_options() -> Mapping[str, str]:
     """Return the key of dataset.toml that replaces each option of a training, by the option's name."""
     keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
-    return {option_name(one): keys.get(option_name(one), "") for one in dataclasses.fields(SubsetOptions)}
+    return {
+        option_name(field): keys.get(option_name(field), "") for field in dataclasses.fields(SubsetOptions)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class DatasetKeys:
     def tables(self) -> list[Mapping[str, Any]]:
         """Tables `[[datasets]]` of the file; entries that are not tables are left out."""
         entries = self.content.get("datasets")
-        return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+        return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
     @property
     def has_subsets(self) -> bool:
@@ -75,8 +77,8 @@ class DatasetKeys:
         if key in self._read_general():
             return True
         missing = [table for table in self.tables if key not in table]
-        subsets = [one for table in missing for one in _list_subsets(table)]
-        return all(_list_subsets(table) for table in missing) and all(key in one for one in subsets)
+        subsets = [subset for table in missing for subset in _list_subsets(table)]
+        return all(_list_subsets(table) for table in missing) and all(key in subset for subset in subsets)
 
     def _read_general(self) -> Mapping[str, Any]:
         general = self.content.get(GENERAL)
@@ -94,7 +96,7 @@ class DatasetKeys:
 
 def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     subsets = table.get("subsets")
-    return [one for one in subsets if isinstance(one, dict)] if isinstance(subsets, list) else []
+    return [subset for subset in subsets if isinstance(subset, dict)] if isinstance(subsets, list) else []
 
 
 def read_batch_field(text: str) -> int:

@@ -238,8 +238,8 @@ class DatasetPages:
                 if states["text"][0] == "valid":
                     states["text"] = ("stale", say("the caption has changed since: cache the captions again"))
         images = [
-            {"name": Path(part["path"]).name, "address": self.address(dataset, id, number, part)}
-            for number, part in enumerate(file["parts"])
+            {"name": Path(part["path"]).name, "address": self.address(dataset, id, index, part)}
+            for index, part in enumerate(file["parts"])
         ]
         return {
             "id": id,
@@ -254,10 +254,10 @@ class DatasetPages:
 
         Returns None if the file may not be shown, or if it is in an archive at an unknown offset.
         """
-        place = Path(part.get("in", part["path"]))
-        if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
+        file_path = Path(part.get("in", part["path"]))
+        if not self.datasets.is_open(dataset, file_path) or ("in" in part and "offset" not in part):
             return None
-        return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}")
+        return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{file_path.stat().st_mtime_ns}")
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
         """Return the current caption of a file, and the reason if it cannot be edited on this page."""
@@ -459,13 +459,13 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         return answer
 
-    place = "/dataset/{id}"
+    address = "/dataset/{id}"
     return [
         Route("/datasets", pages.show_list),
-        Route(f"{place}/", find(pages.show_page)),
-        Route(f"{place}/first", find(pages.show_first)),
-        Route(f"{place}/items", find(pages.show_items)),
-        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_image)),
-        Route(f"{place}/measure", answer_body(find(pages.write)), methods=["POST"]),
-        Route(f"{place}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
+        Route(f"{address}/", find(pages.show_page)),
+        Route(f"{address}/first", find(pages.show_first)),
+        Route(f"{address}/items", find(pages.show_items)),
+        Route(f"{address}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_image)),
+        Route(f"{address}/measure", answer_body(find(pages.write)), methods=["POST"]),
+        Route(f"{address}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
     ]

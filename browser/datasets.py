@@ -342,8 +342,8 @@ class Datasets:
         if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
             return [dataset.path.parent]
-        places = [place for place in dataset.places() if not self.is_open(dataset, place)]
-        return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
+        paths = [path for path in dataset.places() if not self.is_open(dataset, path)]
+        return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
     def measure(self, dataset: FoundDataset) -> Measured:
         """Return the measurements of a dataset; start a new one if its files have changed.
@@ -382,11 +382,11 @@ class Datasets:
     def mark(self, dataset: FoundDataset) -> object:
         """Return a value that changes whenever files of a dataset change. Raises as `FoundDataset.places`."""
         marks: list[object] = []
-        for place in (dataset.path, *dataset.places()):
+        for path in (dataset.path, *dataset.places()):
             with contextlib.suppress(OSError):
-                status = place.stat()
-                size = status.st_size if place.is_file() else 0
-                marks.append((str(place), status.st_mtime_ns, size))
+                status = path.stat()
+                size = status.st_size if path.is_file() else 0
+                marks.append((str(path), status.st_mtime_ns, size))
         return marks
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:

@@ -87,7 +87,7 @@ def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> RunSummary | None:
-    """Return the latest finished run whose steps are as long as those of a described folder."""
+    """Return the latest finished run whose steps take as long as the steps of a described folder."""
     network = Path(str(described.values.get("dit", ""))).name
     sizes = _read_sizes(described.folder / DATASET_FILE)
     if not network or sizes is None:

@@ -29,7 +29,7 @@ def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
     and neighbors whose name begins with theirs, such as `clips-pack.zip` next to `clips`.
     """
     missing = real_path(path)
-    return any(_is_related(real_path(place), missing) for job in jobs for place in _list_places(job))
+    return any(_is_related(real_path(made_path), missing) for job in jobs for made_path in _list_places(job))
 
 
 def _is_related(place: Path, missing: Path) -> bool:
@@ -60,8 +60,8 @@ def _list_named_places(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def _list_quoted(file: Path) -> list[str]:
-    found = QUOTED.findall(read_text(file, MAX_OF_SETTINGS))
-    return [double.replace("\\\\", "\\") or single for double, single in found if double or single]
+    quoted = QUOTED.findall(read_text(file, MAX_OF_SETTINGS))
+    return [double.replace("\\\\", "\\") or single for double, single in quoted if double or single]
 
 
 def _list_default_values(script: Path) -> list[str]:

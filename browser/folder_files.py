@@ -114,10 +114,10 @@ class LeftOut:
     def place(self, folder: Path) -> Path:
         """Return the folder that takes a folder's left-out files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
-        place = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
-        if os.path.normcase(real_path(place)) != os.path.normcase(place):
-            raise OutputError(f"{place} is a link, or below one. Remove the link")
-        return place
+        left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
+        if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):
+            raise OutputError(f"{left_out_folder} is a link, or below one. Remove the link")
+        return left_out_folder
 
     def list_names(self, folder: Path) -> list[str]:
         """Return the names of a folder's left-out files; empty if they cannot be read."""
@@ -132,10 +132,10 @@ class LeftOut:
 
     def put_back(self, folder: Path, name: str) -> None:
         """Move a left-out file back into its folder. Raises UserError if that fails."""
-        place = self.place(folder)
-        self._move(place, folder, name)
+        left_out_folder = self.place(folder)
+        self._move(left_out_folder, folder, name)
         with contextlib.suppress(OSError):  # there are more
-            place.rmdir()
+            left_out_folder.rmdir()
 
     def _move(self, start: Path, target: Path, name: str) -> None:
         """Move a file and its captions, unless the target already has files of these names."""

@@ -267,7 +267,7 @@ def read_chosen(lines: str) -> str | None:
 
 @dataclass(frozen=True)
 class SettingsView:
-    """Values that the template shows."""
+    """Values of the settings for the template."""
 
     folder: Path
     files: Mapping[str, DraftFile]

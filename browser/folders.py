@@ -38,7 +38,7 @@ NOT_MEDIA = re.compile(
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Row of the list of folders: counts of a folder's files, without those of its subfolders."""
+    """Row of the list of folders: counts of a folder's files, without its subfolders."""
 
     path: Path
     pictures: int
@@ -160,19 +160,19 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     inside = folder / INSIDE
     inner = _read_inner(folder)
     inner_of_trainers = [*([] if PARTS.fullmatch(folder.name) else inner), *_read_inner(inside)]
-    has_names = any(OF_TRAINERS.fullmatch(one.path.name) for one in inner_of_trainers)
+    has_names = any(OF_TRAINERS.fullmatch(subfolder.path.name) for subfolder in inner_of_trainers)
     if not has_names and not is_described(folder):
         return None
-    inner = list({one.path: one for one in (*inner, *inner_of_trainers)}.values())
+    inner = list({subfolder.path: subfolder for subfolder in (*inner, *inner_of_trainers)}.values())
     if not inner:
         return None
     return MediaFolder(
         path=folder,
-        pictures=sum(one.pictures for one in inner),
-        clips=sum(one.clips for one in inner),
-        audios=sum(one.audios for one in inner),
-        uncaptioned=sum(one.uncaptioned for one in inner),
-        first=next((one.first for one in inner if one.first is not None), None),
+        pictures=sum(subfolder.pictures for subfolder in inner),
+        clips=sum(subfolder.clips for subfolder in inner),
+        audios=sum(subfolder.audios for subfolder in inner),
+        uncaptioned=sum(subfolder.uncaptioned for subfolder in inner),
+        first=next((subfolder.first for subfolder in inner if subfolder.first is not None), None),
         is_described=is_described(folder),
         inner=len(inner),
     )

@@ -561,10 +561,10 @@ class GeneratePages:
             tags = read_file_tags(path, Path(name).suffix)
         finally:
             path.unlink(missing_ok=True)
-        found = read_dropped_settings(tags)
-        form = self.fill_form(found)
+        settings = read_dropped_settings(tags)
+        form = self.fill_form(settings)
         draft = self.drafts.new_name()
-        note = [show(self.describe_filling(found, form))]  # in the language of who has dropped it
+        note = [show(self.describe_filling(settings, form))]  # in the language of who has dropped it
         self.drafts.write(draft, {**form.as_fields(), "note": note})
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
@@ -738,7 +738,7 @@ def select_seeds(form: GenerateForm) -> list[str]:
             )
         )
     first = int(seed) if seed else secrets.randbits(SEED_BITS)
-    return [str(first + place) for place in range(int(count))]
+    return [str(first + index) for index in range(int(count))]
 
 
 def generate_routes(site: Site) -> list[Route]:

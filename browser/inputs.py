@@ -41,8 +41,8 @@ class InputFolder:
         """
         path = temporary_name(self.folder / "input")
         reject_writing(path)
-        place = self.folder / (clean_name(name) or "input")
-        with explain_errors(place):
+        target = self.folder / (clean_name(name) or "input")
+        with explain_errors(target):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MAX_FILES:
                 raise OptionError(
@@ -53,7 +53,7 @@ class InputFolder:
                     )
                 )
             remove_leftovers(self.folder)
-            check_space(place, 1)
+            check_space(target, 1)
             try:
                 await write_arriving(chunks, path, "It", MAX_BYTES)
             except BaseException:
@@ -81,7 +81,7 @@ class InputFolder:
 
 
 def clean_name(name: str) -> str:
-    """Return the name of a file without folders."""
+    """Return the last part of a file's path."""
     return re.split(r"[\\/]", name)[-1]
 
 

@@ -497,11 +497,14 @@ class JobQueue:
                 self._remember(book.count_waiting(), before)
 
     def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Remember the waiting jobs that the user knows.
+        """Remember the waiting jobs that the user knows about.
 
-        These are the jobs that were added with a button, and the jobs that came into the text file while a
-        queue ran that the user had started. `before` and `waiting` are counts of `_Book.count_waiting` before
-        and after a change.
+        The user knows about jobs added with a button, and about lines added to the text file while a queue
+        runs that the user has started.
+
+        Args:
+            waiting: Result of `_Book.count_waiting` after a change.
+            before: The same before the change.
         """
         known = recall_queue(self.folder)
         earlier = KnownQueue(is_open=False, jobs=Counter()) if known is None else known
@@ -574,10 +577,10 @@ class JobQueue:
             ended = [job for job in equal_jobs if job.state in ENDED]
             book.jobs += ended[:surplus]
             unmatched[line] = [job for job in equal_jobs if job not in book.jobs]
-        for place, line in lines.items():
+        for index, line in lines.items():
             candidates = unmatched[line]
             job = candidates.pop(0) if candidates else self._new_job(book, line, _find_line_folder(line))
-            job.place = place
+            job.place = index
             book.jobs.append(job)
         running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
         book.jobs[:0] = running
@@ -593,10 +596,10 @@ class JobQueue:
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
     """Return the command lines of the text file, by their index among its entries."""
     lines = {}
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         line = entry.strip()
         if line and not line.startswith("#"):
-            lines[place] = line
+            lines[index] = line
     return lines
 
 
@@ -635,7 +638,7 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def _find_line_folder(line: str) -> Path:
-    """Return the folder in which a line of the text file runs: that of its `cd`, or the working folder."""
+    """Return the folder in which a line of the text file runs: the one in its `cd`, or the working folder."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()
@@ -649,8 +652,8 @@ def _find_line_folder(line: str) -> Path:
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first root. Raises OutputError if its folder is a link."""
     folder = runs.tops[0] / FOLDER
-    for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
-        reject_link(place)
+    for subfolder in (folder, folder / LOGS, folder / RENDER_FOLDER):
+        reject_link(subfolder)
     return JobQueue(folder, read_only)
 
 

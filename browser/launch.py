@@ -321,7 +321,7 @@ def check_options(
 
 
 def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
-    """Return a job's command as `check_options` takes it for earlier jobs; None if it would be rejected."""
+    """Return a job's command for the argument `earlier` of `check_options`; None if it would be rejected."""
     with contextlib.suppress(OptionError):
         command, _ = find_program(words, folder)
         return EarlierJob(command.path.relative_to(ROOT), words, folder)
@@ -403,7 +403,7 @@ def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[E
     Whether it is described is checked when the job starts, because a job before it may describe it.
     """
     script = next(
-        place for place, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
+        index for index, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
     )
     described = "".join(words[script + 1 : script + 2])
     is_typed = described != "" and not described.startswith("-")
@@ -504,7 +504,7 @@ def interrupt_processes(number: int) -> None:
 
 
 def kill_processes(number: int) -> None:
-    """Kill a job and all processes that it has started, also those in other process groups."""
+    """Kill a job and all processes that it has started, even in other process groups."""
     with contextlib.suppress(psutil.NoSuchProcess):
         leader = psutil.Process(number)
         for process in [leader, *leader.children(recursive=True)]:

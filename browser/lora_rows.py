@@ -149,8 +149,8 @@ class RunLoras:
             for row in run_rows if family == recipe.family else ():
                 named = row.for_recipe(recipe)
                 rows[_complete_path(recipe, named.path)] = named
-        taken = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
-        return [row for path, row in rows.items() if path not in taken]
+        listed_paths = {_complete_path(recipe, row.high_path) for row in rows.values() if row.high_path}
+        return [row for path, row in rows.items() if path not in listed_paths]
 
     def list_foreign_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs of runs that the model of a recipe cannot take."""
@@ -194,10 +194,10 @@ def _find_other_networks(source: ComparableRun) -> set[str] | None:
 
 def list_downloaded(folders: Iterable[Path]) -> list[Path]:
     """Return the files in the subfolders `loras` of the given folders, sorted by name."""
-    found: list[Path] = []
+    files: list[Path] = []
     for folder in folders:
-        found += sorted((folder / FOLDER).glob("*.safetensors"))
-    return found[:MAX_FILES]
+        files += sorted((folder / FOLDER).glob("*.safetensors"))
+    return files[:MAX_FILES]
 
 
 def _complete_path(recipe: ModelRecipe, path: str) -> str:
@@ -234,8 +234,8 @@ def check_family(path: Path, family: str) -> None:
     trained_on = read_family(texts)
     if trained_on is None:
         return
-    taken = {name for names in families_of_scripts(family) for name in (names.name, *names.takes)}
-    if trained_on.name not in taken:
+    names_of_family = {name for names in families_of_scripts(family) for name in (names.name, *names.takes)}
+    if trained_on.name not in names_of_family:
         raise OptionError(
             say(
                 "%(name)s is a LoRA of %(name2)s, not of %(family)s.",

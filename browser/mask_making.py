@@ -110,9 +110,10 @@ class MaskMakingPages:
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
-            lines = [format_command(self.make_words(folder, texts, tries), folder) for tries in (True, False)]
-        except OptionError as error:
-            lines = [str(error)] * 2
+            dry_run = format_command(self.make_words(folder, texts, tries=True), folder)
+            lines = [dry_run, format_command(self.make_words(folder, texts, tries=False), folder)]
+        except OptionError as error:  # shown at both buttons
+            lines = [str(error), str(error)]
         finder = texts.get("finder", WORDS)
         return {
             "model": self.find_model(finder),
@@ -206,8 +207,8 @@ class MaskMakingPages:
             elif not self.tool.press(folder, what, make_words):
                 return answer_unknown()
         except ChangedMeanwhileError:
-            said = say("dataset.toml has changed meanwhile: press it again.")
-            return self.answer(folder, fields, "progress", refused=said)
+            message = say("dataset.toml has changed meanwhile: press it again.")
+            return self.answer(folder, fields, "progress", refused=message)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, "progress", refused=str(error))
         return self.answer(folder, fields, "progress")

@@ -183,7 +183,7 @@ class MaskPages:
             return answer_json({"error": error or NOT_FOUND}, status if error else 404)
         try:
             places = self.review.places(folder)
-            at = [one.medium for one in places].index(place.medium)
+            at = [mask_place.medium for mask_place in places].index(place.medium)
             return answer_json(self.make_item(folder, places, at, error), status)
         except (UserError, OSError, ValueError) as problem:  # it is gone
             return answer_json({"error": error or str(problem)}, max(status, 404))

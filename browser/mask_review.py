@@ -272,10 +272,10 @@ def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[
     if place.kind == "image":
         return [(0, reduce_frame(first_frame(place.medium), LARGEST_SIDE))]
     shots = []
-    for number, frame in enumerate(video_frames(place.medium)):
-        if number in numbers:
-            shots.append((number, reduce_frame(frame, LARGEST_SIDE)))
-        if number >= numbers[-1]:
+    for index, frame in enumerate(video_frames(place.medium)):
+        if index in numbers:
+            shots.append((index, reduce_frame(frame, LARGEST_SIDE)))
+        if index >= numbers[-1]:
             break
     return shots
 

@@ -106,7 +106,7 @@ def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:
     tables = list(entries) if isinstance(entries, list) else []
     for table in tables:
         subsets = table.get("subsets") if isinstance(table, dict) else None
-        for one in (table, *(subsets if isinstance(subsets, list) else ())):
-            media = [one.get(key) for key in MEDIA_KEYS] if isinstance(one, dict) else []
+        for inner_table in (table, *(subsets if isinstance(subsets, list) else ())):
+            media = [inner_table.get(key) for key in MEDIA_KEYS] if isinstance(inner_table, dict) else []
             if any(isinstance(text, str) and real_path(base / text) == folder for text in media):
-                yield one
+                yield inner_table

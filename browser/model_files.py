@@ -249,17 +249,14 @@ class UnknownFile:
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
     """Return files that belong to no part, the largest first, at most MAX_FILES."""
-    names = {
-        file.name
-        for in_fp8 in (False, True)
-        for model in model_sets(in_fp8)
-        for component in model.components
-        for file in component.files
-    }
+    known_names = set()
+    for model in (*model_sets(), *model_sets(fp8_encoders=True)):
+        for component in model.components:
+            known_names |= {file.name for file in component.files}
     files = []
     for path in _walk(models, DEEPEST):
         inner = path.relative_to(models)
-        if inner.as_posix() in names or path.name.startswith("."):
+        if inner.as_posix() in known_names or path.name.startswith("."):
             continue
         size = _read_size(path)
         if size is not None:

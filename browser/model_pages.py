@@ -100,7 +100,7 @@ class ModelPages:
                 task=chosen.task,
             )
         on_disk = list_parts_on_disk(models, known)
-        places = [place / moved for place in open_bin(site).places]
+        bin_folders = [bin_folder / moved for bin_folder in open_bin(site).places]
         values = {
             "tasks": tasks,
             "memory": find_memory(),
@@ -122,7 +122,7 @@ class ModelPages:
             "unverified": UNVERIFIED,
             "models": models.absolute(),
             "bin": site.runs.tops[0] / BIN,
-            "moved": next((place for place in places if moved and place.is_dir()), ""),
+            "moved": next((bin_folder for bin_folder in bin_folders if moved and bin_folder.is_dir()), ""),
             "free": self.describe_free(),
             "login": describe_login(),
             "can_write": not site.read_only,

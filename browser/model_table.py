@@ -64,9 +64,9 @@ def describe_kind(model: ModelSet) -> str:
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_hear = model.data.get("sound_alone") and "without sound" not in model.about
-    hears = may_hear or "with sound" in model.about
-    return say("clips and sound") if hears else say("clips")
+    may_have_audio = model.data.get("sound_alone") and "without audio" not in model.about
+    has_audio = may_have_audio or "with audio" in model.about
+    return say("clips and sound") if has_audio else say("clips")
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
@@ -112,7 +112,13 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     ranked.sort(key=lambda entry: entry[:2])
     num_suggested = 0 if content is None else SUGGESTED
     suggested = [replace(row, is_suggested=True) for _, _, row in ranked[:num_suggested]]
-    rest = sorted(ranked[num_suggested:], key=lambda entry: (entry[0][0], entry[2].model.title.lower()))
+
+    def order_rest(entry: tuple[tuple[bool, bool, bool, int], int, ModelRow]) -> tuple[bool, str]:
+        """Sort by whether a model suits the folder, the first item of its rank, and then by title."""
+        rank, _, row = entry
+        return rank[0], row.model.title.lower()
+
+    rest = sorted(ranked[num_suggested:], key=order_rest)
     return [*suggested, *(row for _, _, row in rest)]
 
 

@@ -202,8 +202,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         """Return the page for the form in the query.
 
-        A query with only a folder is filled from the folder's files. If the files have changed since the page
-        with this form was made, the form shows the files and says so.
+        If the query has only a folder, the form is filled from the folder's files. If the files have changed
+        since the page was built, the form shows the files, with a message.
         """
         query = read_query(request)
         form = NewForm.of_fields(query)
@@ -464,7 +464,9 @@ class NewPages:
         queue = site.queue.now()
         job = captioning = None
         if folder is not None:
-            job = newest_job([one for one in queue.jobs if is_run_of_folder(one, folder)])
+            job = newest_job(
+                [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
+            )
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
         busy = [
             background is not None and background.state == RUNNING for background in background_jobs.values()

@@ -37,7 +37,7 @@ def read_tables(config: Path) -> list[Mapping[str, Any]]:
         if isinstance(table, dict):
             subsets = table.get("subsets")
             inner = subsets if isinstance(subsets, list) else []
-            found += [table, *(one for one in inner if isinstance(one, dict))]
+            found += [table, *(subset for subset in inner if isinstance(subset, dict))]
     return found
 
 
@@ -66,7 +66,7 @@ def require_inside(runs: Runs, folder: Path) -> None:
     path = folder / DATASET_FILE
     if not path.is_file():
         raise OptionError(say("It is not prepared yet: press Prepare first."))
-    outside = [place for place in find_places(path, folder) if not runs.is_below(place)]
+    outside = [named_path for named_path in find_places(path, folder) if not runs.is_below(named_path)]
     if outside:
         raise OptionError(
             say(

@@ -48,9 +48,9 @@ def read_texts(code: str) -> Mapping[str, str]:
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: that of its page, of the cookie, or the browser's first with a table.
+    """Return the language of a request: of its page, of the cookie, or the first known one of the browser.
 
-    Parts that a page asks for again stay in its own language when another tab has changed the cookie.
+    Parts that a page requests later keep its language, even if another tab has changed the cookie.
     """
     of_page = request.headers.get(HEADER, "")
     code = of_page if of_page in CODES else _read_cookie(request)
@@ -79,15 +79,15 @@ def _name_cookie(request: Request) -> str:
 
 def find_accepted(header: str) -> str:
     """Return the code of the supported language that a browser prefers. `header` is its Accept-Language."""
-    wanted = []
+    languages = []
     for part in header.split(","):
         name, _, parameter = part.partition(";")
         weight = _read_weight(parameter)
         code = name.strip().lower().partition("-")[0]
         if code in CODES and weight > 0:
-            wanted.append((weight, code))
+            languages.append((weight, code))
     # the first one among equal weights
-    return max(wanted, key=lambda one: one[0])[1] if wanted else CODES[0]
+    return max(languages, key=lambda one: one[0])[1] if languages else CODES[0]
 
 
 def _read_weight(parameter: str) -> float:

@@ -34,7 +34,7 @@ def serving_below(root: str) -> Iterator[None]:
 
 
 def find_port(scope: Mapping[str, Any]) -> int:
-    """Return the port at which this server received a request, whatever the request says; 0 if unknown."""
+    """Return the port at which this server received a request, not the one in its headers; 0 if unknown."""
     _, port = scope.get("server") or ("", None)
     return port or 0
 

@@ -46,7 +46,7 @@ def read_permissions(folder: Path) -> list[Permission]:
         ValueError: If run.toml is not TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
-    found = [
+    permissions = [
         *_list_writing(folder, tables),
         *_list_caches(folder),
         *_list_sending(tables),
@@ -54,17 +54,17 @@ def read_permissions(folder: Path) -> list[Permission]:
         *_list_starting(tables),
         *_list_commands(tables),
     ]
-    found.sort(key=lambda permission: not permission.is_unusual)
-    hidden = found[MAX_LINES:]
+    permissions.sort(key=lambda permission: not permission.is_unusual)
+    hidden = permissions[MAX_LINES:]
     if not hidden:
-        return found
+        return permissions
     num_unusual = sum(permission.is_unusual for permission in hidden)
     text = say(
         "and %(n)s more that are not listed, %(num_unusual)s of them unusual: read the files",
         n=f"{len(hidden):,}",
         num_unusual=f"{num_unusual:,}",
     )
-    return [*found[:MAX_LINES], Permission(text, is_unusual=num_unusual > 0)]
+    return [*permissions[:MAX_LINES], Permission(text, is_unusual=num_unusual > 0)]
 
 
 def read_shown_text(path: Path) -> str:
@@ -85,18 +85,18 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _describe_place(folder: Path, option: str, text: str) -> Permission:
     try:
         reject_share(text, folder)
-        place = real_path(expand_path(text, folder))
+        real = real_path(expand_path(text, folder))
     except ValueError as error:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
-    if place.is_relative_to(folder):
-        return Permission(say("writes into %(place)s", place=place))
+    if real.is_relative_to(folder):
+        return Permission(say("writes into %(place)s", place=real))
     allowing = ALLOWED_BY.get(option, ANY)
     note = say(
         "outside of %(folder)s: `run` refuses it unless --%(allowing)s is typed",
         folder=folder,
         allowing=allowing,
     )
-    return Permission(say("writes into %(place)s", place=place), note=note, is_unusual=True)
+    return Permission(say("writes into %(place)s", place=real), note=note, is_unusual=True)
 
 
 def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permission]:

@@ -329,7 +329,7 @@ COMMANDS = (
     say("Fill in %(names)s first: the run does not know this."),
     say("%(name)s is not saved yet."),
     say("%(name)s is not there any more: %(other)s takes its place."),
-    say("%(name)s is not the best file by its scores: %(other)s takes its place."),
+    say("%(name)s is not the best file: %(other)s takes its place."),
 )
 SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
 # errors that end a run; of several lines, the first
@@ -386,7 +386,7 @@ def translate_reason(text: str) -> str:
 
 def translate_command(command: PageCommand) -> PageCommand:
     """Return a command of a history with its title and the known sentences below it as translatable texts."""
-    sentences = [_find(one, COMMANDS) or one for one in SENTENCE_END.split(command.note)]
+    sentences = [_find(sentence, COMMANDS) or sentence for sentence in SENTENCE_END.split(command.note)]
     title = _find(command.title, COMMANDS) or command.title
     return replace(command, title=title, note=join(" ", sentences))
 
@@ -426,7 +426,7 @@ def _find_part(name: str, value: str) -> str:
     if name in OF_CATALOGUE:
         return Words(value, value, {})
     if name == "kinds":  # of files that are not read
-        return join("; ", [_find(one, (UNREAD_FILES,)) or one for one in value.split("; ")])
+        return join("; ", [_find(part, (UNREAD_FILES,)) or part for part in value.split("; ")])
     parts = (*REASONS, *PARTS_OF_CHECKS, *PARTS)
     return _find(value, (*FILE_KINDS, *parts) if name in OF_FILES else parts) or value
 

@@ -67,14 +67,14 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     """
     if "line" in query:
         return Draft(query["line"], runs.find(query.get("run", "")))
-    place = query.get("command", "")
-    if not NUMBER.fullmatch(place):
+    index_text = query.get("command", "")
+    if not NUMBER.fullmatch(index_text):
         return Draft()
     run = runs.find(query.get("run", ""))
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(place) :]
+        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

@@ -330,8 +330,8 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     paths = {}  # by the place that the command has for a file, such as {dit}
     for part in model.components:
         if part.option:
-            place = part.option.lstrip("-")
-            paths[f"{{{place}}}"] = part.path
+            placeholder = part.option.lstrip("-")
+            paths[f"{{{placeholder}}}"] = part.path
     options: dict[str, list[str]] = {}
     needed = []
     for name, texts in group_options(words).items():

@@ -111,9 +111,9 @@ class SettingsCache:
         """Read files for at most `seconds`, and return how many are still to be read."""
         end = time.monotonic() + seconds
         unread = [result for result in results if self.find_read(result) is None]
-        for place, result in enumerate(unread):
+        for index, result in enumerate(unread):
             if time.monotonic() > end:
-                return len(unread) - place
+                return len(unread) - index
             self.get(result)
         return 0
 
@@ -436,7 +436,7 @@ class ResultPages:
         return answer_json(answer)
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results read so far, each as value and text of a choice: its title."""
+        """Return the models of all results read so far, as values and titles of a drop-down list."""
         titles = set()
         for result in results:
             read = self.cache.find_read(result)
@@ -568,7 +568,11 @@ class ResultPages:
         """Answer with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
-        paths = {} if result is None else {str(one): path for one, path in enumerate(result.layers)}
+        paths = (
+            {}
+            if result is None
+            else {str(layer_index): path for layer_index, path in enumerate(result.layers)}
+        )
         path = paths.get(index)
         if path is None or path.is_symlink() or not path.is_file():
             return answer_not_found()

@@ -192,7 +192,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
             values[name] = text.replace("\\n", "\n")  # as metadata of one line have a line break
     return ResultSettings(
         values=values,
-        loras=[loras[place] for place in sorted(loras)],
+        loras=[loras[key] for key in sorted(loras)],
         done=[done[number] for number in sorted(done)],
     )
 

@@ -97,7 +97,7 @@ class MakingCommand:
 
     def find_index(self, flags: Sequence[str]) -> int:
         """Return the index of the word after the first of these options; 0 if the command has none."""
-        return next((place for place, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
+        return next((index for index, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
 
     def read(self, index: int) -> str:
         """Return the text of a field; "" for a placeholder that the user has to replace."""
@@ -275,10 +275,10 @@ class RunButtons:
         command = self.find_resuming(run)
         if command is None:
             return actions
-        place, page_command = command
+        index, page_command = command
         typed = f"{format_cd(run.working_folder)}{page_command.bash}"
         if not run.is_of_here:
-            return replace(actions, read_line=f"/queue?run={run.id}&command={place}#words")
+            return replace(actions, read_line=f"/queue?run={run.id}&command={index}#words")
         if shown.state.name != FINISHED:
             actions = replace(actions, start=typed)
         if STEPS_OPTION in page_command.bash:
@@ -324,11 +324,11 @@ class RunButtons:
         """Return the history's command that generates with the run's file; None if it has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = present_commands(self.site.runs.open(run).story, run.history.parent)
-            for place, command in enumerate(commands):
+            for index, command in enumerate(commands):
                 if command.title == GENERATE:
                     words = split_words(command_part(command.bash))
                     find_program(words, Path.cwd())
-                    making = MakingCommand(place, words, run.is_of_here, split_words(command.missing))
+                    making = MakingCommand(index, words, run.is_of_here, split_words(command.missing))
                     folder = working_folder(run, group_options(words))
                     if making.control_index and self.site.runs.is_below(folder):
                         return replace(making, pictures=list_images(folder))
@@ -362,12 +362,12 @@ class RunButtons:
     def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
         """Return the history's command that continues its run, with its index; None if there is none."""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            for place, command in enumerate(
+            for index, command in enumerate(
                 present_commands(self.site.runs.open(run).story, run.history.parent, run.name)
             ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:
-                    return place, command
+                    return index, command
         return None
 
     def find_prompts(self, shown: ShownRun) -> Path | None:
@@ -382,8 +382,8 @@ class RunButtons:
                 path = expand_path(text, run.working_folder) if text else None
         if path is None or path.suffix.lower() not in PROMPT_FILES:
             return None
-        place = path if path.exists() or path.is_symlink() else path.parent
-        return path if self.site.runs.is_below(place) else None
+        existing_path = path if path.exists() or path.is_symlink() else path.parent
+        return path if self.site.runs.is_below(existing_path) else None
 
     # ---- parts of the page
 
@@ -502,7 +502,7 @@ class RunButtons:
         if not paths:
             raise OptionError(say("It has no files that can be removed."))
         sizes = {path: measure_size(path) for path in paths}
-        place = self.bin_folder.find_place(paths[0])
+        bin_folder = self.bin_folder.find_place(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, as_size(sizes[path])) for path in paths[:MAX_LISTED]],
@@ -510,8 +510,8 @@ class RunButtons:
             "count": counted(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
-            "bin": place,
-            "command": format_move(paths, place / name) if len(paths) <= MAX_LISTED else "",
+            "bin": bin_folder,
+            "command": format_move(paths, bin_folder / name) if len(paths) <= MAX_LISTED else "",
             "is_draft": not shown.summary.history.exists(),
         }
 
@@ -633,8 +633,8 @@ class RunButtons:
         for words, folder in read_jobs(page_command.bash, run):
             changed = [*words]
             if steps:
-                place = changed.index(STEPS_OPTION) + 1
-                changed[place] = str(steps)
+                index = changed.index(STEPS_OPTION) + 1
+                changed[index] = str(steps)
             jobs.append((changed, folder))
         self.tracked_runs.add_jobs(jobs)
 

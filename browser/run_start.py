@@ -289,28 +289,32 @@ class TrackedRuns:
     def list_all(self) -> list[ShownRun]:
         """Return all runs and drafts with their states, the newest first."""
         with self.runs.lock:
-            found = {run.history: run for run in self.runs.list_all()}
+            runs_by_history = {run.history: run for run in self.runs.list_all()}
             plans = self.list_plans()
         jobs = self._list_jobs()
         by_folder = group_jobs(jobs)
         waiting = self._list_waiting(jobs)
         shown = []
         for plan in plans:
-            run = found.pop(plan.history, None)
-            trace = found.pop(plan.trace, None)
+            run = runs_by_history.pop(plan.history, None)
+            trace = runs_by_history.pop(plan.trace, None)
             shown.append(self._show(plan, run, trace, by_folder.get(plan.folder, ()), waiting))
-        shown += [ShownRun(run, read_run_state(run)) for run in found.values()]
+        shown += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(shown, key=lambda one: -one.summary.changed)
 
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""
         with self.runs.lock:
-            found = self.runs.list_all()
+            runs = self.runs.list_all()
             plan = next((plan for plan in self.list_plans() if plan.id == id), None)
-            run = next((one for one in found if one.id == id), None) or self.runs.find(id)
+            run = next(
+                (run_or_draft for run_or_draft in runs if run_or_draft.id == id), None
+            ) or self.runs.find(id)
             trace = None
             if plan is not None:
-                trace = next((one for one in found if one.history == plan.trace), None)
+                trace = next(
+                    (run_or_draft for run_or_draft in runs if run_or_draft.history == plan.trace), None
+                )
         if plan is None:
             return None if run is None else ShownRun(run, read_run_state(run))
         jobs = self._list_jobs()
@@ -358,18 +362,18 @@ class TrackedRuns:
         """
         job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
-            later = [one for one in of_folder if one.state == WAITING]
+            later = [entry for entry in of_folder if entry.state == WAITING]
             if later and run.changed > job.born + SECOND:  # the running one is about to end
                 job = later[0]
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
-            place = waiting.numbers.index(job.id) + 1
-            words = say("place %(place)s in the queue", place=place)
+            position = waiting.numbers.index(job.id) + 1
+            words = say("place %(place)s in the queue", place=position)
             if waiting.is_paused:
                 words = say("%(place)s, which is paused", place=words)
             reason = "" if waiting.is_paused else self.queue.problem
             state = replace(state, words=words, reason=reason, is_paused=waiting.is_paused)
-        changed = max(one.changed for one in (plan, run, trace) if one is not None)
+        changed = max(entry.changed for entry in (plan, run, trace) if entry is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, job.born)
         if state.name == WAITING:
@@ -408,8 +412,8 @@ class TrackedRuns:
     def is_known(self, plan: FolderPlan) -> bool:
         """Return whether the user has described or read a folder on this machine.
 
-        Otherwise it may be somebody else's. Nothing below the roots proves this, neither histories nor the
-        queue: all of it may have been copied from elsewhere.
+        Otherwise it may come from somebody else. Files below the roots, such as histories and the queue,
+        prove nothing, because they may have been copied.
         """
         return recall_folder(plan.folder) is not None
 
@@ -524,11 +528,11 @@ def find_run_folder(job: Job) -> Path | None:
         return None
     if "run" not in words[:3] or "--check" in words or "--dry_run" in words:
         return None
-    place = words.index("run") + 1
-    if len(words) <= place:
+    index = words.index("run") + 1
+    if len(words) <= index:
         return None
     try:
-        path = real_path(Path(job.folder, words[place]))
+        path = real_path(Path(job.folder, words[index]))
     except ValueError:  # no name of a file
         return None
     return path.parent if path.name == RUN_FILE else path
@@ -581,8 +585,8 @@ def _read_training_state(doing: str) -> RunState:
     """Return the state of a running training. `doing` is its work between two steps, see `History`."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
-        place = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
-        return RunState(SAMPLING, words=join("", (place, sample[3])))
+        progress = say("%(step)s of %(total_steps)s", step=sample[1], total_steps=sample[2])
+        return RunState(SAMPLING, words=join("", (progress, sample[3])))
     if doing in DURING:
         return RunState(doing)
     return RunState(TRAINING, words=doing)
@@ -656,12 +660,12 @@ def explain_end_at_once(run: RunSummary) -> str:
     if not saved:
         return say("%(text)s. No state was saved: it begins anew.", text=text)
     step = re.search(r"-step(\d+)-state$", saved[-1].name)
-    place = (
+    continuation = (
         say("step %(step)s", step=f"{int(step[1]):,}")
         if step is not None
         else say("its last state, %(name)s", name=saved[-1].name)
     )
-    return say("%(text)s; continues from %(place)s.", text=text, place=place)
+    return say("%(text)s; continues from %(place)s.", text=text, place=continuation)
 
 
 def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:

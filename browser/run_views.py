@@ -40,7 +40,8 @@ from training.reports.page import (
 )
 from training.reports.present_files import present_commands
 from training.reports.sample_files import ClipStore
-from training.reports.sections import SAMPLES
+from training.reports.scores import list_score_charts
+from training.reports.sections import SAMPLES, scores_path
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def select_runs(
 def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
     """Return a text that changes with what a list of runs shows."""
     states = [
-        (one.summary.id, one.summary.changed, one.state.text, one.state.reason, one.state.is_asked)
-        for one in runs
+        (shown.summary.id, shown.summary.changed, shown.state.text, shown.state.reason, shown.state.is_asked)
+        for shown in runs
     ]
     return short_digest(repr((states, sorted(query.items()), language().code)), 12)
 
@@ -110,8 +111,8 @@ def list_page(
     shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
 ) -> str:
     """Return the page of all runs. `roots` are the folders in which they were found."""
-    runs = [one.summary for one in shown_runs]
-    states_of_runs = {one.summary.id: one.state for one in shown_runs}
+    runs = [shown_run.summary for shown_run in shown_runs]
+    states_of_runs = {shown_run.summary.id: shown_run.state for shown_run in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title for run in runs if run.model}
@@ -164,14 +165,16 @@ class LiveStanding:
 
         `ended_at_once` is the reason to show for a run that the page has killed; "" for all other runs.
         """
-        # an older version's history has no start, and its page tells some of it
+        # histories of older versions have no start; the run's page has some of its values
         start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
         state = find_state(story.start, ending, run.changed)
-        step = next(reversed(story.loss or story.starts or {0: None}))
+        step = 0
+        if story.loss or story.starts:
+            step = next(reversed(story.loss or story.starts))  # keys are steps, the last one is the latest
         text, kind = ending or (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
         text = translate_line(text)
-        if text == state:  # `finished`: the history has more words for other ends
+        if text == state:  # `finished`; the history describes other ends in its own words
             text = name_state(state)
         words = ""
         if state == DIED and ended_at_once:
@@ -321,7 +324,10 @@ def collect_news(
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino
-    key = f"{file_number}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
+    folder = run.history.parent
+    scores = scores_path(folder, run.name)
+    scored = scores.stat().st_mtime_ns if scores.is_file() else 0
+    key = f"{file_number}-{scored}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
         "page": mark_page(story, now),
@@ -332,6 +338,8 @@ def collect_news(
     }
     if query.get("have") != key:
         charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
+        if scored:
+            charts[1:1] = list_score_charts(folder, run.name, story, low, high)  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news

@@ -338,19 +338,19 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 def find_doing(tail: bytes) -> str:
     """Return the work between two steps at the end of a history; "" if a step followed it."""
     row = _read_last_row(tail, "doing", 0)
-    place = tail.rfind(b', "doing": ')
+    position = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
-    is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
+    is_over = any(tail.rfind(f', "{key}": '.encode()) > position for key in later)
     return "" if row is None or is_over else str(row["doing"])
 
 
 def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | None:
     """Return the last line that has this key and begins at or after the offset `minimum`."""
-    place = content.rfind(f', "{key}": '.encode(), max(0, minimum))
-    if place < 0:
+    position = content.rfind(f', "{key}": '.encode(), max(0, minimum))
+    if position < 0:
         return None
-    begin = content.rfind(b"\n", 0, place) + 1
-    end = content.find(b"\n", place)
+    begin = content.rfind(b"\n", 0, position) + 1
+    end = content.find(b"\n", position)
     return parse_row(content[begin : end + 1]) if end >= 0 else None
 
 

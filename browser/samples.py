@@ -130,7 +130,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a line with another prompt and other options; an empty text removes an option.
 
     Args:
-        line: The line as it is written.
+        line: The present line.
         prompt: New prompt; None to keep it.
         changes: New texts by the names of the fields.
     """
@@ -509,15 +509,15 @@ def list_images(folder: Path) -> list[str]:
     images: list[str] = []
     waiting = [(folder, 0)]
     while waiting and len(images) < MAX_IMAGES:
-        place, depth = waiting.pop(0)
+        subfolder, depth = waiting.pop(0)
         try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(subfolder), key=lambda entry: entry.name)
         except OSError:
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 if depth < DEEPEST and not is_written(entry.name):
-                    waiting.append((place / entry.name, depth + 1))
+                    waiting.append((subfolder / entry.name, depth + 1))
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
-                images.append((place / entry.name).relative_to(folder).as_posix())
+                images.append((subfolder / entry.name).relative_to(folder).as_posix())
     return images[:MAX_IMAGES]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from browser.runs import RunSummary
+from data_tools.tags.options import MODEL_FOLDER
 from project.options import MODELS
 
 SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/download.py fills
@@ -18,4 +19,6 @@ def make_score_words(run: RunSummary, models: Path = MODELS) -> list[str]:
     model = models / SCORE_MODEL
     if not (run.sample and run.is_of_here and model.is_dir()):
         return []
-    return ["python", "tools/score.py", str(run.history), "--model", str(model)]
+    words = ["python", "tools/score.py", str(run.history), "--model", str(model)]
+    tagger = models / MODEL_FOLDER.name
+    return [*words, "--tagger", str(tagger)] if tagger.is_dir() else words

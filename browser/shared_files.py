@@ -118,8 +118,8 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
     length = header.start - 8
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
     # the texts that may be sent, all texts are removed.
-    for kept in (texts, {}):
-        metadata: Mapping[str, object] = {"__metadata__": kept} if kept else {}
+    for texts_to_keep in (texts, {}):
+        metadata: Mapping[str, object] = {"__metadata__": texts_to_keep} if texts_to_keep else {}
         content = json.dumps({**metadata, **header.entries}, separators=(",", ":"), ensure_ascii=False)
         data = content.encode("utf-8", "replace")
         if len(data) <= length:

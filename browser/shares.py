@@ -95,8 +95,8 @@ class Shares:
 
     def find(self, word: str) -> ShareLink | None:
         """Return the link with this secret word in its address; None if there is none."""
-        found = [share for share in self.list_all() if _is_same(share.word, word)]
-        return found[0] if found else None
+        shares = [share for share in self.list_all() if _is_same(share.word, word)]
+        return shares[0] if shares else None
 
     def of_run(self, run_id: str, session: int | None = None) -> list[ShareLink]:
         """Return the links to a run. `session` is the session id in its history."""
@@ -137,9 +137,9 @@ class Shares:
         """Return the links of the file; none if one of its lines is not a link."""
         try:
             shares = [
-                ShareLink(str(one["word"]), str(one["run"]), float(one["end"]), _read_number(one["session"]))
-                for one in parse_json(read_user_file(FILE) or "[]")
-                if "session" in one  # an earlier version's link does not say which run it is for
+                ShareLink(str(row["word"]), str(row["run"]), float(row["end"]), _read_number(row["session"]))
+                for row in parse_json(read_user_file(FILE) or "[]")
+                if "session" in row  # an earlier version's link does not say which run it is for
             ]
         except (ValueError, TypeError, KeyError, OverflowError):
             return []

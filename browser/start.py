@@ -100,7 +100,7 @@ def run_browser(options: BrowserOptions) -> None:
 def reopen_queue(queue: JobQueue) -> bool:
     """Start a queue that was running when its last server ended; return whether it was.
 
-    If other jobs have come into its files since, it stays paused, and the log says so.
+    If other jobs were added to its files meanwhile, the queue stays paused, with a log message.
     """
     try:
         if queue.is_open:

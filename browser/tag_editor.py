@@ -47,7 +47,7 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption without surrounding blanks, also those in kept sections."""
+    """Return the tags in a line of a caption without surrounding blanks, including its kept sections."""
     return [tag for section in line.split(KEPT) for tag in split_section(section)]
 
 
@@ -166,8 +166,8 @@ class TagEditor:
         Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
         that are JSON objects have no tags. Raises OSError.
         """
-        for place in list_media_folders_of(self.runs, folder):
-            paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
+        for media_folder in list_media_folders_of(self.runs, folder):
+            paths = dict.fromkeys(find_caption_file(media_folder, name) for name in list_names(media_folder))
             for path in paths:
                 if not self.runs.is_inside(path):
                     continue

@@ -155,10 +155,10 @@ class TagPages:
         """Do what a button requests, and show its section again."""
         part = "editor" if what in ("rename", "remove", "undo") else "progress"
         try:
-            said = self.carry_out(folder, what, fields)
+            message = self.carry_out(folder, what, fields)
         except (UserError, OSError, ValueError) as error:
             return self.answer(folder, fields, part, refused=str(error))
-        return answer_unknown() if said is None else self.answer(folder, fields, part, said)
+        return answer_unknown() if message is None else self.answer(folder, fields, part, message)
 
     def carry_out(self, folder: Path, what: str, fields: Mapping[str, str]) -> str | None:
         """Handle a button, and return a message about what was done; None if there is no button of this name.

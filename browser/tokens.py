@@ -172,5 +172,5 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
 def _hexadecimal(host: Address) -> str:
     """Return an address as Linux lists it: 32-bit words in the byte order of the machine."""
     packed = host.packed
-    words = [packed[place : place + 4] for place in range(0, len(packed), 4)]
+    words = [packed[start : start + 4] for start in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -158,13 +158,14 @@ def check_content(path: Path, kind: str) -> None:
 
 
 def _check_caption(path: Path) -> None:
+    """Raise OptionError if an uploaded file is not a caption: a short text in UTF-8."""
     try:
         text = read_content(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise OptionError(
             say("%(path)s is not UTF-8: save it as UTF-8 text, then drop it again", path=path)
         ) from None
-    except OSError:
+    except OSError:  # `read_content` raises it for larger files; this file was just written
         raise OptionError(
             say(
                 "%(path)s has more than %(most_caption_bytes)s KiB: it is no caption",

@@ -4,6 +4,7 @@ changing: plan another file, or several with an index
 containers: read safetensors and torch files without running code
 dialects: translate names of files to ours, join parts
 dits: load transformers of every family
+embedding_files: files of embeddings, the vectors of a word
 encoders: find encoders in Hugging Face's layout
 file_hashes: hashes of a model's file, and where they are kept
 filling: fill a network from an open file

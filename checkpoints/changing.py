@@ -54,9 +54,9 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Return whether a tensor is chosen: its name has a part of `targets` and none of `excluded`.
+        """Return whether a tensor is selected: its name contains one of `targets`, and none of `excluded`.
 
-        Without targets, every name has one.
+        If `targets` is empty, all tensors are selected that `excluded` does not exclude.
         """
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
@@ -67,7 +67,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """Changes of the new file. Selections are made by the names in the old file."""
+    """What the new file changes. Tensors are selected by their names in the old file."""
 
     dtype: torch.dtype | None = None
     cast: Selection = ALL  # what is cast to it
@@ -209,6 +209,7 @@ def rename(name: str, change: CheckpointChange) -> str:
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
+    """Raise OptionError if options select no tensor, or if prefixes fit no name or make an impossible one."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
@@ -229,6 +230,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
 def _as_dtype(
     checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    """Cast a tensor, multiplied by its scale if it has one; raise CheckpointError if it then overflows."""
     if scale is None and tensor.dtype == dtype:
         return tensor
     try:
@@ -281,7 +283,7 @@ def _rename_layers(
     """Return ComfyUI's record of 8-bit layers: only layers that remain in 8 bits, under their new names."""
     renamed = {}
     for layer, how in layers.items():
-        # the names of layers have no prefix of a whole model: find the tensor that is meant
+        # layer names in the record lack the prefix that the model's tensors may have: find the tensor
         pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
         weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
         if len(weights) != 1:

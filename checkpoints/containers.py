@@ -122,10 +122,10 @@ class SafetensorsFile(HeaderFile):
     faults = (ValueError, TypeError, KeyError, AttributeError)
 
     def _read_header(self, size: int) -> None:
-        # every number is checked against the others
+        """Read the header of a safetensors file; raise ValueError if its numbers contradict each other."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         check_count(self.path, len(header))
-        # raises for halves of characters
+        # raises UnicodeEncodeError for lone surrogates, which an escape in JSON may give
         "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
         places = []
         for name, entry in header.items():
@@ -276,19 +276,19 @@ def load_pickled(path: Path, times: int = 1) -> Any:
         _check_plain(content, path)
         return content
     except pickle.UnpicklingError as error:
-        nonsense = re.search(r"Unsupported operand \d+", str(error))
-        if nonsense is not None or "weights_only" not in str(error):
-            raise _make_damage_error(path, nonsense[0] if nonsense else str(error)) from error
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
+        if damaged_opcode is not None or "weights_only" not in str(error):
+            raise _make_damage_error(path, damaged_opcode[0] if damaged_opcode else str(error)) from error
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
             f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
             "code.\n"
-            f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
+            f"  {f'It asks for {forbidden[1]}. ' if forbidden else ''}Use a safetensors version of the file.",
             path,
         ) from error
     except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # torch's reader meets a damaged file with whatever its next step raises
+    except Exception as error:  # torch raises errors of many kinds for a damaged file
         raise _make_damage_error(path, str(error) or type(error).__name__) from error
 
 

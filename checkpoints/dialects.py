@@ -80,15 +80,15 @@ def load_planned(
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     stored = None
     linear = linear_weights(network)
-    staying = find_stored_weights(
+    already_stored = find_stored_weights(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
-    if form is not None:  # embeddings and norms are not rounded; those that the file has rounded stay so
-        _reject_other_forms(plan, staying, form)
+    if form is not None:  # only linear layers are rounded; weights that the file stores in a form keep it
+        _reject_other_forms(plan, already_stored, form)
         stored_form = form_of(prepare(text_quantization(form), device))
-        stored = StoredLoading(stored_form, linear - staying, staying)
-    elif staying:
-        stored = StoredLoading(None, staying=staying)
+        stored = StoredLoading(stored_form, linear - already_stored, already_stored)
+    elif already_stored:
+        stored = StoredLoading(None, staying=already_stored)
     load_module(
         network,
         plan.checkpoint,
@@ -326,6 +326,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
             start = end
 
     def build(*tensors: Tensor) -> Tensor:
+        """Concatenate values; in float32 if some are in 8 bits, which cannot be cast to each other."""
         rows = [part.make(group) for part, group in by_part(tensors)]
         dtype = rows[0].dtype
         if any(row.dtype.itemsize == 1 for row in rows):
@@ -333,6 +334,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
+        """Concatenate quantized weights; None if they are not all in one form."""
         rows: list[Stored] = []
         for part, group in by_part(tensors):
             stored = part.make_stored(group)
@@ -382,6 +384,7 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor."""
 
+    # a tensor whose rows cannot be divided is returned uncut: its wrong shape is reported afterwards
     def build(*tensors: Tensor) -> Tensor:
         all_rows = source.make(tensors)
         return (all_rows if len(all_rows) % count else all_rows.chunk(count)[index]).contiguous()

@@ -174,11 +174,12 @@ class DitFormat(Generic[Config, Dit]):
             sources = self.sources(checkpoint, header)
 
             def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+                """Return the dtype of a tensor that has the dtype `stored` in the file."""
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
                     return target
-                # a layer has one dtype
+                # a bias gets the dtype of its weight
                 weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
                 if weight in sources:
                     stored = checkpoint.tensors[sources[weight].names[0]].dtype
@@ -274,30 +275,32 @@ def stored_layers(
     """
     quantization = placement.quantization
     if quantization is None:
-        staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
-        if not staying:
+        already_stored = find_stored_weights(
+            linear_weights(dit), sources, checkpoint.tensors, form_is_given=False
+        )
+        if not already_stored:
             return None
-        return StoredLoading(None, staying=_without_patched(staying, dit, checkpoint.path, placement))
-    wide = _list_wide_blocks(dit, spec) if quantization.fp8_matmul else ()
+        return StoredLoading(None, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
+    blocks_in_16_bits = _list_wide_blocks(dit, spec) if quantization.fp8_matmul else ()
 
-    def narrow(names: frozenset[str]) -> frozenset[str]:
-        return frozenset(name for name in names if not name.startswith(wide))
+    def outside_wide_blocks(names: frozenset[str]) -> frozenset[str]:
+        return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
     form: StoredForm | None = form_of(quantization)
-    linear = narrow(linear_weights(dit, spec.block_lists))
-    staying = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
-    if not staying:
+    linear = outside_wide_blocks(linear_weights(dit, spec.block_lists))
+    already_stored = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
+    if not already_stored:
         exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)
-        return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
-    if have_chosen_form(quantization, staying, sources, checkpoint):
+        return StoredLoading(form, outside_wide_blocks(linear_weights(dit, spec.block_lists, exclude)))
+    if have_chosen_form(quantization, already_stored, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
         form = None
     elif quantization.kind != "cast":
-        infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
+        infos = [checkpoint.tensors[sources[name].names[0]] for name in already_stored]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
-    return StoredLoading(form, staying=_without_patched(staying, dit, checkpoint.path, placement))
+    return StoredLoading(form, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
 
 
 def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:

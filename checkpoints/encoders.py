@@ -59,22 +59,24 @@ def find_network(
     return checkpoint.without_prefix(prefix, others=other_prefixes)
 
 
-def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
+def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: int) -> int:
     """Return the width of an attention head from the number of heads in config.json, else the default width.
 
     Raises:
         CheckpointError: If the rows of the projection are not a multiple of the width.
     """
     heads = config.get("num_attention_heads")
-    if heads is None and rows % usual == 0:
-        return usual
+    if heads is None and rows % default_width == 0:
+        return default_width
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
         return rows // heads
-    how = (
-        f"config.json next to it says {heads} heads" if heads is not None else f"heads have {usual} channels"
+    stated = (
+        f"config.json next to it says {heads} heads"
+        if heads is not None
+        else f"heads have {default_width} channels"
     )
     raise CheckpointError(
-        f"{path}: {rows} rows of queries, but {how}. Give the config.json that belongs to it.", path
+        f"{path}: {rows} rows of queries, but {stated}. Give the config.json that belongs to it.", path
     )
 
 

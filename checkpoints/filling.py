@@ -185,7 +185,7 @@ def load_module(
         unit=BYTES,
         shown=check is None and device.type != "meta",
     )
-    untrimmed = 0
+    untrimmed = 0  # bytes loaded since freed memory was last returned to the system
     trim_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
     for name in names:
         if check is not None:
@@ -421,7 +421,10 @@ class _Filling:
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
-        """Check a part for NaN: on a CPU at once, on another device at the end, as copies need not wait."""
+        """Check a part for NaN and infinite values: at once on a CPU, at the end on other devices.
+
+        Copies to other devices are asynchronous, and reading a result would wait for them.
+        """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
         else:
@@ -485,12 +488,13 @@ def _find_unexpected(
 ) -> list[str]:
     """Return the file's tensors that are used by no target and ignored by no pattern."""
     used: set[str] = set()
-    unneeded: set[str] = set()  # sources of tensors that the network lacks
+    unneeded: set[str] = set()  # tensors of the file with a name of ours, which this network does not have
     for name, source in sources.items():
         parts = used if name in targets else unneeded
         parts.update(source.names)
     unexpected = []
     for name in checkpoint.tensors:
+        # companions of quantized weights are always ignored
         patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
         if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)

@@ -61,6 +61,7 @@ class GgufFile(HeaderFile):
     faults = (ValueError, struct.error)
 
     def _read_header(self, size: int) -> None:
+        """Read magic and version, keys and values, then name, shape, type and offset of each tensor."""
         head = _Header(self._file, min(size, MAX_HEADER_BYTES))
         head.take(4)
         version = head.number("I")
@@ -100,17 +101,17 @@ class GgufFile(HeaderFile):
 
         `starts` are offsets from `data`, the end of the header. `size` is the size of the file.
         """
-        places = []
+        spans = []
         for name, start in starts.items():
             self._places[name] = data + start
-            places.append((data + start, data + start + self.tensors[name].size_bytes, name))
-        last = data
-        for begin, end, name in sorted(places):
-            if begin < last or end > size:
+            spans.append((data + start, data + start + self.tensors[name].size_bytes, name))
+        previous_end = data
+        for begin, end, name in sorted(spans):
+            if begin < previous_end or end > size:
                 raise ValueError(
-                    f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {last}"
+                    f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {previous_end}"
                 )
-            last = end
+            previous_end = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
         """Read keys into `metadata`; return the original shapes of reshaped tensors, by name."""
@@ -170,24 +171,25 @@ class GgufFile(HeaderFile):
                     "safetensors file of the model.",
                     self.path,
                 )
+        # Qwen2 has biases and Qwen3 norms of q and k; only Llama's rows are permuted
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
         is_llama = not is_t5 and "blk.0.attn_q.bias" not in self.tensors
         is_llama = is_llama and "blk.0.attn_q_norm.weight" not in self.tensors
-        outside = _OUTSIDE
-        inside = _LLAMA
+        outside_blocks = _OUTSIDE
+        inside_blocks = _LLAMA
         blocks = "model.layers"
         if is_t5:
-            outside = {**_OUTSIDE, "token_embd": "shared"}
-            inside = _T5
+            outside_blocks = {**_OUTSIDE, "token_embd": "shared"}
+            inside_blocks = _T5
             blocks = "encoder.block"
         for old in [name for name in self.tensors if "." in name]:
             match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
             if match is None:
                 start, _, kind = old.rpartition(".")
-                new = f"{outside.get(start, start)}.{kind}"
+                new = f"{outside_blocks.get(start, start)}.{kind}"
             else:
                 number, part, kind = match.groups()
-                new = f"{blocks}.{number}.{inside.get(part, part)}.{kind}"
+                new = f"{blocks}.{number}.{inside_blocks.get(part, part)}.{kind}"
                 if is_llama and part in ("attn_q", "attn_k"):
                     self._heads[new] = self._count_heads(part, self.tensors[old])
             if new != old and new in self.tensors:

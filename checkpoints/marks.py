@@ -299,10 +299,11 @@ def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
 
 
 def _set_w4a8(layer: _Layer) -> None:
+    """Recognize a weight of 4 or 6 bits with scales of its rows, and relative ones of groups of columns."""
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    # one relative scale per group of columns: their number shows the number of columns, and this the bits
+    # the bits are not stated: the number of relative scales gives the columns, and the bytes then the bits
     shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
     bits = 8 * width // max(columns, 1)
@@ -367,7 +368,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     blocks = rows * columns // block
     ends = ["weight.absmax"]
     peak_dtypes: tuple[torch.dtype, ...] = _FLOATS
-    if "nested_offset" in state:  # the largest magnitudes are in 8 bits themselves
+    if "nested_offset" in state:  # double quantization: the blocks' maxima are in 8 bits themselves
         ends += ["weight.nested_absmax", "weight.nested_quant_map"]
         peak_dtypes = (torch.uint8,)
         groups = ceil_div(blocks, layer.number("nested_blocksize", 256))

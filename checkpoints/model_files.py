@@ -127,9 +127,8 @@ class SavedLatents:
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor.
 
-    `option` is the names it in messages.
-
-    With `only_shape`, read only the file's header and return latents on the meta device.
+    `option` names the file in messages. With `only_shape`, only the file's header is read, and the latents
+    are on the meta device.
 
     Raises:
         CheckpointError: If the file is damaged or has no latents.

@@ -101,9 +101,8 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
             num_bytes = path.stat().st_size - header.start
             for entry in header.entries.values():
                 shape = tuple(map(int, entry["shape"]))
-                if (
-                    min(shape, default=0) < 0 or math.prod(shape) > 2 * num_bytes
-                ):  # an element has 4 bits or more
+                # an element has at least 4 bits
+                if min(shape, default=0) < 0 or math.prod(shape) > 2 * num_bytes:
                     raise ValueError(f"it claims a tensor of shape {list(shape[:8])}")
                 shapes.append(shape)
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
@@ -125,12 +124,13 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
             when they are loaded, and only the number of elements is compared.
     """
     parameters = dict(network.named_parameters())
-    held = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
-    shown = sum(map(math.prod, shapes))
-    if held > shown + shown // 4 + SPARE_ELEMENTS:
+    # a fourth more is allowed, because a file stores tied weights once and leaves buffers out
+    num_described = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
+    num_stored = sum(map(math.prod, shapes))
+    if num_described > num_stored + num_stored // 4 + SPARE_ELEMENTS:
         raise CheckpointError(
-            f"{option} {folder}: {CONFIG} describes a network of {held:,} numbers, its weights have "
-            f"{shown:,}. Take both from one release",
+            f"{option} {folder}: {CONFIG} describes a network of {num_described:,} numbers, its weights have "
+            f"{num_stored:,}. Take both from one release",
             folder,
         )
     known = set(shapes)

@@ -215,11 +215,11 @@ def checkpoint_paths(path: Path) -> list[Path]:
         if len(indexes) == 1:
             return _read_index(indexes[0])
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-        safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
-        is_one = len(safe) == 1 or all(_SHARD.fullmatch(file.name) for file in safe)
-        if not indexes and safe and is_one:
-            require_all_shards(safe)
-            return safe
+        safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+        is_one_model = len(safetensors) == 1 or all(_SHARD.fullmatch(file.name) for file in safetensors)
+        if not indexes and safetensors and is_one_model:
+            require_all_shards(safetensors)
+            return safetensors
         if not indexes and len(files) == 1:
             return files
         candidates = [file.name for file in indexes + files]
@@ -270,13 +270,14 @@ def _list_shards(name: str) -> list[str]:
 
 
 def _read_index(path: Path) -> list[Path]:
+    """Return the files that an index of shards names; they have to be in its folder or below."""
     try:
         names = set()
         for name in parse_json(read_text(path))["weight_map"].values():
-            below = Path(name)
-            if below.is_absolute() or below.drive or ".." in below.parts:
+            relative = Path(name)
+            if relative.is_absolute() or relative.drive or ".." in relative.parts:
                 raise ValueError(f"{shorten(name, MAX_OF_NAME)} is not in its folder")
-            names.add(str(below))
+            names.add(str(relative))
         if len(names) > MAX_SHARDS:
             raise ValueError(f"it names {len(names):,} files, no model has more than {MAX_SHARDS:,}")
     except OSError as error:

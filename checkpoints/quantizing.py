@@ -200,7 +200,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
             return Recognized("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
-    # as in `families.identify`: Wan's, the last, recognizes files of no family too
+    # in reverse, as in `families.identify`: Wan, which comes last then, accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
@@ -235,18 +235,19 @@ def _recognize_transformer(
     sources = dit_format.sources(bare, header)
     exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
     linear = linear_weights(dit, dit.spec.block_lists, exclude)
-    made_from: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
-    for name, source in sources.items():
-        made_from.setdefault(source.names[0], set()).add(name)
-    prefix = _find_prefix(checkpoint, list(made_from))
+    made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made of it
+    for our_name, source in sources.items():
+        made_of.setdefault(source.names[0], set()).add(our_name)
+    prefix = _find_prefix(checkpoint, list(made_of))
     weights = dit.state_dict()
     layers: set[str] = set()
     shapes_in_file = {}
-    for name, ours in made_from.items():
-        if ours <= linear and len(bare.tensors[name].shape) == 2:
+    for name, our_names in made_of.items():
+        # a fused weight is quantized only if each layer that is cut from it may be
+        if our_names <= linear and len(bare.tensors[name].shape) == 2:
             layers.add(prefix + name)
-        if len(ours) == 1:
-            (our_name,) = ours
+        if len(our_names) == 1:
+            (our_name,) = our_names
             if our_name in weights:  # the network computes some tensors of the file instead of loading them
                 shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognized(
@@ -279,6 +280,7 @@ def _write_marked(
     tensors: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
 
+    # the functions read a layer only when its tensor is written
     def plain(name: str) -> Tensor:
         return model.read(checkpoint, name)
 
@@ -347,7 +349,10 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, short tensors in float32, the rest unchanged. The package rounds on the CPU."""
+    """Write layers as Q8_0, small tensors in float32, and all others unchanged; return the number of layers.
+
+    The package gguf rounds on the CPU, whatever `device` is.
+    """
     if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
@@ -413,9 +418,9 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
     plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
     kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
     *rows, columns = info.shape or (1,)
-    per, size = gguf.GGML_QUANT_SIZES[kind]  # weights and bytes of a block
-    in_bytes = (*rows, columns // per * size)
-    writer.add_tensor_info(name, in_bytes, numpy.dtype("uint8"), math.prod(in_bytes), kind)
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    byte_shape = (*rows, columns // block_weights * block_bytes)
+    writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), kind)
     return kind
 
 
@@ -464,8 +469,8 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
-    number = len(values.tensors.keys() - values.plain)
-    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, number)
+    num_quantized = len(values.tensors.keys() - values.plain)
+    logger.info("%s: %d quantized weights are read by their values", checkpoint.path, num_quantized)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
@@ -493,7 +498,7 @@ class _Values:
                 self.plain.add(name)
                 self.tensors[name] = info
                 continue
-            if source.build is None and self.path.suffix == ".pt":
+            if source.build is None and self.path.suffix == ".pt":  # fp8 without a scale next to it
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )

@@ -39,9 +39,13 @@ class TokenizerFiles:
     shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """Return `path` if given, else the first file next to or inside the encoder's folder, else None.
+        """Return the tokenizer's file: the option's, or the first one next to or inside the model's folder.
 
-        `path` is the option's value.
+        `path` is the option's value. A file in a folder that models share has to contain the token that only
+        this tokenizer has.
+
+        Returns:
+            None if no file is found.
 
         Raises:
             CheckpointError: If `path` is given but is not a tokenizer.
@@ -49,13 +53,15 @@ class TokenizerFiles:
         if path is not None:
             return self._describe_given(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
-        for place in self.folders:
-            parts = place.split("/")
+        for relative in self.folders:
+            parts = relative.split("/")
             file = self._find_file(
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
             )
-            is_loose = place in self.shared and not checkpoint_path.is_dir()
-            if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
+            may_belong_to_others = relative in self.shared and not checkpoint_path.is_dir()
+            if file is not None and not (
+                may_belong_to_others and self.token.encode() not in self.read_bytes(file)
+            ):
                 return file
         return None
 
@@ -169,6 +175,7 @@ class TokenizerFiles:
         )
 
     def _describe_given(self, path: Path) -> Path:
+        """Return the tokenizer's file that the option names, itself or by its folder."""
         if not path.is_dir():
             try:
                 require_regular_file(path)
@@ -179,8 +186,11 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        for place in (path, *(path / place for place in self.folders if not place.startswith(".."))):
-            file = self._find_file(place)
+        for candidate in (
+            path,
+            *(path / candidate for candidate in self.folders if not candidate.startswith("..")),
+        ):
+            file = self._find_file(candidate)
             if file is not None:
                 return file
         names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
@@ -280,28 +290,28 @@ def _read_entries(message: bytes, field: int) -> Iterator[bytes]:
     Raises:
         ValueError: If it is damaged.
     """
-    place = 0
+    offset = 0
     last = len(message) - 1
     try:
-        while place <= last:
-            # 256,000 times in umT5's
-            while place < last and message[place] == _PIECE and message[place + 1] < 0x80:
-                place += 2 + message[place + 1]
-            if place == last + 1:
+        while offset <= last:
+            # skip short entries of the vocabulary without calls: umT5 has 256,000 of them
+            while offset < last and message[offset] == _PIECE and message[offset + 1] < 0x80:
+                offset += 2 + message[offset + 1]
+            if offset == last + 1:
                 return
-            key, place = read_varint(message, place)
-            match key & 7:
+            key, offset = read_varint(message, offset)
+            match key & 7:  # the wire type: varint, 64 bits, a length and as many bytes, or 32 bits
                 case 0:
-                    _, place = read_varint(message, place)
+                    _, offset = read_varint(message, offset)
                 case 1:
-                    place += 8
+                    offset += 8
                 case 2:
-                    length, place = read_varint(message, place)
+                    length, offset = read_varint(message, offset)
                     if key >> 3 == field:
-                        yield message[place : place + length]
-                    place += length
+                        yield message[offset : offset + length]
+                    offset += length
                 case 5:
-                    place += 4
+                    offset += 4
                 case kind:
                     raise ValueError(f"a field of the unknown kind {kind}")
     except IndexError:

@@ -244,6 +244,7 @@ class EncoderAbilities:
     divide: bool = False  # a `DividedEncoder`
     see: bool = False  # a `SeeingEncoder`
     mark: bool = False  # a `MarkingEncoder`
+    take_words: bool = False  # an `encoders.new_words.WordEncoder`
     # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
     # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
     see_clip: bool = False
@@ -416,8 +417,6 @@ class Abilities:
     bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
     train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
-    take_words: bool = False  # it is a `contract.brought_words.TakesWords`
-    learn_words: bool = False  # it is a `LearnsWords` of the feature embedding
     inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
 

@@ -40,8 +40,8 @@ class MadeNetwork:
     called: str  # "ControlNet-LLLite"
     words: str  # with its sizes, for boxes
     ending: str  # of the architecture in metadata, as "lora" is that of a LoRA
-    # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders by the prefixes of
-    # their names in LoRA files; returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
+    # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
+    # returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
     # dict is what states hold. The second argument: whether it begins with its file's values
     make: Callable[[nn.Module, bool], nn.Module]
     check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +36,14 @@ AUDIO_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other p
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
-# how a family's caches are named in npz files: its cache_tag, its latents, the keys of a whole text cache
-NpzNames = tuple[str, LatentSpec, frozenset[str]]
+
+
+class NpzNames(NamedTuple):
+    """What the names of a family's caches in npz files depend on."""
+
+    tag: str  # its cache_tag
+    latent: LatentSpec
+    text_keys: frozenset[str]  # of a whole text cache
 
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
@@ -114,27 +120,27 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
     The rest is what `parse_latent_name` returns, but without the stem: each distinct ending is parsed once,
     and names with the same ending share the object.
     """
-    end = f"_{tag}{SUFFIX}"
+    family_end = f"_{tag}{SUFFIX}"
     num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
     ends: dict[str, LatentName | None] = {}
     # the end of the name before, and its meaning: mostly those of the next name, too
-    tail = end + "?"
-    what: LatentName | None = None
+    ending = family_end + "?"
+    parsed: LatentName | None = None
     for name in names:
-        if not name.endswith(end) or name[0] == ".":
+        if not name.endswith(family_end) or name[0] == ".":
             continue
-        if not name.endswith(tail):
-            start = len(name) - len(end)
+        if not name.endswith(ending):
+            start = len(name) - len(family_end)
             for _ in range(num_ends):
                 start = name.rfind("_", 0, max(start, 0))
             if start < 0:
                 continue
-            tail = name[start:]
-            if tail not in ends:
-                ends[tail] = parse_latent_name(f"x{tail}", tag, kind)
-            what = ends[tail]
-        if what is not None:
-            yield name, name[: -len(tail)], what
+            ending = name[start:]
+            if ending not in ends:
+                ends[ending] = parse_latent_name(f"x{ending}", tag, kind)
+            parsed = ends[ending]
+        if parsed is not None:
+            yield name, name[: -len(ending)], parsed
 
 
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:

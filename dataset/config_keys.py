@@ -60,7 +60,7 @@ def form_of(
     """Return the form for values of certain types; `fits` returns whether a value is allowed."""
 
     def read(value: Any) -> Any:
-        is_switch = isinstance(value, bool) and kinds is not bool
+        is_switch = isinstance(value, bool) and kinds is not bool  # true is an int in Python, but no number
         if is_switch or not isinstance(value, kinds) or not fits(value):
             raise Unfit
         return convert(value)
@@ -432,11 +432,16 @@ def read_keys(
 ) -> dict[str, Any]:
     """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
 
-    Each mistake adds a line to `problems`.
-
-    `misplaced` are the key that cannot stand in this table -> reason, which follows the value in the message.
-    `names` are other names of keys. `ignored` are the keys that are read elsewhere. `of_other_layout` are
-    keys of tables in another layout -> reason, which follows the value in the message.
+    Args:
+        keys: Keys that may be in the table, by name.
+        table: The table.
+        where: Name of the table, for messages.
+        problems: Each mistake adds a line.
+        misplaced: Keys that may be in other tables only; each with the reason, which follows the value in the
+            message.
+        names: Names of keys by their other spellings.
+        ignored: Keys that are read elsewhere.
+        of_other_layout: Keys of tables in another layout; each with the reason, as above.
     """
     layout_reasons = of_other_layout or {}
     values: dict[str, Any] = {}

@@ -42,9 +42,12 @@ def find_sources(
 ) -> list[MediaSource]:
     """Return all sources of a table, sorted by path.
 
-    captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
-    checked whether files named by a JSONL list exist. `faults` are a list that takes the faults instead; then
-    all usable sources are returned.
+    A missing caption is None. It is not checked whether files named by a JSONL list exist.
+
+    Args:
+        table: Table of the dataset.
+        captions: Whether caption files are read; latents do not need them.
+        faults: List that gets the faults instead of an error; then all usable sources are returned.
 
     Raises:
         DatasetError: If a folder or list is missing or empty, and with all faults if captions cannot be read,
@@ -59,7 +62,7 @@ def find_sources(
         if table.directory is not None:
             contents, hint = describe_entries(table), hint_of_start(table.directory, table.config_path)
         raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
-    if table.directory is None:  # those of a folder are sorted
+    if table.directory is None:  # sources of a folder are sorted already
         sources.sort(key=lambda source: str(source.path))
     if table.references is not None:
         sources = limit_references(table, sources)
@@ -180,8 +183,8 @@ def find_all_sources(
     if problems:
         raise DatasetError("\n".join(problems))
     if any(source.caption_encoding is not None for source in sources):
-        remarks = list_errors(find_encodings(sources), LISTED)
-        logger.warning("%s", escape_control_codes("\n".join(remarks)))
+        lines_of_encodings = list_errors(find_encodings(sources), LISTED)
+        logger.warning("%s", escape_control_codes("\n".join(lines_of_encodings)))
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)

@@ -185,10 +185,11 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=grows)
     changes = CaptionChanges(**by_record["changes"])
     from_json = values["metadata_file"] is not None
+    # with --masked_loss, the images in this folder are masks
     conditioning = values["conditioning_data_dir"]
     controls = None if is_masked else conditioning
     masks = conditioning if is_masked else None
-    fields = by_record[""]
+    fields = by_record[""]  # the fields of the table itself
     metadata_file = fields.pop("metadata_file")
     return fields | {
         "own": None if metadata_file is None else MetadataKeys(metadata_file),

@@ -69,7 +69,10 @@ class Augmentation:
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the given keys that need images encoded each time; not flip_aug: both sides are cached."""
+        """Return the given keys that change images at random, so that their latents cannot be cached.
+
+        flip_aug is not among them, because the mirrored latents are cached too.
+        """
         keys = {
             "color_aug": self.color,
             "random_crop": self.random_crop,
@@ -220,12 +223,14 @@ class DatasetTable:
     buckets: BucketRule | None = None  # None: buckets of video trainers
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    is_reg: bool = False  # regularization images: as many are trained as others of the group
+    is_reg: bool = (
+        False  # regularization images: repeated until they are as many as the other images of the group
+    )
     image_folder: Path | None = None  # that the names of images in a list are relative to
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
-    validation_seed: int | None = None  # chooses the items; None: likewise
+    validation_seed: int | None = None  # chooses the items; None: the command line says it
     attributes: frozenset[str] = frozenset()  # names of custom_attributes that are on: targets read them
 
     @property

@@ -89,7 +89,7 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """All that a task needs. `commands` maps steps to commands, with `{dit}`, `{vae}`, ... for paths."""
+    """The files and commands of a task. Commands have `{dit}`, `{vae}`, ... in place of paths."""
 
     family: str
     task: str
@@ -151,7 +151,14 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
 def find_adapted(model: ModelSet) -> ModelSet | None:
     """Return the set of a model that has its training adapter too; None if none is released."""
     task = f"{model.task}{WITH_ADAPTER}"
-    return next((one for one in model_sets() if (one.family, one.task) == (model.family, task)), None)
+    return next(
+        (
+            candidate
+            for candidate in model_sets()
+            if (candidate.family, candidate.task) == (model.family, task)
+        ),
+        None,
+    )
 
 
 def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:

@@ -175,7 +175,7 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
 def _begins_a_word(plain: str, name: str) -> bool:
     """Return whether a normalized text begins at a word of a name; `4b` and `2v` do not in t2v-14B."""
     words = re.findall(r"[a-z0-9.]+", name.lower())
-    return any(plain_name("".join(words[place:])).startswith(plain) for place in range(len(words)))
+    return any(plain_name("".join(words[index:])).startswith(plain) for index in range(len(words)))
 
 
 def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:

@@ -7,9 +7,11 @@ clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
 control_pictures: control pictures in caches, batches and samples
 files: files of one transformer, and what follows
+inversion: the vectors of a new word that learn
 language_encoder: language models for the shared loops; chat templates
 language_models: files of Llama, Qwen, Mistral, and their networks
 language_states: running language models, and the states of layers
+new_words: words that text encoders read as further rows
 picture_prompts: pictures in prompts, through a vision tower
 pictures: cache entries of single pictures, colors of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters

@@ -219,7 +219,7 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Decode as `decode` does, but without clamping pixels to -1..1."""
+        """Return the decoded pixels without clamping them to -1..1."""
         return self.in_tiles(
             self._pixels, latents, unit_in=1, unit_out=self.stride, device=torch.device("cpu")
         )

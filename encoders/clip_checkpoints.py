@@ -69,7 +69,7 @@ class ClipUse:
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of the pooled state (a function for `read_once`)."""
+        """Return the number of channels of the pooled state, from the header of a file."""
         return read_clip_text(checkpoint, self).config.dim
 
 
@@ -211,11 +211,11 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = shapes_of(checkpoint, sources)
     patches = shape("embeddings.patch_embedding.weight")
-    places = shape("embeddings.position_embedding.weight")[0] - 1
-    side = math.isqrt(max(places, 0))
-    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != places:
+    num_positions = shape("embeddings.position_embedding.weight")[0] - 1
+    side = math.isqrt(max(num_positions, 0))
+    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != num_positions:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches ({list(patches)}) and {places} places are no CLIP image "
+            f"{checkpoint.path}: its patches ({list(patches)}) and {num_positions} places are no CLIP image "
             f"encoder's. Give {release}.",
             checkpoint.path,
         )

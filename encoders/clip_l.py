@@ -78,6 +78,7 @@ def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> t
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
+    """Read tokenizer.json, or build the same tokenizer from vocab.json and merges.txt."""
     merges = find_merges(file)
     if merges is None:
         return files.read(file)
@@ -119,8 +120,10 @@ class PooledClip(FileTextEncoder[ClipText]):
     Weights of parts of a prompt have no effect, because the vector is the state of the end token.
     """
 
+    can = EncoderAbilities(take_words=True)
     maximum = CLIP_TOKENS
     embedding = "embeddings.token_embedding.weight"
+    word_keys = ("clip_l",)
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class PooledClip(FileTextEncoder[ClipText]):
         return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the second text as it is, or the prompt's only text; weights of its parts are dropped."""
+        """Return the second text unchanged, or the prompt's only text; weights of its parts are dropped."""
         text = prompt.text if prompt.second is None else prompt.second
         return Written(text, text, ())
 
@@ -176,7 +179,7 @@ class PooledClip(FileTextEncoder[ClipText]):
     ) -> list[Conditions]:
         """Return each prompt's pooled state, C, and its mask if the family stores one: 77 int64, 1 = real."""
         end = tokenizer.number(CLIP_END)
-        assert end is not None  # as was checked
+        assert end is not None  # checked when the tokenizer was loaded
         ids, masks = fill_rows(rows, CLIP_TOKENS, end)
         ends = torch.tensor([row.index(end) for row in rows])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
@@ -192,5 +195,5 @@ class PooledClip(FileTextEncoder[ClipText]):
 class ClipTextEncoder(PooledClip):
     """CLIP-L, into which a LoRA can be put."""
 
-    can = EncoderAbilities(learn=True)
+    can = EncoderAbilities(learn=True, take_words=True)
     lora_prefix = LORA_PREFIX

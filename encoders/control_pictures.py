@@ -28,8 +28,7 @@ from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "--cn"  # of a line of samples
-MASK = "--mk"  # likewise
+CONTROL, MASK = "--cn", "--mk"  # options in a line of sample prompts
 MASK_PATH = "mask_path"  # its key
 CONTROL_MASK = "control_mask"  # among conditions: B 1 H W uint8, 1 where the image is painted anew
 
@@ -146,15 +145,17 @@ def strength_in(cond: Conditions) -> float:
     return 1.0 if strength is None else float(strength[0])
 
 
-def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
+def keep_control(
+    request: Request, keep_media: Callable[[Request, str], Request], model_name: str, sees: bool
+) -> Request:
     """Return a request without unusable media, but with its control image if a network takes it.
 
     Logs a warning if a network takes a control image and the request has none.
 
     Args:
         request: The request.
-        keep: Removes all media that the model does not take: `ModelOfImages.keep_media`.
-        who: Name of the model, for messages.
+        keep_media: Removes all media that the model does not take: `ModelOfImages.keep_media`.
+        model_name: Name of the model, for messages.
         sees: Whether a network takes a control image.
 
     Raises:
@@ -162,11 +163,11 @@ def keep_control(request: Request, keep: Callable[[Request, str], Request], who:
     """
     control = request.control_path
     if not sees:
-        return keep(request, who)
+        return keep_media(request, model_name)
     if control is None:
         logger.warning(
             "%r has no control picture (--cn): it is made by the base alone", shorten(request.prompt, 60)
         )
-        return keep(request, who)
+        return keep_media(request, model_name)
     check_control(CONTROL, control)
-    return replace(keep(replace(request, control_path=None), who), control_path=control)
+    return replace(keep_media(replace(request, control_path=None), model_name), control_path=control)

@@ -4,6 +4,7 @@ A family derives its files from `TransformerFiles` and itself from `OneTransform
 """
 
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,17 @@ from contract.family import Abilities, DitSpec, TextEncoder
 from contract.few_steps import FewSteps, Verdict
 from contract.loading import Placement
 from contract.rules import ONE_EXPERT, Expert, ReferenceRules
+from encoders.new_words import ModelWord, give_words
 from modules.devices import dtype_name, select_compute_dtype
 from modules.errors import CheckpointError, DatasetError
 from modules.speed_options import VaeOptions
+
+if TYPE_CHECKING:
+    from contract.brought_words import WordsByFile
+    from contract.made_networks import MadeNetwork
+    from contract.new_words import WordToLearn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class TransformerFiles(ABC):
     vae_dtype: torch.dtype | None = None
     vae_tile: int | None = None
     text_dtype: torch.dtype | None = None
+    words: tuple[ModelWord, ...] = ()  # that the text encoders read in addition
 
     format: ClassVar[DitFormat[Any, Any]]  # of the transformer's file
     vae_option: ClassVar[str] = "--vae"
@@ -181,7 +191,48 @@ class OneTransformer:
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return the text encoders that `files` describes."""
-        return self.files.text_encoders()
+        encoders = self.files.text_encoders()
+        if self.files.words:
+            give_words(encoders, self.files.words)
+        return encoders
+
+    @property
+    def word_names(self) -> tuple[str, ...]:
+        """Return the words that text encoders read in addition to those of their tokenizers."""
+        return tuple(word.text for word in self.files.words)
+
+    def with_words(self, files: "WordsByFile", option: str) -> Self:
+        """Return a copy whose text encoders read the words of files: embeddings, and LoRAs that bring words.
+
+        Of files that have the same word, the first is used, with a warning.
+
+        Args:
+            files: Words with their vectors, by file.
+            option: Option that names the files, for messages.
+        """
+        words = {word.text.lower(): word for word in self.files.words}
+        for path, contents in files.items():
+            for text, content in contents.items():
+                word = ModelWord(text, content=content, source=path, option=option)
+                first = words.setdefault(text.lower(), word)
+                if first is not word:
+                    logger.warning("%s: the word %s of %s is used instead.", path, text, first.source)
+        return self._with_model_words([*words.values()])
+
+    def with_word_in_texts(self, word: "WordToLearn") -> Self:
+        """Return a copy with rows for a trained word in its text encoders."""
+        return self._with_model_words([*self.files.words, ModelWord(word.text, word.count)])
+
+    def _with_model_words(self, words: Sequence[ModelWord]) -> Self:
+        family: Any = self  # a dataclass, as all families are
+        copy: Self = replace(family, files=replace(self.files, words=tuple(words)))
+        return copy
+
+    def word_network(self, word: "WordToLearn") -> "MadeNetwork":
+        """Return the network that holds the vectors of a trained word."""
+        from encoders.inversion import invert_encoders  # only to train one
+
+        return invert_encoders(word, self.files.text_encoders())
 
     @property
     def caching_switches(self) -> tuple[str, ...]:

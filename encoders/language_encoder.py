@@ -127,10 +127,10 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message.
+    """Return the text before and after a prompt in Qwen3's chat template with a single message.
 
     Args:
-        thinks: Its `enable_thinking`.
+        thinks: Whether the model may think before it answers: `enable_thinking` of the template.
     """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
@@ -207,7 +207,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model as text encoder, which gives a state for each token of a prompt."""
 
-    can = EncoderAbilities(wait=True, divide=True, see=True)
+    can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -238,6 +238,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.maximum = use.maximum
         self.keys = use.keys
+        self.word_keys = (use.model.word_key,)
         has_lengths = use.pad is None or use.pads_to > 0
         self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.takes_weights = use.states_key
@@ -326,7 +327,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
         room = None
-        if device.type == "cuda" and blocks is None:
+        # backward passes need all layers on the device
+        if device.type == "cuda" and blocks is None and not self.learns_word:
             room = spare_bytes(device)
         network = load_language_model(
             self.path,
@@ -387,6 +389,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         pad = self.find_pad(tokenizer)
         vocabulary = len(network.get_parameter(self.embedding))
+        # the ids of prompts were checked before; a tokenizer of another model may have a larger padding id
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
@@ -399,18 +402,18 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 inputs.tokens,
                 mask=mask.to(inputs.tokens.device),
                 states=use.numbers,
-                places=inputs.places,
+                positions=inputs.places,
                 added=inputs.added,
             )
             if use.stacked:
                 states = states.unflatten(-1, (len(use.stacked), -1))
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
-            for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
+            for index, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
                 length = self._select_length([row], dropped) if use.pads_to else len(row)
                 conditions = self._make_conditions(row_states, row_mask, length - dropped)
                 if use.slots_key:
-                    sides = group_images[number].sides if group_images else ()
+                    sides = group_images[index].sides if group_images else ()
                     conditions |= self._split_images(tokenizer, row_states, row[dropped:], sides)
                 results.append(conditions)
         return results
@@ -427,25 +430,25 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         assert use.pictures is not None
         token = self.find_token(tokenizer, use.pictures.token) if sides else None
         is_image = [number == token for number in ids]
-        # numbers, not a mask: a rehearsal has no values to count
+        # indices, not a mask: a memory plan runs with fake tensors, whose values cannot be counted
         words_only = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
         slots = []
-        place = 0  # in ids
-        words = 0  # before it
+        position = 0  # in ids
+        num_words = 0  # tokens of words before that position
         for rows, columns in sides:
-            while not is_image[place]:
-                place += 1
-                words += 1
-            slots.append(words)
-            place += rows * columns
-        sizes = [(2 * rows, 2 * columns) for rows, columns in sides]
-        parted: dict[str, Tensor | list[Tensor]] = {
+            while not is_image[position]:
+                position += 1
+                num_words += 1
+            slots.append(num_words)
+            position += rows * columns
+        sizes = [(2 * rows, 2 * columns) for rows, columns in sides]  # a token stands for 2 x 2 patches
+        separated: dict[str, Tensor | list[Tensor]] = {
             use.states_key: [states.index_select(0, words_only)],
             use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
         }
         if use.sizes_key:
-            parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
-        return parted
+            separated[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
+        return separated
 
     def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
         """Return the number of tokens that the prompts of a group are padded to."""
@@ -478,12 +481,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
             return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
-        places = None
+        positions = None
         if use.pad is None and use.pads_left:
-            places = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
+            positions = torch.arange(use.maximum - ids.shape[1], use.maximum)[None]
         if use.pads_to:
-            places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
-        return ImageTokens(tokens, places, [])
+            positions = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
+        return ImageTokens(tokens, positions, [])
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
@@ -509,16 +512,18 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             CheckpointError: If the tokenizer has no placeholder token for images.
         """
         encoded = self._encode_prompts(prompts)
-        key = self.use.hashes_key
-        use = self.use.pictures
-        if not key or use is None or use.hash_images is None:
+        hashes_key = self.use.hashes_key
+        image_use = self.use.pictures
+        if not hashes_key or image_use is None or image_use.hash_images is None:
             return encoded
-        hashed = []
+        # some families compare the images of a text with those that the transformer sees
+        with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
-            if len(prompt.frames) == len(prompt.pictures):  # those of a dataset, or none
-                conditions = {**conditions, key: [use.hash_images(use.choose(prompt.frames))]}
-            hashed.append(conditions)
-        return hashed
+            if len(prompt.frames) == len(prompt.pictures):  # only prompts of a dataset have their frames
+                hashes = image_use.hash_images(image_use.choose(prompt.frames))
+                conditions = {**conditions, hashes_key: [hashes]}
+            with_hashes.append(conditions)
+        return with_hashes
 
     def load_tower(self, device: torch.device) -> None:
         """Load the vision tower onto a device, unless it is loaded or the family shows no images.
@@ -531,6 +536,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode prompts with their images in front of the text."""
         use = self.use.pictures
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)

@@ -72,10 +72,11 @@ class LanguageModel:
     files: str  # which files are one, for messages
     classes: str  # of transformers, without "Config" and "Model"
     kind: str  # prefix of `model_type` in a config.json
+    word_key: str  # of the vectors of a word in its file, as ComfyUI names them
     defaults: Mapping[str, float]  # values that its config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
     eps: float  # of the norms, if there is no config.json
-    head_width: int = 128  # likewise, if the tensors do not show it
+    head_width: int = 128  # if there is no config.json and the tensors do not show it
     marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
@@ -83,8 +84,8 @@ class LanguageModel:
     tower: VisionTower | None = None  # that sees images in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
-    # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, the
-    # channels of a head, and the shapes of all tensors by their names
+    # returns more of them, given the values of config.json ({} if there is none), the number of layers that
+    # are run, the channels of a head, and the shapes of all tensors by name
     read_settings: Callable[
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
@@ -105,6 +106,7 @@ LLAMA = LanguageModel(
     ),
     classes="Llama",
     kind="llama",
+    word_key="llama",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     theta=500000.0,
     eps=1e-5,
@@ -116,6 +118,7 @@ QWEN25_VL = LanguageModel(
     files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
     classes="Qwen2_5_VLText",
     kind="qwen2",
+    word_key="qwen25_7b",
     defaults={"hidden_size": 8192, "num_attention_heads": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
     theta=1e6,
     eps=1e-6,
@@ -131,6 +134,7 @@ QWEN3 = LanguageModel(
     files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
     classes="Qwen3",
     kind="qwen3",
+    word_key="qwen3_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     theta=1e6,
     eps=1e-6,
@@ -143,6 +147,7 @@ QWEN3_VL = LanguageModel(
     files="qwen3vl_4b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-4B-Instruct,",
     classes="Qwen3VLText",
     kind="qwen3_vl",
+    word_key="qwen3vl_4b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6},
     theta=5e6,
     eps=1e-6,
@@ -160,11 +165,12 @@ def _read_delta_layers(
 
     Raises ValueError if a setting is missing or invalid.
     """
-    _ = width  # unused: DeltaNet's heads have widths of their own
+    _ = width  # not used: heads of DeltaNet layers have other widths than those of attention layers
     delta = "layers.0.linear_attn."
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
     key_width = config_json.get("linear_key_head_dim", value_width)
+    # q and k have equally many rows, and v has one head for each A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
         raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
@@ -189,6 +195,7 @@ QWEN35 = LanguageModel(
     files="qwen3.5_9b_bf16.safetensors of Comfy-Org, or the folder text_encoder of MOSS-Image,",
     classes="Qwen3_5Text",
     kind="qwen3_5",
+    word_key="qwen35_9b",
     defaults={"hidden_size": 4096, "num_attention_heads": 16, "rope_theta": 1e7, "rms_norm_eps": 1e-6},
     theta=1e7,
     eps=1e-6,
@@ -495,7 +502,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     network: Any = getattr(transformers, f"{classes}Model")(their_config)
     if not config.final_norm:
         network.norm = nn.Identity()
-    with torch.device("cpu"):
+    with torch.device("cpu"):  # no file has the frequencies: they are computed, not loaded
         network.rotary_emb = HostAngles(type(network.rotary_emb)(their_config))
         if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's, which no file holds
             network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
@@ -552,24 +559,24 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
-        swapped, layer_bytes = streamed_layers(plan, dtype, form, room)
-        host = host_weights(SwapPlan(SPEC, swapped), device)
+        num_streamed, layer_bytes = streamed_layers(plan, dtype, form, room)
+        host = host_weights(SwapPlan(SPEC, num_streamed), device)
         what = f"the language model ({model.option})"
-        if swapped:
+        if num_streamed:
             logger.info(
                 "%s does not fit on the device: "
                 "%d of its %d layers (%.1f GB) come from host memory each time",
                 what,
-                swapped,
+                num_streamed,
                 plan.config.num_layers,
-                swapped * layer_bytes / 1e9,
+                num_streamed * layer_bytes / 1e9,
             )
-        kept = model.keep_float32
+        float32_names = model.keep_float32
         network = load_planned(
             plan,
             build_language_model,
             device=device,
-            dtype=lambda name, _: torch.float32 if name.endswith(kept) else dtype,
+            dtype=lambda name, _: torch.float32 if name.endswith(float32_names) else dtype,
             what=what,
             form=form,
             host=host,
@@ -588,13 +595,14 @@ def streamed_layers(
     device; None means enough for all layers.
     """
 
-    def size(name: str) -> int:
+    def loaded_size(name: str) -> int:
+        """Return the bytes of a weight on the device; only projections have a stored form."""
         return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
 
     config = plan.config
     if room is None or config.num_layers < 2:
         return 0, 0
-    layer_bytes = sum(size(name) for name in plan.sources if name.startswith("layers.0."))
+    layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room
     streamed = max(math.ceil(excess / layer_bytes), 0)

@@ -16,7 +16,7 @@ def language_states(
     tokens: Tensor,
     mask: Tensor,
     states: Sequence[int] = (-1,),
-    places: Tensor | None = None,
+    positions: Tensor | None = None,
     added: Sequence[Tensor] = (),
 ) -> Tensor:
     """Run the layers and return the states that are used, concatenated: B L nC.
@@ -28,27 +28,29 @@ def language_states(
         tokens: Embeddings, B L C.
         mask: 1 for real tokens, B L.
         states: States that the network was loaded with.
-        places: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
+        positions: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
         added: Image features, each B L C; the nth is added to the output of the nth layer, after the state of
             that layer was taken.
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))
-    places = torch.arange(tokens.shape[1])[None] if places is None else places
+    positions = torch.arange(tokens.shape[1])[None] if positions is None else positions
     masks = _make_attention_masks(network.config, tokens, mask)
+    # state 0 is the embeddings, state n the output of layer n, and the last one is the network's output
     earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
     hooks = []
     for state in states[len(earlier_states) : -1]:
         append_state = functools.partial(_append_output, earlier_states)
         hooks.append(layers[state - 1].register_forward_hook(append_state))
-    changed_layers = layers if states[-1] == -1 else layers[:-1]  # nothing follows the last state
+    # image features go into the layers that follow; the last state is taken before they are added
+    changed_layers = layers if states[-1] == -1 else layers[:-1]
     for layer, addend in zip(changed_layers, added, strict=False):
         hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addend)))
     try:
         output = network(
             inputs_embeds=tokens,
             attention_mask=masks if len(masks) > 1 else masks[FAR],
-            position_ids=places,
+            position_ids=positions,
             use_cache=False,
         )
     finally:
@@ -71,7 +73,7 @@ def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str
     kinds = getattr(config, "layer_types", None) or ()
     if window is not None and NEAR in kinds:
         masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
-    if config._attn_implementation == "eager":  # this code adds the mask to the scores
+    if config._attn_implementation == "eager":  # transformers then adds the mask to the scores
         lowest = torch.finfo(tokens.dtype).min
         for kind, attended in masks.items():
             masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, lowest)

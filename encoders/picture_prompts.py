@@ -34,7 +34,7 @@ def read_rgb(path: Path, size: Size | None = None) -> Tensor:
     """Read an image in its own size, or covering `size`: H W 3 uint8.
 
     Raises:
-        MediaError: If it cannot.
+        MediaError: If the image cannot be read.
     """
     frame = read_image(path)
     return torch.from_numpy(frame if size is None else resize_cover(frame, size))
@@ -268,16 +268,16 @@ def embed_images(
     """
     states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
-    # in a prompt without images, the placeholder is a word that the user typed
+    # a prompt without images has no placeholder: the token is a word that the user typed
     ids = ids.masked_fill(~has_images[:, None], -1)
-    places = [
+    positions = [
         place_tokens(row, prompt.sides, token) for row, prompt in zip(ids.tolist(), pictures, strict=True)
     ]
     is_image = (ids == token).to(tokens.device)[..., None]  # B L 1
     added = [torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)) for deep in deep_states]
     return ImageTokens(
         tokens=tokens.masked_scatter(is_image, states.to(tokens)),
-        places=torch.stack(places, dim=1),
+        places=torch.stack(positions, dim=1),
         added=added,
     )
 
@@ -304,16 +304,16 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
     """
     remaining = list(sides)
     start = 0
-    places: list[Tensor] = []
+    positions: list[Tensor] = []
     for is_image, group in groupby(ids, lambda number: number == token):
         length = len(list(group))
-        while length and is_image:  # images may follow one another
+        while length and is_image:  # a run of placeholders may stand for several images
             rows, columns = remaining.pop(0)
             no_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(no_time, torch.arange(rows), torch.arange(columns))
-            places.append(grid.T + start)
+            positions.append(grid.T + start)
             start += max(rows, columns)
             length -= rows * columns
-        places.append(torch.arange(start, start + length).expand(3, -1))
+        positions.append(torch.arange(start, start + length).expand(3, -1))
         start += length
-    return torch.cat(places, dim=1)
+    return torch.cat(positions, dim=1)

@@ -162,7 +162,7 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
     """Return the request with its reference images in all prompts.
 
-    `size` are `Prompt.image_size`.
+    `size` becomes `Prompt.image_size`, the size that the images have for the text encoder.
     """
     paths = prepared.request.control_images
     texts = prepared.prompts[0]

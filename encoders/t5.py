@@ -92,7 +92,7 @@ class T5Use:
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
-        """Return the width of a state (a function for `read_once`)."""
+        """Return the number of channels of a state, from the header of a file."""
         return read_t5(checkpoint, self.kind).config.dim
 
 
@@ -102,10 +102,11 @@ USE = T5Use()
 class T5TextEncoder(FileTextEncoder[T5Network]):
     """T5, which gives a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
-    can = EncoderAbilities(learn=True, divide=True)
+    can = EncoderAbilities(learn=True, divide=True, take_words=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"
+    word_keys = ("t5xxl", "t5")  # as ComfyUI and as OneTrainer have it
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
@@ -158,11 +159,16 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them."""
+        """Return each prompt's states L C and its mask: L int64, 1 for tokens including the end token.
+
+        `dropped` is not used, because T5 has no template before the prompt.
+        """
         ids, masks = fill_rows(rows, self.maximum, PAD)
         results: list[Conditions] = []
+        start = 0  # index of the group's first prompt
         for group in in_groups(ids.tolist()):
-            group_masks = masks[len(results) : len(results) + len(group)]
+            group_masks = masks[start : start + len(group)]
+            start += len(group)
             states = network.encode_padded(torch.tensor(group), group_masks if self.uses_mask else None).cpu()
             for state, mask in zip(states, group_masks, strict=True):
                 conditions = {self.use.states: state.clone()}

@@ -101,7 +101,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     # only with the official names: in Hugging Face's the same prefix is part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
-    # the same tensor, stored twice
+    # transformers stores the embedding twice, as shared and as that of the encoder: one is left out
     tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
         plain_sources(checkpoint), lambda name: name if name == tied else translate_name(name, HF_T5)
@@ -219,7 +219,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """The prompts that the rows of `Hidden.x` belong to."""
+    """Prompts whose tokens follow one another in `Hidden.x`: their lengths, and how much attention sees."""
 
     lengths: Sequence[int]  # of the prompts; they sum to L
     visible: Sequence[int]  # how many tokens of each prompt attention sees, from its first

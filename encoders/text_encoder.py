@@ -10,7 +10,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -26,6 +26,8 @@ from contract.data import Conditions, weigh_rows
 from contract.family import EncoderAbilities
 from contract.requests import Prompt, Spans
 from contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
+from encoders.new_words import EncoderWord, compile_words, grow_table, name_ids
+from modules.console import quiet
 from modules.errors import CaptionError, CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
 from running.offload.block_swap import move_network
@@ -72,6 +74,57 @@ class TextTokenizer:
     read: Callable[[str], Tokens]
     number: Callable[[str], int | None]  # of a token; None: there is none
     file: Path  # that it was read from
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
+        """Return a tokenizer that reads each of these words as its token ids."""
+        return replace(self, read=_WordReader(self.read, words))
+
+
+class _WordReader:
+    """Read texts with further words. The blank before a word is dropped, as most tokens begin with one."""
+
+    def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
+        names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
+        self.read_plain = read
+        self.pattern = compile_words(names)
+        self.ids = [list(words[name]) for name in names]
+        around = read("a").places
+        self.begin = sum(1 for _ in itertools.takewhile(_is_added, around))
+        self.end = sum(1 for _ in itertools.takewhile(_is_added, reversed(around)))
+
+    def __call__(self, text: str) -> Tokens:
+        """Return the tokens of a text."""
+        if not self.pattern.search(text):
+            return self.read_plain(text)
+        around = self.read_plain("a")
+        ids = around.ids[: self.begin]
+        places: list[Place] = [None] * self.begin
+        last = 0  # character behind the word before
+        for match in self.pattern.finditer(text):
+            assert match.lastindex is not None
+            self._add(ids, places, text[last : match.start()].removesuffix(" "), last)
+            word_ids = self.ids[match.lastindex - 1]
+            ids += word_ids
+            places += [match.span()] * len(word_ids)
+            last = match.end()
+        self._add(ids, places, text[last:], last)
+        ids += around.ids[len(around.ids) - self.end :]
+        return Tokens(ids, [*places, *[None] * self.end])
+
+    def _add(self, ids: list[int], places: list[Place], text: str, start: int) -> None:
+        """Add the tokens of a text between words, which begins at the character `start`."""
+        if not text:
+            return
+        tokens = self.read_plain(text)
+        inner = slice(self.begin, len(tokens.ids) - self.end)
+        ids += tokens.ids[inner]
+        for place in tokens.places[inner]:
+            places.append(None if place is None else (place[0] + start, place[1] + start))
+
+
+def _is_added(place: Place) -> bool:
+    """Return whether a token is one that the tokenizer puts around a text."""
+    return place is None
 
 
 @dataclass(frozen=True)
@@ -151,7 +204,7 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
-            tokenizer.encode("a b")  # a tokenizer that fails with any text fails now, not during encoding
+            tokenizer.encode("a b")  # only for its error: a tokenizer that fails for any text fails here
         first = []  # the begin token, unless the tokenizer adds it itself
         if begin is not None and empty[:1] != [begin]:
             first.append(begin)
@@ -163,10 +216,10 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            places: list[Place] = [None] * len(first)
-            for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_added else place)
-            return Tokens([*first, *encoded.ids], places)
+            positions: list[Place] = [None] * len(first)
+            for position, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                positions.append(None if is_added else position)
+            return Tokens([*first, *encoded.ids], positions)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
@@ -194,13 +247,13 @@ class TokenizerSource:
             with self.files.explain(origin):
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
-            # they follow one another; white space that is dropped can only stand in front of them
-            begin = len(text) - sum(map(len, surfaces))
-            edges = itertools.accumulate(map(len, surfaces), initial=begin)
-            places: list[Place] = [None] * len(first)
-            places += itertools.pairwise(edges)
-            places += [None] * len(last)
-            return Tokens([*first, *ids, *last], places)
+            # the pieces cover the text without gaps; only white space at its start may be dropped
+            start_of_text = len(text) - sum(map(len, surfaces))
+            edges = itertools.accumulate(map(len, surfaces), initial=start_of_text)
+            positions: list[Place] = [None] * len(first)
+            positions += itertools.pairwise(edges)
+            positions += [None] * len(last)
+            return Tokens([*first, *ids, *last], positions)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -211,7 +264,7 @@ def _find_inside(checkpoint: Checkpoint) -> str | None:
 
 
 def find_merges(file: Path | None) -> Path | None:
-    """Return the merges next to a vocab.json; None for a tokenizer of one file."""
+    """Return the path of the BPE merges next to a vocab.json; None for a tokenizer that is one file."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -285,7 +338,11 @@ class FileTextEncoder(ABC, Generic[Network]):
     takes_weights: str = ""  # key of the states that the weights of parts multiply; "": none
     pads_left: bool = False  # the states of a short prompt are the last ones of `maximum`
     logs_cuts: ClassVar[bool] = False  # log each prompt that is too long
-    embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
+    embedding: str = "embed_tokens.weight"  # of the tokens, in the network
+    # of the vectors of a word in its file (see `encoders.new_words.WordEncoder`)
+    word_keys: tuple[str, ...] = ()
+    words: Sequence[EncoderWord] = ()  # that it reads in addition to the tokenizer's
+    learns_word: bool = False  # one of them learns: gradients flow through the network
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; files are read by `load`.
@@ -345,6 +402,9 @@ class FileTextEncoder(ABC, Generic[Network]):
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
+        if self.words:
+            # no row is read, so that any ids will do
+            tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
         dropped = self.count_dropped(tokenizer)
         token_bytes = 0
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
@@ -383,7 +443,23 @@ class FileTextEncoder(ABC, Generic[Network]):
         # first, so that a bad tokenizer is reported before gigabytes are read
         tokenizer = self.source.load(self.tokenizer, self.path, self.what)
         self.check_tokenizer(tokenizer)
-        return self.load_network(device), tokenizer
+        network = self.load_network(device)
+        if self.words:
+            ids = grow_table(network, self.embedding, self.words)
+            tokenizer = tokenizer.with_words(ids)
+        return network, tokenizer
+
+    def tokenize_word(self, text: str) -> list[int]:
+        """Return the token ids of words inside of a text; loads no weights.
+
+        Raises:
+            CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
+        """
+        with quiet():  # the log names it when the encoder is loaded
+            tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
+        # a blank in front: most tokens of words begin with one
+        tokens = tokenizer.read(f" {text.strip()}")
+        return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError, or warn, if the tokenizer belongs to another model."""
@@ -431,18 +507,18 @@ class FileTextEncoder(ABC, Generic[Network]):
         if self.logs_cuts:
             self._log_cuts(written, all_tokens, cut_tokens)
         rows = [tokens.ids for tokens in cut_tokens]
-        vocabulary = len(network.get_parameter(self.embedding))
-        check_ids(rows, vocabulary, self.path, self.source.files.option)
+        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        check_ids(rows, num_rows, self.path, self.source.files.option)
         results = compute(network, tokenizer, rows, dropped)
         if not self.takes_weights:
             return results
-        takes_weights = []
+        weighted = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             if prompt.spans:
                 weights = weights_of(prompt, tokens.places[dropped:])
                 conditions = self.weigh(conditions, weights)
-            takes_weights.append(conditions)
-        return takes_weights
+            weighted.append(conditions)
+        return weighted
 
     def _log_cuts(
         self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]

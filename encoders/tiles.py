@@ -48,7 +48,7 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
     """
     height = x.shape[-2] // cut.unit_in
     width = x.shape[-1] // cut.unit_in
-    inside = cut.stride * cut.unit_out
+    inside = cut.stride * cut.unit_out  # side of the part of a tile that later tiles do not overlap
     out = torch.empty(0)
     above: dict[int, Tensor] = {}  # by left edge: this tile's first rows as the tile above computed them
     for top in range(0, height, cut.stride):
@@ -65,8 +65,8 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
                 shape = (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out)
                 out = torch.empty(shape, device=device)
             tile = tile[..., :inside, :inside]
-            room = out[..., top * cut.unit_out :, left * cut.unit_out :]
-            room[..., : tile.shape[-2], : tile.shape[-1]] = tile
+            remaining = out[..., top * cut.unit_out :, left * cut.unit_out :]
+            remaining[..., : tile.shape[-2], : tile.shape[-1]] = tile
             del tile  # free it before the next one is computed
     return out
 
@@ -78,13 +78,14 @@ def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
     it, because a clip begins with a single frame; the result for that frame is dropped.
     """
     units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
-    shared = torch.empty(0)
+    shared = torch.empty(0)  # the end of the span before, which this span computes again
     for start in range(0, units, cut.stride):
         span = compute(x[:, :, start * cut.unit_in : (start + cut.size) * cut.unit_in + 1])
         if start:
             span = span[:, :, 1:]
             _fade_in(span, shared, 2)
-        end = cut.stride * cut.unit_out + (not start)
+        num_first = 0 if start else 1  # only the first span still has the single first frame
+        end = cut.stride * cut.unit_out + num_first
         shared = span[:, :, end:].clone()
         yield span[:, :, :end]
         del span  # free it before the next one is computed
@@ -166,12 +167,12 @@ def add_in_tiles(
     for row in rows:
         for column in columns:
             tile = x[..., row.pick(unit_in), column.pick(unit_in)]
-            place = out[..., row.pick(unit_out), column.pick(unit_out)]
+            region = out[..., row.pick(unit_out), column.pick(unit_out)]
             weights = (row.weights(unit_out)[:, None] * column.weights(unit_out)).to(out.device)
             start = 0
             for piece in compute(tile):
                 end = start + piece.shape[2]
-                frames = place[:, :, start:end]
+                frames = region[:, :, start:end]
                 frames += piece.to(out.device, out.dtype) * weights
                 start = end
 

@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of its tensors
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A kind of vision towers."""
+    """A network that makes tokens for a language model from images, and how its files are recognized."""
 
     name: str  # of the whole model, for messages
     kind: str  # prefix of `model_type` in a config.json
@@ -61,20 +61,33 @@ def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapp
 
 
 def _read_deep(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors.
+
+    DeepStack: features of some inner layers are merged too, and added to layers of the language model.
+    """
     dim = sizes["hidden_size"]
     layers = sizes["depth"]
-    places = shapes.get(PLACES, (0,))[0]
+    num_positions = shapes.get(PLACES, (0,))[0]
     mergers = count(shapes, r"deepstack_merger_list\.\d+")
     heads = config_json.get("num_heads", HEADS)
-    deep = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
-    if not isinstance(deep, list) or not _are_sizes(heads, *deep) or heads < 1 or dim % (4 * heads):
+    deep_layers = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
+    if (
+        not isinstance(deep_layers, list)
+        or not _are_sizes(heads, *deep_layers)
+        or heads < 1
+        or dim % (4 * heads)
+    ):
         return None
-    are_layers = len({*deep} & {*range(layers)}) == len(deep)
-    if not are_layers or len(deep) != mergers:
+    are_layers = len({*deep_layers} & {*range(layers)}) == len(deep_layers)
+    if not are_layers or len(deep_layers) != mergers:
         return None
-    if places < 1 or math.isqrt(places) ** 2 != places:
+    if num_positions < 1 or math.isqrt(num_positions) ** 2 != num_positions:
         return None
-    return {"num_heads": heads, "deepstack_visual_indexes": deep, "num_position_embeddings": places}
+    return {
+        "num_heads": heads,
+        "deepstack_visual_indexes": deep_layers,
+        "num_position_embeddings": num_positions,
+    }
 
 
 def _read_plain(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:

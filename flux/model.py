@@ -166,7 +166,7 @@ class FluxModel(BlockNetwork):
         latents = (noisy, *references)
         images = [in_own_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
         # a reference stands at the next place of the axis of frames
-        grids = [Grid(grid_of(image), first=number) for number, image in enumerate(latents)]
+        grids = [Grid(grid_of(image), first=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None

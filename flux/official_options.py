@@ -46,7 +46,7 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def dit_dtype(self) -> str:
-        """Compute dtype of the transformer: that of --flux_dtype unless it has 8 bits."""
+        """Compute dtype of the transformer: --flux_dtype unless it has 8 bits."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 
@@ -124,7 +124,7 @@ TYPED = {
 
 
 def generation_words(options: FluxMinimalOptions) -> list[str]:
-    """Translate the image guides' command line to that of flux_generate_image.py."""
+    """Translate the image guides' command line to the options of flux_generate_image.py."""
     model, image = options.model, options.picture
     values = {
         "--dit": model.ckpt_path,

@@ -16,6 +16,7 @@ MISTRAL3 = LanguageModel(
     files="mistral_3_small_flux2_bf16.safetensors of Comfy-Org, or the folder text_encoder of FLUX.2-dev",
     classes="Mistral",
     kind="mistral",
+    word_key="mistral3_24b",
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     theta=1e9,
     eps=1e-5,
@@ -65,7 +66,11 @@ QWEN3_4B_USE = LanguageUse(
 )
 QWEN3_8B_USE = replace(
     QWEN3_4B_USE,
-    model=replace(QWEN3, files="qwen_3_8b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-8B,"),
+    model=replace(
+        QWEN3,
+        files="qwen_3_8b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-8B,",
+        word_key="qwen3_8b",
+    ),
     source=qwen_tokenizer(OPTION, "black-forest-labs/FLUX.2-klein-9B"),
 )
 

@@ -6,7 +6,7 @@ comparing: every prompt with every LoRA at every strength
 denoise: the denoising loop over sections: passes, guidance, solver
 dressing: how networks and LoRAs are loaded, and features around them
 driven: requests as JSON, for a page that drives it
-embedding_marks: ComfyUI's `embedding:NAME` in prompts
+embedding_marks: embeddings of a generation, and their marks in prompts
 expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py

@@ -23,6 +23,7 @@ from contract.family import Family
 from contract.rules import Expert
 from contract.steps import DitAt, EncodedPrompts
 from generation import dressing, making
+from generation.embedding_marks import with_embeddings
 from generation.experts import plan_turns
 from generation.grid_options import CompareOptions
 from generation.memory import resolve_options
@@ -99,6 +100,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     options = _resolve_options(family, options, device)
     loras = dressing.expert_loras(family, options, with_texts=True)
     family = with_words_of(family, loras)
+    family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
     run = _make_run(family, options, device)
     jobs = _make_prompts(run)

@@ -263,7 +263,7 @@ def make_latents(
         inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
         device: Device of the run.
         cpu_noise: Draw noise on the CPU.
-        guidance_options: Options of guidance besides its scale.
+        guidance_options: Options of guidance other than its scale.
         watchers: See `denoise`.
         split: See `denoise`; families with `SamplingDefaults.one_batch` never split.
         on_section: Called before each section is denoised; the network may leave its device meanwhile.

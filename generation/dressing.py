@@ -137,7 +137,7 @@ class DitLoader:
         from networks.rounding import LoraRounding
 
         rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding)
+        return LoraPatch(uses, rounding=rounding, family=self.family.name)
 
 
 def dit_loader(
@@ -220,8 +220,7 @@ def expert_loras(
         return ((),) * len(experts)
     from networks.loading import lora_uses  # only with LoRAs
 
-    takes_words = with_texts and family.can.take_words
-    uses = iter(lora_uses(files, patterns, with_texts, with_words=takes_words))
+    uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
     _check_experts(uses_by_key, keys)
@@ -230,10 +229,10 @@ def expert_loras(
     for expert, key in zip(experts, keys, strict=True):
         uses_of_expert = [*uses_by_key[key], *_find_shared_uses(uses_by_key, key)]
         expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
-    from networks.depths import fit_to_file, is_grown
+    from networks.depths import find_grown, fit_to_file
 
     # decoding latents runs no transformer
-    if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
+    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
         return tuple(expert_uses)
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)

@@ -1,15 +1,20 @@
-"""Words that ComfyUI's prompts mark as the names of embeddings: `embedding:NAME`. Standard library only."""
+"""Embeddings of a generation, and words that prompts mark as their names, as in ComfyUI: `embedding:NAME`."""
 
 import logging
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
-from contract.brought_words import takes_words
+from contract.brought_words import TakesWords, with_words
 from contract.family import Family
 from contract.requests import Request
 from modules.control_codes import shorten
 from modules.limits import MAX_LINE_SHOWN
 
 logger = logging.getLogger(__name__)
+
+OPTION = "--textual_inversion_embeddings"
 
 # the name may have the ending of its file
 _MARKED = re.compile(r"(?<!\w)embedding:\s*([^\s,()\[\]:]+)", re.IGNORECASE)
@@ -20,16 +25,38 @@ def find_embeddings(text: str) -> list[str]:
     return _MARKED.findall(text)
 
 
-def warn_of_embeddings(family: Family, request: Request) -> None:
-    """Warn about names that a request marks as embeddings if its model does not support them.
+def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
+    """Return the family with the words of embeddings, called like their files, in its text encoders.
 
-    A model that supports them reports by itself which are not loaded.
+    Args:
+        family: The model family.
+        paths: Files of embeddings.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of another kind.
     """
-    if takes_words(family):
-        return
+    from checkpoints.embedding_files import read_embedding  # torch: only with embeddings
+
+    if not paths:
+        return family
+    return with_words(family, {path: {path.stem: read_embedding(path, OPTION)} for path in paths}, OPTION)
+
+
+def warn_of_embeddings(family: Family, request: Request) -> None:
+    """Warn about names that a request marks as embeddings and that no loaded file brings."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
-    for name in dict.fromkeys(find_embeddings(text)):
-        logger.warning(
-            "embedding:%s in a prompt is read as words: this model takes no embeddings",
-            shorten(name, MAX_LINE_SHOWN),
-        )
+    found = dict.fromkeys(find_embeddings(text))
+    if not found:
+        return
+    known = {word.lower() for word in cast(TakesWords, family).word_names}
+    for name in found:
+        file = re.split(r"[/\\]", name.lower())[-1]
+        # a digit behind a word means one of its vectors
+        meant = {file, file.rpartition(".")[0], file.rstrip("0123456789")}
+        if not meant & known:
+            logger.warning(
+                "embedding:%s in a prompt is read as words: no embedding of this name is loaded. "
+                "%s FILE loads one, or --lora_weight a LoRA that brings it",
+                shorten(name, MAX_LINE_SHOWN),
+                OPTION,
+            )

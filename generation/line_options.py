@@ -21,7 +21,7 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
 
     Args:
         word: The long name.
-        keys: Keys of all options: their names on the command line, and those of the two sides of
+        keys: Keys of all options: their names on the command line, with keys for the height and the width of
             --video_size.
     """
     name = word.lower().replace("-", "_")

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -279,7 +279,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve the name of a job's files while it is denoised; a name chosen by the user is used as it is."""
+    """Reserve the name of a job's files while it is denoised; a name that the user chose is not changed."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end
@@ -319,7 +319,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    grow_preview = _make_section_preview(run, job, preview)
+    section_preview = _SectionPreview(run, job, preview)
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
         preview_section: OnSection | None = None
@@ -348,32 +348,40 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             bars.close()
             if preview_section is not None:
                 preview_section(section)
-            grow_preview(section)
+            section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
         yield [advance, *watchers, *run.watchers], on_section
 
 
-def _make_section_preview(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
-    """Return a function that appends each finished section of a video to its preview."""
-    output = run.options.output
-    fps = job.prepared.fps
-    hides = run.post is not None and run.post.hides
-    decoding_bytes = None if run.predicted is None else run.predicted.decoding
-    video: GrowingVideo | None = None
+@dataclass
+class _SectionPreview:
+    """Preview of a video in sections: each finished section is appended to it."""
 
-    def grow_preview(section: Section) -> None:
-        nonlocal video
-        if section.previous is not None and output.shows_progress and not hides:
-            if video is None:
-                tags = as_tags(job.metadata or run.metadata(job.prepared) or {})
-                video = GrowingVideo(run.session, path, fps, needed=decoding_bytes, tags=tags)
-            video.add(section.previous)
-        elif section.previous is None and section.count > 1 and output.shows_progress and hides:
-            logger.info("There is no preview of the video: it would show what a tool of --post hides.")
+    run: GenerationRun
+    job: GenerationJob
+    path: Path
+    video: GrowingVideo | None = None  # None until the first section is finished
 
-    return grow_preview
+    def add_previous(self, section: Section) -> None:
+        """Append the section before `section`, if there is one."""
+        run = self.run
+        hides = run.post is not None and run.post.hides
+        if not run.options.output.shows_progress:
+            return
+        if section.previous is None:
+            if hides and section.count > 1:
+                logger.info("There is no preview of the video: it would show what a tool of --post hides.")
+            return
+        if hides:
+            return
+        if self.video is None:
+            prepared = self.job.prepared
+            tags = as_tags(self.job.metadata or run.metadata(prepared) or {})
+            decoding_bytes = None if run.predicted is None else run.predicted.decoding
+            self.video = GrowingVideo(run.session, self.path, prepared.fps, needed=decoding_bytes, tags=tags)
+        self.video.add(section.previous)
 
 
 def decode_all(
@@ -444,7 +452,7 @@ def _remove_unneeded(output: OutputOptions, job: GenerationJob) -> None:
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Add the clip's files that are kept to an error of the block."""
+    """Add to an error of the block which files of the clip were kept."""
     with name_preview_on_failure(job.preview):
         try:
             yield

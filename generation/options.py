@@ -178,6 +178,12 @@ class GenerationOptions(Options, title="run"):
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lora_rounding: str = lora_rounding_option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognized automatically")
+    textual_inversion_embeddings: tuple[Path, ...] | None = option(
+        "files of embeddings (textual inversion): the name of a file is its word in prompts",
+        place="there",
+        title="LoRA",
+        facts=OF_REQUEST,
+    )
     save_merged_model: Path | None = option(
         "write the model with the LoRAs merged in, then stop",
         place="safetensors",

@@ -221,7 +221,11 @@ def save_pixels(
     if is_image:
         return _save_image(options, stem, playing, metadata)
     saves_audio = options.save_audio is not None and track is not None
-    side_suffixes = [LAST_FRAME_SUFFIX] * saves_last + [AUDIO_SUFFIX] * saves_audio
+    side_suffixes = []
+    if saves_last:
+        side_suffixes.append(LAST_FRAME_SUFFIX)
+    if saves_audio:
+        side_suffixes.append(AUDIO_SUFFIX)
     if options.output_type in IMAGE_OUTPUTS:
         path = _save_frames(options, stem, playing, metadata=metadata, side_suffixes=side_suffixes)
         name = path.name

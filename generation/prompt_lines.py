@@ -306,12 +306,12 @@ def _cut_options(line: str) -> list[str]:
     """Return the text before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    place = line.find(" --", _end_of_object(line, 0) or 0)
-    while place >= 0:
-        parts.append(line[start:place])
-        start = place + len(" --")
+    position = line.find(" --", _end_of_object(line, 0) or 0)
+    while position >= 0:
+        parts.append(line[start:position])
+        start = position + len(" --")
         value = _WORD.match(line, start)
-        place = line.find(" --", start if value is None else _end_of_value(line, value.end()) or start)
+        position = line.find(" --", start if value is None else _end_of_value(line, value.end()) or start)
     return [*parts, line[start:]]
 
 

@@ -205,11 +205,11 @@ def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
     if not entries:
         minimum = "one per line" if suffix == ".txt" else "at least one"
         raise OptionError(f"{option}: the file has no prompt. Write {minimum}.")
-    place = "line" if suffix == ".txt" else "entry"
+    entry_name = "line" if suffix == ".txt" else "entry"
 
     def read_entry(numbered_entry: tuple[int, Any]) -> dict[str, Any]:
         number, entry = numbered_entry
-        where = f"{path}, {place} {number}"
+        where = f"{path}, {entry_name} {number}"
         return parse_sample_line(entry, where) if isinstance(entry, str) else _check_entry(entry, where)
 
     return read_all(entries, read_entry)

@@ -309,7 +309,7 @@ class ScriptDefaults:
 
     @property
     def spelled(self) -> Mapping[str, tuple[str, ...]]:
-        """Return `spellings` together with those of all image scripts."""
+        """Return `spellings` together with the spellings of all image scripts."""
         if not self.pictures:
             return dict(self.spellings)
         return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}

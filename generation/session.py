@@ -149,9 +149,9 @@ class Session:
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
-                # the VAE comes again with the image encoder: rare, and two at once would not fit
+                # the VAE is loaded again with the image encoder, which is rare; two VAEs would not fit
                 self._media = None
-                # a VAE that comes again, as for each sample of a training on the CPU, is logged once
+                # a VAE that is loaded repeatedly, as for each sample of a training on the CPU, is logged once
                 with quiet() if images in self._logged_media else nullcontext():
                     self._media = self.family.media_encoders(self.device, images)
                 self._has_image_encoder = images
@@ -161,8 +161,8 @@ class Session:
             with torch.no_grad():
                 yield self._media
         finally:  # also where Ctrl-C comes in the middle of a move
-            waits = self.dits.keep or (again and self.device != CPU)
-            if self._media is not None and waits:
+            stays_in_host_memory = self.dits.keep or (again and self.device != CPU)
+            if self._media is not None and stays_in_host_memory:
                 _move(self._media, CPU, images=True)
             else:
                 self._media = None
@@ -185,10 +185,10 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """Return the texts to encode by section: the prompt, and those that guidance needs."""
-    plans = plan_steps(prepared, options)
-    needed = {
-        guidance_pass.text for expert_plans in plans for plan in expert_plans for guidance_pass in plan.passes
-    }
+    needed: set[str] = set()
+    for expert_plans in plan_steps(prepared, options):
+        for plan in expert_plans:
+            needed |= {guidance_pass.text for guidance_pass in plan.passes}
     return {
         section: replace(
             texts,

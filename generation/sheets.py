@@ -266,7 +266,7 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
     jobs = [job for cells in sheets.values() for job in cells.values()]
     clips = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
-        paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
+        paths = {indices: clips[job.label] for indices, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
     cells_of_sheet = sum(1 for _ in list_cells(run.options.axes, {}))
@@ -282,11 +282,11 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
     jobs: dict[Place, GenerationJob] = {}
     if run.options.request.seed is None:
         line = {"seed": draw_seed(), **line}
-    for place, values in list_cells(axes, line):
-        axis_values = [axis.describe(index) for axis, index in zip(axes, place, strict=True)]
+    for indices, values in list_cells(axes, line):
+        axis_values = [axis.describe(index) for axis, index in zip(axes, indices, strict=True)]
         name = ", ".join([label, *axis_values])
         with failures.note_errors(name, fatal=CheckpointError):
-            column, row = (*place, 0)[:2]  # with a single axis all cells are in the first row
+            column, row = (*indices, 0)[:2]  # with a single axis all cells are in the first row
             jobs[column, row] = make_job(run, name, values)
     return jobs
 

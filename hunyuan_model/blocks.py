@@ -178,7 +178,7 @@ def activate(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class HunyuanModulation(nn.Module):
-    """Computes the shifts, scales and gates of a block. `name` is that of its linear layer in files."""
+    """Computes the shifts, scales and gates of a block. `name` is its linear layer's name in files."""
 
     def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()

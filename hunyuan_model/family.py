@@ -76,7 +76,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def defaults(self) -> data.SamplingDefaults:
-        """The release's 50 steps and guidance; the size is that of training samples."""
+        """The release's 50 steps and guidance, and the size of training samples."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return data.SamplingDefaults(
             steps=50,

@@ -199,7 +199,7 @@ def count_real(
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
-    """Return the longest text's number of real rows, and that of each sample; None if all are equal.
+    """Return the number of real rows of the longest text, and of each sample (None if all are equal).
 
     `mask` is B T. Padding after the longest text is cut off instead of masked, because attention without a
     mask is faster and gives the same result. Raises ValueError if padding comes before a real token.

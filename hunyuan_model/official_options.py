@@ -214,7 +214,7 @@ TYPED = {
 
 
 def generation_words(options: OfficialOptions) -> list[str]:
-    """Translate the released command line to that of hv_generate_video.py."""
+    """Translate the released command line to the options of hv_generate_video.py."""
     video = options.video
     model = options.model
     base = model.model_base

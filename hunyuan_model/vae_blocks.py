@@ -46,7 +46,7 @@ UP: tuple[Factors, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 def steps(frames: int, values: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of groups of frames: `chunk` each, or as many as `values` per frame allow."""
+    """Yield (start, stop) of groups of `chunk` frames, or of as many frames as a limit of values allows."""
     size = chunk or max(1, STEP_ELEMENTS // max(1, values))
     for start in range(0, frames, size):
         yield start, min(start + size, frames)
@@ -75,7 +75,7 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each group, B groups 1, from those of pieces of the clip."""
+        """Return mean and variance of each group, B groups 1, from the pieces' means and variances."""
         piece_means, piece_variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
@@ -165,12 +165,12 @@ class HunyuanCausalConv(nn.Module):
         batch, channels, _, height, width = x.shape
         size = (batch, channels, len(sources), height * rows + 2, width * columns + 2)
         padded = empty_clip(x, *size)
-        for place, source in enumerate(sources):
-            if place and source == sources[place - 1]:
-                padded[:, :, place] = padded[:, :, place - 1]
+        for index, source in enumerate(sources):
+            if index and source == sources[index - 1]:
+                padded[:, :, index] = padded[:, :, index - 1]
             else:
                 frame = x[:, :, source : source + 1]
-                self._write(frame, padded[:, :, place : place + 1], factors)
+                self._write(frame, padded[:, :, index : index + 1], factors)
         return padded
 
     def _write(self, frame: Tensor, place: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:

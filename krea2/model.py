@@ -474,7 +474,7 @@ class Krea2Model(BlockNetwork):
         return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the modulation of all blocks and the embedded time behind it, B to B 7 C float32."""
+        """Return the modulation of all blocks, followed by the embedded time, B to B 7 C float32."""
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = in_own_dtype(self.tproj[1], gelu(time)).float()

@@ -210,6 +210,7 @@ class LtxBlock(nn.Module):
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
         attention = partial(LtxAttention, config.num_heads, config.is_gated, config.splits_heads)
+        # shift, scale and gate: of self-attention, of the feed-forward, and of the attention to the text
         num_rows = 9 if config.modulates_text else 6
         for names, stream in config.streams.items():
             prefix = names.prefix
@@ -225,6 +226,7 @@ class LtxBlock(nn.Module):
         for names, other in ((VIDEO, SOUND), (SOUND, VIDEO)):
             dim = config.streams[names].dim
             setattr(self, names.cross_attn, attention(dim, config.streams[other].dim, config.cross_dim))
+            # scale and shift as query, scale and shift as key, and the gate
             setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
@@ -283,6 +285,7 @@ class LtxBlock(nn.Module):
         stream = tokens.streams[names]
         assert stream.cross is not None
         table = getattr(self, names.cross_table)  # added in float32, as the rows
+        # scale and shift for the attention of the video, and for the attention of the audio
         video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.rows).unbind(2)
         h = norm_tokens(x.float())
         return {
@@ -361,7 +364,7 @@ class LtxBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
+    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 

@@ -127,7 +127,7 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
         f"{checkpoint.path}: its tensors do not have the sizes of LTX-2's text connectors. Copy it again.",
         checkpoint.path,
     )
-    shape = shapes_of(parts, sources, damaged)
+    shape = shapes_of(parts, sources, damaged)  # returns the shape of a tensor, or raises `damaged`
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
     if not any(name.startswith("text_embedding_projection.") for name in sources):
         raise CheckpointError(
@@ -140,9 +140,10 @@ def read_connectors(checkpoint: Checkpoint, streams: Collection[str] = STREAMS) 
     for stream in streams:
         connectors[stream] = _read_connector(stream, shape, sources, settings=settings, damaged=damaged)
     longest = _read_longest(checkpoint, settings)
+    # all streams have one projection, or each its own; the first one shows the sizes
     is_shared = f"text_embedding_projection.{SHARED}.weight" in sources
-    first = SHARED if is_shared else f"{next(iter(streams))}_{SHARED}"
-    projection = f"text_embedding_projection.{first}"
+    first_stream = next(iter(streams))
+    projection = f"text_embedding_projection.{SHARED if is_shared else f'{first_stream}_{SHARED}'}"
     config = ConnectorsConfig(
         text_dim=shape(f"{projection}.weight", 2)[1],
         is_shared=is_shared,

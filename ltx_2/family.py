@@ -161,7 +161,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Defaults of a generation. At any size, the flow shift is that for 4096 tokens, as released."""
+        """Defaults of a generation. The flow shift for 4096 tokens is used at any size, as released."""
         width, height, frames = self.size
         return SamplingDefaults(
             steps=RELEASES[self.version].steps,
@@ -227,9 +227,9 @@ class Ltx2(Ltx2Media):
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
         """Return the latents of clips and of their references, by name in caches, B C F H W each."""
         frames = {"latents": media.frames}
-        for number, reference in enumerate(media.references):
+        for index, reference in enumerate(media.references):
             assert self.references is not None
-            frames[reference_key(number)] = thin_out(reference, self.references, self.latent.frame_step)
+            frames[reference_key(index)] = thin_out(reference, self.references, self.latent.frame_step)
         latents = {}
         for name, clips in frames.items():
             latents[name] = vae.encode(to_pixels(clips.to(vae.device))).to(self.vae_dtype)
@@ -522,10 +522,10 @@ class Ltx2(Ltx2Media):
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}
         by_stage = {}
-        for number, stage in enumerate(prepared.stages):
+        for index, stage in enumerate(prepared.stages):
             conditions = self._encode_request(encoders.vae, stage)
             if conditions:
-                by_stage[number] = conditions
+                by_stage[index] = conditions
         return by_stage
 
     def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
@@ -564,8 +564,8 @@ class Ltx2(Ltx2Media):
         size = (prepared.width, prepared.height, prepared.frames)
         pixels = [read_pixels(path, size, reference_rules, self.latent) for path in prepared.family_record]
         conditions = {}
-        for number, clip in enumerate(pixels):
-            conditions[reference_key(number)] = vae.encode(clip.to(vae.device)).float().cpu()
+        for index, clip in enumerate(pixels):
+            conditions[reference_key(index)] = vae.encode(clip.to(vae.device)).float().cpu()
         mask, strength = self.reference_attention
         if mask is not None or strength < 1:
             if mask is None:

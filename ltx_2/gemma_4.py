@@ -87,6 +87,7 @@ GEMMA_4 = LanguageModel(
     files=f"{FILE}, or the folder of a release in diffusers' layout to --gemma_root",
     classes="Gemma4UnifiedText",
     kind="gemma4",
+    word_key="gemma4",
     defaults={"hidden_size": 2304, "num_attention_heads": 8, "rms_norm_eps": 1e-6},
     theta=THETA,
     eps=1e-6,

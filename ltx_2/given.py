@@ -138,7 +138,7 @@ def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Latent frames of clips that training shows as keyframes besides; drawn for all clips of a batch."""
+    """Latent frames of clips that training also shows as keyframes; drawn for all clips of a batch."""
 
     first: float  # probabilities
     last: float
@@ -146,13 +146,19 @@ class KeyframeRule:
     max_interior: int  # latent frames between the ends, at most
 
     def choose(self, frames: int, generator: torch.Generator) -> list[int]:
-        """Return the indices of the given latent frames of clips with `count` of them, ascending."""
+        """Return the indices of the given latent frames of clips with `frames` latent frames, ascending."""
         first, last, interior, fraction = torch.rand(4, generator=generator).tolist()
-        between = min(self.max_interior, frames - 2)
-        count = 1 + int(fraction * between) if between > 0 and interior < self.interior else 0
+        max_between = min(self.max_interior, frames - 2)
+        num_between = 0
+        if max_between > 0 and interior < self.interior:
+            num_between = 1 + int(fraction * max_between)
         order = torch.randperm(max(frames - 2, 0), generator=generator)
-        chosen = [0] * (first < self.first) + [frames - 1] * (last < self.last)
-        return sorted([*chosen, *(order[:count] + 1).tolist()])
+        indices: list[int] = (order[:num_between] + 1).tolist()
+        if first < self.first:
+            indices.append(0)
+        if last < self.last:
+            indices.append(frames - 1)
+        return sorted(indices)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def encode_keyframes(
         images: The keyframes.
         prepared: The request, or that of a stage.
         encode: Encodes pixels 1 3 F H W.
-        crf: H.264 quality to which the images are compressed first, as in training.
+        crf: H.264 quality to which the images are compressed first.
     """
     if not images:
         return {}
@@ -67,7 +67,7 @@ def take_keyframes(conditions: dict[str, Any]) -> Conditions:
 def append_keyframes(
     section: Section, conditions: Conditions, joint: Joint | None, noise: NoiseSource, level: float
 ) -> Section:
-    """Return a section that denoises keyframes behind its video.
+    """Return a section that denoises keyframes after its video's frames.
 
     Args:
         section: A section that starts from noise.
@@ -111,7 +111,7 @@ def append_keyframes(
 
 
 def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
-    """Return how much of each latent of a clip, and of the keyframes behind it, is given.
+    """Return how much of each latent of a clip, and of the keyframes after it, is given.
 
     Args:
         given: What is given of the clip alone; None if it is nothing.
@@ -126,7 +126,7 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
 
 
 def append_clean(image: Tensor, keyframes: Tensor, overrides: Overrides) -> tuple[Tensor, Overrides]:
-    """Return noisy latents with clean keyframes behind them, B C F+K H W, and overrides that say so."""
+    """Append clean keyframes to noisy latents, B C F+K H W; also return overrides for the network."""
     _, _, count, rows, columns = keyframes.shape
     shares = torch.full((1, 1, count, rows, columns), WHOLE, dtype=torch.int16)
     given = append_shares(overrides.given, image, shares)
@@ -134,7 +134,7 @@ def append_clean(image: Tensor, keyframes: Tensor, overrides: Overrides) -> tupl
 
 
 def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that latents behind the video are cut off their results."""
+    """Wrap sections so that latents after the video are cut off from their results."""
     section = next(sections)
     try:
         while True:

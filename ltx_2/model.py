@@ -77,7 +77,7 @@ class StreamInputs:
 
     @property
     def num_given(self) -> int:
-        """Number of tokens in front with a time of their own: those of references and given frames."""
+        """Number of tokens of references and given frames; these come first and have their own time."""
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
@@ -357,7 +357,7 @@ class LtxModel(nn.Module):
         return CrossInputs(rotary, rows, gate, influence)
 
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
-        """Project the latents of a stream to tokens, B L W, with those of references in front."""
+        """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
         # B F*H*W Z of a video's latents, B M Z*K of a sound's
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)

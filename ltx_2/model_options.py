@@ -113,7 +113,7 @@ class Ltx2TextOptions(Options):
 
 
 class Ltx2VaeOptions(Options):
-    """Autoencoders to use in place of those in --ltx2_checkpoint, and how they run."""
+    """VAEs that replace the ones in --ltx2_checkpoint, and how they run."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
@@ -162,6 +162,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
-        """Return the rescaling of a stream: its own option, else that of both; None for the release's."""
+        """Return the rescaling of a stream: its own option, else the one for both; None for the default."""
         of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if of_stream is None else of_stream

@@ -179,7 +179,7 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
-        """File of the transformer: that of --dit, else the released file."""
+        """File of the transformer: --dit, else the released file."""
         return self.dit or self.model.ltx2_checkpoint
 
 

@@ -134,7 +134,7 @@ class DenoisedReferences:
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the video, followed by that of the references as in `pack`.
+        """Return the velocity of the video, followed by the references' velocity as in `pack`.
 
         Args:
             velocity: B C N of the references' tokens, then the video's.

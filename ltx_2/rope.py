@@ -88,15 +88,17 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     """Spread the axes over the grid, and their frequencies over the heads: L N D/2 2.
 
-    Each frequency has its axes side by side. The remaining pairs come first and do not turn.
+    The axes of a frequency are next to each other. Pairs without a frequency come first; they do not rotate.
     """
     grid = places.grid
     spread = []
-    for axis, table in enumerate(axes):
+    for axis, table in enumerate(axes):  # n K 2
         shape = [1] * len(grid)
         shape[axis] = grid[axis]
         spread.append(table.view(*shape, *table.shape[1:]).expand(*grid, *table.shape[1:]))
-    pairs = torch.stack(spread, dim=-2).flatten(-3, -2).flatten(0, -3)  # L A*K 2
-    missing = (len(pairs), places.width // 2 - pairs.shape[1])
-    still = torch.stack([pairs.new_ones(missing), pairs.new_zeros(missing)], dim=-1)
-    return torch.cat([still, pairs], dim=1).unflatten(1, (heads, -1))
+    stacked = torch.stack(spread, dim=-2)  # grid K A 2, with A axes
+    pairs = stacked.flatten(-3, -2).flatten(0, -3)  # L K*A 2
+    num_missing = places.width // 2 - pairs.shape[1]
+    ones = pairs.new_ones(len(pairs), num_missing)
+    unrotated = torch.stack([ones, torch.zeros_like(ones)], dim=-1)  # cosine 1, sine 0
+    return torch.cat([unrotated, pairs], dim=1).unflatten(1, (heads, -1))

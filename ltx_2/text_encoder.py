@@ -107,6 +107,7 @@ GEMMA_3 = LanguageModel(
     ),
     classes="Gemma3Text",
     kind="gemma3",
+    word_key="gemma3_12b",
     # defaults of transformers, which it does not write
     defaults={
         "hidden_size": 2304,
@@ -156,7 +157,7 @@ def prompt_key(stream: str) -> str:
 class Ltx2TextEncoder(LanguageModelEncoder):
     """Gemma and the connectors. Each prompt gives 1024 rows for each stream."""
 
-    can = EncoderAbilities(wait=True, divide=True, have_side=True)
+    can = EncoderAbilities(wait=True, divide=True, have_side=True, take_words=True)
 
     def __init__(
         self,
@@ -243,7 +244,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
-        """Return how many bytes of Gemma stay in host memory next to the connectors."""
+        """Return the bytes of Gemma that stay in host memory next to the connectors."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(

@@ -110,9 +110,9 @@ class _NestedLevel(NamedTuple):
 def _read_level(match: re.Match[str]) -> _NestedLevel:
     """Return the level of a name that `_LEVEL` matches."""
     number, resampling, _ = match.groups()
-    half = match[0][:7]
+    half = match[0][: len("encoder")]
     is_encoder = half == "encoder"
-    middle = 1 << 30 if is_encoder else -1
+    middle = 1 << 30 if is_encoder else -1  # the middle block comes last in the encoder, first in the decoder
     is_resampling = resampling is not None
     return _NestedLevel(
         half, middle if number is None else int(number), is_second=is_resampling == is_encoder
@@ -120,9 +120,16 @@ def _read_level(match: re.Match[str]) -> _NestedLevel:
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
-    """Translate diffusers' names: a level's resampling comes first in the decoder, last in the encoder."""
+    """Return a function that translates diffusers' nested names to flat ones.
+
+    The official names count residual blocks and resamplings of all levels in one list. A level's resampling
+    comes first in the decoder, last in the encoder.
+    """
     matches = [_LEVEL.fullmatch(name) for name in names]
     levels = sorted({_read_level(match) for match in matches if match})
+    levels_of_half = {
+        half: [level for level in levels if level.half == half] for half in ("encoder", "decoder")
+    }
 
     def translate(name: str) -> str:
         match = _LEVEL.fullmatch(name)
@@ -130,7 +137,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
             return name
         _, resampling, name_end = match.groups()
         level = _read_level(match)
-        index = [other for other in levels if other.half == level.half].index(level)
+        index = levels_of_half[level.half].index(level)  # in the flat list
         direction = "down" if level.half == "encoder" else "up"
         start = f"{level.half}.{direction}_blocks.{index}"
         return f"{start}.{name_end}" if resampling else f"{start}.res_blocks.{name_end}"
@@ -231,7 +238,7 @@ def _apply_settings(
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
     """Return for each resampling of the decoder whether it has a shortcut, from the pixels inward.
 
-    `is_first` says that the decoder is LTX-2's, which has them by default.
+    `is_first` is true for the decoder of LTX-2, which has shortcuts by default.
     """
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]

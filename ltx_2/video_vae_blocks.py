@@ -288,7 +288,7 @@ def _flat(groups: nn.ModuleList) -> list[nn.Module]:
 
 
 class VideoVaeEncoder(nn.Module):
-    """Encode pixels of a clip as means of the posterior and one further channel."""
+    """Encode pixels of a clip as means of the posterior and one additional channel."""
 
     def __init__(self, config: VideoVaeConfig) -> None:
         super().__init__()

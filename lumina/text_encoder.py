@@ -52,6 +52,7 @@ GEMMA_2 = language_models.LanguageModel(
     files=GEMMA_NAMES,
     classes="Gemma2",
     kind="gemma2",
+    word_key="gemma2_2b",
     # defaults of transformers, which it does not write
     defaults={"head_dim": 256, SCALAR: 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
     theta=10000.0,
@@ -101,12 +102,13 @@ PROMPTS_AT_ONCE = 8  # number of prompts encoded at once, which limits memory
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     """Gemma 2 up to its second-to-last state. Rows after a text's end are zeros and masked."""
 
-    can = EncoderAbilities(learn=True, divide=True)
+    can = EncoderAbilities(learn=True, divide=True, take_words=True)
     name = "gemma2"
     keys = frozenset({"hidden_state", "attention_mask", "input_ids"})
     lora_prefix = "lora_te"
     source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
     takes_weights = "hidden_state"
+    word_keys = ("gemma2_2b",)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 

@@ -113,7 +113,7 @@ def encode_references(
     `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
     """
     tensors = {}
-    for number, medium in enumerate(shown):
+    for index, medium in enumerate(shown):
         reference = reference_of(medium)
         try:
             source = sizes.source_of(reference, frames)
@@ -123,11 +123,11 @@ def encode_references(
         if audio is not None:
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_audio(audio, seconds)
-            tensors[reference_key(number, AUDIO)] = audio_vae.encode(samples)[0]
+            tensors[reference_key(index, AUDIO)] = audio_vae.encode(samples)[0]
         if source is None:
             continue
         pixels = source.read()
         clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)
         latents = encode_condition(vae, byte_clips(clip.unsqueeze(0)))
-        tensors[reference_key(number, reference.kind)] = latents[0]
+        tensors[reference_key(index, reference.kind)] = latents[0]
     return tensors

@@ -56,7 +56,7 @@ def describe_copy(caption: str) -> str:
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
     """Return the caption for a teacher that has images of the subjects and copies only their looks.
 
-    `pictures` is their number, one for each subject. `is_still` says that the item is an image.
+    `pictures` is the number of images, one for each subject. `is_still` is true if the item is an image.
     """
     numbers = range(1, pictures + 1)
     subjects = " and ".join(f"<Subject {number}>" for number in numbers)

@@ -201,8 +201,8 @@ class H3Caching:
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors
-        for number, control in enumerate(media.control):
-            tensors[control_key(number)] = encode_condition(vae, byte_clips(control[..., :3]))[0]
+        for index, control in enumerate(media.control):
+            tensors[control_key(index)] = encode_condition(vae, byte_clips(control[..., :3]))[0]
         places: Sequence[int] = media.table.clean_indices or (0,) * len(media.control)
         tensors[CONTROL_INDICES] = torch.tensor(places)
         return tensors

@@ -84,8 +84,8 @@ def find_task(path: Path) -> str | None:
     folder = path if path.is_dir() else path.parent
     if folder.name == "transformer_ref":
         return "ref2va"
-    found = re.search(r"fl2va|ref2va", path.name, re.IGNORECASE)
-    return None if found is None else found[0].lower()
+    match = re.search(r"fl2va|ref2va", path.name, re.IGNORECASE)
+    return None if match is None else match[0].lower()
 
 
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:

@@ -269,7 +269,7 @@ class MiniMaxH3(OneTransformer):
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states. Raises CacheError for those of another text encoder."""
+        """Return the captions' states. Raises CacheError if they come from another text encoder."""
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
@@ -316,12 +316,12 @@ class MiniMaxH3(OneTransformer):
         times = (1 - timesteps.double() / 1000).tolist()
         velocities = []
         for sample, (image_time, audio_time) in enumerate(times):
-            one = slice(sample, sample + 1)
+            rows = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
             placement = self._place_conditions(cond, sample, images)
             image, audio = dit(
-                images[one],
-                audios[one],
+                images[rows],
+                audios[rows],
                 (image_time, audio_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
                 shown=is_shown if any(is_shown) else (),
@@ -445,7 +445,7 @@ class MiniMaxH3(OneTransformer):
                 check_video_length(reference.path, self.any_length)
 
     def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
-        """Return width, height and frames. The default size is that of the first keyframe."""
+        """Return width, height and frames. The default size is the size of the first keyframe."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:
@@ -493,24 +493,24 @@ class MiniMaxH3(OneTransformer):
         record = prepared.family_record
         references = record.media.references
         conditions: dict[str, Tensor] = {}
-        for number, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
+        for index, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
             if source is None:
                 continue
             frames = source.read()
             frames = frames.unsqueeze(0) if reference.kind == IMAGE else full_clip(frames)
-            conditions[reference_key(number, reference.kind)] = encode_condition(
+            conditions[reference_key(index, reference.kind)] = encode_condition(
                 encoders.vae, _make_clip(frames)
             )
         audios = {}
-        for number, reference in enumerate(references):
+        for index, reference in enumerate(references):
             path = reference.path if reference.kind == AUDIO else reference.audio
             if path is not None:
-                audios[number] = path
+                audios[index] = path
         if audios:
             networks = self.files.load_audio(encoders.vae.device)
-            for number, path in audios.items():
+            for index, path in audios.items():
                 waveform = read_reference_audio(path, prepared.frames / FPS)
-                conditions[reference_key(number, AUDIO)] = networks.encode(waveform)
+                conditions[reference_key(index, AUDIO)] = networks.encode(waveform)
         return conditions
 
     @property

@@ -82,7 +82,7 @@ TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_enco
 H3_USE = LanguageUse(
     name="vl",
     states_key=KEY,
-    model=replace(QWEN3_VL, files=TEXT_FILES),
+    model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
     maximum=MOST_TOKENS,
     states=(LAYERS,),
@@ -117,7 +117,7 @@ class H3TextEncoder(LanguageModelEncoder):
         if tokenizer is not None:
             folders.append(tokenizer.parent)
         folder = self.path if self.path.is_dir() else self.path.parent
-        folders += [folder / place for place in PREPROCESSOR_FOLDERS]
+        folders += [folder / subfolder for subfolder in PREPROCESSOR_FOLDERS]
         return read_preprocessing(folders)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -148,7 +148,8 @@ class H3TextEncoder(LanguageModelEncoder):
                 f"the prompt with its pictures and clips has {len(ids)} tokens, {self.maximum} are the most. "
                 "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
             )
-        check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        num_rows = len(network.get_parameter(self.embedding)) + sum(word.word.count for word in self.words)
+        check_ids([ids], num_rows, self.path, self.source.files.option)
         (conditions,) = self.compute(network, tokenizer, rows=[ids], dropped=0, pictures=[shown.pictures])
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.spans:
@@ -216,12 +217,12 @@ class H3Files(LanguageModelFiles):
 
     def check_task(self) -> None:
         """Raise OptionError if the transformer's name contains another task."""
-        found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
-        wanted = "ref2va" if self.task == "ref2va" else "fl2va"
-        if found not in (None, wanted):
+        named = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
+        needed_task = "ref2va" if self.task == "ref2va" else "fl2va"
+        if named not in (None, needed_task):
             raise OptionError(
-                f"--dit {self.dit}: by its name this is the transformer of {found}, and --task {self.task} "
-                f"needs that of {wanted}. Give the other file, or rename it if its name is wrong"
+                f"--dit {self.dit}: by its name this is the transformer of {named}, and --task {self.task} "
+                f"needs that of {needed_task}. Give the other file, or rename it if its name is wrong"
             )
 
     # the autoencoders

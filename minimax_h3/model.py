@@ -88,7 +88,7 @@ class H3Tokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "H3Tokens":
-        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
+        """Return the inputs for the tokens of one process; `rotary` still has all tokens."""
         starts = tuple(part.of_first(start) for start in self.starts)
         return replace(self, part=part, starts=starts)
 

@@ -112,13 +112,13 @@ class H3TextOptions(TextEncoderOptions):
 
     @property
     def form(self) -> str | None:
-        """Form in which linear layers are kept; None: that of the file."""
+        """Form in which linear layers are stored; None for the file's own form."""
         quantization = self.text_encoder_quantization
         return text_form(self) if quantization == "none" else quantization
 
 
 class H3VaeOptions(Options):
-    """The autoencoders of pictures and of sound."""
+    """The VAEs of images and of audio."""
 
     file: VaeOptions = option(
         facts=OF_DECODING,
@@ -272,7 +272,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
     @property
     def chosen_task(self) -> str:
-        """Task of the training: that of --task, else that of --h3_training_mode."""
+        """Task of the training, from --task or else from --h3_training_mode."""
         return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
 
 

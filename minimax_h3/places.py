@@ -105,7 +105,7 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
 
 
 def all_places(media: Sequence[ImagePlace | AudioPlace], text: int) -> Tensor:
-    """Return the positions of all tokens, those of media first, then those of the text, L 3 float64."""
+    """Return the positions of all tokens, media first, then the text, L 3 float64."""
     parts = []
     for place in media:
         parts.append(image_places(place) if isinstance(place, ImagePlace) else audio_places(place))

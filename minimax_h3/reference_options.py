@@ -19,7 +19,7 @@ FIELDS = ("type", "audio")  # fields of --ref
 
 
 class H3MediaOptions(Options, title="keyframes and references"):
-    """Media from which a clip is made besides its prompt. Keyframes have shared options."""
+    """Media from which a clip is generated in addition to its prompt. Keyframes have shared options."""
 
     keyframe: tuple[str, ...] | None = option(
         "the first frame, and given again the last one: another spelling of --first_frame and --last_frame",

@@ -365,13 +365,13 @@ class ClipSource:
         """Read its frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
-        for number, frame in enumerate(video_frames(self.path)):
+        for index, frame in enumerate(video_frames(self.path)):
             if len(frames) >= self.maximum:
                 break
-            end = _find_slot(number + 1, fps)
-            if end > _find_slot(number, fps):
+            end = _find_slot(index + 1, fps)
+            if end > _find_slot(index, fps):
                 resized = self._resize(frame)
-                frames += [resized] * (end - _find_slot(number, fps))
+                frames += [resized] * (end - _find_slot(index, fps))
         if not frames:
             raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
         return torch.from_numpy(np.stack(frames[: self.maximum]))
@@ -390,7 +390,7 @@ def _find_slot(number: int, fps: float) -> int:
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
     """Return keyframes at the size of the clip: the first is stretched, later ones cover it, cropped."""
-    return [ImageSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
+    return [ImageSource(path, size, crops=index > 0) for index, path in enumerate(paths)]
 
 
 def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:

@@ -80,7 +80,7 @@ def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSo
 
 
 def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapping[str, TensorSource]:
-    """Return sources that put all rows of queries first, then those of keys, then those of values."""
+    """Return sources that put all rows of queries first, then the rows of keys, then of values."""
     stack = functools.partial(stack_heads, head_width=head_width)
     return {
         name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()

@@ -222,17 +222,17 @@ class H3VideoVae(nn.Module):
 def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """Join tiles: blend each with the tile above and the tile to its left, as these were before blending."""
     joined_rows = []
-    for number, tiles in enumerate(parts):
+    for row_index, tiles in enumerate(parts):
         joined = []
-        for place, tile in enumerate(tiles):
-            if number:
-                tile = _blend(parts[number - 1][place], tile, rows[number - 1], axis=-2)
-            if place:
-                tile = _blend(tiles[place - 1], tile, columns[place - 1], axis=-1)
-            if number < len(parts) - 1:
-                tile = tile[..., : tile.shape[-2] - rows[number], :]
-            if place < len(tiles) - 1:
-                tile = tile[..., : tile.shape[-1] - columns[place]]
+        for index, tile in enumerate(tiles):
+            if row_index:
+                tile = _blend(parts[row_index - 1][index], tile, rows[row_index - 1], axis=-2)
+            if index:
+                tile = _blend(tiles[index - 1], tile, columns[index - 1], axis=-1)
+            if row_index < len(parts) - 1:
+                tile = tile[..., : tile.shape[-2] - rows[row_index], :]
+            if index < len(tiles) - 1:
+                tile = tile[..., : tile.shape[-1] - columns[index]]
             joined.append(tile)
         joined_rows.append(torch.cat(joined, dim=-1))
     return torch.cat(joined_rows, dim=-2)

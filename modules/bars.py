@@ -43,9 +43,9 @@ class Bar(ExitStack):
         now: Callable[[], float] = time.monotonic,
         is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
     ) -> None:
-        """total: None if not known.
+        """Start the progress of a loop.
 
-        With `at_once`, show the bar now; else it appears after a second.
+        `total` is None if it is not known. With `at_once` the bar is shown now, otherwise after a second.
         """
         super().__init__()
         self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now

@@ -79,25 +79,27 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
     """Return the build that supports most of the machine's cards and that their driver can run."""
-    first, driver = cards[0], cards[0].driver
-    found = f"{first.name}, driver {driver}"
-    capabilities = [card.capability for card in cards if card.capability != (0, 0)]
-    is_new = max(capabilities, default=FIRST_OF_CUDA_13) >= FIRST_BEYOND_CUDA_12_6
-    is_old = max(capabilities, default=FIRST_OF_CUDA_13) < FIRST_OF_CUDA_13
-    if first.series >= OLDEST_DRIVER[13] and not is_old:
-        return BuildChoice("cu130", found)
-    needed = OLDEST_DRIVER[13] if is_new else OLDEST_DRIVER[12]
+    first = cards[0]
+    driver = first.driver  # one driver runs all cards
+    card_text = f"{first.name}, driver {driver}"
+    known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
+    newest = max(known_capabilities, default=FIRST_OF_CUDA_13)
+    needs_cuda_13 = newest >= FIRST_BEYOND_CUDA_12_6
+    supports_cuda_13 = newest >= FIRST_OF_CUDA_13
+    if first.series >= OLDEST_DRIVER[13] and supports_cuda_13:
+        return BuildChoice("cu130", card_text)
+    needed = OLDEST_DRIVER[13] if needs_cuda_13 else OLDEST_DRIVER[12]
     if first.series < needed:
         raise InstallationError(
             f"the NVIDIA driver is {driver}, and {first.name} needs {needed} or later here. Update the "
             "driver, or start with --build cpu"
         )
-    return BuildChoice("cu126", found)
+    return BuildChoice("cu126", card_text)
 
 
 def read_amd_cards(nodes: Path) -> list[int]:
     """Read the version numbers of AMD cards that Linux lists in a folder; 0 stands for a CPU."""
-    found = []
+    versions = []
     for path in sorted(nodes.glob("*/properties")):
         try:
             words = path.read_text(encoding="ascii", errors="replace").split()
@@ -105,5 +107,5 @@ def read_amd_cards(nodes: Path) -> list[int]:
             continue
         info = dict(zip(words[::2], words[1::2], strict=False))
         number = info.get("gfx_target_version", "0")
-        found.append(int(number) if number.isdecimal() else 0)
-    return found
+        versions.append(int(number) if number.isdecimal() else 0)
+    return versions

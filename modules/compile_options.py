@@ -143,7 +143,7 @@ class CompileOptions(Options):
 
 
 class TrainingCompileOptions(CompileOptions):
-    """Options for compiling blocks in training: those of accelerate, and those that generation has too."""
+    """Options for compiling blocks in training: the options of generation, and accelerate's."""
 
     dynamo_backend: str = option(
         "compile the blocks with this torch.compile back end, as accelerate names it: inductor, eager, ...; "

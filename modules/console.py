@@ -133,8 +133,10 @@ def as_size(size_bytes: float) -> str:
 
 def count_of(number: int, what: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
-    end = "" if number == 1 else "es" if what.endswith(("tch", "sh", "x")) else "s"
-    return f"{number} {what}{end}"
+    if number == 1:
+        return f"1 {what}"
+    plural_ending = "es" if what.endswith(("tch", "sh", "x")) else "s"
+    return f"{number} {what}{plural_ending}"
 
 
 def list_some(names: Sequence[str], maximum: int = SHOWN) -> str:

@@ -342,7 +342,7 @@ def allow_fp16_accumulation(device: torch.device) -> bool:
 
 @dataclass
 class Failures:
-    """Jobs that failed, and why. strict: the first failure ends the run."""
+    """Collects the jobs that failed, with their errors; with `strict`, the first failure ends the run."""
 
     strict: bool = False
     reasons: dict[str, str] = field(default_factory=dict)

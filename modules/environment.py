@@ -65,7 +65,7 @@ def prepare_environment(
 ) -> Path:
     """Install missing requirements into an environment, and return the environment's Python.
 
-    Requirements are those of the runtime, of one extra of pyproject.toml, and further packages. The
+    Requirements are those of the runtime, of one extra of pyproject.toml, and additional packages. The
     environment is the active one, else `.venv` in the repository. An installed torch is kept, whatever its
     version, unless `is_replacing`. An interrupted installation is resumed.
 
@@ -159,11 +159,12 @@ def provide_pip(python: Path) -> None:
 def _install(
     python: Path, packages: list[str], build: Build | None = None, is_replacing: bool = False
 ) -> None:
+    """Install packages in three groups: torch first, so that no other package chooses its version."""
     uv = find_uv(python)
     if uv is None:
         provide_pip(python)
     keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
-    torch_alone = []  # first, so that no other package chooses its version
+    torch_alone = []
     following = []
     without_dependencies = []
     for line in packages:
@@ -174,15 +175,18 @@ def _install(
             following.append(line)
         elif not keeps_torch:
             torch_alone.append(line)
-    index = [] if build is None or build.index is None else ["--index-url", build.index]
-    again = ["--reinstall-package" if uv else "--force-reinstall", *(["torch"] if uv else [])]
-    for lines, flags in (
-        (torch_alone, [*index, *(again if is_replacing else [])]),
-        (following, []),
-        (without_dependencies, ["--no-deps"]),
-    ):
-        if lines:
-            _install_lines(python, lines, flags, uv, is_shown=build is not None)
+    torch_flags = []
+    if build is not None and build.index is not None:
+        torch_flags += ["--index-url", build.index]
+    if is_replacing:
+        torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
+    is_shown = build is not None
+    if torch_alone:
+        _install_lines(python, torch_alone, torch_flags, uv, is_shown)
+    if following:
+        _install_lines(python, following, [], uv, is_shown)
+    if without_dependencies:
+        _install_lines(python, without_dependencies, ["--no-deps"], uv, is_shown)
 
 
 def _install_lines(

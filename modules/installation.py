@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.run_limits import is_limited
 from modules.script_words import console_words, name_words
 from modules.text_files import real_path
 
@@ -142,10 +143,10 @@ def _locate_script(words: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MAX_BEFORE]):
+    for index, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:place], str(_find_typed_folder() / script), *words[place + 1 :]]
+            return [*words[:index], str(_find_typed_folder() / script), *words[index + 1 :]]
     return words
 
 
@@ -163,11 +164,11 @@ def _find_typed_folder() -> Path:
 
 def find_front_words() -> list[str]:
     """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
-    place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
+    index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
-    place -= len(words)
-    is_front = place > 0 and Path(sys.orig_argv[place]).name == FRONT_SCRIPT
-    typed = [word for word in sys.orig_argv[place + 1 :] if word not in ("help", "-h", "--help")]
+    index -= len(words)
+    is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
+    typed = [word for word in sys.orig_argv[index + 1 :] if word not in ("help", "-h", "--help")]
     return [FRONT_SCRIPT, *words] if is_front and typed[: len(words)] == words else []
 
 
@@ -266,6 +267,11 @@ def rejects_code() -> str | None:
     if os.environ.get(FROM_QUEUE):
         return "The queue takes no code from a folder: if it is yours, start the command in a terminal"
     return None
+
+
+def is_started_by_file() -> bool:
+    """Return whether a described folder, or a job of the browser's queue, has this process started."""
+    return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, deed: str = "starts a program") -> None:

@@ -46,12 +46,12 @@ def find_installed(name: str) -> Path | None:
         return None
     spec = _find_top(parts[0])
     is_required = spec is not None and parts[0] in _list_required_packages()
-    for place in range(1, len(parts) + 1):
+    for length in range(1, len(parts) + 1):
         if spec is None or not (is_required or _has_installed_file(spec)):
             return None
-        if place < len(parts):
+        if length < len(parts):
             folders = spec.submodule_search_locations
-            spec = None if folders is None else PathFinder.find_spec(".".join(parts[: place + 1]), folders)
+            spec = None if folders is None else PathFinder.find_spec(".".join(parts[: length + 1]), folders)
     return None if spec is None or spec.origin is None else Path(spec.origin)
 
 

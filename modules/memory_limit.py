@@ -38,7 +38,7 @@ def _read_held() -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        found = re.search(r"VmData:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
+        match = re.search(r"VmData:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
     except OSError:
         return None
-    return None if found is None else int(found[1]) * 1024
+    return None if match is None else int(match[1]) * 1024

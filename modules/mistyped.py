@@ -286,11 +286,13 @@ def explain_rest(
                 f"{before} takes one path and has {len(unused) + 1}, {path} {word} ...: the shell put "
                 "all that fit in the place of a pattern (*). Give the one to use."
             )
-    place = words.index(first)
-    last_but_one, before = ["", "", *words][place : place + 2]
-    if _takes_one(flags, last_but_one) and flags[last_but_one].type in NUMBER_TYPES:
+    index = words.index(first)
+    # the word before the first unused one, and the word before that
+    before = words[index - 1] if index >= 1 else ""
+    flag = words[index - 2] if index >= 2 else ""
+    if _takes_one(flags, flag) and flags[flag].type in NUMBER_TYPES:
         values = as_typed([before, *unused])
-        return f"{last_but_one} takes one value and has {1 + len(unused)}, {values}. Give one."
+        return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
     if before in flags and flags[before].nargs == 0 and first.lower() in SWITCHES:
         return f"{before} is a switch: leave {first} out, and to turn it off the switch too."
     if any(mark in word for word in words for mark in "“”„«»"):

@@ -42,14 +42,16 @@ class OnnxModel:
         """
         import onnxruntime
 
-        (given,) = self.session.get_inputs()
+        (model_input,) = self.session.get_inputs()
         options = onnxruntime.RunOptions()
         try:
             with limited_memory(self.memory_bytes), _limited_time(options, len(images)):
-                found = self.session.run(None, {given.name: images.astype(_DTYPES[given.type])}, options)
+                outputs = self.session.run(
+                    None, {model_input.name: images.astype(_DTYPES[model_input.type])}, options
+                )
         except Exception as error:  # its classes have no common base
             raise _cannot_run(self.path, error) from None
-        return [np.asarray(output, np.float32) for output in found]
+        return [np.asarray(output, np.float32) for output in outputs]
 
 
 def may_be_onnx(path: Path) -> bool:
@@ -114,11 +116,11 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
 
 def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
     """Return the settings of a session whose numbers may take that much memory, on any system."""
-    place = onnxruntime.OrtMemoryInfo(
+    memory_info = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     bound = onnxruntime.OrtArenaCfg({"max_mem": memory_bytes, "arena_extend_strategy": 1})
-    onnxruntime.create_and_register_allocator(place, bound)  # in place of that of an earlier session
+    onnxruntime.create_and_register_allocator(memory_info, bound)  # in place of that of an earlier session
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # fatal: errors are raised
     settings.add_session_config_entry("session.use_env_allocators", "1")
@@ -129,8 +131,10 @@ def _read_input(path: Path, session: Any) -> Shape:
     """Return the shape of the one input."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _DTYPES:
-        taken = ", ".join(f"{one.name}: {one.type}" for one in inputs[:4]) or "nothing"
-        raise CheckpointError(f"{path} cannot be used: it takes {taken}, and not images alone.", path)
+        inputs_text = (
+            ", ".join(f"{model_input.name}: {model_input.type}" for model_input in inputs[:4]) or "nothing"
+        )
+        raise CheckpointError(f"{path} cannot be used: it takes {inputs_text}, and not images alone.", path)
     shape = _read_shape(inputs[0])
     if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape[1:]):
         raise CheckpointError(

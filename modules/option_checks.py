@@ -56,9 +56,10 @@ def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
         OptionError: If an option that it excludes is given too, or if none of the options that it needs is
             given.
     """
-    for other in list_given(facts.get("excludes", ())):
+    excluded = list_given(facts.get("excludes", ()))
+    if excluded:
         hint = _find_relation_hint(facts)
-        raise OptionError(f"--{name} and --{other} exclude each other: give one of them{hint}")
+        raise OptionError(f"--{name} and --{excluded[0]} exclude each other: give one of them{hint}")
     flags = find_needed(facts, list_given)
     if flags:
         what = "both" if len(facts["needs"]) == 1 else "one of them too"

@@ -234,7 +234,7 @@ _JOINED = (
 
 
 def _check_single_pair(option: str, item: str, value: str) -> None:
-    """Raise OptionError for two settings in one word, and for a separator behind the value.
+    """Raise OptionError for two settings in one word, and for a separator after the value.
 
     `item` is the full word. `value` is the part after its first `=`.
     """

@@ -426,12 +426,12 @@ def add_options(
     for cls in records:
         if isinstance(parser, Parser):
             parser.key_files += cls.key_files
-        place = group_of(parser, cls.heading) if cls.heading else group or parser
+        target = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            _add_field(parser, place, cls, field=field, changes=changes)
+            _add_field(parser, target, cls, field=field, changes=changes)
         for name, rejection in _list_rejections(cls):
             if name not in without:
-                _add_rejection(place, cls, name, rejection)
+                _add_rejection(target, cls, name, rejection)
 
 
 class _ScriptChanges(NamedTuple):
@@ -553,29 +553,30 @@ def _add_option(
     """
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
-    usual = "default: the task's" if default is None else f"default {default}"
+    default_text = "default: the task's" if default is None else f"default {default}"
     refused = settings.pop("refused", declared.refused)
-    words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
+    # the arguments of `add_argument`
+    arguments: dict[str, Any] = {"help": declared.help.replace("{default}", default_text), "default": default}
     if isinstance(default, Path):
-        words["default"] = default.as_posix()
+        arguments["default"] = default.as_posix()
     if typing.get_origin(kind) is tuple:
-        words["nargs"] = "*"
+        arguments["nargs"] = "*"
         kind = typing.get_args(kind)[0]
-        words["default"] = list(default) if isinstance(default, tuple) else default
+        arguments["default"] = list(default) if isinstance(default, tuple) else default
     if kind is bool:
-        words["action"] = "store_true"
+        arguments["action"] = "store_true"
     else:
         if kind in NUMBERS:
-            words["type"] = kind
+            arguments["type"] = kind
         if "choices" not in settings:
-            words["metavar"] = METAVARS.get(kind, "TEXT")
-    words |= settings
+            arguments["metavar"] = METAVARS.get(kind, "TEXT")
+    arguments |= settings
     if declared.positional:
-        action = group.add_argument(name, **words)
+        action = group.add_argument(name, **arguments)
     else:
-        flags = (*words.pop("flags", declared.flags), f"--{name}")
+        flags = (*arguments.pop("flags", declared.flags), f"--{name}")
         unique_flags = dict.fromkeys(flags)  # the name may be among the further spellings
-        action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **words)
+        action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **arguments)
     action.often = declared.often  # type: ignore[attr-defined]
     action.refused = refused  # type: ignore[attr-defined]
     action.by_place = declared.by_place  # type: ignore[attr-defined]

@@ -21,11 +21,11 @@ MAX_BYTES = 1000
 
 
 class NotedProgress(NamedTuple):
-    """Progress of a loop. total: None if it is not known. unit: "B" for bytes, else of the items."""
+    """Progress of a loop."""
 
     done: float
-    total: float | None
-    unit: str
+    total: float | None  # None: it is not known
+    unit: str  # "B" for bytes, else the name of an item
 
 
 class ProgressFile:

@@ -105,7 +105,7 @@ def _list_given_values(options: Any) -> Iterator[tuple[str, Any]]:
 def join_options(
     record: type[Options], chosen: Mapping[str, Any], repeated: Iterable[RepeatedOption]
 ) -> dict[str, Any]:
-    """Combine chosen options with those of earlier commands; return the values by flag.
+    """Combine chosen options with the options of earlier commands; return the values by flag.
 
     Options that the command does not have are left out. A chosen value replaces that of an earlier command,
     except that a `FillIn` is filled with the earlier value. Options are spelled as the user typed them.

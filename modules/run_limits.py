@@ -70,13 +70,13 @@ def temporary_folder() -> Iterator[Path]:
         if not is_limited():
             yield folder
             return
-        place = str(real_path(folder))
-        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), place])
+        folder_text = str(real_path(folder))
+        os.environ[FOLDERS] = json.dumps([*json.loads(os.environ[FOLDERS]), folder_text])
         try:
             yield folder
         finally:
             folders = json.loads(os.environ[FOLDERS])
-            os.environ[FOLDERS] = json.dumps([folder for folder in folders if folder != place])
+            os.environ[FOLDERS] = json.dumps([folder for folder in folders if folder != folder_text])
 
 
 def is_limited() -> bool:
@@ -89,22 +89,22 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     text = os.environ.get(FOLDERS)
     if not text:
         return None
-    place, folders = _resolve(os.path.abspath(path)), _read_folders(text)  # noqa: PTH100
-    inside = [place.relative_to(folder) for folder in folders if place.is_relative_to(folder)]
+    resolved, folders = _resolve(os.path.abspath(path)), _read_folders(text)  # noqa: PTH100
+    inside = [resolved.relative_to(folder) for folder in folders if resolved.is_relative_to(folder)]
     if inside:
         if not all(map(is_in_queue, inside)):
             return None
         return (
-            f"{place} is in the folder of the browser's queue, whose files say what is started. Choose "
+            f"{resolved} is in the folder of the browser's queue, whose files say what is started. Choose "
             "another folder"
         )
-    where = f"{place} is outside of {folders[0]}, the only place where"
+    where = f"{resolved} is outside of {folders[0]}, the only place where"
     if not os.environ.get(COMMAND):
         return (
             f"{where} a button of the page for that folder writes. Correct it; or, if you want it there, "
             "start the command in a terminal"
         )
-    typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(place))
+    typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(resolved))
     return f"{where} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {typed}"
 
 
@@ -150,7 +150,7 @@ def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
 
 
 def _run_command(*words: str) -> str:
-    """Return the command of this run with further words, as it can be typed."""
+    """Return the command of this run with additional words, as it can be typed."""
     return f"{os.environ[COMMAND]} {shlex.join(words)}"
 
 

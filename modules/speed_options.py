@@ -283,7 +283,7 @@ class TrainingFp8Options(Options):
 
     @property
     def quantization(self) -> Quantization | None:
-        """Form in which the frozen model's weights are stored; None for that of the file."""
+        """Form in which the frozen model's weights are stored; None for the file's own form."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
             return Quantization("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")

@@ -66,7 +66,7 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
 
     Args:
         script: Path of the script in the checkout or the package.
-        words: Arguments of the command line behind the script.
+        words: Arguments of the command line after the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
     if os.environ.get(EXTENSIONS):  # they may bring options, so the records answer

@@ -187,7 +187,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _find_public_name(action: argparse.Action) -> str:
-    """Return the name of an option in its record: of its flags that by which its value is kept."""
+    """Return the name of an option in its record: the flag under which its value is stored."""
     names = (flag.removeprefix("--") for flag in action.option_strings)
     return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 
@@ -215,7 +215,7 @@ def _convert(action: argparse.Action | None, name: str, arguments: argparse.Name
 
 
 def _name_after(flags: Sequence[str]) -> str:
-    """Return the name that an option has if none is given: that of its last flag."""
+    """Return the default name of an option: the name of its last flag."""
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 

@@ -98,9 +98,10 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
         return None
     best = ranked[0]
     next_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
-    ahead = best.score - next_score
-    is_ahead = ahead >= _AHEAD or ahead * _count_beyond_ascii(best.text) >= _AHEAD_IN_ALL
-    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_ahead)
+    lead = best.score - next_score  # for each character
+    total_lead = lead * _count_beyond_ascii(best.text)
+    is_clear = lead >= _AHEAD or total_lead >= _AHEAD_IN_ALL
+    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_clear)
 
 
 class _Scored(NamedTuple):
@@ -200,11 +201,11 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
         return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
     is_frequent = char.lower() in _FREQUENT.get(encoding, "")
     bonus = 0.5 if is_frequent else 0.0
-    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":
+    if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":  # hiragana and katakana
         return 1.5
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
-    if char >= "\u2e80":
+    if char >= "\u2e80":  # East Asian scripts
         return _rate_sign(char, encoding) + 2 * bonus
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
@@ -216,7 +217,7 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     if encoding == "cp1252" and any(character > "\x7f" for character in neighbors):
         return -0.5  # two accents side by side
     if script != "LATIN" or is_frequent:
-        return 0.3 + bonus + 0.2
+        return 0.5 + bonus
     return 0.3 + bonus
 
 

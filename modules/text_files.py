@@ -33,7 +33,7 @@ _KINDS = (
 def real_path(path: Path) -> Path:
     """Return the path with links resolved.
 
-    Links in a circle stay, and so does a path that no file can have; `Path.resolve` would raise.
+    Circular links are not resolved, nor is a path that no file can have: `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -197,8 +197,8 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        place = error.pos  # a part alone is explained: the text may have a hundred megabytes
-        hint = _explain_json(text[place : place + 200], text[max(0, place - 200) : place])
+        position = error.pos  # a part alone is explained: the text may have a hundred megabytes
+        hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         check_depth(content)

@@ -5,7 +5,6 @@ added: LoRAs around modules that act at times
 alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
-bundled_words: learned words that a LoRA file brings along
 cast_factors: factors of LoRAs in autocast's dtype, once a pass
 baking: plain LoRAs from networks of other kinds
 block_numbers: ranks and rates by numbers of a model's blocks

@@ -275,7 +275,7 @@ def make_network(
     encoders = encoders or {}
     name = options.network_module or default_module
     builder = None if name in OWN_MODULES else import_network_module(name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # torch's initializers draw from the global generator
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
         if builder is not None:
@@ -298,21 +298,21 @@ def make_network(
                 encoders=encoders,
             )
         else:
-            begun = dict(resumed or {})
-            if not begun and options.network_weights is not None:
-                begun = _tensors_of(options, dit, encoders)
+            initial_tensors = dict(resumed or {})
+            if not initial_tensors and options.network_weights is not None:
+                initial_tensors = _tensors_of(options, dit, encoders)
             network = build_network(
                 name,
                 _arguments_of(options),
                 dit=dit if in_dit else None,
                 encoders=encoders,
-                begun=begun,
+                begun=initial_tensors,
             )
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
-        of_dit = network.layers_of_dit()
-        if of_dit:
-            cast_before_pass(dit, of_dit, spec_of(dit).shared_inputs)
+        layers_of_dit = network.layers_of_dit()
+        if layers_of_dit:
+            cast_before_pass(dit, layers_of_dit, spec_of(dit).shared_inputs)
     elif options.scale_weight_norms is not None and not hasattr(
         network.module, "apply_max_norm_regularization"
     ):
@@ -428,7 +428,7 @@ def _build_foreign(
     models = [dit, *encoders.values()]
     frozen = [dict(model.named_parameters()) for model in models]
     module.apply_to(texts, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
-    # LyCORIS' `algo=full` takes the frozen weights of layers, as it computes with its own; they come back,
+    # LyCORIS' `algo=full` deletes the frozen weights of layers and computes with its own. They are restored,
     # because the model reads dtypes from its layers
     for model, parameters in zip(models, frozen, strict=True):
         for name, parameter in parameters.items():

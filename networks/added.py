@@ -284,7 +284,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class AddedLayer(nn.Module):
-    """The forward of one module; adds the outputs of its parts while `is_on`."""
+    """Run a module, and add the outputs of LoRA parts to its output while `is_on`."""
 
     def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
         super().__init__()
@@ -562,8 +562,8 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     Raises:
         CheckpointError: If the file does not fit the model.
     """
-    heights = {name: len(place.shaped) for name, place in by_name.items()}
-    stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, heights.get)))
+    num_rows = {name: len(layer.shaped) for name, layer in by_name.items()}
+    stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
     absent = [name for name in stored if name not in by_name]
     modules = [name.removeprefix(OURS) for name in by_name]
     family = select_family(modules)
@@ -576,7 +576,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
                 lora,
                 name,
                 delta,
-                place=by_name[name],
+                layer=by_name[name],
                 option=option,
             )
     loading.warn_of_absent(
@@ -621,20 +621,20 @@ def _misfit(
     )
 
 
-def _fit_delta(lora: LoraFile, name: str, delta: Delta, place: ChangedPlace, option: str) -> Delta:
+def _fit_delta(lora: LoraFile, name: str, delta: Delta, layer: ChangedPlace, option: str) -> Delta:
     """Return the change of a module, without factors for other input channels of a first layer.
 
     Raises:
         CheckpointError: If they do not fit the module.
     """
-    weight = place.shaped
-    if delta.sets_weight and place.leaf == "weight" and stored_in(place.module) is not None:
+    weight = layer.shaped
+    if delta.sets_weight and layer.leaf == "weight" and stored_in(layer.module) is not None:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
-    channels = delta.find_other_channels(weight) if place.path.endswith(FIRST_LAYERS) else None
+    channels = delta.find_other_channels(weight) if layer.path.endswith(FIRST_LAYERS) else None
     if channels is not None:
         logger.warning(f"{lora.path}: {channels}; the rest is used without it")
         bias = delta.bias(CPU)
@@ -643,7 +643,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, place: ChangedPlace, opt
         target = weight
         target_name = name
         if change.leaf == "bias":
-            if not place.adds_to_output and not place.has("bias"):
+            if not layer.adds_to_output and not layer.has("bias"):
                 raise CheckpointError(
                     f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
                     "  Give a LoRA that was trained for this model.",

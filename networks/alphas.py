@@ -20,7 +20,7 @@ from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
-from networks.tensor_names import EXPERT_STARTS, NETWORKS
+from networks.tensor_names import find_expert_starts, find_networks
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
@@ -130,24 +130,26 @@ def find_alphas(
     scaled = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
     if len(set(alphas)) > 1:
-        places = [f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)]
+        alphas_in_words = [
+            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)
+        ]
         raise CheckpointError(
-            f"{path} has two alphas: {' and '.join(places)}.\n"
+            f"{path} has two alphas: {' and '.join(alphas_in_words)}.\n"
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
     tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
-    words: list[str] = []
+    descriptions: list[str] = []
     if alphas:
-        words.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
+        descriptions.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
     elif tensors:
-        words.append(f"alphas of {sources[0].place}")
+        descriptions.append(f"alphas of {sources[0].place}")
     missing = len(ranks) - len(tensors)
     if missing:
         has_alphas = tensors or any("alpha" in factors for factors in modules.values())
-        where = f"for {missing} modules" if has_alphas else "in it"
-        words.append(f"no alpha {where}: the rank is taken")
-    return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+        which = f"for {missing} modules" if has_alphas else "in it"
+        descriptions.append(f"no alpha {which}: the rank is taken")
+    return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
@@ -206,7 +208,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
             continue
         strength = strengths[rank]
         mantissa, _ = math.frexp(strength)
-        is_exact = mantissa == 0.5  # a power of two
+        is_exact = mantissa == 0.5  # dividing by a power of two only changes exponents
         by_down, by_up = split_strength(strength)
         divisors = {
             DOWN: by_down,
@@ -355,7 +357,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
         for full_key, value in settings.items():
             if isinstance(value, Mapping):
                 inner_network = network
-                starts_network = f"{full_key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS)
+                starts_network = f"{full_key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
                 if starts_network or full_key.startswith(_TEXTS):
                     inner_network = full_key
                 sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
@@ -369,7 +371,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
-        alpha_keys = [""]  # patterns without an alpha for all modules are one source, too
+        alpha_keys = [""]  # no alpha for all modules, but patterns with alphas for some
     for alpha_key in alpha_keys:
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
@@ -396,9 +398,10 @@ def _is_of(network: str, start: str) -> bool:
     if match is not None:  # numbered from 1, through CLIP-L, CLIP-G and T5
         return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: any prefix except those of text encoders and other experts
-    if start not in EXPERT_STARTS or network.startswith(_TEXTS):
+    experts = find_expert_starts()
+    if start not in experts or network.startswith(_TEXTS):
         return False
-    return EXPERT_STARTS.get(f"{network}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
+    return experts.get(f"{network}.", experts[start]) == experts[start]
 
 
 def read_alphas(
@@ -423,23 +426,23 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
-    start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     texts = group_by_module(native.texts)
     try:
         in_dit = find(
             modules=group_by_module(native.tensors),
             paths=native.paths,
-            start=start,
+            start=prefix,
             stacked=native.stacked,
         )
         in_texts: list[FoundAlphas] = []
-        for encoder_start, paths in _paths_by_encoder(texts).items():
+        for encoder_prefix, paths in _paths_by_encoder(texts).items():
             modules = {name: texts[name] for name in paths}
             in_texts.append(
                 find(
                     modules=modules,
                     paths=paths,
-                    start=encoder_start,
+                    start=encoder_prefix,
                     stacked={},
                 )
             )

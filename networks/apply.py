@@ -184,24 +184,24 @@ class Change:
 
         If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
         """
-        height = self.shape()[0]
-        weight_height = len(weight)
+        num_rows = self.shape()[0]
+        weight_rows = len(weight)
         if relative.is_part:
-            part_height = height
-            full_height = weight_height
+            rows_of_part = num_rows
+            rows_of_whole = weight_rows
             relation = "it is a part of the weight"
         else:
-            part_height = weight_height
-            full_height = height
+            rows_of_part = weight_rows
+            rows_of_whole = num_rows
             relation = "the weight is a part of it"
-        if is_cut(relative.part) and part_height >= full_height:
+        if is_cut(relative.part) and rows_of_part >= rows_of_whole:
             raise MismatchError(
-                f"{relative.name} has {height} rows, the weight {weight_height}, although {relation}"
+                f"{relative.name} has {num_rows} rows, the weight {weight_rows}, although {relation}"
             )
-        rows = part_rows(relative.part, part_height, full_height)
+        rows = part_rows(relative.part, rows_of_part, rows_of_whole)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        if rows is None or rows == slice(0, height):
+        if rows is None or rows == slice(0, num_rows):
             return self
         if self.delta.has_input_magnitudes:
             raise MismatchError(BY_INPUT)
@@ -225,23 +225,18 @@ class Change:
                 them.
         """
         if self.rows is not None:
-            start = 0 if block is None else block.start
-            step = 1 if block is None else block.step or 1
-            # first to end: those of the block's rows that are in the change
-            first = max(0, ceil_div(self.rows.start - start, step))
-            end = min(len(total), ceil_div(self.rows.stop - start, step))
-            if first >= end:
+            overlap = _find_overlap(self.rows, block, len(total))
+            if overlap is None:
                 return
-            offset = start - self.rows.start
-            block = slice(offset + first * step, offset + end * step, step)
-            total = total[first:end]
-            weight = weight[first:end]
+            block = overlap.in_change
+            total = total[overlap.in_block]
+            weight = weight[overlap.in_block]
         rotation = self.delta.rotation
-        if rotation is not None:  # its multiplier is in the rotation
-            made = self.turned
-            if made is None:
-                made = self._turn(total.device)
-            total.add_(rotation.of_weight(weight, made))
+        if rotation is not None:  # the rotation includes the multiplier
+            matrices = self.turned
+            if matrices is None:
+                matrices = self._turn(total.device)
+            total.add_(rotation.of_weight(weight, matrices))
             return
         delta = self.delta
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
@@ -290,25 +285,53 @@ class FoundChange(NamedTuple):
     relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
+class _Overlap(NamedTuple):
+    """The rows that a block of a parameter and a change have in common."""
+
+    in_block: slice  # indices into the block
+    in_change: slice  # indices into the change, with the step of the block
+
+
+def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap | None:
+    """Return the rows of a block that a change of some rows of the parameter affects; None if there are none.
+
+    Args:
+        change: Rows of the parameter that the change is for.
+        block: Rows of the parameter in the block, possibly with a step; None for all.
+        num_rows: Number of rows in the block.
+    """
+    start = 0 if block is None else block.start
+    step = 1 if block is None else block.step or 1
+    # row i of the block is row start + i * step of the parameter
+    first = max(0, ceil_div(change.start - start, step))
+    end = min(num_rows, ceil_div(change.stop - start, step))
+    if first >= end:
+        return None
+    offset = start - change.start
+    return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
+
+
 def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
     """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
 
-    Else the rows of each part have to be known, which a rotation of inputs does not show.
+    Otherwise each part is rotated by itself, for which the number of its rows has to be known.
     """
     pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
     for key, change, relative in found:
         if change.delta.rotation is not None and relative is not None and relative.is_part:
             piece = FusedPiece(key, relative.part, change.delta.factors)
             pieces.setdefault(id(change.use), []).append(piece)
-    alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
+    uses_that_rotate_alike = {
+        use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)
+    }
     joined: list[FoundChange] = []
-    for each in found:
-        use = id(each.change.use)
-        is_piece = use in pieces and any(piece.name == each.key for piece in pieces[use])
-        if not is_piece or use not in alike:
-            joined.append(each)
-        elif each.key == pieces[use][0].name:
-            joined.append(each._replace(relative=None))
+    for found_change in found:
+        use = id(found_change.change.use)
+        is_piece = use in pieces and any(piece.name == found_change.key for piece in pieces[use])
+        if not is_piece or use not in uses_that_rotate_alike:
+            joined.append(found_change)
+        elif found_change.key == pieces[use][0].name:
+            joined.append(found_change._replace(relative=None))
     return joined
 
 
@@ -382,6 +405,7 @@ class LoraPatch:
         model: Path | None = None,
         rounding: LoraRounding | None = None,
         is_masked: bool = False,
+        family: str | None = None,
     ) -> None:
         """Read the changes of all files by parameter name.
 
@@ -391,8 +415,14 @@ class LoraPatch:
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
             is_masked: Whether the changes cannot be merged because their ranks are masked by the noise level.
+            family: Family of the model if the caller knows it.
         """
         self._is_masked = is_masked
+        self._family = family
+        written_for = {use.lora.written_for for use in uses}
+        of_uses = written_for.pop() if len(written_for) == 1 else None
+        # family whose layouts alone are searched: that of the model and of all files; None searches all
+        self._layouts = of_uses if of_uses is not None and of_uses.name == family else None
         self._uses = tuple(uses)
         self._rounding = rounding
         self._path = model
@@ -417,9 +447,9 @@ class LoraPatch:
         # our names of the model's modules, by theirs; {} if no family has such modules
         self._renamed: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
-        family = select_family(modules)
-        if family is not None:
-            self._renamed = {module: alias(module, family) for module in modules}
+        names = select_family(modules, family)
+        if names is not None:
+            self._renamed = {module: alias(module, names) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.
@@ -453,7 +483,7 @@ class LoraPatch:
         if not blocks:
             return weight
         dtype = narrow_dtype(weight.dtype, target)
-        sample = None
+        sample = None  # some rows, which show how much rounding to 16 bits would lose
         base = weight
         if any(change.sets_weight for change in changes):
             base = weight.to(torch.float32, copy=True)
@@ -518,6 +548,7 @@ class LoraPatch:
         """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
         changes = []
         found = self._find(name)
+        # rotations count as used before `_as_full` joins those of several parts
         for key, change, _ in found:
             if change.delta.rotation is not None:
                 self._used[id(change.use)].add(key)
@@ -528,9 +559,12 @@ class LoraPatch:
                 continue
             self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
-            is_joined = change.delta.is_part and not fitted.delta.is_part
-            if not is_joined or not deltas.rows_in(change.delta.factors)[0]:  # the first part stands for all
-                changes.append(fitted)
+            # parts of a joined layer may become the change of the whole layer: only the first part adds it
+            if change.delta.is_part and not fitted.delta.is_part:
+                first_row, _ = deltas.rows_in(change.delta.factors)
+                if first_row > 0:
+                    continue
+            changes.append(fitted)
         return changes
 
     @torch.no_grad()
@@ -556,7 +590,7 @@ class LoraPatch:
             CheckpointError: If no part of a LoRA has a weight.
         """
         self.reject_misfits()
-        family = select_family(self._modules, LIKELY_MODEL)
+        family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
             keys = self._keys(use)
@@ -605,7 +639,7 @@ class LoraPatch:
         """
         if not lora.encoder:
             reject_unknown(lora)
-        family = select_family(self._modules, LIKELY_MODEL)
+        family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
@@ -638,7 +672,7 @@ class LoraPatch:
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
             relations: list[tuple[str, Relative | None]] = [(module, None)]
-            relations += [(relative.name, relative) for relative in relatives(module)]
+            relations += [(relative.name, relative) for relative in relatives(module, self._layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
             changes: list[FoundChange] = []
             for relative_name, relative in relations:
@@ -722,13 +756,16 @@ class OriginalWeights:
         self._rounding.report()
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:
+def check_loras_fit(
+    model: Path, uses: Sequence[LoraUse], companion: Path | None = None, family: str | None = None
+) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
     Args:
         model: File of the transformer.
         uses: LoRA files with their strengths.
         companion: File with further tensors of the model; None if there is none.
+        family: Family of the model if the caller knows it.
 
     Raises:
         CheckpointError: If a LoRA has another size, or if no part of it has a weight.
@@ -740,7 +777,7 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
         uses = fit_depths(uses, checkpoint.tensors, model)
-        patch = LoraPatch(uses, checkpoint.tensors, model)
+        patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))

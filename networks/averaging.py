@@ -166,15 +166,15 @@ def exponent_of(sigma_rel: float) -> float:
     low = 0.0
     high = 1.0
 
-    def is_wide(gamma: float) -> bool:
+    def exceeds(gamma: float) -> bool:
         return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)) > sigma_rel
 
-    while is_wide(high):
+    while exceeds(high):
         low = high
         high = 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        if is_wide(middle):
+        if exceeds(middle):
             low = middle
         else:
             high = middle

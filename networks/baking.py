@@ -93,7 +93,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     assert baking.rank is not None
     tensors = lora.tensors
     if family is not None and any(name.endswith(NEEDING_WEIGHT) for name in tensors):
-        # one for parts of a fused weight becomes one for the whole weight, as in the model
+        # magnitudes depend on the whole weight: parts of a fused weight are joined, as in the model
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
@@ -155,23 +155,23 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
-    # of equal size: for 16 bits
+    # both factors get about equal norms, so that neither loses precision in 16 bits
     norms = up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    root = norms.sqrt()
-    down = (down * root[:, None]).to(dtype)
-    up = (up / root).to(dtype)
-    size = float(flat.norm())
+    root_of_norms = norms.sqrt()
+    down = (down * root_of_norms[:, None]).to(dtype)
+    up = (up / root_of_norms).to(dtype)
+    total_norm = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
     lora = lora_of_shape(down, up, change.shape)
     bias = read_delta(factors).bias(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
-    return lora, Loss(size, lost=float(remainder.norm()))
+    return lora, Loss(total_norm, lost=float(remainder.norm()))
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return what the factors add to their weight at multiplier 1, float32."""
-    rows: int | None = None  # a rotation of inputs does not show them
+    rows: int | None = None  # number of output rows; a rotation of inputs does not depend on it
     delta = read_delta(factors)
     if not delta.depends_on_weight:
         dense = delta.dense(device)

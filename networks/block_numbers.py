@@ -54,18 +54,18 @@ class BlockSettings:
                 f"--network_args {first}: the blocks of this model have no such numbers. Give ranks and "
                 "rates by names (network_reg_dims, network_reg_lrs)"
             )
-        for name, numbers in self.lists.items():
-            if len(numbers) != numbered.count:
+        for name, values in self.lists.items():
+            if len(values) != numbered.count:
                 raise OptionError(
-                    f"--network_args {name}: it has {len(numbers)} numbers, this model has {numbered.count} "
+                    f"--network_args {name}: it has {len(values)} numbers, this model has {numbered.count} "
                     "blocks. Give a number for each"
                 )
         factors: list[float] = []
-        if any(side in self.texts for side, _, _ in numbered.sides):
+        if any(part in self.texts for part, _, _ in numbered.sides):
             factors = [1.0] * numbered.count
-            for side, start, count in numbered.sides:
-                if side in self.texts:
-                    factors[start : start + count] = read_factors(side, self.texts[side], count)
+            for part, start, count in numbered.sides:
+                if part in self.texts:
+                    factors[start : start + count] = read_factors(part, self.texts[part], count)
         return replace(self, factors=tuple(factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
@@ -110,9 +110,9 @@ def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
         if name in texts:
             is_rank = name in (DIMS, CONV_DIMS)
             lists[name] = _read_numbers(name, texts[name].split(","), is_rank)
-    for side in RATES:
-        if side in texts:
-            read_factors(side, texts[side], 2, warns=False)
+    for part in RATES:
+        if part in texts:
+            read_factors(part, texts[part], 2, warns=False)  # only for its errors; the count does not matter
     if THRESHOLD in texts:
         _read_numbers(THRESHOLD, [texts[THRESHOLD]])
     return BlockSettings(texts, lists)

@@ -53,7 +53,7 @@ def group_layers(
     for layer in layers:
         path = paths[id(layer.original)]
         key: tuple[str, int] | str = path
-        # a dropout may leave out one of several layers, and a magnitude needs both outputs
+        # layers with a dropout, which may skip only one of them, or with magnitudes compute separately
         if layer.dropouts is None and layer.combine is None:
             for ending, index in groups.items():
                 if path.endswith(f".{ending}"):
@@ -73,7 +73,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
     for layer in layers:
-        layer.cast_factors = None  # frees those of the last pass before there are others
+        layer.cast_factors = None  # frees the copies of the last pass before new ones are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
@@ -81,14 +81,18 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     counts = [len(group) for group in groups]
     factors = [layer.lora_down.weight for layer in layers] + [layer.lora_up.weight for layer in layers]
     copies = _Cast.apply(scales, counts, dtype, *factors)
+    # first one matrix for each group with all its down factors, then the up factors of all layers
     ups = iter(copies[len(groups) :])
     for group, joined in zip(groups, copies, strict=False):
         ranks = [layer.rank for layer in group]
         downs = joined.split(ranks) if len(group) > 1 else (joined,)
+        ups_of_group: list[Tensor] = []
         for layer, down in zip(group, downs, strict=True):
-            layer.cast_factors = (down, next(ups))
+            up = next(ups)
+            layer.cast_factors = (down, up)
+            ups_of_group.append(up)
         if len(group) > 1:
-            shared = SharedInput(group, ranks, joined, [layer.cast_factors[1] for layer in group])
+            shared = SharedInput(group, ranks, joined, ups_of_group)
             for layer in group:
                 layer.shared_input = shared
 

@@ -1,7 +1,7 @@
 """Rewrite LoRA files in another dialect; join the LoRAs of two experts in one file, and split them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -42,7 +42,7 @@ from networks.names.layouts import (
 )
 from networks.parts import fuse
 from networks.rank_masks import rule_of
-from networks.tensor_names import NETWORKS, dialect_in_words
+from networks.tensor_names import dialect_in_words, find_networks
 from networks.writing import (
     in_own_form,
     in_target,
@@ -201,15 +201,15 @@ def convert(options: ConvertOptions) -> None:
             baking=baking,
         )
         return
-    how = Conversion(target, options.family, baking)
+    conversion = Conversion(target, options.family, baking)
     experts = _read_experts(options)
     if options.expert is not None:
-        _convert_one(experts[options.expert], options.output, how)
+        _convert_one(experts[options.expert], options.output, conversion)
     elif options.output_high_noise is not None:
-        _convert_one(experts[LOW_NOISE], options.output, how)
-        _convert_one(experts[HIGH_NOISE], options.output_high_noise, how)
+        _convert_one(experts[LOW_NOISE], options.output, conversion)
+        _convert_one(experts[HIGH_NOISE], options.output_high_noise, conversion)
     else:
-        _convert_parts(experts, options.output, how)
+        _convert_parts(experts, options.output, conversion)
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
@@ -230,7 +230,12 @@ def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
-    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back. Raises as `convert_file`."""
+    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back.
+
+    Raises:
+        CheckpointError: If the file is no LoRA of these models, or if nothing of it can be written.
+        OptionError: If the output would replace the source.
+    """
     assert options.src_path is not None
     assert options.dst_path is not None
     target = "diffusers" if options.dst == "ai-toolkit" else "default"
@@ -392,25 +397,25 @@ def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
     _save(output, in_target_dialect, sources=[prepared.lora], family=family, baked=prepared.words)
 
 
-def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
+def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert.
 
     Args:
         parts: LoRA of each expert.
         output: File to write.
-        how: How to convert.
+        conversion: How to convert.
     """
     for lora in parts.values():
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
-        if how.baking is None and kind is not None:
+        if conversion.baking is None and kind is not None:
             raise OptionError(kind.no_two_experts)
-    families = {expert: _find_family(lora, how.family) for expert, lora in parts.items()}
-    prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
-    starts = {expert: start for start, expert in NETWORKS.items()}
+    families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
+    prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
+    prefixes = {expert: start for start, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():
-        part = converted(baked.lora, "diffusers", families[expert], starts[expert])
+        part = converted(baked.lora, "diffusers", families[expert], prefixes[expert])
         tensors |= part.tensors
         metadata[expert] = part.metadata
     _save(
@@ -485,13 +490,7 @@ def converted(
         texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
         texts = texts_to_comfyui(lora.text_tensors, family)
-    remedy = ""
-    if written.left_out:
-        modules = group_by_module(native)
-        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
-        remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if any(read_delta(modules[name]).rotation is not None for name in written.left_out):
-            remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
+    remedy = _remedy_for_left_out(native, written.left_out)
     left_out = {**written.left_out, **left_out_texts}
     if left_out and not written.tensors and not texts:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
@@ -500,6 +499,16 @@ def converted(
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
     return ConvertedLora({**written.tensors, **texts}, metadata)
+
+
+def _remedy_for_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
+    """Return the advice for modules that the other dialect cannot express; "" if none helps."""
+    modules = group_by_module(native)
+    if any(read_delta(modules[name]).rotation is not None for name in left_out):
+        return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
+    if any(OTHER_KINDS & modules[name].keys() for name in left_out):
+        return "\n  --bake RANK makes plain LoRAs of them."
+    return ""
 
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
@@ -552,7 +561,7 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
         evidence = "sizes"
     else:
         return families[0]
-    # layers of equal names have other sizes there, and would be cut in the wrong places
+    # the other model has layers with these names but other sizes, so rows would be cut in the wrong places
     raise CheckpointError(
         f"{lora.path} is a LoRA for {words}, as its {evidence} say, not for {name}.\n"
         "  Convert it with convert_lora.py without --family, which knows all models.",

@@ -34,7 +34,7 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    grown_of_uses = [_find_grown(use.lora) for use in uses]
+    grown_of_uses = [find_grown(use.lora) for use in uses]
     if not any(grown_of_uses):
         return [*uses]
     depths: dict[str, int] = {}
@@ -51,19 +51,14 @@ def fit_depths(
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
     """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
-    if not any(map(is_grown, uses)):
+    if not any(find_grown(use.lora) for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:
         return fit_depths(uses, checkpoint.tensors, model)
 
 
-def is_grown(use: LoraUse) -> bool:
-    """Return whether a LoRA is of a model that has deeper variants."""
-    return _find_grown(use.lora) is not None
-
-
-def _find_grown(lora: LoraFile) -> GrownBlocks | None:
-    """Return how the family of a LoRA grows; None if it does not, or is unknown."""
+def find_grown(lora: LoraFile) -> GrownBlocks | None:
+    """Return how deeper variants of a LoRA's model repeat blocks; None if there are none or it is unknown."""
     families: Collection[FamilyNames] = () if lora.parts else lora.families()
     return next((family.grown for family in families if family.grown is not None), None)
 
@@ -104,7 +99,9 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
     """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible."""
     numbers = _numbers_in(lora.modules(), [grown.blocks])
     source = read_depth(lora, grown)
-    if not numbers or not depth or source == depth or (source is None and depth not in grown.depths[1:]):
+    # without a known depth, a LoRA is taken to be for the first variant; other models need to be told apart
+    fits_unseen = source is None and depth not in grown.depths[1:]
+    if not numbers or not depth or source == depth or fits_unseen:
         return lora
     if source is None:
         raise CheckpointError(
@@ -119,15 +116,15 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
             f"same there. Use the model with {source} blocks.",
             lora.path,
         )
-    places = grown.places(source, depth)
+    copies = grown.places(source, depth)
     tensors = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
         if match is None:
             tensors[name] = tensor
             continue
-        for place in places[int(match[2])]:
-            tensors[f"{match[1]}{place}{match[3]}"] = tensor
+        for index in copies[int(match[2])]:
+            tensors[f"{match[1]}{index}{match[3]}"] = tensor
     logger.info(
         "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
         lora.path,

@@ -306,8 +306,8 @@ def _extract(
     """
     start = time.monotonic()
     output = options.save_to
-    kept = KeptChange()
-    factors = _factors_of_change(options, pair, plan, kept)
+    retained = KeptChange()
+    factors = _factors_of_change(options, pair, plan, retained)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     of_family = "" if family is None else f" of {family.name}"
@@ -316,7 +316,7 @@ def _extract(
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),
-        ("kept", f"{kept.share:.1%} of the change of these modules, by its norm"),
+        ("kept", f"{retained.share:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
@@ -341,7 +341,7 @@ class KeptChange:
 
 
 def _factors_of_change(
-    options: ExtractOptions, pair: Pair, plan: Plan, kept: KeptChange
+    options: ExtractOptions, pair: Pair, plan: Plan, retained: KeptChange
 ) -> dict[str, Tensor]:
     """Return the LoRA of the difference of two models.
 
@@ -349,7 +349,7 @@ def _factors_of_change(
         options: Options of the run.
         pair: Files of both models.
         plan: What to extract.
-        kept: Accumulates how much of the change the LoRA keeps.
+        retained: Accumulates how much of the change the LoRA keeps.
 
     Raises:
         CheckpointError: If they are equal.
@@ -365,7 +365,7 @@ def _factors_of_change(
         is_changed = is_changed or bool(difference.any())
         for module in modules:
             factors = _factors_of_module(
-                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept=kept
+                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept=retained
             )
             lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
     if lora and not is_changed:

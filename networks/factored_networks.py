@@ -42,7 +42,8 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
     as_matrix = (shape[0], math.prod(shape[1:]))  # the form in which some files store convolutions
-    change_shape = None if UNTRAINED & shapes.keys() else read_delta(factors).shape()
+    is_untrainable = bool(UNTRAINED & shapes.keys())  # with a core or magnitudes
+    change_shape = None if is_untrainable else read_delta(factors).shape()
     if change_shape not in (shape, as_matrix):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "

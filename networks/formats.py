@@ -110,8 +110,10 @@ class LoraFormat:
         texts: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
         for module, factors in deltas.group_by_module(tensors).items():
-            side = in_dit if module.startswith(OURS) else texts
-            side[module] = factors
+            if module.startswith(OURS):
+                in_dit[module] = factors
+            else:
+                texts[module] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
@@ -166,7 +168,7 @@ def _note_strength(
     """Add alpha / rank of the written modules to `strengths`, by rank; None: it was not folded."""
     if strength is None:
         return
-    from networks.tensor_names import PEFT_ENDS  # likewise
+    from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
 
     for name, tensor in written.items():
         if name.endswith(PEFT_ENDS[DOWN]):

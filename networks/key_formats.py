@@ -11,19 +11,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import ROWS, SET
+from networks.deltas import PARTS, ROWS, SET
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import FLAT
 from networks.kinds.factors import Factors
-from networks.module_names import FAMILIES, alias, have_same_names, likely_families, sizes_fit
+from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 from networks.tensor_names import (
-    NETWORKS,
+    IN_OUR_NAMES,
     Place,
     TextPlace,
     describe_unknown,
+    find_networks,
     further_expert,
     name_text,
     split_key,
@@ -94,7 +95,7 @@ def to_native(
         family_hint: Family that the user or the metadata names.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
+    internal = tuple(key for key in tensors if ROWS in key)  # a name that only `rewrite` may use: rejected
     rearranged = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
     if any(MARKS.search(key) for key in rearranged.tensors):
         rearranged = rewrite(rearranged.tensors)
@@ -139,6 +140,36 @@ def to_native(
     )
 
 
+def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
+    """Return the tensors of a file that was written here under our names; None if it has any other name.
+
+    Args:
+        tensors: Tensors by name.
+        family: Family that the metadata name.
+    """
+    paths: dict[str, str] = {}
+    for key in tensors:
+        module, _, part = key.partition(".")
+        path = module.removeprefix(OURS)
+        if path == module or part not in PARTS or FLAT.search(key) or module_path(path, family) is None:
+            return None
+        paths[module] = path
+    return NativeTensors(
+        tensors=dict(tensors),
+        dialect=IN_OUR_NAMES,
+        text_encoder=(),
+        texts={},
+        unknown=(),
+        repeated={},
+        clash=None,
+        paths=paths,
+        stacked={},
+        families=(family,),
+        family_name=None,
+        unknown_names="",
+    )
+
+
 def _place_keys(keys: Iterable[str]) -> _Places:
     """Take the keys of a file apart."""
     places = _Places({}, {}, [])
@@ -172,11 +203,11 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
     returned.
     """
-    maximum = max((place.number for place in places.in_texts.values()), default=1)
+    num_encoders = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
-        has_prefix = any(start.endswith(str(maximum)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= maximum:
+        has_prefix = any(start.endswith(str(num_encoders)) for start, _ in family.encoders)
+        if has_prefix or len(family.encoders) >= num_encoders:
             by_texts.append(family)
     by_texts = by_texts or [*families]
     underscored = {place.path for place in places.in_dit.values() if "." not in place.path}
@@ -247,7 +278,7 @@ def _rename(
     for name in names.values():
         key = first_keys[name]
         tensor = tensors[key]
-        if FLAT.search(key):
+        if FLAT.search(key):  # a vector of magnitudes becomes a column
             inner_axes = max(tensor.ndim - 1, 1)
             tensor = tensor.reshape(-1, *[1] * inner_axes)
         renamed[name] = tensor
@@ -255,7 +286,10 @@ def _rename(
 
 
 def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return two keys of one part with different values, the first one first."""
+    """Return two keys that stand for the same tensor but have different values; None if there are none.
+
+    `repeated` maps each repeated key to the first key with the same meaning.
+    """
     for key, first_key in repeated.items():
         first = tensors[first_key]
         second = tensors[key]
@@ -278,7 +312,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     alpha_names = [name for name in names if name in FOR_ALL]
     for name, expert in experts.items():
         if name not in FOR_ALL:
-            by_expert.setdefault(expert or NETWORKS[IN_DIFFUSERS], [*alpha_names]).append(name)
+            by_expert.setdefault(expert or find_networks()[IN_DIFFUSERS], [*alpha_names]).append(name)
     return by_expert
 
 

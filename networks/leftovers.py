@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+from contract.brought_words import BUNDLE, word_of
 from networks import module_names
-from networks.bundled_words import BUNDLE, word_of
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
 from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_starts
@@ -62,8 +62,8 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
     if leaf and dot:  # a weight or bias of an unknown module
-        start = path.partition(".")[0]
-        network = key[: key.index(start)] + start
+        network_prefix = path.partition(".")[0]
+        network = key[: key.index(network_prefix)] + network_prefix
         return UnusedKind(f"are of another network, {network}, and are ignored")
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
@@ -94,25 +94,26 @@ def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
 
 
 def kind_of_module(
-    model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str
+    model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
 ) -> UnusedKind:
     """Return the kind of a LoRA's part for which the model has no module.
 
     Args:
         model: Family of the model.
-        has_side: Whether the model has modules of the text encoder's side.
-        numberless: Names of the model's modules, `without_numbers`.
+        has_text_modules: Whether the model has modules of the text encoder's side.
+        names_without_numbers: Names of the model's modules, `without_numbers`.
         name: Name such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
-    side = "" if has_side else module_names.on_text_side(module)
-    if side:
+    text_modules = "" if has_text_modules else module_names.on_text_side(module)
+    if text_modules:
         return UnusedKind(
-            f": they change {side}, which read the texts before the transformer, and are not used here. To "
-            "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
+            f": they change {text_modules}, which read the texts before the transformer, and are not used "
+            "here. To have them, merge it into the model's file with merge_lora.py, and cache texts with "
+            "that file"
         )
     # a model with such layers in other blocks is of another size
-    is_other_size = without_numbers(module) in numberless
+    is_other_size = without_numbers(module) in names_without_numbers
     if model is not None and not is_other_size and module_names.is_optional(module, model):
         return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):

@@ -10,12 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from contract.brought_words import BundledWords
+from contract.brought_words import BundledWords, find_words, without_words
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.bundled_words import find_words, without_words
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
@@ -87,6 +86,7 @@ class LoraFile:
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
     is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
+    written_for: FamilyNames | None = None  # of a file that was written here under our names
     changes_others: bool = False  # of an encoder's part: the file changes other networks too
     words: BundledWords = field(default_factory=dict)  # that it brings along for prompts
 
@@ -144,6 +144,8 @@ class LoraFile:
         Args:
             hint: Family to prefer if several are possible; None for the one in the metadata.
         """
+        if hint is None and self.written_for is not None:
+            return [self.written_for]
         part = next(iter(self.parts.values()), self)
         trained_family = read_family(part.metadata)
         if hint is None and trained_family is not None:
@@ -207,17 +209,23 @@ def read_lora(
             f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
             path,
         )
-    rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
+    rule_of(metadata, path)  # raises for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
     if with_words:
         words = find_words(stored)
         stored = without_words(stored)
+    trained_family = read_family(metadata) if is_own else None
+    if trained_family is not None and family in (None, trained_family.name):
+        native = key_formats.read_own_names(stored, trained_family)
+        if native is not None:  # most files: names of no other program and no other family are looked at
+            lora = _read_part(path, native, metadata, expert=None, is_own=True)
+            return replace(lora, words=words, written_for=trained_family)
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        part = _read_part(
+        part = _recognise_part(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -234,7 +242,7 @@ def read_lora(
     return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_name)
 
 
-def _read_part(
+def _recognise_part(
     path: Path,
     stored: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -243,7 +251,7 @@ def _read_part(
     is_own: bool,
     family: str | None,
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert's part, to ours.
+    """Rename the tensors of a file, or of one expert's part, to ours, whatever program has written it.
 
     Args:
         path: Path of the file.
@@ -254,10 +262,29 @@ def _read_part(
         is_own: Whether the file was written by us.
         family: Family that the user named; None if none was named.
     """
-    if expert is not None:
-        metadata = _metadata_of_expert(path, metadata, expert)
-    names_no_family = read_family(metadata) is None
-    native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
+    of_part = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
+    names_no_family = read_family(of_part) is None
+    native, completed = _recognise(path, stored, of_part, family=family, with_texts=with_texts)
+    part = _read_part(path, native, completed, expert=expert, is_own=is_own)
+    return replace(part, is_family_by_names=names_no_family and native.family_name is not None)
+
+
+def _read_part(
+    path: Path,
+    native: NativeTensors,
+    metadata: Mapping[str, str],
+    expert: str | None,
+    is_own: bool,
+) -> LoraFile:
+    """Complete the tensors of a file, or of one expert's part, by alphas; reject those that define no change.
+
+    Args:
+        path: Path of the file.
+        native: Tensors under our names.
+        metadata: Metadata of the file, or of the part.
+        expert: Expert of the part; None if names in the file do not show it.
+        is_own: Whether the file was written by us.
+    """
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
     if is_own and FOLDED in metadata:
@@ -299,7 +326,6 @@ def _read_part(
         dialect=native.dialect,
         text_tensors=texts,
         unknown_names=native.unknown_names,
-        is_family_by_names=names_no_family and native.family_name is not None,
     )
 
 
@@ -617,18 +643,19 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
     """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
 
-    The mark of patterns that other options have added is removed.
+    Names may be written with dots or with underscores. Other options may have added a second pattern, which
+    stands after the mark UNTYPED; it is kept unchanged, without the mark.
     """
     typed, untyped, added = (pattern or "").partition(UNTYPED)
-    bar = "|" if typed.endswith("|") and untyped else ""
-    typed = typed.removesuffix(bar)
+    separator = "|" if typed.endswith("|") and untyped else ""
+    typed = typed.removesuffix(separator)
     if not typed or any(re.search(typed, name) for name in names):
-        return f"{typed}{bar}{added}" or pattern
-    loose = in_any_spelling(typed)
-    if not any(re.search(loose, name) for name in names):
+        return f"{typed}{separator}{added}" or pattern
+    any_spelling = in_any_spelling(typed)
+    if not any(re.search(any_spelling, name) for name in names):
         modules = (name.partition(".")[0] for name in names)
         logger.warning("%s: the pattern %s.", where, describe_unfit(typed, modules))
-    return f"{loose}{bar}{added}"
+    return f"{any_spelling}{separator}{added}"
 
 
 def warn_of_absent(
@@ -678,21 +705,21 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """
     parts = []
     for use in uses:
-        in_text: dict[str, Factors] = {}
-        in_dit: dict[str, Factors] = {}
+        text_modules: dict[str, Factors] = {}
+        dit_modules: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            if on_text_side(name.removeprefix(OURS)):
-                in_text[name] = factors
+            if on_text_side(name.removeprefix(OURS), use.lora.written_for):
+                text_modules[name] = factors
             else:
-                in_dit[name] = factors
-        has_text = _keeps_any(use, in_text)
-        has_dit = _keeps_any(use, in_dit)
-        selects_nothing = bool(in_dit) and not has_dit and not has_text
+                dit_modules[name] = factors
+        has_text = _keeps_any(use, text_modules)
+        has_dit = _keeps_any(use, dit_modules)
+        selects_nothing = bool(dit_modules) and not has_dit and not has_text
         is_used = has_text if is_text else has_dit or selects_nothing
         if is_used:
             tensors = use.lora.tensors
-            if in_text and in_dit:
-                tensors = ungroup(in_text if is_text else in_dit)
+            if text_modules and dit_modules:
+                tensors = ungroup(text_modules if is_text else dit_modules)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
 

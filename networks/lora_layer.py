@@ -135,7 +135,7 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
-        # compiled code merges what layers do with a common input by itself
+        # torch.compile itself merges what several layers compute from a common input
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -143,7 +143,7 @@ class LoraLayer(nn.Module):
                 # cast once, not in both the original and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code computes the LoRA in any case, and drops it afterwards
+        # compiled code has no data-dependent branch: it computes the LoRA, and masks dropped ones afterwards
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0:
             return self._original_forward(x)

@@ -128,7 +128,7 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
-        # the network has only some modules: names known to the LoRA's family are taken to be of that family
+        # this network may have only a few modules, whose names several families share: the file decides
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in here)
         family = select_family(names, None if lora_family is None else lora_family.name)
@@ -202,7 +202,9 @@ class OwnNetwork(nn.Module):
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         rates = self._select_rates_of_text_encoders(text_rates)
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
-        matches = self._find_matches_of_patterns()
+        matches: list[tuple[int, ...]] = [()] * len(self.names)
+        if self.settings.reg_rates:
+            matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
@@ -220,7 +222,7 @@ class OwnNetwork(nn.Module):
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue  # frozen; if all rates are 0, the groups stay: an optimizer needs at least one
+                continue  # frozen; but if all rates are 0, the groups are kept: an optimizer needs one
             for parameter in layer.parameters():
                 if ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
@@ -240,8 +242,6 @@ class OwnNetwork(nn.Module):
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return, for each layer, the indices of the patterns in network_reg_lrs that its name matches."""
-        if not self.settings.reg_rates:
-            return [()] * len(self.names)
         matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
         return matches

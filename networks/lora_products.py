@@ -194,13 +194,13 @@ class BlockUp(nn.Module):
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace the blocks in a state dict by the whole matrix, as files have it."""
+    """Replace the diagonal blocks of an up factor in a state dict by the full matrix, as files have it."""
     assert isinstance(module, BlockUp)
     state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.heights))
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace the whole matrix in a state dict by the blocks."""
+    """Replace the full matrix of an up factor in a state dict by its diagonal blocks."""
     assert isinstance(module, BlockUp)
     weight = state.get(f"{prefix}weight")
     if weight is None:
@@ -236,21 +236,21 @@ def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     return heights if heights and min(heights) > 0 else ()
 
 
-def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
-    """Return the blocks of a block-diagonal up factor, None if it is none.
+def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
+    """Return the blocks of a block-diagonal up factor; None if it has values outside the blocks.
 
     Args:
         up: Up factor, out x P R.
-        heights: Rows of each of the P parts.
+        num_rows: Rows of each of the P parts.
     """
-    if up.ndim != 2 or sum(heights) != len(up) or up.shape[1] % len(heights):
+    if up.ndim != 2 or sum(num_rows) != len(up) or up.shape[1] % len(num_rows):
         return None
-    rank = up.shape[1] // len(heights)
-    rows = up.split(list(heights))
+    rank = up.shape[1] // len(num_rows)
+    rows = up.split(list(num_rows))
     blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
-    in_rows = sum(int(part.count_nonzero()) for part in rows)
-    in_blocks = sum(int(block.count_nonzero()) for block in blocks)
-    return blocks if in_rows == in_blocks else None
+    nonzero_in_rows = sum(int(part.count_nonzero()) for part in rows)
+    nonzero_in_blocks = sum(int(block.count_nonzero()) for block in blocks)
+    return blocks if nonzero_in_rows == nonzero_in_blocks else None
 
 
 MAX_ROWS = 1000  # most rows of a weight for estimating their mean norm

@@ -166,8 +166,12 @@ def read_settings(
     Raises:
         OptionError: If a key is unknown or a value is out of range.
     """
-    blocks = read_blocks(arguments)
-    values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
+    values: Mapping[str, Any] = {}
+    blocks = rank_rule = None
+    if arguments:
+        blocks = read_blocks(arguments)
+        values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
+        rank_rule = _read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank))
     ratio = values.get("loraplus_lr_ratio")
     perturbation = None
     if "ggpo_sigma" in values:
@@ -189,7 +193,7 @@ def read_settings(
         reg_ranks=values.get("network_reg_dims", ()),
         reg_rates=values.get("network_reg_lrs", ()),
         perturbation=perturbation,
-        rank_rule=_read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank)),
+        rank_rule=rank_rule,
         rules=rules,
         type_ranks={argument: values[argument] for argument in types if argument in values},
         train_blocks=values.get("train_blocks"),
@@ -280,10 +284,10 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         """Return the pattern if it fits as written, else one that matches in any spelling."""
         if fits_some or not modules:
             return pattern
-        loose = re.compile(in_any_spelling(pattern.pattern))
+        any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
         for path, name in zip(paths, names, strict=True):
-            if pattern.search(path) or loose.search(name):
+            if pattern.search(path) or any_spelling.search(name):
                 spellings.update((path, name))
         if spellings:
             return NamePattern(pattern.pattern, frozenset(spellings))
@@ -326,9 +330,9 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
         pairs: Patterns with their values.
         matches: Patterns that match each module, from `find_by_pattern`.
     """
-    counts = Counter((place, places[-1]) for places in matches for place in places[:-1])
-    for (place, last), count in sorted(counts.items()):
-        overridden, _ = pairs[place]
+    counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
+    for (index, last), count in sorted(counts.items()):
+        overridden, _ = pairs[index]
         pattern, number = pairs[last]
         logger.info(
             f"--network_args {argument}: {count} modules fit {overridden.pattern!r} and the later "

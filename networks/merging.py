@@ -37,7 +37,7 @@ from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
-from networks.tensor_names import NETWORKS
+from networks.tensor_names import find_networks
 from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
@@ -56,7 +56,7 @@ def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
     # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
     # and `transformer_2/` in diffusers
-    folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
+    folders = {start.removesuffix("."): expert for start, expert in find_networks().items()}
     expert = options.expert or expert_of_file(options.dit, folders)
     files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels
@@ -301,28 +301,24 @@ def merge_into_file(
         lora_rounding = LoraRounding(rounding)
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
+        # `in_values` describes quantized weights anew, with the dtype that they are read in
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
-            tensor = checkpoint.read(name)  # memory of its own
+            tensor = checkpoint.read(name)  # not mapped from the file, so it may be changed in place
             check_finite(model, name, tensor)
             if not patch.touches(name):
                 return tensor.to(written[name].dtype)
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide, written[name].dtype).to(written[name].dtype)
 
-        size_bytes = sum(info.size_bytes for info in written.values())
-        rows = [
-            ("model", str(model)),
-            ("LoRAs", _in_lines(uses)),
-            ("result", str(output)),
-        ]
+        rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
         if quantized:
             change = f"{len(quantized)} quantized weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        free = as_size(free_bytes(real_path(output).parent))
-        rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
+        needed = as_size(sum(info.size_bytes for info in written.values()))
+        rows.append(("disk", f"{needed}; {as_size(free_bytes(real_path(output).parent))} free"))
         show_box("Merging", rows)
         if not uses:
             state = "has the values" if quantized else "becomes a copy"

@@ -51,16 +51,16 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     """Return the families that know the largest number of names; only `hint` if it is among them."""
     if not names:
         return []
-    hinted = [family for family in FAMILIES if family.name == hint]
-    if hinted and all(_place(name, hinted[0]) for name in names):
-        return hinted  # without the tables of the others
+    hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
+    if hinted is not None and all(_place(name, hinted) for name in names):
+        return [hinted]  # without the tables of the others
     # while some family knows all names, others are ruled out at the first name that they lack
     families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
     if not families:
         counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
         maximum = max(counts.values())
         families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
-    return [family for family in families if family in hinted] or families
+    return [hinted] if hinted in families else families
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
@@ -101,7 +101,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families
-    # blocks are alike: one name stands for those that differ in numbers only, the first in the file
+    # modules of all blocks have the same sizes: the first name stands for those with other block numbers
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
@@ -109,7 +109,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     chosen = [family for family in families if levels[family] == best]
     if len(chosen) == 1:
         return chosen
-    # if the numbers of blocks do not decide, the others are possible too
+    # if block numbers do not decide among the best, families of other released sizes are possible too
     return [family for family in families if levels[family] >= min(best, _AS_RELEASED)]
 
 
@@ -240,12 +240,17 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 
 @cache
-def on_text_side(name: str) -> str:
-    """Return the model part of a name with underscores, if it loads with the text encoder; else ""."""
-    for family in FAMILIES:
-        starts = tuple(start.replace(".", "_") for start in family.text_side)
+def on_text_side(name: str, family: FamilyNames | None = None) -> str:
+    """Return the model part of a name with underscores, if it loads with the text encoder; else "".
+
+    Args:
+        name: Name of a module.
+        family: Family that the module is of; None if unknown.
+    """
+    for each in FAMILIES if family is None else (family,):
+        starts = tuple(start.replace(".", "_") for start in each.text_side)
         if name.startswith(starts):
-            return family.text_side_words
+            return each.text_side_words
     return ""
 
 
@@ -455,6 +460,7 @@ class _Tables(NamedTuple):
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
+    """Return the lookup tables between a family's names and those of the other layout."""
     # a parameter of ours may be the weight of a module there
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]

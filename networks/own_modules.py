@@ -89,7 +89,7 @@ def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[Placed
 def _choose(
     candidates: Iterable[PlacedModule],
     settings: LoraSettings,
-    start: str,
+    prefix: str,
     optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
     """Return the modules to train, each with its rank and alpha, by our name.
@@ -97,32 +97,18 @@ def _choose(
     Args:
         candidates: Modules by path.
         settings: Settings of the network.
-        start: Prefix of our names.
+        prefix: Prefix of our names.
         optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
-        name = start + path.replace(".", "_")
+        name = prefix + path.replace(".", "_")
         matching: tuple[int, ...] = ()
         if settings.reg_ranks:
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
-        if matching:  # a pattern wins over the rank of the kind; the last pattern over earlier ones
-            _, rank = settings.reg_ranks[matching[-1]]
-            size: LoraSize | None = LoraSize(int(rank), settings.alpha)
-        else:
-            size = _size(path, module, settings)
-        is_optional = any(part in f".{path}" for part in optional)
-        if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
-            is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
-        may_be_excluded = is_optional or settings.exclude
-        if may_be_excluded and _is_excluded(path, settings, is_optional):
-            size = None
-        if size is not None and size.rank <= 0:
-            size = None
-        if settings.blocks is not None and settings.blocks.is_left_out(path):
-            size = None
+        size = _select_size(path, module, settings, matching, optional)
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
@@ -137,6 +123,41 @@ def _choose(
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, matches)
     return targets
+
+
+def _select_size(
+    path: str,
+    module: LoraModule,
+    settings: LoraSettings,
+    matching: tuple[int, ...],
+    optional: tuple[str, ...],
+) -> LoraSize | None:
+    """Return the rank and alpha of a module; None if it gets no LoRA.
+
+    The last matching pattern of the ranks decides, else the kind of the module. After that, patterns may
+    exclude it.
+
+    Args:
+        path: Path of the module.
+        module: The module.
+        settings: Settings of the network.
+        matching: Indices of the patterns in `settings.reg_ranks` that match the module.
+        optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
+    """
+    if matching:
+        _, rank = settings.reg_ranks[matching[-1]]
+        size: LoraSize | None = LoraSize(int(rank), settings.alpha)
+    else:
+        size = _size(path, module, settings)
+    is_optional = any(part in f".{path}" for part in optional)
+    if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
+        is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
+    may_be_excluded = is_optional or settings.exclude
+    if may_be_excluded and _is_excluded(path, settings, is_optional):
+        return None
+    if settings.blocks is not None and settings.blocks.is_left_out(path):
+        return None
+    return None if size is None or size.rank <= 0 else size
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
@@ -239,10 +260,10 @@ def build_network(
         OptionError: For wrong settings, or if no module is left.
     """
     settings, own = read_own(name, typed)
-    learning = {
+    trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
-    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in learning.items()}
+    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in trained_encoders.items()}
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
         for start, candidates in in_texts.items():
@@ -250,7 +271,7 @@ def build_network(
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
     if not kind.is_for_texts:
-        learning = {}
+        trained_encoders = {}
         in_texts = {}
     targets: dict[str, Target] = {}
     if dit is not None:
@@ -261,7 +282,7 @@ def build_network(
         targets |= _choose(candidates, text_settings, start)
     layers = kind.make_layers(targets, settings, own)
     if begun:
-        by_name = _layers_by_name(dit, learning)
+        by_name = _layers_by_name(dit, trained_encoders)
         joining = _joining_layers(
             layers,
             name,
@@ -463,9 +484,8 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
         allowed.update(rules.encoders)
     from_file = {key for key, value in typed.arguments.items() if value is not None and key not in allowed}
     checked = {key: value for key, value in typed.arguments.items() if key in from_file}
-    read_own(
-        name, NetworkArguments(arguments=checked)
-    )  # only for its errors: ignored values must be valid too
+    # only for its errors: values that are ignored have to be valid too
+    read_own(name, NetworkArguments(arguments=checked))
     for key in sorted(from_file):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "

@@ -126,30 +126,33 @@ def _heights_of_parts(
     return heights
 
 
-def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
-    """Return the factors of each part that has a height, or the reason why there are none."""
-    present = {relative: rows for relative, rows in heights.items() if rows is not None}
+def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
+    """Cut a fused weight's factors into those of its parts; return the reason if that is not possible.
+
+    `row_counts` is the number of rows of each part; None for a part that the model does not have.
+    """
+    parts_here = {relative: rows for relative, rows in row_counts.items() if rows is not None}
     delta = read_delta(factors)
-    if delta.rotation is not None:  # the input of all parts
-        return {OURS + relative.name: factors for relative in present}
-    full_height = _height_to_cut(delta)
-    if full_height is None:
+    if delta.rotation is not None:  # it rotates the input, which all parts share
+        return {OURS + relative.name: factors for relative in parts_here}
+    num_rows = _height_to_cut(delta)
+    if num_rows is None:
         return "its change is no matrix"
-    places = _places_of_parts(present, full_height)
-    fits = len(places) == len(present)
-    if len(present) == len(heights):  # all parts
-        fits = fits and sum(present.values()) == full_height
+    rows_of_part = _places_of_parts(parts_here, num_rows)
+    fits = len(rows_of_part) == len(parts_here)
+    if len(parts_here) == len(row_counts):  # all parts
+        fits = fits and sum(parts_here.values()) == num_rows
     if not fits:
-        shown = " + ".join(map(str, present.values()))
-        return f"its {full_height} rows are not those of its parts, which have {shown}"
+        shown = " + ".join(map(str, parts_here.values()))
+        return f"its {num_rows} rows are not those of its parts, which have {shown}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
-    ordered = sorted(places, key=lambda relative: _start_of(places[relative]))
-    parts = joined_blocks(factors, [present[relative] for relative in ordered])
-    if parts:
+    ordered = sorted(rows_of_part, key=lambda relative: _start_of(rows_of_part[relative]))
+    parts = joined_blocks(factors, [parts_here[relative] for relative in ordered])
+    if parts:  # it was joined from LoRAs of the parts, which are restored with their own ranks
         return {OURS + relative.name: part for relative, part in zip(ordered, parts, strict=True)}
-    for relative, rows in places.items():
+    for relative, rows in rows_of_part.items():
         piece = _part_of(delta, rows)
         if piece is None:
             return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
@@ -317,12 +320,12 @@ def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]
     return height
 
 
-def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
-    """Return factors for a weight with `height` rows, or the reason why the parts cannot be joined.
+def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = False) -> Factors | str:
+    """Return factors for a weight with `num_rows` rows, or the reason why the parts cannot be joined.
 
     Args:
         pieces: Factors of the parts.
-        height: Number of rows of the weight.
+        num_rows: Number of rows of the weight.
         is_for_model: Whether parts whose factors cannot be joined become full differences. These are large,
             so files get the parts separately.
     """
@@ -332,18 +335,18 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
-        return _join_others(pieces, height, is_for_model)
-    places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
-    if isinstance(places[0], Tensor):  # with swapped halves
-        swapped = read_delta(first.factors).rows(places[0])
+        return _join_others(pieces, num_rows, is_for_model)
+    all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
+    if isinstance(all_rows[0], Tensor):  # a weight whose halves are swapped: its rows are given one by one
+        swapped = read_delta(first.factors).rows(all_rows[0])
         return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
-    slices = [place for place in places if isinstance(place, slice)]
-    if len(slices) < len(places):
-        return f"its parts do not fit into {height} rows"
-    error = _find_error_of_magnitudes([piece.factors for piece in pieces], height)
+    slices = [rows for rows in all_rows if isinstance(rows, slice)]
+    if len(slices) < len(all_rows):
+        return f"its parts do not fit into {num_rows} rows"
+    error = _find_error_of_magnitudes([piece.factors for piece in pieces], num_rows)
     if error:
         return error
-    return _join_low_rank(_in_order(pieces, slices), height)
+    return _join_low_rank(_in_order(pieces, slices), num_rows)
 
 
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
@@ -393,7 +396,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     """
     scales = [strength(part.factors) for part in placed]
     scale = scales[0]
-    if scales.count(scale) < len(scales):
+    if scales.count(scale) < len(scales):  # one alpha cannot stand for all: the scales go into the factors
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
     downs = [part.factors[DOWN] for part in placed]
@@ -521,7 +524,7 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
-    by_rows = delta.row_parts()  # what has the part's rows; everything else is the whole layer's
+    by_rows = delta.row_parts()  # factors with one row for each output; the parts share all the others
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
     if ROWS in names:  # only magnitudes and biases have rows of the part
@@ -566,19 +569,20 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "to the whole layer, which this model has in parts.\n"
             "  Convert the file with the program that made it."
         )
+    # a LoRA or LoKr whose rows can be cut stays one; others become the full difference of their rows
     blocks = delta.blocks(*deltas.rows_in(factors))
     if blocks is not None:
         return blocks
     change = delta.dense(deltas.CPU)
     assert change is not None
     dtype = next(factors[part].dtype for part in factors if part in MARKS)
-    settled: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
+    resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
-        settled[MAGNITUDES] = factors[MAGNITUDES]
+        resolved[MAGNITUDES] = factors[MAGNITUDES]
     bias = delta.stored_bias()
     if bias is not None:
-        settled["diff_b"] = bias
-    return settled
+        resolved["diff_b"] = bias
+    return resolved
 
 
 def stack_rows(
@@ -601,15 +605,15 @@ def stack_rows(
     modules = deltas.group_by_module(tensors)
     for name, factors in modules.items():
         delta = read_delta(factors)
-        height = delta.height() if name.endswith(ending) else None
-        if height is None:
+        num_rows = delta.height() if name.endswith(ending) else None
+        if num_rows is None:
             continue
         stacked = None
-        if height % (3 * rule.head_width) == 0:
-            stacked = delta.rows(stack_heads(torch.arange(height), rule.head_width))
+        if num_rows % (3 * rule.head_width) == 0:
+            stacked = delta.rows(stack_heads(torch.arange(num_rows), rule.head_width))
         if stacked is None:
             raise CheckpointError(
-                f"{path} cannot be used: {name} has {height} rows, and its program has them by head, "
+                f"{path} cannot be used: {name} has {num_rows} rows, and its program has them by head, "
                 f"{rule.head_width} of each query, key and value.\n  Give a plain LoRA that was trained for "
                 "this model.",
                 path,
@@ -640,9 +644,9 @@ def mend_split_alphas(
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
         # an index of None or SWAPPED stands for the full weight, not for some of its rows
         num_parts = len({part.index for part in parts} - {None, SWAPPED})
-        heights = fused_heights(num_parts, len(up), down.shape[1])
-        if heights and diagonal_blocks(up, heights) is not None:
-            mended[f"{name}.alpha"] = alpha * len(heights)  # as the rank: k times that of one part
+        row_counts = fused_heights(num_parts, len(up), down.shape[1])
+        if row_counts and diagonal_blocks(up, row_counts) is not None:
+            mended[f"{name}.alpha"] = alpha * len(row_counts)  # as the rank: k times that of one part
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")

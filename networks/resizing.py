@@ -164,7 +164,7 @@ def resize_file(options: ResizeOptions) -> None:
             _reject_other_alphas(source, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
-    metadata.pop(FOLDED, None)  # it names strengths by rank, of factors that are multiplied by them already
+    metadata.pop(FOLDED, None)  # it is about the old ranks; the factors include these strengths already
     for name, tensor in tensors.items():
         check_finite(source, name, tensor)
     resized = [_resize_module(names, tensors, options, source) for names in modules]
@@ -274,10 +274,13 @@ class FactorProduct:
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
-    """Return the factors of a module, float64. Raises CheckpointError if they do not fit."""
+    """Return the two factors of a module as matrices, float64; a core is multiplied into the down factor.
+
+    Raises CheckpointError if they do not fit.
+    """
     down, up = (tensors[name].double() for name in (names.down, names.up))
     core = None if names.core is None else tensors[names.core].double()
-    ranks = len(down) if core is None else core.shape[0]
+    ranks = len(down) if core is None else core.shape[0]  # core: out_rank in_rank (kernel)
     fits = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[1:]) == ranks
     if core is not None:
         fits = fits and core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1

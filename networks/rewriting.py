@@ -174,17 +174,20 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Join the numbered factors of each module to one LoRA."""
+    """Join the numbered factors of each module, such as several LoRAs for one weight, to one LoRA.
+
+    The joined up factor is block-diagonal. An alpha for all modules counts for modules without their own.
+    """
     joined = dict(tensors)
     stacked: dict[str, int] = {}
-    single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
-    alpha_of_all = single[0] if single else None
+    alphas_of_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
+    alpha_of_all = alphas_of_all[0] if alphas_of_all else None
     for module, keys in _find_numbered_factors(tensors).items():
         alpha = tensors.get(f"{module}.alpha", alpha_of_all)
         pieces = _order_pieces(keys, tensors, alpha)
         if not _can_be_joined(module, list(keys), pieces):
             continue
-        for part_keys in keys.values():
+        for part_keys in keys.values():  # by number, then by part
             for key in part_keys.values():
                 del joined[key]
         joined.pop(f"{module}.alpha", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from contract.brought_words import takes_words
+from contract.brought_words import with_words
 from contract.family import Family, TextEncoder, can_learn, has_text_side
 from modules.console import list_some
 from modules.errors import CheckpointError
@@ -146,7 +146,7 @@ def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
         CheckpointError: If a word does not fit its text encoders.
     """
     files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
-    return family.with_words(files, "--lora_weight") if files and takes_words(family) else family
+    return with_words(family, files, "--lora_weight") if files else family
 
 
 UNET = "model.diffusion_model."

@@ -32,17 +32,17 @@ def add_unmerged(
         dtype: Dtype to compute in.
     """
     for name, weight_changes in changes.items():
-        place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
-        height = len(place.shaped)
-        parts = [AddedPart(place, change.delta, change.use.multiplier) for change in weight_changes]
+        layer_place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
+        num_rows = len(layer_place.shaped)
+        parts = [AddedPart(layer_place, change.delta, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
             if part.rotation is not None:
                 part.rows = change.rows
             elif change.rows is not None:  # add to some of the outputs only
-                around = (change.rows.start, height - change.rows.stop)
-                part.region = partial(functional.pad, pad=around)
-        layer = AddedLayer(place, parts)
+                padding = (change.rows.start, num_rows - change.rows.stop)
+                part.region = partial(functional.pad, pad=padding)
+        layer = AddedLayer(layer_place, parts)
         layer.attach()
         layer.switch_on(device, dtype)
 

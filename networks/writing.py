@@ -60,11 +60,11 @@ def in_dialect(
         form_of = _in_toolkit if family.parts else _in_diffusers
         return write_modules(modules, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
     # plain LoRAs of weights that diffusers splits are written as for diffusers
-    is_cut = family.parts and family.start == IN_DIFFUSERS
+    is_split_in_diffusers = family.parts and family.start == IN_DIFFUSERS
     plain: dict[str, Factors] = {}
     remaining: dict[str, Factors] = {}
     for name, factors in modules.items():
-        if is_cut and factors.keys() <= deltas.OF_LOW_RANK:
+        if is_split_in_diffusers and factors.keys() <= deltas.OF_LOW_RANK:
             plain[name] = factors
         else:
             remaining[name] = factors
@@ -109,9 +109,9 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
-    """`lora_te_layers_...` -> `text_encoders.NAME.transformer.model.layers. ...`, where ComfyUI needs it.
+    """Rename text encoders' `lora_te_layers_...` to `text_encoders.NAME.transformer.model.layers. ...`.
 
-    Encoders that it reads under our names keep them, with the missing alphas.
+    Encoders that ComfyUI reads under our names keep them, with the missing alphas.
     """
     starts = () if family is None else family.texts_in_comfyui
     kept: dict[str, Tensor] = {}
@@ -264,15 +264,15 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return {path: factors}  # the same in both layouts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
+    (placed,) = parts
     delta = read_delta(factors)
-    if parts[0].part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
-        return {parts[0].path: factors}
+    if placed.part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
+        return {placed.path: factors}
+    # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
     by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
-    height = len(by_rows[0]) if by_rows else 0
-    if not height:
-        return "it has no rows to swap"
-    swapped = delta.rows(torch.arange(height).roll(height // 2))
-    return "it has no rows to swap" if swapped is None else {parts[0].path: swapped.factors}
+    num_rows = len(by_rows[0]) if by_rows else 0
+    swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2)) if num_rows else None
+    return "it has no rows to swap" if swapped is None else {placed.path: swapped.factors}
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
@@ -290,19 +290,19 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    heights = fused_heights(len(paths), rows, columns)
+    row_counts = fused_heights(len(paths), rows, columns)
     if len(paths) == 2 and rows % 2 == 0:  # keys and values, or the two layers of a gated feed-forward
-        heights = (rows // 2, rows // 2)
-    if not heights:
+        row_counts = (rows // 2, rows // 2)
+    if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
     is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
-    blocks = diagonal_blocks(factors[UP], heights) if is_plain else None
+    blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
     parts: Sequence[Factors | None]
-    parts = _cut_rows(factors, heights) if blocks is None else cut_blocks(factors, blocks)
+    parts = _cut_rows(factors, row_counts) if blocks is None else cut_blocks(factors, blocks)
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
-    # the whole is zero in the rows of a part that it was joined without
+    # a LoRA that was joined from some of the parts is zero in the rows of the others, which are left out
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
 
@@ -372,18 +372,16 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
     A part that cannot be stacked, because its factors are not a plain LoRA, is left out.
     """
     modules = deltas.group_by_module(fuse(native, family=family))
-    apart = {
-        name: factors for name, factors in modules.items() if is_stacked(name.removeprefix(OURS), family)
-    }
-    full = {name: factors for name, factors in modules.items() if name not in apart}
+    # `fuse` joins what it can: modules that still have the name of a part could not be stacked
+    unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
     written = write_modules(
-        full,
+        {name: factors for name, factors in modules.items() if name not in unstackable},
         IN_COMFYUI,
         lambda name, factors: alone(stacked_path(name, family), factors),
         in_comfyui,
     )
     reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
-    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(apart, reason))
+    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(unstackable, reason))
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
@@ -403,7 +401,7 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
 
     A module that cannot be split is left unsplit, with a warning.
     """
-    apart: dict[str, Factors] = {}
+    split: dict[str, Factors] = {}
     for name, factors in deltas.group_by_module(rename_to_aliases(tensors, family, alias)).items():
         parts = parts_of(name.removeprefix(OURS), family)
         paths = [OURS + placed.path.replace(".", "_") for placed in parts]
@@ -411,9 +409,9 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it stays whole")
             pieces = {name: factors}
-        apart.update(pieces)
-    # copies: files cannot hold tensors that share memory
-    return {name: tensor.clone() for name, tensor in deltas.ungroup(apart).items()}
+        split.update(pieces)
+    # copies, because tensors in safetensors files must not share memory
+    return {name: tensor.clone() for name, tensor in deltas.ungroup(split).items()}
 
 
 def rename_to_aliases(

@@ -81,7 +81,7 @@ class Chain:
 
 
 def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -> Chain:
-    """Parse the command line of a tool's script, including `--then` and further tools.
+    """Parse the command line of a tool's script, including the tools that follow after `--then`.
 
     Invalid options end the program as in argparse. Raises OptionError if two options contradict each other.
     """
@@ -98,7 +98,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         if HELP & set(later):
             read_tool(later, before)
     args = _parse(parser, chosen, first)
-    if args.then is not None:
+    if args.then is not None:  # an abbreviation, such as --the, which the split above has not found
         parser.error(f"write {THEN} in full")
     run = read_options(ToolRunOptions, args)
     tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
@@ -106,7 +106,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         name = " ".join([THEN, *later[:1]])
         with name_tool(name):
             tools.append(read_tool(later, before))
-    if os.environ.get(ONLY_OPTIONS):
+    if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
         raise SystemExit(0)
     return Chain(run, tuple(tools))
 
@@ -208,7 +208,10 @@ def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a tool's options; --model defaults to the downloaded model. Raises OptionError without one."""
+    """Parse a tool's options; --model defaults to the downloaded model.
+
+    Raises OptionError if the model is neither given nor downloaded.
+    """
     _list_flags(parser)["--model"].required = False
     args = parser.parse_args(words)
     if args.model is None:

@@ -44,7 +44,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         OutputError: If results exist and there is nobody to ask.
     """
     sources = list_sources(chain)
-    if chain.run.output is None:
+    if chain.run.output is None:  # results are written next to the sources
         for path in sources:
             _check_caption(path, chain)
     jobs = [FileJob(path, name_output(chain, path), is_image(path)) for path in sources]
@@ -61,7 +61,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: results must not be added to a dataset's folder."""
+    """Raise OptionError if a source has a caption: it is part of a dataset, whose folder gets no results."""
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(

@@ -12,7 +12,7 @@ from modules.options import Options, option
 
 
 class ToolRunOptions(Options, title="input and output"):
-    """The input file and where to write the result."""
+    """Which file a tool reads, and where it writes the result."""
 
     input: Path = option(
         "a video, an image, or a folder: then each video and each image in it is worked on by itself",

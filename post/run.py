@@ -97,7 +97,7 @@ def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
     is_single = is_image(path)
-    # the beginning of a damaged file may still be useful
+    # with --max_frames, the frames of the whole file are not counted: its end may be damaged
     total = maximum if is_single or maximum is not None else source_info(path).frames
     make_folder(folder, "--output")
     started = time.monotonic()
@@ -193,6 +193,7 @@ def run_video(
     rate = clips[-1].rate or info.rate
 
     def write(pictures: Iterator[Picture]) -> None:
+        """Write the video, and with --keep_pngs each frame, as the frames arrive."""
         with ExitStack() as opened:
             if form.keep_pngs:
                 name = job.source.with_name("frames")

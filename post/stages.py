@@ -99,7 +99,7 @@ def lead_through(
         pictures: Images of the input.
         clips: Result of `results`.
     """
-    foreign: list[BaseException] = []
+    foreign: list[BaseException] = []  # errors of earlier stages, which name their own tool
     pictures = _note_errors(pictures, clips[0], "", foreign)
     for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
         pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, foreign)

@@ -18,7 +18,7 @@ LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has a
 
 
 class Closed(Exception):
-    """Signal that the reader of a queue has stopped."""
+    """Raised by a queue if its reader has stopped, so that nothing more can be added."""
 
 
 class StreamStopped(Exception):
@@ -146,6 +146,7 @@ def write_behind(
     thread.start()
 
     def put(item: T) -> None:
+        """Add an item; raise the error of `write` if it has failed."""
         try:
             pipe.put(item)
         except Closed:

@@ -71,10 +71,10 @@ def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, 
     tile = max(tile // step * step, overlap + step)
     if length <= tile:
         return [(0, length)]
-    number = ceil_div(length - overlap, tile - overlap)
-    size = round_up(ceil_div(length + (number - 1) * overlap, number), step)
-    last = length - size
-    starts = [index * last // (number - 1) // step * step for index in range(number - 1)]
+    num_tiles = ceil_div(length - overlap, tile - overlap)
+    size = round_up(ceil_div(length + (num_tiles - 1) * overlap, num_tiles), step)
+    last = length - size  # start of the last tile, which ends at `length`
+    starts = [index * last // (num_tiles - 1) // step * step for index in range(num_tiles - 1)]
     return [(start, start + size) for start in [*starts, last]]
 
 

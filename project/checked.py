@@ -85,12 +85,12 @@ def _is_outside(key: str, value: object) -> bool:
 
 def _walk(folder: Path) -> Iterator[str]:
     """Yield the files of a folder, without hidden ones and those that runs write."""
-    for place, folders, names in os.walk(folder):
-        is_top = Path(place) == folder
+    for folder_text, folders, names in os.walk(folder):
+        is_top = Path(folder_text) == folder
         folders[:] = [name for name in folders if name[0] != "." and not (is_top and name in LEFT_OUT)]
         for name in names:
             if name[0] != "." and not (is_top and name in LEFT_OUT):
-                yield f"{place}{os.sep}{name}"
+                yield f"{folder_text}{os.sep}{name}"
 
 
 def _describe_file(path: Path) -> str:

@@ -136,8 +136,8 @@ def _make_family_for_caching(model: ModelSet) -> Any:
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
     for _, option, _ in entry.encoders:  # the facts here need no encoder
-        place = words.index(option) if option in words else len(words)
-        del words[place : place + 2]
+        index = words.index(option) if option in words else len(words)
+        del words[index : index + 2]
     _, _, family_options = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
     with _without_log():
         return entry.make_family("latent_caching", family_options)

@@ -254,12 +254,12 @@ def describe_dataset(choice: Choice) -> str:
         return "\n".join([*lines, *_describe_subsets(choice), ""])
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
-    for place, kind in folders_and_kinds:
+    for folder, kind in folders_and_kinds:
         if from_image and kind != "video":
             continue
         if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
             continue
-        keys = _make_folder_keys(choice, place, kind)
+        keys = _make_folder_keys(choice, folder, kind)
         if kind == "video":
             keys |= clip_keys
         lines += ["", *_format_toml_table("[[datasets]]", keys)]
@@ -384,7 +384,7 @@ def describe_samples(choice: Choice) -> str:
     captions = [find_text(item.caption) for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
     # without the names of regularization folders, which only name the class
-    names = [name.words for place, name in choice.content.names.items() if place in learned]
+    names = [name.words for folder, name in choice.content.names.items() if folder in learned]
     subject = plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
         subject = plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
@@ -421,8 +421,8 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
     pairs = [item for item in choice.media if item.path.parent in choice.content.controls]
     pairs = [item for item in pairs if reference_of(item, choice.content.controls[item.path.parent])]
     lines = ""
-    for seed, place in enumerate(dict.fromkeys((0, len(pairs) // 2, len(pairs) - 1)), start=1):
-        item = pairs[place]
+    for seed, index in enumerate(dict.fromkeys((0, len(pairs) // 2, len(pairs) - 1)), start=1):
+        item = pairs[index]
         width, height = _shrink_to_area(item.size, _area(choice.size))
         control = reference_of(item, choice.content.controls[item.path.parent])[0]
         prompt = plain(item.caption or choice.trigger or "") or OTHER
@@ -435,8 +435,8 @@ def _describe_layer_samples(choice: Choice, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last image, with their numbers of layers."""
     images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
-    for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
-        item = images[place]
+    for seed, index in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
+        item = images[index]
         width, height = _shrink_to_area(item.size, _area(choice.size))
         prompt = plain(item.caption or choice.trigger or "") or OTHER
         image = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"

@@ -63,7 +63,7 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import describe_own, write_prompts
+from project.own_commands import describe_length, describe_own, write_prompts
 from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
 from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
 from project.script_facts import ask_script
@@ -343,7 +343,10 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
+    """Write the first frames of clips, and captions that lists have.
+
+    Existing caption files are not changed.
+    """
     for image, clip in content.first_frames.items():
         image.parent.mkdir(parents=True, exist_ok=True)
         write_png(image, first_frame(clip))
@@ -453,8 +456,10 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         if choice.kind.has_targets and adapted is not None:
             warning_text += f". --task {adapted.task} downloads an adapter and trains with it"
         lines.append(warning(warning_text))
-    if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        lines += describe_own(choice)
+    if choice.kind.makes_adapter:
+        lines += describe_length(choice)
+        if find_origin(choice.content) == REAL:
+            lines += describe_own(choice)
     for folder, reference_folder in choice.content.references.items():
         lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(choice)
@@ -571,9 +576,9 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         return []
     count = count_of(len(tags.lists), "caption")
     example = ", ".join(tags.lists[0][:3])
-    found = f"{count}: lists of tags ({example}, ...)"
+    found_text = f"{count}: lists of tags ({example}, ...)"
     if choice.tags is None:
-        return [f"{found}, learned as they stand: {choice.model_name} was trained on sentences"]
+        return [f"{found_text}, learned as they stand: {choice.model_name} was trained on sentences"]
     keys = tags.make_keys(choice.trigger)
     kept_text = ""
     if "keep_tokens_separator" in keys:
@@ -587,7 +592,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
         f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"
     )
     lines = [
-        f"{found}. {reader} such lists, so they are in another order each time "
+        f"{found_text}. {reader} such lists, so they are in another order each time "
         f"(shuffle_caption){kept_text}{wildcard_text}. The training encodes them in each step"
     ]
     if tags.joined is None:

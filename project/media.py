@@ -143,8 +143,8 @@ def collect_content(
     content.masks = read_kept_masks(folder)
     places = _sort_folders(folder, content)
     content.captions = _find_captions(places.learned)
-    for place, reason in places.regularising.items():
-        content.lines += _describe_regularising(place, reason, content, facts, kind)
+    for subfolder, reason in places.regularising.items():
+        content.lines += _describe_regularising(subfolder, reason, content, facts, kind)
     content.lines += _describe_names(places.learned, content.names)
     audios = _collect_media(folder, places, content, facts)
     if kind.sees_controls:
@@ -182,14 +182,14 @@ def _collect_media(
     Lines about lists of captions come before those about the files.
     """
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
-    files = {place: _files_in(place, suffixes) for place in places.learned}
+    files = {training_folder: _files_in(training_folder, suffixes) for training_folder in places.learned}
     content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
     start = len(content.lines)
     audios: list[Path] = []
-    for place in places.learned:
-        audios += _list_media(folder, place, content, facts)
-        if place != folder:
-            content.lines += _describe_deep(_list_unsorted_folders(place, places))
+    for training_folder in places.learned:
+        audios += _list_media(folder, training_folder, content, facts)
+        if training_folder != folder:
+            content.lines += _describe_deep(_list_unsorted_folders(training_folder, places))
     _add_audios(content, audios, facts)
     content.lines[start:start] = _describe_lists(content)
     return audios
@@ -245,14 +245,14 @@ def _describe_unused_sources(
 
     `described` are folders about which there is a line already.
     """
-    inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
+    inner_sources = [source for subfolder in places.learned[1:] for source in _sources_in(subfolder)]
     return [
         warning(
-            f"{place}: left out. A folder of this name holds what pictures are made from, and {name} does "
-            f"not edit{edits}. If it is to be learned, rename it"
+            f"{subfolder}: left out. A folder of this name holds what pictures are made from, and {name} "
+            f"does not edit{edits}. If it is to be learned, rename it"
         )
-        for place in (*places.sources, *inner_sources)
-        if place not in described and _media_in(place)
+        for subfolder in (*places.sources, *inner_sources)
+        if subfolder not in described and _media_in(subfolder)
     ]
 
 
@@ -272,32 +272,32 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     """
     candidates = [folder]
     places = SortedFolders(learned=[], sources=[], regularising={})
-    for place in _folders(folder):
-        if place.is_symlink() and _leads_back(place, folder):
+    for subfolder in _folders(folder):
+        if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
-        kind = place.name.lower()
+        kind = subfolder.name.lower()
         if REFERENCES.fullmatch(kind):
-            places.sources.append(place)
-        elif kind in MASK_FOLDERS and real_path(place) in content.masks.values():
-            content.lines.append(f"{place}: learned by its masks")
+            places.sources.append(subfolder)
+        elif kind in MASK_FOLDERS and real_path(subfolder) in content.masks.values():
+            content.lines.append(f"{subfolder}: learned by its masks")
         elif kind in MASK_FOLDERS:
-            content.lines.append(warning(f"{place}: {_explain_masks(folder, place)}"))
+            content.lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
         elif kind not in OWN_FOLDERS:
-            candidates.append(place)
-            candidates += [inner for inner in _folders(place) if _name_of(inner) is not None]
-        elif kind != FIRST_FRAMES and _has_captioned_media(place):
-            text = f"{place}: left out. Runs write into a folder of this name: rename it"
+            candidates.append(subfolder)
+            candidates += [inner for inner in _folders(subfolder) if _name_of(inner) is not None]
+        elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
+            text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
             content.lines.append(warning(text))
-    for place in candidates:
-        name = _name_of(place)
+    for subfolder in candidates:
+        name = _name_of(subfolder)
         if name is not None:
-            content.names[place] = name
-    for place in candidates:
-        reason = _why_regularization(place, folder, content.names)
+            content.names[subfolder] = name
+    for subfolder in candidates:
+        reason = _why_regularization(subfolder, folder, content.names)
         if reason is None:
-            places.learned.append(place)
+            places.learned.append(subfolder)
         else:
-            places.regularising[place] = reason
+            places.regularising[subfolder] = reason
     places.regularising |= _find_outer_regularising(folder, content)
     return places
 
@@ -308,11 +308,11 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
         return {}
     outer: dict[Path, str] = {}
     real_folder = real_path(folder)
-    for place in _folders(real_folder.parent):
-        if place == real_folder or not REGULARIZATION.fullmatch(place.name):
+    for neighbor in _folders(real_folder.parent):
+        if neighbor == real_folder or not REGULARIZATION.fullmatch(neighbor.name):
             continue
-        reason = f"{place.name} is the name of a folder of regularization pictures"
-        for inner in _folders(place):
+        reason = f"{neighbor.name} is the name of a folder of regularization pictures"
+        for inner in _folders(neighbor):
             name = _name_of(inner)
             if name is not None:
                 content.names[inner] = name
@@ -419,10 +419,10 @@ def _find_captions(places: Sequence[Path]) -> str:
     """Return the suffix that most caption files have."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
-    for place in places:
+    for folder in places:
         with contextlib.suppress(OSError):
-            names = {path.name for path in place.iterdir()}
-            for path in _media_in(place):
+            names = {path.name for path in folder.iterdir()}
+            for path in _media_in(folder):
                 counts.update(suffix for suffix in suffixes if path.stem + suffix in names)
     return max(suffixes, key=counts.__getitem__)  # the first of equal ones
 
@@ -430,12 +430,12 @@ def _find_captions(places: Sequence[Path]) -> str:
 def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
     """Return lines about folders whose names have a meaning for image trainers."""
     lines = []
-    for place in places:
-        if place in names:
-            name = names[place]
+    for folder in places:
+        if folder in names:
+            name = names[folder]
             times = "once" if name.repeats == 1 else f"{name.repeats} times"
             lines.append(
-                f"{place}: by its name, each file is trained {times} an epoch (num_repeats), and "
+                f"{folder}: by its name, each file is trained {times} an epoch (num_repeats), and "
                 f"`{name.words}` is the caption of files without one (class_tokens)"
             )
     return lines
@@ -469,16 +469,16 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     waiting = list(folders)
     visited = 0
     while waiting and visited < MAX_FOLDERS:
-        place = waiting.pop(0)
+        folder = waiting.pop(0)
         visited += 1
-        if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
+        if folder.is_symlink() or folder.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
             continue
-        if _media_in(place):
+        if _media_in(folder):
             text = (
-                f"{place}: left out because it is too deep. Move its files up, or give this folder to `new`"
+                f"{folder}: left out because it is too deep. Move its files up, or give this folder to `new`"
             )
             lines.append(warning(text))
-        waiting += _folders(place)
+        waiting += _folders(folder)
     return lines
 
 
@@ -700,9 +700,9 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
 
     If the caption file is not UTF-8, a line about it is appended to `remarks`.
     """
-    place = caption_path(path, content.captions)
+    caption_file = caption_path(path, content.captions)
     try:
-        file = read_caption_file(place)
+        file = read_caption_file(caption_file)
     except DatasetError:  # which the check of what was written reports
         content.bad_captions.add(path)
         return None
@@ -710,10 +710,10 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
     if file is None:
         if listed_text is None:
             return None
-        content.new_captions[place] = listed_text
+        content.new_captions[caption_file] = listed_text
         return " ".join(listed_text.split())
     if file.encoding is not None:
-        remarks.append(describe_encoding(place, file.text, file.encoding))
+        remarks.append(describe_encoding(caption_file, file.text, file.encoding))
     if listed_text is not None and listed_text != file.text:
         content.other_captions.append(path)
     return " ".join(file.text.split())
@@ -776,8 +776,8 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 
 def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
     """Find each folder's references: in the folder, next to it, or next to the described folder."""
-    for place in places.learned:
-        _find_references_of(place, _list_sources(place, folder, places), content)
+    for training_folder in places.learned:
+        _find_references_of(training_folder, _list_sources(training_folder, folder, places), content)
     for source in places.sources:
         if source not in content.references.values() and _media_in(source):
             text = f"{source}: left out. No file there has the name of a picture next to it"
@@ -803,13 +803,13 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
     """
     places = _sort_folders(folder, FolderContent())
     parent = folder.absolute().parent
-    for place in places.learned:
-        images = [path.stem for path in _files_in(place, image_suffixes())]
-        for source in _list_sources(place, folder, places):
+    for training_folder in places.learned:
+        images = [path.stem for path in _files_in(training_folder, image_suffixes())]
+        for source in _list_sources(training_folder, folder, places):
             if not CONTROLS.fullmatch(source.name):
                 continue
             missing = _without_reference(source, images)
-            is_outside = place == folder and source.parent == parent
+            is_outside = training_folder == folder and source.parent == parent
             if is_outside and (missing or has_word or _list_other_media(folder, source)):
                 continue
             if len(missing) < len(images):
@@ -821,22 +821,22 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
     """Return the other media next to a folder: a control folder there may belong to them."""
     parent = source.parent
     others = [
-        place
-        for place in _folders(parent)
-        if place not in (folder.absolute(), source)
-        and place.name.lower() not in {*MASK_FOLDERS, *OWN_FOLDERS}
-        and not REFERENCES.fullmatch(place.name)
+        neighbor
+        for neighbor in _folders(parent)
+        if neighbor not in (folder.absolute(), source)
+        and neighbor.name.lower() not in {*MASK_FOLDERS, *OWN_FOLDERS}
+        and not REFERENCES.fullmatch(neighbor.name)
     ]
-    return [path for place in (parent, *others) for path in _media_in(place)]
+    return [path for neighbor in (parent, *others) for path in _media_in(neighbor)]
 
 
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
     """Find the control images of each folder of images: the first folder that has any of them."""
-    for place in places.learned:
-        images = [item.path.stem for item in content.media if item.path.parent == place]
-        for source in _list_sources(place, folder, places):
+    for training_folder in places.learned:
+        images = [item.path.stem for item in content.media if item.path.parent == training_folder]
+        for source in _list_sources(training_folder, folder, places):
             if len(_without_reference(source, images)) < len(images):
-                content.controls[place] = source
+                content.controls[training_folder] = source
                 break
     for source in places.sources:
         if source not in content.controls.values() and _media_in(source):

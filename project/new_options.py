@@ -51,8 +51,8 @@ class NewOptions(Options):
     )
     whole_model: bool = option("--train whole", excludes="train", hint="both say what is trained")
     from_file: Path | None = option(
-        "project of another trainer whose values are taken: .yaml of AI Toolkit, .toml of diffusion-pipe, "
-        ".json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
+        "project of another trainer whose values are taken: .yaml of AI Toolkit or ltx-trainer, .toml of "
+        "diffusion-pipe, .json of OneTrainer, SimpleTuner or the GUI of kohya_ss; nothing of it is run",
         name="from",
         place="file",
         metavar="FILE",

@@ -84,7 +84,7 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def times_of_steps(steps: int) -> dict[str, int]:
-    """Return the options that follow from a training's number of steps: those for saves, states, samples."""
+    """Return the options for saves, states and samples, which follow from a training's number of steps."""
     every = max(steps // 10, min(steps, 50))
     return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
 

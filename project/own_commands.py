@@ -1,4 +1,4 @@
-"""How to make a model's own images for a training adapter, from the captions of a folder."""
+"""How to make a training adapter: its length, and a model's own images from the captions of a folder."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from project.describing import Choice
 from project.options import as_operand, own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
+# of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
+USUAL_STEPS = 4000
 OF_ONE = {"--prompt", "--seed", "--save_path"}  # what a command says of a single result
 
 
@@ -15,6 +17,28 @@ def write_prompts(choice: Choice) -> str:
     """Return a prompt line for each distinct caption, with a seed of its own."""
     captions = dict.fromkeys(describing.plain(item.caption) for item in choice.media if item.caption)
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
+
+
+def describe_length(choice: Choice) -> list[str]:
+    """Return a line about when an adapter is done, and one if its training is shorter than usual."""
+    lines = []
+    steps = choice.options.max_train_steps
+    if steps < USUAL_STEPS:
+        lines.append(
+            f"{steps:,} steps: published adapters took {USUAL_STEPS:,} to 30,000, as 1,000 left most of the "
+            f"distillation. --max_train_steps {USUAL_STEPS} --overwrite"
+        )
+    if len(choice.media) < describing.ENOUGH or not choice.holds_back:
+        lines.append(
+            f"From {describing.ENOUGH} files on, a tenth is held back: an adapter is done when their loss, "
+            "the validation loss, falls no more"
+        )
+    else:
+        lines.append(
+            "It is done when the validation loss falls no more: the page of the run names the file with the "
+            "lowest. Few-step samples blur by then; that is what it is for"
+        )
+    return lines
 
 
 def describe_own(choice: Choice) -> list[str]:
@@ -35,11 +59,11 @@ def describe_own(choice: Choice) -> list[str]:
 
 
 def _without_single(words: Sequence[str]) -> list[str]:
-    kept: list[str] = []
+    remaining: list[str] = []
     is_dropped = False
     for word in words:
         if word.startswith("--"):
             is_dropped = word in OF_ONE
         if not is_dropped:
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining

@@ -165,7 +165,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
     """Map the paths of model files to paths in the packed folder, and list files that cannot be downloaded.
 
-    `target` is the download folder, as it is written in run.toml.
+    `target` is the download folder, exactly as written in run.toml.
     """
     names: dict[str, str] = {} if target is None else {target: MODELS_PART}
     own: list[str] = []

@@ -144,13 +144,13 @@ def relocate_history(text: str, places: MachinePaths) -> str:
 
 def find_own_names(path: Path, places: MachinePaths) -> list[str]:
     """Return a text for each line of a list of files that contains a path of this machine."""
-    found = []
+    names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             match = places.shown.search(line.decode("utf-8", "replace"))
             if match is not None:
-                found.append(f"line {number} has {match[0]}")
-    return found
+                names.append(f"line {number} has {match[0]}")
+    return names
 
 
 def relocate_prompts(text: str, places: MachinePaths) -> RelocatedText:

@@ -133,7 +133,10 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Record how the run ended, unless its training does so itself. `kind` is that of a history's end."""
+        """Record how the run ended, unless its training does so itself.
+
+        `kind` is the kind of the history's end.
+        """
         if self._history is None or not self._step:
             return
         with self._guarded():

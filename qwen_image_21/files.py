@@ -43,6 +43,7 @@ TEXT_USE = LanguageUse(
     states_key=KEY,
     model=replace(
         QWEN3_VL,
+        word_key="qwen3vl_8b",
         files="qwen3vl_8b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-8B-Instruct,",
     ),
     source=replace(

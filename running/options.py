@@ -53,7 +53,7 @@ def number_or_auto(text: str) -> int | str:
 
 
 class SwapOptions(Options):
-    """How much of the transformer stays in host memory."""
+    """Options for keeping a part of the transformer in host memory."""
 
     # None and 0: none. `AUTO`: as many as memory requires
     blocks_to_swap: int | str | None = option(

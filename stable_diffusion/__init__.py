@@ -32,13 +32,12 @@ minimal_inpainting: repaint by the options of sd-scripts' small script
 minimal_options: these options, and the same for gen_img.py
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
 names: what it is called everywhere, from scripts to tensors
-new_words: a new word, and the table with its rows
 noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 released_names: names of released files for parts of folders
 regions: parts of a prompt, each in its own region
-resnets: residual blocks of a U-Net with fewer kernels
+resnets: norms and residual blocks with fewer kernels
 run: from prompts to pictures and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
 sampling_options: options of sampling, and of pictures that begin small

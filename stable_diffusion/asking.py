@@ -58,7 +58,7 @@ class Seeds:
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's images: first those in `line_seeds`, then random ones without end."""
+        """Yield the seeds of a line's images: first `line_seeds`, then random ones without end."""
         yield from line_seeds or ()
         if self.single is not None:
             yield self.single
@@ -127,18 +127,19 @@ class Asking:
             return [(next(seeds), line.text) for _ in range(count)]
         line_seeds = split_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
-        is_one_seed = enumerates(line.text)
-        num_used = 1 if is_one_seed else count
+        has_all_variants = enumerates(line.text)  # `{e$$...}`: an image of each variant, all with one seed
+        num_used = 1 if has_all_variants else count
         if len(line_seeds or ()) > num_used:
             advice = "Raise --images_per_prompt to use all"
-            if is_one_seed:
+            if has_all_variants:
                 advice = "All variants have the first one"
             logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
-        if is_one_seed:
+        if has_all_variants:
             seed = next(seeds)
             return [(seed, text) for text in expand(line.text, Random(seed))]
-        chosen = [next(seeds) for _ in range(count)]
-        return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
+        # the seed of an image also draws its choices
+        image_seeds = [next(seeds) for _ in range(count)]
+        return [(seed, expand(line.text, Random(seed))[0]) for seed in image_seeds]
 
     def _make_image(self, line: Line, text: str, seed: int, number: int) -> RequestedImage:
         """Return the requested image of a prompt line: its texts, its files and its settings."""
@@ -183,17 +184,19 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line has errors that can be found without a model."""
     if line.is_plain:
         return
-    split_seeds(line.text)
-    values = read_line(expand(line.text, Random(0))[0], line.label)
-    parts = len(split_parts(values["prompt"]))
-    networks = options.networks
-    if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts
-        if options.prompts.image_path is None:
-            _check_parts(parts)
-        if parts > 1:
+    split_seeds(line.text)  # raises if a seed is not a number
+    any_variant = expand(line.text, Random(0))[0]  # its options are checked for all variants
+    values = read_line(any_variant, line.label)
+    num_parts = len(split_parts(values["prompt"]))
+    has_variants = "{" in line.text  # which may have other numbers of parts
+    if options.prompts.mask_path is not None and not has_variants:
+        if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
+            _check_parts(num_parts)
+        if num_parts > 1:
+            networks = options.networks
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
-            check_regions(parts, networks.num_adjustable, is_folded)
-    _select_strengths(with_line(options, values), values)
+            check_regions(num_parts, networks.num_adjustable, is_folded)
+    _select_strengths(with_line(options, values), values)  # raises if --am is not valid
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
@@ -270,7 +273,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: the given ones, else those of the input image, else the model's default."""
+    """Return width and height: the given ones, else the input image's, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)

@@ -69,11 +69,11 @@ class LayerTexts:
     ) -> Iterator[UnetHook | None]:
         """Change the U-Net for a batch and restore it at the end. Enter this before `Regions`."""
         with ExitStack() as stack:
-            for place, path in enumerate(self.paths):
+            for index, path in enumerate(self.paths):
                 for name, module in self.unet.get_submodule(path).named_modules():
                     if name.endswith(".attn2"):
                         stack.callback(put_back, module, module.__dict__.get("forward"))
-                        module.forward = _with_part(module.forward, place, len(self.paths))
+                        module.forward = _with_part(module.forward, index, len(self.paths))
             yield None
 
 

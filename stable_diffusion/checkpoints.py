@@ -253,13 +253,13 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
         CheckpointError: For any other file.
     """
     vae, sources = vae_sources(checkpoint)
-    wrong = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
+    other_network = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
     if (
         "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
         or "decoder.conv_in.weight" not in sources
     ):
-        raise wrong
-    shape = dialects.shapes_of(vae, sources, wrong)
+        raise other_network
+    shape = dialects.shapes_of(vae, sources, other_network)
     levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {VAE_LEVELS}:

@@ -151,7 +151,7 @@ class TextState:
 
 @dataclass(frozen=True, eq=False)
 class UnetCall:
-    """One call of the U-Net, which `Idea`s see and may change before it is made."""
+    """The inputs of a call of the U-Net, which hooks may change before the call."""
 
     step: int  # index of the step in the sampler's own list
     num_steps: int  # in that list

@@ -206,10 +206,10 @@ class BatchGuides:
     def _read(self) -> tuple[Tensor, ...]:
         """Return the guides for each model, B 3 H W float32 in 0..1."""
         guides = []
-        for number, use in enumerate(self._uses):
+        for index, use in enumerate(self._uses):
             images = []
             for image in self._images:
-                path = image.guides[number if len(image.guides) > 1 else 0]
+                path = image.guides[index if len(image.guides) > 1 else 0]
                 frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
                 images.append(rearrange(frame.float() / 255, "h w c -> c h w"))
             guides.append(torch.stack(images))

@@ -82,8 +82,8 @@ def load_control_net(
         CheckpointError: If the file is something else or belongs to another U-Net, or if tensors are missing,
             unexpected, of other shapes or damaged.
     """
-    place = require_file(path, OPTION, "")
-    opened = open_part(place, ("diffusion_pytorch_model",)) if place.is_dir() else open_checkpoint(place)
+    file = require_file(path, OPTION, "")
+    opened = open_part(file, ("diffusion_pytorch_model",)) if file.is_dir() else open_checkpoint(file)
 
     def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         if name.startswith(OWN_PARTS):
@@ -140,7 +140,7 @@ def _read_control_net(
     has_hint = f"{_HINT}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
-    if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are
+    if f"{_HINT}.conv_out.weight" not in sources:  # here the last convolution has a number, too
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)

@@ -125,9 +125,8 @@ def make_control_net(
     if checkpoints:
         network.enable_gradient_checkpointing()
     trained = TrainedControlNet(network.train(), new_layers_lr)
-    unet.beside = BesideUnet(
-        trained.compute_residuals
-    )  # calls of the U-Net then add the ControlNet's residuals
+    # the family calls `beside` before each call of the U-Net, to add the ControlNet's residuals to it
+    unet.beside = BesideUnet(trained.compute_residuals)
     return trained
 
 
@@ -157,9 +156,9 @@ def describe_control_net(
 
     def check() -> None:
         if path is not None:
-            place = require_file(path, WEIGHTS, "")
+            file = require_file(path, WEIGHTS, "")
             load_control_net(
-                place, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
+                file, files.unet_config, files.kind.words, device=torch.device("meta"), dtype=torch.float32
             )
 
     origin = "a copy of the U-Net's first half" if path is None else f"from {path.name}"

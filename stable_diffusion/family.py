@@ -39,12 +39,12 @@ from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
+from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
-from encoders.tiles import posterior_generator
 from modules.console import quiet
 from modules.devices import dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
-from modules.media.pixels import byte_clips, to_pixels
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
@@ -58,7 +58,6 @@ from stable_diffusion.inpainting import (
     make_inputs,
     read_image_and_mask,
 )
-from stable_diffusion.new_words import NewWord
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
@@ -185,8 +184,6 @@ class StableDiffusion(ModelOfImages):
         bring_texts=True,
         train_checkpoint=True,
         make_network=True,
-        take_words=True,
-        learn_words=True,
         inpaint=True,
         tell_few_steps=True,
     )
@@ -240,7 +237,7 @@ class StableDiffusion(ModelOfImages):
         """Return the settings of requests that only this model reads."""
         if self.inpaints:
             return (MASK_PATH,)
-        return () if self._seeing is None else ("control_multiplier",)
+        return () if self._control_network is None else ("control_multiplier",)
 
     @property
     def release(self) -> ModelRelease:
@@ -282,7 +279,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _metadata_of_training(self) -> dict[str, str]:
-        """Return the metadata that known trainers write under names other than those of our options."""
+        """Return the metadata that other trainers write under names that our options do not have."""
         values = {
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
@@ -308,15 +305,15 @@ class StableDiffusion(ModelOfImages):
     # control images
 
     @property
-    def _seeing(self) -> MadeNetwork | None:
+    def _control_network(self) -> MadeNetwork | None:
         """Return the trained network that takes control images."""
         made = self.made_network
         return None if made is None or made.in_texts else made
 
     def check_table(self, table: MediaTable) -> None:
         """Check a table of the dataset: only some trained networks use control images."""
-        if self._seeing is not None:
-            table = control_pictures.check_controls(table, self._seeing.called)
+        if self._control_network is not None:
+            table = control_pictures.check_controls(table, self._control_network.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -333,14 +330,14 @@ class StableDiffusion(ModelOfImages):
                 f"--mask_path {request.extra[MASK_PATH]}: {self.files.path} is no inpainting checkpoint. "
                 "gen_img.py repaints with it; or give an inpainting checkpoint"
             )
-        sees = self._seeing is not None
+        sees = self._control_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the conditions of a request's images: of inpainting, or of a trained network."""
         if self.inpaints:
             return {0: self._encode_painted(encoders, prepared)}
-        return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
+        return {0: {} if self._control_network is None else control_pictures.sample_controls(prepared)}
 
     # inpainting
 
@@ -350,18 +347,16 @@ class StableDiffusion(ModelOfImages):
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
-        self, encoders: MediaEncoders, frames: Tensor, mask: Tensor, key: str
+        self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return a mask and the latents of an image without what it marks, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
-            frames: The image, 1 H W 3 uint8.
-            mask: H W bool; True is repainted.
-            key: Seeds the sample of the posterior.
+            pixels: The image, 1 C H W, -1..1.
+            mask: H W; what is not 0 is repainted.
+            generator: Draws the sample of the posterior.
         """
-        pixels = to_pixels(frames[None])[:, :, 0]
-        generator = posterior_generator(f"{key} masked")
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -377,7 +372,8 @@ class StableDiffusion(ModelOfImages):
         for _ in range(2 if source is not None and source.needs_vae else 1):
             torch.randn(shape, generator=generator)
         pixels, mask = read_image_and_mask(prepared)
-        return {INPAINTING: make_inputs(encoders.vae, pixels, mask, generator, self.latent)[None]}
+        masked = self.encode_masked(encoders, pixels, mask, generator)
+        return {name: tensor[None] for name, tensor in masked.items()}
 
     # files
 
@@ -415,17 +411,24 @@ class StableDiffusion(ModelOfImages):
         )
         return [*encoders]
 
+    @property
+    def word_names(self) -> tuple[str, ...]:
+        """Return the words that text encoders read in addition to those of their tokenizers."""
+        learning = None if self.learning_texts is None else self.learning_texts.word
+        trained = () if learning is None else (learning.text,)
+        return (*trained, *(word.word for word in self.bundled))
+
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
-        """Return the model with the trained words that LoRA files contain.
+        """Return the model with the trained words that files contain.
 
         Args:
-            files: Words by LoRA file.
+            files: Words by file.
             option: Option that names the files.
 
         Raises:
             CheckpointError: For vectors that do not fit the text encoders.
         """
-        words = with_bundled((), read_bundled(files, option))
+        words = with_bundled(self.bundled, read_bundled(files, option))
         with self.files.opened() as release:
             widths = [text.network.config.dim for text in release.texts]
         check_words(words, widths, self.kind)
@@ -439,10 +442,10 @@ class StableDiffusion(ModelOfImages):
 
     def word_network(self, word: WordToLearn) -> MadeNetwork:
         """Return the network that holds the vectors of a trained word."""
-        from stable_diffusion.inversion_learning import Inversion  # only to train one
+        from stable_diffusion.inversion_learning import invert  # only to train one
 
         # of text encoders alone, whatever the U-Net takes
-        return Inversion(word, replace(self.files, unet_input=UnetInput.ANY)).describe()
+        return invert(word, replace(self.files, unet_input=UnetInput.ANY))
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -502,9 +505,9 @@ class StableDiffusion(ModelOfImages):
         """
         texts_again = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
-        names = sorted(self.text_keys - {POOLED})
+        text_names = sorted(self.text_keys - {POOLED})
         conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
-        width = sum(conditions[name].shape[-1] for name in names)
+        width = sum(conditions[name].shape[-1] for name in text_names)
         expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
         if width != expected:
             raise CacheError(
@@ -512,22 +515,23 @@ class StableDiffusion(ModelOfImages):
                 f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
                 "again."
             )
-        length = CHUNK * self.chunks + 2
-        fills = self.learning_texts is None or self.learning_texts.fills_captions
-        for name in names:
-            found = conditions[name].shape[1]
-            if found != length and (fills or found > length):
+        length = CHUNK * self.chunks + 2  # with start and end token
+        # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
+        are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        for name in text_names:
+            num_states = conditions[name].shape[1]
+            if num_states > length or (are_padded and num_states < length):
                 raise CacheError(
-                    f"{batch.keys[0]}: its text has {found} states, this training has "
+                    f"{batch.keys[0]}: its text has {num_states} states, this training has "
                     f"{length}. Cache texts again with the same --max_token_length, or change it here."
                 )
         if self.kind is SDXL:
             conditions[SIZES] = batch.tensor(SIZES)
         if self.inpaints:
             conditions[INPAINTING] = batch.tensor(INPAINTING)
-        if self._seeing is not None:
+        if self._control_network is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, self.latent.stride[1], self._seeing.called
+                batch, latents, self.latent.stride[1], self._control_network.called
             )
         return conditions
 

@@ -166,10 +166,10 @@ def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[
         files: Closes opened files.
     """
     plans = []
-    for number, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
+    for index, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
         checkpoint = files.enter_context(open_part(folder / name, ("model", "pytorch_model")))
-        is_open_clip = kind is SD2 or number == 1
-        plans.append(read_folder_text(checkpoint, is_open_clip, is_projected=number == 1))
+        is_open_clip = kind is SD2 or index == 1
+        plans.append(read_folder_text(checkpoint, is_open_clip, is_projected=index == 1))
     return tuple(plans)
 
 
@@ -188,7 +188,8 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
         raise CheckpointError(
             f"{folder.parent} is incomplete: there is no folder {folder.name} in it.", folder
         )
-    return open_checkpoint(folder)  # another name; its message says what is here
+    # weights under another name: opening the folder raises an error that lists what it has
+    return open_checkpoint(folder)
 
 
 def _read_kind(folder: Path) -> ModelKind:

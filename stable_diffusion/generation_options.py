@@ -142,7 +142,6 @@ class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     diffusers_xformers = unsupported("give --attn_mode xformers instead")
     control_net_models = _of_gen_img(type=Path, nargs="*")
     control_net_lllite_models = _of_gen_img(type=Path, nargs="*")
-    textual_inversion_embeddings = _of_gen_img(type=Path, nargs="*")
     XTI_embeddings = _of_gen_img(type=Path, nargs="*")
     emb_normalize_mode = _of_gen_img(type=str)
     clip_vision_strength = _of_gen_img(type=float)

@@ -96,7 +96,7 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
 def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
     """Return VGG16's layers up to index `last`: convolutions are in the file, the others follow from gaps.
 
-    After a convolution comes a ReLU, and after a ReLU without a convolution behind it a pooling layer.
+    A convolution is followed by a ReLU, and a ReLU that is not followed by a convolution by a pooling layer.
     """
     channels = 3
     layers: list[_Layer] = []
@@ -184,10 +184,10 @@ class Guides:
         def steered(step: Step, predict: Predict, section: Section) -> Tensor:
             velocity = guidance(step, predict, section)
             index = sampler.first + step.index
-            share = float(sampler.schedule.alphas[index])
-            if share < MIN_SHARE:
+            alpha = float(sampler.schedule.alphas[index])  # factor of the clean latents
+            if alpha < MIN_SHARE:
                 return velocity
-            # samples of some samplers are x / share
+            # samples of some samplers are x / alpha
             scale = float(sampler.model_input(index, torch.ones(1)))
             with torch.enable_grad():
                 x = (step.noisy * scale).requires_grad_()
@@ -195,16 +195,16 @@ class Guides:
                 predict_x = predictor(passes, lambda _: model.unet, scaled_step, split=False)
                 (prompted,) = predict_x(section.positive)
                 if model.predicts_velocity:
-                    clean = share * x - step.sigma * prompted
+                    clean = alpha * x - step.sigma * prompted
                 else:
-                    clean = (x - step.sigma * prompted) / share
+                    clean = (x - step.sigma * prompted) / alpha
                 # the less noise there is, the more of the noisy latents themselves is shown to the networks
                 shown = step.sigma * clean + (1 - step.sigma) * x
                 loss = measure(_decode(model, shown))
                 (gradient,) = torch.autograd.grad(loss, x)
             strength = step.sigma
-            if model.predicts_velocity:  # v = (noise - s x) / a
-                strength = step.sigma / share
+            if model.predicts_velocity:  # v = (noise - sigma * x) / alpha
+                strength = step.sigma / alpha
             return velocity + gradient * strength
 
         return steered
@@ -225,7 +225,7 @@ class Guides:
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
     def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
-        """Return the tokens of the text for CLIP: start, as many as fit, end; weights are ignored."""
+        """Return the text's tokens for CLIP, with start and end token, cut to fit; weights are ignored."""
         text = picture.clip_prompt
         if text is None:
             text = " ".join(split_parts(picture.prompt))

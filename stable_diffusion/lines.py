@@ -338,17 +338,17 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
     prompts = options.prompts
     if prompts.from_file is not None:
         return [
-            Line(f"line {number}", line.strip())
-            for number, line in prompt_lines.read_generation_lines(prompts.from_file)
+            Line(f"line {index}", line.strip())
+            for index, line in prompt_lines.read_generation_lines(prompts.from_file)
         ]
     if prompts.prompt is not None:
         return [Line("the prompt", prompts.prompt)]
     lines = []
-    for number, path in enumerate(inputs.images):
+    for index, path in enumerate(inputs.images):
         texts = read_tags(path)
         if "prompt" in texts:
             negative = texts.get("negative-prompt", "")
-            lines.append(Line(path.name, texts["prompt"], negative, image_number=number))
+            lines.append(Line(path.name, texts["prompt"], negative, image_number=index))
         else:
             logger.warning("%s is left out because its metadata have no prompt", path)
     if not lines:

@@ -160,7 +160,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
 
 
 def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
-    """Return width and rank: those of --network_weights, or of the options."""
+    """Return width and rank, from --network_weights or from the options."""
     path = options.network_weights
     if path is not None:
         # the check of the training says what is wrong with it

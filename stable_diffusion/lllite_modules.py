@@ -54,7 +54,7 @@ class LllitePart:
 
 
 class LlliteModule(nn.Module):
-    """Change the input of one layer. Attribute names are those of the files."""
+    """Changes the input of one layer. Attributes have the names that files use."""
 
     def __init__(self, part: LllitePart, dropout: float = 0.0) -> None:
         super().__init__()

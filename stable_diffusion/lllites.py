@@ -73,9 +73,9 @@ class Lllites:
         batch = _LlliteBatch(self._uses, guides, self._model.dtype)
         with contextlib.ExitStack() as hooks:
             # if several change one layer, the last one is applied first
-            for number, layers in reversed(list(enumerate(self._layers))):
+            for index, layers in reversed(list(enumerate(self._layers))):
                 for layer, module in layers:
-                    hook = layer.register_forward_pre_hook(partial(batch.change_input, number, module))
+                    hook = layer.register_forward_pre_hook(partial(batch.change_input, index, module))
                     hooks.callback(hook.remove)
             yield batch.begin
 

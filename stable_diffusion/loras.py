@@ -66,8 +66,8 @@ class ChosenLoras:
         """Return the strength of each LoRA.
 
         Args:
-            multipliers: Multipliers of a prompt (`--am`), the last one repeated for further LoRAs; None for
-                those of the command line.
+            multipliers: Multipliers of a prompt (`--am`), the last one repeated for the remaining LoRAs; None
+                for the ones on the command line.
             part: Index of the only LoRA to use; None for all.
 
         Raises:

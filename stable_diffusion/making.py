@@ -320,7 +320,7 @@ def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path
     return paths
 
 
-def _pick(start: contract.SecondStart, places: Sequence[int]) -> contract.SecondStart:
+def _pick(start: contract.SecondStart, indices: Sequence[int]) -> contract.SecondStart:
     """Return the start images or latents at these positions of the batch."""
-    images = None if start.images is None else [start.images[place] for place in places]
-    return contract.SecondStart(images, None if start.latents is None else start.latents[places])
+    images = None if start.images is None else [start.images[index] for index in indices]
+    return contract.SecondStart(images, None if start.latents is None else start.latents[indices])

@@ -42,7 +42,7 @@ def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator
 
 
 def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
-    """Return the mask in the size of the result: that of a file, or a wavy ellipse that the seed draws."""
+    """Return the mask in the size of the result: from a file, or a wavy ellipse drawn with the seed."""
     height, width = image.size
     if image.mask is not None:
         return resize_mask(image.mask, height, width)
@@ -52,5 +52,5 @@ def make_mask(image: InpaintingImageOptions, seed: int) -> Image.Image:
 
 
 def resize_mask(path: Path, height: int, width: int) -> Image.Image:
-    """Return the mask in a file, resized without values between those of its pixels."""
+    """Return the mask in a file, resized without interpolating between its pixels."""
     return Image.fromarray(read_mask(path)).resize((width, height), Image.Resampling.NEAREST)

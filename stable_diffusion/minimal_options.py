@@ -81,7 +81,7 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> Minimal
 
 
 def gen_img_words(options: MinimalInpaintingOptions, mask: Path, seed: int) -> list[str]:
-    """Translate the command line to that of gen_img.py.
+    """Translate the command line to the options of gen_img.py.
 
     Args:
         options: The options.

@@ -64,14 +64,15 @@ def unet_blocks(layers: Sequence[int]) -> Iterator[BlockPaths]:
     Args:
         layers: Number of residual blocks of each level of the down path.
     """
-    down = up = 0
-    for level, (left, right) in enumerate(zip(layers, layers[::-1], strict=True)):
-        for layer in range(left):
+    down = 0  # index in input_blocks; 0 is the first convolution
+    up = 0  # index in output_blocks
+    for level, (num_down, num_up) in enumerate(zip(layers, layers[::-1], strict=True)):
+        for layer in range(num_down):
             down += 1
             yield BlockPaths(f"input_blocks.{down}.0", f"down_blocks.{level}.resnets.{layer}", False)
             yield BlockPaths(f"input_blocks.{down}.1", f"down_blocks.{level}.attentions.{layer}", True)
         down += 1  # the downsampler
-        for layer in range(right + 1):
+        for layer in range(num_up + 1):  # the up path has one more block on each level
             yield BlockPaths(f"output_blocks.{up}.0", f"up_blocks.{level}.resnets.{layer}", False)
             yield BlockPaths(f"output_blocks.{up}.1", f"up_blocks.{level}.attentions.{layer}", True)
             up += 1
@@ -85,10 +86,11 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[SamplerPaths]:
 
     `layers` is the number of residual blocks of each level of the down path.
     """
-    down = up = 0  # index in LDM's lists of input and output blocks
-    for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
-        down += left + 1
-        up += right + 1
+    down = 0  # index in input_blocks, LDM's list
+    up = 0  # index in output_blocks
+    for level, (num_down, num_up) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
+        down += num_down + 1
+        up += num_up + 1
         yield SamplerPaths(
             released_down=f"input_blocks.{down}.0.op",
             released_up=f"output_blocks.{up - 1}.2.conv",

@@ -90,7 +90,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
     those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
     """
-    start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+    start, end = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
     at = (start + end) / 2 + (end - start) / 2 * points
@@ -317,7 +317,7 @@ class UnetPasses:
         cond: Conditions,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps`: R, all equal."""
+        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps` are R equal numbers."""
         turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(

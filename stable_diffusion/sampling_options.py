@@ -22,7 +22,7 @@ _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """How, and how often, the start noise is changed."""
+    """Changes of the start noise."""
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",

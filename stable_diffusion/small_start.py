@@ -184,7 +184,10 @@ def _size(features: Tensor) -> Size:
 
 
 def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
-    """Add hooks to diffusers' U-Net; yield the handles that remove them."""
+    """Add hooks to diffusers' U-Net; yield the handles that remove them.
+
+    Each hook is a method of `shrinking`. Loop variables are bound as defaults of the lambdas.
+    """
     for depth, block in enumerate(shrinking.blocks):
         yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
     for output in unet.up_blocks:
@@ -344,7 +347,7 @@ class GrowingSteps:
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return the change of the sample by Euler's step, without noise."""
         scheduler = self.scheduler
-        sigma, next_sigma = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+        sigma, next_sigma = (float(scheduler.sigmas[sigma_index]) for sigma_index in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":
             # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)
             derivative = sample * (sigma / (sigma**2 + 1)) + output / (sigma**2 + 1) ** 0.5

@@ -148,7 +148,7 @@ class Texts:
         strides = tower.strides[ids]
         if not bool(strides.any()):
             return [ids]
-        return [ids + place * strides for place in range(self._copies)]
+        return [ids + index * strides for index in range(self._copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
@@ -393,11 +393,11 @@ def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path
     places = [folder / "image_encoder"]
     if tokenizer_cache_dir is not None:
         places.insert(0, tokenizer_cache_dir / FOLDER)
-    for place in places:
-        file = next((place / name for name in _NAMES if (place / name).is_file()), None)
+    for candidate in places:
+        file = next((candidate / name for name in _NAMES if (candidate / name).is_file()), None)
         if file is not None:
             return file
-    missing = " or ".join(str(place) for place in places)
+    missing = " or ".join(str(candidate) for candidate in places)
     logger.info("%s: no image encoder in %s; taking %s of the hub (10 GB)", OPTION, missing, REPOSITORY)
     try:
         return find_model_folder(OPTION, REPOSITORY, _ON_HUB) / _ON_HUB[0]

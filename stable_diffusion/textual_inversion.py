@@ -17,17 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import ParameterDict
 
-from checkpoints.containers import load_pickled
-from checkpoints.opening import open_checkpoint
+from checkpoints.embedding_files import (
+    TABLE,
+    describe_content,
+    list_tensors,
+    read_embedding,
+    reject_embedding,
+    to_rows,
+)
 from contract.brought_words import WordsByFile
+from encoders.new_words import compile_words
 from generation.embedding_marks import find_embeddings
 from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
-from modules.limits import MAX_EMBEDDING_BYTES
-from modules.paths import explain_missing
 from stable_diffusion.contract import SDXL, ModelKind, TextTower
 from stable_diffusion.tokenizers import SIZE
 
@@ -35,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 OPTION = "--textual_inversion_embeddings"
 XTI_OPTION = "--XTI_embeddings"
-_SAFETENSORS = (".safetensors", ".sft")
 # names of the vectors for each of several text encoders, in the order of the encoders, and for the only one
 SEVERAL, SINGLE = ("clip_l", "clip_g"), "emb_params"
 _NAMES_OF_SEVERAL = (SEVERAL, ("text_encoders_0", "text_encoders_1"))
@@ -69,7 +72,7 @@ def read_words(
     Raises:
         CheckpointError: If a file is missing or of another kind, or if two have the same name.
     """
-    plain = [_read_word(path, option, path.stem, _read_content(path, option)) for path in paths]
+    plain = [_read_word(path, option, path.stem, read_embedding(path, option)) for path in paths]
     words = (*plain, *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
         for earlier in words[:index]:
@@ -105,7 +108,7 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 
 
 def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
-    """Join the words of files and those in LoRAs; warn of words in LoRAs that exist already."""
+    """Join the words of files and of LoRAs; warn of words in LoRAs that exist already."""
     chosen = {word.word.lower(): word for word in words}
     for word in bundled:
         first = chosen.setdefault(word.word.lower(), word)
@@ -201,12 +204,12 @@ def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return additional names and their ids: those of a word's single vectors, and the names in the files."""
+    """Return additional names and their ids: names of a word's single vectors, and names in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]
-        for place, number in enumerate(word_ids[1:], 1):
-            derived[f"{word.word}{place}"] = [number]
+        for index, number in enumerate(word_ids[1:], 1):
+            derived[f"{word.word}{index}"] = [number]
         if word.token is not None:
             derived.setdefault(word.token, word_ids)
     return derived
@@ -218,24 +221,19 @@ def with_words(
     """Return a tokenizer that maps `words` to their ids and leaves the text between them to `tokenize`."""
     names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
     ids = [list(words[name]) for name in names]
-    pattern = re.compile("|".join(f"({_marked(name)}|{_alone(name)})" for name in names), re.IGNORECASE)
+    pattern = compile_words(names)
 
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
-        place = 0
+        position = 0
         for match in pattern.finditer(text):
-            tokens += tokenize(text[place : match.start()])
+            tokens += tokenize(text[position : match.start()])
             assert match.lastindex is not None
             tokens += ids[match.lastindex - 1]
-            place = match.end()
-        return tokens + tokenize(text[place:])
+            position = match.end()
+        return tokens + tokenize(text[position:])
 
     return tokenize_all
-
-
-def _marked(name: str) -> str:
-    """Return the pattern for a name marked as in ComfyUI: `embedding:folder/NAME.safetensors`."""
-    return rf"(?<!\w)embedding:\s*(?:[^\s,()\[\]:]*[/\\])?{_alone(name)}(?:\.(?:safetensors|sft|pt|bin)\b)?"
 
 
 def warn_of_unknown(text: str, known: Iterable[str]) -> None:
@@ -255,12 +253,6 @@ def warn_of_unknown(text: str, known: Iterable[str]) -> None:
                 shorten(marked, 60),
                 OPTION,
             )
-
-
-def _alone(name: str) -> str:
-    before = r"(?<!\w)" if re.match(r"\w", name) else ""
-    behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
-    return before + re.escape(name) + behind
 
 
 def _count(word: LearnedWord) -> int:
@@ -299,9 +291,9 @@ def _join(numbers: Sequence[int]) -> str:
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
     """Return a word called `name` with the vectors in its file's content."""
     tensors, token = _select_tensors(path, option, content)
-    vectors = _to_rows(path, option, tensors)
+    vectors = tuple(to_rows(path, option, tensors).values())
     if len({len(rows) for rows in vectors}) > 1:
-        raise _not_one(path, option, "it has unequal numbers of vectors for the text encoders")
+        raise reject_embedding(path, option, "it has unequal numbers of vectors for the text encoders")
     return LearnedWord(path, name, token, vectors, option=option)
 
 
@@ -312,14 +304,14 @@ def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
         path: Path of the file.
         layers: Names of its tensors, in their order.
     """
-    content = _read_content(path, XTI_OPTION)
+    content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):
         strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
-        raise _not_extended(path, f"{shorten(strange[0], 60)} is missing or strange")
-    vectors = _to_rows(path, XTI_OPTION, tensors)
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(strange[0], 60)} is missing or strange")
+    vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
-        raise _not_extended(path, "its layers have vectors of unequal numbers or widths")
+        raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")
     return LearnedWord(
         path,
         word=path.stem,
@@ -330,42 +322,26 @@ def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
     )
 
 
-def _not_extended(path: Path, why: str) -> CheckpointError:
+def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{XTI_OPTION} {path} is not an extended textual inversion of this model: {why}. Give a file with a "
+        f"{option} {path} is not an extended textual inversion of this model: {why}. Give a file with a "
         "tensor for each cross-attention of the U-Net (IN01, ..., MID, ..., OUT11), or others to "
         f"{OPTION}.",
         path,
     )
 
 
-def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors as rows of vectors, each V C float32. Raises CheckpointError for other shapes."""
-    for name, tensor in tensors.items():
-        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-        is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
-        # no more numbers than the file can hold, as rows may share memory
-        if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
-            why = f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}"
-            raise _not_extended(path, why) if option == XTI_OPTION else _not_one(path, option, why)
-        if not tensor.float().isfinite().all():  # 8 bits have no such test
-            raise CheckpointError(
-                f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
-            )
-    return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
-
-
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors for each text encoder, in order, and the word in the file; None if it has none."""
-    inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
+    inner = content.get(TABLE)
     if isinstance(inner, Mapping):
-        words = _list_tensors(inner)
+        words = list_tensors(inner)
         if len(words) == 1:
             return words, None
-        raise _not_one(path, option, f"string_to_param has {len(words)} words")
-    tensors = _list_tensors(content)
+        raise reject_embedding(path, option, f"{TABLE} has {len(words)} words")
+    tensors = list_tensors(content)
     for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
         if tensors.keys() >= set(names):
             unused = tensors.keys() - set(names)
@@ -374,49 +350,4 @@ def _select_tensors(
             return {name: tensors[name] for name in names}, None
     if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
         return tensors, next(iter(tensors))
-    raise _not_one(path, option, _describe(content))
-
-
-def _describe(content: Mapping[str, Any]) -> str:
-    """Describe the contents of a file, for a message."""
-    if not content:
-        return "it is empty"
-    first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
-    dots = ", ..." if len(content) > 4 else ""
-    return f"it holds {first_names}{dots}"
-
-
-def _list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _read_content(path: Path, option: str) -> Mapping[str, Any]:
-    """Return a file's content. Raises CheckpointError if it is missing, damaged, too large or holds code."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"{option} {path}: there is no such file.{explain_missing(path)} Give files that are there.", path
-        )
-    if path.stat().st_size > MAX_EMBEDDING_BYTES:
-        raise _not_one(path, option, f"it has {path.stat().st_size >> 20} MiB")
-    if path.suffix.lower() in _SAFETENSORS:
-        with open_checkpoint(path) as checkpoint:
-            return {name: checkpoint.read(name) for name in checkpoint.tensors}
-    with torch.serialization.safe_globals([ParameterDict]):  # in the files of the paper's own code
-        content = load_pickled(path)
-    if not isinstance(content, Mapping):
-        raise _not_one(path, option, f"it holds a {type(content).__name__}")
-    tables = {}
-    try:
-        for name, value in content.items():
-            tables[str(name)] = dict(value) if isinstance(value, ParameterDict) else value
-        return tables
-    except Exception as error:  # a ParameterDict without its own fields fails with any
-        raise _not_one(path, option, f"its string_to_param is damaged ({error})") from error
-
-
-def _not_one(path: Path, option: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{option} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
-        "clip_g, with string_to_param, or with the vectors of one word.",
-        path,
-    )
+    raise reject_embedding(path, option, describe_content(content))

@@ -78,9 +78,9 @@ def find_tokenizer_files(
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
     places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
     sources: list[tuple[TokenizerFiles, Path | None]] = []
-    for number, is_open_clip in enumerate(are_open_clip):
+    for index, is_open_clip in enumerate(are_open_clip):
         names = OPEN_CLIP if is_open_clip else (CLIP_L,)
-        own_folder = "tokenizer" if number == 0 else f"tokenizer_{number + 1}"
+        own_folder = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
         files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
         sources.append((files, _find_in(places, files)))
     return sources
@@ -88,8 +88,8 @@ def find_tokenizer_files(
 
 def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
     """Return the first tokenizer in, or next to, one of these paths; None if there is none."""
-    for place in places:
-        file = files.find(None, place)
+    for parent in places:
+        file = files.find(None, parent)
         if file is not None:
             return file
     return None
@@ -227,10 +227,10 @@ def _split_at_marks(text: str) -> list[_Event]:
     """Return the texts and brackets of a prompt in order, each opening bracket with its weight."""
     events: list[_Event] = []
     opened: dict[str, list[_Bracket]] = {"(": [], "[": []}
-    place = 0
+    position = 0
     for mark in _MARKS.finditer(text):
-        events.append(text[place : mark.start()])
-        place = mark.end()
+        events.append(text[position : mark.start()])
+        position = mark.end()
         sign = mark["bracket"]
         kind = "[" if sign in ("[", "]") else "("
         if mark["chunk"]:
@@ -247,7 +247,7 @@ def _split_at_marks(text: str) -> list[_Event]:
                 # float() of too many digits is infinite, which is not a weight
                 bracket.weight = _bounded(float(mark["number"]))
             events.append(_Bracket(kind, 1.0, closes=True))
-    events.append(text[place:])
+    events.append(text[position:])
     return events
 
 
@@ -274,18 +274,22 @@ def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[in
 
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
     """Return the chunks of a text, at least one. BREAK begins a new one, unless one has just begun."""
-    chunks: list[tuple[list[int], list[float]]] = [([], [])]
+    chunks: list[Chunk] = []
+    ids: list[int] = []
+    weights: list[float] = []
     for part in parts:
-        if part.begins_chunk and chunks[-1][0]:
-            chunks.append(([], []))
+        if part.begins_chunk and ids:
+            chunks.append(Chunk(tuple(ids), tuple(weights)))
+            ids, weights = [], []
         for token in tokenize(part.text):
-            if len(chunks[-1][0]) == SIZE:
-                chunks.append(([], []))
-            chunks[-1][0].append(token)
-            chunks[-1][1].append(part.weight)
-    if len(chunks) > 1 and not chunks[-1][0]:  # only blanks after BREAK
-        chunks.pop()
-    return [Chunk(tuple(ids), tuple(weights)) for ids, weights in chunks]
+            if len(ids) == SIZE:
+                chunks.append(Chunk(tuple(ids), tuple(weights)))
+                ids, weights = [], []
+            ids.append(token)
+            weights.append(part.weight)
+    if ids or not chunks:  # not if only blanks come after the last BREAK
+        chunks.append(Chunk(tuple(ids), tuple(weights)))
+    return chunks
 
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:

@@ -26,13 +26,13 @@ from contract.rules import CountTokens, TokenCount
 from encoders.clip_checkpoints import CLIP_TOKENS
 from encoders.clip_l import ClipWords, load_clip_words
 from encoders.clip_layers import ClipText
+from encoders.new_words import GrowingEmbedding, NewWord
 from modules.console import quiet
 from modules.devices import dtype_name
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL, text_encoder_name
-from stable_diffusion.new_words import GrowingEmbedding, NewWord
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
     check_layer,
@@ -43,7 +43,7 @@ from stable_diffusion.text import (
     weights_of,
 )
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, warn_of_unknown, with_words
+from stable_diffusion.textual_inversion import LearnedWord, add_rows, list_ids, with_words
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
     Chunk,
@@ -82,7 +82,7 @@ class LearningTexts:
 class TowerEncoder:
     """One of the text encoders of a checkpoint."""
 
-    can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True)
+    can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True, take_words=True)
     variable_length: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
@@ -243,12 +243,10 @@ class TowerEncoder:
         return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
-        """Return the number of chunks of a prompt with weights; at least 1.
+        """Return the number of chunks of a prompt with weights, at least 1.
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
-        if self._number == 0:  # the second encoder reads the same text
-            warn_of_unknown(text, self._list_words(vocabulary=0))
         parts = parse_weights(text)
         tokenize = self._counting_words.tokenize
         chunks = cut_into_chunks(parts, tokenize)

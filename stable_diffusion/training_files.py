@@ -60,7 +60,7 @@ GENERATED_BY = {
 
 
 class UnetInput(Enum):
-    """Which U-Nets a run takes: those for images, with 4 input channels, or those for inpainting, with 9."""
+    """Kind of U-Net that a run takes: for images, with 4 input channels, or for inpainting, with 9."""
 
     ANY = "4 or 9"
     LATENTS = "4"
@@ -229,8 +229,8 @@ class TrainingFiles:
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype that the U-Net computes in."""
-        wanted = placement.compute_dtype or placement.storage_dtype or self.dtype
-        return wanted if wanted.itemsize > 1 else FP8_COMPUTE
+        dtype = placement.compute_dtype or placement.storage_dtype or self.dtype
+        return dtype if dtype.itemsize > 1 else FP8_COMPUTE
 
     # the VAE
 
@@ -252,7 +252,7 @@ class TrainingFiles:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
     def load_vae(self, device: torch.device) -> "DiffusersVae":
-        """Load the VAE in float32, because that of SDXL overflows in float16."""
+        """Load the VAE in float32, because SDXL's VAE overflows in float16."""
         with self.opened_vae() as plan:
             network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(
@@ -388,14 +388,14 @@ class _Sides:
 
     def number_of(self, released: str) -> int:
         """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
-        side, place, *_ = released.split(".")
+        side, index, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,
             "middle_block": self.first_middle,
             "output_blocks": self.first_up,
         }
         middle_is_one = side == "middle_block" and self.middle == 1
-        return starts[side] if middle_is_one else starts[side] + int(place)
+        return starts[side] if middle_is_one else starts[side] + int(index)
 
 
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:

@@ -53,7 +53,10 @@ class PartTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Writes checkpoints of one training. The source file stays open, in case it is deleted meanwhile."""
+    """Writes the checkpoints of a training.
+
+    The source file stays open, so that it may be deleted meanwhile.
+    """
 
     networks: Mapping[str, nn.Module]  # that learn
     parts: Mapping[str, PartTensor]  # by the names in the file: all that learns, and parts of a folder
@@ -90,9 +93,9 @@ class CheckpointFiles:
         stored = {} if self.source is None else self.source.tensors
         for name, info in (stored | {name: part.info for name, part in self.parts.items()}).items():
             is_of_network = info.dtype.is_floating_point and name.startswith(NETWORKS)
-            kept = info.dtype if dtype is None or not is_of_network else dtype
+            tensor_dtype = info.dtype if dtype is None or not is_of_network else dtype
             if not name.startswith(EMA):
-                infos[name] = TensorInfo(kept, info.shape)
+                infos[name] = TensorInfo(tensor_dtype, info.shape)
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
@@ -175,13 +178,18 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
     """Return the load plan of each network of a checkpoint, by the network's name in a training."""
-    texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
+    texts = {text_encoder_name(index): text.network for index, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 
 
 def _list_marks(marks: Marks) -> list[str]:
     """Return the names of the empty tensors that state what a file's model predicts."""
-    return [V_PRED] * marks.predicts_velocity + [ZTSNR] * marks.zero_terminal_snr
+    names = []
+    if marks.predicts_velocity:
+        names.append(V_PRED)
+    if marks.zero_terminal_snr:
+        names.append(ZTSNR)
+    return names
 
 
 def _invert(name: str, network: nn.Module, plan: LoadPlan[Any]) -> dict[str, PartTensor]:
@@ -202,9 +210,9 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
     """Return how each tensor of a single file is computed from the networks of a folder."""
     unet = released_unet_names(count_layers(release.unet.config), release.unet.sources)
     parts = {released: _join_part(released, DIT, [ours], plans) for released, ours in unet}
-    for number, text in enumerate(release.texts):
-        name = text_encoder_name(number)
-        joined = released_text_names(release.kind, number, list_weights(text.network))
+    for index, text in enumerate(release.texts):
+        name = text_encoder_name(index)
+        joined = released_text_names(release.kind, index, list_weights(text.network))
         parts |= {released: _join_part(released, name, ours, plans) for released, ours in joined.items()}
     for ours in release.vae.sources:
         released = released_vae_name(ours)

@@ -101,12 +101,12 @@ class FolderWriter:
         check_space(path, sum(info.size_bytes for info in tensors) + sum(map(len, self.texts.values())))
         with atomic_folder(path) as folder:
             for network, announced in infos.items():
-                kept = {**metadata, **_METADATA} if network == DIT else _METADATA
+                file_metadata = {**metadata, **_METADATA} if network == DIT else _METADATA
                 self.form.write_in(
                     folder / self.files[network].name,
                     announced,
                     partial(self._read, states, network, announced),
-                    kept,
+                    file_metadata,
                 )
             for name, content in self.texts.items():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -207,12 +207,12 @@ def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Mar
     texts: dict[str, bytes] = {}
     are_open_clip = [text.is_open_clip for text in release.texts]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
-    for number, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
-        words = checkpoint.tokenizers[number]
+    for index, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
+        words = checkpoint.tokenizers[index]
         pad = OPEN_CLIP_PAD if text.is_open_clip else words.end
         tokens = {"bos_token_id": words.start, "eos_token_id": words.end, "pad_token_id": pad}
-        name = text_encoder_name(number)
-        settings[f"{name}/config.json"] = _describe_text(text.network.config, number, tokens)
+        name = text_encoder_name(index)
+        settings[f"{name}/config.json"] = _describe_text(text.network.config, index, tokens)
 
         folder = name.replace("text_encoder", "tokenizer")
         for part, content in _read_tokenizer(source, file).items():

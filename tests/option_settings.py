@@ -174,6 +174,7 @@ SETTINGS: dict[str, Setting] = {
     "score_likeness_model": Setting(
         ("model",), also=(*PROMPTS, "--score_samples", "model"), shows="likeness by model"
     ),
+    "score_tagger": Setting(("model",), also=(*PROMPTS, "--score_samples", "model"), shows="tags by model"),
     "score_device": Setting(
         ("meta",), also=(*PROMPTS, "--score_samples", "model"), shows="nothing here computes on meta"
     ),

@@ -112,7 +112,8 @@ SMALLER = {
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
-    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_IMAGES)},
+    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "sdxl", "wan", *OF_IMAGES)},
+    "train_network.py": LORA,
     **{f"{name}_generate_image.py": IMAGE for name in OF_IMAGES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{IMAGE} --width 64 --height 64",
 }

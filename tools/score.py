@@ -13,12 +13,14 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
+from data_tools.tags.probabilities import load_tag_probabilities
 from training.scoring.run import ScoreOptions, score_run
 
 main = plain_script(
     __doc__,
     score_run,
     ScoreOptions,
+    prepare=lambda options: (options, load_tag_probabilities),
     going_on=lambda options: "What was computed is kept: type the same command to continue.",
 )
 

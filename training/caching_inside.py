@@ -11,10 +11,11 @@ micro-batch's number, as that of noise and timesteps.
 import logging
 import os
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ from modules.seeds import derive_seed
 from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
 from training.data.feed import BatchSources
-from training.data.live import LiveTexts
+from training.data.live import LiveTexts, WithNetwork
 from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET
 from training.features.hooks import OnMedia
 from training.options import TrainingOptions
@@ -127,7 +128,7 @@ def prepare_sources(
     if options is not None:
         with quiet() if NO_DATASET in needs else nullcontext():  # of a dataset that nobody gave
             _fill(family, config, plans, options=options, device=device, stores=stores)
-    # a store in memory may be empty here and get its entries from other processes
+    # each process has encoded a part of the items: their caches in memory are exchanged
     memory_stores = [
         store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
     ]
@@ -143,7 +144,7 @@ def prepare_sources(
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device, on_media)
-    # the encoder, or caches in memory, are of this process: others cannot read batches
+    # the encoder and caches in memory are in this process, so no worker process can read batches
     stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(
         family.latent,
@@ -169,23 +170,28 @@ def _fill(
 
     stores = replace(stores, trusts=options.skip_cache_check)
 
-    for kind, cache, batch_size in (
-        ("latents", loop.cache_media, options.vae_batch_size),
-        ("texts", loop.cache_texts, options.text_encoder_batch_size),
-    ):
-        tables = tuple(plan.table for plan in plans if getattr(plan, kind).is_made)
-        if tables:
-            caching = CachingOptions.usual(
-                dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
-            )
-            report = cache(family, DatasetConfig(config.path, tables), caching, stores)
-            conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
-        elif kind == "latents" and options.vae_batch_size > 1:
-            logger.warning(
-                "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
-                "there, or because they change each time",
-                options.vae_batch_size,
-            )
+    def fill_tables(
+        tables: Sequence[DatasetTable], cache: Callable[..., Any], batch_size: int | None
+    ) -> None:
+        """Cache the latents, or the texts, of some tables."""
+        caching = CachingOptions.usual(
+            dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
+        )
+        report = cache(family, DatasetConfig(config.path, tuple(tables)), caching, stores)
+        conclude(replace(report, foreign=0))  # no warning: files of other programs are expected here
+
+    with_latents = [plan.table for plan in plans if plan.latents.is_made]
+    if with_latents:
+        fill_tables(with_latents, loop.cache_media, options.vae_batch_size)
+    elif options.vae_batch_size > 1:
+        logger.warning(
+            "--vae_batch_size %d has no effect: this run caches no images, because their caches are "
+            "there, or because they change each time",
+            options.vae_batch_size,
+        )
+    with_texts = [plan.table for plan in plans if plan.texts.is_made]
+    if with_texts:
+        fill_tables(with_texts, loop.cache_texts, options.text_encoder_batch_size)
 
 
 def plan_tables(
@@ -226,6 +232,7 @@ def plan_tables(
 
 
 def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
+    """Return where the latents of a table come from: caches of ours, npz files, memory, or encoded live."""
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
@@ -273,7 +280,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         needs_captions: Whether to list all tables, with captions.
 
     Raises:
-        DatasetError: If captions are missing.
+        DatasetError: If captions are missing, or if they are read together with reference images.
         MediaError: If the header of an image cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
@@ -284,11 +291,12 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         if not (is_live or needs_captions):
             continue
         config = DatasetConfig(plan.table.config_path, (plan.table,))
-        # tables that this run has cached were logged then
+        # the listing was logged already if this run has cached the table
         with quiet() if plan.latents.is_made else nullcontext():
             sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
             require_captions(sources)
+            _check_references(plan.table, sources)
         by_stem = {source.stem: source for source in sources}
         sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
         live_tables[plan.table.index] = ItemKind(
@@ -299,6 +307,16 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             sources=by_stem,
         )
     return live_tables
+
+
+def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError if captions belong together with images that a training does not show."""
+    if table.texts_see_references and any(source.control for source in sources):
+        raise DatasetError(
+            f"{table.name}: the text encoder reads captions together with their reference images, and this "
+            "training encodes captions at each step, without them. Leave out what changes captions or learns "
+            "a word, and cache texts; or leave out the reference images"
+        )
 
 
 def _warn_of_live(
@@ -364,7 +382,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         The encoders; None if all texts come from caches.
 
     Raises:
-        OptionError: As `_select_live_texts` does.
+        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
     needs_none = NO_DATASET in options.joined.needs
     texts = None if needs_none else _select_live_texts(family, options, config)
@@ -399,7 +417,8 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning = _select_learning_encoders(family, options, able)
-        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=able)
+        taught = [cast(WithNetwork, encoder) for encoder in encoders if encoder.can.take_words]
+        return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=taught)
     # captions differ each time, or LoRAs of text encoders are trained
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
@@ -503,7 +522,7 @@ def _select_learning_encoders(
     """
     if not _may_learn(options) or options.network is None or options.parts is None:
         return []
-    options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
+    options.parts.text_rates(len(able), options.optimizer.learning_rate)  # raises if there are too many rates
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
     if able and known_module is not None and not known_module.kind.is_for_texts:
@@ -569,18 +588,19 @@ class LiveMedia:
             encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
         return encoded
 
-    def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
+    def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:
+        """Read and augment the image of an item; `generator` draws the augmentation."""
         source = item.kind.sources[item.source_stem]
         # the table of a validation item is a copy without augmentation
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
-        changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
+        augmentation_generator = None if item.table.augmentation == NO_AUGMENTATION else generator
         media = decode_source(
             source,
             fps,
             spec.pixel_step,
             lengths=spec.lengths,
-            numbers=changes,
+            numbers=augmentation_generator,
             keeps_alpha=spec.keeps_alpha,
             has_alpha=spec.has_alpha,
         )
@@ -590,17 +610,18 @@ class LiveMedia:
         return media.cut(media.spans[0])
 
     def _encode(
-        self, places: Sequence[int], pictures: Sequence[DecodedMedia], keys: Sequence[str]
+        self, positions: Sequence[int], images: Sequence[DecodedMedia], keys: Sequence[str]
     ) -> dict[int, dict[str, Tensor]]:
-        media = batch_media(pictures, keys)
+        """Encode images of equal shapes; return the tensors of each by its position in the batch."""
+        media = batch_media(images, keys)
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
-        by_place = {}
-        for place, image, key, (entry,) in zip(places, pictures, keys, encoded, strict=True):
+        by_position = {}
+        for position, item, key, (entry,) in zip(positions, images, keys, encoded, strict=True):
             tensors = {name: tensor.detach().cpu() for name, tensor in entry.tensors.items()}
-            if image.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(image.mask), self._family.latent.stride)
+            if item.mask is not None:
+                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(item.mask), self._family.latent.stride)
             for change in self._on_media:
-                tensors = change(self._family, self._encoders, image, key, tensors)
-            by_place[place] = tensors
-        return by_place
+                tensors = change(self._family, self._encoders, item, key, tensors)
+            by_position[position] = tensors
+        return by_position

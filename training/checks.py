@@ -147,7 +147,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
         if samples.are_made and samples.sample_prompts is not None:
             from training.samples import read_requests  # only with prompts
 
-            read_requests(family, samples.sample_prompts)
+            read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
         if not samples.sample_lora:
             return
         from networks.added import reject_magnitudes  # only with LoRA files
@@ -248,7 +248,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        with quiet():  # all warnings come again when it is made
+        with quiet():  # making the network logs all warnings again
             check_network(network, module, depths, family.dit.numbered)
             merge = options.joined.merge
             uses = [] if merge is None else [*merge(expert).uses]
@@ -395,7 +395,7 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
     usual_rates = learner.default_rate
     finds_rate_itself = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
-    # the usual rates are those of Adam; Adafactor with a fixed rate is common for full models
+    # the default rates are for Adam; full models are often trained with Adafactor and a fixed rate
     is_comparable = "adam" in name or (is_full and name == "adafactor")
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text

@@ -64,29 +64,39 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 
     flat = dict(_flatten(tables))
     for key, value in flat.items():
-        if key in actions and _is_empty(value):
-            continue
         if key in actions:
             action = actions[key]
-            if getattr(action, "reach", "") == STARTS["reach"]:
-                raise OptionError(
-                    f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
-                    f"written. Leave it out there, and type --{key} ... with the command"
-                )
+            if _is_empty(value):
+                continue
+            _reject_starting(path, key, action)
             values[action.dest] = _convert(path, action, value)
             _check_log(path, action, values[action.dest])
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
-                parser.typed_flags.setdefault(action.dest, f"--{key}")
+                parser.typed_flags.setdefault(action.dest, f"--{key}")  # messages use the name in the file
         elif is_of_kohya_page(key):
             advice = explain_key(key, flat)
             if advice is not None:
                 logger.warning(f"{path}: {key} is ignored: {advice}")
         else:
-            close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
-            if close:
-                raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
+            _reject_misspelled(path, key, actions)
             logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
+
+
+def _reject_starting(path: Path, key: str, action: argparse.Action) -> None:
+    """Raise OptionError for an option that starts a program: somebody else may have written the file."""
+    if getattr(action, "reach", "") == STARTS["reach"]:
+        raise OptionError(
+            f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
+            f"written. Leave it out there, and type --{key} ... with the command"
+        )
+
+
+def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Action]) -> None:
+    """Raise OptionError for a key that is nearly the name of an option."""
+    close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
+    if close:
+        raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
 
 
 def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
@@ -209,11 +219,14 @@ def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
+    """Convert a value of a file to what the option has if it is typed on the command line."""
     if value is False and action.default in (None, ""):  # what other programs write for "not given"
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
         raise _explain_wrong_value(path, action, value)
-    if action.type is int and isinstance(value, float) and value.is_integer():  # 64.0
+    if (
+        action.type is int and isinstance(value, float) and value.is_integer()
+    ):  # some programs write 64 as 64.0
         value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]

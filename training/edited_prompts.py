@@ -26,7 +26,7 @@ LARGEST = 4 << 20  # bytes of a prompt file; what is larger was put there by mis
 LONGEST = 600  # letters of a fault in the warning
 
 
-def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], None]) -> Sampler:
+def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[str], None]) -> Sampler:
     """Return a sampler with the prompts that are in the file now, or the same one if nothing has changed.
 
     New texts are encoded with encoders that are loaded and freed for this. If the file cannot be used, the
@@ -34,41 +34,42 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
 
     Args:
         sampler: The current sampler.
-        everyone: Processes of the run, which all have to call this; the first one reads the file.
+        num_processes: Processes of the run, which all have to call this; the first one reads the file.
         note: Called with a description of work that takes a while.
     """
-    before = sampler.source
-    text, fault = before.text, before.fault
-    if before.process == 0:
-        text, fault = _read_prompts(before.path, text)
-    if everyone > 1:
-        text, fault = broadcast_object_list([text, fault])
-    if (text, fault) == (before.text, before.fault):
+    source = sampler.source
+    text, error = source.text, source.fault
+    if source.process == 0:
+        text, error = _read_prompts(source.path, text)
+    if num_processes > 1:
+        text, error = broadcast_object_list([text, error])
+    if (text, error) == (source.text, source.fault):
         return sampler
-    sampler = replace(sampler, source=replace(before, text=text, fault=fault))
-    if text == before.text and not fault:
+    sampler = replace(sampler, source=replace(source, text=text, fault=error))
+    if text == source.text and not error:
         return sampler  # an earlier error of reading is gone; the text is the same
     edited = sampler
-    if not fault:
+    if not error:
         try:
             edited = _encode_edited(sampler, note)
         except torch.OutOfMemoryError:
-            fault = (
+            error = (
                 "there is no memory for the text encoders next to the training. End the training and "
                 "continue it to take them"
             )
-        except (UserError, OSError, MemoryError) as error:
-            fault = str(error)
-    errors = [fault] if everyone == 1 else gather_object([fault])
-    fault = next(filter(None, errors), "")
-    if before.process != 0:
-        return sampler if fault else edited
-    if fault:
-        reason = shorten(" ".join(fault.split()), LONGEST)
+        except (UserError, OSError, MemoryError) as failure:
+            error = str(failure)
+    # one process without memory is enough to keep the earlier prompts in all of them
+    errors = [error] if num_processes == 1 else gather_object([error])
+    error = next(filter(None, errors), "")
+    if source.process != 0:
+        return sampler if error else edited
+    if error:
+        reason = shorten(" ".join(error.split()), LONGEST)
         logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
         return sampler
     logger.info(
-        "Samples are made of the edited %s: %s.", before.path, count_of(len(edited.prompts), "prompt")
+        "Samples are made of the edited %s: %s.", source.path, count_of(len(edited.prompts), "prompt")
     )
     return edited
 
@@ -92,7 +93,11 @@ def _read_prompts(path: Path, before: str) -> tuple[str, str]:
 
 
 def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
-    """Return a sampler for the edited prompt file. Raises as `parse_requests` and the encoders do."""
+    """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
+
+    Raises:
+        UserError: If an entry cannot be used, or an encoder not be loaded.
+    """
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
     earlier: dict[int, Sample] = {}

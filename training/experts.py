@@ -147,7 +147,7 @@ def note_experts(
         times: Timestep options of the tables, see `list_times`.
         samples_with_others: Whether samples also use transformers that are not trained.
     """
-    experts, default = family.experts, family.defaults.experts
+    experts, all_experts = family.experts, family.defaults.experts
     warning = describe_few_steps(family, options)
     if warning:
         logger.warning("%s", warning)
@@ -155,7 +155,7 @@ def note_experts(
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
-    if len(default) == 1:
+    if len(all_experts) == 1:
         return
     trained = expert_trained(family, times)
     for expert in experts:
@@ -163,7 +163,7 @@ def note_experts(
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
-    boundary = max(expert.lowest for expert in experts) or default[-1].lowest
+    boundary = max(expert.lowest for expert in experts) or all_experts[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].lowest > 0:

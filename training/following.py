@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,12 @@ class TrainingCommand:
         if self.entry is None:
             return NO_COMMANDS
         return CachingCommands(
-            *self.entry.caching_commands(
-                self.family_options, dataset_config, family.caching_switches, self.typed
+            partial(
+                self.entry.caching_commands,
+                self.family_options,
+                dataset_config,
+                family.caching_switches,
+                self.typed,
             )
         )
 
@@ -270,6 +274,7 @@ class NextSteps:
         return any(map(state_pattern(self.plan.names.name).fullmatch, entries))
 
     def _generate(self, file: Path) -> PageCommand:
+        """Return the command that generates with a trained file, with the first sample's settings if any."""
         shows_sample = self.plan.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]

@@ -143,7 +143,8 @@ class _ImageCounts:
 
 
 def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
-    of_table: Counter[int] = Counter()
+    """Count images by table and by bucket, as image trainers record them in `ss_bucket_info`."""
+    num_by_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # key: whether the images are regularization images
     differences: list[float] = []  # between the aspect ratios of bucket and image
@@ -151,7 +152,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
         table = item.table
         width = item.bucket[0]
         height = item.bucket[1]
-        of_table[table.index] += 1
+        num_by_table[table.index] += 1
         buckets[width, height] += table.num_repeats
         totals[table.is_reg] += table.num_repeats
         parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
@@ -165,7 +166,7 @@ def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     info: dict[str, Any] = {"buckets": rows}
     if differences:
         info["mean_img_ar_error"] = sum(differences) / len(differences)
-    return _ImageCounts(of_table, totals[False], totals[True], info)
+    return _ImageCounts(num_by_table, totals[False], totals[True], info)
 
 
 def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
@@ -281,6 +282,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
 
 
 def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
+    """Return the entry of a subset in `ss_datasets`, with the keys that image trainers write."""
     settings, changes = _settings_of(table), table.changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {

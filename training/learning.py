@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
+from contract.brought_words import word_of
 from contract.data import CAPTION
 from contract.family import Family, part_rates_of, trains_audio
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
-from networks.bundled_words import word_of
 from networks.options import NetworkOptions
 from running.dressing import swapped_weights
 from running.offload.turns import HostCopy
@@ -40,7 +40,7 @@ from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
-from training.saving.states import SavedState
+from training.saving.states import ForeignState, SavedState
 from training.trainable import (
     Rates,
     Trainable,
@@ -116,6 +116,7 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
     """Load the networks in turn, add the trained part to each, and prepare it to run."""
     loading = Loading(plan, swap)
     encoders = {} if plan.texts is None else plan.texts.taught_networks
+    # networks that features train in addition to the LoRA, such as the vectors of a new word
     besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
     continued = None if plan.options.network is None else plan.options.network.network_weights
     if continued is not None:
@@ -206,7 +207,7 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model)  # after `Validation`, which has no targets but the clip
+    rule = _add_targets(rule, model)  # after `Validation` was made, which compares with the clips alone
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -424,7 +425,7 @@ class Loading:
                 adapter = experts.read_adapter(options, expert, family.experts)
             for add in self.plan.joined.on.before_dress:
                 add(network)
-        has_samples = options.samples.are_made  # their LoRAs of --sample_lora need memory too
+        has_samples = options.samples.are_made  # without samples, LoRAs of --sample_lora are not loaded
         sample_files = options.samples.loras() if has_samples else []
         has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:
@@ -475,7 +476,7 @@ class Learners:
             self.plan.progress.seed,
             encoders={} if texts is None else texts.networks,
             in_dit=options.parts is None or options.parts.trains_dit,
-            resumed=self._saved_tensors(expert),
+            resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.parts and not options.by_expert.lora_per_expert:
             self.parts = [share_network(self.parts[0], network, device)]
@@ -525,11 +526,8 @@ class Learners:
             full = train_full(self.plan.family, options, dit, self.plan.texts)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
-    def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
+    def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors in the state to resume that belong to the network of an expert."""
-        saved = self.plan.saved
-        if saved is None:
-            return {}
         if isinstance(saved, SavedState):
             part = f"{expert.name}_network" if self.plan.options.by_expert.lora_per_expert else "network"
             return {**saved.parts.get(part, {})}

@@ -33,7 +33,7 @@ from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
-from training.trainable import seed_networks
+from training.trainable import Trainable, seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
@@ -64,7 +64,7 @@ def train(run: TrainingRun) -> bool:
             progress.sample_pending = "e000000"
         if progress.sample_pending:
             _sample(run)
-        if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
+        if is_ending(run):  # before the first step there is nothing to save
             logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
             return False
         if progress.step == 0 and run.validation is not None:
@@ -106,14 +106,14 @@ def is_ending(run: TrainingRun) -> bool:
 
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Wishes:
-    """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
+    """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files.
+
+    Numbers of the step stay on the device in `row`. It is read one step later, so that the device does not
+    have to be awaited; with several processes their requests are known only then, too.
+    """
     model = run.model
     trainable = model.trainable
-    if trainable.until:
-        trainable.start_step(run.progress.step)
-    for network in trainable.all_networks:
-        if isinstance(network, ForeignNetwork):
-            network.on_step_start()
+    _announce_step(trainable, run.progress.step)
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
@@ -124,8 +124,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
-    is_alone = run.steps.everyone == 1
-    if not is_alone:
+    is_single_process = run.steps.everyone == 1
+    if not is_single_process:
         numbers = [run.requests.ends, wishes.saves, wishes.samples]
         row[WISHES] = numbers_on(run.device, numbers, torch.float32)
         unsplit = [parameter for parameter in reached if parameter not in trainable.split]
@@ -139,10 +139,19 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
     _note(run, previous)
-    if is_alone:
+    if is_single_process:
         run.requests.agreed = run.requests.ends
         return wishes
     return _common_wishes(previous)
+
+
+def _announce_step(trainable: Trainable, step: int) -> None:
+    """Tell parts whose training ends early, and other packages' networks, that a step begins."""
+    if trainable.until:
+        trainable.start_step(step)
+    for network in trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
 
 
 def _common_wishes(previous: StepReport | None) -> Wishes:
@@ -274,7 +283,7 @@ def _accumulate(
     row = torch.zeros(run.layout.size, device=run.device)
     keys: tuple[str, ...] = ()
     divisor = len(group) * steps.peers  # peers have the same loss, and their gradients are summed too
-    # the first call initializes the scaler, even in a process that has no micro-batch in this step
+    # only to initialize the scaler: a process without a micro-batch in this step needs it too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = _prepare_batch(run, next(micro_batches))
@@ -284,7 +293,7 @@ def _accumulate(
         if steps.in_lockstep:
             experts = _experts_of_pass(run, group, place, noisy_batch.expert)
         for expert in experts:
-            # such a pass adds nothing here; other processes gather the blocks' parts from this one
+            # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
             losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
@@ -396,7 +405,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if not is_finite and not run.model.scaler.is_enabled() and not step.skipped:
         raise explain_bad_step(step.step, loss, norm, step.keys, remedy=bad_step_remedies())
     losses = run.progress.losses
-    if math.isfinite(loss):  # infinite ones are normal while a gradient scaler searches its scale
+    if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
@@ -589,6 +598,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
+    """Measure and log the validation loss; `occasion` is STEP or EPOCH."""
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
     run.reporter.note_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:

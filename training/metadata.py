@@ -210,7 +210,7 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
     stored = options.speed.fp8.quantization
-    # sic: files of other tuners of video models have this misspelling too
+    # `ss_ss_` is not a mistake here: other trainers of video models write the key with this misspelling
     twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
     return dropout | {
         "ss_session_id": progress.session_id,

@@ -77,7 +77,7 @@ else:
     OptionsAtEnding = options_at(AT_ENDING)
     OptionsAtMetadata = options_at(AT_METADATA)
 
-NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
+NOT_AT_NETWORK = OptionsAtNetwork()  # where there is no network
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):
@@ -132,7 +132,7 @@ class TrainingOptions(Options, must_give=True):
             raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
-        if self.joined.show is not None:  # raises OptionError for what features do not go with
+        if self.joined.show is not None:  # `joined` raises OptionError if features do not fit the options
             return
         has_data = self.joined.make_data is not None or (
             self.subset is not None and self.subset.replaces_toml
@@ -140,7 +140,7 @@ class TrainingOptions(Options, must_give=True):
         if not has_data:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
         if not self.only_shows:
-            _ = self.saving.place  # raises OptionError
+            _ = self.saving.place  # raises OptionError if the folder or the name is missing
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
@@ -217,6 +217,7 @@ class TrainingOptions(Options, must_give=True):
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
+        """Raise OptionError if options of a LoRA training are given for a full fine-tuning."""
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
@@ -432,9 +433,9 @@ def read_arguments(
 
 
 def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
-    """Return all arguments: the command line overrides --config_file, `accelerate launch` and defaults.
+    """Return all arguments, in this order of precedence: command line, --config_file, launcher, defaults.
 
-    They take precedence in this order. The launcher sets precision and compilation.
+    The launcher, `accelerate launch`, sets precision and compilation by environment variables.
 
     Raises:
         OptionError: If a value in the file is not valid, or if an option is rejected.

@@ -38,7 +38,7 @@ from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times, times_by_group
 from training.experts import check_computing, module_of, note_experts
 from training.features.composing import begin_run
-from training.features.contract import EMPTY_PROMPT, KEPT, REJECTED_ONES
+from training.features.contract import EMPTY_PROMPT, KEPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import JoinedRun
 from training.learner import Learner
 from training.noise_options import TimestepOptions
@@ -153,7 +153,7 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
-    check_before_loading(family, options, learner, others)  # before minutes of encoding
+    check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
     joined = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)
@@ -260,7 +260,8 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself."""
     subsets = [table for table in config.datasets if table.group is not None]
     is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    return is_changing or options.is_for_images or options.caching is not None
+    is_live = LIVE_TEXTS in options.joined.needs
+    return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
 def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
@@ -315,7 +316,7 @@ def join_processes(
     if accelerator.num_processes == 1 and options.speed.joined.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
+        logging.getLogger().setLevel(logging.WARNING)  # one process logs for all
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
         lines = list_unused_options(
@@ -324,7 +325,7 @@ def join_processes(
             family.noise.table_is_shifted,
             tables=config.datasets,
             family_options=family.options,
-            parts=family.learning_parts if trains_checkpoint(family) else None,
+            parts=family.learning_parts if options.network is None and trains_checkpoint(family) else None,
         )
         for line in lines:
             logger.warning(line)
@@ -346,7 +347,7 @@ def join_processes(
                 OtherProcesses(accelerator.process_index, accelerator.num_processes)
             )
             stack.enter_context(processes.explain())
-        # the main process reserves the name; if that fails, it reports the error, and all end
+        # the main process reserves the name of the run; if that fails, it reports the error, and all exit
         error: OutputError | None = None
         if accelerator.is_main_process:
             try:

@@ -260,7 +260,7 @@ def check_resumable(
     if not isinstance(saved, states.SavedState):
         return {}
     habits = settings.habits
-    # a state of before there were models with several transformers is of a model with one
+    # states of versions without several transformers or adapters do not have these settings
     default = {
         TRANSFORMERS: "one from 0",
         PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
@@ -268,12 +268,14 @@ def check_resumable(
     }
     before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
-    # nor does a state of before there were targets and features name them
-    unsaid: dict[str, Any] = {}
+    # a state of a version without a target or feature was saved without it: its options had their defaults
+    unrecorded: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
-        unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
-    unsaid |= {f"--{name}": None for name in NAMED_FILES}
-    habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
+        unrecorded |= {f"--{name}": value for name, value in public_config(record).items()}
+    unrecorded |= {f"--{name}": None for name in NAMED_FILES}
+    habits_before = {name: habits.get(name) and value for name, value in unrecorded.items()} | dict(
+        saved.habits
+    )
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}
     if unknown:
         logger.warning(

@@ -135,7 +135,7 @@ def prepare_run(
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
         for prepare in plan.joined.on.plan:
             prepare(plan)
-        # texts and images are encoded while there is no DiT
+        # texts and images of samples are encoded before the DiT takes the memory
         sampler = None
         if options.samples.sample_prompts is not None:
             sampler = _make_sampler(plan, options.samples.sample_prompts)
@@ -183,6 +183,7 @@ def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+    """Return the logs of the run, with a clock that also counts the pauses still to come."""
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:

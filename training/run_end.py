@@ -105,7 +105,7 @@ def _list_variables(facts: EndedRun, code: int, error: BaseException | None) -> 
     }
 
 
-def _start_program(option: str, words: Sequence[str], variables: dict[str, str], patience: float) -> None:
+def _start_program(option: str, words: Sequence[str], variables: dict[str, str], max_seconds: float) -> None:
     """Start a program without a shell, and wait for it for some seconds. Warns if it fails."""
     inherited = {
         name: value
@@ -120,9 +120,9 @@ def _start_program(option: str, words: Sequence[str], variables: dict[str, str],
         logger.warning("%s: %s cannot be started: %s", option, program, error.strerror or error)
         return
     try:
-        code = process.wait(patience)
+        code = process.wait(max_seconds)
     except subprocess.TimeoutExpired:
-        seconds = count_of(round(patience), "second")
+        seconds = count_of(round(max_seconds), "second")
         logger.warning("%s: %s still runs after %s. It is left alone.", option, program, seconds)
     except KeyboardInterrupt:
         logger.warning("%s: %s is not waited for any longer.", option, program)

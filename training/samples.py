@@ -132,13 +132,13 @@ class Sampler:
             note: Called with the sample and its step in words.
         """
         paths = []
-        for place, sample in enumerate(self.samples, 1):
+        for index, sample in enumerate(self.samples, 1):
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=self.draw_seed())
             latents = self._denoise(
                 replace(sample, prepared=prepared),
-                f"sample {place} of {len(self.samples)}",
+                f"sample {index} of {len(self.samples)}",
                 dit_of=dit_of,
                 autocast=autocast,
                 check=check,
@@ -265,6 +265,7 @@ def _show_steps(
     with ExitStack() as stack:
 
         def on_section(section: Section) -> None:
+            """Replace the bar by one for the steps of the next section."""
             preview_section(section)
             stack.close()
             name = ", ".join(filter(None, (title, section.label)))
@@ -273,6 +274,7 @@ def _show_steps(
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def watch(_: StepDone) -> bool:
+            """Show a step on the bar; return False, because no preview is needed."""
             bars[-1].update()
             note(bars[-1].line())
             check()
@@ -315,7 +317,7 @@ def prepare_samples(
         blocks: Splits blocks over processes; None keeps them complete.
 
     Raises:
-        OptionError: As `read_requests` does.
+        OptionError: If a file that samples need is not given, or if a prompt cannot be used.
         CheckpointError: If a model file cannot be used.
     """
     source = PromptSource(prompt_file, process=process, processes=processes, together=together)
@@ -328,7 +330,7 @@ def prepare_samples(
     numbers = source.numbers_of(len(entries))
     requests = {number: all_prepared[number] for number in numbers}
     writes = not together or process == 0
-    # in the process that decodes anyway: a wrong file is found before anything is trained
+    # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, writes=writes, loads_media=writes)
     previews = None
     if process == 0:  # one preview file for all: the first process shows its samples one after the other
@@ -378,15 +380,15 @@ def encode_samples(
     encoded = session.texts(texts)
     inputs = _encode_media(session, [*requests.values()], writes=writes, loads=loads_media)
     samples: list[Sample] = []
-    for place, (number, prepared) in enumerate(requests.items()):
+    for position, (entry_index, prepared) in enumerate(requests.items()):
         sample = Sample(
-            number,
-            entries[number],
+            entry_index,
+            entries[entry_index],
             prepared,
-            is_seeded=entries[number].get("seed") is not None,
-            prompts=encoded[place],
-            inputs=inputs[place],
-            texts=texts[place],
+            is_seeded=entries[entry_index].get("seed") is not None,
+            prompts=encoded[position],
+            inputs=inputs[position],
+            texts=texts[position],
         )
         samples.append(sample)
     return samples
@@ -443,7 +445,7 @@ def draw_together() -> int:
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file, and the request for each. Raises as `parse_requests`."""
+    """Return the entries of a prompt file, and a request for each. Raises OptionError if one is unusable."""
     return parse_requests(family, read_sample_file(prompt_file), prompt_file)
 
 
@@ -464,7 +466,7 @@ def parse_requests(
             warn_of_embeddings(family, request)
             prepared = family.prepare(request)
             warn_of_low_scales(prepared)
-        except (OptionError, ValueError, TypeError) as error:  # the latter: a text where a number belongs
+        except (OptionError, ValueError, TypeError) as error:  # ValueError, TypeError: a text for a number
             prompt = shorten(str(entry.get("prompt", "")), 100)
             raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
         return prepared
@@ -483,9 +485,7 @@ def parse_requests(
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """Turn one entry of a prompt file into a request.
 
-    Missing values are the defaults of generation.
-
-    Sizes are rounded down to sizes of the family.
+    Missing values are the defaults of generation. Sizes are rounded down to sizes that the model makes.
 
     Raises:
         OptionError: For numbers that no model takes.

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,19 @@ logger = logging.getLogger(__name__)
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
-def _collect_metadata(model: TrainedModel) -> dict[str, Mapping[str, str]]:
+def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata of each part that a training writes into a file of its own."""
     plan = model.plan
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    times = list_times(plan.options.timesteps, plan.config.datasets)
-    metadata: dict[str, Mapping[str, str]] = {}
+    has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
+    times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
+    metadata: dict[str, dict[str, str]] = {}
     of_transformers = {"", *(expert.name for expert in plan.family.experts)}
     for part in model.trainable.writes:
         if part in of_transformers:
-            of_part = continued_sizes(model, part) | expert_metadata(plan.family, plan.options, times, part)
-            metadata[part] = of_run | of_part
+            metadata[part] = of_run | continued_sizes(model, part)
+            if has_experts:
+                metadata[part] |= expert_metadata(plan.family, plan.options, times, part)
         else:  # of a word: with these entries it would be taken for a LoRA
             metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
     return metadata
@@ -67,59 +70,73 @@ def make_saver(
         note_saved: Called with the files of each save, and the step.
         note_removed: Called after older files were removed.
     """
-    plan, trainable = model.plan, model.trainable
-    options, progress, average = plan.options, plan.progress, model.average
-    is_first = plan.accelerator.is_main_process
     if not model.takes_part_in_saving:
         return None
-    dtype = file_dtype(options, model.dits.networks[0])
+    plan = model.plan
+    progress = plan.progress
+    is_main = plan.accelerator.is_main_process
     metadata = _collect_metadata(model)
-    writes = trainable.writes
-
-    def write_file(part: str, path: Path) -> None:
-        resolve_all(model.dits.networks)
-        with finished_weights(model.optimizer, trainable.parameters):
-            writes[part].write(path, dtype, _metadata_now(plan, metadata[part], writes[part].ending))
-
-    def write_average(part: str, path: Path) -> None:
-        assert average is not None
-        with average.in_place():
-            of_average = {} if options.metadata.no_metadata else average.metadata
-            of_file = _metadata_now(plan, metadata[part], writes[part].ending)
-            writes[part].write(path, dtype, of_file | of_average)
-
-    if publisher is not None and is_first:
+    if publisher is not None and is_main:
         published = PublishedRun(
             names=plan.names,
-            is_lora=options.network is not None,
+            is_lora=plan.options.network is not None,
             release=plan.family.release,
             metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.ending),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.about(published)
-
-    def write_state(folder: Path) -> None:
-        if plan.splits_model:
-            from training.saving.split_model import write_split_state  # only if it is split
-
-            write_split_state(folder, take_state(model))
-        else:
-            states.write_state(folder, take_state(model))
-
+    writer = _ModelWriter(model, file_dtype(plan.options, model.dits.networks[0]), metadata)
     saver = Saver(
         plan.saving,
         plan.names,
-        write_file=write_file,
-        write_state=write_state,
+        write_file=writer.write_file,
+        write_state=writer.write_state,
         publisher=publisher,
-        write_average=None if average is None else write_average,
-        is_main=is_first,
+        write_average=None if model.average is None else writer.write_average,
+        is_main=is_main,
         note_saved=lambda paths: note_saved(paths, progress.step),
         note_removed=note_removed,
     )
     saver.remove_leftovers()
     saver.tidy(progress.step, progress.epoch)
     return saver
+
+
+@dataclass(frozen=True, eq=False)
+class _ModelWriter:
+    """Write what is trained into files, and everything that resuming needs into states."""
+
+    model: TrainedModel
+    dtype: torch.dtype | None  # of files; None: that of the weights
+    metadata: Mapping[str, Mapping[str, str]]  # of the file of each part, without progress and time
+
+    def write_file(self, part: str, path: Path) -> None:
+        """Write the current weights of a part."""
+        model = self.model
+        resolve_all(model.dits.networks)
+        written = model.trainable.writes[part]
+        with finished_weights(model.optimizer, model.trainable.parameters):
+            written.write(path, self.dtype, _metadata_now(model.plan, self.metadata[part], written.ending))
+
+    def write_average(self, part: str, path: Path) -> None:
+        """Write the average of a part's weights over the steps."""
+        model = self.model
+        average = model.average
+        assert average is not None
+        written = model.trainable.writes[part]
+        with average.in_place():
+            average_metadata = {} if model.options.metadata.no_metadata else average.metadata
+            file_metadata = _metadata_now(model.plan, self.metadata[part], written.ending)
+            written.write(path, self.dtype, file_metadata | average_metadata)
+
+    def write_state(self, folder: Path) -> None:
+        """Write the state of the run after the current step."""
+        if self.model.plan.splits_model:
+            from training.saving.split_model import write_split_state  # only if it is split
+
+            write_split_state(folder, take_state(self.model))
+        else:
+            states.write_state(folder, take_state(self.model))
 
 
 def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) -> dict[str, str]:
@@ -171,7 +188,7 @@ def take_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
-    # this process has only its rows of the moments of split weights: mark these as split, in place
+    # moments of split weights are only this process's rows: they are replaced by split tensors
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
         moments = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
@@ -247,6 +264,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
+    """Restore a state of this program: weights, optimizer, schedule, scaler and average."""
     trainable, device = model.trainable, model.plan.accelerator.device
     full_dit = model.plan.options.full_dit
     offloads = full_dit is not None and full_dit.offloads_states

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, Script
+from contract.families import FAMILIES, FamilyEntry, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
 from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
@@ -27,6 +27,7 @@ from training.options import (
 
 if TYPE_CHECKING:
     from training.image_options import ImageTrainerDefaults
+    from training.other_families import OtherFamilies
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,12 @@ def training_script(
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused(options, family_options)
-            if os.environ.get(ONLY_OPTIONS):
+            if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
                 return
 
             entry.say_notice()
             print_loading()
             from training.following import TrainingCommand
-            from training.other_families import OtherFamilies
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
@@ -101,21 +101,26 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            room = import_own(f"{entry.room}.family")
-            make_sampling = getattr(room, "family_for_samples", lambda options: None)
-            make_other = cache(
-                lambda dit: entry.make_family("training", replace(family_options, dit=dit))
-            )  # cached, so that it logs only once
-            code = train_network(
-                model,
-                options,
-                command,
-                others=OtherFamilies(make_sampling(family_options), make_other),
-            )
+            others = _make_other_families(entry, family_options)
+            code = train_network(model, options, command, others=others)
         if code:
             raise SystemExit(code)
 
     return Script.of_family(family, train)
+
+
+def _make_other_families(entry: FamilyEntry, family_options: Any) -> "OtherFamilies":
+    """Return what makes families for other transformers: that of samples, and a teacher."""
+    from training.other_families import OtherFamilies  # it loads torch
+
+    room = import_own(f"{entry.room}.family")
+    make_sampling = getattr(room, "family_for_samples", lambda options: None)
+
+    @cache  # so that it logs only once
+    def make_other(dit: Any) -> Any:
+        return entry.make_family("training", replace(family_options, dit=dit))
+
+    return OtherFamilies(make_sampling(family_options), make_other)
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

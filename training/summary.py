@@ -28,7 +28,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.reports.reporter import RunReporter, find_best_file, find_usable_file
+from training.reports.reporter import RunReporter, find_usable_file, name_best_file
 from training.reports.sections import SAMPLES as SAMPLE_FOLDER
 from training.reports.sections import page_path
 from training.run_options import MIN_STEPS, SampleOptions
@@ -334,7 +334,7 @@ def describe_best(story: history.Story, folder: Path, name: str) -> str:
     """Return the step with the lowest validation loss and the best file that exists."""
     assert story.lowest is not None
     lowest_step, lowest_loss = story.lowest
-    best = find_best_file(story, folder, name)
+    best = name_best_file(folder, name, story)
     text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:
         return f"{text}, not saved"

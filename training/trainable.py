@@ -186,7 +186,7 @@ def train_network(
     Raises:
         OptionError: If it has no parameters to train, or modules that the format does not support.
     """
-    if lora_format is not None and lora_format.name != KNOWN:  # which holds all modules
+    if lora_format is not None and lora_format.name != KNOWN:  # the known format supports all modules
         lora_format.check(network.module)
     network.module.to(device=device, dtype=torch.float32)
     groups, names = network.parameter_groups(*rates)
@@ -351,6 +351,7 @@ def _write_dit(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
+    """Write a fully trained DiT, with tensors of its file that the network does not use."""
     tensors = dit.state_dict()  # not copied; these may currently be the values of an average
     dtypes = saved_dtypes(dtypes, dtype)
     infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -34,7 +34,7 @@ def check_source_captions(
     """Return a warning about the captions of the tables' sources; "" if there is nothing to warn about.
 
     Raises:
-        DatasetError: As `check_captions` does.
+        DatasetError: If a caption cannot be read.
     """
     captions = [
         _complete(caption, table)

@@ -108,7 +108,7 @@ class Wan(OneTransformer):
         return VACE_DIT if self.files.task.kind == VACE else DIT
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the number of blocks, and with VACE also those of its second stack."""
+        """Return the number of blocks, and with VACE also of its second stack."""
         config = self.files.dit_header().config
         return (config.num_layers, config.vace_layers)[: len(self.dit.block_lists)]
 
@@ -141,7 +141,7 @@ class Wan(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps, guidance, flow shift and frames of the task; the size is that of training samples."""
+        """Steps, guidance, flow shift and frames of the task, and the size of training samples."""
         task = self.files.task
         high = task.high_noise_guidance
         strong = {} if high is None else {HIGH_NOISE: high}

@@ -112,7 +112,7 @@ class WanFiles(TransformerFiles):
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the dtype of --dit_dtype, else that of the first transformer file; None without a file."""
+        """Return --dit_dtype, else the dtype of the first transformer file; None without a file."""
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 

@@ -188,7 +188,7 @@ class ImageEmbedding(nn.Module):
 class WanModel(BlockNetwork):
     """Predict the velocity of noisy video latents from text and, in some variants, image features.
 
-    Variants with conditions on images or control videos take these as further input channels. Simplified,
+    Variants with conditions on images or control videos take these as additional input channels. Simplified,
     without a second text and the code around the blocks:
 
         x = patch_embedding(noisy)                                            # B L C float32
@@ -383,6 +383,6 @@ def _pair_with_last(rows: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
-    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
+    """Compute attention in one dtype; q, k and v have different ones only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), tokens.attention, repeats=repeats)

@@ -79,7 +79,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     if target in controls:
         raise ValueError(f"the image and a control image are both at {target}. Give the image another place")
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
-    return FrameOrder(tuple(place for place, _ in pairs), tuple(image for _, image in pairs))
+    return FrameOrder(tuple(position for position, _ in pairs), tuple(image for _, image in pairs))
 
 
 def prepare(

@@ -89,7 +89,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
 class WanTextEncoder(FileTextEncoder[T5Network]):
     """umT5. Each prompt gives a state for each of its tokens, at most 512 including the end token."""
 
-    can = EncoderAbilities(divide=True)
+    can = EncoderAbilities(divide=True, take_words=True)
     name = "t5"
     keys = variable_length = TEXT_KEYS
     what = "umT5"
@@ -97,6 +97,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     maximum = MAX_TOKENS
     takes_weights = "t5"
     embedding = "token_embedding.weight"
+    word_keys = ("umt5xxl",)
     blocks: BlockPlace | None = None  # splits the network over processes
 
     @property

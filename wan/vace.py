@@ -59,7 +59,7 @@ class VaceRequest:
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
-    """Raise OptionError if a mask has neither the aspect ratio of its clip nor that of the result."""
+    """Raise OptionError if a mask has neither the aspect ratio of its clip nor the result's."""
     width, height = image_size(mask)
     clip_width, clip_height = image_size(clip)
     aspect = width / height
@@ -227,7 +227,7 @@ def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> 
     """Join the parts of VACE's control to B 96 K+L h w; the mask of references is 0.
 
     Args:
-        halves: Latents of what stays, then of what changes, B 32 L h w.
+        halves: Latents of the unchanged parts, then of the parts to change, B 32 L h w.
         mask: Folded mask, B 64 L h w.
         references: K latents, B 16 1 h w each. They come before the clip, the last one first.
     """

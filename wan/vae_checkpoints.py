@@ -126,7 +126,7 @@ def check_latents(
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
     """Translate diffusers' names of Wan2.1, whose decoder has the layers of all levels in one row."""
     layers = sorted({_read_layer(match) for match in map(_LAYER.fullmatch, names) if match})
-    numbers = {layer: number for number, layer in enumerate(layers)}
+    numbers = {layer: index for index, layer in enumerate(layers)}
     return lambda name: _translate(name, lambda layer: str(numbers[layer]))
 
 

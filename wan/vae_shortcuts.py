@@ -60,8 +60,8 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
         x = x.repeat_interleave(width // x.shape[1], dim=1)
     step = x.shape[1] // width
     skipped = x.shape[2] * frames - h.shape[2]
-    for place, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
+    for index, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
         is_left_out = i < skipped
         start = i - skipped + is_left_out * frames
-        h[:, :, start::frames, j::rows, k::columns] += x[:, place * step // block :: step, is_left_out:]
+        h[:, :, start::frames, j::rows, k::columns] += x[:, index * step // block :: step, is_left_out:]
     return h

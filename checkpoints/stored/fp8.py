@@ -165,7 +165,7 @@ class Fp8:
         return Stored(self, shape, (weight, torch.cat(scales)))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return the form that options ask for if it is fp8 too: it decides how a file's weights compute."""
+        """Return the form from the options if it is fp8 as well: it has the settings to compute with."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:

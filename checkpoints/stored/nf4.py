@@ -117,7 +117,7 @@ class Nf4:
         return None
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
-        """Return the chosen form if it is nf4 too."""
+        """Return the form from the options if it is nf4 as well: it has the settings to compute with."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:

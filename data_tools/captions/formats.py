@@ -38,8 +38,8 @@ _WRONG = "Your last answer was wrong: {fault}. Write the whole object again, wit
 class ObjectAsker:
     """Ask a model for captions that are JSON objects, and check its answers.
 
-    `prompt` is an additional request; None stands for the default sentence. With `tells_plain`, an existing
-    caption that is plain text is passed to the model.
+    `prompt` is an additional request; None stands for the default sentence. With `tells_plain`, the question
+    contains an existing caption that is plain text, so that the model turns it into an object.
     """
 
     format: CaptionFormat
@@ -85,25 +85,26 @@ class ObjectAsker:
         """Wrap an answerer so that its captions are checked; an invalid answer is requested once more."""
 
         def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
-            asked = {
+            # the place with its question -> the place as the caller knows it
+            questions = {
                 dataclasses.replace(place, question=self.make_question(place)): place for place in places
             }
-            for number in range(1, TIMES + 1):
-                again: dict[CaptionPlace, CaptionPlace] = {}
-                with contextlib.closing(answerer(list(asked), look)) as answers:
-                    for one, text in answers:
-                        place = asked[one]
+            for attempt in range(1, TIMES + 1):
+                again: dict[CaptionPlace, CaptionPlace] = {}  # questions of the next attempt
+                with contextlib.closing(answerer(list(questions), look)) as answers:
+                    for with_question, text in answers:
+                        place = questions[with_question]
                         try:
                             yield place, self.read_answer(text) if isinstance(text, str) else text
                         except NoCaptionError as error:
-                            if number == TIMES:
-                                yield place, NoCaptionError(f"{number} answers are wrong, the last: {error}")
+                            if attempt == TIMES:
+                                yield place, NoCaptionError(f"{attempt} answers are wrong, the last: {error}")
                                 continue
                             logger.warning("%s: %s. It is asked again", place.media, error)
                             wrong = _WRONG.format(fault=error)
-                            question = f"{one.question}\n{wrong}"
-                            again[dataclasses.replace(one, question=question)] = place
-                asked = again
+                            question = f"{with_question.question}\n{wrong}"
+                            again[dataclasses.replace(with_question, question=question)] = place
+                questions = again
 
         return answer
 
@@ -120,11 +121,11 @@ def write_object(caption: dict[str, Any]) -> str:
 
 def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
     """Apply replacements to all texts of a JSON caption, and put words around the text of its key `main`."""
-    replacing = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
+    replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:
         if isinstance(value, str):
-            return reword(value, replacing)
+            return reword(value, replacements)
         if isinstance(value, list):
             return [reword_value(part) for part in value]
         if isinstance(value, dict):
@@ -132,10 +133,12 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
         return value
 
     reworded: dict[str, Any] = reword_value(caption) if wording.replace or wording.replace_regex else caption
-    around = dataclasses.replace(wording, replace=(), replace_regex=())
-    if not around.changes_something:
+    words_around = dataclasses.replace(wording, replace=(), replace_regex=())
+    if not words_around.changes_something:
         return reworded
     full = write_object(reworded)
-    if add_trigger(full, wording.trigger_word.strip()) == full:  # some text of the object has it
-        around = dataclasses.replace(around, trigger_word="")
-    return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), around)}
+    # a trigger word that some text of the object has already is not added again
+    if add_trigger(full, wording.trigger_word.strip()) == full:
+        words_around = dataclasses.replace(words_around, trigger_word="")
+    # the main text comes first if the object has none
+    return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), words_around)}

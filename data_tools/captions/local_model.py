@@ -72,6 +72,7 @@ class LocalModel:
         )
 
     def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionPlace, str | Exception]]:
+        """Yield each place of a batch with its caption, or with the reason why there is none."""
         try:
             answers = self.describe(batch)
         except torch.OutOfMemoryError:
@@ -79,7 +80,7 @@ class LocalModel:
                 f"{len(batch)} at a time with up to {self.ask.num_frames} frames do not fit into the memory. "
                 "Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
             ) from None
-        except Exception as error:  # of the processor or the model, about inputs they do not take
+        except Exception as error:  # the processor or the model does not take an input: find out which one
             if len(batch) == 1:
                 yield batch[0][0], NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
                 return
@@ -106,7 +107,7 @@ class LocalModel:
             **inputs,
             max_new_tokens=self.ask.max_new_tokens,
             num_beams=1,
-            # words are drawn by `RowNoise`, by which a caption depends on no other of its batch
+            # tokens are sampled by `RowNoise`, so that a caption does not depend on the others of its batch
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -119,7 +120,7 @@ class LocalModel:
         end_tokens = self._end_tokens()
         answers = []
         for text, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
-            if text.rstrip().endswith("<think>"):  # templates may begin the thought
+            if text.rstrip().endswith("<think>"):  # the prompt ends with the opening tag of the thought
                 answer = f"<think>{answer}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())
             answers.append((answer, was_cut))
@@ -291,12 +292,14 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         return None
 
     def check(self: Any, name: str, part: Any) -> Any:
+        """Check the class of a part as transformers does, but accept a missing video processor."""
         is_left_out = name == "video_processor" and part is None
         return None if is_left_out else kind.check_argument_for_proper_class(self, name, part)
 
+    # transformers checks the parts in the constructor: a subclass with another check takes None for one
     images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    settings, unused = kind.get_processor_dict(folder, **LOCAL)  # the template is in one of them
+    settings, unused = kind.get_processor_dict(folder, **LOCAL)  # either may have the template
     try:
         return images_only(
             image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
@@ -304,7 +307,7 @@ def _without_videos(folder: Path, model_type: str) -> Any:
             video_processor=None,
             chat_template={**unused, **settings}.get("chat_template") or tokenizer.chat_template,
         )
-    except (ImportError, TypeError):  # it has no such part, or others are missing too
+    except (ImportError, TypeError):  # the class takes no video processor, or another part is missing
         return None
 
 

@@ -70,7 +70,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
 
 
 class AskOptions(Options, title="what is asked"):
-    """Frames to show, question to ask, and choice of the answer."""
+    """What the model is shown and asked, and how its answer is sampled."""
 
     prompt: str | None = option(
         "what the model is asked about each image or clip; default: to describe it in one paragraph"
@@ -159,7 +159,7 @@ class WordingOptions(Options, title="the text that is written"):
 
 
 class WritingOptions(Options, title="what to do"):
-    """Options that all programs share which write captions: which captions, and how their text is changed."""
+    """Which captions are written, and how their text is changed: options of all captioning programs."""
 
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"

@@ -92,10 +92,15 @@ class CaptionList:
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
         """Write values into lines, except lines that have changed on disk meanwhile; return their number.
 
+        The first write of a run keeps the old list as .bak, unless the list has a .bak already and this
+        program wrote all the replaced values.
+
         Args:
             changes: (old values, new values) by the path in the line.
-            is_foreign: Whether a person wrote the replaced values; then the first write of a run keeps the
-                old list as .bak. Raises OutputError if the list cannot be written.
+            is_foreign: Whether a person wrote the replaced values.
+
+        Raises:
+            OutputError: If the list cannot be written.
         """
         for _ in range(TRIES):
             try:
@@ -131,9 +136,9 @@ class CaptionList:
             text = json.dumps(values | new, ensure_ascii=False)
             if bad_character(text):  # another value has half a character, as an escape
                 text = json.dumps(values | new)
-            number = self._numbers[entry]
-            line = lines[number]
-            lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
+            index = self._numbers[entry]
+            line = lines[index]
+            lines[index] = line.replace(line.strip("\ufeff\r\n"), text)
             count += 1
         return lines, count
 

@@ -110,7 +110,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         look=lambda place: look_at(place, ask.num_frames, ask.max_pixels),
         finish=lambda place, answer: reword(answer, options.wording),
     )
-    if format is not None:
+    if format is not None:  # captions that are JSON objects are checked, and reworded by the asker
         _reject_edits(config, options)
         asker = ObjectAsker(format, options.wording, ask.prompt, tells_plain=options.convert_plain)
         maker = replace(
@@ -482,7 +482,8 @@ def _edit_line(
 ) -> _Edit | None:
     """Return the edit of a line in a list; None if nothing changes.
 
-    `is_several` says that the line may have several captions under the key "captions".
+    `is_several` says that the line may have several captions under the key "captions". An edit with an empty
+    new text is reported and not written.
     """
     old: dict[str, Any] = {}
     new: dict[str, Any] = {}

@@ -110,6 +110,7 @@ class ApiServer:
         waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
 
         def work() -> None:
+            """Answer for one place after the other, until none is waiting or the run ends."""
             with contextlib.suppress(queue.Empty):
                 while not self._stop.is_set():
                     place = waiting.get_nowait()
@@ -117,7 +118,7 @@ class ApiServer:
                         done.put((place, self.describe(place, look(place))))
                     except BaseException as error:
                         if not isinstance(error, (MediaError, NoCaptionError)):
-                            self._stop.set()  # it ends the run: nothing more is asked
+                            self._stop.set()  # such an error ends the run: no more requests are sent
                         done.put((place, error))
 
         self._stop.clear()

@@ -162,11 +162,11 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
     lines = []
     for item, info in items:
         files = {key: item.file(kind) for key, kind in KEYS.items()}
-        places = {
+        paths_in_folder = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
             for key, path in files.items()
         }
-        record = {"prompt": item.caption, **places, "metadata": dict(info)}
+        record = {"prompt": item.caption, **paths_in_folder, "metadata": dict(info)}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return {
         "prompts.txt": "".join(f"{item.caption}\n" for item, _ in items),
@@ -258,7 +258,7 @@ def prepare_clips(
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
     def clips() -> Iterator[tuple[PreparedItem, Clip]]:
-        """Yield each clip in order, while threads read later ones."""
+        """Yield each clip in order, while threads read later ones; add failures to `failures`."""
         for item, result in ahead:
             if isinstance(result, (MediaError, OSError)):
                 failures.append(Failure(item.source, str(result), 0, item.name))
@@ -347,12 +347,13 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     Raises:
         MediaError: If the clip cannot be read or is too short.
     """
-    chance = random.Random(derive_seed(options.seed, "prepare", name))
-    place = (chance.random(), chance.random())
-    draws = Draws(place, is_flipped=chance.random() < (options.random_flip or 0.0))
+    generator = random.Random(derive_seed(options.seed, "prepare", name))
+    crop_position = (generator.random(), generator.random())
+    draws = Draws(crop_position, is_flipped=generator.random() < (options.random_flip or 0.0))
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
-    def choose(available: int) -> range:
+    def select_indices(available: int) -> range:
+        """Return the indices of evenly spaced frames, as many as the largest fitting bucket has."""
         count = select_frames(available, options.frame_buckets, options.max_num_frames)
         if count is None:
             raise MediaError(
@@ -363,13 +364,14 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         return range(0, step * count, step)
 
     def shape(frame: Frame) -> Frame:
+        """Resize and crop a frame to the bucket of the first one."""
         nonlocal size
         if size is None:
             sides = (frame.shape[1], frame.shape[0])
             size = select_size(sides, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, draws)
 
-    return np.stack(pick_frames(path, choose, shape, threads, exact=False))
+    return np.stack(pick_frames(path, select_indices, shape, threads, exact=False))
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:

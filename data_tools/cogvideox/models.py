@@ -114,7 +114,7 @@ def _make_of_family(
     )
     words = []
     for part, option in texts.items():
-        if part.startswith("text") or (folder / part).exists():
+        if part.startswith("text") or (folder / part).exists():  # a missing text encoder is reported there
             words += [option, str(folder / part)]
     texts_of = entry.make_family(
         "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
@@ -140,7 +140,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
 
     Raises:
         CheckpointError: If a part is missing.
-        InstallationError: If a package is.
+        InstallationError: If a package is missing.
     """
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():

@@ -75,6 +75,7 @@ def prepare(options: PrepareOptions) -> None:
             if failures:
                 raise SystemExit(DatasetError.exit_code)
             return
+        # items whose files all exist now, from this run or earlier ones
         complete = [item for item in items if _find_work([item], options, maker).num_items == 0]
         _write_lists(complete, folder)
     num_prepared = sum(count for count, _ in gathered) - len(failures)
@@ -164,7 +165,7 @@ def _resolve(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     if earlier is not None:
         changed = difference(earlier.settings, now.settings)
         if changed is None and earlier.architecture is not None:
-            if maker is None:
+            if maker is None:  # a run that encodes nothing keeps the record of the encoders
                 now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
             changed = difference(_describe_model(earlier), _describe_model(now))
         if changed is not None:

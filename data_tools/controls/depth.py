@@ -62,10 +62,10 @@ def _gives_distances(config: Any) -> bool:
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:
-    """Load the model in a folder to a device, in float32. `device` None is the best one available.
+    """Load a depth model from a folder to a device, in float32; None selects the best device available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model for depth estimation, or a damaged one.
     """
     chosen = select_device(device)
     if not (folder / "config.json").is_file():
@@ -81,8 +81,9 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
-        network = build_without_memory(transformers.AutoModelForDepthEstimation.from_config, config)
-        require_shown(folder, "--depth", network, shapes, is_exact=False)
+        # the size of the file is compared with an empty network, before memory is taken for its weights
+        empty_network = build_without_memory(transformers.AutoModelForDepthEstimation.from_config, config)
+        require_shown(folder, "--depth", empty_network, shapes, is_exact=False)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
         network = transformers.AutoModelForDepthEstimation.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **LOCAL

@@ -98,24 +98,26 @@ def make_control_images(options: ControlImageOptions) -> None:
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
     _reject_equal_stems(images)
-    way = _describe_way(options)
-    plan = _plan(images, output, way, options.overwrite)
+    method = _describe_way(options)
+    plan = _plan(images, output, method, options.overwrite)
     _warn_of_kept(plan)
     failures: list[Failure] = []
     if plan.jobs:
         make_folder(output, "--output")
         draw = _select_drawing(options)
-        for picture, target in track(plan.jobs, "Control pictures", len(plan.jobs), unit="picture"):
+        for path, target in track(plan.jobs, "Control pictures", len(plan.jobs), unit="picture"):
             try:
-                image = read_image(picture)
+                image = read_image(path)
             except MediaError as error:
-                failures.append(Failure(picture, str(error), 0, picture.stem))
+                failures.append(Failure(path, str(error), 0, path.stem))
                 continue
-            write_png(target, draw(image), {MADE: way})
-    num_kept = len(plan.done) + len(plan.other_way) + len(plan.foreign)
+            write_png(target, draw(image), {MADE: method})
+    num_kept = (
+        len(plan.done) + len(plan.other_way) + len(plan.foreign)
+    )  # existing files, which are left as is
     rows: list[Row] = [
         ("made", f"{count_of(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before"),
-        ("by", way),
+        ("by", method),
         ("use", f'conditioning_data_dir = "{output.as_posix()}"'),
     ]
     show_box("Control pictures", rows)
@@ -198,10 +200,16 @@ def _read_way(path: Path) -> str | None:
 
 def _warn_of_kept(plan: Plan) -> None:
     """Warn of control images that are kept although they were made by another method."""
-    for paths, why in (
-        (plan.other_way, "made with other options. --overwrite makes them again"),
-        (plan.foreign, "not made by this program. Move them away, or give another --output, to replace them"),
-    ):
-        if paths:
-            names = list_some([path.name for path in paths])
-            logger.warning("%s kept, %s: %s", count_of(len(paths), "control picture"), why, names)
+    if plan.other_way:
+        logger.warning(
+            "%s kept, made with other options. --overwrite makes them again: %s",
+            count_of(len(plan.other_way), "control picture"),
+            list_some([path.name for path in plan.other_way]),
+        )
+    if plan.foreign:
+        logger.warning(
+            "%s kept, not made by this program. Move them away, or give another --output, to replace them: "
+            "%s",
+            count_of(len(plan.foreign), "control picture"),
+            list_some([path.name for path in plan.foreign]),
+        )

@@ -76,18 +76,22 @@ def look_at(
 
 
 def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasures:
+    """Measure a frame; `number` is its index in the video."""
     frame = in_eight_bits(pixels)
     height, width = frame.shape[:2]
-    factor = min(1.0, CELLS / min(height, width))
+    factor = min(1.0, CELLS / min(height, width))  # the shorter side is reduced to CELLS
     size = max(1, round(width * factor)), max(1, round(height * factor))
     small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     cells = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
     return ImageMeasures(
         number,
         brightness=brightness(frame),
-        sharpness=float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen
+        sharpness=float(
+            np.float32(sharpness(frame))
+        ),  # in the precision for which the thresholds were chosen
         is_black=is_black(frame, black_threshold),
         is_flat=is_flat(frame),
+        # motion is measured between color images: three channels that share the gray values
         cells=np.broadcast_to(cells[..., None], (*cells.shape, 3)),
     )
 
@@ -166,8 +170,8 @@ def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions)
     if lengths.max_frames:
         minimum = max(minimum, math.ceil(num_frames / lengths.max_frames))
     for count in range(minimum, num_frames + 1):
-        # equal in time, so that any rate will do
-        times = [look.time(first) + seconds * place / count - ROUNDING for place in range(1, count)]
+        # equal in time, not in frames: the rate may vary
+        times = [look.time(first) + seconds * index / count - ROUNDING for index in range(1, count)]
         inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
         borders = [first, *(border for border in inner if first < border < end), end]
         pieces = list(zip(borders, borders[1:], strict=False))

@@ -81,21 +81,25 @@ def make_masks(options: MaskOptions) -> None:
     _reject_unclear(places)
     kind = _kind_of_model(options.finder)
     shape = _read_shape(options, kind)
-    way = _describe_way(options, kind, shape)
-    plan = _make_plan(places, options, way)
+    method = _describe_way(options, kind, shape)
+    plan = _make_plan(places, options, method)
     _tell_kept(plan)
     if options.dry_run:
         names = list_some([place.medium.name for place in plan.jobs])
         text = f"{count_of(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
-        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", way)])
+        show_box("Masks", [("masks", f"{text}. Nothing is written"), ("by", method)])
         return
     outcome = MaskOutcome()
     if plan.jobs:
         finder = _load_finder(options.finder)
         for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
-            _make_mask(place, _draw(place, finder, shape, options), _texts(place, way, options.mode), outcome)
-    _tell_without(outcome.empty, "nothing is found in", "without a mask a file is learned whole")
-    _tell_without(outcome.black, "nothing would be learned of", "no mask is written")
+            _make_mask(
+                place, _draw(place, finder, shape, options), _texts(place, method, options.mode), outcome
+            )
+    _tell_without(
+        outcome.empty, what="nothing is found in", consequence="without a mask a file is learned whole"
+    )
+    _tell_without(outcome.black, what="nothing would be learned of", consequence="no mask is written")
     masked = [place for place in places if place.mask is not None]
     used = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
     rows: list[Row] = [
@@ -103,7 +107,7 @@ def make_masks(options: MaskOptions) -> None:
             "made",
             f"{count_of(len(outcome.written), 'mask')}, {len(places) - len(plan.jobs)} left as they were",
         ),
-        ("by", way),
+        ("by", method),
     ]
     show_box("Masks", rows, [("In dataset.toml", mask_line(masks)) for masks in used])
     if outcome.failures:
@@ -203,7 +207,7 @@ def _describe_finder(finder: FinderOptions, kind: str) -> str:
     return f"{' | '.join(finder.prompts)} by {real_path(finder.model).name}{score}"
 
 
-def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> MaskPlan:
+def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -> MaskPlan:
     """Decide for each place whether its mask is made, kept or changed."""
     plan = MaskPlan()
     for place in places:
@@ -214,7 +218,7 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, way: str) -> M
                 plan.removed.append(place)
             else:
                 plan.jobs.append(place)
-        elif made_by.split("\n")[-1] == way:
+        elif made_by.split("\n")[-1] == method:
             continue  # the last line of the note in the mask names the method: it is the same
         elif options.mode != "fill":
             plan.jobs.append(place)
@@ -286,7 +290,7 @@ def _load_finder(options: FinderOptions) -> Finder:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 
         return load_word_finder(options.model, options.prompts, options.least_score, options.device)
-    from data_tools.masks import seen  # likewise
+    from data_tools.masks import seen  # only if there is a mask to make
 
     if options.background is not None:
         return seen.load_background_finder(options.background)
@@ -298,20 +302,27 @@ def _load_finder(options: FinderOptions) -> Finder:
 
 def _tell_kept(plan: MaskPlan) -> None:
     """Warn of masks that are kept although this run would have made different ones."""
-    for places, why in (
-        (plan.other_way, "made with other options. --overwrite makes them again"),
-        (plan.by_hand, "drawn or accepted by a person. --mode replace replaces them"),
-    ):
-        if places:
-            names = list_some([place.medium.name for place in places])
-            logger.warning("%s kept, %s: %s", count_of(len(places), "mask"), why, names)
+    if plan.other_way:
+        logger.warning(
+            "%s kept, made with other options. --overwrite makes them again: %s",
+            count_of(len(plan.other_way), "mask"),
+            list_some([place.medium.name for place in plan.other_way]),
+        )
+    if plan.by_hand:
+        logger.warning(
+            "%s kept, drawn or accepted by a person. --mode replace replaces them: %s",
+            count_of(len(plan.by_hand), "mask"),
+            list_some([place.medium.name for place in plan.by_hand]),
+        )
     if plan.removed:
-        names = list_some([place.medium.name for place in plan.removed])
-        text = "%s removed before and not made again; --mode replace does: %s"
-        logger.warning(text, count_of(len(plan.removed), "mask"), names)
+        logger.warning(
+            "%s removed before and not made again; --mode replace does: %s",
+            count_of(len(plan.removed), "mask"),
+            list_some([place.medium.name for place in plan.removed]),
+        )
 
 
-def _tell_without(places: Sequence[MaskPlace], what: str, why: str) -> None:
+def _tell_without(places: Sequence[MaskPlace], what: str, consequence: str) -> None:
     if places:
         names = list_some([place.medium.name for place in places])
-        logger.warning("%s %s (%s): %s", what.capitalize(), count_of(len(places), "file"), why, names)
+        logger.warning("%s %s (%s): %s", what.capitalize(), count_of(len(places), "file"), consequence, names)

@@ -113,12 +113,19 @@ def read_kind(folder: Path) -> str:
 def load_word_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
 ) -> WordFinder:
-    """Load the model in a folder to a device, in float32. `device` None is the best one available.
+    """Load CLIPSeg or SAM 3, which find words in images, from a folder.
+
+    Args:
+        folder: Folder of the model, as transformers saves it.
+        prompts: What to find.
+        least_score: Lowest score of a found object, for SAM 3.
+        device: Device to load to, in float32; None selects the best one available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model of these kinds, or a damaged one.
+        InstallationError: If torchvision is missing.
     """
-    chosen = select_device(device)
+    selected_device = select_device(device)
     kind = read_kind(folder)
     network_name, processor_name = _CLASSES[kind]
     shapes = check_settings(folder, "--model", MAX_SIDE)
@@ -129,8 +136,9 @@ def load_word_finder(
     try:
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
-        network = build_without_memory(network_class, config)
-        require_shown(folder, "--model", network, shapes, is_exact=kind == CLIPSEG)
+        # the shapes of the file are compared with an empty network, before memory is taken for its weights
+        empty_network = build_without_memory(network_class, config)
+        require_shown(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
         network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
     except CheckpointError:
@@ -143,4 +151,6 @@ def load_word_finder(
             ) from None
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(f"--model {folder}: transformers cannot load it: {why}", folder) from None
-    return WordFinder(network.eval().requires_grad_(False).to(chosen), processor, prompts, least_score)
+    return WordFinder(
+        network.eval().requires_grad_(False).to(selected_device), processor, prompts, least_score
+    )

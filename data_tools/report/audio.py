@@ -110,12 +110,12 @@ def check_audio(
 
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
-    remarks: list[Fault] = []
+    warnings: list[Fault] = []
     tracks: list[TrackInfo] = []
     total_valid = 0
     total_missing = 0
-    # sound that a table must have is a fault where it is missing
-    silences = errors if table.audio == REQUIRED or work.spec.is_alone else remarks
+    # missing audio is an error if the table or the model needs it, otherwise a warning
+    findings_of_silence = errors if table.audio == REQUIRED or work.spec.is_alone else warnings
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
@@ -127,10 +127,10 @@ def check_audio(
             total_valid += num_valid
             total_missing += len(plan.items) - num_valid
         if audio.silent is not None:
-            silences.append(Fault("have no sound", audio.silent, stem))
+            findings_of_silence.append(Fault("have no sound", audio.silent, stem))
         if audio.remark is not None:
             text = f"{plan.source.path}: {audio.remark}"
-            remarks.append(Fault("have sound that does not fit", text, stem))
+            warnings.append(Fault("have sound that does not fit", text, stem))
     have = "can be heard" if table.is_of_audio else "clips have it"
     forms = _describe_tracks(tracks)
     needs = count_words(total_missing, "items need encoding")
@@ -138,7 +138,7 @@ def check_audio(
         f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {total_valid} files are valid, {needs}",
     ]
-    return AudioFindings(lines, errors, remarks)
+    return AudioFindings(lines, errors, warnings)
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
@@ -164,18 +164,19 @@ def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
     """
     try:
         with fetch(source) as here:
+            # one channel; no latents are made, so their shape does not matter
             spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
             (samples,) = read_audios(find_audio(here), [(0, used)], kept_rate(here, fps), spec)
     except NoAudio:
         return None
-    loud = np.abs(samples[0].numpy())
-    num_bars = min(WAVE_BARS, len(loud))
-    edges = np.linspace(0, len(loud), num_bars + 1).astype(int)
-    peaks = np.maximum.reduceat(loud, edges[:-1])
+    amplitudes = np.abs(samples[0].numpy())
+    num_bars = min(WAVE_BARS, len(amplitudes))
+    edges = np.linspace(0, len(amplitudes), num_bars + 1).astype(int)
+    peaks = np.maximum.reduceat(amplitudes, edges[:-1])
     heights = peaks.clip(0, 1) * WAVE_HEIGHT
-    bars = ""
-    for place, height in enumerate(heights):
-        bars += f"M{place} {(WAVE_HEIGHT - height) / 2:.1f}v{height:.1f}"
+    bars = ""  # a path of SVG: one vertical line for each bar, centered
+    for index, height in enumerate(heights):
+        bars += f"M{index} {(WAVE_HEIGHT - height) / 2:.1f}v{height:.1f}"
     return Markup(
         f'<svg class="wave" viewBox="0 0 {num_bars} {WAVE_HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="loudness of the sound"><path d="{bars}"/></svg>'

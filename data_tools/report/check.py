@@ -139,7 +139,7 @@ Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its ide
 
 @dataclass(frozen=True)
 class _Identified:
-    """Identities of the encoders, with which caches are compared, and report lines about their files."""
+    """Identities of the encoders, which caches are compared with, and lines about their files to report."""
 
     media: Mapping[str, str]  # identity of the media encoders; empty if not needed
     texts: Encoders
@@ -201,7 +201,7 @@ def check_caching(
     log_lone_controls(sources)
     if scope.media:
         find_lone_masks(tables)
-    if lack_references(config.datasets, sources):
+    if lack_references(config.datasets, sources):  # a warning of the whole dataset, shown once
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     hold_back(tables, *validation)
     balance(tables)
@@ -383,12 +383,13 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan all sources of a table; those without recorded facts are decoded, and come last."""
+    """Plan all sources of a table; sources without a record of their frames are decoded, and come last."""
     table = findings.table
     existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
+        """Complete the plan of a source by decoding it."""
         source = plan.source
         media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.lengths)
         planning = Planning(source, existing.of(source.stem), recipe)

@@ -43,12 +43,12 @@ def list_files(
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
         errors = findings.texts_by_stem("faults", with_kind=True)
-        remarks = findings.texts_by_stem("remarks", with_kind=True)
+        warnings = findings.texts_by_stem("remarks", with_kind=True)
         looks = findings.looks or [Look()] * len(findings.sources)
         for source, look in zip(findings.sources, looks, strict=True):
             findings_of_file = {
                 "faults": errors.get(source.stem, []),
-                "remarks": remarks.get(source.stem, []),
+                "remarks": warnings.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }
             files.append({**_describe_source(source), **_describe_look(look), **findings_of_file})
@@ -118,7 +118,8 @@ def _compare_caches(
         names = store.names()
     except (DatasetError, CacheError) as error:
         unknown = (UNKNOWN, str(error))
-        return {stem: {"": {MEDIA: unknown, TEXT: unknown}} for stem in states}
+        no_model = ""
+        return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}
     for tag in _find_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
@@ -162,7 +163,11 @@ def _compare_media(
     latent: LatentSpec,
     workers: int,
 ) -> dict[str, State]:
-    """Return the state of a model's latent caches, by the stem of their source."""
+    """Return the state of a model's latent caches, by the stem of their source.
+
+    No model is loaded: the options and the encoder of the first caches count as those of the model, so caches
+    that differ from them are outdated.
+    """
     table = findings.table
     store = stores.of(table)
     caches = list(latent_names(names, tag, table.kind))
@@ -255,10 +260,10 @@ def _compare_texts(
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
     for source in sources:
-        for number in range(1 + len(source.more_captions)):
+        for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))
-            if state == VALID:  # the first that is not valid decides
-                file_name = text_file_name(source.stem, tag, number)
+            if state == VALID:  # the first caption that is not valid decides
+                file_name = text_file_name(source.stem, tag, caption_index)
                 states[source.stem] = state_of_file.get(file_name, (VALID, ""))
     return states
 

@@ -49,7 +49,7 @@ class BucketRow(NamedTuple):
 
 @dataclass
 class TableFindings:
-    """Findings in one table; filled as a check continues."""
+    """What a check found out about one table; each step of the check adds to it."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -352,13 +352,13 @@ def check_captions(
         findings.faults.append(Fault(NO_CAPTION, line, source.stem))
     for source in findings.sources:
         if source.caption == "":
-            place = source.caption_path or source.path
-            findings.remarks.append(Fault("have an empty caption", str(place), source.stem))
+            path = source.caption_path or source.path
+            findings.remarks.append(Fault("have an empty caption", str(path), source.stem))
     findings.remarks += find_caption_warnings(findings.sources)
     if not counters.by_name:
         return
-    remarks, sizes_bytes = find_cut_captions(findings.sources, dict(counters.by_name))
-    findings.remarks += remarks
+    warnings, sizes_bytes = find_cut_captions(findings.sources, dict(counters.by_name))
+    findings.remarks += warnings
     references = ", more with what it sees of references" if findings.table.texts_see_references else ""
     for name, sizes in sizes_bytes.items():
         longest = max(sizes)

@@ -4,7 +4,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,8 +122,8 @@ def cut_percent(fit: Fit) -> float:
 
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
-    """Decode a source as caching does, with its control media and mask, and measure its used frames."""
-    size: tuple[int, int] | None = None  # that all frames are reduced to
+    """Decode a source as caching does, with its control media and mask, and measure the frames it uses."""
+    size: tuple[int, int] | None = None  # all frames are reduced to it; the first frame selects it
 
     def reduce(frame: Frame) -> Frame:
         nonlocal size
@@ -134,9 +134,10 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
     sample = EvenFrames(reduce)
-    info = _look_over(source, fps, latent, sample.add)
+    look = _look_over(source, fps, latent, sample.add)
     has_companions = bool(source.control) or source.mask_from is not None
-    if has_companions and "problem" not in info:
+    if has_companions and look.problem is None:
+        # decoded again as for caching, only to find out whether the control media and the mask fit
         try:
             decode_source(
                 source,
@@ -146,15 +147,14 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
                 keeps_alpha=latent.keeps_alpha,
                 has_alpha=latent.has_alpha,
             )
-        except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
-            info["problem"] = str(error)
-            info["lengths"] = ()
-            info["none"] = None
-    if "problem" not in info and sample.frames:
+        except (MediaError, DatasetError, OSError) as error:  # caching would reject it
+            look = replace(look, problem=str(error), lengths=(), none=None)
+    measures: Measures | None = None
+    if look.problem is None and sample.frames:
         frames = select_evenly(sample.frames, MOST_FRAMES)
-        info["measures"] = measure_frames(frames, source.table.kind == "video")
-    del info["spans"]
-    return Look(**info, audio=_listen(source))
+        measures = measure_frames(frames, source.table.kind == "video")
+    # spans are left out, because there may be a million of these records
+    return replace(look, measures=measures, spans=(), audio=_listen(source))
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
@@ -178,16 +178,17 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
         return _scale(frame, height, sizes.width, method)
 
     sample = EvenFrames(reduce)
-    info = _look_over(source, fps, latent, sample.add)
+    look = _look_over(source, fps, latent, sample.add)
     if sample.frames:
         name = escape_control_codes(source.path.name)
-        strip = _join_frames(sample.frames, info.get("fit"), sizes.width)
+        strip = _join_frames(sample.frames, look.fit, sizes.width)
         middle = sample.frames[len(sample.frames) // 2]
-        info["strip"] = embed_image(strip, name, sizes.width, quality=sizes.quality)
-        info["small"] = embed_image(middle, name, SMALL, quality=70)
-    if hears and info["used"]:
-        _add_audio(source, fps, info)
-    return Look(**info)
+        look = replace(
+            look,
+            strip=embed_image(strip, name, sizes.width, quality=sizes.quality),
+            small=embed_image(middle, name, SMALL, quality=70),
+        )
+    return _with_audio(look, source, fps) if hears and look.used else look
 
 
 def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
@@ -197,13 +198,14 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
 
-def _add_audio(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
-    """Add the sound of the used frames of a clip, with a drawing of it."""
+def _with_audio(look: Look, source: MediaSource, fps: float) -> Look:
+    """Return the look at a clip with the sound of its used frames, and a drawing of it."""
     audio = _listen(source)
-    facts["audio"] = audio
+    wave: Markup | None = None
     if audio is not None and audio.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
-            facts["wave"] = draw_audio(source, fps, facts["used"])
+            wave = draw_audio(source, fps, look.used)
+    return replace(look, audio=audio, wave=wave)
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
@@ -245,22 +247,20 @@ def _listen(source: MediaSource) -> Heard | None:
     return None
 
 
-def _look_over(
-    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]
-) -> dict[str, Any]:
-    """Pass each used frame of a source to `take`, at its own size; return fields for `Look`."""
-    info: dict[str, Any] = {"used": 0, "spans": ()}
+def _look_over(source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]) -> Look:
+    """Pass each used frame of a source to `take`, at its own size; return what can be found out about it."""
+    facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
-            _read_tensors(source, latent, info)
+            _read_tensors(source, latent, facts)
         else:
             with fetch(source) as here:
-                _read_frames(here, fps, latent, take=take, facts=info)
-            _select_spans(source.table, latent, info)
-        info["lengths"] = _count_lengths(info["spans"])
+                _read_frames(here, fps, latent, take=take, facts=facts)
+            _select_spans(source.table, latent, facts)
+        facts["lengths"] = _count_lengths(facts["spans"])
     except (MediaError, DatasetError, OSError) as error:
-        info["problem"] = str(error)
-    return info
+        facts["problem"] = str(error)
+    return Look(**facts)
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:

@@ -53,22 +53,22 @@ def check_masks(
     masked = [plan for plan in plans if plan.source.mask is not None and plan.items]
     local = [plan for plan in masked if not plan.source.origins]
     step = math.ceil(len(local) / LOOKED_AT) or 1
-    looked_at = local[::step]
+    sampled = local[::step]
     measure = functools.partial(_measure, latent=latent)
-    bar = Bar(len(looked_at), "Reading masks", "mask", shown=False)
-    shares = [share for share in map_ahead(looked_at, measure, workers, bar) if share is not None]
-    if not shares:
+    bar = Bar(len(sampled), "Reading masks", "mask", shown=False)
+    fractions = [fraction for fraction in map_ahead(sampled, measure, workers, bar) if fraction is not None]
+    if not fractions:
         return
-    mean = sum(share.share for share in shares) / len(shares)
-    lowest = min(shares, key=lambda share: share.share)
+    mean = sum(fraction.share for fraction in fractions) / len(fractions)
+    lowest = min(fractions, key=lambda fraction: fraction.share)
     findings.caches.append(
-        f"of {count_of(len(shares), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
+        f"of {count_of(len(fractions), 'mask')} looked at, {mean:.0%} of the latents are learned (above "
         f"{LEARNED:g}), the least of {lowest.path.name}: {lowest.share:.1%}"
     )
-    for share in shares:
-        if share.share == 0:
-            kind = BLACK if share.is_black else THIN
-            findings.remarks.append(Fault(kind, str(share.path), share.stem, ends_run=False))
+    for fraction in fractions:
+        if fraction.share == 0:
+            kind = BLACK if fraction.is_black else THIN
+            findings.remarks.append(Fault(kind, str(fraction.path), fraction.stem, ends_run=False))
 
 
 def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
@@ -89,10 +89,10 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
             mask = read_moving(source.mask, frames, place=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
-    _, down, across = latent.stride
-    weights = shrink_mask(torch.from_numpy(mask.copy()), (1, down, across)).float()
-    learned_share = float((weights > LEARNED).float().mean())
-    return MaskShare(source.mask, source.stem, learned_share, is_black=not mask.any())
+    _, height_stride, width_stride = latent.stride
+    weights = shrink_mask(torch.from_numpy(mask.copy()), (1, height_stride, width_stride)).float()
+    learned_fraction = float((weights > LEARNED).float().mean())
+    return MaskShare(source.mask, source.stem, learned_fraction, is_black=not mask.any())
 
 
 def find_lone_masks(tables: Sequence[TableFindings]) -> None:
@@ -100,7 +100,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
     A folder in which no mask fits is reported as an error of its table already.
     """
-    stems: dict[str, set[str]] = {}  # of all that a folder of masks may mask
+    stems: dict[str, set[str]] = {}  # by folder of masks: stems of all images and clips of its tables
     for findings in tables:
         if findings.table.mask_directory is not None:
             of_folder = stems.setdefault(folder_id(findings.table.mask_directory), set())
@@ -109,7 +109,7 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
         folder = findings.table.mask_directory
         if folder is None or folder_id(folder) not in stems:
             continue
-        of_folder = stems.pop(folder_id(folder))
+        of_folder = stems.pop(folder_id(folder))  # tables that share a folder warn once
         masks = _list_masks(folder, findings.table.directory)
         lone = [path for stem, paths in sorted(masks.items()) if stem not in of_folder for path in paths]
         if not of_folder.isdisjoint(masks):

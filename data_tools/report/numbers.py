@@ -72,11 +72,11 @@ def collect_numbers(
         "tables": table_numbers,
         "buckets": _count_buckets(tables),
         "broken": _with_reason(tables, "problem"),
-        # faults of files and captions have their own lists
+        # without errors that have a list of their own: "broken" for files, "captions" for captions
         "faults": _list_texts(tables, "faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
-        # about files that no source uses
+        # warnings about files that no source uses
         "remarks": _list_texts(tables, "remarks", lambda fault: fault.stem is None),
-        # all of them, as --check counts them
+        # of all kinds, as --check counts them
         "num_faults": sum(len(findings.faults) for findings in tables),
         "num_remarks": sum(len(findings.remarks) for findings in tables),
         "captions": captions,
@@ -160,7 +160,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
     """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
-    share = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
+    percent = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
     rows = findings.bucket_rows()
     num_references = count_references(findings.sources)
     return {
@@ -171,7 +171,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         "items": findings.num_items,
         "num_repeats": table.num_repeats,
         "items_per_epoch": items_per_epoch,
-        "share_percent": share,
+        "share_percent": percent,
         "batch_size": table.batch_size,
         "batches_per_epoch": 0 if table.validation else sum(row.batches for row in rows),
         "part_batches": sum(row.last_batch < table.batch_size for row in rows),
@@ -302,11 +302,11 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
 
 
 def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
-    """Return the edges of bins of a width that hold `low` to `end`; the last one reaches `high`."""
+    """Return the edges of bins of equal width from `low` to `end`; the last bin is extended to `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     if high >= start + count * width:
-        count += 1  # the last bin takes what is far larger
+        count += 1  # one more bin, for the outliers between `end` and `high`
     edges = [start + index * width for index in range(count)]
     edges.append(max(high, start + count * width))
     return edges
@@ -332,7 +332,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
     captions = _CaptionCounts()
     for source in sources:
         captions.add(source)
-    without = captions.without
+    without = captions.without  # paths of sources whose caption is missing or empty
     num_without = {name: len(paths) for name, paths in without.items()}
     repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
     return {
@@ -355,7 +355,7 @@ class _CaptionCounts:
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
-        self.holders: Counter[str] = Counter()  # in how many captions a word occurs
+        self.num_captions_with: Counter[str] = Counter()  # in how many captions a word occurs
         self.num_words: list[int] = []  # of each caption that is not empty
         self.num_characters: list[int] = []
         self.paths: dict[str, dict[Path, str]] = {}  # text -> paths by absolute path: each file once
@@ -376,7 +376,7 @@ class _CaptionCounts:
                 continue
             words = [word.lower() for word in _WORD.findall(caption)]
             self.words.update(words)
-            self.holders.update(set(words))
+            self.num_captions_with.update(set(words))
             self.num_words.append(len(words))
             self.num_characters.append(len(caption))
             paths = self.paths.setdefault(caption, {})
@@ -398,9 +398,9 @@ class _CaptionCounts:
     def list_frequent_words(self) -> list[Numbers]:
         """List the words that occur in the largest number of captions, without stop words."""
         telling = [(word, count) for word, count in self.words.items() if word not in STOP_WORDS]
-        by_frequency = sorted(telling, key=lambda item: (-self.holders[item[0]], -item[1], item[0]))
+        by_frequency = sorted(telling, key=lambda item: (-self.num_captions_with[item[0]], -item[1], item[0]))
         return [
-            {"word": word, "count": count, "captions": self.holders[word]}
+            {"word": word, "count": count, "captions": self.num_captions_with[word]}
             for word, count in by_frequency[:MAX_WORDS]
         ]
 

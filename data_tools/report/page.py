@@ -138,10 +138,7 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    """Write a page with the values that both templates need.
-
-    `values` are those of this page.
-    """
+    """Write a page with the values that every page of the report needs, and with `values` of this page."""
     filters = []
     for mark, words in FILTERS:
         count = sum(mark in card.marks for card in cards)
@@ -195,25 +192,25 @@ def _make_cards(
     tables: Sequence[TableFindings], maximum: int, workers: int, drawing: _CardDrawing
 ) -> list[Card]:
     """Read at most `maximum` files again and return a card for each, in the order of the tables."""
-    places = []
+    jobs = []
     for findings, indices in zip(tables, select_sources(tables, maximum), strict=True):
         errors = findings.texts_by_stem("faults")
-        remarks = findings.texts_by_stem("remarks")
+        warnings = findings.texts_by_stem("remarks")
         for index in indices:
             stem = findings.sources[index].stem
-            place = _CardPlace(
+            job = _CardPlace(
                 findings,
                 index,
                 faults=errors.get(stem, []),
-                remarks=remarks.get(stem, []),
+                remarks=warnings.get(stem, []),
             )
-            places.append(place)
+            jobs.append(job)
     read = read_ahead(
-        places,
-        source_of=lambda place: place.source,
-        work=lambda place: _make_card(place, drawing),
+        jobs,
+        source_of=lambda job: job.source,
+        work=lambda job: _make_card(job, drawing),
         workers=workers,
-        bar=Bar(len(places), "Reading pictures", "file"),
+        bar=Bar(len(jobs), "Reading pictures", "file"),
     )
     cards = []
     for _, card in read:
@@ -222,18 +219,18 @@ def _make_cards(
     return cards
 
 
-def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
+def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
     """Read a file again and return its card."""
-    source = place.source
+    source = job.source
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
     # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
-    errors = [text for text in place.faults if text not in paths]
-    remarks = [text for text in place.remarks if text not in paths]
+    errors = [text for text in job.faults if text not in paths]
+    warnings = [text for text in job.remarks if text not in paths]
     if look.problem is not None and not errors:
         errors = [look.problem]
-    looks = place.findings.looks
-    measures = looks[place.index].measures if looks else None
+    looks = job.findings.looks
+    measures = looks[job.index].measures if looks else None
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
     counts = [drawing.counters.count(caption) if caption else [] for caption in captions]
     texts = []
@@ -241,7 +238,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         texts += caption_segments(caption, counts_of_caption)
     is_marked = {
         "faulty": bool(errors),
-        "told": bool(remarks),
+        "told": bool(warnings),
         "black": measures is not None and measures.is_black,
         "static": measures is not None and measures.is_static,
         "blurred": measures is not None and measures.is_blurred,
@@ -249,11 +246,11 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         "cut": look.cut_percent > 20,
     }
     return Card(
-        place=f"file-{place.findings.table.index + 1}-{place.index}",
+        place=f"file-{job.findings.table.index + 1}-{job.index}",
         source=source,
         look=replace(look, measures=measures),
         faults=errors,
-        remarks=remarks,
+        remarks=warnings,
         counts=counts[0] if counts else [],
         texts=texts,
         windows=_windows(look),
@@ -267,27 +264,27 @@ def select_sources(tables: Sequence[TableFindings], maximum: int) -> list[list[i
 
     Each group is thinned out evenly. Returns, for each table, the indices of its sources in this order.
     """
-    faulty: list[tuple[int, int]] = []  # index of the table, and of the source in it
-    remarked: list[tuple[int, int]] = []
-    plain: list[tuple[int, int]] = []
+    with_errors: list[tuple[int, int]] = []  # index of the table, and of the source in it
+    with_warnings: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
         stems_with_errors = {error.stem for error in findings.faults}
         stems_with_warnings = {remark.stem for remark in findings.remarks}
         for index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
-                faulty.append((table_index, index))
+                with_errors.append((table_index, index))
             elif source.stem in stems_with_warnings:
-                remarked.append((table_index, index))
+                with_warnings.append((table_index, index))
             else:
-                plain.append((table_index, index))
-    chosen: list[list[int]] = [[] for _ in tables]
-    for places in (faulty, remarked, plain):
-        count = min(maximum, len(places))
+                others.append((table_index, index))
+    selected: list[list[int]] = [[] for _ in tables]
+    for positions in (with_errors, with_warnings, others):
+        count = min(maximum, len(positions))
         maximum -= count
         if count:
-            for table_index, index in select_evenly(places, count):
-                chosen[table_index].append(index)
-    return chosen
+            for table_index, index in select_evenly(positions, count):
+                selected[table_index].append(index)
+    return selected
 
 
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
@@ -374,7 +371,7 @@ def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers],
 
 def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     """Draw the most frequent outlines of sources around a bucket of `size`."""
-    # edges of the whole source relative to the bucket's corner
+    # left, top, width, height of each source relative to the bucket's corner, and its number of files
     outlines = [
         (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MAX_OUTLINES)
     ]

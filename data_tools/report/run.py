@@ -50,7 +50,7 @@ DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
-    """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
+    """Read the dataset, then write the page and the JSON that the options name. Errors are logged.
 
     Raises:
         DatasetError: If there is nothing to report on.
@@ -163,7 +163,7 @@ def _measure_table(
         remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
-        # for given tensors only the header is read
+        # precomputed tensors are measured in any case, because only their header is read
         if options.no_decode and source.tensors is None:
             return read_header(source, options.fps, latent)
         return measure(source, options.fps, latent)
@@ -176,7 +176,7 @@ def _measure_table(
         bar=Bar(len(findings.sources), "Reading headers" if options.no_decode else "Measuring", "file"),
         decodes=not options.no_decode,
     )
-    fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
+    fits: dict[Fit | None, Fit | None] = {}  # equal fits share one object, as there are few different ones
     for source, result in results:
         look = Look(problem=str(result)) if isinstance(result, Failure) else result
         look = replace(look, fit=fits.setdefault(look.fit, look.fit))
@@ -233,8 +233,8 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
             group = group_of.get(path, [])
             copies = [copy for copy in group if copy.absolute() != path]
             if copies:
-                further = f" and {len(group) - 2} more" if len(group) > 2 else ""
-                text = f"nearly the same as {copies[0].name}{further}"
+                and_others = f" and {len(group) - 2} more" if len(group) > 2 else ""
+                text = f"nearly the same as {copies[0].name}{and_others}"
                 findings.remarks.append(Fault("are nearly the same as another", text, source.stem))
     return sorted(groups, key=lambda group: str(group[0]))
 
@@ -249,7 +249,8 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
         for source, look in zip(findings.sources, findings.looks, strict=False):
             if look.measures is not None:
                 files.setdefault(source.path.absolute(), (source.path, look.measures))
-    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of a single frame have one hash
+    # by number of hashes: only files with the same number, such as clips of several frames, are compared
+    by_length: dict[int, list[tuple[Path, Measures]]] = {}
     for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
         by_length.setdefault(len(measures.hashes), []).append((path, measures))
     groups = []
@@ -377,7 +378,7 @@ def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) 
     """Return N bool: which `copies` (N K C) are `pictures` (1 K C) at other brightness and contrast."""
     first = _center(pictures)
     second = _center(copies)
-    # least squares: the one of less contrast is `gain` times the other, and a rest
+    # least squares: the image of less contrast is `gain` times the other, plus the misfit
     power = np.maximum(first.power, second.power)
     covariance = (first.pictures * second.pictures).mean(axis=(1, 2))
     gain = covariance / np.maximum(power, 1e-9)

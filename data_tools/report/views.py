@@ -42,7 +42,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     latent = family.latent
     fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
-    way = _select_way(debug, folder)
+    display = _select_way(debug, folder)
     failures: list[Failure] = []
     dropped: list[Failure] = []
 
@@ -66,14 +66,14 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         for span in media.spans[:maximum]:
             _log_item(media, span)
             file = folder / f"{media.source.table.index}_{media.key(span)}"
-            answer = _show(way, file, side_by_side(media.cut(span)), fps=fps, debug=debug)
+            answer = _show(display, file, side_by_side(media.cut(span)), fps=fps, debug=debug)
             if answer != NEXT:
                 return answer
         return NEXT
 
     for table in config.datasets:
         logger.info("%s", table.name)
-        left = debug.console_num_images if way == "console" else None
+        num_left = debug.console_num_images if display == "console" else None
         sources = find_sources(table)
         ahead = read_ahead(
             sources,
@@ -90,12 +90,12 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                     continue
                 if result.reason is not None:
                     dropped.append(Failure.of(source, result.reason))
-                answer = show_items(result, left)
+                answer = show_items(result, num_left)
                 if answer == QUIT:
                     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
-                if left is not None:
-                    left -= len(result.spans)
-                if answer == NEXT_DATASET or (left is not None and left <= 0):
+                if num_left is not None:
+                    num_left -= len(result.spans)
+                if answer == NEXT_DATASET or (num_left is not None and num_left <= 0):
                     break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
 
@@ -186,23 +186,23 @@ def sheet(frames: NDArray[np.uint8], maximum: int = SHEET_FRAMES) -> Frame:
     return np.concatenate(select_evenly(list(frames), maximum), axis=1)
 
 
-def colored_text(picture: Frame, columns: int, background: str | None) -> str:
+def colored_text(frame: Frame, columns: int, background: str | None) -> str:
     """Return an image as lines for a terminal with 24-bit colors.
 
     Without a background, a character shows two pixels, one above the other; with one, it is a character of
     SHADES, denser for lighter pixels.
     """
-    rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
+    rows = max(round(frame.shape[0] / frame.shape[1] * columns / 2), 1)
     lines = []
     if background is None:
-        small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(frame, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
         for upper, lower in zip(small[::2], small[1::2], strict=True):
             lines.append("".join(map(_half_blocks, upper, lower)))
     else:
-        small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
-        back = 40 + COLOURS.index(background.lower())
+        small = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA)
+        background_code = 40 + COLOURS.index(background.lower())
         for row in small:
-            lines.append("".join(_shade_pixel(pixel, back) for pixel in row))
+            lines.append("".join(_shade_pixel(pixel, background_code) for pixel in row))
     return "".join(f"{line}\033[0m\n" for line in lines)
 
 

@@ -59,6 +59,7 @@ class Tagger:
     def _answer_batch(
         self, batch: Sequence[Shown], choice: TagChoice, separator: str
     ) -> list[tuple[CaptionPlace, str | Exception]]:
+        """Return the tags of each place, joined over its frames, or an error if no tag is probable enough."""
         frames = [frame for _, shown in batch for frame in shown]
         probabilities = self.probabilities(frames)
         answers: list[tuple[CaptionPlace, str | Exception]] = []
@@ -134,8 +135,10 @@ class Tagger:
         return np.nan_to_num(output, nan=0.0)
 
 
-def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int) -> Tagger:
-    """Load the tagger in a folder.
+def load_tagger(
+    folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int, option: str = "--model_dir"
+) -> Tagger:
+    """Load the tagger in a folder, which `option` names.
 
     Raises:
         CheckpointError: If the folder has no model file, or if the model is not a tagger.
@@ -145,7 +148,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
     if not path.is_file():
         to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
         raise CheckpointError(
-            f"--model_dir {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
+            f"{option} {folder}: there is no {MODEL}. {as_typed([*_TYPED, str(to)])} downloads a tagger, "
             "after its size and license",
             folder,
         )
@@ -162,6 +165,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: 
             path,
         )
     fixed_batch = shape[0]
+    # an image takes 3 channels of 4 bytes; half of the memory is left for the network
     if fixed_batch is not None and 12 * sides[0] ** 2 * fixed_batch > MAX_ONNX_MEMORY // 2:
         raise CheckpointError(
             f"{path} takes {fixed_batch:,} pictures of {sides[0]} x {sides[0]} pixels at once: more than "

@@ -29,30 +29,31 @@ class TagChoice:
     sorts: bool  # by falling probability, else in the order of the labels
 
     def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags of an image in order, each once.
+        """Return the tags of an image in order, each once, from the probability of each label.
 
-        `probabilities` are one for each label.
+        Tags whose probability reaches the threshold of their category are selected. The categories in
+        `self.places`, rating and quality, instead give their most probable tag, or none.
         """
         order = list(range(len(labels)))
         if self.sorts:
             order.sort(key=lambda index: -probabilities[index])
         characters: list[str] = []
-        others: list[str] = []
+        general: list[str] = []
         for index in order:
             label = labels[index]
             if label.category in self.places or probabilities[index] < self.thresholds[label.category]:
                 continue
             is_first = self.characters_first and label.category == CHARACTER
-            tags = characters if is_first else others
+            tags = characters if is_first else general
             tags += self._spell(label)
-        tags = [*characters, *others]
-        for category, place in self.places.items():
+        tags = [*characters, *general]
+        for category, end in self.places.items():
             of_category = [index for index in order if labels[index].category == category]
-            if place is None or not of_category:
+            if end is None or not of_category:
                 continue
             best = max(of_category, key=lambda index: probabilities[index])
             spelled = self._spell(labels[best])
-            tags = [*spelled, *tags] if place == "first" else [*tags, *spelled]
+            tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
         tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
         front = [tag for tag in self.always_first if tag in tags]
         return [*front, *(tag for tag in tags if tag not in front)]

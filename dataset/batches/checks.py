@@ -52,10 +52,10 @@ def check_channels(
     are skipped. `stores` are the stores of the run.
     """
     stores = stores or Stores()
-    unsaid: list[Path] = []  # of other programs
+    without_fps: list[Path] = []  # of other programs
     for group in group_items(items).values():
         item = group[-1]
-        if item.kind.sizes is not None:
+        if item.kind.sizes is not None:  # encoded while training: there is no cache
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
@@ -67,12 +67,12 @@ def check_channels(
                 "  To keep caches for both models, give each a cache_directory of its own."
             )
         if latent.unsaid_fps is not None and data.FPS not in header.keys:
-            unsaid.append(item.latent_path)
-    if unsaid:
+            without_fps.append(item.latent_path)
+    if without_fps:
         logger.warning(
             "%s, and maybe others, was made by another program and does not record its frame rate: %g "
             "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
-            unsaid[0],
+            without_fps[0],
             latent.unsaid_fps,
             commands.latents,
         )
@@ -108,7 +108,7 @@ def text_errors(
         if changed is not None:
             yield f"{changed} in {table.name}"
     yield from _find_seen_reference_errors(item, records)
-    if table.directory is None:
+    if table.directory is None:  # a list or a table of files: only files of folders are compared
         return
     for record in records.values():
         folders = [table.control_directory] * len(record.references)
@@ -121,6 +121,7 @@ def text_errors(
             continue
         path = table.directory / record.file.name
         text = read_caption(path)
+        # a slice, because the file may have fewer captions than when it was cached
         if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
             continue
         if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
@@ -307,7 +308,7 @@ def audio_errors(
         yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
     if record is None:
         return
-    is_from_file = len(record.files) > 1
+    is_from_file = len(record.files) > 1  # the clip, and an audio file of its own
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
@@ -427,7 +428,9 @@ class SameEncoders:
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
             names = origin.encoder.keys() | first.encoder.keys()
-            if origin.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
+            if (
+                origin.part == data.LATENTS_MADE
+            ):  # only encoders of both: not all tables have image conditions
                 names = (origin.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
             keys = [name for name in sorted(names) if first.encoder.get(name) != origin.encoder.get(name)]
             if origin.part in self._warned or not keys:

@@ -37,6 +37,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
         _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)
     )
     with contextlib.suppress(UserError, OSError), quiet():
+        # other files that belong to an item, whose names only a listing of the table gives
         companions = (table.control_directory, table.control_mask_directory, table.reference_directory)
         if table.directory is not None and not any(companions):
             if table.kind == "video":
@@ -50,6 +51,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
 
         sources = find_sources(table, captions=False, faults=[])
         source = next((source for source in sources if source.stem == item.source_stem), None)
+        # only files on disk: no member of a tar, no download, no tensors
         if source is not None and not any(source.origins) and source.tensors is None:
             return replace(
                 example,

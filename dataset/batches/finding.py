@@ -26,7 +26,7 @@ from dataset.cache.latent_files import (
     reference_sizes,
 )
 from dataset.cache.store import Stores, may_be_mixed, open_store
-from dataset.cache_files import CacheStore
+from dataset.cache_files import CacheStore, NpzNames
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, form_of
@@ -92,7 +92,7 @@ def find_items(
         audio: Spec of a family that is trained with sound.
         trusts_index: Take the items of a table from the index of its caches, if nothing has changed since.
     """
-    stores = stores or Stores((cache_tag, latent, text_keys))
+    stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
     cached_kind = ItemKind(cache_tag)
     for table in config.datasets:
@@ -108,7 +108,7 @@ def find_items(
         )
     if audio is not None and audio.is_alone:
         listing.needs_audio = "sound alone is learned"
-    is_apart = audio is not None and not audio.is_inside
+    is_apart = audio is not None and not audio.is_inside  # audio has cache files of its own
     if is_apart and listing.items and not live and not any(item.has_sound for item in listing.items):
         listing.silent = audio
     return listing
@@ -128,6 +128,7 @@ def _add_table(
     names = store.names()
     is_own = table.index not in stores.elsewhere
     is_cached = kind.has_text and not kind.sources
+    # the fast way: if nothing has changed since caching, its index lists the items of the table
     if trusts_index and is_own and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
         if index is not None:
@@ -138,8 +139,8 @@ def _add_table(
     if is_own and may_be_mixed(table, names):
         _add_form_errors(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
-    stems = None  # of the sources that are listed; None: any
-    if kind.sources or store.is_shared:
+    stems = None  # stems that the sources of the table have; None: not listed, all caches are taken
+    if kind.sources or store.is_shared:  # a shared folder may also have caches of other tables
         stems = _find_listed_stems(table, kind, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
@@ -169,7 +170,7 @@ def _add_table(
                 num_captions = texts.captions.get(file.stem, 1)
             else:
                 continue
-            if latent.has_layers:
+            if latent.has_layers:  # only items with equally many layers can share a batch
                 num_images = _count_images(kind, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, kind, file, num_captions)

@@ -12,20 +12,22 @@ from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
 
 Times = tuple[tuple[float, float], ...]
-KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # of such a JSON file
+KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # that a JSON file may have
 
 
 def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
-    """Return a batch with what the tables of its items say about given parts.
+    """Add the parts of clips that training may keep clean, as conditions, to a batch.
+
+    These are a region of the frame, and spans of time of the audio; the items' tables name them.
 
     Raises:
-        DatasetError: As `read_times`.
+        DatasetError: If a file of spans cannot be used; see `read_times`.
     """
     regions = tuple(item.table.spatial_crop_region for item in items)
     rates = batch.tensors.get(data.FPS)
     times = []
     for index, item in enumerate(items):
-        fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
+        fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None  # batches have thousandths
         times.append(read_times(item, fps))
     return replace(
         batch,
@@ -35,10 +37,10 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
 
 
 def read_times(item: TrainingItem, fps: float | None) -> Times | None:
-    """Return beginnings and ends in seconds of an item's clip; None without a file of its name.
+    """Return beginnings and ends, in seconds of an item's clip; None if the item has no file of times.
 
     The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
-    Its times count from the start of the source.
+    Times in the file count from the start of the source, of which the clip may be a later part.
 
     Args:
         item: An item of training.

@@ -40,19 +40,19 @@ class BatchOrder:
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
-        # by table and key; a key of two values would take a third of the memory
+        # in order of (table, key), by two stable sorts: a million pairs as sort keys would need much memory
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
         self._pools = repeat_items(self._items)
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
-        # in an epoch, repeats included
-        self.num_items = sum(map(len, self._pools.values()))
+        self.num_items = sum(map(len, self._pools.values()))  # of an epoch, repeats included
         self.num_batches = _count_batches(self._pools)
-        self._last = -1  # the epoch whose batches are held
+        self._last = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
-        self._starts = array("q")  # how many items of the epoch stand before each batch
-        self._group_starts = array("q")  # likewise, items of the same group of tables; empty: not counted yet
+        self._starts = array("q")  # number of items of the epoch before each batch
+        # number of items of the same group of tables before each batch; empty until it is needed
+        self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
         used = {id(item) for pool in self._pools.values() for item in pool}
@@ -190,18 +190,18 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return the number of times that each item is trained in an epoch."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
-        regularization: list[int] = []  # places of the images
+        reg_indices: list[int] = []  # places of the images
         learned = 0
-        for place, item in enumerate(items):
+        for index, item in enumerate(items):
             if item.table.batch_group != group:
                 continue
             if item.table.is_reg:
-                regularization.append(place)
+                reg_indices.append(index)
             else:
-                learned += counts[place]
-        repeats = repeat_regularization([counts[place] for place in regularization], learned)
-        for place, count in zip(regularization, repeats, strict=True):
-            counts[place] = count
+                learned += counts[index]
+        repeats = repeat_regularization([counts[index] for index in reg_indices], learned)
+        for index, count in zip(reg_indices, repeats, strict=True):
+            counts[index] = count
     return counts
 
 
@@ -393,18 +393,18 @@ def select_captions(
         epoch: Epoch, counted from 0.
         drops: Whether captions are dropped at all; False does not change the selection of other captions.
     """
-    chosen = []
-    for place, item in enumerate(items):
+    selected = []
+    for position, item in enumerate(items):
         rate, every = item.table.caption_dropout_rate, item.table.changes.dropout_every_n_epochs
-        which = 0
+        caption_index = 0
         if every > 0 and (epoch + 1) % every == 0:  # all captions of every n-th epoch are empty
             rate = 1.0
         if rate or item.captions > 1:
-            numbers = random.Random(derive_seed(seed, "caption", number, place))
-            is_dropped = numbers.random() < rate
-            which = EMPTY if is_dropped and drops else numbers.randrange(item.captions)
-        chosen.append(which)
-    return tuple(chosen)
+            generator = random.Random(derive_seed(seed, "caption", number, position))
+            is_dropped = generator.random() < rate
+            caption_index = EMPTY if is_dropped and drops else generator.randrange(item.captions)
+        selected.append(caption_index)
+    return tuple(selected)
 
 
 def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:

@@ -25,7 +25,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import Stores
-from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, parse_latent_name
+from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, NpzNames, parse_latent_name
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
@@ -57,10 +57,10 @@ def read_batch(
         latent: The family's latent space.
         commands: Commands that repair caches, for messages.
         checks: Checks of the run, which remember checked files.
-        captions: Number of the caption to use for each item, or EMPTY; None for the first one of each.
+        captions: Index of the caption to use for each item, or EMPTY; None for the first one of each.
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
-        undropped: For a teacher model, the numbers of the captions before dropout, which must all be cached.
+        undropped: For a teacher model, the indices of the captions before dropout, which must all be cached.
             The batch has these texts too if they differ from `captions`.
         encoded: Tensors of items that were encoded while training, by position in the batch, without batch
             dimension.
@@ -80,21 +80,21 @@ def read_batch(
         checks=checks or CacheChecks(),
         encoded=encoded,
     )
-    numbers = captions or [0] * len(items)
-    sides = flips or [False] * len(items)
+    caption_indices = captions or [0] * len(items)
+    are_mirrored = flips or [False] * len(items)
     media = []
-    for place, (item, side) in enumerate(zip(items, sides, strict=True)):
-        of_media = reader.read_media(item, place, side)
+    for position, (item, is_mirrored) in enumerate(zip(items, are_mirrored, strict=True)):
+        part = reader.read_media(item, position, is_mirrored)
         if not reads_rejected:
-            of_media.tensors.pop(data.REJECTED_LATENTS, None)
-        media.append(of_media)
-    texts = reader.read_texts(items, numbers)
+            part.tensors.pop(data.REJECTED_LATENTS, None)
+        media.append(part)
+    texts = reader.read_texts(items, caption_indices)
     if reads_rejected:
         _check_rejected(media, commands)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
-    if undropped and tuple(undropped) != tuple(numbers):
+    if undropped and tuple(undropped) != tuple(caption_indices):
         full_texts = reader.read_texts(items, undropped)
     empty_texts: list[_Part] = []
     if reads_empty:
@@ -109,9 +109,9 @@ def read_batch(
         made_by=_list_makers(media, texts, further_texts=(*full_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
-        undropped=_stack(full_texts, commands.text),
+        undropped=_stack(full_texts, commands, is_text=True),
         network_multiplier=items[0].table.network_multiplier,
-        empty_text=_stack(empty_texts, commands.text),
+        empty_text=_stack(empty_texts, commands, is_text=True),
         rejected=rejected,
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
@@ -173,11 +173,11 @@ def _join_media_and_texts(
     media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
 ) -> dict[str, Any]:
     """Return the stacked tensors of all items of a batch, by their keys."""
-    has_sound = [data.SOUND in part.tensors for part in media]  # before gaps are filled
+    has_sound = [data.SOUND in part.tensors for part in media]
     if len(media) > 1:
-        _fill_gaps(media)
-    tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
-    if latent.references_first:
+        _fill_gaps(media)  # of audio and masks that only some items have
+    tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
+    if latent.references_first:  # the model takes references as the first frames of the clip
         _put_in_front(tensors)
     if any(has_sound):
         tensors[data.HAS_AUDIO] = torch.tensor(has_sound)
@@ -185,6 +185,7 @@ def _join_media_and_texts(
         _take_inner_audio(tensors, media[0].path, commands)
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
+        # thousandths of a frame per second: integers keep their values when a batch is cast to bfloat16
         tensors[data.FPS] = (1000 * rates.double()).round().long()
     return tensors
 
@@ -281,10 +282,11 @@ class _Reader:
         path = item.caption_path(number)
         store = self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
+        # a caption counts as empty only if it is known: "" may also stand for one that nothing says
         if not item.kind.has_text:
             is_known = number == EMPTY or bool(item.kind.sources)
             return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
-        with _remedy(self.commands.text, store):
+        with _remedy(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
             _check_complete(path, entry, item.kind.text_keys)
@@ -332,7 +334,7 @@ class _Reader:
             find_errors: Yields why the tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
-        with _remedy(self.commands.latents, store):
+        with _remedy(self.commands, store, is_text=False):
             entry = store.read(path.name)
             tensors = entry.tensors
             record = latent_record(entry)
@@ -381,33 +383,33 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
     return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
 
 
-def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
-    """Return `data.SIZES` of an image, without batch dimension.
+def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> Tensor:
+    """Return the size conditions of SDXL for an image, `data.SIZES`, without batch dimension.
 
-    `said` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes. `flip` says that
-    the image is mirrored.
+    `stated` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes.
     """
     bucket = item.bucket[0], item.bucket[1]
-    if said is None:
+    if stated is None:
         name = parse_latent_name(item.file_name, item.kind.tag, item.table.kind)
         assert name is not None  # items are found by such names
         width, height = name.size
         left, top, right, _ = inner_box(name.size, bucket)
     else:
-        width, height, left, top, right, _ = said.tolist()
-    if flip:
+        width, height, left, top, right, _ = stated.tolist()
+    if is_mirrored:  # the distance to the right edge becomes that to the left edge
         left = bucket[0] - right
+    # original size, top left corner of the crop, target size
     return torch.tensor((height, width, top, left, bucket[1], bucket[0]), dtype=torch.float32)
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
     """Return the stores that read the caches of an item's family."""
-    return Stores((item.kind.tag, latent, item.kind.text_keys))
+    return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:
-    """Fill in tensors that only some items have: sound as zeros (not learned), masks as all white."""
-    for name, filling in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # without a mask all is made anew
+    """Fill in tensors that only some items have: audio as zeros (not learned), masks as all white."""
+    for name, filling in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # white: the whole clip is generated
         like = next((part.tensors[name] for part in media if name in part.tensors), None)
         if like is not None:
             for part in media:
@@ -418,10 +420,18 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
             part.tensors.setdefault(data.LOSS_MASK, ones)
 
 
-def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
+def _stack(
+    parts: Sequence[_Part], commands: CachingCommands, is_text: bool
+) -> dict[str, Tensor | list[Tensor]]:
     """Stack the tensors of the same part of all items; {} if there are no parts.
 
-    Raises CacheError, with the command that caches again, if tensors are missing or differ in shape.
+    Args:
+        parts: Parts of the items.
+        commands: Commands that cache again, for messages.
+        is_text: Whether the parts are captions.
+
+    Raises:
+        CacheError: If tensors are missing or differ in shape.
     """
     if not parts:
         return {}
@@ -431,7 +441,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
         if odd:
             raise CacheError(
                 f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(odd))}.\n"
-                f"  Make them again with the same options: {command}"
+                f"  Make them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
@@ -439,7 +449,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
         if name in first.variable:
             stacked[name] = tensors
         else:
-            _check_shapes(parts, name, command)
+            _check_shapes(parts, name, commands, is_text=is_text)
             stacked[name] = torch.stack(tensors)
     return stacked
 
@@ -456,7 +466,7 @@ def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
         raise CacheError(f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}")
 
 
-def _check_shapes(parts: Sequence[_Part], name: str, command: str) -> None:
+def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
     """Raise CacheError if a tensor has another shape in another part."""
     first = parts[0]
     expected = first.tensors[name].shape
@@ -465,7 +475,7 @@ def _check_shapes(parts: Sequence[_Part], name: str, command: str) -> None:
         if shape != expected:
             raise CacheError(
                 f"{part.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
-                f"{as_shape(expected)}.\n  Make both again with the same options: {command}"
+                f"{as_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 
 
@@ -484,11 +494,12 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 
 @contextlib.contextmanager
-def _remedy(command: str, store: CacheStore) -> Iterator[None]:
+def _remedy(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
     """Add the command that caches again to every CacheError in the block."""
     try:
         yield
     except CacheError as error:
+        command = commands.get(is_text)
         if store.is_shared:
             raise CacheError(
                 f"{error}.\n  A training with --cache_latents_to_disk and "

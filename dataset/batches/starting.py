@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from contract.data import Batch, MadeBy
 from contract.family import Family
@@ -77,21 +78,24 @@ def check_caches(
     cached = [item for item in items if item.kind.sizes is None]
     size_bytes = 0
     checks = CacheChecks()
-    earlier: list[tuple[TrainingItem, MadeBy]] = []  # of caches that earlier versions made
-    windows: dict[tuple[int, str], int] = {}  # by table index and stem
-    for item, number in itertools.islice(_sample_captions(cached), rank, None, count):
-        batch = read_batch([item], family.latent, commands, checks=checks, captions=[number], stores=stores)
+    earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
+    # number of windows that each clip was cut into, as its caches record it; by table index and stem
+    windows: dict[tuple[int, str], int] = {}
+    for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, count):
+        batch = read_batch(
+            [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
+        )
         for origin in batch.made_by:
             if origin.part in own_encoders:
                 _require_own_encoder(origin, own_encoders[origin.part], commands)
             is_earlier = origin.own_clocks or origin.as_shown is not None
-            if is_earlier and number == 0:
+            if is_earlier and caption_index == 0:
                 earlier.append((item, origin))
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
         windows[item.table.index, item.source_stem] = num_windows
         if item.kind.has_text and not has_live_texts:
             latents = family.latent.to_model(batch.tensor("latents"))
-            family.batch_conditions(latents, batch)
+            family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
         size_bytes += _count_batch_bytes(batch)
@@ -99,7 +103,7 @@ def check_caches(
             break
     if earlier:
         _warn_of_earlier(earlier, family, commands)
-    if rank == 0:  # the first process' share is enough to warn
+    if rank == 0:  # what the first process has read is enough for a warning
         _warn_of_fewer(cached, windows, commands)
 
 
@@ -154,9 +158,9 @@ def _warn_of_earlier(
 def _warn_of_fewer(
     cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than they have windows.
+    """Warn of clips with fewer cached items than they were cut into.
 
-    `windows` are counted by table index and stem.
+    `windows` is the number of items that each clip was cut into, by table index and stem.
     """
     counts = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]
@@ -217,6 +221,14 @@ def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
     return ()
 
 
+class _Difference(NamedTuple):
+    """Files of a table, or stems, that differ from its caches in one way."""
+
+    names: list[str]
+    error: str
+    consequence: str
+
+
 def compare_sources(
     tables: Iterable[DatasetTable],
     listing: FoundItems,
@@ -260,19 +272,22 @@ def compare_sources(
             if hears and table.kind == "video" and table.audio != IGNORE:
                 silent = {item.source_stem for item in items if not item.has_sound}
                 unheard = [*map(str, list_silent(sources.values(), silent))]
-        for names, error, consequence in (
-            (new, "no latents", "not cached, too short or unreadable: left out"),
-            (gone, "caches but no file any more", "trained on until the caches are made again"),
-            (unheard, "sound that is not cached", "only their pictures are learned"),
-        ):
-            if names:
+        differences = [
+            _Difference(new, "no latents", consequence="not cached, too short or unreadable: left out"),
+            _Difference(
+                gone, "caches but no file any more", consequence="trained on until the caches are made again"
+            ),
+            _Difference(unheard, "sound that is not cached", consequence="only their pictures are learned"),
+        ]
+        for difference in differences:
+            if difference.names:
                 logger.warning(
                     "%s: %s with %s, such as %s: %s. Cache again: %s",
                     table.name,
-                    count_of(len(names), table.kind if table.kind == "image" else "clip"),
-                    error,
-                    names[0],
-                    consequence,
+                    count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
+                    difference.error,
+                    difference.names[0],
+                    difference.consequence,
                     commands.latents,
                 )
 
@@ -300,12 +315,17 @@ def _compare_lengths(table: DatasetTable, items: Sequence[TrainingItem], command
         return
     cached = {item.bucket[2] for item in items}
     targets = {*table.target_frames}
-    for frames, where in (
-        (targets - cached, "in no cache: all clips are shorter, or it was added after caching"),
-        (cached - targets, "in caches, and not in target_frames: trained on until the caches are made again"),
-    ):
-        if frames:
-            lengths = ", ".join(map(str, sorted(frames)))
-            logger.warning(
-                "%s: clips of %s frames are %s. Cache again: %s", table.name, lengths, where, commands.latents
-            )
+    lines = []
+    if targets - cached:
+        lengths = ", ".join(map(str, sorted(targets - cached)))
+        lines.append(
+            f"{lengths} frames are in no cache: all clips are shorter, or it was added after caching"
+        )
+    if cached - targets:
+        lengths = ", ".join(map(str, sorted(cached - targets)))
+        lines.append(
+            f"{lengths} frames are in caches, and not in target_frames: trained on until the caches are made "
+            "again"
+        )
+    for line in lines:
+        logger.warning("%s: clips of %s. Cache again: %s", table.name, line, commands.latents)

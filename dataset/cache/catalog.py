@@ -236,18 +236,18 @@ class ShardWriter:
         self.began = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # again, by another name, if a process takes the new file for a killed writer's; in the end as on
-            # a volume without locks
-            for how in ("", "", "", "?nolock=1"):
+            # three attempts with locks; the last one is for volumes that have no locks
+            for parameters in ("", "", "", "?nolock=1"):
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:
-                    self.rows = _begin(f"{self.path.absolute().as_uri()}{how}")
+                    self.rows = _begin(f"{self.path.absolute().as_uri()}{parameters}")
                 except sqlite3.OperationalError:
-                    if how:
+                    if parameters:
                         raise
                     continue
                 if self.path.exists():
                     break
+                # another process took the new file, not yet locked, for a killed writer's, and renamed it
                 self.rows.close()
             flush_folder(folder)
 
@@ -333,14 +333,15 @@ def _is_own(path: Path) -> bool:
 
     False if one is a link, or if a rollback journal names another file at its end, which SQLite would remove.
     """
-    for end in ("", "-wal", "-shm", "-journal"):
-        file = path.with_name(path.name + end)
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        file = path.with_name(path.name + suffix)
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(file.lstat().st_mode):
                 return False
             with file.open("rb") as opened:
-                opened.seek(-min(8, file.stat().st_size), os.SEEK_END)
-                if end == "-journal" and opened.read() == _JOURNAL:
+                opened.seek(-min(len(_JOURNAL), file.stat().st_size), os.SEEK_END)
+                # only a rollback journal can end with the name of another file, followed by this mark
+                if suffix == "-journal" and opened.read() == _JOURNAL:
                     return False
     return True
 

@@ -43,10 +43,16 @@ def remember_options(
 ) -> None:
     """Write the options of a caching command into the cache folders of all tables.
 
-    `family` is the name of one. `kind` is one of KINDS. `family_options` is the family's options of the
-    command. `typed` are how the user spelled them, by public name. `training` are the options that a training
-    from these caches needs, by flag. A folder that cannot be written to is left unchanged: the caches are
-    what counts.
+    A training from these caches repeats them. A folder that cannot be written to is left unchanged: the
+    caches are what counts.
+
+    Args:
+        config: The dataset.
+        family: Name of the family.
+        kind: Which command, one of KINDS.
+        family_options: The family's options of the command.
+        typed: Spelling of each option on the command line, by public name.
+        training: Options that a training from these caches needs in addition, by flag.
     """
     accepted = accepted_options(type(family_options))
     options = {
@@ -98,7 +104,7 @@ def recall_options(
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
     """Yield the options of a remembered command that are known and still valid.
 
-    `key` is which of them.
+    `key` is "options" for the command's own, or "training" for those that a training needs.
     """
     accepted = accepted_options(record)
     folder = command.get("folder")

@@ -46,7 +46,7 @@ def list_latent_files(
     """
     sections = _count_sections(files, tag) if table.kind == "video" else Counter[tuple[str, LatentName]]()
     buckets: dict[int, tuple[int, ...]] = {}  # by the identity of a name's end, which many names share
-    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once
+    known_sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once
     for name, stem, ending in cache_files.latent_names(files, tag, table.kind):
         bucket = buckets.get(id(ending))
         if bucket is None:
@@ -57,7 +57,7 @@ def list_latent_files(
         references: tuple[int, ...] = ()
         if reads_references:
             references = reference_sizes(store, name)
-            references = sizes.setdefault(references, references)
+            references = known_sizes.setdefault(references, references)
         yield LatentFile(name, stem, bucket, parts, references)
 
 
@@ -88,10 +88,11 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
     """Return width and height of each control and reference latent of an entry, in order.
 
-    Mirrored ones are left out. The heights of all frames are added up.
+    Items whose references have different sizes cannot share a batch. Mirrored references are left out,
+    because they have the sizes of the originals.
 
     Returns:
-        () if the entry is damaged, which is an error when it is read for a batch.
+        Width and height in turn; () if the entry is damaged, which is an error when it is read for a batch.
     """
     try:
         shapes = store.read(name, is_full=False).shapes
@@ -104,6 +105,7 @@ def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
             continue
         if key.endswith(cache_files.FLIPPED):
             continue
+        # several frames of references count as one tall image: only equal sizes matter, not their values
         num_frames = 1 if key.startswith(CONTROL) else shape[-3]
         sizes += [shape[-1], shape[-2] * num_frames]
     return tuple(sizes)

@@ -23,9 +23,14 @@ OldRow = tuple[bytes, int, int, int | None, int]
 
 
 def read_old_shard(path: Path) -> list[OldRow]:
-    """Return the rows of a tar. Global headers mark removed entries.
+    """Return the rows of a shard of earlier versions, which is a tar.
 
-    Raises tarfile.HeaderError if it is damaged, OSError.
+    A pax header with a comment precedes each entry: it has the name, the generation, the size and the
+    checksum. The comment of a global pax header says that an entry was removed.
+
+    Raises:
+        tarfile.HeaderError: If the tar is damaged.
+        OSError: If it cannot be read.
     """
     rows: list[OldRow] = []
     size = path.stat().st_size
@@ -34,7 +39,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
         while True:
             block = file.read(tarfile.BLOCKSIZE)
             if file.tell() == size - tarfile.BLOCKSIZE and not any(block):
-                return rows
+                return rows  # a tar ends with two empty blocks, of which this is the first
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             start = file.tell()
             num_blocks = ceil_div(header.size, tarfile.BLOCKSIZE)

@@ -146,6 +146,7 @@ def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] 
         None if the record cannot be split that simply.
     """
     text = entry.metadata.get(RECORD_KEY, "")
+    # texts around the checksums and the files; at index 3 the list of files, which the pattern captures
     parts = _OF_ITEM.split(text)
     if len(parts) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
         return None
@@ -179,7 +180,11 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
 
 def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents."""
+    """Return the folder of each file in a record of latents.
+
+    Records list the files of an item in this order: the item itself, control media, mask, control mask,
+    references, rejected item, audio, layers. Their number follows from the options, except for control media.
+    """
     companions: list[Path | None] = []
     if record.options.get("mask") == FROM_FILE:
         companions.append(table.mask_directory)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
+SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer begins another one
 # or after so long: on other machines, and on a volume without locks, only finished ones are seen
 SHARD_SECONDS = 300.0
 MAX_OPEN = 64  # shards at once
@@ -88,6 +88,7 @@ class ShardStore:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: CatalogRow) -> Entry:
+            """Read the beginning of the entry's blob, without its tensors if the shard is open."""
             rows = self._open(row.shard)
             if rows is None:
                 data = _read_row(rows, self.folder, row)

@@ -183,7 +183,7 @@ def npz_names(family: Caches) -> NpzNames:
     """Return what the names in npz files depend on: cache tag, latent space and keys of texts."""
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
-    return family.cache_tag, family.latent, family.text_keys if has_npz else frozenset()
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
 class StorePair(NamedTuple):

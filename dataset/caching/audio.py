@@ -189,10 +189,9 @@ class AudioWork:
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items of clips by table and stem.
+        """Return the items that have latents, by index of the table and stem of the clip.
 
-        Args:
-            latents: Names of entries.
+        `latents` are pairs of a table's index and the name of an entry of latents.
         """
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
@@ -216,11 +215,11 @@ class AudioWork:
             if not self._stores.skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
-        changed = records.difference(record.encoder, self._family.audio_identity)
-        changed = changed or records.difference(record.options, self._options(source, name))
+        difference = records.difference(record.encoder, self._family.audio_identity)
+        difference = difference or records.difference(record.options, self._options(source, name))
         parts = _parts(source)
-        if changed is not None or len(parts) != len(record.files):
-            raise CacheError(f"{file}: {changed}")
+        if difference is not None or len(parts) != len(record.files):
+            raise CacheError(f"{file}: {difference}")
         for identity, (path, origin) in zip(record.files, parts, strict=True):
             if not records.is_unchanged(identity, path, origin):
                 raise CacheError(f"{file}: its clip or its audio changed since")

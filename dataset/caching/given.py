@@ -105,7 +105,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
         channels = next((size for size in moments_files.read_tensor(path).shape[-4:]), 0)
     except MediaError:
         return  # reported with the other files
-    if channels != 2 * family.latent.channels:
+    if channels != 2 * family.latent.channels:  # moments are a mean and a log variance for each channel
         raise DatasetError(
             f"{source.table.name}: {path} has {channels} channels, but "
             f"{moments_files.explain_channels(channels, family.latent)}."

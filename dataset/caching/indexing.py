@@ -19,7 +19,7 @@ from dataset.cache.index import (
     names_of,
     read_parts,
 )
-from dataset.cache.latent_files import depends_on_references, list_latent_files
+from dataset.cache.latent_files import LatentFile, depends_on_references, list_latent_files
 from dataset.cache.records import CHECK_KEY, latent_record, source_folders, stamp_of, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
@@ -74,37 +74,31 @@ def write_index(
                 if line["record"] is not None:
                     before[name] = _Known(line["stamp"], line["record"], line["sources"])
         if part == LATENTS:
-            lines: list[dict[str, Any]] = [
-                {
-                    "file": file.file,
-                    "source": file.stem,
-                    "bucket": file.bucket,
-                    "parts": file.parts,
-                    "references": file.references,
-                }
-                for file in list_latent_files(
-                    table,
-                    latent_files,
-                    tag=tag,
-                    latent=latent,
-                    store=store,
-                    reads_references=depends_on_references(table),
-                )
-            ]
+            files = list_latent_files(
+                table,
+                latent_files,
+                tag=tag,
+                latent=latent,
+                store=store,
+                reads_references=depends_on_references(table),
+            )
+            lines = [_describe_file(file) for file in files]
             space = mark_space(table, latent)
         else:
             lines = [*_list_texts(text_files, tag)]
             space = ""
         cached = {line["source"] for line in lines}
         paths = [left_out[stem] for stem in left_out.keys() - cached]
-        parts[tag, part] = IndexPart(mark, space, sorted(paths), {})
+        parts[tag, part] = IndexPart(mark, space, left_out=sorted(paths), lines={})
         for line in lines:
             name = line["file"]
             line["stamp"] = list(stamp_of(store.folder / name))
             known = before.get(name)
-            if name not in right:
+            if name not in right:  # such as a cache of a source that is gone: nothing is known of its origin
                 line |= {"record": None, "sources": {}}
-            elif known is not None and known.stamp == line["stamp"]:
+            elif (
+                known is not None and known.stamp == line["stamp"]
+            ):  # unchanged: its record is not read again
                 line |= {"record": known.record, "sources": known.sources}
             else:
                 line |= _describe_origin(table, store, name, part)
@@ -124,6 +118,16 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
             yield {"file": file, "source": source, "number": number}
         elif cache_files.is_empty_text_name(file, tag):
             yield {"file": file, "source": "", "number": cache_files.EMPTY}
+
+
+def _describe_file(file: LatentFile) -> dict[str, Any]:
+    return {
+        "file": file.file,
+        "source": file.stem,
+        "bucket": file.bucket,
+        "parts": file.parts,
+        "references": file.references,
+    }
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
             f"WORLD_SIZE is {count}, but RANK is not set: start the processes with accelerate launch or "
             "torchrun"
         )
-    started_here = not dist.is_initialized()
+    started_here = not dist.is_initialized()  # the caller may have done so, and then ends it
     if started_here:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = os.environ.get("MASTER_PORT", "29500")
@@ -138,13 +138,13 @@ def cache(
     """
     freeze_libraries()
     shard = options.shard
-    module_name, class_name = kind.split(":")
+    module_name, class_name = kind.split(":")  # only the module of this kind of work is imported
     with join_processes(options.device) as share:
         make_work = getattr(import_own(module_name), class_name)
         work = make_work(family, config, options, device=share.device, stores=stores)
         is_main = share.rank == 0
         pieces = work.pieces
-        who = ""
+        who = ""  # which share of the work, shown after the progress
         if shard.num_shards is not None:
             pieces = pieces[shard.shard_index :: shard.num_shards]
             who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
@@ -157,7 +157,7 @@ def cache(
         work.stores.close(config.datasets)
         report = join_reports([*share.gather(part), work.not_listed])
         removed = 0
-        if is_main and shard.num_shards is None:
+        if is_main and shard.num_shards is None:  # one shard does not know the valid files of the others
             for table in work.full_tables:
                 failed = {failure.stem for failure in report.failures if failure.table == table.index}
                 removed += work.remove_stale(table, report.right, failed, options.keep_cache)
@@ -226,8 +226,8 @@ def run_caching(
         raise SystemExit(check_script(family, config, options, kind == TEXTS))
     if options.disable_cudnn_backend:
         leave_cudnn_out(select_device(options.device))
-    start = time.monotonic()
-    # before sources are listed: what is added meanwhile is none of the index
+    started = time.monotonic()
+    # taken before sources are listed: if files are added in the meantime, the index does not count as valid
     marks = {table.index: mark_table(table) for table in config.datasets}
     try:
         report = cache(kind, family, config, options)
@@ -238,7 +238,7 @@ def run_caching(
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config, report, marks)
     memory = peak_in_words(select_device(options.device))
-    costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
+    costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
     if options.shard.num_shards is None:
         conclude(report, costs, [(f"Next, {then}{following.advice}", following.line)])
         return

@@ -67,12 +67,13 @@ class CachingActor:
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _row(self, index: int) -> dict[str, Any]:
+        """Cache one shard; return its results as a row of a table of Ray. Errors are texts in it."""
         error = ""
         report = CacheReport()
         try:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
-                    os.chdir(self._folder)  # so that paths mean what they mean where they were typed
+                    os.chdir(self._folder)  # relative paths refer to the folder in which they were typed
                 self._begin()
             work: Any = self._work
             report = work.encode(work.pieces[index :: self._num_shards], None)
@@ -104,7 +105,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         DatasetError: If the cluster cannot be reached, a shard could not be done or a source not be used.
     """
     words = options.command[1:]
-    main(words, _reject_looks)  # a wrong option is found before anything starts
+    main(words, _reject_looks)  # checks the options before the cluster is contacted; caches nothing
     try:
         import ray
         import ray.data
@@ -133,7 +134,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         count = options.num_shards or actors * shards_per_actor
         logger.info("%d actors cache %d shards", actors, count)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        # a block for each, made here: tasks that cut blocks would wait for the cores that the actors have
+        # one block for each shard: tasks that split blocks would wait for the cores that the actors occupy
         shards = ray.data.from_items(
             [{"shard_index": index} for index in range(count)], override_num_blocks=count
         )

@@ -177,14 +177,18 @@ def plan_all(
     workers: int,
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
+    """Compare all sources with their cache files. Sources whose header cannot be read become failures.
+
+    The values of caches are read only if there are few, or with --verify; otherwise caches of the same shapes
+    count as equal.
+    """
     reads_values = recipe.stores.verify or len(sources) < MANY
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
         try:
             planning = Planning(source, existing[source.table.index].of(source.stem), recipe, reads_values)
-            few_are_read = reads_values or recipe.stores.trusts
-            return planning.plan() if few_are_read else planning.plan_by_shape()
+            reads_values_or_trusts = reads_values or recipe.stores.trusts
+            return planning.plan() if reads_values_or_trusts else planning.plan_by_shape()
         except (MediaError, OSError) as error:
             return Failure.of(source, error)
 
@@ -291,13 +295,15 @@ class Planning:
         return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
-        """Compare existing cache files with those that this run would make.
+        """Compare existing cache files with those that this run would make, if possible without decoding.
+
+        `missing` of the plan is None if the source has to be decoded before its items are known.
 
         Raises:
             MediaError: If the header of the source cannot be read.
         """
         table, latent, recipe = self.table, self.recipe.latent, self.recipe
-        unknown = SourcePlan(self.source, frozenset(), 0, None)
+        unknown = SourcePlan(self.source, kept=frozenset(), foreign=0, missing=None)
         if table.kind == "image":
             size = self._read_image_size()
             return unknown if size is None else self.compare(size, [(0, self.source.num_images)])
@@ -310,7 +316,7 @@ class Planning:
         if clip is not None:
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
-                return self._compare_clip(clip)
+                return self._compare_clip(clip)  # an earlier run has decoded all the frames that are used
         if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
@@ -363,9 +369,11 @@ class Planning:
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
-        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}  # in the order of sections
+        # the files of each item, in the order of their sections
+        by_item: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
         for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
             by_item.setdefault((name.size, name.span), {})[file] = name
+        trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
         progress = _Comparison()
         items: list[tuple[int, ...]] = []
         for span in source_spans:
@@ -375,21 +383,21 @@ class Planning:
             files = by_item.get(item, {})
             if not files:
                 progress.missing.append(span)
-            elif recipe.stores.trusts and self.store.is_shared and not self.source.control:
-                progress.valid |= set(files)
-                progress.foreign += len(files)
-            else:
-                try:
+                continue
+            try:
+                if trusts:  # files of other programs count as valid without being read
+                    foreign = [True] * len(files)
+                else:
                     self._check_sections(files, num_sections)
                     foreign = [
                         self._check_file(file, files, size, bucket=bucket, span=span) for file in files
                     ]
-                    progress.foreign += sum(foreign)
-                    progress.valid |= set(files)
-                except CacheError as error:
-                    progress.missing.append(span)
-                    progress.add_outdated(error)
-        short = None
+                progress.foreign += sum(foreign)
+                progress.valid |= set(files)
+            except CacheError as error:
+                progress.missing.append(span)
+                progress.add_outdated(error)
+        short = None  # a warning: the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
             short = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
@@ -488,7 +496,8 @@ class Planning:
         has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
         if is_shared and sees_control and not has_control:
             raise OtherKind(f"{path}: it has no control picture")
-        for key in (INNER_AUDIO, IS_HEARD) if recipe.latent.holds_audio else ():
+        needed = (INNER_AUDIO, IS_HEARD) if recipe.latent.holds_audio else ()
+        for key in needed:
             if key not in header.keys:
                 raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")
 

@@ -109,7 +109,8 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results.
 
-    `rows` and `commands` are further lines of the box; a run of several steps has no commands.
+    `rows` and `commands` are additional lines of the box. If RUN_GOES_ON says that this caching is a step of
+    a longer run, no commands are shown, and sources that failed have an exit code of their own.
 
     Raises:
         DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
@@ -126,23 +127,15 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         lines = "\n".join(first_lines(report.dropped, LISTED))
         count = count_words(len(report.dropped), "sources give no item to train on")
         logger.warning("%s:\n%s", count, lines)
-    for clips, level, remark in (
-        (report.shortened, logging.WARNING, "give no item of some lengths"),
-        (report.resized, logging.WARNING, SIZE_CHANGES),
-        (report.silent, logging.INFO, "have no sound: only their pictures are learned"),
-    ):
-        if clips:
-            logger.log(
-                level,
-                "%s. The first: %s",
-                count_words(len(clips), f"clips {remark}"),
-                "; ".join(map(str, clips[:NAMED])),
-            )
+    _log_clips(report.shortened, "clips give no item of some lengths", level=logging.WARNING)
+    _log_clips(report.resized, f"clips {SIZE_CHANGES}", level=logging.WARNING)
+    _log_clips(report.silent, "clips have no sound: only their pictures are learned", level=logging.INFO)
     if report.foreign:
         logger.warning(
             "%s by another program: only the size could be compared (--skip_existing)",
             count_words(report.foreign, "files were made"),
         )
+    # with a single shard of the dataset, nothing to do is a normal result
     if report.written or report.kept or report.removed or report.share < report.whole:
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
         show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
@@ -191,6 +184,13 @@ def workers_of(options: CachingOptions) -> int:
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
+def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
+    """Log how many clips a text applies to, with the first ones; nothing if there are none."""
+    if clips:
+        first = "; ".join(map(str, clips[:NAMED]))
+        logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
+
+
 def run_ahead(
     jobs: Sequence[T], work: Callable[[T], R], workers: int, size_bytes: Callable[[T], int], limit_bytes: int
 ) -> Generator[tuple[T, R | Exception], None, None]:
@@ -222,7 +222,7 @@ def run_ahead(
             if error is not None and not isinstance(error, Exception):
                 raise error
             yield job, future.result() if error is None else error
-            del future
+            del future  # it holds the result, which the caller may have freed
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -232,13 +232,14 @@ def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Ba
 
     A thread takes many at once: handing over each would take as long as the work.
     """
-    at_once = min(AT_ONCE, max(1, len(values) // (4 * workers)))
-    groups = [values[start : start + at_once] for start in range(0, len(values), at_once)]
+    # small enough that each thread gets several groups, so that all of them finish at about the same time
+    group_size = min(AT_ONCE, max(1, len(values) // (4 * workers)))
+    groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
     ahead = run_ahead(
         groups,
         work=lambda group: list(map(work, group)),
         workers=workers,
-        size_bytes=lambda _: 0,
+        size_bytes=lambda _: 0,  # the results are small: memory sets no limit
         limit_bytes=1,
     )
     with bar, contextlib.closing(ahead):

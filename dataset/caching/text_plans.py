@@ -106,22 +106,28 @@ def list_caption_files(
 def _files_of_table(
     table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight, fit: FitText | None
 ) -> list[CaptionFile]:
-    """Return the texts of a table: first captions, additional ones, then the empty prompt."""
+    """Return the texts of a table: first captions, additional ones, then the empty prompts.
+
+    The first captions are encoded first, so that an interrupted run has one for each source. There is one
+    empty prompt, or one for each source if text encoders see its reference images.
+    """
     first: list[CaptionFile] = []
-    further: list[CaptionFile] = []
+    additional: list[CaptionFile] = []
     empty: list[CaptionFile] = []
-    of_table = table.changed(TEXTS)
+    table_settings = table.changed(TEXTS)
     for source in sources:
-        images: tuple[tuple[Path, Origin | None], ...] = ()
+        references: tuple[tuple[Path, Origin | None], ...] = ()
         shown_source = None
         if source.control and table.texts_see_references:
             shown_source = source
-            images = source.parts[1 : 1 + len(source.control)]
+            references = source.parts[1 : 1 + len(source.control)]
         captions = (source.caption, *source.more_captions)
-        settings = of_table if shown_source is None else {**of_table, **_list_seen_settings(source)}
+        settings = (
+            table_settings if shown_source is None else {**table_settings, **_list_seen_settings(source)}
+        )
         if sight != BLIND:
             shown_source = source
-            images = (*images, *_list_seen_files(source, sight))
+            references = (*references, *_list_seen_files(source, sight))
             media = source.shown if sight.media else None
             seen = table.sight_settings(sight.clip, media, further_text=source.further_text)
             settings = {**settings, **seen}
@@ -129,25 +135,27 @@ def _files_of_table(
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
             embeds = None if source.tensors is None or number else source.tensors.embeds
-            of_caption = settings
-            if fit is not None and caption is not None and (fitted := fit(source, caption)) != caption:
+            caption_settings = settings
+            if fit is not None and caption is not None:
+                fitted = fit(source, caption)
+                if fitted != caption:
+                    caption_settings = {**settings, FITTED: True}
                 caption = fitted
-                of_caption = {**settings, FITTED: True}
             file = CaptionFile(
                 table=table,
                 file_name=text_file_name(source.stem, tag, number),
                 name=source.stem,
                 caption=caption,
                 caption_path=source.caption_path,
-                settings=of_caption,
+                settings=caption_settings,
                 pass_over=1 if number else 0,
                 embeds=embeds,
                 source=shown_source,
-                references=images,
+                references=references,
                 sight=sight,
             )
             if number:
-                further.append(file)
+                additional.append(file)
             else:
                 first.append(file)
         if table.caches_empty_prompt and table.texts_see_references:
@@ -160,7 +168,7 @@ def _files_of_table(
                 settings={} if shown_source is None else _list_seen_settings(source),
                 pass_over=2,
                 source=shown_source,
-                references=images,
+                references=references,
             )
             empty.append(file)
     if table.caches_empty_prompt and not table.texts_see_references:
@@ -173,7 +181,7 @@ def _files_of_table(
             pass_over=2,
         )
         empty.append(file)
-    return [*first, *further, *empty]
+    return [*first, *additional, *empty]
 
 
 def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
@@ -265,15 +273,16 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
     if stores.trusts and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
-    _, right = find(reads_values=reads_values)
-    if len(right) == len(encoders):  # the unfinished file, if there is one, is not needed
-        return file if all(right.values()) else replace(file, is_foreign=True)
+    # by encoder with valid outputs: whether these have a record, which caches of other programs lack
+    _, has_record = find(reads_values=reads_values)
+    if len(has_record) == len(encoders):  # the unfinished file, if there is one, is not needed
+        return file if all(has_record.values()) else replace(file, is_foreign=True)
     _, in_part = find(in_part=True)
-    _, right = find(reads_values=reads_values)  # another process may have finished it now
-    wrong = [encoder.name for encoder, _ in encoders if encoder.name not in right]
-    missing = tuple(name for name in wrong if name not in in_part)
-    is_foreign = not all(right.values())
-    return replace(file, missing=missing, in_part=len(missing) < len(wrong), is_foreign=is_foreign)
+    _, has_record = find(reads_values=reads_values)  # another process may have finished the file now
+    incomplete = [encoder.name for encoder, _ in encoders if encoder.name not in has_record]
+    missing = tuple(name for name in incomplete if name not in in_part)
+    is_foreign = not all(has_record.values())
+    return replace(file, missing=missing, in_part=len(missing) < len(incomplete), is_foreign=is_foreign)
 
 
 def find_outputs(
@@ -293,7 +302,7 @@ def find_outputs(
         CacheError: If another program's file is to be kept but is for something else.
     """
     store = stores.of_texts(file.table)
-    right: dict[str, bool] = {}
+    has_record: dict[str, bool] = {}
     name = file.file_name + PART if in_part else file.file_name
     try:
         entry = store.read(name, reads_values)
@@ -301,18 +310,17 @@ def find_outputs(
     except CacheError as error:
         if name in store:
             logger.warning("%s. It is made again.", error)
-        return None, right
+        return None, has_record
     for encoder, identity in encoders:
         record = records.get(encoder.name)
         if record is None:
-            # what a shared one does not say is not asked for: other programs keep no record
+            # a cache in another program's format needs no record, because that program writes none
             accepts = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
-            # whose tensors are of the same caption
             is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
             if accepts and is_same_caption and encoder.keys <= entry.keys:
                 if can_mark(encoder):
                     encoder.check_metadata(store.folder / name, entry.metadata)
-                right[encoder.name] = False
+                has_record[encoder.name] = False
             continue
         changed = why_outdated(record, identity, file)
         if changed is not None:
@@ -321,9 +329,10 @@ def find_outputs(
         try:
             if reads_values:
                 verify_tensors(entry, record.crc32)
-            right[encoder.name] = True
+            has_record[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
-    if in_part and (records.keys() - right.keys() or not right):
+    has_outdated_outputs = records.keys() - has_record.keys()
+    if in_part and (has_outdated_outputs or not has_record):
         return None, {}
-    return entry, right
+    return entry, has_record

@@ -128,9 +128,8 @@ class TextWork:
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
-        self._failed: dict[
-            str, Failure
-        ] = {}  # by the name of the file: its text, or reference images, are unusable
+        # texts that cannot be encoded, or whose reference images are unusable, by the name of their file
+        self._failed: dict[str, Failure] = {}
 
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
@@ -282,7 +281,7 @@ class TextWork:
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except (MediaError, CaptionError) as error:
-            if len(batch) > 1:
+            if len(batch) > 1:  # the error does not say which of the texts is unusable
                 alone = [self._encode_batch(encoder, [file]) for file in batch]
                 return [*itertools.chain.from_iterable(alone)]
             (file,) = batch
@@ -301,7 +300,7 @@ class TextWork:
         """Return the prompt with what encoders see of the item of a source.
 
         Raises:
-            MediaError: If it cannot be used, or a clip has several items, whose text would be one.
+            MediaError: If it cannot be used, or if a clip has several items, which would share a text cache.
         """
         media = self._decode(source)
         if len(media.spans) != 1:
@@ -367,14 +366,15 @@ class TextWork:
             require_finite(tensor, file.name, key)
             named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
         caption_file = None
-        if file.caption_path is not None and path_exists(file.caption_path):  # else of class_tokens
+        # without a caption file, the text is the class_tokens of the table
+        if file.caption_path is not None and path_exists(file.caption_path):
             caption_file = identify(file.caption_path)
         references = tuple(identify(*reference) for reference in file.references)
         record = TextRecord(
             encoder=identity,
             caption=file.caption or "",
             file=caption_file,
-            crc32={},
+            crc32={},  # filled in by `_write`
             settings=file.settings,
             references=references,
             as_shown=AS_SHOWN if references else 0,
@@ -411,7 +411,8 @@ class TextWork:
             **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
-        part, encoders = self._find(file, in_part=True)  # before the file: another may finish it now
+        # the unfinished file is read before the finished one, as another process may finish it in between
+        part, encoders = self._find(file, in_part=True)
         if part is not None:
             new = _join(part, new)
         if encoder == file.missing[-1]:  # no other encoder adds anything
@@ -431,7 +432,7 @@ class TextWork:
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
-        old, right = self._find(file)
+        old, valid = self._find(file)
         if old is not None:
             caption = file.caption or ""
             old_caption = old.metadata.get("caption1", caption)
@@ -442,7 +443,7 @@ class TextWork:
             new = old if new is None else _join(old, new)
         if new is None:
             return
-        complete = {*encoders, *right}
+        complete = {*encoders, *valid}
         lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in complete]
         if lost:
             raise CacheError(
@@ -470,7 +471,8 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one takes precedence for tensors and texts that both have.
 
-    Everything that an encoder of the new entry wrote into the old one is dropped, even under other names.
+    Each encoder of the new entry replaces all tensors that it wrote into the old one, even those that it
+    writes no more.
     """
     old_records = text_records(old)
     new_records = text_records(new)

@@ -117,6 +117,23 @@ def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
         )
 
 
+def _check_sources(
+    family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]
+) -> Sequence[MediaSource]:
+    """Check the sources and the family's files before anything is encoded; return what is encoded of them."""
+    _check_tables(family, config, sources)
+    warn_captions(sources)
+    # only lists and tables have columns, and only models that edit take reference images
+    if any(table.directory is None or table.references is not None for table in config.datasets):
+        warn_unused(config, sources)
+    family.check_given_files()
+    if any(source.tensors is not None for source in sources):
+        from dataset.caching.given import use_moments  # few tables have any
+
+        return use_moments(family, sources)
+    return sources
+
+
 class MediaWork:
     """Encode the latents of a dataset.
 
@@ -160,17 +177,9 @@ class MediaWork:
                 before_loading=self.free,
             )
         listing = prefetch.list_sources(config, captions=False)
-        sources, self.not_listed, self.full_tables = listing.sources, listing.report, listing.complete_tables
-        _check_tables(family, config, sources)
-        warn_captions(sources)
-        if any(table.directory is None or table.references is not None for table in config.datasets):
-            warn_unused(config, sources)
-        family.check_given_files()
-        if any(source.tensors is not None for source in sources):
-            from dataset.caching.given import use_moments  # few tables have any
-
-            sources = use_moments(family, sources)
-        self.pieces: Sequence[MediaSource] = sources
+        self.not_listed = listing.report
+        self.full_tables = listing.complete_tables
+        self.pieces: Sequence[MediaSource] = _check_sources(family, config, listing.sources)
         own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
@@ -415,13 +424,14 @@ class MediaWork:
             return None
         latent = self._family.latent
         _, height_stride, width_stride = latent.stride
-        numbers = 0
+        num_values = 0
         for width, height, *lengths in sizes:
             frames = lengths[0] if lengths else 1
             latent_frames = latent.count_latents(frames)
             latent_pixels = (height // height_stride) * (width // width_stride)
-            numbers += latent.channels * latent_frames * latent_pixels
-        needed = numbers * NUMBER_BYTES * len(plans) / num_with_sizes
+            num_values += latent.channels * latent_frames * latent_pixels
+        # sources whose size is not known yet are assumed to be like the others
+        needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes
         free = free_bytes(self._config.datasets[0].cache_directory)
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 

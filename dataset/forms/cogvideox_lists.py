@@ -64,6 +64,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
             tensors=tensors,
         )
         sources.append(source)
+    # a clip may be listed with several captions; files of tensors exist only once for each clip
     return sources if load_tensors else number_repeats(sources)
 
 
@@ -121,6 +122,7 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
+    """Return the rows of two text files, one with the prompts and one with the videos, line by line."""
     prompts = root / (table.caption_column or _find_prompts(root, name))
     videos = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompts, "caption_column", name)
@@ -164,6 +166,7 @@ def _find_prompts(root: Path, name: str) -> str:
 
 
 def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
+    """Return the rows of dataset_file, a CSV table or JSON Lines with columns of captions and videos."""
     keys = table.of(CogVideoXKeys)
     assert keys.dataset_file is not None
     places = (keys.dataset_file, root / keys.dataset_file)
@@ -235,17 +238,17 @@ def _find_tensors(
 ) -> CogVideoXTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
-    Without a folder of embeddings, captions are encoded as always. `folders` are the known ones, by kind.
-    Adds to `faults` and returns None if a file is missing.
+    Without a folder of embeddings, captions are encoded as always. `folders` are the folders X listed so far;
+    new ones are added. If a file is missing, a fault is added to `faults` and None is returned.
     """
-    place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
-    folder = folders.get(place)
-    if folder is None:  # listed once: a million files are not asked for one by one
-        path = Path(place)
-        folder = folders[place] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+    root = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
+    folder = folders.get(root)
+    if folder is None:  # listed once, because a million calls of exists() are slow
+        path = Path(root)
+        folder = folders[root] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
         if folder.moments is None:
             faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
-    if folder.moments is None:
+    if folder.moments is None:  # its fault was added with the first row
         return None
     stem = row.video.stem
     for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):

@@ -36,7 +36,7 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
         DatasetError: If the file cannot be read.
     """
     header, rows = _open(path)
-    places = [(name, place) for place, name in enumerate(header) if names is None or name in names]
+    positions = [(name, position) for position, name in enumerate(header) if names is None or name in names]
     while True:
         number = rows.line_num + 1
         try:
@@ -52,14 +52,14 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
             yield TableRow(path, "line", number, fault=f"it is not valid {_kind_of(path)}: {error}")
             continue
         if len(cells) == len(header):
-            yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
+            yield TableRow(path, "line", number, {name: cells[position] for name, position in positions})
         elif cells:  # else an empty line
             fault = f"it has {len(cells)} cells, the header has {len(header)}"
             yield TableRow(path, "line", number, fault=fault)
 
 
 def _open(path: Path) -> tuple[list[str], Any]:
-    """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
+    """Return the columns of a CSV or TSV file, and a csv.reader of the rows after them."""
     lines = table_lines(path)
     num_empty = 0
     header = ""  # the line that names the columns
@@ -70,14 +70,14 @@ def _open(path: Path) -> tuple[list[str], Any]:
     if not header.strip():
         raise DatasetError(f"{path} is empty; its first line names the columns")
     kind = _kind_of(path)
-    mark = _mark_between(header, kind)
+    delimiter = _mark_between(header, kind)
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
-        mark = separator_line[1]
+        delimiter = separator_line[1]
         header = ""
     head = [*[""] * num_empty, header]
     lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
-    rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
+    rows = csv.reader(lines_with_ends, delimiter=delimiter, strict=True)
     try:
         first_row = next(row for row in rows if row)
         names = [name.strip() for name in first_row]

@@ -1,4 +1,4 @@
-"""Read JSONL row by row, and list the sources of such a list."""
+"""Read JSONL files row by row, and list the sources that their rows name."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
@@ -89,9 +89,9 @@ TO_LINES = (
 
 
 def _reject_other_form(path: Path, line: str) -> None:
-    """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
+    """Raise DatasetError if the first line of a list shows that the file has another format than JSON Lines.
 
-    `line` is not empty, and no JSON object.
+    `line` is not empty, and not a JSON object.
     """
     start = line.strip()
     form = "a list has one object on each line, with nothing around or between them (JSONL)"

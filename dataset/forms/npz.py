@@ -22,17 +22,20 @@ def open_store(
     Raises:
         DatasetError: If the family has no caches in npz files.
     """
-    if names is None or names[1].npz is None:
+    if names is None or names.latent.npz is None:
         raise DatasetError(
             f'{table.name}: cache_format = "npz": this model has no caches in npz files. Use "files" or '
             '"shards"'
         )
     from dataset.forms.npz_store import NpzStore  # it loads torch
 
-    tag, latent, text_keys = names
-    image_paths = list_images()
     return NpzStore(
-        table=table, tag=tag, latent=latent, text_keys=text_keys, folder=folder, image_paths=image_paths
+        table=table,
+        tag=names.tag,
+        latent=names.latent,
+        text_keys=names.text_keys,
+        folder=folder,
+        image_paths=list_images(),
     )
 
 

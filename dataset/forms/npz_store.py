@@ -240,6 +240,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
+        """Read the latents of one bucket from a file, which may have those of several buckets."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array: array.endswith(suffix))
         arrays = {array.removesuffix(suffix): member for array, member in members.items()}
@@ -249,7 +250,7 @@ class NpzStore:
             raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # in pixels
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # a mask in pixels, not in latents
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
@@ -305,6 +306,7 @@ class NpzStore:
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write the latents of one bucket to a file; arrays of other buckets in it are kept."""
         arrays: dict[str, Array] = {}
         tensor_names: dict[str, str] = {}  # by array
         for tensor_name, tensor in tensors.items():
@@ -358,6 +360,7 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
+        """Read a text's outputs, from our record if the file has one, otherwise by the format's keys."""
         path = self._path(name)
         form = self.form
         keys = self.text_keys
@@ -388,6 +391,7 @@ class NpzStore:
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a text's outputs, and the constant arrays that the other program expects with them."""
         tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
         arrays: dict[str, Array] = {}
         for key, tensor_name in tensor_names.items():

@@ -153,7 +153,11 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
 
 
 def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the unpacked bytes of a column in a row group; return its `largest_value`."""
+    """Count the unpacked bytes of a column in a row group; return its `largest_value`.
+
+    The page headers are read, because the footer's sizes may be wrong. A column chunk is a row of pages: one
+    dictionary, if any, then data pages, each with a header in front.
+    """
     largest = 0
     num_values = 0
     offset = chunk.data_page_offset
@@ -312,24 +316,26 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
             size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
             _check_group_size(path, column, size_bytes)
             may_be_null.append(finds_nulls and _may_have_nulls(cells))
+    # a cell of a data set of files has `bytes` or `path`; it is null only if both are
     path_column = f"{column.rpartition('.')[0]}.path"
     columns = [name for name in (column, path_column) if name in leaves]
 
     @cache
-    def filled(group: int) -> Sequence[bool]:
+    def is_filled(group: int) -> Sequence[bool]:
+        """Return for each row of a group whether its cell is not null."""
         try:
             are_valid = [_column(path, group, name).is_valid().to_pylist() for name in columns]
             return [any(row) for row in zip(*are_valid, strict=True)]
         except (DatasetError, OSError, ValueError, IndexError):  # reported where cells are read
             return [True] * (starts[group + 1] - starts[group])
 
-    def place(number: int) -> ParquetCell | None:
-        group = bisect.bisect_right(starts, number - 1) - 1
+    def find_cell(number: int) -> ParquetCell | None:
+        group = bisect.bisect_right(starts, number - 1) - 1  # the last one that starts at or before the row
         row = number - 1 - starts[group]
-        is_there = not may_be_null[group] or filled(group)[row]
-        return ParquetCell(path, group, row, column) if is_there else None
+        has_value = not may_be_null[group] or is_filled(group)[row]
+        return ParquetCell(path, group, row, column) if has_value else None
 
-    return place
+    return find_cell
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:

@@ -40,6 +40,7 @@ def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], lis
 
 
 def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+    """Yield the rows of a Parquet file with the cells of some columns; None: all of them."""
     columns = _find_columns(path, names)
     if columns.nested:  # their size is unknown
         name, kind = next(iter(columns.nested.items()))

@@ -180,14 +180,14 @@ class RowReader:
         controls: dict[int, Part] = {}
         references: dict[int, Part] = {}
         for name, value in values.items():
-            first = control_number(name)
+            control_index = control_number(name)
             if name == self.table.control_column:
-                first = 0
-            if first is not None:
-                self._add_parts(controls, "control_path", name, value, first=first, where=where)
-            first = control_number(name, "reference_path")
-            if first is not None:
-                self._add_parts(references, "reference_path", name, value, first=first, where=where)
+                control_index = 0
+            if control_index is not None:
+                self._add_parts(controls, "control_path", name, value, first=control_index, where=where)
+            reference_index = control_number(name, "reference_path")
+            if reference_index is not None:
+                self._add_parts(references, "reference_path", name, value, first=reference_index, where=where)
         self._note_gap(controls, "control_path", where)
         self._note_gap(references, "reference_path", where)
         ordered_controls = [controls[number] for number in sorted(controls)]
@@ -385,7 +385,8 @@ def make_source(
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
-    parts = (media, *controls, *masks, *references, *([] if rejected is None else [rejected]), *layers)
+    all_rejected = [] if rejected is None else [rejected]
+    parts = (media, *controls, *masks, *references, *all_rejected, *layers)  # as in `MediaSource.parts`
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         path=media[0],
@@ -512,7 +513,7 @@ def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
         text = row.values.get(column)
         if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
             continue
-        with contextlib.suppress(ValueError):  # of a name that no file can have, which its row reports
+        with contextlib.suppress(ValueError):  # a text that cannot be a path is reported with its row
             file = expand_path(text)
             if file.is_absolute():
                 continue

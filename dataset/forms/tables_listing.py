@@ -79,6 +79,7 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
         if name is not None and name not in columns:
             raise DatasetError(f"{table.name}: {key} = {name!r} is not a column. It has {_shown(columns)}.")
     caption = table.caption_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
+    # a column called "image" or "video" has the files themselves, or their paths
     return _ReadColumns(media or table.kind, caption)
 
 

@@ -99,18 +99,19 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     """
     require_regular_file(tar)
     stat = tar.stat()
-    info = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
-    made_for = json.dumps(info, ensure_ascii=False)
+    # an index is valid for this version of the code, this state of the tar and these rules
+    valid_for = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
+    made_for = json.dumps(valid_for, ensure_ascii=False)
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+    with contextlib.suppress(OSError, ValueError, TypeError):  # no index, or a damaged one
         stored_for, others, num_others, rows = json.loads(path.read_text("utf-8"))
         if stored_for == made_for:
             samples = [_unpack_sample(*row) for row in rows]
             return TarIndex(samples, others=others, num_others=num_others)
     with tar.open("rb", buffering=0) as file:
         index = _scan(file, stat.st_size, rules, tar)
-    # a tar that just grows may have the same time twice; damage is looked at again
+    # a damaged tar is scanned again next time: one that is still being written may keep its size and time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, made_for)
     return index

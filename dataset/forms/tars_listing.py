@@ -263,6 +263,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
+    """Return the tars that a path or a glob names, without shards of caches."""
     try:
         path = expand_path(name)
     except ValueError as error:
@@ -272,7 +273,7 @@ def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
             raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
         return [path]
     matches = sorted(glob.glob(str(path))) if has_wildcard(name) else []  # noqa: PTH207  # of any depth and root
-    # the caches may be next to the sources
+    # caches may be next to the sources, and shards of earlier versions are tars too
     matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
         raise DatasetError(f"{path}: no such file{explain_lookup(path, table.config_path)}")

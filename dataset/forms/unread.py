@@ -54,7 +54,6 @@ def find_unused(table: DatasetTable) -> list[Fault]:
         if name not in companion_cells:
             unread[name] = f", which holds files{_make_hint(name, table) or ''}"
     finders = {name: find_cells(path, name, finds_nulls=True) for name in companion_cells}
-    is_list = columns.is_list
     for row in itertools.islice(columns.rows, LOOKED_AT):
         values: dict[str, Any] = {}
         for name, finder in finders.items():
@@ -67,24 +66,32 @@ def find_unused(table: DatasetTable) -> list[Fault]:
             is_read = name in columns.read or is_companion(name) or is_layer(table, name)
             if is_read or name in unread:
                 continue
-            if name in CAPTION_COLUMNS and value:
-                unread[name] = ": captions are read from another column"
-                if is_list and not row.values.get("caption"):
-                    unread[name] = ": did you mean 'caption'?"
-                continue
-            if name in TIMESTEP_KEYS:
-                unread[name] = OF_TABLE
-                continue
-            if name in OF_SHOWN_MEDIA and not table.shows_media:
-                unread[name] = ": models with references of several kinds read it, such as MiniMax-H3"
-                continue
-            text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
+            lacks_caption = columns.is_list and not row.values.get("caption")
+            text = _explain_by_name(name, value, table, lacks_caption)
+            if text is None:
+                text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
             # other programs' tables have columns with names of keys, such as `resolution`; lists do not
-            if text is None and is_list and name in KEYS:
+            if text is None and columns.is_list and name in KEYS:
                 text = OF_TABLE
             if text is not None:
                 unread[name] = text
     return _as_errors(path, unread)
+
+
+def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
+    """Return a warning about an unused column whose name has a meaning elsewhere, or None.
+
+    `lacks_caption` says that the row of a list has no text in the column `caption`.
+    """
+    if name in CAPTION_COLUMNS and value:
+        if lacks_caption:
+            return ": did you mean 'caption'?"
+        return ": captions are read from another column"
+    if name in TIMESTEP_KEYS:
+        return OF_TABLE
+    if name in OF_SHOWN_MEDIA and not table.shows_media:
+        return ": models with references of several kinds read it, such as MiniMax-H3"
+    return None
 
 
 def _as_errors(path: Path, unread: Mapping[str, str]) -> list[Fault]:

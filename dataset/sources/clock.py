@@ -88,13 +88,14 @@ def companion_frames(
         clip: Clip that it belongs to.
         table: Table of both.
         fps: Frame rate of the kept frames.
-        clock: Number and second of each kept frame.
+        clock: Index and second of each kept frame.
         alpha: Keep transparency, as in `kept_frames`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
     numbers = [number for number, _ in clock]
+    # if both have the same frames, frames with equal indices belong together, otherwise those at equal times
     if not _Pair(path, clip, table, fps).is_numbered:
         seconds = [second for _, second in clock]
         if not path.is_dir():
@@ -225,9 +226,10 @@ def has_companions(source: MediaSource) -> bool:
 
 
 def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether a cache that was made when each clip was timed on its own equals one made now.
+    """Return whether an old cache, made before companions were timed by their clip, equals one made now.
 
-    Headers are read, of files at addresses and in tars too. Raises MediaError if one cannot be read.
+    Only headers are read, also those of files at addresses and in tars. Raises MediaError if one cannot be
+    read.
     """
     with fetch(source) as here:
         paths = _list_moving_companions(here)

@@ -73,11 +73,13 @@ def _may_differ(path: Path, as_shown: int) -> bool:
 
 
 def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
-    """Describe the first part that was read differently.
+    """Describe the first file that an earlier version read differently; None if there is none.
 
-    `parts` are the path, `keeps_transparency`.
+    Args:
+        parts: Path of each file, and whether the colors of its transparent pixels are used.
+        as_shown: Version of reading that the cache records.
     """
-    for path, keeps in parts:
+    for path, keeps_transparent in parts:
         if not _may_differ(path, as_shown):
             continue
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
@@ -87,9 +89,9 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
-            if as_shown > 1:
+            if as_shown > 1:  # colors and pixel shapes were respected already
                 continue
-            ignored = _formerly_ignored(media_colors(path), keeps, had_profiles=as_shown > 0)
+            ignored = _formerly_ignored(media_colors(path), keeps_transparent, had_profiles=as_shown > 0)
             if ignored is not None:
                 return f"{path.name} was read without {ignored}, now with it"
     return None
@@ -117,29 +119,29 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
-    remarks: dict[tuple[Path, str], Fault] = {}
+    warnings: dict[tuple[Path, str], Fault] = {}
     read: dict[Path, Colors] = {}
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
-        for number, path in enumerate((source.path, *source.control)):
+        for position, path in enumerate((source.path, *source.control)):
             if len(read) == LOOKED_AT and path not in read:
-                return list(remarks.values())
+                return list(warnings.values())
             try:
                 colors = read.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
             read[path] = colors
             source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-            keeps = control_keeps if number else source_keeps
+            keeps = control_keeps if position else source_keeps
             kinds = _describe(colors, keeps)
             # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
                 kinds[MOVING] = ""
             for kind, text in kinds.items():
-                remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
-    return list(remarks.values())
+                warnings.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+    return list(warnings.values())
 
 
 def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:

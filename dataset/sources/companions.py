@@ -3,16 +3,16 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataset.sources.clock import companion_frames, read_mask
 from dataset.sources.folders import list_entries
+from dataset.sources.frames import ClipCompanions
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.console import count_of
@@ -22,6 +22,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import (
     VIDEO_SUFFIXES,
+    Frame,
     FrameSizes,
     first_frame,
     image_suffixes,
@@ -101,11 +102,11 @@ def _pair(
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        place = _place_of(entry.name if is_folder else path.stem, key, stems)
-        if place is None:
+        match = _place_of(entry.name if is_folder else path.stem, key, stems)
+        if match is None:
             alone.append(path)
             continue
-        stem, number = place
+        stem, number = match
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
             raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
@@ -171,7 +172,7 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return those references of a source of which the model takes a single image."""
+    """Return the references of a source that have to be single images, not clips."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
@@ -180,11 +181,13 @@ def _single_references(source: MediaSource) -> list[Path]:
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
     """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
+    num_references = [len(source.references) for source in sources]
+    num_masks = [int(source.control_mask is not None) for source in sources]
     for key, title, counts in (
-        (REFERENCE, "references", [len(source.references) for source in sources]),
-        (MASK, "control masks", [int(source.control_mask is not None) for source in sources]),
+        (REFERENCE, "references", num_references),
+        (MASK, "control masks", num_masks),
     ):
-        if not any(counts):
+        if not any(counts):  # the table has no such files
             continue
         items_by_count = sorted(Counter(counts).items())
         parts = [f"{count_of(num_items, 'item')} with {count}" for count, num_items in items_by_count]
@@ -201,13 +204,12 @@ def read_companions(
     count: int,
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
-) -> dict[str, Any]:
-    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
+) -> ClipCompanions:
+    """Read references and the control mask of a fetched source.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. A reference
     clip gives `count` frames, those shown at the times of `clock`, with the last one repeated if it ends
-    earlier; an image gives one frame. The field `size_changes` has a text for each reference whose frames
-    change size.
+    earlier; an image gives one frame.
 
     Args:
         here: The fetched source.
@@ -228,27 +230,31 @@ def read_companions(
             f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
-    small = bucket[0] // factor, bucket[1] // factor
-    changes: list[str] = []
-
-    def read(path: Path) -> Clip:
+    reference_size = bucket[0] // factor, bucket[1] // factor
+    references: list[Clip] = []
+    size_changes: list[str] = []
+    for path in here.references:
         if rules is not None and rules.on_white:
             from modules.media.canvas import on_white  # only few models need white canvases
 
-            return pixels_to_uint8(on_white(first_frame(path), *small))
+            references.append(pixels_to_uint8(on_white(first_frame(path), *reference_size)))
+            continue
         if is_still(path) or here.table.kind == "image":
-            return resize_cover(read_image(path), small)[None]
+            references.append(resize_cover(read_image(path), reference_size)[None])
+            continue
         sizes = FrameSizes()
         frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
-        clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
+        references.append(_fit_reference_clip(frames, reference_size, count))
         if sizes.change is not None:
-            changes.append(f"{path.name}: {sizes.change}")
-        repeated = clip[-1:] * (count - len(clip))  # the last frame, for a reference that ends earlier
-        return np.stack(clip + repeated)
-
-    fields: dict[str, Any] = {"references": tuple(map(read, here.references)), "size_changes": changes}
+            size_changes.append(f"{path.name}: {sizes.change}")
+    control_mask = None
     if here.control_mask is not None:
-        fields["control_mask"] = read_mask(
-            here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock
-        )
-    return fields
+        control_mask = read_mask(here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock)
+    return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
+
+
+def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:
+    """Return the first `count` frames at a size; a shorter clip is completed with its last frame."""
+    clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in frames][:count]
+    last = clip[-1:]
+    return np.stack(clip + last * (count - len(clip)))

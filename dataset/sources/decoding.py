@@ -18,6 +18,7 @@ from dataset.config_keys import AUTO
 from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
+    ClipCompanions,
     Mask,
     Span,
     bucket_of,
@@ -94,13 +95,13 @@ class DecodedMedia:
     frames: Clip  # F H W 3, or 4 for a family whose pixels have alpha; empty from `plan_source`
     spans: tuple[Span, ...]  # of an item its own
     reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
-    # per control image or clip: as many frames; C = 4 if a control image has alpha
+    # one for each control image or clip, with the same number of frames; C = 4 if a control image has alpha
     control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
-    mask: Mask | None = None  # of the loss: 255 is learned; as many as frames; None: all of them whole
-    # each f h w 3: of a clip as many as frames, of an image one
+    mask: Mask | None = None  # of the loss, for each frame: 255 is learned; None: everything is
+    # each f h w 3, where f is the number of frames for a clip, and 1 for an image
     references: tuple[Clip, ...] = ()
-    control_mask: Mask | None = None  # 255 is made anew; as many as frames
+    control_mask: Mask | None = None  # for each frame: 255 is generated
     rejected: Clip | None = None  # of the worse one, like `frames`
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
     # what the records of its caches say
@@ -197,29 +198,32 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media; `here` is the source with local files."""
+    """Read a clip and its control media; `here` is the source with local files.
+
+    Control media are read only if the clip gives an item, at the times of the clip's kept frames.
+    """
     table = source.table
-    # number and second of each kept frame; complete once `frames` below have been read
-    clock: list[tuple[int, float]] = []
+    clock: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
 
     def read_frames() -> Iterator[Frame]:
-        for frame, number, second in kept_frames(here.path, table, fps, table.alpha_mask):
-            clock.append((number, second))
+        """Yield the kept frames; `clock` is complete when all of them have been taken."""
+        for frame, index, second in kept_frames(here.path, table, fps, table.alpha_mask):
+            clock.append((index, second))
             yield frame
 
     sizes = FrameSizes()
     size_changes: list[str] = []
     frames_in = sizes.watch(read_frames())
-    first = next(frames_in)
+    first = next(frames_in)  # its size selects the bucket of the clip
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, here.path)
-    enough = frames_wanted(table)
+    max_frames = frames_wanted(table)
     frames_in = itertools.chain([first], frames_in)
     mask: Mask | None = None
-    if table.is_of_audio:
+    if table.is_of_audio:  # only the number of frames counts
         frames = _repeat_first(frames_in)
     else:
-        frames, mask = _gather(frames_in, bucket, enough)
+        frames, mask = _gather(frames_in, bucket, max_frames)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
@@ -227,20 +231,15 @@ def _decode_clip(
         mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
     found_spans, reason = spans_or_reason(table, count, lengths)
     control: list[Clip] = []
-    companions: dict[str, Any] = {}
+    companions = ClipCompanions()
+    rejected: Clip | None = None
     if found_spans:
         control = _read_control_clips(here, bucket, count=count, fps=fps, clock=clock, changes=size_changes)
-    if found_spans and (here.references or here.control_mask is not None):
-        from dataset.sources.companions import read_companions  # few clips have any
+        companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
+        if here.rejected is not None:
+            from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
-        companions = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
-        size_changes += companions.pop("size_changes")
-    if found_spans and here.rejected is not None:
-        from dataset.sources.pairs import read_rejected_clip  # few clips have any
-
-        companions["rejected"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
-    # decoding stops once there are enough frames, and then the clip may have more
-    complete = enough is None or count < enough
+            rejected = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     return DecodedMedia(
         source=source,
         size=size,
@@ -250,8 +249,16 @@ def _decode_clip(
         reason=reason,
         control=tuple(control),
         mask=mask,
-        clip=ClipInfo(size, count, complete, size_changes=tuple(size_changes)),
-        **companions,
+        references=companions.references,
+        control_mask=companions.control_mask,
+        rejected=rejected,
+        clip=ClipInfo(
+            size,
+            count,
+            # decoding stops once there are enough frames, and then the clip may have more
+            complete=max_frames is None or count < max_frames,
+            size_changes=(*size_changes, *companions.size_changes),
+        ),
     )
 
 
@@ -299,8 +306,28 @@ def planned_bytes(source: MediaSource) -> int:
     return total if total > SMALL_IMAGE else 0
 
 
+def _read_companions(
+    here: MediaSource,
+    size: Size,
+    bucket: Size,
+    *,
+    count: int = 1,
+    fps: float = 0.0,
+    clock: Sequence[tuple[int, float]] = (),
+) -> ClipCompanions:
+    """Read references and the control mask of a source, if it has any.
+
+    `count`, `fps` and `clock` are those of the source's kept frames; an image has one frame.
+    """
+    if not here.references and here.control_mask is None:
+        return ClipCompanions()
+    from dataset.sources.companions import read_companions  # few sources have any
+
+    return read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
+
+
 def _decode_image(
-    source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool, has_alpha: bool
+    source: MediaSource, step: int, generator: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
     """Read an image and its control images.
 
@@ -311,13 +338,14 @@ def _decode_image(
     size = (image.shape[1], image.shape[0])
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
-    if numbers is not None:
-        fit = _draw_crop(source, size, fit, numbers)
-        is_mirrored = table.augmentation.flip and numbers.random() < 0.5
+    if generator is not None:
+        fit = _draw_crop(source, size, fit, generator)
+        is_mirrored = table.augmentation.flip and generator.random() < 0.5
         if table.augmentation.color:
-            image = change_colors(image, numbers)
+            image = change_colors(image, generator)
 
-    def place(picture: Frame) -> Frame:
+    def fit_to_bucket(picture: Frame) -> Frame:
+        """Resize and crop the image, its control images, masks and layers alike."""
         image_size = (picture.shape[1], picture.shape[0])
         if table.buckets is None:
             image_fit = fit_cover(image_size, fit.bucket)
@@ -329,34 +357,31 @@ def _decode_image(
     control = _read_controls(
         source,
         bucket=fit.bucket,
-        place=place,
+        place=fit_to_bucket,
         is_mirrored=is_mirrored,
         keeps_alpha=keeps_alpha,
         has_alpha=has_alpha,
     )
     if has_alpha and not table.alpha_mask and alpha is not None:
+        # the model takes transparency as a fourth channel
         image, alpha = np.dstack([image, alpha]), None
-    placed_alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
-    mask = None if source.mask is None else read_still(source.mask, place, size, 1)
-    if table.alpha_mask:
+    placed_alpha = None if alpha is None or alpha.min() == 255 else fit_to_bucket(alpha)
+    mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
+    if table.alpha_mask:  # transparency is the mask of the loss; the model does not see it
         is_opaque = placed_alpha is None or placed_alpha.min() == 255
         mask = None if placed_alpha is None or is_opaque else placed_alpha[None]
         placed_alpha = None
-    placed = place(image)
+    placed = fit_to_bucket(image)
     frames = (add_alpha(placed) if has_alpha else placed)[None]
     if source.layers:
         from dataset.sources.layers import read_layers  # few images have any
 
-        frames = np.stack([frames[0], *read_layers(source, size, place)])
+        frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
-    companions: dict[str, Any] = {}
-    if source.references or source.control_mask is not None:
-        from dataset.sources.companions import read_companions  # few images have any
-
-        companions = read_companions(source, size, fit.bucket, 1)
-        del companions["size_changes"]
+    companions = _read_companions(source, size, fit.bucket)
+    rejected: Clip | None = None
     if source.rejected is not None:
-        companions["rejected"] = _read_rejected(source, size, place=place, has_alpha=has_alpha)
+        rejected = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -366,7 +391,9 @@ def _decode_image(
         control=tuple(control),
         alpha=placed_alpha,
         mask=mask,
-        **companions,
+        references=companions.references,
+        control_mask=companions.control_mask,
+        rejected=rejected,
     )
 
 
@@ -495,7 +522,12 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
-    """Return how an image of a size is resized and cropped to its bucket. Raises as `bucket_of` does."""
+    """Return how an image of a size is resized and cropped to its bucket.
+
+    Raises:
+        MediaError: If the image is too small to keep its size.
+        DatasetError: If the resolution does not fit `step`.
+    """
     bucket = bucket_of(table, size, step, path)
     rule = table.buckets
     if rule is None:

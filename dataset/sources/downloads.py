@@ -76,13 +76,14 @@ def download(
     ask = functools.partial(ask_http if protocol in HTTP else _ask_filesystem, address)
     target.parent.mkdir(parents=True, exist_ok=True)
     # a few locks serve all files; the system frees one even if its process is killed
-    number = int(short_hash(target.name), 16) % NUM_LOCKS
-    with only_one(target.with_name(f".downloads-{number:02d}.lock")):
+    lock_index = int(short_hash(target.name), 16) % NUM_LOCKS
+    with only_one(target.with_name(f".downloads-{lock_index:02d}.lock")):
         if target.is_file():  # another process has just finished it
             return
         with atomic_path(target) as temporary:
 
             def check_size(answer: Answer) -> None:
+                """Reject a file for which the disk has no room, before it is downloaded."""
                 if answer.size_bytes is None:
                     return
                 try:
@@ -112,11 +113,16 @@ def download(
                     f"{shown} sends more than {MAX_DOWNLOAD_BYTES >> 30} GiB; remove it from the table"
                 )
             if check is not None:
-                try:
-                    check(temporary)
-                except MediaError as error:
-                    why = str(error).replace(str(temporary), "it")
-                    raise MediaError(f"{shown}: {why} Nothing of it is kept.") from None
+                _check_downloaded(check, temporary, shown)
+
+
+def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -> None:
+    """Check a downloaded file under its temporary name; errors name its address instead."""
+    try:
+        check(path)
+    except MediaError as error:
+        why = str(error).replace(str(path), "it")
+        raise MediaError(f"{address}: {why} Nothing of it is kept.") from None
 
 
 def check_media(path: Path) -> None:
@@ -132,6 +138,7 @@ def check_media(path: Path) -> None:
 
 @contextlib.contextmanager
 def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[Answer]:
+    """Open a file through fsspec, after the first `have` bytes if it has not changed since."""
     import fsspec
 
     with _explain_filesystem():

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table's folder; add a fault for each file that cannot be used.
 
-    With `captions`, read them.
+    Caption files are read only if `captions` is true.
 
     Raises:
         DatasetError: If the folder cannot be listed.

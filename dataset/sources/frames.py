@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -259,6 +260,16 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
 
 FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" plays them at their speed'
 Mask = NDArray[np.uint8]  # F H W
+
+
+class ClipCompanions(NamedTuple):
+    """References and the control mask of a source, as `DecodedMedia` has them."""
+
+    references: tuple[NDArray[np.uint8], ...] = ()  # each f h w 3
+    control_mask: Mask | None = None
+    size_changes: tuple[str, ...] = ()  # a line for each reference whose frames change size
+
+
 Place = Callable[[Frame], Frame]  # resizes and crops an image
 
 

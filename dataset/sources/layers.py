@@ -71,19 +71,22 @@ def _number_of(layer: Path) -> int:
 
 
 def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return an error for each image without layers, and for layers with the same number."""
+    """Return an error for each image without layers, and for layers with the same number.
+
+    The layers of cat.png are called cat_1.png, cat_2.png and so on. Rows of a list name theirs in columns.
+    """
     errors = []
     kind = f"problems with the layers of {table.name}"
     for source in sources:
-        numbers = [layer.stem for layer in source.layers]
-        if not numbers:
+        stems = [layer.stem for layer in source.layers]
+        if not stems:
             example = f"{source.stem}_1.png" if table.directory else "image_path_1"
             text = f"{source.path}: it has no layers, such as {example}"
-            if table.directory and source.stem.rpartition("_")[2].isdecimal():
+            if table.directory and source.stem.rpartition("_")[2].isdecimal():  # named like a layer
                 text += ". It is no layer itself: it has a caption, or there is no picture without its number"
             errors.append(Fault(kind, text, source.stem))
-        elif table.directory and len(set(numbers)) < len(numbers):
-            doubled = next(stem for stem in numbers if numbers.count(stem) > 1)
+        elif table.directory and len(set(stems)) < len(stems):  # such as cat_1.png and cat_1.webp
+            doubled = next(stem for stem in stems if stems.count(stem) > 1)
             errors.append(
                 Fault(kind, f"{source.path}: two files are called {doubled}. Keep one", source.stem)
             )

@@ -53,22 +53,23 @@ class TableFolders:
         Raises:
             DatasetError: If the folder cannot be listed.
         """
-        place = self._ids.get(table.index)
-        if place is None or table.directory is None:
+        folder_key = self._ids.get(table.index)
+        if folder_key is None or table.directory is None:
             return None
-        sharing = self._sharing[place]
+        sharing = self._sharing[folder_key]
         if sharing[0].index != table.index:
             return None
         with_masks = any(
-            other.mask_directory is not None and folder_id(other.mask_directory) == place for other in sharing
+            other.mask_directory is not None and folder_id(other.mask_directory) == folder_key
+            for other in sharing
         )
-        rules = _UnusedRules.of(sharing, has_companions=place in self._others, with_masks=with_masks)
+        rules = _UnusedRules.of(sharing, has_companions=folder_key in self._others, with_masks=with_masks)
         counts = _count_unused(table, table.directory, rules)
         if not counts:
             return None
-        number = sum(of_endings.total() for of_endings in counts.values())
-        verb = "file is" if number == 1 else "files are"
-        return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+        num_files = sum(of_endings.total() for of_endings in counts.values())
+        verb = "file is" if num_files == 1 else "files are"
+        return f"{table.directory}: {num_files} {verb} not read: {_describe(counts)}"
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each folder inside a table's folder that holds its kind of media and is unread."""
@@ -106,7 +107,7 @@ def _describe(counts: Mapping[str, Counter[str]]) -> str:
 
 def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> dict[str, Counter[str]]:
     """Count the files of a folder that nothing reads, by what to do and by suffix."""
-    # without a Path for each: there may be a million
+    # plain strings, because making a million Path objects is slow
     entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
     stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
     with_caption = {stem for _, stem, suffix in entries if suffix in rules.caption_suffixes}
@@ -115,6 +116,7 @@ def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> d
         return {}  # each image or clip has a caption, and there is nothing else
     captions = _find_captions(table, entries, rules)
     handled = {name for names in captions.values() for name in names}
+    # by what to do with the files, then by suffix
     counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}
     for entry, stem, suffix in entries:
         if entry.name in handled:
@@ -126,7 +128,7 @@ def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> d
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
         ending = suffix.lower()
-        if ending in rules.read:
+        if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
             is_unused = rules.may_be_still(ending) and _is_still(folder / entry.name)
             if not is_unused:
                 continue
@@ -173,11 +175,13 @@ def _find_captions(
 ) -> dict[str, list[str]]:
     """Return the names of caption files that nothing reads, by what to do with them.
 
-    They are those of media that have no other caption, with another usual suffix or under another name.
+    Each belongs to an image or clip without a caption, and has another suffix than the table reads, or
+    another name than its image or clip.
     """
     if not rules.caption_suffixes:
         return {}
     names = {entry.name for entry, _, _ in entries}
+    # images and clips without a caption
     owners = CaptionOwners(
         entry.name
         for entry, stem, suffix in entries
@@ -199,12 +203,8 @@ def _find_captions(
             by_suffix.setdefault(suffix, []).append(entry.name)
     found: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
-        key = (
-            f"--caption_extension {suffix}"
-            if table.config_path.is_dir()
-            else f'caption_extension = "{suffix}"'
-        )
-        found[f"captions of {table.holds}s without another one, which {key} reads"] = captions
+        setting = _name_suffix_setting(table, suffix)
+        found[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
         wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
@@ -212,6 +212,13 @@ def _find_captions(
         why = f"captions under another name than their {table.holds}: {example}; rename them"
         found[why] = [name for name, _ in misnamed]
     return found
+
+
+def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
+    """Return the option, or the key of the dataset file, that makes a table read captions with a suffix."""
+    if table.config_path.is_dir():  # the dataset is given as a folder
+        return f"--caption_extension {suffix}"
+    return f'caption_extension = "{suffix}"'
 
 
 @dataclass(frozen=True)
@@ -249,9 +256,9 @@ class _UnusedRules:
         )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is not media, but usual in such a folder.
+        """Return whether a file that is not media is no surprise next to media: its caption, for example.
 
-        `has_media` says that media with its stem are there.
+        `has_media` says that the folder has media with the same stem.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True

@@ -23,7 +23,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
-# likewise: that sound is from a file of its own; what is shown, in order
+# more keys in these options: that the audio is from a file of its own; what is shown, in order
 AUDIO_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference images and gets none
 NO_REFERENCE = (
@@ -227,8 +227,8 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     They may differ in captions, control media, masks or sound. The stems are `t`, `t-2`, `t-3`, in the order
     of the rows. Equal rows keep equal stems, which the listing reports.
     """
-    places = Counter((source.path, source.origins[:1]) for source in sources)
-    if not places or max(places.values()) == 1:
+    rows_by_file = Counter((source.path, source.origins[:1]) for source in sources)
+    if not rows_by_file or max(rows_by_file.values()) == 1:
         return list(sources)
     used = {source.stem.casefold() for source in sources}
     by_file: dict[object, dict[object, str]] = {}  # file -> (other values of its row -> stem)
@@ -248,7 +248,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.further_text,
             source.layers,
         )
-        stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
+        stems = by_file.setdefault(file, {}) if rows_by_file[file] > 1 else {}
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1

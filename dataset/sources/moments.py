@@ -53,8 +53,10 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
     `latent` is that of the model that they are for.
 
-    A leading axis of size 1, which some tools leave, is removed. Raises MediaError as `read_tensor`, and if
-    the shape is another.
+    A leading axis of size 1, which some tools leave, is removed.
+
+    Raises:
+        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
     """
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
@@ -85,7 +87,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
-    """Return the properties of the clip from which moments 2C F h w were made.
+    """Return size and number of frames of the clip from which moments 2C F h w were encoded.
 
     If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
     one.
@@ -93,21 +95,27 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     Raises:
         MediaError: If the model does not take the size.
     """
-    step, rows, columns = latent.stride
-    count = moments.shape[1]
-    height = moments.shape[2] * rows
-    width = moments.shape[3] * columns
+    frame_stride, height_stride, width_stride = latent.stride
+    latent_frames = moments.shape[1]
+    height = moments.shape[2] * height_stride
+    width = moments.shape[3] * width_stride
     if height % latent.pixel_step or width % latent.pixel_step:
         raise MediaError(
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
             f"{latent.pixel_step}"
         )
-    num_frames = count * step if count % 2 == 0 else (count - 1) * step + 1
+    num_frames = (
+        latent_frames * frame_stride if latent_frames % 2 == 0 else (latent_frames - 1) * frame_stride + 1
+    )
     return ClipInfo((width, height), num_frames)
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
-    """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
+    """Return the clip of a source with tensors, from the header of its file.
+
+    Raises:
+        MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
+    """
     assert source.tensors is not None
     path = source.tensors.moments
     return measure(read_moments(path, latent), latent, path)

@@ -96,7 +96,7 @@ def whole_texts(source: MediaSource) -> Iterator[str]:
 
 def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Warn of special characters in captions that would be learned as text, probably by mistake."""
-    remarks: list[Fault] = []
+    warnings: list[Fault] = []
     for source in sources:
         kinds: dict[str, None] = {}
         if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
@@ -107,8 +107,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
             words = " ".join((source.caption or "").split())
             shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
             text = f"{source.caption_path or source.path}: {shown}"
-            remarks += [Fault(kind, text, source.stem) for kind in kinds]
-    return remarks
+            warnings += [Fault(kind, text, source.stem) for kind in kinds]
+    return warnings
 
 
 def _find_marks(caption: str, draws: bool) -> Iterator[str]:
@@ -130,18 +130,18 @@ def find_cut_captions(
 
     `counters` are found by the names of the encoders.
     """
-    remarks = []
+    warnings = []
     sizes_bytes: dict[str, list[int]] = {}
     for source in sources:
-        place = source.caption_path or source.path
+        path = source.caption_path or source.path
         for caption in whole_texts(source):
             for name, count_tokens in counters.items():
                 count = count_tokens(caption)
                 sizes_bytes.setdefault(name, []).append(count.size_bytes)
                 if count.is_cut:
                     kind = f"have a caption longer than {name} reads"
-                    remarks.append(Fault(kind, describe_cut(place, name, count), source.stem))
-    return remarks, sizes_bytes
+                    warnings.append(Fault(kind, describe_cut(path, name, count), source.stem))
+    return warnings, sizes_bytes
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:

@@ -44,7 +44,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
             lone_braces += _close(groups, len(piece), generator)
         else:
             groups[-1].pieces.append(piece)
-    while len(groups) > 1:  # opened, and closed nowhere
+    while len(groups) > 1:  # opened, and closed nowhere: no choice is drawn
         group = groups.pop()
         lone_braces += group.opened % 2
         groups[-1].pieces += ["{" * _literal(group.opened), *group.pieces]

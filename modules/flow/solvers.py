@@ -198,8 +198,10 @@ class UniPC:
         if after is not None:
             ratios.append(1.0)
             differences.append(after.x0 - last.x0)
-        alone = len(ratios) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
-        weights = [self.variant.lone_weight(step)] if alone else _solve_weights(step, ratios)
+        if len(ratios) == 1:  # as in the released code: 1/2, the limit of the exact weight for small steps
+            weights = [self.variant.lone_weight(step)]
+        else:
+            weights = _solve_weights(step, ratios)
         change: Tensor | float = 0.0
         for weight, ratio, difference in zip(weights, ratios, differences, strict=True):
             change = change + weight / ratio * difference

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
-    """Return the compute dtype of a layer: that of autocast if it is enabled, else that of the weights."""
+    """Return the compute dtype of a layer: autocast's dtype if autocast is enabled, else the weights'."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
@@ -42,9 +42,14 @@ class TwoLayers(nn.Module):
         bias: bool = True,
         in_float32: bool = False,
     ) -> None:
-        """names: of the two layers in files, such as "fc1 fc2".
+        """Create two linear layers with an activation between them.
 
-        `sizes` are C, the width between the layers, C'.
+        Args:
+            names: Names of the two layers in files, separated by a blank, such as "fc1 fc2".
+            sizes: Widths of the input, between the layers, and of the output.
+            activation: Activation between the layers.
+            bias: Whether the layers have a bias.
+            in_float32: Whether to compute in float32 instead of the layers' own dtype.
         """
         super().__init__()
         self._first, self._second = names.split()

@@ -90,12 +90,13 @@ def exact_table(
     # several sizes need a new one every step
     pairs = []
     for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
-        start = grid.first if axis == 0 else 0
-        slow = grid.slow if axis == 0 else None
-        places = torch.arange(start, start + size, dtype=dtype)
-        if axis == 0 and grid.places:
-            places = torch.tensor(grid.places, dtype=dtype)
-        pair = turns(angles_at(places, width, theta, slow)).float()
+        is_time = axis == 0
+        start = grid.first if is_time else 0
+        slow = grid.slow if is_time else None
+        positions = torch.arange(start, start + size, dtype=dtype)
+        if is_time and grid.places:  # frames that are not consecutive
+            positions = torch.tensor(grid.places, dtype=dtype)
+        pair = turns(angles_at(positions, width, theta, slow)).float()
         pairs.append(send_ahead(pair, device))
     return on_grid(pairs).unsqueeze(1).to(stored)
 

@@ -43,7 +43,7 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
 
 
 def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
-    """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
+    """Return the bucket with the nearest aspect ratio to `size`; the first one on a tie.
 
     With `no_upscale`, an image with at most `area` pixels keeps its size, rounded down to multiples of
     `step`.
@@ -93,7 +93,7 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets whose area is at most that of the resolution, ascending.
+    """Return the buckets with at most the area of the resolution, ascending.
 
     These are a square, and each width from `shortest` to `longest`, in steps of `step`, with the largest
     height that the area allows, in both orientations. All sides are multiples of `step`.

@@ -105,7 +105,7 @@ def _note_info(file: Image.Image) -> None:
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
-    """Return the pixels on white, H W 3 RGB; with `alpha`, those of a transparent image as H W 4.
+    """Return the pixels on white, H W 3 RGB; with `alpha`, a transparent image as H W 4 instead.
 
     `image` comes from `upright`. `path` is for messages only.
     """
@@ -325,21 +325,22 @@ def _read_gamma(info: dict[Any, Any]) -> float | None:
 
 
 def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
-    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow leaves out; None without."""
+    """Return primaries and transfer function of a PNG's chunk cICP, which Pillow ignores; None without it."""
     stream: Any = getattr(file, "fp", None)
     if stream is None:  # its pixels are read
         return None
-    place = stream.tell()
+    position = stream.tell()
     try:
-        stream.seek(8)
+        stream.seek(8)  # after the signature
+        # a chunk: 4 bytes of length, 4 bytes of kind, content, 4 bytes of checksum
         while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
             length = int.from_bytes(head[:4], "big")
             if head[4:] == b"cICP" and length == 4:
                 content = stream.read(2)
                 return (content[0], content[1]) if len(content) == 2 else None
-            stream.seek(length + 4, io.SEEK_CUR)  # with its checksum
+            stream.seek(length + 4, io.SEEK_CUR)
     finally:
-        stream.seek(place)
+        stream.seek(position)
     return None
 
 
@@ -348,10 +349,10 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     stream: Any = getattr(file, "fp", None)
     if stream is None or file.info.get("icc_profile"):
         return None
-    place = stream.tell()
+    position = stream.tell()
     stream.seek(0)
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
-    stream.seek(place)
+    stream.seek(position)
     primaries = int.from_bytes(codes[:2], "big")
     transfer = int.from_bytes(codes[2:4], "big")
     if not marker:
@@ -399,8 +400,8 @@ def _with_header(tags: dict[bytes, bytes]) -> bytes:
     start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
     table, body = b"", b""
     for name, content in tags.items():
-        place = start + len(body)
-        table += name + _encode_number(place) + _encode_number(len(content))
+        position = start + len(body)
+        table += name + _encode_number(position) + _encode_number(len(content))
         body += content
     head = _encode_number(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
     head += b"acsp" + bytes(28) + _encode_fixed(_D50)
@@ -422,15 +423,18 @@ def _make_colorants(places: tuple[float, ...]) -> Any:
     Args:
         places: Chromaticities x, y of the white point, red, green and blue.
     """
-    x, y = np.array(places[0::2]), np.array(places[1::2])
+    x = np.array(places[0::2])
+    y = np.array(places[1::2])
     if (y <= 0).any():
         return None
-    white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)
+    white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)  # XYZ with Y = 1
     try:
-        lights = np.linalg.solve(np.array(primaries).T, white)
-        colorants = np.array(primaries).T * lights
-        cones = _BRADFORD @ _D50 / (_BRADFORD @ white)
-        return np.linalg.solve(_BRADFORD, cones[:, None] * (_BRADFORD @ colorants))
+        # scale the primaries so that their sum is white
+        scales = np.linalg.solve(np.array(primaries).T, white)
+        colorants = np.array(primaries).T * scales
+        # adapt from this white to D50 in the cone responses of Bradford
+        cone_ratios = _BRADFORD @ _D50 / (_BRADFORD @ white)
+        return np.linalg.solve(_BRADFORD, cone_ratios[:, None] * (_BRADFORD @ colorants))
     except np.linalg.LinAlgError:
         return None
 

@@ -215,19 +215,21 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
 
 
 def _read_matroska_size(path: Path) -> int:
-    """Return the bytes of a Matroska file by its header, 0 if that does not say. Source: RFC 9559, EBML."""
+    """Return the size of a Matroska file in its header, 0 if there is none. Source: RFC 9559, EBML."""
     with path.open("rb") as file:
         for _ in range(2):  # the header of EBML, and the segment
             name = file.read(4)
             first = file.read(1)
             if len(name) < 4 or not first or not first[0]:
                 return 0
+            # the leading zero bits of a size tell its length in bytes; 7 bits of each byte hold the value
             length = 9 - first[0].bit_length()
             content = first + file.read(length - 1)
-            size = int.from_bytes(content, "big") & (1 << 7 * length) - 1
-            if name == b"\x18\x53\x80\x67":
-                is_open = size == (1 << 7 * length) - 1  # still being written, or a stream
-                return 0 if is_open else file.tell() + size
+            all_ones = (1 << 7 * length) - 1
+            size = int.from_bytes(content, "big") & all_ones
+            if name == b"\x18\x53\x80\x67":  # the segment
+                is_unknown = size == all_ones  # still being written, or a stream
+                return 0 if is_unknown else file.tell() + size
             file.seek(size, 1)
     return 0
 

@@ -44,7 +44,7 @@ class Picture:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
-    """Return pixels in 8 bits; those in 16 bits are divided by 257 and rounded."""
+    """Return pixels in 8 bits; 16-bit values are divided by 257 and rounded."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)

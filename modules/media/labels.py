@@ -11,7 +11,7 @@ LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 
 def label_of(stem: str) -> str | None:
-    """Return the label at the end of a file's stem, such as that of a mask; None for an ordinary image."""
+    """Return the label at the end of a file's stem, such as a mask's; None for an ordinary image."""
     lower = stem.lower()
     return next((label for label in LABELS if lower.endswith(label) and len(lower) > len(label)), None)
 

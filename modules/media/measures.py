@@ -141,7 +141,7 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
     if not len(frames):
         raise ValueError("no frame to measure")
     count = 1 if len(frames) == 1 else CLIP_FRAMES
-    return [frames[place] for place in np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return [frames[index] for index in np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 def _reduce_to_gray(frame: Frame, longest: int) -> Gray:

@@ -85,10 +85,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 def _check_memory(path: Path, image: Image.Image) -> None:
     """Raise MediaError if an image would take too much memory to decode."""
     width, height = image.size
-    taken = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
-    if taken > MAX_DECODED_BYTES:
+    num_bytes = width * height * DECODER_BYTES.get(image.format or "", DECODED_BYTES)
+    if num_bytes > MAX_DECODED_BYTES:
         raise MediaError(
-            f"{path} has {width} x {height} pixels as {image.format}, which takes {taken / 1e9:.1f} GB "
+            f"{path} has {width} x {height} pixels as {image.format}, which takes {num_bytes / 1e9:.1f} GB "
             f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are taken. Make the picture "
             "smaller, or save it as PNG or JPEG."
         )
@@ -130,10 +130,10 @@ def _limit_frames(path: Path, codec: Any) -> None:
     """
     stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
     maximum = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
-    taken = codec.width * codec.height * _pixel_bits(codec) // 8
-    if taken > maximum:
+    num_bytes = codec.width * codec.height * _pixel_bits(codec) // 8
+    if num_bytes > maximum:
         raise MediaError(
-            f"{path} has frames of {codec.width} x {codec.height} pixels, {taken / 1e6:.0f} MB each when "
+            f"{path} has frames of {codec.width} x {codec.height} pixels, {num_bytes / 1e6:.0f} MB each when "
             f"they are decoded; at most {maximum / 1e6:.0f} MB are read. Make the clip smaller."
         )
     # the size may change within a stream
@@ -141,7 +141,7 @@ def _limit_frames(path: Path, codec: Any) -> None:
 
 
 def _pixel_bits(codec: Any) -> int:
-    """Return the bits of a pixel in memory; those of RGB if the file does not state its pixel format."""
+    """Return the bits of a pixel in memory; RGB is assumed if the file does not state its pixel format."""
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
@@ -175,11 +175,11 @@ def reject_cut(path: Path) -> None:
     Source: ISO/IEC 14496-12, 4.2.
     """
     size = path.stat().st_size
-    place = 0  # where the next box begins
+    position = 0  # where the next box begins
     kinds: set[bytes] = set()
     with path.open("rb") as file:
         for _ in range(_MAX_BOXES):
-            file.seek(place)
+            file.seek(position)
             head = file.read(16)
             length = int.from_bytes(head[:4], "big")
             kind = head[4:8]
@@ -190,10 +190,10 @@ def reject_cut(path: Path) -> None:
             kinds.add(kind)
             if length == 1:
                 length = int.from_bytes(head[8:], "big")
-            place += max(length, 8)
-            if place > size:
+            position += max(length, 8)
+            if position > size:
                 raise MediaError(
-                    f"{path} is cut short: it has {size:,} bytes of at least {place:,}. Download it again."
+                    f"{path} is cut short: it has {size:,} bytes of at least {position:,}. Download it again."
                 )
     if b"moov" not in kinds:
         raise MediaError(

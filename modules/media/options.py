@@ -17,7 +17,7 @@ class CodecOptions(Options, title="video format"):
 
     @property
     def suffix(self) -> str:
-        """Suffix of videos: that of the container, or .mkv for ProRes."""
+        """Suffix of videos: the container's, or .mkv for ProRes."""
         return ".mkv" if self.is_deep else f".{self.container}"
 
     @property

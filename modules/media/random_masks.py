@@ -51,34 +51,37 @@ def draw_cloud(height: int, width: int, numbers: random.Random) -> BoolMask:
     return mask
 
 
-def draw_polygons(height: int, width: int, numbers: random.Random) -> BoolMask:
-    """Draw one or two polygons with corners at even angles and random distances, H W."""
+def draw_polygons(height: int, width: int, generator: random.Random) -> BoolMask:
+    """Draw one or two polygons with corners at even angles and random distances, H W.
+
+    The area of a circle of the mean radius is a random fraction of the image, within AREA.
+    """
     mask = np.zeros((height, width), np.uint8)
     area = height * width
-    for _ in range(numbers.randint(1, 2)):
-        radius = numbers.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
+    for _ in range(generator.randint(1, 2)):
+        radius = generator.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
         edge = 0.2 * radius
-        x = numbers.uniform(edge, width - edge)
-        y = numbers.uniform(edge, height - edge)
+        x = generator.uniform(edge, width - edge)
+        y = generator.uniform(edge, height - edge)
         corners = []
         for corner in range(CORNERS):
             angle = 2 * math.pi * corner / CORNERS
-            distance = radius * numbers.uniform(MIN_RADIUS, 1)
+            distance = radius * generator.uniform(MIN_RADIUS, 1)
             corners.append((x + distance * math.cos(angle), y + distance * math.sin(angle)))
         _fill(mask, corners)
     return mask.astype(bool)
 
 
-def draw_shape(height: int, width: int, numbers: random.Random) -> BoolMask:
+def draw_shape(height: int, width: int, generator: random.Random) -> BoolMask:
     """Draw a rectangle or an ellipse, H W."""
     low, high = (math.sqrt(fraction) for fraction in AREA)
-    rows = max(1, round(height * numbers.uniform(low, high)))
-    columns = max(1, round(width * numbers.uniform(low, high)))
-    top = numbers.randint(0, height - rows)
-    left = numbers.randint(0, width - columns)
+    rows = max(1, round(height * generator.uniform(low, high)))
+    columns = max(1, round(width * generator.uniform(low, high)))
+    top = generator.randint(0, height - rows)
+    left = generator.randint(0, width - columns)
     mask = np.zeros((height, width), bool)
     box = mask[top : top + rows, left : left + columns]
-    if numbers.random() < 0.5:
+    if generator.random() < 0.5:
         box[:] = True
         return mask
     y, x = np.ogrid[:rows, :columns]

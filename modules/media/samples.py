@@ -221,7 +221,7 @@ def _decode_resampled(
     """Yield resampled blocks as `_decode` does; restart the resampler if times or the format jump."""
     resampler = None
     form = None  # format of the samples that the resampler takes
-    place = 0  # index of the next sample, counted from `begin`
+    next_index = 0  # index of the next sample, counted from `begin`
     decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
     try:
         for frame in _decode_frames(container, stream, lenient):
@@ -230,19 +230,19 @@ def _decode_resampled(
             jumps = time is not None and abs(time - decoded_end) >= ROUNDING
             if resampler is None or frame_form != form or jumps:
                 if resampler is not None:
-                    yield from _number_samples(resampler.resample(None), place)
+                    yield from _number_samples(resampler.resample(None), next_index)
                 if time is not None:
                     decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
                 form = frame_form
-                place = round(decoded_end * rate)
+                next_index = round(decoded_end * rate)
             frame.pts = None
             decoded_end += Fraction(frame.samples, frame.sample_rate)
-            for first, samples in _number_samples(resampler.resample(frame), place):
+            for first, samples in _number_samples(resampler.resample(frame), next_index):
                 yield first, samples
-                place = first + samples.shape[1]
+                next_index = first + samples.shape[1]
         if resampler is not None:
-            yield from _number_samples(resampler.resample(None), place)
+            yield from _number_samples(resampler.resample(None), next_index)
     except av.FFmpegError as error:
         if not lenient:
             raise
@@ -261,9 +261,9 @@ def _decode_frames(container: Any, stream: Any, lenient: bool) -> Iterator[Any]:
         yield from packet.decode()
 
 
-def _number_samples(parts: Any, place: int) -> Iterator[tuple[int, Samples]]:
+def _number_samples(parts: Any, next_index: int) -> Iterator[tuple[int, Samples]]:
     """Yield the samples of FFmpeg's frames, each with the index of its first sample."""
     for part in parts:
         samples = np.asarray(part.to_ndarray(), np.float32)
-        yield place, samples
-        place += samples.shape[1]
+        yield next_index, samples
+        next_index += samples.shape[1]

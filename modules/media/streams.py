@@ -84,12 +84,12 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     if limit is not None and limit < 1:
         return
     previous: Picture | None = None
-    for number, frame in enumerate(
+    for index, frame in enumerate(
         _read_animation(path) if decoding.is_animation(path) else _read_timed(path, deep)
     ):
         if previous is not None:
             yield Picture(previous.pixels, previous.start, frame.start - previous.start)
-        if number == limit:
+        if index == limit:
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
             sizes = " to ".join(
@@ -131,10 +131,10 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
         end = _find_end(container, stream)
         if end is not None:
             end -= origin
-        for number, timed in enumerate(decoding.decode_frames(path, container, stream)):
+        for index, timed in enumerate(decoding.decode_frames(path, container, stream)):
             frame = timed.frame
             base = frame.time_base or stream.time_base
-            if number == 0:
+            if index == 0:
                 _warn_of_hdr(path, frame)
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
@@ -179,10 +179,13 @@ def _warn_of_hdr(path: Path, frame: Any) -> None:
 
 
 class Clock:
-    """Give images exact and rising times."""
+    """Gives images exact and increasing times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: images a second. `tick` is the rounding of the file's times, in seconds."""
+        """Start with no image.
+
+        `rate` is in images per second; `tick` is the resolution of the file's times.
+        """
         self._step = 1 / rate
         # coarser ticks are the grid of the images themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)

@@ -42,7 +42,7 @@ class SectionAudio:
     """The sound of a section of a video, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
-        """source: the opened file."""
+        """Prepare to read the audio of a section; `source` is the opened file."""
         self._section, self._source = section, source
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
@@ -124,7 +124,7 @@ class Timing:
     """The times of the images that an encoder holds."""
 
     def __init__(self, rate: Fraction) -> None:
-        """rate: images a second, which the encoder counts with."""
+        """Start with no image. `rate` is the encoder's frame rate in images per second."""
         self.count = 0  # images so far
         self._make_rate = rate
         self._ticks = ticks_per_second(rate)
@@ -177,7 +177,7 @@ class Timing:
             else:  # counted backwards from the first image
                 if ahead is None:
                     # the shortest image so far: a mean of long ones would make the file begin too early
-                    ahead = min(place.length for place in self._shown.values())
+                    ahead = min(entry.length for entry in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
                 first = packet.dts
@@ -371,7 +371,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
-    """Yield the writer of all streams other than images, and that of a whole copied video.
+    """Yield the writer of all streams other than images, and the writer of a fully copied video.
 
     The first writer adds a generated audio track, or streams of a video that this function opens. The second
     result is the same object if a full video is copied, else None. Both are None if there is nothing to add,

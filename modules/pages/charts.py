@@ -88,12 +88,12 @@ def _draw_labels(chart: Chart) -> Iterator[str]:
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
     """Yield rules and labels at the ticks of both axes, and the axes."""
-    for place, label in across.ticks():
-        yield from _draw_lines([(place, TOP), (place, BOTTOM)], RULE)
-        yield _draw_text(place, BOTTOM + 19, label)
-    for place, label in up.ticks():
-        yield from _draw_lines([(LEFT, place), (RIGHT, place)], RULE)
-        yield _draw_text(LEFT - 6, place + 5, label, 'text-anchor="end"')
+    for position, label in across.ticks():
+        yield from _draw_lines([(position, TOP), (position, BOTTOM)], RULE)
+        yield _draw_text(position, BOTTOM + 19, label)
+    for position, label in up.ticks():
+        yield from _draw_lines([(LEFT, position), (RIGHT, position)], RULE)
+        yield _draw_text(LEFT - 6, position + 5, label, 'text-anchor="end"')
     yield from _draw_lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
 
 
@@ -124,7 +124,10 @@ class _Axis:
 
 
 def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator[str]:
+    """Yield the elements of a curve: its band, its lines, its dots and the star at its best value."""
+
     def points(values: Sequence[float]) -> list[Point]:
+        """Return the positions of values in the drawing; NaN leaves a gap."""
         pairs = zip(curve.x, values, strict=True)
         return [(across.place(x), up.place(y) if math.isfinite(y) else math.nan) for x, y in pairs]
 

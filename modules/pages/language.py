@@ -116,9 +116,9 @@ def show_all(value: Any) -> Any:
     if not _language.get().texts:
         return value
     if isinstance(value, dict):
-        return {name: show_all(one) for name, one in value.items()}
+        return {name: show_all(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [show_all(one) for one in value]
+        return [show_all(item) for item in value]
     return show(value)
 
 

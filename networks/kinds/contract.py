@@ -127,6 +127,7 @@ class NetworkKind:
     default_size: int | None = None
     is_sized_by_rank = False  # its files grow with --network_dim
     has_alpha = True
+    takes_all_settings = False  # else `check_settings` says which it does not support
     has_norms = True  # of changes, for --scale_weight_norms
     is_for_texts = True
     is_for_convolutions = True
@@ -230,7 +231,7 @@ class NetworkKind:
         return None
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
-        """Return which ranks act, by the metadata of a file; None: all.
+        """Return the rule in a file's metadata by which only some ranks are used at a time; None if all are.
 
         Raises:
             CheckpointError: If its values cannot be read.

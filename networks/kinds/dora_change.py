@@ -8,7 +8,7 @@ from networks.kinds.factors import Factors
 
 
 def is_by_input(magnitudes: Tensor) -> bool:
-    """Return whether magnitudes are 1 x in (x 1 ...), not out x 1 (x 1 ...)."""
+    """Return whether there is a magnitude for each input (1 in), not for each output (out 1) of a weight."""
     return len(magnitudes) < magnitudes.numel()
 
 

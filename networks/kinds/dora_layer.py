@@ -28,7 +28,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
     Args:
         layer: The layer.
         out: Output of the frozen module, ... out or B out H W.
-        added: Output of the LoRA, of the same shape.
+        added: Output of the LoRA times its multiplier, of the same shape.
         dtype: Dtype of the module's input.
     """
     magnitudes = layer.dora_scale
@@ -38,7 +38,7 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
     if isinstance(layer.original, nn.Conv2d):
         ratio = ratio.view(-1, 1, 1)
         bias = None if bias is None else bias.view(-1, 1, 1)
-    plain = out if bias is None else out - bias.to(out.dtype)
+    plain = out if bias is None else out - bias.to(out.dtype)  # magnitudes do not scale the bias
     return out + plain * (layer.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
 
 

@@ -118,7 +118,7 @@ def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 class _HadamardConvolution(torch.autograd.Function):
-    """As `_HadamardLinear`, for a convolution."""
+    """A convolution with a LoHa, whose backward pass recomputes products instead of keeping them."""
 
     @staticmethod
     def forward(

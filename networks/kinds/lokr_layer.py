@@ -38,8 +38,9 @@ class LokrAlgebra(Algebra):
         )
         if len(second) < len(first):
             raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
+        # the small matrix has no kernel: axes of size 1 stand for it
         padded = (*first, *[1] * (len(second) - len(first)))
-        return tuple(one * other for one, other in zip(padded, second, strict=True))
+        return tuple(size * other_size for size, other_size in zip(padded, second, strict=True))
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return the Kronecker product of the two matrices."""

@@ -16,18 +16,18 @@ class LoraAlgebra(Algebra):
         """Return the shape of the product, out in (kernel); MismatchError if the factors' ranks differ."""
         if DOWN not in shapes:
             return None
-        out, *up_columns = shapes[UP]
-        rank, width, *kernel = shapes[DOWN]
-        if MID in shapes:
-            core_rank, core_width, *core_kernel = shapes[MID]
-            width = math.prod((width, *kernel))
+        out_features, *up_columns = shapes[UP]
+        rank, in_features, *kernel = shapes[DOWN]
+        if MID in shapes:  # a core with the kernel between two 1 x 1 convolutions, as in LyCORIS' use_tucker
+            core_rank, core_inputs, *core_kernel = shapes[MID]
+            in_features = math.prod((in_features, *kernel))
             kernel = core_kernel
-            if core_width != rank:
+            if core_inputs != rank:
                 raise MismatchError(f"{MID} {list(shapes[MID])} is not for the rank {rank}")
             rank = core_rank
         if math.prod(up_columns) != rank:
             raise MismatchError(f"{UP} {list(shapes[UP])} is not for the rank {rank}")
-        return out, width, *kernel
+        return out_features, in_features, *kernel
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
         """Return up @ down, or up @ core @ down for a convolution with a core."""

@@ -78,7 +78,7 @@ class OftAlgebra(Algebra):
         self.rotation = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return the name of the values if their number fits no block size; None otherwise."""
+        """Return the error if the number of values per block fits no block size; None if it fits one."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None

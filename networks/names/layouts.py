@@ -106,17 +106,20 @@ class RowsByHead:
 
 @dataclass(frozen=True)
 class GrownBlocks:
-    """A list of blocks that deeper variants of a model have more of: copies behind some of the originals."""
+    """A list of blocks that is longer in deeper variants of a model, which repeat some of the blocks.
 
-    blocks: str  # its name in our layout
+    The copies of a block follow it directly.
+    """
+
+    blocks: str  # name of the list in our layout
     also_called: tuple[str, ...]  # in other layouts
-    depths: tuple[int, ...]  # blocks of the variants; each has the copies once more than the one before
+    depths: tuple[int, ...]  # number of blocks of each variant; each adds one more copy of the copied blocks
     copied: frozenset[int]  # blocks of the first variant that the others repeat
     keys: tuple[str, ...]  # metadata of a LoRA file that say for how many blocks it is, ours first
     maximum: int = 1000  # that a file may name
 
     def originals(self, depth: int) -> list[int]:
-        """Return, for each block of a variant, the block of the first one that it comes from."""
+        """Return, for each block of a variant, the index of the block that it copies in the shortest one."""
         copies = self.depths.index(depth)
         order = []
         for block in range(self.depths[0]):
@@ -124,27 +127,27 @@ class GrownBlocks:
         return order
 
     def places(self, source: int, depth: int) -> list[list[int]]:
-        """Return, for each block of a variant, the indices of the blocks of a deeper one that copy it.
+        """Return, for each block of a variant, the indices of its copies in a deeper variant.
 
-        A variant may hold several copies of one original. The additional copies of the deeper variant all
-        come from the last of these.
+        If the variant itself has several copies of a block, the deeper variant's additional copies belong to
+        the last of them.
 
         Args:
             source: Number of blocks of the variant.
             depth: Number of blocks of the deeper variant.
         """
-        places: list[list[int]] = []
+        copies: list[list[int]] = []
         next_index = 0  # in the deeper variant
         originals = self.originals(source)
         counts = Counter(self.originals(depth))
         for index, original in enumerate(originals):
             is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
-            count = 1
+            num_copies = 1
             if is_last_copy:
-                count += counts[original] - originals.count(original)
-            places.append([*range(next_index, next_index + count)])
-            next_index += count
-        return places
+                num_copies += counts[original] - originals.count(original)
+            copies.append([*range(next_index, next_index + num_copies)])
+            next_index += num_copies
+        return copies
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
@@ -258,7 +261,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (pattern, our replacements in the order of the rows) for weights that a checkpoint stacks."""
+    """Return pattern and our names, in the order of the rows, of each weight that a checkpoint stacks."""
     replacements: dict[str, list[str]] = {}
     for part in names.joined:
         pattern = _pattern(part.ours) + r"\.weight"
@@ -285,14 +288,14 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     counts: dict[str, int] = {}
     patterns = []
     for part in parts:
-        place = ""
+        suffix = ""
         if part.index is not None and part.index != SWAPPED:
-            number = counts.get(part.ours, 0)
-            place = f"#{number}"
-            counts[part.ours] = number + 1
+            index = counts.get(part.ours, 0)
+            suffix = f"#{index}"
+            counts[part.ours] = index + 1
         leaf = r".\2" if "{n}" in part.theirs else r".\1"
         pattern = _pattern(part.theirs) + r"\.(\w+)"
-        patterns.append((pattern, _replacement(part.ours) + leaf + place))
+        patterns.append((pattern, _replacement(part.ours) + leaf + suffix))
     for theirs, ours in names.parameters:
         patterns.append((_pattern(theirs), _replacement(ours)))
     return tuple(patterns)

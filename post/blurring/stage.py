@@ -48,7 +48,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     """Cover a box and its margin in an image (H W 3)."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = widened(box, options.margin)
-    core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))  # fully covered
     feather = round(options.feather * min(right - left, bottom - top))
     area = core.widened(feather, width, height)
     if area.is_empty:
@@ -108,10 +108,13 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
 
 
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
-    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge."""
+    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge.
+
+    It is 1 in `core`, or in `ellipse` if there is one, and decreases over `feather` pixels around.
+    """
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
-    # distance of each pixel from the core, about that in pixels for an ellipse
+    # distance of each pixel from the core in pixels; for an ellipse, approximately
     if ellipse is None:
         horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
         vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
@@ -136,7 +139,7 @@ def check_blur(options: BlurOptions) -> None:
 
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_blur`."""
+    """Load the detector. Raises CheckpointError or OptionError if its file does not fit."""
     dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):

@@ -56,6 +56,7 @@ class Track:
         """
         first = self.sightings[0]
         last = self.last
+        # the box grows with each image away from a sighting, because the position is less certain
         if index < first.number:
             num_images = first.number - index
             # a track that continues another one needs no box before its start

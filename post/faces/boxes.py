@@ -136,11 +136,11 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
     if not only_center:
         return large
 
-    def away(face: FoundFace) -> float:
+    def distance_to_center(face: FoundFace) -> float:
         left, top, right, bottom = face.box
-        return math.hypot(left + right - size[0], top + bottom - size[1])
+        return math.hypot(left + right - size[0], top + bottom - size[1])  # twice the distance: only compared
 
-    return sorted(large, key=away)[:1]
+    return sorted(large, key=distance_to_center)[:1]
 
 
 def eye_distance(landmarks: NDArray[np.float32] | None) -> float:

@@ -50,7 +50,7 @@ def load_detector(
 ) -> Detector:
     """Load a detector, whose type follows from the content of its file.
 
-    Raises as `check_detector`. Many YOLO files accept only one size; those that accept any size get squares
+    Many YOLO files accept only one size; those that accept any size get squares
     of `side`.
 
     Args:
@@ -60,6 +60,9 @@ def load_detector(
         side: Short side (for YuNet, long side) to which larger images are downscaled for detection; None for
             the full size.
         option: Option that names the file, for messages.
+
+    Raises:
+        CheckpointError: If the file is damaged or not a detector.
     """
     if may_be_onnx(path):
         model = load_onnx(path)

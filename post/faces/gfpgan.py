@@ -141,6 +141,7 @@ class StyleDecoder(nn.Module):
         super().__init__()
         widths = config.decoder
         style = config.style
+        # StyleGAN2: a learned constant of the smallest size, then two convolutions for each doubled size
         self.constant_input = nn.ParameterDict(
             {"weight": nn.Parameter(torch.empty(1, widths[0], SMALLEST, SMALLEST))}
         )
@@ -192,6 +193,7 @@ class Gfpgan(nn.Module):
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
         self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))
         self.final_conv = nn.Conv2d(body[-1], body[-1], 3, padding=1)
+        # a style for each convolution of the decoder, and for its last color layer
         self.final_linear = nn.Linear(body[-1] * SMALLEST**2, (2 * levels + 2) * config.style)
         upwards = body[::-1]
         self.conv_body_up = nn.ModuleList(StyleResidualBlock(a, b, 2) for a, b in pairwise(upwards))
@@ -248,18 +250,20 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
 
-    def rows(name: str) -> int:
+    def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
 
     levels = range(count(names, r"conv_body_down\.\d+"))
-    start = "stylegan_decoder."
-    body = [rows(f"conv_body_down.{level}.conv2") for level in levels]
-    decoder = [shape(f"{start}style_convs.{2 * level}.modulated_conv.weight", 5)[1] for level in levels]
+    decoder_prefix = "stylegan_decoder."
+    body = [out_channels(f"conv_body_down.{level}.conv2") for level in levels]
+    decoder = [
+        shape(f"{decoder_prefix}style_convs.{2 * level}.modulated_conv.weight", 5)[1] for level in levels
+    ]
     config = GfpganConfig(
-        body=(rows("conv_body_first"), *body),
-        decoder=(shape(f"{start}constant_input.weight")[1], *decoder),
-        style=shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        steered=tuple(rows(f"condition_scale.{level}.2") for level in levels),
+        body=(out_channels("conv_body_first"), *body),
+        decoder=(shape(f"{decoder_prefix}constant_input.weight")[1], *decoder),
+        style=shape(f"{decoder_prefix}style_conv1.modulated_conv.modulation.weight", 2)[1],
+        steered=tuple(out_channels(f"condition_scale.{level}.2") for level in levels),
     )
     for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
         if steered > channels:

@@ -138,14 +138,14 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
 
-    def rows(name: str) -> int:
+    def out_channels(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]
 
-    downs = count(sources, r"encoder\.\d+") - 1
-    ups = count(sources, r"decoder\.\d+")
-    down = (rows("encoder.0"), *(rows(f"encoder.{n + 1}.conv1") for n in range(downs)))
-    up = (down[-1], *(rows(f"decoder.{n}.conv1") for n in range(ups)))
-    if downs != ups or rows("out_mask_conv") != CLASSES:
+    num_down = count(sources, r"encoder\.\d+") - 1
+    num_up = count(sources, r"decoder\.\d+")
+    down = (out_channels("encoder.0"), *(out_channels(f"encoder.{n + 1}.conv1") for n in range(num_down)))
+    up = (down[-1], *(out_channels(f"decoder.{n}.conv1") for n in range(num_up)))
+    if num_down != num_up or out_channels("out_mask_conv") != CLASSES:
         raise wrong_kind
     config = ParseNetConfig(down, count(sources, r"body\.\d+"), up)
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)
@@ -192,16 +192,16 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load both networks in the dtype of --dtype.
+    """Load the network that restores faces and ParseNet, which masks them, in the dtype of --dtype.
 
     Raises:
-        CheckpointError: As `load_both` does.
+        CheckpointError: If a file is missing or of another kind.
     """
     network = options.network
     name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
 
-    def prepared(model: Gfpgan | CodeFormer) -> Run:
+    def configure(model: Gfpgan | CodeFormer) -> Run:
         """Return a function that restores faces with the fidelity or the noise of the options."""
         if isinstance(model, CodeFormer):
             return lambda faces: model(faces, options.weight)
@@ -209,10 +209,11 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
             model.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
         return model
 
-    def exact_restorer() -> Run:
-        return prepared(_load_model(options, model, device, torch.float32))
+    # in float32, in case that results in `dtype` are not finite
+    def load_exact_restorer() -> Run:
+        return configure(_load_model(options, model, device, torch.float32))
 
-    def exact_parts() -> ParseNet:
+    def load_exact_parts() -> ParseNet:
         return _load_parsenet(parsenet, device, torch.float32)
 
     restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
@@ -221,8 +222,8 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
     compile_parts(network, (restorer, parts))
     return Restorer(
-        restore=Guarded(prepared(restorer), dtype, exact_restorer, name),
-        parse=Guarded(parts, dtype, exact_parts, "ParseNet"),
+        restore=Guarded(configure(restorer), dtype, load_exact_restorer, name),
+        parse=Guarded(parts, dtype, load_exact_parts, "ParseNet"),
         size=restorer.config.size,
     )
 
@@ -344,8 +345,15 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
 def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
     """Return the first of these files that exists, with any known suffix, ignoring case.
 
-    The arguments `what`, `origin` and `task` are those of `_make_missing_error`. Raises CheckpointError if no
-    file exists.
+    Args:
+        folder: Folder of the files.
+        stems: Names of the files without suffix, the preferred ones first.
+        what: Option and value that need the file, for the message.
+        origin: Address where it can be found, for the message.
+        task: Its name in tools/download.py; None if it has none.
+
+    Raises:
+        CheckpointError: If no file exists.
     """
     files: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the folder of a file that is not there

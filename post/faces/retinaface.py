@@ -145,12 +145,12 @@ class RetinaFace(nn.Module):
 def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of an image, N 4: center x, center y, width and height as fractions of its sides."""
     scales = []
-    for step, sizes in zip(STEPS, SIZES, strict=True):
-        rows = torch.arange(ceil_div(height, step), dtype=torch.float64)
-        columns = torch.arange(ceil_div(width, step), dtype=torch.float64)
+    for stride, sizes in zip(STEPS, SIZES, strict=True):
+        rows = torch.arange(ceil_div(height, stride), dtype=torch.float64)
+        columns = torch.arange(ceil_div(width, stride), dtype=torch.float64)
         y, x = torch.meshgrid(
-            (rows + 0.5) * step / height,
-            (columns + 0.5) * step / width,
+            (rows + 0.5) * stride / height,
+            (columns + 0.5) * stride / width,
             indexing="ij",
         )
         centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
@@ -185,19 +185,19 @@ class RetinaFaceDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
         height, width = pixels.shape[:2]
-        factor = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
-        image = self._to_input(shrunk(pixels, factor))
+        scale = 1.0 if self.side is None else min(1.0, self.side / min(height, width))
+        image = self._to_input(shrunk(pixels, scale))
         scores, boxes, landmarks = (part[0].cpu() for part in self._run(image))
-        chosen = (scores >= least_score).nonzero()[:, 0]
-        priors = anchors(*image.shape[2:])[chosen]
+        selected = (scores >= least_score).nonzero()[:, 0]
+        priors = anchors(*image.shape[2:])[selected]
         size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of an image
-        corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
-        points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
-        chosen_scores = scores[chosen].numpy()
+        corners = (decode_boxes(boxes[selected], priors) * size.repeat(2)).numpy()
+        points = (decode_landmarks(landmarks[selected], priors) * size).numpy()
+        selected_scores = scores[selected].numpy()
         faces = []
-        for index in select_best(corners, chosen_scores, MAX_OVERLAP):
+        for index in select_best(corners, selected_scores, MAX_OVERLAP):
             box = tuple(corners[index].tolist())
-            faces.append(FoundFace(box, float(chosen_scores[index]), points[index]))
+            faces.append(FoundFace(box, float(selected_scores[index]), points[index]))
         return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

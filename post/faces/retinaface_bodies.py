@@ -76,10 +76,11 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         width = config.stem
         layers = []
-        for number, (count, inner, outer) in enumerate(
+        for stage, (count, inner, outer) in enumerate(
             zip(config.blocks, config.inner, config.outer, strict=True)
         ):
-            strides = [1 if number == 0 else 2] + [1] * (count - 1)
+            # the first block of each stage halves the size, except in the first stage
+            strides = [1 if stage == 0 else 2] + [1] * (count - 1)
             blocks = [
                 Bottleneck(width if block == 0 else outer, inner, outer, stride)
                 for block, stride in enumerate(strides)
@@ -107,19 +108,19 @@ class MobileNet(nn.Module):
 
     def __init__(self, config: MobileNetConfig) -> None:
         super().__init__()
-        width = 3
+        width_in = 3
         stages = []
         for strides, widths in zip(MOBILE_STRIDES, config.stages, strict=True):
             blocks = []
-            for stride, wider in zip(strides, widths, strict=True):
-                if width == 3:
-                    layers = _make_layers(width, wider, 3, stride)
-                else:  # each channel by itself, then across channels
-                    layers = _make_layers(width, width, 3, stride, groups=width) + _make_layers(
-                        width, wider, 1
+            for stride, width_out in zip(strides, widths, strict=True):
+                if width_in == 3:  # the first layer, which sees the colors
+                    layers = _make_layers(width_in, width_out, 3, stride)
+                else:  # a depthwise convolution, then a pointwise one
+                    layers = _make_layers(width_in, width_in, 3, stride, groups=width_in) + _make_layers(
+                        width_in, width_out, 1
                     )
                 blocks.append(nn.Sequential(*layers))
-                width = wider
+                width_in = width_out
             stages.append(nn.Sequential(*blocks))
         self.stage1, self.stage2, self.stage3 = stages
 

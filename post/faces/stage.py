@@ -44,7 +44,10 @@ class SteadyLandmarks:
         self._last: list[Landmarks] = []
 
     def steady(self, landmarks: Sequence[Landmarks]) -> list[Landmarks]:
-        """Return the damped landmarks of the next image's faces; large movements are damped less."""
+        """Return the damped landmarks of the next image's faces; large movements are damped less.
+
+        Each face is matched with the nearest one of the previous image, and moved towards its landmarks.
+        """
         distances = {
             (new, old): _measure_distance(landmarks[new], self._last[old])
             for new, old in product(range(len(landmarks)), range(len(self._last)))
@@ -285,7 +288,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_facefix`."""
+    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble

@@ -98,7 +98,7 @@ class YoloDetector:
 
     def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
         """Return the rows with at least this score."""
-        # possible numbers of candidates: there is one for each cell of a network's grids
+        # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
         counts = []
         for steps in (STEPS, *OTHER_STEPS):
             cells = [(self.layout.side // step) ** 2 for step in steps]
@@ -205,13 +205,13 @@ def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], 
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
-    high, wide = max(1, round(height * factor)), max(1, round(width * factor))
+    fitted_height, fitted_width = max(1, round(height * factor)), max(1, round(width * factor))
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    fitted = cv2.resize(pixels, (wide, high), interpolation=interpolation)
-    x, y = (side - wide) // 2, (side - high) // 2
+    fitted = cv2.resize(pixels, (fitted_width, fitted_height), interpolation=interpolation)
+    left, top = (side - fitted_width) // 2, (side - fitted_height) // 2
     square = np.full((side, side, 3), PADDING, np.uint8)
-    square[y : y + high, x : x + wide] = fitted
-    return square, factor, (x, y)
+    square[top : top + fitted_height, left : left + fitted_width] = fitted
+    return square, factor, (left, top)
 
 
 def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
@@ -268,6 +268,7 @@ class YuNetDetector:
         small_height, small_width = small.shape[:2]
         found = self._search(small)
         scale = np.array([width / small_width, height / small_height], np.float32)
+        # only the most likely candidates are compared with each other
         likely = np.flatnonzero(found.scores >= least_score)
         likely = likely[np.argsort(-found.scores[likely], kind="stable")[:MAX_BEFORE]]
         boxes = found.boxes[likely]
@@ -295,7 +296,7 @@ class YuNetDetector:
         )
 
     def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
-        """Return what is found at the places that are `step` pixels apart, row by row."""
+        """Return the faces of one output grid, whose cells are `step` pixels apart, row by row."""
         rows, columns = height // step, width // step
         parts = {kind: outputs[f"{kind}_{step}"] for kind in WIDTHS}
         for kind, count in WIDTHS.items():
@@ -306,12 +307,13 @@ class YuNetDetector:
                     self.path,
                 )
             parts[kind] = parts[kind].reshape(rows * columns, count)
-        places = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-        centers = (places + parts["bbox"][:, :2]) * step
-        half = np.exp(np.minimum(parts["bbox"][:, 2:], MAX_LOG_SIDE)) * step / 2
-        boxes = np.concatenate([centers - half, centers + half], axis=1).astype(np.float32)
+        cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+        centers = (cells + parts["bbox"][:, :2]) * step
+        half_sizes = np.exp(np.minimum(parts["bbox"][:, 2:], MAX_LOG_SIDE)) * step / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1).astype(np.float32)
+        # as in OpenCV's FaceDetectorYN: the geometric mean of the scores for the class and the object
         scores = np.sqrt(parts["cls"].clip(0, 1) * parts["obj"].clip(0, 1))[:, 0]
-        points = (parts["kps"].reshape(-1, POINTS, 2) + places[:, None]) * step
+        points = (parts["kps"].reshape(-1, POINTS, 2) + cells[:, None]) * step
         return _Faces(boxes, scores, points.astype(np.float32))
 
     def _select_factor(self, height: int, width: int) -> float:

@@ -95,6 +95,7 @@ def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) 
 
 
 def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
+    """Return the sizes of the synthesis network, from the shapes of its weights."""
     first = _read_decoder("amt_init_decoder", 1, weight_shape)
     last = _read_decoder("amt_final_decoder", 2, weight_shape)
     projections = []
@@ -104,6 +105,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
             projections.append((inputs, outputs))
     return SynthesisConfig(
         projections=tuple(projections),
+        # channels before pixel shuffles, which divide them by 4 for each doubled size
         quarter=16 * weight_shape("amt_final_decoder.upsample.2.0")[1],
         eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
         first=first,
@@ -317,7 +319,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
         plan = _plan_gimm(checkpoint, kind, settings)
         gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=OPTION)
     with open_checkpoint(files.flow) as checkpoint:
-        if files.flow == files.main:
+        if files.flow == files.main:  # the main file contains the optical flow, with a prefix
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
         if kind == WITH_RAFT:
             estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)

@@ -133,21 +133,21 @@ class MemoryDecoder(nn.Module):
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
         context = relu(context)
-        # what stays the same in all iterations
+        # computed once, because it is the same in all iterations
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
-        mean = self.att(context, keeps_table)
+        aggregate = self.att(context, keeps_table)
         keys_and_values = layer.keep(memory)
         turns = block.gru.turns(context)
-        start = places = grid_of(context)
+        start = positions = grid_of(context)
         for _ in range(iterations):
-            near = costs.lookup(places)
-            recalled = self._read_memory_features(near, places, keys_and_values)
-            motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
-            moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
-            hidden = block.gru(hidden, moving, turns)
-            places = places + block.flow_head(hidden)
-        return upsample_flow(places - start, 0.25 * block.mask(hidden))
+            nearby_costs = costs.lookup(positions)
+            memory_features = self._read_memory_features(nearby_costs, positions, keys_and_values)
+            motion = block.encoder(torch.cat([memory_features, nearby_costs], dim=1), positions - start)
+            motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
+            hidden = block.gru(hidden, motion_and_mean, turns)
+            positions = positions + block.flow_head(hidden)
+        return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
     def _read_memory_features(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
         """Return the features of each position from memory, 1 . H W, for the costs around it (`near`)."""
@@ -281,6 +281,7 @@ Shape = Callable[..., tuple[int, ...]]
 
 
 def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.MemoryConfig:
+    """Return the sizes of the cost memory, from the shapes of its weights."""
     start = "memory_encoder.cost_perceiver_encoder"
     _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
     context_part, context = shape(
@@ -298,20 +299,25 @@ def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.Memory
 
 
 def _read_decoder(shape: Shape) -> FlowDecoderConfig:
-    def rows(name: str) -> int:
+    """Return the sizes of the flow decoder, from the shapes of its weights."""
+
+    def out_channels(name: str) -> int:
         return shape(f"memory_decoder.{name}.weight")[0]
 
     query, memory = shape("memory_decoder.decoder_layer.cross_attend.k.weight", axes=2)
     return FlowDecoderConfig(
         memory=memory,
         query=query,
-        hidden=rows("proj") // 2,
-        compared=rows("att.to_qk") // 2,
-        correlation=(rows("update_block.encoder.convc1"), rows("update_block.encoder.convc2")),
-        flow=(rows("update_block.encoder.convf1"), rows("update_block.encoder.convf2")),
-        motion=rows("update_block.encoder.conv") + 2,
-        head=rows("update_block.flow_head.conv1"),
-        mask=rows("update_block.mask.0"),
+        hidden=out_channels("proj") // 2,
+        compared=out_channels("att.to_qk") // 2,
+        correlation=(
+            out_channels("update_block.encoder.convc1"),
+            out_channels("update_block.encoder.convc2"),
+        ),
+        flow=(out_channels("update_block.encoder.convf1"), out_channels("update_block.encoder.convf2")),
+        motion=out_channels("update_block.encoder.conv") + 2,  # the flow itself is appended
+        head=out_channels("update_block.flow_head.conv1"),
+        mask=out_channels("update_block.mask.0"),
     )
 
 

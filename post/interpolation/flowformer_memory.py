@@ -263,12 +263,13 @@ class CostPerceiver(nn.Module):
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
             return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
 
-        # float32 bytes of one position's cost map while tokens are made of it
+        # the largest number of float32 bytes that one position takes at a time, for the size of a part
         first, second, _ = self.config.costs
         cells = (height + -height % PATCH) * (width + -width % PATCH)
-        convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results
-        # a 64th of them: map, tokens, keys, values, products before and after the softmax
+        # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
+        convolved = 2 * 16 + 4 * first + second
+        # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
         attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
-        bytes_of_map = cells * max(convolved // 4, attended // 16)
+        bytes_of_map = cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64
         rows = rows_of_part(bytes_of_map, self.latent_tokens.device, part_bytes)
         return in_ranges(run, height * width, rows)

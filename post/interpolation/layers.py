@@ -141,7 +141,9 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Return the sum of the rows that arrive at each position.
+    """Return the sum of the rows that the flow moves to each position, as in forward warping.
+
+    A row is shared among the four pixels around its target, by bilinear weights.
 
     Args:
         values: Rows, H*W C.
@@ -153,9 +155,9 @@ def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
     left = x.floor()
     top = y.floor()
     for dx, dy in product((0, 1), (0, 1)):
-        place, share = _weigh_neighbor(x, y, column=left + dx, row=top + dy, size=(height, width))
-        index = place[:, None].expand_as(values)
-        total.scatter_add_(0, index, values * share[:, None])
+        target, weight = _weigh_neighbor(x, y, column=left + dx, row=top + dy, size=(height, width))
+        index = target[:, None].expand_as(values)
+        total.scatter_add_(0, index, values * weight[:, None])
     return total
 
 
@@ -303,7 +305,10 @@ class Correlation:
         return products * (is_row[:, :, None] & is_column[:, None])
 
     def _compute_products(self, level: int, start: Tensor) -> Tensor:
-        """Compute products P 10 10 (y, x) from the features around each position."""
+        """Compute products P 10 10 (y, x) from the features around each position.
+
+        Used if the full cost volume would take too much memory: only the products of the window are made.
+        """
         height, width = self._sizes[level]
         features = self._levels[level]
         stride = width + 2 * REACH
@@ -315,9 +320,9 @@ class Correlation:
         channels = features.shape[1]
         chunk = rows_of_part(4 * channels * REACH**2, features.device)  # of gathered features
         products = []
-        for places, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
-            around = features.index_select(0, places.flatten()).view(-1, REACH**2, channels)
-            products.append(around @ first[:, :, None])
+        for indices, first in zip(index.split(chunk), self._first.split(chunk), strict=True):
+            features_around = features.index_select(0, indices.flatten()).view(-1, REACH**2, channels)
+            products.append(features_around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
 
 

@@ -265,7 +265,7 @@ class Interpolation:
         small = 2 * torch.cat([first.small, second.small]) - 1
         for time in times:
             flow = self.network.motion.at(motion, time)
-            flow = torch.cat([-time * flow, (1 - time) * flow])
+            flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second
             blend = synthesis.blend(small, flow, first.maps, second.maps, compared=compared, time=time)
             del flow
             yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))

@@ -280,21 +280,25 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
         raise wrong_kind
     shape = shapes_of(checkpoint, sources, wrong_kind)
 
-    def rows(name: str) -> int:
+    def out_channels(name: str) -> int:
         return shape(f"{name}.weight")[0]
 
-    hidden = rows("update_block.gru.convz1")
+    hidden = out_channels("update_block.gru.convz1")
     encoder = "update_block.encoder."
     config = RaftConfig(
-        stages=(rows("cnet.conv1"), rows("cnet.layer2.0.conv1"), rows("cnet.layer3.0.conv1")),
-        features=rows("fnet.conv2"),
+        stages=(
+            out_channels("cnet.conv1"),
+            out_channels("cnet.layer2.0.conv1"),
+            out_channels("cnet.layer3.0.conv1"),
+        ),
+        features=out_channels("fnet.conv2"),
         hidden=hidden,
-        context=rows("cnet.conv2") - hidden,
-        correlation=(rows(f"{encoder}convc1"), rows(f"{encoder}convc2")),
-        flow=(rows(f"{encoder}convf1"), rows(f"{encoder}convf2")),
-        motion=rows(f"{encoder}conv") + 2,
-        head=rows("update_block.flow_head.conv1"),
-        mask=rows("update_block.mask.0"),
+        context=out_channels("cnet.conv2") - hidden,  # the first channels are the hidden state of the GRU
+        correlation=(out_channels(f"{encoder}convc1"), out_channels(f"{encoder}convc2")),
+        flow=(out_channels(f"{encoder}convf1"), out_channels(f"{encoder}convf2")),
+        motion=out_channels(f"{encoder}conv") + 2,  # the flow itself is appended
+        head=out_channels("update_block.flow_head.conv1"),
+        mask=out_channels("update_block.mask.0"),
     )
     if config.context <= 0:
         raise wrong_kind

@@ -38,7 +38,7 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_interpolation`."""
+    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)
@@ -114,7 +114,10 @@ class Interpolator:
     def _pair(
         self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
     ) -> Iterator[Picture]:
-        """Yield the first image and the new images between the two."""
+        """Yield the first image and the new images between the two.
+
+        Nothing is interpolated across a cut, or between equal images: the first image is repeated.
+        """
         factor = self._options.factor
         start = first.picture.start
         step = (second.picture.start - start) / factor
@@ -131,8 +134,8 @@ class Interpolator:
             new_pixels = repeat(first.picture.pixels, factor - 1)
         else:
             new_pixels = self._interpolate(first, second, is_deep)
-        for number, pixels in enumerate(new_pixels, start=1):
-            yield Picture(pixels, start + number * step, step)
+        for index, pixels in enumerate(new_pixels, start=1):
+            yield Picture(pixels, start + index * step, step)
 
     def _interpolate(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
         times = [number / self._options.factor for number in range(1, self._options.factor)]

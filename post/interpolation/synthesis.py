@@ -285,12 +285,20 @@ class Synthesis(nn.Module):
         return flow + change, mask, wide + feature
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
-        """Make the estimate at full size, from feature maps at a quarter."""
+        """Make the estimate at full size, from flows and feature maps at a quarter of it.
+
+        Args:
+            images: Both images, 2 3 H W.
+            refined: Flows, mask and features after the updates, at a quarter of the size.
+            first: Features of the first image, at a quarter of the size.
+            second: Features of the second image.
+        """
         decoder = self.amt_final_decoder
         flow, mask, feature = refined
         both_flows = 4 * resize(flow, 4)
         mask = resize(mask, 4)
         flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
+        # input of the last decoder: features, warped features, the estimate so far, images and warped images
         parts = [resize(feature, 4)]
         for index, features_of_image in enumerate((first, second)):
             parts.append(warp(decoder.upsample(features_of_image), flow[index, None]).to(self.dtype))
@@ -298,6 +306,7 @@ class Synthesis(nn.Module):
         predicted = _apply_layers(decoder.convblock, parts, self.dtype).float()
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
+        # the network predicts several flows for each image, as changes of the same one
         repeated = _join_channels(flow.repeat(1, blends, 1, 1))
         return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 

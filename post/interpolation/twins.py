@@ -183,7 +183,7 @@ def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     rows, columns = x.shape[1] // WINDOW, x.shape[2] // WINDOW
     windows = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
     windows = windows.flatten(3, 4).flatten(0, 2)
-    # queries, keys, values, their heads and what is found
+    # 32 bytes for each value: queries, keys, values, their copies by head, and results
     results = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
         batch, rows, columns, WINDOW, WINDOW, -1
     )

@@ -106,6 +106,7 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
         plan = cast("LoadPlan[Any]", read(checkpoint))
 
         def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+            """Keep norms and attention biases in float32."""
             return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
 
         network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
@@ -115,25 +116,30 @@ def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upsca
 
 
 def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
+    """Plan how to load an ESRGAN or Real-ESRGAN, whose names differ between releases.
+
+    Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
+    """
     table = _list_rrdb_names(checkpoint)
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
     shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
-    doublings = 0
-    while f"conv_up{doublings + 1}.weight" in sources:
-        doublings += 1
+    num_doublings = 0
+    while f"conv_up{num_doublings + 1}.weight" in sources:
+        num_doublings += 1
     unshuffle = isqrt(channels // COLOURS)
-    possible = [2**power for power in range(doublings + 1)]
-    if channels != COLOURS * unshuffle**2 or unshuffle not in possible:
+    factors = [2**power for power in range(num_doublings + 1)]
+    if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
         raise shape.error(
-            f"its first layer takes {channels} channels of images that it makes {2**doublings} times larger"
+            f"its first layer takes {channels} channels of images that it makes {2**num_doublings} times "
+            "larger"
         )
     config = RrdbConfig(
         features=features,
         growth=shape.of("body.0.rdb1.conv1.weight", 4)[0],
         blocks=count(sources, r"body\.\d+"),
-        doublings=doublings,
+        doublings=num_doublings,
         unshuffle=unshuffle,
         has_shortcuts="body.0.rdb1.conv1x1.weight" in sources,
     )
@@ -144,13 +150,13 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
     """Return patterns that convert a file's names to ours. Raises CheckpointError for other files."""
     names = checkpoint.tensors
     if "model.1.sub.0.RDB1.conv1.0.weight" in names:
-        # the last layer's number shows the number of enlargements
+        # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between
         layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
         last = max((int(layer[1]) for layer in layers if layer), default=0)
-        ups = max(last - 4, 0) // 3
-        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
-        ends.append((rf"model\.{3 * ups + 2}\.(\w+)", r"conv_hr.\1"))
-        ends.append((rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"))
+        num_doublings = max(last - 4, 0) // 3
+        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
+        ends.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
+        ends.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
         return (*OLD_NAMES, *ends)
     if "RRDB_trunk.0.RDB1.conv1.weight" in names:
         return MIDDLE_NAMES
@@ -174,6 +180,7 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
 
 
 def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
+    """Plan how to load a SwinIR; its sizes follow from the shapes of its tensors."""
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)

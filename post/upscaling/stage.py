@@ -43,6 +43,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
             network(images.contiguous(memory_format=torch.channels_last))
         _, peak = largest(ledger.peaks)
         peaks.append(sum(peak.values()))
+    # the difference of two sizes: what does not grow with the image is left out
     small, large = sizes
     small_peak, large_peak = peaks
     return (large_peak - small_peak) / (large**2 - small**2)
@@ -65,7 +66,11 @@ def check_upscaler(options: UpscalerOptions) -> None:
 
 
 def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises as `check_upscaler`."""
+    """Load the upscaler, and wrap it as a stage that cuts large images into tiles.
+
+    Raises:
+        CheckpointError: If the file is missing or is not an upscaler.
+    """
     path = options.network.model
     dtype = tiling.network_dtype(options.network, device, "the upscaler")
     upscaler = load_upscaler(path, device, dtype)
@@ -78,6 +83,7 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
     tiling.compile_parts(options.network, upscaler.network.repeated)
 
+    # used instead if results in `dtype` are not finite
     def load_exact() -> tiling.Run:
         return load_upscaler(path, device, torch.float32).network
 
@@ -161,16 +167,16 @@ class UpscalerStage:
         The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
         drivers would fall back to host memory, which is slower than tiles.
         """
-        room = self.room(self.device)
+        available = self.room(self.device)
         config = self.upscaler.config
-        if room is None:
+        if available is None:
             return tiling.FULL
         width = round_up(clip.width, config.step)
         height = round_up(clip.height, config.step)
-        if batch * width * height * PLENTY <= room:  # not worth measuring
+        if batch * width * height * PLENTY <= available:  # PLENTY is more than any network takes for a pixel
             return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
-        free = room - batch * result_bytes(config, width, height)
+        free = available - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
             return tiling.FULL
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step

@@ -162,17 +162,17 @@ class ResidualGroup(nn.Module):
         windows = self._view_windows(x)
         results = self._view_windows(out)
         batch, rows, columns = windows.shape[:3]
-        maximum = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
+        max_windows = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
         bias = attention.bias(index)
-        # only windows in the last row and in the last column hold tokens that shifting has brought together
+        # a mask is needed only for windows in the last row and column, where shifting joins opposite edges
         for row_part, column_part in product(_split_windows(rows, shift), _split_windows(columns, shift)):
             mask = apart(self.window, row_part.masked, column_part.masked, bias)
-            for piece in pieces(batch, row_part.windows, column_part.windows, maximum):
-                some = windows[piece]
-                tokens = rearrange(some, "b h w p q c -> (b h w) (p q) c")
-                results[piece] = block(tokens, mask).reshape(some.shape)
+            for piece in pieces(batch, row_part.windows, column_part.windows, max_windows):
+                piece_windows = windows[piece]
+                tokens = rearrange(piece_windows, "b h w p q c -> (b h w) (p q) c")
+                results[piece] = block(tokens, mask).reshape(piece_windows.shape)
         return out
 
     def _view_windows(self, x: Tensor) -> Tensor:
@@ -212,18 +212,18 @@ def pieces(batch: int, rows: range, columns: range, maximum: int) -> Iterator[tu
     """Divide a batch of grids of windows into pieces of at most `maximum` windows (batch, rows, columns)."""
     if not rows or not columns:
         return
-    wide = min(len(columns), maximum)
-    high = max(1, min(len(rows), maximum // wide))
-    deep = max(1, min(batch, maximum // (wide * high)))
+    max_columns = min(len(columns), maximum)
+    max_rows = max(1, min(len(rows), maximum // max_columns))
+    max_batch = max(1, min(batch, maximum // (max_columns * max_rows)))
     for b, row, column in product(
-        range(0, batch, deep),
-        range(rows.start, rows.stop, high),
-        range(columns.start, columns.stop, wide),
+        range(0, batch, max_batch),
+        range(rows.start, rows.stop, max_rows),
+        range(columns.start, columns.stop, max_columns),
     ):
         yield (
-            slice(b, min(b + deep, batch)),
-            slice(row, min(row + high, rows.stop)),
-            slice(column, min(column + wide, columns.stop)),
+            slice(b, min(b + max_batch, batch)),
+            slice(row, min(row + max_rows, rows.stop)),
+            slice(column, min(column + max_columns, columns.stop)),
         )
 
 

@@ -17,6 +17,7 @@ checking: checks the run as `run` does
 ai_toolkit: AI Toolkit's YAML files of a job
 diffusion_pipe: diffusion-pipe's TOML, and its file of data
 kohya_gui: the JSON that the GUI of kohya_ss saves
+ltx_trainer: ltx-trainer's YAML, with its conditions
 onetrainer: OneTrainer's JSON, and its list of concepts
 simpletuner: SimpleTuner's config.json, and its data backends
 """

@@ -125,6 +125,8 @@ class Program:
     variants: Mapping[str, str] = field(default_factory=dict)
     # the family and task of a file that names no model, by its other keys
     guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_nothing
+    # the values of its file under the keys that `rules` has, if these depend on other values
+    name_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
 
 def left(reason: str) -> KeyRule:
@@ -302,9 +304,12 @@ def read_side(value: Any) -> tuple[int, int]:
 
 def read_largest(value: Any) -> tuple[int, int]:
     """Return the largest of several sizes: each a number, `512x768`, or a list of width and height."""
-    texts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    if isinstance(value, str):
+        items: list[Any] = list(value.split(","))
+    else:
+        items = value if isinstance(value, list) else [value]
     sizes = []
-    for item in texts:
+    for item in items:
         if isinstance(item, list):
             if len(item) not in {2, 3}:  # width, height and perhaps frames
                 raise ValueError("it is not a size: give resolution in dataset.toml")

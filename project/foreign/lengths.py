@@ -118,7 +118,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
 
 
 def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
-    """Convert intervals in epochs or steps, such as those for saving, to steps of this run."""
+    """Convert intervals in epochs or steps, such as the interval of saves, to steps of this run."""
     training = project.training
     for name, said in project.per_epoch.items():
         if not said.number:

@@ -108,11 +108,11 @@ def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
     ]
     if unsupported and "family" not in project.new:
         return OptionError(f"--from {project.path}: {unsupported[0]}. {error}")
-    said = [f"{key} = {value}" for key, value in project.models.items()]
-    if said:
-        said[-1] += ", which names no model known here"
+    settings = [f"{key} = {value}" for key, value in project.models.items()]
+    if settings:
+        settings[-1] += ", which names no model known here"
     if "family" in project.new:
-        said.append(f"--family {project.new['family']}, by its other keys")
-    if not said:
+        settings.append(f"--family {project.new['family']}, by its other keys")
+    if not settings:
         return error
-    return OptionError(f"{error}\n  {project.path} says {', '.join(said)}")
+    return OptionError(f"{error}\n  {project.path} says {', '.join(settings)}")

@@ -49,14 +49,14 @@ def resolve_optimizer(project: ForeignProject, memory: float) -> None:
 
 def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
     """Return arguments with pairs of numbers joined: betas of Adam, eps of Adafactor."""
-    found = {name: value for name, value in project.arguments.items() if value is not None}
-    for name in project.arguments.keys() - found.keys():
+    arguments = {name: value for name, value in project.arguments.items() if value is not None}
+    for name in project.arguments.keys() - arguments.keys():
         project.empty.append(project.key_of(name))
     if optimizer == "adafactor":
-        _join_eps(project, found)
+        _join_eps(project, arguments)
     else:
-        _join_betas(project, found)
-    return found
+        _join_betas(project, arguments)
+    return arguments
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:

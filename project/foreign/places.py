@@ -18,49 +18,49 @@ _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders
 
 def join_places(project: ForeignProject) -> None:
     """Resolve the keys of each dataset in a list; if there is only one, move its keys to [general]."""
-    for place in project.places.values():
-        if place.num_drawn is not None:
-            # here the program's number of repeats is the number of files that it draws per epoch
-            place.num_drawn = place.data.pop("num_repeats", None)
-    for place in project.places.values():
-        if place.is_unused:
-            _leave_keys(project, place, place.data, _NOT_LEARNED)
-            if place.key:
-                project.folders.pop(place.key, None)
-                project.leave(place.key, _NOT_LEARNED)
+    for dataset in project.places.values():
+        if dataset.num_drawn is not None:
+            # for this program, the number of repeats is the number of files that it draws in an epoch
+            dataset.num_drawn = dataset.data.pop("num_repeats", None)
+    for dataset in project.places.values():
+        if dataset.is_unused:
+            _leave_keys(project, dataset, dataset.data, _NOT_LEARNED)
+            if dataset.key:
+                project.folders.pop(dataset.key, None)
+                project.leave(dataset.key, _NOT_LEARNED)
     used = {
-        table: place
-        for table, place in project.places.items()
-        if not place.is_unused and (place.path is not None or place.data)
+        table: dataset
+        for table, dataset in project.places.items()
+        if not dataset.is_unused and (dataset.path is not None or dataset.data)
     }
     project.places = used
     _resolve_sizes(project)
-    if len({place.path for place in used.values()}) == 1:
+    if len({dataset.path for dataset in used.values()}) == 1:
         _move_to_all(project)
 
 
 def _resolve_sizes(project: ForeignProject) -> None:
     """Keep the largest size of each folder, and set the size of all tables for folders without their own."""
     largest: dict[Path | None, Size] = {}
-    with_size = [place for place in project.places.values() if "resolution" in place.data]
-    for place in with_size:
-        size: Size = place.data["resolution"]
-        known = largest.get(place.path, size)
-        largest[place.path] = max(known, size, key=_count_pixels)
-    for place in with_size:
-        if place.data["resolution"] != largest[place.path]:
-            _leave_keys(project, place, ["resolution"], "of several sizes of a folder the largest is taken")
-        place.data["resolution"] = largest[place.path]
+    with_size = [dataset for dataset in project.places.values() if "resolution" in dataset.data]
+    for dataset in with_size:
+        size: Size = dataset.data["resolution"]
+        known = largest.get(dataset.path, size)
+        largest[dataset.path] = max(known, size, key=_count_pixels)
+    for dataset in with_size:
+        if dataset.data["resolution"] != largest[dataset.path]:
+            _leave_keys(project, dataset, ["resolution"], "of several sizes of a folder the largest is taken")
+        dataset.data["resolution"] = largest[dataset.path]
     if not with_size:
         return
     if "resolution" in project.data and len(with_size) == len(project.places):
         _leave_of_all(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
     of_all = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
-    for place in with_size:
-        project.said.setdefault("resolution", place.said["resolution"])
-        if place.data["resolution"] == of_all:
-            place.data.pop("resolution")
+    for dataset in with_size:
+        project.said.setdefault("resolution", dataset.said["resolution"])
+        if dataset.data["resolution"] == of_all:
+            dataset.data.pop("resolution")
 
 
 def _count_pixels(size: Size) -> int:
@@ -71,19 +71,19 @@ def _count_pixels(size: Size) -> int:
 def _move_to_all(project: ForeignProject) -> None:
     """Move the keys of a list's only folder to the keys of all tables, where they take precedence."""
     moved: set[str] = set()
-    for place in project.places.values():
-        for name, value in place.data.items():
+    for dataset in project.places.values():
+        for name, value in dataset.data.items():
             if name in moved and project.data[name] != value:  # the folder is listed twice
                 _leave_keys(
-                    project, place, [name], f"{name} of the same folder is {project.data[name]} already"
+                    project, dataset, [name], f"{name} of the same folder is {project.data[name]} already"
                 )
                 continue
             if name in project.data and name not in moved and project.data[name] != value:
                 _leave_of_all(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
             project.data[name] = value
-            project.said[name] = place.said[name]
-        place.data = {}
+            project.said[name] = dataset.said[name]
+        dataset.data = {}
 
 
 def _leave_of_all(project: ForeignProject, name: str) -> None:
@@ -107,9 +107,9 @@ def find_table_keys(
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
-    for place in described:
-        known = _find_place(project, folder, place)
-        keys[place] = {} if known is None else known.data
+    for dataset in described:
+        known = _find_place(project, folder, dataset)
+        keys[dataset] = {} if known is None else known.data
         if known is not None:
             matched.append(known)
     for known in project.places.values():
@@ -120,11 +120,11 @@ def find_table_keys(
 
 def leave_sizes(project: ForeignProject) -> None:
     """Drop keys of single folders that [[datasets]] tables accept and their subsets do not."""
-    for place in project.places.values():
-        names = [name for name in place.data if name not in SUBSET_KEYS]
-        _leave_keys(project, place, names, _OF_ALL_SUBSETS)
+    for dataset in project.places.values():
+        names = [name for name in dataset.data if name not in SUBSET_KEYS]
+        _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)
         for name in names:
-            place.data.pop(name)
+            dataset.data.pop(name)
 
 
 def needs_subsets(data: Mapping[str, Any]) -> bool:

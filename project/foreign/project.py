@@ -121,11 +121,11 @@ class ForeignProject:
         # a key that names the described folder is taken; other folders are left out
         taken = [*self.taken]
         other_folders: list[str] = []
-        for key, place in self.folders.items():
-            if is_same_folder(self.path, place, folder):
+        for key, other_folder in self.folders.items():
+            if is_same_folder(self.path, other_folder, folder):
                 taken.append(key)
             else:
-                other_folders.append(f"{key} = {show(place)}: {folder} is described")
+                other_folders.append(f"{key} = {show(other_folder)}: {folder} is described")
         if taken:
             lines.append(f"  taken: {', '.join(dict.fromkeys(taken))}")
         if self.assumed:
@@ -179,10 +179,10 @@ def find_beside(file: Path, name: str) -> Path | None:
     if "\0" in name:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
-    for place in around:
+    for parent in around:
         with contextlib.suppress(OSError, ValueError):  # a name that no file can have
-            if (place / name).exists():
-                return place / name
+            if (parent / name).exists():
+                return parent / name
     return None
 
 

@@ -9,7 +9,15 @@ from typing import Any
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.text_files import parse_json, parse_toml, read_text
-from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, onetrainer, simpletuner
+from project.foreign import (
+    ai_toolkit,
+    contract,
+    diffusion_pipe,
+    kohya_gui,
+    ltx_trainer,
+    onetrainer,
+    simpletuner,
+)
 from project.foreign.contract import KeyRule, NoRun, Program
 from project.foreign.naming import read_models
 from project.foreign.places import join_places
@@ -22,6 +30,7 @@ PROGRAMS: tuple[Program, ...] = (
     simpletuner.PROGRAM,
     onetrainer.PROGRAM,
     kohya_gui.PROGRAM,
+    ltx_trainer.PROGRAM,
 )
 MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundredth of this
 MAX_KEYS = 5000
@@ -41,6 +50,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """
     values = _read_values(path, "--from", "")
     program = _recognize(path, values)
+    values = program.name_keys(values)
     project = ForeignProject(path, program)
     for companion in program.companions:
         name = values.get(companion)

@@ -26,8 +26,8 @@ class FileValue:
 
 def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Take over a value, or note why it is left out."""
-    place = _find_place(project, key, value)
-    said = FileValue(rule, show(key), value, place)
+    dataset = _find_place(project, key, value)
+    said = FileValue(rule, show(key), value, dataset)
     if rule.to == contract.LEFT:
         _leave(project, said)
         return
@@ -54,13 +54,13 @@ def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset
     table = _find_table(project.program, key)
     if table is None:
         return None
-    place = project.places.setdefault(table, ForeignDataset())
+    dataset = project.places.setdefault(table, ForeignDataset())
     name = key[len(table) + 1 :]
     if value in project.program.unused.get(name, ()):
-        place.is_unused = True
+        dataset.is_unused = True
     if name in project.program.counted and value == project.program.counted[name]:
-        place.num_drawn = _DRAWN
-    return place
+        dataset.num_drawn = _DRAWN
+    return dataset
 
 
 def _find_table(program: Program, key: str) -> str | None:
@@ -68,9 +68,9 @@ def _find_table(program: Program, key: str) -> str | None:
     for generic, rule in program.rules.items():
         prefix = generic.rpartition(".")[0]
         if rule.to == contract.FOLDER and prefix.endswith("[]"):
-            found = re.match(re.escape(prefix).replace(r"\[\]", r"\[\d+\]") + r"(?=\.)", key)
-            if found is not None:
-                return found[0]
+            match = re.match(re.escape(prefix).replace(r"\[\]", r"\[\d+\]") + r"(?=\.)", key)
+            if match is not None:
+                return match[0]
     return None
 
 

@@ -11,15 +11,15 @@ SWAPPING = "blocks_to_swap"  # modules of a ControlNet-LLLite see all blocks
 
 
 def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    kept = drop_lora_options(values, memory)
-    kept.pop(SWAPPING, None)
-    return kept
+    changed = drop_lora_options(values, memory)
+    changed.pop(SWAPPING, None)
+    return changed
 
 
 def _change_to_control_net(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains half of a U-Net in float32, with the least memory."""
-    kept = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
-    return {**kept, **RECIPE}
+    changed = {name: value for name, value in drop_lora_options(values, memory).items() if name not in FORMS}
+    return {**changed, **RECIPE}
 
 
 LLLITE = RunKind(

@@ -66,12 +66,12 @@ def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
     `memory` is the card's memory in GiB; 0 means a CPU, on which the weights stay in float32.
     """
-    kept = drop_lora_options(values, memory)
-    kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
+    changed = drop_lora_options(values, memory)
+    changed = {name: value for name, value in changed.items() if name not in FORMS and name != "dit_dtype"}
     recipe = dict(RECIPE)
     if memory:
         recipe["full_bf16"] = True
-    return kept | recipe
+    return changed | recipe
 
 
 def saves_models(values: Mapping[str, Any]) -> bool:

@@ -138,8 +138,9 @@ class BlockSwap:
         self._turn_of = {position: turn for turn, position in enumerate(order)}  # inverse of the order
         # slot and index of its part, by the address of the part's device memory
         self._owners: dict[int, tuple[Slot, int]] = {}
-        self._turns = False
-        self._skipped: frozenset[int] = frozenset()
+        self._turns = False  # whether a backward pass follows, in which the order is reversed
+        self._skipped: frozenset[int] = frozenset()  # positions that this pass skips
+        # position of the block at work, and whether it is in the backward pass
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
@@ -219,7 +220,7 @@ class BlockSwap:
                 slot.memory = []
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
-        """Yield the positions to enter next, from this one on; those of the next pass are predicted."""
+        """Yield the positions to enter next, from this one on; positions of the next pass are predicted."""
         turn = self._turn_of[position]
         entered = [index for index in self._order if index not in self._skipped]
         if backward:
@@ -328,13 +329,13 @@ def swap_blocks(
     """
     if host is None or not host.plan:
         return
-    places = host.adopt(dit)
+    host_weights = host.adopt(dit)
     for path in host.plan.input_layer_names(dit):
         for name, layer in big_layers(dit, path):
-            offload_layer(layer, places[f"{name}.weight"], device)
+            offload_layer(layer, host_weights[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
-    rings = _make_rings(dit, lists, places)
-    in_host_memory = {dit.get_parameter(name) for name in places}
+    rings = _make_rings(dit, lists, host_weights)
+    in_host_memory = {dit.get_parameter(name) for name in host_weights}
     order = host.plan.spec.order([plan.num_blocks for plan in lists])
     swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
     blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
@@ -342,16 +343,16 @@ def swap_blocks(
         block.forward = functools.partial(swap.run, position, block.forward)
     set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
     setattr(dit, _NAME, swap)
-    _report(lists, swap, places, device)
+    _report(lists, swap, host_weights, device)
 
 
-def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
+def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], host_weights: Mapping[str, Tensor]) -> list[Ring]:
     """Return a ring for each list that has streamed blocks.
 
     Args:
         dit: The transformer.
         lists: Plan of each list of blocks.
-        places: Weights in host memory, by name.
+        host_weights: Weights in host memory, by name.
     """
     rings: list[Ring] = []
     start = 0  # position of the list's first block among all blocks
@@ -359,10 +360,10 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, 
         units = {}
         for index in plan.streamed:
             weight_names = [f"{name}.weight" for name, _ in big_layers(dit, f"{plan.name}.{index}")]
-            names = [name for name in weight_names if name in places]
+            names = [name for name in weight_names if name in host_weights]
             weights = [dit.get_parameter(name) for name in names]
             position = start + index
-            units[position] = Unit(position, weights, [places[name] for name in names])
+            units[position] = Unit(position, weights, [host_weights[name] for name in names])
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks
@@ -370,9 +371,9 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, 
 
 
 def _report(
-    lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Tensor], device: torch.device
+    lists: Sequence[ListPlan], swap: BlockSwap, host_weights: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    total = sum(tensor.nbytes for tensor in places.values()) / 1e9
+    total = sum(tensor.nbytes for tensor in host_weights.values()) / 1e9
     if swap.rings:
         streamed = sum(len(blocks.streamed) for blocks in lists)
         count = sum(blocks.num_blocks for blocks in lists)

@@ -105,7 +105,7 @@ class Offload:
         self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
 
     def begin(self) -> None:
-        """Start a new forward pass, whose inputs are prefetched separately from those of earlier passes."""
+        """Start a new forward pass; its inputs are prefetched separately from earlier passes."""
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
@@ -235,14 +235,14 @@ def checkpoint_blocks(
         offload: Moves the inputs of blocks to the host, except those of the last block, which the backward
             pass needs first; None keeps all inputs on the device.
     """
-    blocks = _recomputed_parts(dit, spec)
+    blocks = recomputed_parts(dit, spec)
     for index, block in enumerate(blocks):
         # the backward pass starts with the last block, so that moving its inputs would only cost time
         block_offload = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
 
 
-def _recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
+def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
     parts: list[nn.Module] = []
     for block in spec.in_order(dit):
@@ -323,7 +323,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
 
 
 class _Keep(torch.autograd.Function):
-    """Save tensors in a node of the autograd graph; no gradient flows through it."""
+    """A node of the autograd graph that only saves tensors, so that the backward pass can read them."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
@@ -336,7 +336,12 @@ class _Keep(torch.autograd.Function):
 
 
 class _CommonInputs:
-    """The inputs that all pieces of a call share; in the backward pass, the copies that autograd saved."""
+    """The inputs that all pieces of a call share.
+
+    This object holds them during the forward pass, until `forget`. After that, they are only saved in a node
+    of the autograd graph (`_Keep`); the backward pass reads them from there, which makes torch recompute the
+    block.
+    """
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
         """Prepare to compute a method in pieces of its first input.

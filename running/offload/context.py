@@ -85,7 +85,7 @@ class TokenPart:
             table: Rotary embeddings, ... L' 1 D/2 2, of the tokens after the first `before`.
             before: Number of tokens before those of the table.
         """
-        start, stop = (max(place - before, 0) for place in (self.run.start, self.run.stop))
+        start, stop = (max(position - before, 0) for position in (self.run.start, self.run.stop))
         return table[..., start:stop, :, :, :]
 
     def take(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class TokenPart:
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
     def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
-        """Combine the attention with each text, for n heads, into that of this process's tokens, B l N D.
+        """Combine the attention to each text, of n heads, for the tokens of this process: B l N D.
 
         Combining needs all heads of a token.
 

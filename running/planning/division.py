@@ -70,12 +70,12 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
     """
     exchange_buffers = EXCHANGED * undivided.largest // context
     divided: dict[str, Moment] = {}
-    for place, moment in moments.items():
-        if place.startswith(IN_BLOCKS):
+    for phase, moment in moments.items():
+        if phase.startswith(IN_BLOCKS):
             parts = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
             parts[WORKING] += exchange_buffers
         else:
             # what the blocks keep for the backward pass is divided; the gathered tokens are complete
             parts = {KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
-        divided[place] = {**moment, **parts}
+        divided[phase] = {**moment, **parts}
     return divided

@@ -5,9 +5,10 @@ a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stan
 for the host. Small integer tensors (text masks, lengths) do have values, so that code may read them.
 """
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            return _guess_number(args[0])
         result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
         for leaf in tree_leaves(result):
@@ -323,35 +324,65 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
             is_first = False
 
 
+def keep_kernels(parts: Iterable[nn.Module]) -> None:
+    """Use stand-ins for kernels in parts of a network in the backward pass too, which recomputes them.
+
+    torch turns modes off during `backward`.
+
+    Args:
+        parts: Modules that `checkpoint_blocks` is going to wrap.
+    """
+    for part in parts:
+        part.forward = functools.partial(_run_planned, part.forward)
+
+
+def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    with PlannedKernels():
+        return forward(*inputs, **named)
+
+
+def _guess_number(tensor: Tensor) -> bool | int | float:
+    """Return 1 as a Python number of the tensor's kind."""
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _name_position(index: int, count: int) -> str:
+    """Return the name of a block's position in its list.
+
+    Two positions at each end have names: the outermost block, and its neighbor, which is like all blocks
+    between.
+    """
+    if index == count - 1:
+        return "last"
+    if index == 0:
+        return "first"
+    if index == 1:
+        return SECOND
+    if index == count - 2:
+        return BEFORE_LAST
+    return "between"
+
+
 def _watch(
     forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
     """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
 
-    def enter_hook(place: str) -> Callable[[Tensor], None]:
-        return lambda _: ledger.enter(place)
+    def enter_hook(phase: str) -> Callable[[Tensor], None]:
+        """Return a gradient hook that begins a phase of the ledger."""
+        return lambda _: ledger.enter(phase)
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        with PlannedKernels():  # torch turns it off during `backward`, which recomputes checkpointed blocks
-            if ledger.is_backward:
-                return forward(x, *inputs, **named)
-            if is_first and x.requires_grad:
-                x.register_hook(enter_hook("backward before the blocks"))
-            ledger.inputs[name] = round_up_bytes(x.nbytes)
-            # two places at each end of a list: the outermost block, and one that is like all those between
-            count = ledger.counts[name]
-            if index == count - 1:
-                position = "last"
-            elif index == 0:
-                position = "first"
-            elif index == 1:
-                position = SECOND
-            elif index == count - 2:
-                position = BEFORE_LAST
-            else:
-                position = "between"
-            ledger.enter(f"forward of {name}, {position}")
-            result = forward(x, *inputs, **named)
+        if ledger.is_backward:
+            return forward(x, *inputs, **named)
+        if is_first and x.requires_grad:
+            x.register_hook(enter_hook("backward before the blocks"))
+        ledger.inputs[name] = round_up_bytes(x.nbytes)
+        position = _name_position(index, ledger.counts[name])
+        ledger.enter(f"forward of {name}, {position}")
+        result = forward(x, *inputs, **named)
         ledger.enter("forward outside the blocks")
         # a block of the side stream returns two tensors
         last_output = result[-1] if isinstance(result, tuple) else result

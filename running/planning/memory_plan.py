@@ -244,9 +244,9 @@ def dtypes_of(dit: nn.Module) -> str:
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(
-        f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
-    )
+    # sizes that round to 0.00 are left out, unless there is nothing else
+    shown = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
+    return ", ".join(f"{gib(size)} {name}" for name, size in shown)
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:

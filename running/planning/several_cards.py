@@ -136,7 +136,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
 
     Args:
         runs: Rehearsals: the first one with the command's options, each further one with more options that
-            save memory. A further one is used only if nothing fits in those before it.
+            save memory. A rehearsal is used only if nothing fits in the previous ones.
         cards: Number of GPUs.
         room: Memory of each GPU.
         is_training: Whether the run is a training.

@@ -49,10 +49,10 @@ def _run_part(
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    taken = []
+    own_parts = []
     for part, stream in zip(parts, hidden.x.split(lengths, dim=1), strict=True):
-        taken.append(part.take(stream))
-    hidden.x = torch.cat(taken, dim=1)
+        own_parts.append(part.take(stream))
+    hidden.x = torch.cat(own_parts, dim=1)
     hidden.tokens = tokens.cut(*parts)
     added_here: list[Tensor | None] = []
     for tensor in added:

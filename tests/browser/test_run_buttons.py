@@ -146,8 +146,11 @@ def test_the_samples_of_a_run_are_scored_by_a_job(
         further = served.ask(f"{address_of(served)}deeds").text
         assert ("Score the samples" in further) is is_there
         assert press(served, "score").status == (200 if is_there else 422)
-    (job,) = queue.jobs()
-    assert job.words[1:] == ["tools/score.py", str(history), "--model", str(Path("models/score_clip"))]
+    words = ["tools/score.py", str(history), "--model", str(Path("models/score_clip"))]
+    assert queue.jobs()[0].words[1:] == words
+    (tmp_path / "models" / "wd_tagger").mkdir()
+    press(served, "score")
+    assert queue.jobs()[-1].words[1:] == [*words, "--tagger", str(Path("models/wd_tagger"))]
 
 
 def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQueue, tmp_path: Path) -> None:

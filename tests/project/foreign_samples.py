@@ -21,7 +21,7 @@ class Sample:
     general: Mapping[str, Any] = field(default_factory=dict)  # of dataset.toml
     told: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # that are typed too
-    media: str = "photos"  # or edits, controls
+    media: str = "photos"  # or edits, controls, clips
 
 
 def _job(model: dict[str, Any], train: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -257,6 +257,41 @@ SAMPLES: dict[str, Sample] = {
         "qwen_image_train_network.py",
         {"model_version": "edit-2511"},  # by its repository, as the other key names all edits of several
         media="edits",
+    ),
+    "ltx-trainer, LTX-2 with given parts": Sample(
+        {
+            "lora.yaml": {
+                "model": {"model_path": "/d/ltx-2.3.safetensors", "training_mode": "lora"},
+                "lora": {"rank": 6, "alpha": 3, "target_modules": ["to_k"]},
+                "training_strategy": {
+                    "name": "flexible",
+                    "video": {
+                        "is_generated": True,
+                        "conditions": [
+                            {"type": "first_frame", "probability": 0.2},
+                            {"type": "prefix", "temporal_boundary": 1, "probability": 0.5},
+                        ],
+                    },
+                },
+                "optimization": {"learning_rate": 2e-4, "steps": 9, "optimizer_type": "adamw"},
+                "data": {"preprocessed_data_root": "/d/.precomputed"},
+                "checkpoints": {"interval": 3},
+                "seed": 7,
+            }
+        },
+        "ltx_2 av",
+        "ltx2_train_network.py",
+        {
+            "learning_rate": 2e-4,
+            "network_dim": 6,
+            "network_alpha": 3,
+            "ltx2_first_frame_conditioning_p": 0.2,
+            "ltx2_extend_prefix_frames": 1,
+            "ltx2_extend_prefix_p": 0.5,
+            "seed": 7,
+        },
+        told=("`new` and `run` make caches of clips",),
+        media="clips",
     ),
     "diffusion-pipe, HunyuanVideo": Sample(
         {

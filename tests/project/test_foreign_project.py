@@ -8,6 +8,7 @@ import pytest
 
 from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
+from ltx_2.options import Ltx2TrainingOptions
 from modules.errors import OptionError
 from modules.options import info_of
 from modules.script_options import parse_options
@@ -175,7 +176,74 @@ def write_files(folder: Path, files: dict[str, Any]) -> Path:
     return folder / next(iter(files))
 
 
+LTX_TRAINER = """
+model:
+  model_path: "/d/ltx-2.3.safetensors"
+  text_encoder_path: "/d/gemma"
+  training_mode: lora
+  load_checkpoint: null
+lora:
+  rank: 16
+  alpha: 8
+  dropout: 0.1
+  target_modules:
+    - attn1.to_k
+training_strategy:
+  name: flexible
+  video:
+    is_generated: true
+    latents_dir: latents
+    conditions:
+      - type: first_frame
+        probability: 0.2
+      - type: prefix
+        temporal_boundary: 8
+        probability: 0.75
+      - type: mask
+        probability: 1.0
+        mask_dir: masks
+      - type: reference
+        layout: overlap
+  audio:
+    is_generated: true
+    latents_dir: audio_latents
+    conditions:
+      - type: suffix
+        temporal_boundary: 25
+optimization:
+  learning_rate: 2.0e-4
+  steps: 3000
+  batch_size: 2
+  gradient_accumulation_steps: 4
+  max_grad_norm: 0.5
+  optimizer_type: adamw
+  scheduler_type: linear
+  scheduler_params: {}
+  enable_gradient_checkpointing: true
+acceleration:
+  mixed_precision_mode: bf16
+  quantization: null
+data:
+  preprocessed_data_root: "/d/.precomputed"
+  num_dataloader_workers: 2
+validation:
+  interval: 250
+  generate_audio: false
+checkpoints:
+  interval: 100
+  keep_last_n: 4
+  precision: bfloat16
+flow_matching:
+  timestep_sampling_mode: shifted_logit_normal
+hub:
+  push_to_hub: false
+wandb:
+  enabled: false
+seed: 42
+output_dir: "/d/outputs"
+"""
 PROJECTS = {
+    "ltx-trainer": {"a2v.yaml": LTX_TRAINER},
     "AI Toolkit": {"train lora.yaml": AI_TOOLKIT},
     "OneTrainer": {"config.json": ONETRAINER, "concepts.json": CONCEPTS},
     "diffusion-pipe": {"main.toml": DIFFUSION_PIPE, "dataset.toml": DIRECTORIES},
@@ -184,6 +252,30 @@ PROJECTS = {
 }
 # of each: new, training, data, epochs
 MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | None]] = {
+    "ltx-trainer": (
+        {"max_train_steps": 3000, "family": "ltx_2", "task": "av"},
+        {
+            "network_dim": 16,
+            "network_alpha": 8,
+            "network_dropout": 0.1,
+            "ltx2_first_frame_conditioning_p": 0.2,
+            "ltx2_extend_prefix_frames": 8,
+            "ltx2_extend_prefix_p": 0.75,
+            "ltx2_inpaint_mask": True,
+            "ltx2_inpaint_mask_p": 1.0,
+            "ltx2_audio_extend_suffix_frames": 25,
+            "learning_rate": 2e-4,
+            "gradient_accumulation_steps": 4,
+            "max_grad_norm": 0.5,
+            "optimizer_type": "adamw",
+            "lr_scheduler": "linear",
+            "sample_every_n_steps": 250,
+            "save_every_n_steps": 100,
+            "seed": 42,
+        },
+        {"batch_size": 2},
+        None,
+    ),
     "AI Toolkit": (
         {
             "output_name": "my_first_flux_lora_v1",
@@ -300,7 +392,7 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     epochs = [said.number for said in project.epochs if said.number]
     assert (project.new, project.training, project.data) == MEANT[title][:3]
     assert epochs == [count for count in MEANT[title][3:] if count]
-    assert [*project.folders.values()] == [Path("photos")]
+    assert [*project.folders.values()] == ([] if title == "ltx-trainer" else [Path("photos")])
     assert project.run.kind == "lora"
     resolve_for(project)
     select_length(project, NewOptions(folder=tmp_path), 7, 7)
@@ -310,7 +402,9 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
         if isinstance(content, str):
             import yaml
 
-            content = yaml.safe_load(content) if title == "AI Toolkit" else parse_toml(content)
+            content = (
+                yaml.safe_load(content) if title in {"AI Toolkit", "ltx-trainer"} else parse_toml(content)
+            )
         for item in content if isinstance(content, list) else [content]:
             for key in keys_of(item):
                 assert key in told, key
@@ -385,6 +479,7 @@ def test_what_is_taken_has_a_place_here() -> None:
         *info_of(TrainingOptions),
         *info_of(StableDiffusionTrainingOptions),
         *info_of(InversionOptions),
+        *info_of(Ltx2TrainingOptions),
     }
     arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
     places = {

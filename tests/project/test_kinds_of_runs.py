@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,8 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
     assert lines
     assert all(re.fullmatch(r".+ --d \d+", line) for line in lines)
     assert "--from_file own_prompts.txt --save_path own" in said
+    assert "2,000 steps: published adapters took 4,000 to 30,000" in " ".join(said.split())
+    assert "From 10 files on, a tenth is held back" in " ".join(said.split())
     assert "unlearns" not in said
     own = folder / "own"
     own.mkdir()
@@ -350,10 +353,16 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
         text.add_text("bt_prompt", f"a cat\nnumber {number}")
         Image.new("RGB", (64, 64), (90 * number, 0, 0)).save(own / f"{number}.png", pnginfo=text)
 
-    said = describe(own, "z_image turbo", "--train", "adapter")
+    for number in range(10):  # so many that some are held back
+        shutil.copy(own / f"{number % 2}.png", own / f"c{number}.png")
 
+    said = describe(own, "z_image turbo", "--train", "adapter", "--max_train_steps", "4000")
+
+    assert read_run(own)["training"]["validation_split"] == 0.1
+    assert "done when the validation loss falls no more" in " ".join(said.split())
+    assert "published adapters took" not in said
     assert read_run(own)["training"]["make_adapter"] == "own"
-    assert "2 generated files: their prompts are written into .txt files, as captions" in said
+    assert "12 generated files: their prompts are written into .txt files, as captions" in said
     assert (own / "1.txt").read_text(encoding="utf-8") == "a cat\nnumber 1\n"
     describe(folder, "z_image turbo", "--train", "adapter", "--overwrite")
     assert read_run(folder)["training"]["make_adapter"] == "mixed"

@@ -15,6 +15,7 @@ from tests.project.foreign_samples import SAMPLES, Sample
 from tests.project.test_foreign_runs import Described
 from tests.project.test_kinds_of_folders import write_photos
 from tests.tiny.new_models import write_new_model
+from tests.tiny.project import write_clips
 from training.config_options import OTHERS_TABLE
 
 
@@ -26,8 +27,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def describe(sample: Sample, folder: Path, models: Path) -> Described:
     """Describe a folder of pictures for a sample project next to it, without typing the model."""
     photos = folder / "photos"
-    write_photos(photos)
-    if sample.media != "photos":
+    if sample.media == "clips":
+        write_clips(photos)
+    else:
+        write_photos(photos)
+    if sample.media not in {"photos", "clips"}:
         place = {"edits": "control", "controls": "conditioning"}[sample.media]
         write_photos(photos / place, captions=False)
     for name, content in sample.files.items():

@@ -20,9 +20,10 @@ from transformers import CLIPTokenizer
 
 from contract.loading import Placement
 from contract.requests import Prompt
+from encoders.inversion import LearntRows, write_rows
 from modules.errors import OptionError
 from stable_diffusion.family import StableDiffusion, with_inversion
-from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, LearntRows, write_rows
+from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions

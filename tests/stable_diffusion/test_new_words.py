@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from encoders.new_words import NewWord
 from modules.errors import OptionError
 from stable_diffusion.inversion_options import InversionOptions
-from stable_diffusion.new_words import NewWord
 from stable_diffusion.textual_inversion import with_words
 from tests.stable_diffusion.test_inversion_training import WORD, inversion_family, make_rows
 from tests.training.toy import toy_options

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from modules.errors import OptionError
+from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 from tests.training import toy
 from tests.training.scoring.making import CIRCLE, draw, write_clip, write_dino
 from training.features.score_samples_starting import SampleScorer
@@ -104,13 +105,14 @@ def test_a_training_ends_with_scores_of_all_its_samples_on_the_page(tmp_path: Pa
     words = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_every_n_steps", 4]
     words += ["--save_every_n_steps", 4, "--score_samples", tmp_path / "clip"]
     words += ["--score_likeness_model", tmp_path / "dino"]
+    words += ["--score_tagger", write_tagger(tmp_path / "tagger", first_pixel_weights())]
 
     toy.train_toy(tmp_path, *words, has_page=True)
 
     output = tmp_path / "output"
     scores = json.loads((output / "x-scores.json").read_text(encoding="utf-8"))
     assert [row["step"] for row in scores["rows"]] == [4, 8]
-    assert scores["model"] == "clip, dino"
+    assert scores["model"] == "clip, dino, tagger"
     assert all(-1 <= row["clip"] <= 1 for row in scores["rows"])
     session = read_session(output / "x-history.jsonl")
     assert session is not None

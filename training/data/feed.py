@@ -96,8 +96,8 @@ class BatchSources:
 
         Raises:
             CacheError: If a cache cannot be used.
-            MediaError: As `LiveMedia.encode` does.
-            DatasetError: As `LiveMedia.encode` does.
+            MediaError: If an image that is encoded now cannot be read.
+            DatasetError: If the size of an image has changed since the items were listed.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items that were just encoded are already flipped
@@ -202,7 +202,7 @@ class Randomness:
         if self.audio is not None:
             weights = self.audio.image_weight * weights
         if self.audio is not None and self.audio.given == IMAGE_STREAM:
-            # images are given clean and not trained
+            # only audio is trained: images are given clean, so that their sigmas and weights are 0
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         if self.sentences:
@@ -365,7 +365,7 @@ class Feed:
         of the next order.
         """
         epochs_per_start = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
-        # sources that keep encoders or caches in this process cannot be read by workers
+        # workers cannot read sources with an encoder, or caches in memory, of this process
         max_workers = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
         for first_epoch in range(epoch, self.plan.num_epochs, max(epochs_per_start, 1)):
             first_position = position if first_epoch == epoch else 0

@@ -7,18 +7,27 @@ every process encodes the captions of its own micro-batches.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from contract.data import Batch, Conditions
-from contract.family import LearningEncoder, TextEncoder, can_divide, can_learn
+from contract.family import LearningEncoder, TextEncoder, can_divide
 from contract.loading import BlockPlace
 from contract.requests import Prompt, Prompts
 from contract.steps import EncodedPrompts
 from running.offload.joining import take_turns
 
 logger = logging.getLogger(__name__)
+
+
+class WithNetwork(TextEncoder, Protocol):
+    """A text encoder whose loaded network is a module; gradients flow through it if they are on."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The loaded network."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class LiveTexts:
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
     able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
-    taught: Sequence[LearningEncoder] = ()  # encoders that learn the vectors of a new word
+    taught: Sequence[WithNetwork] = ()  # encoders that learn the vectors of a new word
     adds_empty: bool = False  # batches also get the empty prompt, for a target that asks for it
 
     @property
@@ -58,9 +67,9 @@ class LiveTexts:
             encoder.free()
 
     @property
-    def changing(self) -> list[LearningEncoder]:
+    def changing(self) -> list["WithNetwork"]:
         """Return the encoders whose outputs change during training, in order."""
-        return [encoder for encoder in self.encoders if can_learn(encoder) and self._learns(encoder)]
+        return [cast(WithNetwork, encoder) for encoder in self.encoders if self._learns(encoder)]
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -69,8 +78,8 @@ class LiveTexts:
 
     @property
     def taught_networks(self) -> dict[str, nn.Module]:
-        """Return the networks that learn a new word, by the same prefixes."""
-        return {encoder.lora_prefix: encoder.network for encoder in self.taught}
+        """Return the networks that learn a new word, by the names of their encoders."""
+        return {encoder.name: encoder.network for encoder in self.taught}
 
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with the outputs of these encoders for its captions, B first, on the CPU.

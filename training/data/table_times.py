@@ -86,6 +86,7 @@ def check_times(options: TimestepOptions, tables: Sequence[DatasetTable], family
 def _check_table(
     options: TimestepOptions, table: DatasetTable, noise: NoiseSpec, experts: Sequence[Expert]
 ) -> None:
+    """Raise DatasetError if a table's own shift has no effect, or if no expert is trained in its window."""
     sampler = options.timestep_sampling
     if table.discrete_flow_shift is not None and not takes_shift(options, noise):
         why = "has no shift"

@@ -86,34 +86,36 @@ def draw(
     takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
     low, high = 0.0, 1.0
     if not takes_all:
-        any_expert = replace(lowest, highest=math.inf)  # the range of all experts together
+        any_expert = replace(lowest, highest=math.inf)  # stands for the joined range of all experts
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
-    def shares_between(u: Tensor, low: float, high: float) -> Tensor:
+    # fractions are noise levels from 0 (clean) to 1, which samplers compute from uniform numbers u
+    def fractions_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
-    def draw_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
+    def draw_again(fractions: Tensor, expert: Expert, low: float, high: float) -> Tensor:
+        """Replace samples that the expert does not accept, until all are accepted."""
         while True:
-            fits = is_accepted(options, shares, noise, expert)
+            fits = is_accepted(options, fractions, noise, expert)
             if fits.all():
-                return shares
-            shares = torch.where(fits, shares, shares_between(uniform(), low, high))
+                return fractions
+            fractions = torch.where(fits, fractions, fractions_between(uniform(), low, high))
 
     u = uniform()
     if options.num_timestep_buckets is not None:
         if first_sample is None:
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
-    shares = shares_between(u, low, high)
+    fractions = fractions_between(u, low, high)
     if not takes_all:
-        shares = draw_again(shares, any_expert, low, high)
+        fractions = draw_again(fractions, any_expert, low, high)
     if len(experts) == 1:
-        return times_at(options, shares, noise)
-    first_level = NUM_TIMESTEPS * float(shares[0])
+        return times_at(options, fractions, noise)
+    first_level = NUM_TIMESTEPS * float(fractions[0])
     index = _select_expert(first_level, experts, options=options, noise=noise, flow_shift=flow_shift)
     expert = experts[index]
-    shares = draw_again(shares, expert, *find_accepted_range(options, noise, flow_shift, expert))
-    return replace(times_at(options, shares, noise), expert=index)
+    fractions = draw_again(fractions, expert, *find_accepted_range(options, noise, flow_shift, expert))
+    return replace(times_at(options, fractions, noise), expert=index)
 
 
 def _select_expert(
@@ -478,31 +480,32 @@ def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float
     return t
 
 
-def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return t of the sampler shifted_logit_normal, B, from uniform `numbers`."""
-    share = rule.uniform_share if rule.is_stretched else 0.0
+def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
+    """Return t of the sampler shifted_logit_normal, B, from uniform `uniform_numbers`."""
+    uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
-    def logit(places: Tensor) -> Tensor:
-        return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(places)), flow_shift)
+    def logit(quantiles: Tensor) -> Tensor:
+        return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(quantiles)), flow_shift)
 
-    t = logit(((numbers - share) / (1 - share)).clamp(1e-9, 1 - 1e-9))
+    t = logit(((uniform_numbers - uniform_fraction) / (1 - uniform_fraction)).clamp(1e-9, 1 - 1e-9))
     if rule.is_stretched:
+        # stretched so that these two quantiles become 0 and 1; what falls below the minimum is mirrored
         low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
         t = (t - low) / (high - low)
         t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)
-        uniform = rule.minimum + (1 - rule.minimum) * numbers / max(share, 1e-9)
-        t = torch.where(numbers < share, uniform, t)
+        uniform = rule.minimum + (1 - rule.minimum) * uniform_numbers / max(uniform_fraction, 1e-9)
+        t = torch.where(uniform_numbers < uniform_fraction, uniform, t)
     return t
 
 
 def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
     """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
-    share = rule.uniform_share
-    edge = torch.tensor(rule.cut, dtype=torch.float64)
-    kept = torch.special.ndtr((torch.logit(edge) - rule.mean) / rule.std)  # of the draws, below the cut
-    places = ((numbers - share) / (1 - share) * kept).clamp(1e-12, 1 - 1e-12)
-    t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(places)) / rule.cut
-    t = torch.where(numbers < share, numbers / max(share, 1e-9), t)
+    uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
+    cut = torch.tensor(rule.cut, dtype=torch.float64)
+    below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution
+    quantiles = ((numbers - uniform) / (1 - uniform) * below_cut).clamp(1e-12, 1 - 1e-12)
+    t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(quantiles)) / rule.cut
+    t = torch.where(numbers < uniform, numbers / max(uniform, 1e-9), t)
     return (NUM_TIMESTEPS * t).ceil().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
 
 
@@ -519,8 +522,8 @@ def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> 
         (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
     )
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
-    shares = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
-    return shift_sigmas(shares, options.flow_shift) if noise.table_is_shifted else shares
+    sigmas = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
+    return shift_sigmas(sigmas, options.flow_shift) if noise.table_is_shifted else sigmas
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:

@@ -98,7 +98,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> JoinedRun:
-    """Return a run as `join_run` does, with the parts that need torch and the model. Raises as it does."""
+    """Return a run like `join_run`, and have the features prepare what needs torch and the model."""
     run = join_run(options, tables)
     run.family = family
     for start in run.on.start:

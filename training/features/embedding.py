@@ -1,13 +1,13 @@
 """Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
 
 The model gets text encoders with rows for the word; `embedding_rows.py` makes these rows and lets them learn.
-They are saved in the LoRA's file, as `networks/bundled_words.py` names them.
+They are saved in the LoRA's file, as `contract/brought_words.py` names them.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, cast
 
 from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from modules.console import count_of
@@ -17,7 +17,7 @@ from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureO
 from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
-    from contract.family import Described, Family
+    from contract.family import Family
     from contract.made_networks import MadeNetwork
     from training.features.hooks import JoinedRun
 
@@ -40,10 +40,6 @@ class LearnsWords(Protocol):
     def word_network(self, word: WordToLearn) -> "MadeNetwork":
         """Return the network that holds the vectors."""
         ...
-
-
-def _learns_words(family: "Described") -> TypeGuard[LearnsWords]:
-    return family.can.learn_words
 
 
 class EmbeddingOptions(
@@ -130,7 +126,7 @@ class EmbeddingOptions(
 
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
-    """Return the model with embedding rows for the word. Raises OptionError if it does not support that."""
+    """Return the model with embedding rows for the word. Raises OptionError if it trains no LoRA."""
     from contract.made_networks import made_network_of  # torch: only with a word
 
     made = made_network_of(family)
@@ -139,26 +135,18 @@ def _teach(word: WordToLearn, family: "Family") -> "Family":
             f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
             "out"
         )
-    if not _learns_words(family):
-        raise OptionError(
-            f"--train_embedding: the text encoders of {family.name} take no new words in a training here. "
-            "Leave it out, and describe in captions what is to be learned"
-        )
-    return family.with_word_in_texts(word)
+    return cast(LearnsWords, family).with_word_in_texts(word)
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     """Check the files that the word could start from. Raises UserError if one does not fit."""
-    assert _learns_words(family)  # `_teach` has seen to that
-    family.word_network(word).check()
+    cast(LearnsWords, family).word_network(word).check()
 
 
 def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
-    assert run.family is not None  # it is known here
-    assert _learns_words(run.family)
-    network = run.family.word_network(word)
+    network = cast(LearnsWords, run.family).word_network(word)
     if has_file:
         run.files_beside.append(word.text)
     run.read_captions.append(network.check_captions)
@@ -173,6 +161,7 @@ def _describe(options: EmbeddingOptions) -> str:
 
 
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
+    """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
     text = options.train_embedding
     assert text is not None  # the feature is on
     error = find_error(text)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
+from contract.brought_words import bundle_word, word_of
 from contract.made_networks import MadeNetwork
 from contract.new_words import WordToLearn
 from modules.seeds import derive_seed
-from networks.bundled_words import bundle_word, word_of
 from training.trainable import Trainable, WrittenFile
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def make_word_rows(
         word: Word to learn.
         network: Network of its vectors.
         has_file: Whether the vectors are also saved alone.
-        encoders: The loaded networks of the text encoders that learn the word, by the prefix of their names
-            in LoRA files.
+        encoders: The loaded networks of the text encoders that learn the word, in their order.
         seed: Seed of the run.
         with_values: Whether the vectors start with the values of a file, see `MakeNetwork`.
     """

@@ -31,15 +31,19 @@ class Inpaints(Protocol):
         ...
 
     def encode_masked(
-        self, encoders: "MediaEncoders", frames: "torch.Tensor", mask: "torch.Tensor", key: str
+        self,
+        encoders: "MediaEncoders",
+        pixels: "torch.Tensor",
+        mask: "torch.Tensor",
+        generator: "torch.Generator",
     ) -> "dict[str, torch.Tensor]":
         """Return the further inputs of the network for an image.
 
         Args:
             encoders: The loaded VAE.
-            frames: The image, 1 H W 3 uint8.
-            mask: H W bool; True is repainted.
-            key: Seeds the sample of the posterior.
+            pixels: The image, 1 C H W, -1..1.
+            mask: H W; what is not 0 is repainted.
+            generator: Draws the sample of the posterior.
         """
         ...
 
@@ -76,7 +80,7 @@ def add_inputs(
     key: str,
     tensors: "Mapping[str, torch.Tensor]",
 ) -> "dict[str, torch.Tensor]":
-    """Return the tensors of an image with those that a mask makes.
+    """Add the mask of an inpainting model, and the latents of the masked image, to an image's tensors.
 
     Args:
         options: Options of the run.
@@ -92,24 +96,27 @@ def add_inputs(
     import torch  # not needed for --help, as what follows
 
     from contract.data import LOSS_MASK
+    from modules.media.pixels import to_pixels
     from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
+    from training.data.feed import seed_generator
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
-    numbers = random.Random(derive_seed("inpainting", key))
-    kept = dict(tensors)
-    is_whole = numbers.random() < options.inpainting_full_mask_rate
+    generator = random.Random(derive_seed("inpainting", key))
+    changed = dict(tensors)
+    covers_all = generator.random() < options.inpainting_full_mask_rate
     weighs = masks_weigh or image.source.table.alpha_mask
     if image.mask is not None and not weighs:
-        del kept[LOSS_MASK]
+        del changed[LOSS_MASK]
         mask = image.mask[0] >= 128  # from half gray on
     else:
         _, height, width, _ = image.frames.shape
-        mask = draw_mask(height, width, numbers)
-    if is_whole:
+        mask = draw_mask(height, width, generator)
+    if covers_all:
         mask[:] = True
-    frames = torch.from_numpy(image.frames[..., :3])
-    return kept | family.encode_masked(encoders, frames, torch.from_numpy(mask), key)
+    pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
+    of_posterior = seed_generator("posterior", f"{key} masked")
+    return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
 def _prepare(family: "Family") -> "Family":
@@ -131,6 +138,7 @@ def _prepare(family: "Family") -> "Family":
 
 
 def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+    """Let a run learn to fill masked parts of images, which are encoded in each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
         flag = "--cache_latents_to_disk" if caching.cache_latents_to_disk else "--cache_latents"

@@ -160,6 +160,7 @@ class ItemLossRecorder:
         target: Tensor,
         noisy_batch: "NoisyBatch",
     ) -> Streams:
+        """Measure the errors of a batch, and record the loss of each item without waiting for the device."""
         errors = measure(output, target, noisy_batch)
         if self._process is None or self._is_lost:
             return errors

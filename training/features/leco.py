@@ -86,7 +86,7 @@ def make_blank_dataset() -> "DatasetConfig":
 
 
 def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
-    """Encode the prompts before the network is loaded, and replace the usual pass."""
+    """Encode the prompts before the network is loaded, and have each step learn them in place of clips."""
     progress = plan.progress.of(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
@@ -111,6 +111,7 @@ def _add_functions(run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: LecoOptions) -> None:
+    """Let a run learn from pairs of prompts (LECO), without a dataset."""
     path = options.path
     if run.options.parts is not None and not run.options.parts.trains_dit:
         raise OptionError(

@@ -133,6 +133,7 @@ def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) 
 def _read_pair(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
+    """Yield the pair of an entry of [[prompts]]; `default` has the keys above all tables."""
     _reject_unknown(place, entry, PAIR)
     values = {**default, **entry}
     target = _read_text(place, values, "target")
@@ -179,6 +180,7 @@ def _read_slider(
     strength = _read_number(place, values, "multiplier", signed=True)
     for neutral, (height, width) in product(neutrals, sides):
         shared = _read_shared(place, values, height == width)
+        # a slider is learned at positive and negative strength, each towards one of its ends
         for toward, opposite, action, side in _expand(positive, negative):
             yield LecoPair(
                 target=target,

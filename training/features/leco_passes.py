@@ -59,7 +59,7 @@ class Walk:
         return (self.num_steps - 1 - index) * (TRAINED_STEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latents after a step.
+        """Return the latents after a step of DDPM (Ho et al. 2020), which goes one timestep towards clean.
 
         Args:
             index: Index of the step.
@@ -69,19 +69,22 @@ class Walk:
         """
         time = self.timestep(index)
         previous = time - TRAINED_STEPS // self.num_steps
-        left = 1 - self.noise.table[time] ** 2  # fraction of the variance that is data
-        left_before = 1 - self.noise.table[previous] ** 2 if previous >= 0 else 1.0
-        added = 1 - left / left_before
+        data_fraction = 1 - self.noise.table[time] ** 2  # fraction of the variance that is data
+        data_fraction_before = 1 - self.noise.table[previous] ** 2 if previous >= 0 else 1.0
+        noise_fraction = 1 - data_fraction / data_fraction_before
         if self.noise.predicts_v:
-            clean = left**0.5 * x - (1 - left) ** 0.5 * output
+            clean = data_fraction**0.5 * x - (1 - data_fraction) ** 0.5 * output
         else:
-            clean = (x - (1 - left) ** 0.5 * output) / left**0.5
-        mean = left_before**0.5 * added * clean + (1 - added) ** 0.5 * (1 - left_before) * x
-        mean = mean / (1 - left)
+            clean = (x - (1 - data_fraction) ** 0.5 * output) / data_fraction**0.5
+        mean = (
+            data_fraction_before**0.5 * noise_fraction * clean
+            + (1 - noise_fraction) ** 0.5 * (1 - data_fraction_before) * x
+        )
+        mean = mean / (1 - data_fraction)
         if time == 0:
             return mean
         drawn = torch.randn(x.shape, generator=generator).to(x)
-        return mean + ((1 - left_before) / (1 - left) * added) ** 0.5 * drawn
+        return mean + ((1 - data_fraction_before) / (1 - data_fraction) * noise_fraction) ** 0.5 * drawn
 
 
 def encode_pairs(
@@ -110,12 +113,12 @@ def leco_passes(
     made from noise in a random number of steps. The strength stays set until the caller has computed the
     gradients.
     """
-    numbers = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
-    pair = target.pairs[numbers.randrange(len(target.pairs))]
+    generator = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
+    pair = target.pairs[generator.randrange(len(target.pairs))]
     num_steps = target.options.max_denoising_steps
-    num_done = numbers.randrange(1, num_steps)
-    height, width = _draw_resolution(pair, numbers)
-    sizes = _draw_sizes(pair, height, width, numbers)
+    num_done = generator.randrange(1, num_steps)
+    height, width = _draw_resolution(pair, generator)
+    sizes = _draw_sizes(pair, height, width, generator)
     step = PairStep(target, pair, passes, sizes, noisy_batch)
     with at_strength(pair.multiplier):
         passes.restart(noisy_batch)

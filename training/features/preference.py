@@ -87,6 +87,7 @@ def _start(options: PreferenceOptions, tally: Tally, run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
+    """Let a run learn from pairs of a chosen and a rejected item (Diffusion-DPO)."""
     _check_tables(run)
     target = StepTarget(
         option=f"--preference {options.beta:g}",

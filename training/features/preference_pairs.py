@@ -74,7 +74,7 @@ def pair_passes(
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch of twice the size: the chosen items, then the rejected ones with all else equal."""
     batch = noisy_batch.batch
-    assert batch.rejected is not None  # the feed reads it for this target
+    assert batch.rejected is not None  # this target makes the feed read it
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
     tensors["latents"] = torch.cat([batch.tensor("latents"), batch.rejected])
     doubled = replace(
@@ -154,5 +154,5 @@ def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -
     losses = -logsigmoid(preference.beta / 2 * margin)
     if preference.data_weight:
         losses = losses + preference.data_weight * better
-    numbers = torch.stack([better.mean(), rejected.mean(), (margin > 0).float().mean()])
-    return losses, numbers.detach()
+    means = torch.stack([better.mean(), rejected.mean(), (margin > 0).float().mean()])
+    return losses, means.detach()

@@ -28,6 +28,12 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
         place="folder",
         needs="score_samples",
     )
+    score_tagger: Path | None = option(
+        "folder of a WD14-like tagger, such as models/wd_tagger: says how many tags of its prompt a sample "
+        "shows",
+        place="folder",
+        needs="score_samples",
+    )
     score_device: str = option(
         "device of this model; it should not be one that trains and is full",
         default="cpu",
@@ -41,7 +47,11 @@ def _start(run: "JoinedRun") -> None:
     folder, name = run.options.saving.place
     options = run.options.of(SampleScoringOptions)
     assert options.score_samples is not None  # the feature is on
-    models = {"--model": options.score_samples, "--likeness_model": options.score_likeness_model}
+    models = {
+        "--model": options.score_samples,
+        "--likeness_model": options.score_likeness_model,
+        "--tagger": options.score_tagger,
+    }
     scorer = SampleScorer(folder, name, models=models, device=options.score_device)
     run.on.recorders.append(lambda plan, records: scorer)
 
@@ -54,8 +64,9 @@ def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
             "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
             "page. Leave out one of the two"
         )
-    likeness = options.score_likeness_model
-    also = "" if likeness is None else f", likeness by {likeness}"
+    also = "" if options.score_likeness_model is None else f", likeness by {options.score_likeness_model}"
+    if options.score_tagger is not None:
+        also += f", tags by {options.score_tagger}"
     run.info.at_start["scores"] = f"of samples, by {options.score_samples}{also} on {options.score_device}"
     run.on.start.append(_start)
 

@@ -53,25 +53,25 @@ def show_timesteps(
     grouped = group_tables(options, tables)
     if grouped:
         by_label = {", ".join(table.name for table in group): times for times, group in grouped.items()}
-    drawn: dict[str, Tensor] = {}
-    shares: dict[str, str] = {}
+    counts_by_label: dict[str, Tensor] = {}
+    fractions_by_label: dict[str, str] = {}
     for label, times in by_label.items():
         counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
-        drawn[label] = counts
-        shares[label] = shares_in_words(counts, experts)
+        counts_by_label[label] = counts
+        fractions_by_label[label] = shares_in_words(counts, experts)
     if not is_weighted:
         weights = torch.ones_like(weights)
     if kind == "console":
-        for label, counts in drawn.items():
+        for label, counts in counts_by_label.items():
             title = f"{label}: timesteps drawn" if label else "timesteps drawn"
-            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{shares[label]}"))
+            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{fractions_by_label[label]}"))
         sys.stdout.write(f"loss weights\n{bars(weights)}\n")
         return
     path = folder / "timesteps.png"
-    write_bytes(path, draw_statistics(drawn, weights, [expert.lowest for expert in experts]))
+    write_bytes(path, draw_statistics(counts_by_label, weights, [expert.lowest for expert in experts]))
     what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
     lines = [f"{path}: {what}\n"]
-    for label, text in shares.items():
+    for label, text in fractions_by_label.items():
         lines += [f"{label}:\n{text}" if label and text else text]
     sys.stdout.write(escape_control_codes("".join(lines)))
 
@@ -142,7 +142,7 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
         boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """
     import matplotlib  # slow to import, and only this needs it
-    from matplotlib.figure import Figure  # likewise
+    from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
     rows = []

@@ -137,7 +137,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     loss = float(step.loss)
     norm = float(gradient_norm)
     limit = skipping.limit(step.kind)
-    # cards of several kinds may differ in the last digits
+    # GPUs of different kinds may differ in the last digits, but all processes have to decide alike
     outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
     number = run.progress.step + 1
     if outcome == FATAL:

@@ -76,6 +76,7 @@ def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) 
 
 
 def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
+    """Read one table of [[sliders]]; `place` names it in messages."""
     _reject_unknown(place, table, KEYS)
     for key in (*TEXTS, "anchor"):
         text = table.get(key)

@@ -67,7 +67,7 @@ def slider_passes(
     anchor_caption = slider.anchor
     anchor_weight = slider.weight * slider.anchor_weight
     if anchor_caption is None and passes.rule.in_lockstep and target.file.has_anchors:
-        # another process may have a slider with an anchor in this step, and all have to run the same passes
+        # with weight 0: another process may have an anchor in this step, and all have to run the same passes
         anchor_caption, anchor_weight = slider.neutral, 0.0
     if anchor_caption is not None:
         anchor = with_caption(anchor_caption)

@@ -83,6 +83,7 @@ def _start(options: TeacherOptions, run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: TeacherOptions) -> None:
+    """Let a run learn from the predictions of a teacher, in addition to the clips or instead of them."""
     options.check()
     loss_type = run.options.loss.loss_type
     if options.teacher_split and loss_type != "l2":

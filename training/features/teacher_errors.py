@@ -42,9 +42,9 @@ def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: boo
         output = output - (1 - split.color_weight**0.5) * means
     flat = output.flatten(1)
     flat_target = target.flatten(1)
-    size = torch.linalg.vector_norm(flat, dim=1)
-    target_size = torch.linalg.vector_norm(flat_target, dim=1)
+    norm = torch.linalg.vector_norm(flat, dim=1)
+    target_norm = torch.linalg.vector_norm(flat_target, dim=1)
     cosine = torch.nn.functional.cosine_similarity(flat, flat_target, dim=1)
-    size_errors = (size - target_size).square()
-    direction_errors = 2 * size.detach() * target_size * (1 - cosine)
+    size_errors = (norm - target_norm).square()
+    direction_errors = 2 * norm.detach() * target_norm * (1 - cosine)
     return (split.size_weight * size_errors + direction_errors) / flat.shape[1]

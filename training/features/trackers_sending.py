@@ -45,6 +45,7 @@ class Trackers:
     _hook: Any = field(default=None, init=False)  # of threads, as it was
 
     def __enter__(self) -> "Trackers":
+        """Start the trackers, and watch for errors in their threads."""
         options = self.options
         arguments = tracker_arguments(options)
         folder = None

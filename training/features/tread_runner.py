@@ -85,17 +85,18 @@ class _Parting:
             hidden.x = x.scatter(1, _wide(self._kept, x), hidden.x.to(x.dtype))
 
     def _part(self, hidden: Hidden) -> None:
+        """Select the tokens that the routed blocks process, and keep the others for later."""
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
-        chosen = self._route.choose(grid)
+        selected = self._route.choose(grid)
         start = tokens.first_image
-        size = torch.Size(grid).numel()
-        num_left_out = size - chosen.shape[1]
+        num_tokens = torch.Size(grid).numel()
+        num_left_out = num_tokens - selected.shape[1]
         if not num_left_out:
             return
         # keep all tokens before and after those of the clip, such as text tokens
-        all_indices = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
-        parts = [all_indices[:, :start], chosen + start, all_indices[:, start + size :]]
+        all_indices = torch.arange(x.shape[1], device=selected.device).expand(len(x), -1)
+        parts = [all_indices[:, :start], selected + start, all_indices[:, start + num_tokens :]]
         self._kept = torch.cat(parts, dim=1).to(x.device)
         self._waiting = x, tokens
         hidden.tokens = tokens.select(self._kept, num_left_out)

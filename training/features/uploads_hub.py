@@ -272,6 +272,7 @@ class Uploads:
         self._pool.shutdown()
 
     def _upload(self, path: Path, card: str | None) -> None:
+        """Upload a file or a folder, and its model card; failures are logged and do not end the run."""
         options, repo = self.options, self.options.huggingface_repo_id
         where = {"repo_id": repo, "repo_type": options.huggingface_repo_type or "model"}
         target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
@@ -320,12 +321,12 @@ def make_uploads(options: UploadOptions, make_api: Callable[..., Any] | None = N
 
 
 def download_state(
-    place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None
+    address: str, token: str | None, folder: Path, download: Callable[..., str] | None = None
 ) -> Path:
     """Download the state folder that `owner/repo/path[:revision[:type]]` names and return its path.
 
     Args:
-        place: Name of the state, as above.
+        address: Name of the state, as above.
         token: Access token; None for public repositories.
         folder: Folder below which the files are put.
         download: Function that downloads a file; None for that of the client library.
@@ -333,12 +334,12 @@ def download_state(
     Raises:
         OptionError: If the name is malformed or nothing is found.
     """
-    name, _, revision_and_type = place.partition(":")
+    name, _, revision_and_type = address.partition(":")
     revision, _, repo_type = revision_and_type.partition(":")
     parts = name.strip("/").split("/")
     if len(parts) < 3:
         raise OptionError(
-            f"--resume {place}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
+            f"--resume {address}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
         )
     repo, path = "/".join(parts[:2]), "/".join(parts[2:])
     fetch = download or hub().snapshot_download
@@ -352,11 +353,11 @@ def download_state(
             token=token,
         )
     except Exception as error:  # the client raises many kinds: network, rights, names
-        raise OptionError(f"--resume {place}: cannot be downloaded from the hub: {error}") from error
+        raise OptionError(f"--resume {address}: cannot be downloaded from the hub: {error}") from error
     state = Path(fetched) / path
     if not state.is_dir():
         raise OptionError(
-            f"--resume {place}: {repo} has no folder {path}"
+            f"--resume {address}: {repo} has no folder {path}"
             + (f" at revision {revision}" if revision else "")
         )
     return state

@@ -49,7 +49,7 @@ def renumber(
         return (
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    # several orders fit if layers have equal shapes; they agree if each number gets the same object
+    # several orders may fit, because layers have equal shapes; the state is clear if all assign it alike
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
@@ -74,21 +74,21 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
     numbered = number_modules(modules, family)
     if numbered is None:
         return []
-    places = {name: place for place, name in enumerate(numbered)}
+    positions = {name: position for position, name in enumerate(numbered)}
 
-    def place_by(factors: Sequence[str]) -> Place:
-        return lambda parameter: (places[split[parameter][1]], factors.index(split[parameter][2]))
+    def position_by(factors: Sequence[str]) -> Place:
+        return lambda parameter: (positions[split[parameter][1]], factors.index(split[parameter][2]))
 
     used = {factor for _, _, factor in split.values()}
     orders = [order for kind in KINDS for order in kind.orders]
-    return [place_by(order) for order in orders if used <= set(order)]
+    return [position_by(order) for order in orders if used <= set(order)]
 
 
-def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
+def _fit(state: Mapping[str, Any], groups: Groups, position_of: Place) -> dict[str, Any] | None:
     """Return the state with our parameter numbers; None if its groups or shapes differ from ours."""
     their_groups = state["param_groups"]
     # our groups in the order of theirs
-    order = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
+    order = sorted(range(len(groups)), key=lambda index: min(map(position_of, groups[index])))
     their_lengths = [len(group["params"]) for group in their_groups]
     if their_lengths != [len(groups[index]) for index in order]:
         return None
@@ -96,7 +96,7 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
     our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
     moments_by_number: dict[int, Any] = {}
     for their_group, index in zip(their_groups, order, strict=True):
-        in_their_order = sorted(groups[index], key=place)
+        in_their_order = sorted(groups[index], key=position_of)
         for number, parameter in zip(their_group["params"], in_their_order, strict=True):
             moments = state["state"].get(number)
             if moments is None:

@@ -366,6 +366,7 @@ def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
 
 
 def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
+    """Make the scheduler of --lr_scheduler_type, a class of torch or of another package."""
     type_name = options.lr_scheduler_type
     module, _, name = type_name.rpartition(".")
     kind = import_object("--lr_scheduler_type", type_name, module or "torch.optim.lr_scheduler", name)
@@ -374,7 +375,7 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
             "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
             "depends on the step alone"
         )
-    # never a function: it could do anything with the arguments
+    # a function is rejected, because it could do anything with the arguments
     if not isinstance(kind, type) or not issubclass(kind, LRScheduler):
         raise OptionError(
             f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "

@@ -133,12 +133,13 @@ def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
     for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
         by_parts: dict[int, list[Tensor]] = {}
         for weight in group["params"]:
-            name = names[weight].partition(".")[2]  # behind that of the network
+            name = names[weight].partition(".")[2]  # without the name of the network in front
             is_hidden = weight.ndim == 2 and name.startswith(lists)
             by_parts.setdefault(spec.count_matrices(name) if is_hidden else 0, []).append(weight)
+        # by number of matrices in a weight; 0 stands for AdamW
         for parts, weights in sorted(by_parts.items(), reverse=True):
             decay = {} if parts else {"weight_decay": 0.0}
             groups.append({**group, "params": weights, PARTS: parts, **decay})
-            what = f"{parts} matrices each" if parts > 1 else "matrices"
-            group_names.append(f"{group_name} {what if parts else 'AdamW'}")
+            description = f"{parts} matrices each" if parts > 1 else "matrices"
+            group_names.append(f"{group_name} {description if parts else 'AdamW'}")
     return replace(trainable, groups=groups, group_names=tuple(group_names))

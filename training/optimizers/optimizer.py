@@ -124,6 +124,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     (_, default), *further = rates.items()
     different = [option for option, rate in further if rate != default] or [option for option, _ in further]
     error = _try_step(options, [*rates.values()])
+    # an error with one rate too has another reason, which making the real optimizer reports
     if error is None or _try_step(options, [default]) is not None:
         return
     named = "it" if len(different) == 1 else "them"
@@ -203,7 +204,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     if name.lower() == MUON:
         from training.optimizers.muon import MuonWithAdam  # few runs use it
 
-        return MuonWithAdam  # torch's own takes matrices alone, which no whole network has
+        return MuonWithAdam  # torch.optim.Muon takes only matrices, and networks have other weights too
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:
         names = sorted(filter(None, PATHS))
@@ -400,7 +401,7 @@ def restore_optimizer(
             continue
         state: dict[str, Any] = {}
         for key, value in saved_state.items():
-            # step counters stay on the host if they were there; a run on the CPU had the moments there, too
+            # step counters were on the host; moments were too if the run was on the CPU, but they move here
             stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
             state[key] = _copy_state(value, "cpu" if stays_on_host else device)
         optimizer.state[parameter] = state
@@ -437,7 +438,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        for parameter, moments in optimizer.state.items():  # it is numbered, not named
+        for parameter, moments in optimizer.state.items():  # numbers may assign another weight's moments
             for name in MOMENTS & moments.keys():
                 if moments[name].shape != parameter.shape:
                     shapes = list(moments[name].shape), list(parameter.shape)

@@ -61,7 +61,7 @@ ALONE: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
-# our own one, likewise; it is imported only if it is chosen
+# our own optimizer of this kind; it is imported only if it is chosen
 OWN_MODULE, OWN_CLASS = "training.optimizers.muon", "MuonWithAdam"
 # end of the class name in lower case -> why it cannot step single weights
 TOGETHER: Mapping[str, str] = {
@@ -73,7 +73,7 @@ _LOW_16 = 1 << 16  # bf16 keeps the upper 16 bits of a float32
 
 @dataclass(frozen=True)
 class ParameterSteps:
-    """Step single parameters of an optimizer that `steps_alone`, bit-identical to a step of all."""
+    """Step single parameters of an optimizer, with the same results to the bit as a step of all."""
 
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
@@ -243,7 +243,8 @@ class StepAfterBackward:
         norm = norm_of_gradients(self.parameters, self.split)
         if allows is not None and not allows(norm):
             if self.scaler.is_enabled():
-                self.scaler.update(self.scaler.get_scale())  # what is left out says nothing about it
+                # a new step may begin, with the same scale: a skipped step does not show whether it fits
+                self.scaler.update(self.scaler.get_scale())
             return norm
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)

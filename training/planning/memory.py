@@ -172,7 +172,7 @@ def predict(
         watch: `TokenCounter.watch` if several devices are to share the step.
         tables: Tables of the dataset.
     """
-    choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
+    choice = replace(options.speed.attention.choice, mode="sdpa")  # whatever the kernel of the run
     quantization = rehearsed(options.speed.fp8.quantization)
     placement = replace(placement_of(options, META, quantization), attention=choice)
     with quiet():
@@ -243,8 +243,8 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
     """
     pools = repeat_items(list(items)).values()
-    sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
-    batches = [pool[: pool[0].table.batch_size] for pool in sounding_first]
+    with_audio_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
+    batches = [pool[: pool[0].table.batch_size] for pool in with_audio_first]
 
     def count(batch: Sequence[TrainingItem]) -> tuple[int, bool]:
         sides = batch[0].references
@@ -465,12 +465,12 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
         Triples of a key of --dataset_config, its value, and the resulting shape B F H W of the latents.
     """
     count, frames, height, width = shape
-    _, vertical, horizontal = latent.stride
-    token = latent.pixel_step // horizontal  # sides of the latents are multiples of it
+    _, height_stride, width_stride = latent.stride
+    token = latent.pixel_step // width_stride  # sides of the latents are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
-    for number in list_halves(count):
-        shapes.append(("batch_size", str(number), (number, frames, height, width)))
-    min_frames = frames  # of the smaller images, which come after all shorter clips
+    for num_samples in list_halves(count):
+        shapes.append(("batch_size", str(num_samples), (num_samples, frames, height, width)))
+    min_frames = frames  # length of the smaller shapes: the shortest, as all shorter clips were tried before
     if not latent.in_sections:
         min_frames = 1
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
@@ -479,7 +479,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     for factor in (0.75, 0.5, 0.375, 0.25):
         rows = token * max(1, round(height * factor / token))
         columns = token * max(1, round(width * factor / token))
-        size = f"[{horizontal * columns}, {vertical * rows}]"
+        size = f"[{width_stride * columns}, {height_stride * rows}]"
         shapes.append(("resolution", size, (1, min_frames, rows, columns)))
     return shapes
 

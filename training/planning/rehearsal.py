@@ -20,6 +20,7 @@ from dataset.table import DatasetTable
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.added import add_loras
+from running.offload.checkpointing import recomputed_parts
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
@@ -144,7 +145,7 @@ class Rehearsal:
             self.clear_gradients()
             states = self.ledger.moment.get(dry.OPTIMIZER, 0)
             peak = self.ledger.peaks[STEP]
-            # the new states were counted as working memory
+            # the states were allocated during the step, and counted as working memory
             working = peak[dry.WORKING] - states
             moments = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: working}}
         else:
@@ -247,7 +248,7 @@ def dress_trainable(
     ledger: dry.Ledger,
     texts: LiveTexts | None = None,
 ) -> Rehearsal:
-    """Add the network, `dress` the DiT and make the optimizer, in the order of `training.learning`."""
+    """Add the network, wrap the DiT's blocks and make the optimizer, in the same order as a real run."""
     dry.place(dit, ledger)
     for encoder in () if texts is None else texts.encoders:
         for module in dry.modules_in(encoder):
@@ -255,6 +256,7 @@ def dress_trainable(
     dit.requires_grad_(False)
     groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
+    dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # outside of the dry run, because bitsandbytes reads values of a table that it creates
@@ -268,7 +270,7 @@ def dress_trainable(
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
-        # a layer that a pass skips has no gradient, although its factors are cast with all others
+        # a layer that is skipped by its dropout has no gradient
         parameter.register_post_accumulate_grad_hook(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )

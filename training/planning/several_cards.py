@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -58,21 +59,7 @@ def plan_ways(
             watch=counter.watch,
             tables=tables,
         )
-
-        def divide(division: Division) -> StepPrediction:
-            moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
-            if options.is_fused:
-                check_fused_backward(options.optimizer.optimizer_type, cards)
-            if division != Division(cards):  # more than plain data parallelism: the ways may not support it
-                uses = uses_of(family, options)
-                for check in with_division(options.speed, division).joined.on.check:
-                    check(uses)
-            if division.context > 1:
-                moments = divide_tokens(moments, division.context, counter)
-            if division.shards:
-                swaps = [share_blocks(prediction.block_weights, cards)]
-            return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)
-
+        divide = partial(_divide_prediction, family, options, prediction, counter, cards)
         return Rehearsed(words, counter.heads, options.can_swap, divide)
 
     def runs() -> Iterator[Rehearsed]:
@@ -84,3 +71,38 @@ def plan_ways(
             yield rehearse_on_one(changed, words)
 
     print_ways(runs(), cards, room, is_training=True)
+
+
+def _divide_prediction(
+    family: Family,
+    options: TrainingOptions,
+    prediction: StepPrediction,
+    counter: TokenCounter,
+    cards: int,
+    division: Division,
+) -> StepPrediction:
+    """Return the prediction for each of several cards, from the one for a single card.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        prediction: The prediction for a single card.
+        counter: Has counted the tokens of that step.
+        cards: Number of cards.
+        division: How the cards divide the work.
+
+    Raises:
+        UserError: If the run cannot be divided in this way.
+    """
+    moments, waiting, swaps = prediction.moments, prediction.waiting, prediction.swaps
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, cards)
+    if division != Division(cards):  # more than plain data parallelism: the ways may not support it
+        uses = uses_of(family, options)
+        for check in with_division(options.speed, division).joined.on.check:
+            check(uses)
+    if division.context > 1:
+        moments = divide_tokens(moments, division.context, counter)
+    if division.shards:
+        swaps = [share_blocks(prediction.block_weights, cards)]
+    return replace(prediction, moments=moments, waiting=waiting // division.context, swaps=swaps)

@@ -9,7 +9,7 @@ present_files: let commands of a run name files that exist
 pauses: time steps and what interrupts them; slow steps
 reporter: pass a run's events to history and page
 sample_files: find a run's samples, draw sheets, fill the page's grid
-scores: scores of samples, the best file by them
+scores: scores of samples; the best file of a run
 sections: further parts of a run's page
 shown_numbers: how the page shows further numbers of steps
 """

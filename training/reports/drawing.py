@@ -69,7 +69,7 @@ class PageProcess:
             raise OutputError(self._read_reason()) from None
 
     def close(self) -> None:
-        """Have the last page drawn. Raises as `draw`."""
+        """Have the last page drawn. Raises OutputError if an earlier page could not be drawn."""
         assert self._process.stdin is not None
         try:
             # said, too: workers that load data may hold what is closed here for some time
@@ -165,7 +165,7 @@ def main(words: Sequence[str]) -> None:
             requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
             is_over = not requests or END in requests
             draw_page(history, draw, is_over=is_over)
-    except Exception as error:  # of any kind: the training shows its message
+    except Exception as error:  # whatever it is, the training process shows its message
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
         raise SystemExit(1) from None

@@ -335,7 +335,9 @@ class History:
         """
         if not self.is_written:
             return
-        if self._keeps_up_to is not None:
+        if (
+            self._keeps_up_to is not None
+        ):  # the first write: lines of other runs, or of later steps, are dropped
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _rows(self.path, self.session, self._keeps_up_to):
@@ -413,7 +415,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        # a line longer than any of ours is read in pieces
+        # a line that is too long is read in pieces, which cannot be parsed: memory stays small
         for line in filter(bytes.strip, iter(lambda: file.readline(MAX_LINE_CHARACTERS), b"")):
             row = parse_row(line)
             if row is None:

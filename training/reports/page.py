@@ -86,14 +86,17 @@ def page_values(
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
-    from training.reports.scores import find_best_of_run, select_file
+    from training.reports.scores import find_best_file, list_score_charts
     from training.reports.scores import make_section as make_scores
 
-    scored = find_best_of_run(folder, name, story) if name else None
-    best = select_file(folder, name, story)
+    best = find_best_file(folder, name, story)
+    best_name = None if best is None else best.name
     sections = (
         [make(folder, name, story) for make in (make_scores, make_items)] if has_sections and name else []
     )
+    charts = list_charts(story)
+    if name:
+        charts[1:1] = list_score_charts(folder, name, story)  # next to the loss, which is the first
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
@@ -109,10 +112,10 @@ def page_values(
         "tiles": list_tiles(standing, story),
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
-        "charts": [draw_chart(chart) for chart in list_charts(story)],
+        "charts": [draw_chart(chart) for chart in charts],
         "sections": [section for section in sections if section is not None],
-        "files": _files(story, folder, best),
-        "advice": describe_best(story, best) if scored is None else scored.text,
+        "files": _files(story, folder, best_name),
+        "advice": (best and best.reasons) or describe_best(story, best_name),
         "memory": story.memory,
         "commands": story.commands,
     }
@@ -278,9 +281,9 @@ def _make_loss_tile(story: Story) -> Tile | None:
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
         note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
-    left_out = sum(loss is None for loss in story.loss.values())
-    if left_out:
-        note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{left_out:,}")
+    num_not_finite = sum(loss is None for loss in story.loss.values())
+    if num_not_finite:
+        note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{num_not_finite:,}")
     return say("Loss"), f"{mean:.4g}", note
 
 
@@ -310,6 +313,7 @@ def _weights_mark(path: Path, changed: int, size: int) -> str:
 
 
 def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+    """Return the rows of the table of saved files, with the validation loss nearest to each."""
     rows: list[Mapping[str, Any]] = []
     for step, (name, *twins) in list_files(story, folder):
         path = folder / name

@@ -7,7 +7,7 @@ from pathlib import Path
 from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.command import quote_for_powershell
 from training.reports.history import PageCommand, Story
-from training.reports.scores import find_best_of_run
+from training.reports.scores import find_best_file
 
 GENERATE = "Generate with it"  # title of the command that takes the best file
 
@@ -15,15 +15,15 @@ GENERATE = "Generate with it"  # title of the command that takes the best file
 def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCommand]:
     """Return the commands of a run; a deleted saved file is replaced by an existing one of its kind.
 
-    The generating command uses the best file by scores, if the run has been scored since.
+    The generating command uses the best file, which a score or a later validation may have changed.
 
     Args:
         story: Content of the run's history.
         folder: Folder of the run's files; if it is "", scores are not read.
         name: Name of the run's files.
     """
-    scored = find_best_of_run(folder, name, story) if name else None
-    best = None if scored is None else scored.name
+    found = find_best_file(folder, name, story) if name else None
+    best = None if found is None else found.name
     return [
         _with_present_files(command, story, folder, best if command.title == GENERATE else None)
         for command in story.commands
@@ -31,6 +31,7 @@ def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCom
 
 
 def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
+    """Replace files of the run in a command that are gone, or not the best, by the best one that exists."""
     start = story.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
@@ -38,19 +39,22 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
     except ValueError:  # an edited history
         return command
     notes = []
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         path = Path(word)
+        # a relative path counts from the folder in which the training was started, if that is known
         if path.name not in story.saved or not (path.is_absolute() or base):
             continue
+        if (base or folder) / path.parent != folder:
+            continue  # a file of the same name in another folder
+        best_step = None if best is None else story.saved[best]
         is_there = (folder / path.name).exists()
-        is_best = best is None or story.saved[best] == story.saved[path.name]
-        if (base or folder) / path.parent != folder or (is_there and is_best):
+        if is_there and best_step in {None, story.saved[path.name]}:
             continue
         present = _find_kin(path.name, story, folder, best)
-        if present is None or (is_there and best is not None and story.saved[present] != story.saved[best]):
-            continue
-        words[place] = str(path.with_name(present))
-        reason = "is not the best file by its scores" if is_there else "is not there any more"
+        if present is None or (is_there and story.saved[present] != best_step):
+            continue  # nothing to use, or nothing better than the file that is there
+        words[index] = str(path.with_name(present))
+        reason = "is not the best file" if is_there else "is not there any more"
         notes.append(f"{path.name} {reason}: {present} takes its place.")
     if not notes:
         return command
@@ -67,7 +71,7 @@ def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | 
         name: Name of the file that is gone.
         story: Content of the run's history.
         folder: Folder of the files.
-        best: File of the best step by scores.
+        best: File of the best step; None if it is not known.
     """
     best = best or story.best_file(folder)
     best_step = None if best is None else story.saved[best]

@@ -277,24 +277,19 @@ class RunReporter:
                 )
 
 
-def find_best_file(story: Story, folder: Path, name: str) -> str | None:
-    """Return the best saved file of a run, by its scores and losses; None if neither tells.
-
-    Args:
-        story: What the run has recorded.
-        folder: --output_dir.
-        name: --output_name.
-    """
+def name_best_file(folder: Path, name: str, story: Story) -> str | None:
+    """Return the name of the best saved file of a run; None if nothing tells. See `find_best_file`."""
     if not scores_path(folder, name).is_file():
         return story.best_file(folder)
-    from training.reports.scores import select_file  # it draws, too; most runs are scored after their end
+    from training.reports.scores import find_best_file  # it draws, too; few runs are scored
 
-    return select_file(folder, name, story)
+    best = find_best_file(folder, name, story)
+    return None if best is None else best.name
 
 
 def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
-    """Return a saved file to generate with; None if there is none. Arguments: see `find_best_file`."""
-    file = story.usable_file(folder, find_best_file(story, folder, name))
+    """Return a saved file to generate with; None if there is none. Arguments: see `name_best_file`."""
+    file = story.usable_file(folder, name_best_file(folder, name, story))
     return None if file is None else folder / file
 
 

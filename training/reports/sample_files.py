@@ -236,20 +236,20 @@ def make_grid(story: Story, load: LoadClip, max_columns: int, max_prompts: int) 
     best_column: SampleRow | None = None
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
-    prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
-    shown = sorted(prompts)[:max_prompts]
-    grid_rows: list[dict[str, Any]] = []
-    for index, prompt in shown:
-        grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
     best_index = None if best_column is None else columns.index(best_column)
     few = select_few(len(columns), best_index)
     titles = []
     for index, row in enumerate(columns):
         title = _format_column_title(row)
         titles.append({"title": title, "is_best": row is best_column, "is_further": index not in few})
-    for column, row in enumerate(columns):
+    # a prompt that was changed during the run has rows of its own
+    prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
+    grid_rows: list[dict[str, Any]] = []
+    for index, prompt in sorted(prompts)[:max_prompts]:
+        grid_rows.append({"prompt": prompt, "index": index, "cells": []})
+    for row in columns:
         for grid_row in grid_rows:
-            grid_row["cells"][column] = _load_cell(row, grid_row["index"], grid_row["prompt"], load)
+            grid_row["cells"].append(_load_cell(row, grid_row["index"], grid_row["prompt"], load))
     return {
         "columns": titles,
         "rows": grid_rows,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import make_storable, write_text
-from modules.pages.charts import Chart, Curve, draw_chart
+from modules.pages.charts import Chart, Curve
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
 from training.reports.history import MeasuredFile, Story, select_best
@@ -41,6 +41,7 @@ NOTES = {
         "are needed). Copies are found nevertheless."
     ),
     "faces": say("Likeness of faces is left out: no network here describes faces."),
+    "no_tags": say("No prompt has tags, with commas between them, that the tagger knows."),
     "sounds": say("Samples of sound alone are left out."),
 }
 
@@ -71,6 +72,7 @@ class SampleScore:
     is_copied: bool = False  # it is nearly the same as the nearest one
     is_near: bool = False  # nearer to it than training images are to each other
     steps: int | None = None  # of denoising
+    tag_recall: float | None = None  # fraction of the prompt's tags that a tagger sees
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class StepScores:
     def likeness(self) -> float | None:
         """Mean likeness of the samples to the dataset; None if none was scored."""
         return _mean([sample.likeness for sample in self.samples])
+
+    @property
+    def tag_recall(self) -> float | None:
+        """Mean fraction of the prompts' tags that a tagger sees; None if none was measured."""
+        return _mean([sample.tag_recall for sample in self.samples])
 
     @property
     def nearest_cosine(self) -> float | None:
@@ -164,6 +171,7 @@ def write_scores(path: Path, scores: RunScores) -> None:
     del values["unsampled"]
     for row, row_values in zip(scores.rows, values["rows"], strict=True):
         row_values |= {"clip": row.clip, "clip_score": clip_score(row.clip), "likeness": row.likeness}
+        row_values["tag_recall"] = row.tag_recall
     best = find_best(scores.rows, scores.unsampled)
     values["best"] = None if best is None else {"file": best.name, "reason": str(best.text)}
     values["remark"] = str(NO_TASTE)
@@ -200,6 +208,7 @@ def _read_note(values: Mapping[str, Any]) -> ScoreNote:
 
 
 def _read_row(values: Mapping[str, Any]) -> StepScores:
+    """Parse the scores of a step. Raises LookupError, TypeError or ValueError if they are malformed."""
     samples = []
     for sample in values["samples"]:
         numbers = {name: _number(sample[name]) for name in ("clip", "likeness", "nearest_cosine")}
@@ -210,6 +219,7 @@ def _read_row(values: Mapping[str, Any]) -> StepScores:
                 nearest=str(sample["nearest"]),
                 is_copied=bool(sample["is_copied"]),
                 is_near=bool(sample["is_near"]),
+                tag_recall=_number(sample.get("tag_recall")),  # older files have none
                 steps=None if sample["steps"] is None else int(sample["steps"]),
                 **numbers,
             )
@@ -250,48 +260,68 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
     """
     candidates = [row for row in rows if row.saved]
     clean = [row for row in candidates if not row.copies]
-    chosen = clean or candidates
+    usable = clean or candidates
+    best = _find_by_loss(rows, usable, unsampled)
+    if best is None:
+        if not usable:
+            return None
+        best = _find_by_samples(usable)
+    num_copying = len(candidates) - len(clean)
+    if not num_copying:
+        return best
+    if clean:
+        remark = counted(
+            num_copying,
+            "%(n)s file whose samples copy a training picture is left out",
+            "%(n)s files whose samples copy a training picture are left out",
+        )
+    else:
+        remark = say("samples of all files copy training pictures")
+    return replace(best, reasons=(*best.reasons, remark))
+
+
+def _find_by_loss(
+    rows: Sequence[StepScores], usable: Sequence[StepScores], unsampled: Sequence[MeasuredFile]
+) -> BestFile | None:
+    """Return the file to use by the validation losses; None if none was measured.
+
+    Args:
+        rows: Scores of all steps, for trends after the best one.
+        usable: Those of the steps whose file may be chosen.
+        unsampled: Files without samples, which may be chosen too.
+    """
     measured = {
         MeasuredFile(row.saved, row.step, row.loss, row.loss_step): row
-        for row in chosen
+        for row in usable
         if row.loss is not None and row.loss_step is not None
     }
     lowest = select_best([*measured, *unsampled])
-    if lowest is not None:
-        best = measured.get(lowest) or StepScores(
-            lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
-        )
-        step = f"{lowest.loss_step:,}"
-        reasons: list[str] = [say("validation loss lowest at step %(step)s", step=step)]
-        if lowest.loss_step != lowest.step:
-            reasons = [say("validation loss lowest at step %(step)s, measured nearest to it", step=step)]
-        reasons += _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
-    elif not chosen:
+    if lowest is None:
         return None
+    best = measured.get(lowest) or StepScores(
+        lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
+    )
+    step = f"{lowest.loss_step:,}"
+    if lowest.loss_step == lowest.step:
+        reason = say("validation loss lowest at step %(step)s", step=step)
     else:
-        fitting = _fitting(chosen)
-        best = max(fitting, key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
-        reasons = [
-            say("no validation loss was measured"),
-            say(
-                "most like the training pictures of those that fit their prompts as well as the best (within "
-                "%(same)s)",
-                same=f"{SAME:g}",
-            )
-            if best.likeness is not None
-            else say("fits its prompts best"),
-        ]
-    if len(clean) < len(candidates):
-        reasons.append(
-            counted(
-                len(candidates) - len(clean),
-                "%(n)s file whose samples copy a training picture is left out",
-                "%(n)s files whose samples copy a training picture are left out",
-            )
-            if clean
-            else say("samples of all files copy training pictures")
+        reason = say("validation loss lowest at step %(step)s, measured nearest to it", step=step)
+    trends = _find_trends(rows, best) if best.samples else [say("it has no samples of its step")]
+    return BestFile(best, (reason, *trends))
+
+
+def _find_by_samples(usable: Sequence[StepScores]) -> BestFile:
+    """Return the file whose samples look best by their scores, for runs without validation losses."""
+    best = max(_fitting(usable), key=lambda row: (row.likeness or 0.0, row.clip or 0.0, -row.step))
+    if best.likeness is None:
+        reason = say("fits its prompts best")
+    else:
+        reason = say(
+            "most like the training pictures of those that fit their prompts as well as the best (within "
+            "%(same)s)",
+            same=f"{SAME:g}",
         )
-    return BestFile(best, tuple(reasons))
+    return BestFile(best, (say("no validation loss was measured"), reason))
 
 
 def _fitting(rows: Sequence[StepScores]) -> list[StepScores]:
@@ -340,8 +370,11 @@ def make_table(scores: RunScores) -> ScoreTable:
         say("clip_score"),
         say("likeness"),
         say("nearest"),
-        say("remarks"),
     ]
+    has_tags = any(row.tag_recall is not None for row in scores.rows)
+    if has_tags:
+        headings.append(say("tags seen"))
+    headings.append(say("remarks"))
     best = find_best(scores.rows, scores.unsampled)
     table = ScoreTable(tuple(headings))
     for row in scores.rows:
@@ -361,6 +394,7 @@ def make_table(scores: RunScores) -> ScoreTable:
                 "" if points is None else f"{points:.1f}",
                 _shown(row.likeness),
                 _shown(row.nearest_cosine),
+                *([_shown(row.tag_recall)] if has_tags else []),
                 join(", ", remarks),
             )
         )
@@ -412,7 +446,6 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
         key="scores",
         title=say("Scores"),
         notes=notes,
-        charts=[draw_chart(chart) for chart in list_score_charts(scores)],
         headings=table.headings,
         rows=table.rows[-MAX_SHOWN:],
     )
@@ -433,22 +466,28 @@ def read_present_scores(folder: Path, name: str, story: Story) -> RunScores | No
     return replace(scores, rows=rows, unsampled=list_unsampled(rows, story, folder))
 
 
-def find_best_of_run(folder: Path, name: str, story: Story) -> BestFile | None:
-    """Return the best saved file of a run that was scored; None without scores or files."""
-    scores = read_present_scores(folder, name, story)
-    return None if scores is None else find_best(scores.rows, scores.unsampled)
+@dataclass(frozen=True)
+class FoundFile:
+    """The best saved file of a run."""
+
+    name: str
+    reasons: str = ""  # a sentence; "" if no scores tell, and it is the one of the lowest validation loss
 
 
-def select_file(folder: Path, name: str, story: Story) -> str | None:
-    """Return the best saved file of a run: by its scores and losses; None if neither tells.
+def find_best_file(folder: Path, name: str, story: Story) -> FoundFile | None:
+    """Return the best saved file of a run, by its scores and losses; None if neither tells.
 
     Args:
         folder: Value of --output_dir.
-        name: Value of --output_name.
+        name: Value of --output_name; "" if no scores are read.
         story: Content of the run's history.
     """
-    best = find_best_of_run(folder, name, story)
-    return story.best_file(folder) if best is None else best.name
+    scores = read_present_scores(folder, name, story) if name else None
+    scored = None if scores is None else find_best(scores.rows, scores.unsampled)
+    if scored is not None:
+        return FoundFile(scored.name, str(scored.text))
+    file = story.best_file(folder)
+    return None if file is None else FoundFile(file)
 
 
 def _is_of(row: StepScores, story: Story) -> bool:
@@ -457,18 +496,29 @@ def _is_of(row: StepScores, story: Story) -> bool:
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 
 
-def list_score_charts(scores: RunScores) -> list[Chart]:
-    """Return the curves of the scores over the steps, those that have values."""
-    curves = [
-        _make_curve(say("samples and prompts"), [(row.step, row.clip) for row in scores.rows]),
-        _make_curve(say("samples and training pictures"), [(row.step, row.likeness) for row in scores.rows]),
+def list_score_charts(
+    folder: Path, name: str, story: Story, low: float = -math.inf, high: float = math.inf
+) -> list[Chart]:
+    """Return the curves of a run's scores over its steps, those that have values.
+
+    Args:
+        folder: Folder of the history.
+        name: Name of the run.
+        story: Content of the run's history.
+        low: The first step that is shown.
+        high: The last one.
+    """
+    scores = read_present_scores(folder, name, story)
+    rows = () if scores is None else tuple(row for row in scores.rows if low <= row.step <= high)
+    prompts = _make_curve(say("samples and prompts"), [(row.step, row.clip) for row in rows])
+    likeness = _make_curve(say("samples and training pictures"), [(row.step, row.likeness) for row in rows])
+    tags = _make_curve(say("tags seen"), [(row.step, row.tag_recall) for row in rows])
+    charts = [
+        Chart([prompts], "step", "cosine", say("Prompt similarity")),
+        Chart([likeness], "step", "cosine", say("Likeness to the training pictures")),
+        Chart([tags], "step", "fraction", say("Tags of the prompts that a tagger sees")),
     ]
-    titles = (say("Prompt similarity"), say("Likeness to the training pictures"))
-    return [
-        Chart([curve], "step", "cosine", title)
-        for curve, title in zip(curves, titles, strict=True)
-        if curve.x
-    ]
+    return [chart for chart in charts if chart.curves[0].x]
 
 
 def _make_curve(name: str, points: Sequence[tuple[int, float | None]]) -> Curve:

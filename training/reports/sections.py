@@ -1,4 +1,4 @@
-"""Further parts of a run's page, each a heading with notes, diagrams and a table; names of their files."""
+"""Further parts of a run's page, each a heading with notes and a table; names of their files."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,11 @@ SAMPLES = "sample"  # folder of samples, in the output folder
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of a run's page. Texts are escaped; images and diagrams are Markup."""
+    """A part of a run's page. Texts are escaped; images are Markup."""
 
     key: str  # of its address on the page
     title: str
     notes: Sequence[str] = ()
-    charts: Sequence[Markup] = ()
     headings: Sequence[str] = ()
     rows: "Sequence[Sequence[str | Markup]]" = ()
 

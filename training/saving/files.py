@@ -187,21 +187,35 @@ class Saver:
         last_files, last_states = last
         if last_states is None:
             last_states = last_files
-        start = re.escape(self.names.name) + number
-        has_removed = False
-        for pattern, count in ((start + self.names.pattern, last_files), (f"{start}-state", last_states)):
-            if count is None:
-                continue
-            newest = now - unit * count
-            for entry in _entries(self.names.folder):
-                match = re.fullmatch(pattern, entry.name)
-                if match is None or int(match[1]) % every:
-                    continue
-                if int(match[1]) <= newest and newest >= every:
-                    _remove_aside(entry)
-                    has_removed = True
-        if has_removed:
+        name_pattern = re.escape(self.names.name) + number
+        expired: list[Path] = []
+        if last_files is not None:
+            file_pattern = name_pattern + self.names.pattern
+            expired += self._find_expired(file_pattern, every, newest=now - unit * last_files)
+        if last_states is not None:
+            state_pattern = f"{name_pattern}-state"
+            expired += self._find_expired(state_pattern, every, newest=now - unit * last_states)
+        for entry in expired:
+            _remove_aside(entry)
+        if expired:
             self.note_removed()
+
+    def _find_expired(self, pattern: str, every: int, newest: int) -> list[Path]:
+        """Return the saves of the run up to step or epoch `newest`.
+
+        Args:
+            pattern: Regular expression of their names, in which the first group is the step or epoch.
+            every: Number of steps or epochs between two saves; others were saved for another reason.
+            newest: Last step or epoch that expires.
+        """
+        expired = []
+        for entry in _entries(self.names.folder):
+            match = re.fullmatch(pattern, entry.name)
+            if match is None or int(match[1]) % every:
+                continue
+            if int(match[1]) <= newest and newest >= every:
+                expired.append(entry)
+        return expired
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""

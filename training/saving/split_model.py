@@ -174,7 +174,7 @@ def fill_state(
     targets = _load_targets(saved, parts, split, device)
     if targets:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process only
+            warnings.simplefilter("ignore")  # torch warns if there is only one process
             load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
@@ -217,7 +217,7 @@ def _load_targets(
             saved.optimizer["states"][name][item] = moment
         elif part in parts:
             tensor = parts[part].get(name)
-            if tensor is None or tensor.shape != record.size:  # reported where all are compared
+            if tensor is None or tensor.shape != record.size:  # `load_module` reports it with all others
                 tensor = torch.empty(record.size, device="meta")
             else:
                 targets[key] = tensor

@@ -115,7 +115,7 @@ def write_state(
         with (temporary / FILE).open("wb") as file:
             try:
                 torch.save(content, file)  # one tensor after the other, from any device
-            except RuntimeError as error:  # torch's own way to report a full disk
+            except RuntimeError as error:  # torch wraps the OSError of a full disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -325,10 +325,10 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
 def _read_foreign(folder: Path) -> ForeignState:
     """Read a folder of accelerate: model.safetensors and optimizer.bin.
 
-    Its schedule and random states need a step count that it does not hold.
+    Its schedule and random states are not read, because the folder does not say at which step it was saved.
     """
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.bin"
-    is_ordered = not weights.exists()  # safetensors sorts by names
+    is_ordered = not weights.exists()  # safetensors sorts tensors by name, torch keeps the program's order
     if not is_ordered:
         try:
             network = load_file(weights)
@@ -344,7 +344,7 @@ def _read_foreign(folder: Path) -> ForeignState:
             "...-state folder.",
             path=folder,
         )
-    # numbers that describe the network, as the fork's `lokr_factor`, are no part of a layer
+    # names without a dot are settings of the network, such as `lokr_factor`, and not tensors of layers
     network = {
         name.replace(OF_LTX_FORK, OURS, 1) if name.startswith(OF_LTX_FORK) else name: tensor
         for name, tensor in network.items()

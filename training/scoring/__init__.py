@@ -3,5 +3,6 @@
 embeddings: vectors of pictures and clips, kept on disk by content
 model: CLIP and SigLIP models of transformers
 run: options of tools/score.py, and scores of a run
+tags: how many of a prompt's tags a tagger sees
 training_pictures: the pictures a run learned from, and copies of them
 """

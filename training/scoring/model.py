@@ -43,7 +43,7 @@ KINDS: Mapping[str, ImageTextKind] = {
 }
 
 
-# models of pictures alone, likewise: their classes in transformers
+# models of images alone: their classes in transformers, by `model_type` in config.json
 IMAGE_KINDS: Mapping[str, str] = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -141,7 +141,7 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
     chosen = select_device(device)
     kind, max_tokens = _read_kind(folder)
@@ -164,7 +164,7 @@ def load_image_model(folder: Path, device: str | None) -> ImageModel:
         device: Device; None for the best one available.
 
     Raises:
-        CheckpointError: If the folder holds no such model.
+        CheckpointError: If the folder has no model of this kind, or a damaged one.
     """
     chosen = select_device(device)
     name = _read_config(folder, LIKENESS, tuple(IMAGE_KINDS)).get("model_type")
@@ -213,7 +213,7 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except Exception as error:  # likewise
+    except Exception as error:  # damaged files raise errors of many libraries
         raise _explain_loading(folder, "--model", class_name, error) from None
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from training.scoring.model import (
     load_image_model,
     load_image_text_model,
 )
+from training.scoring.tags import RecognizesTags, find_tags, number_tags, tag_recall
 from training.scoring.training_pictures import (
     MIN_TO_COMPARE,
     NEAREST,
@@ -47,6 +48,8 @@ from training.scoring.training_pictures import (
 )
 
 logger = logging.getLogger(__name__)
+
+LoadTagger = Callable[[Path, int], RecognizesTags]
 
 SOUND = ".wav"
 NO_FACES = ScoreNote("faces")  # post/faces finds and restores them
@@ -69,6 +72,11 @@ class ScoreOptions(Options, title="what to score"):
     likeness_model: Path | None = option(
         "folder of a DINO model as transformers saves it, which compares samples and training images in "
         "place of --model: it sees shapes and details, where CLIP sees what an image is about"
+    )
+    tagger: Path | None = option(
+        "folder of a WD14-like tagger, such as models/wd_tagger: says how many tags of its prompt a sample "
+        "shows",
+        place="folder",
     )
     dataset_config: Path | None = option(
         "dataset of the training images, .toml or .json; default: the one that the run was trained on",
@@ -110,8 +118,12 @@ class ScoredRun:
         return rows
 
 
-def score_run(options: ScoreOptions) -> None:
+def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     """Score the samples of a run: print a table, write the scores, and the run's page again.
+
+    Args:
+        options: The run and the models.
+        load_tagger: Loads the tagger in a folder, given the number of images that it sees at a time.
 
     Raises:
         UserError: If there is nothing to score or the model cannot be used.
@@ -126,22 +138,38 @@ def score_run(options: ScoreOptions) -> None:
     notes: list[ScoreNote] = []
     config = _find_dataset(options, run, notes)
     model = load_image_text_model(options.model, options.device)
-    looking = None
+    likeness_model = None
     if options.likeness_model is not None:
-        looking = load_image_model(options.likeness_model, options.device)
-    seen = _embed(run, rows, options, model, config if looking is None else None)
-    looks = seen if looking is None else _embed(run, rows, options, looking, config)
-    training = looks.training
+        likeness_model = load_image_model(options.likeness_model, options.device)
+    prompt_vectors = _embed(run, rows, options, model, config if likeness_model is None else None)
+    likeness_vectors = (
+        prompt_vectors if likeness_model is None else _embed(run, rows, options, likeness_model, config)
+    )
+    training = likeness_vectors.training
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
     )
     scored = [
-        _score_step(run, row, files, vectors=seen.samples, looks=looks.samples, comparison=comparison)
+        _score_step(
+            run,
+            row,
+            files,
+            vectors=prompt_vectors.samples,
+            looks=likeness_vectors.samples,
+            comparison=comparison,
+        )
         for row, files in rows
     ]
-    notes += _list_notes(run, [*dict.fromkeys((*seen.unreadable, *looks.unreadable))], comparison)
+    folders = [options.model, options.likeness_model, options.tagger]
+    if options.tagger is not None:
+        tagger = load_tagger(options.tagger, options.batch_size)
+        scored = _add_recalls(scored, rows, tagger, _embed(run, rows, options, tagger, None).samples)
+        if all(row.tag_recall is None for row in scored):
+            notes.append(ScoreNote("no_tags"))
+    notes += _list_notes(
+        run, [*dict.fromkeys((*prompt_vectors.unreadable, *likeness_vectors.unreadable))], comparison
+    )
     scored_rows = tuple(row for row in scored if row.samples)
-    folders = (options.model, options.likeness_model)
     scores = RunScores(
         model=", ".join(real_path(folder).name for folder in folders if folder is not None),
         rows=scored_rows,
@@ -150,6 +178,11 @@ def score_run(options: ScoreOptions) -> None:
         notes=tuple(notes),
         unsampled=list_unsampled(scored_rows, run.story, run.folder),
     )
+    _write(run, scores)
+
+
+def _write(run: ScoredRun, scores: RunScores) -> None:
+    """Write the scores of a run, print them as a table, and write its page again."""
     path = scores_path(run.folder, run.name)
     write_scores(path, scores)
     sys.stdout.write(escape_control_codes(describe(scores)) + "\n")
@@ -185,6 +218,26 @@ def _embed(
 def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors | None:
     media = list_training_media(load_dataset_config(config))
     return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
+
+
+def _add_recalls(
+    scored: Sequence[StepScores],
+    rows: Sequence[tuple[SampleRow, Mapping[int, Path]]],
+    tagger: RecognizesTags,
+    probabilities: Mapping[Path, Tensor | None],
+) -> list[StepScores]:
+    """Return the scores of each step with the tag recall of its samples."""
+    indices = number_tags(tagger.names)
+    steps = []
+    for step, (row, files) in zip(scored, rows, strict=True):
+        samples = []
+        for sample in step.samples:
+            tags = find_tags(row.prompts.get(sample.prompt, ""), indices)
+            found = probabilities[files[sample.prompt]]
+            recall = None if found is None else tag_recall(tags, found)
+            samples.append(replace(sample, tag_recall=recall))
+        steps.append(replace(step, samples=tuple(samples)))
+    return steps
 
 
 def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleComparison") -> list[ScoreNote]:
@@ -286,7 +339,7 @@ class SampleComparison:
             path: File of the sample.
             prompt: The prompt.
             vectors: Vectors of its frames, F D, to compare with the prompt.
-            looks: Likewise, to compare with training images; None if they are not known.
+            looks: Vectors of its frames, F D, to compare with training images; None if they are not known.
         """
         text = self.prompts.get(prompt)
         score = SampleScore(
@@ -329,6 +382,7 @@ def _score_step(
     looks: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
+    """Score the samples of a step; `vectors` and `looks` are those of each file's frames."""
     samples = []
     for index, path in files.items():
         frames = vectors[path]

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from modules.media.writing import write_png
+from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 from tests.faults.messages import assert_one_message, run_here
 from tests.pictures import picture
 from tests.training.scoring.making import (
@@ -28,14 +30,16 @@ from training.reports.history import History, Start, history_path
 from training.reports.page import Standing, page_values
 from training.reports.present_files import present_commands
 from training.reports.scores import (
+    FoundFile,
     RunScores,
     SampleScore,
     StepScores,
     find_best,
+    find_best_file,
+    list_score_charts,
     list_unsampled,
     make_section,
     read_scores,
-    select_file,
     write_scores,
 )
 from training.reports.sections import scores_path
@@ -327,6 +331,43 @@ def test_page_score_and_commands_choose_one_file(tmp_path: Path) -> None:
     assert "it has no samples of its step" in best.text
 
 
+def test_a_tagger_says_how_many_tags_of_the_prompt_a_sample_shows(tmp_path: Path, knowing: Path) -> None:
+    """Tags are the parts between commas that it knows; a prompt without any has no number."""
+    red, magenta = (np.full((32, 32, 3), color, np.uint8) for color in ((255, 0, 0), (255, 0, 255)))
+    write_dataset(tmp_path, {"0.png": picture(0)})
+    write_run(tmp_path, {10: [red, red], 20: [magenta, red]}, prompts=["Red, blue eyes, a cat", "a dog"])
+    weights = first_pixel_weights(red=(0, 0, 1 / 255), blue_eyes=(1 / 255, 0, 0))
+    tagger = write_tagger(tmp_path / "tagger", weights)
+
+    said = score(tmp_path, "--model", knowing, "--tagger", tagger)
+
+    rows = read_rows(tmp_path)
+    assert [[sample["tag_recall"] for sample in row["samples"]] for row in rows] == [[0.5, None], [1.0, None]]
+    assert [row["tag_recall"] for row in rows] == [0.5, 1.0]
+    assert "tags seen" in said
+    output = tmp_path / "output"
+    story = open_run(output).story
+    titles = [chart.title for chart in list_score_charts(output, NAME, story)]
+    assert "Tags of the prompts that a tagger sees" in titles
+    (curve,) = list_score_charts(output, NAME, story, low=15)[-1].curves
+    assert (curve.x, curve.y) == ([20], [1.0])
+    values = page_values(output, story, Standing(Start("toy", 20), 20), name=NAME)
+    assert "Tags of the prompts" in str(values["charts"])
+
+
+def test_prompts_without_known_tags_and_folders_without_a_tagger_are_told(
+    tmp_path: Path, knowing: Path
+) -> None:
+    write_dataset(tmp_path, {"0.png": picture(0)})
+    write_run(tmp_path, {10: [draw(CIRCLE)]}, prompts=[CIRCLE])
+    (tmp_path / "empty").mkdir()
+    tagger = write_tagger(tmp_path / "tagger", first_pixel_weights())
+    assert "No prompt has tags" in score(tmp_path, "--model", knowing, "--tagger", tagger)
+    command = ["tools/score.py", "output", "--model", knowing, "--tagger", "empty"]
+    code, said = run_here(*command, folder=tmp_path)
+    assert_one_message(code, said, "--tagger empty: there is no model.onnx")
+
+
 def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> None:
     """A file whose samples copy a training picture is not the best, whatever its loss."""
     history = History(history_path(tmp_path, "x"), 1)
@@ -342,11 +383,14 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
     typed = f"python wan_generate_video.py --lora_weight {tmp_path / 'x-50.safetensors'}"
     history.add(100, commands=[["Generate with it", typed, typed]])
     story = history.story
-    assert select_file(tmp_path, "x", story) == "x-50.safetensors"
+    assert find_best_file(tmp_path, "x", story) == FoundFile("x-50.safetensors")
     write_scores(scores_path(tmp_path, "x"), RunScores("clip", tuple(rows)))
 
     best = "x-100.safetensors"
-    assert select_file(tmp_path, "x", story) == best
+    found = find_best_file(tmp_path, "x", story)
+    assert found is not None
+    assert found.name == best
+    assert bool(found.reasons)
     values = page_values(tmp_path, story, Standing(Start("toy", 100), 100), name="x")
     assert [file["name"] for file in values["files"] if file["is_best"]] == [best]
     assert f"Best file: {best}" in str(values["advice"])
@@ -354,4 +398,4 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
     assert best in describe_best(story, tmp_path, "x")
     (command,) = present_commands(story, tmp_path, "x")
     assert str(tmp_path / best) in command.bash
-    assert "x-50.safetensors is not the best file by its scores" in command.note
+    assert "x-50.safetensors is not the best file" in command.note

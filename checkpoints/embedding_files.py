@@ -1,0 +1,111 @@
+"""Read files of embeddings (textual inversion), the vectors of a word, without running code."""
+# Letters: V vectors of a word, C width of a text encoder
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import ParameterDict
+
+from checkpoints.containers import load_pickled
+from checkpoints.opening import open_checkpoint
+from modules.control_codes import shorten
+from modules.errors import CheckpointError
+from modules.limits import MAX_EMBEDDING_BYTES
+from modules.paths import explain_missing
+
+_SAFETENSORS = (".safetensors", ".sft")
+TABLE = "string_to_param"  # as the Web UI and the paper's own code write a word
+
+
+def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
+    """Return the error that a file is not an embedding.
+
+    Args:
+        path: The file.
+        option: Option that names it.
+        why: Why it is not one.
+    """
+    return CheckpointError(
+        f"{option} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
+        "clip_g, with string_to_param, or with the vectors of one word.",
+        path,
+    )
+
+
+def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
+    """Return all entries of a file of one word: tensors, or tables of them.
+
+    Args:
+        path: The file.
+        option: Option that names it, for messages.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or too large, or if it holds code.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{option} {path}: there is no such file.{explain_missing(path)} Give files that are there.", path
+        )
+    if path.stat().st_size > MAX_EMBEDDING_BYTES:
+        raise reject_embedding(path, option, f"it has {path.stat().st_size >> 20} MiB")
+    if path.suffix.lower() in _SAFETENSORS:
+        with open_checkpoint(path) as checkpoint:
+            return {name: checkpoint.read(name) for name in checkpoint.tensors}
+    with torch.serialization.safe_globals([ParameterDict]):  # in the files of the paper's own code
+        content = load_pickled(path)
+    if not isinstance(content, Mapping):
+        raise reject_embedding(path, option, f"it holds a {type(content).__name__}")
+    tables = {}
+    try:
+        for name, value in content.items():
+            tables[str(name)] = dict(value) if isinstance(value, ParameterDict) else value
+        return tables
+    except Exception as error:  # a ParameterDict without its own fields fails with any
+        raise reject_embedding(path, option, f"its string_to_param is damaged ({error})") from error
+
+
+def list_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the entries of a file that are tensors."""
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def describe_content(content: Mapping[str, Any]) -> str:
+    """Describe the contents of a file, for a message."""
+    if not content:
+        return "it is empty"
+    first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
+    dots = ", ..." if len(content) > 4 else ""
+    return f"it holds {first_names}{dots}"
+
+
+def to_rows(
+    path: Path,
+    option: str,
+    tensors: Mapping[str, Tensor],
+    reject: Callable[[Path, str, str], CheckpointError] = reject_embedding,
+) -> dict[str, Tensor]:
+    """Return tensors as rows of vectors by the same names, each V C float32.
+
+    Args:
+        path: The file.
+        option: Option that names it.
+        tensors: Tensors of the file.
+        reject: Makes the error for a file of another kind, from the file, the option and the reason.
+
+    Raises:
+        CheckpointError: If a tensor has another shape, or values that are not finite.
+    """
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
+        # no more numbers than the file can hold, as rows may share memory
+        if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
+            raise reject(path, option, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
+        if not tensor.float().isfinite().all():  # 8 bits have no such test
+            raise CheckpointError(
+                f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
+            )
+    return {name: torch.atleast_2d(tensor.float()) for name, tensor in tensors.items()}

@@ -1,0 +1,49 @@
+"""Probabilities of tags in images, for scores of samples."""
+# Letters: N images, T tags
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_tools.tags.model import MODEL, Tagger, load_tagger
+from modules.media.reading import Frame
+
+
+@dataclass(frozen=True)
+class TagProbabilities:
+    """A tagger whose vector of an image has the probability of each tag."""
+
+    tagger: Tagger
+    identity: str  # equal for folders with the same tagger
+
+    @property
+    def names(self) -> list[str]:
+        """The tags, in the order of the probabilities."""
+        return [label.name for label in self.tagger.labels]
+
+    def embed_images(self, frames: Sequence[Frame]) -> Tensor:
+        """Return the probability of each tag, N T float32, for frames, each H W 3.
+
+        Raises:
+            CheckpointError: If the network fails.
+            MemoryPlanError: If memory runs out.
+        """
+        return torch.from_numpy(self.tagger.probabilities([self.tagger.fit(frame) for frame in frames]))
+
+
+def load_tag_probabilities(folder: Path, batch_size: int) -> TagProbabilities:
+    """Load the tagger in a folder.
+
+    Raises:
+        CheckpointError: If the folder holds no tagger.
+        InstallationError: If onnxruntime is missing.
+    """
+    tagger = load_tagger(folder, batch_size, joins_by_mean=False, max_frames=1, option="--tagger")
+    with (folder / MODEL).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    names = "\n".join(label.name for label in tagger.labels)
+    return TagProbabilities(tagger, hashlib.sha256(f"{digest}\n{names}".encode()).hexdigest()[:16])

@@ -1,0 +1,341 @@
+"""Textual inversion: the vectors of a new word that learn, for each text encoder of a model.
+
+Only the new rows of the tables of token embeddings learn, and only they are in the optimizer.
+Source: Gal et al. 2022, arXiv 2208.01618.
+"""
+# Letters: V vectors of the word, C width of a text encoder
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from checkpoints.embedding_files import read_embedding
+from checkpoints.opening import open_checkpoint
+from checkpoints.writing import stream_tensors
+from contract.brought_words import WordContent, find_words, is_of_word
+from contract.family import TextEncoder
+from contract.loading import TensorInfo
+from contract.made_networks import DefaultRate, MadeNetwork
+from contract.new_words import WordToLearn
+from encoders.new_words import (
+    GrowingEmbedding,
+    ModelWord,
+    NewWord,
+    compile_words,
+    select_vectors,
+    takes_words,
+)
+from modules.console import count_of, quiet
+from modules.errors import CheckpointError, DatasetError, OptionError
+
+logger = logging.getLogger(__name__)
+
+CALLED = "textual inversion"
+DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
+LOUD = 3.0  # a vector that exceeds the mean norm by this factor drowns out the other words of a prompt
+
+
+class LearntRows(nn.Module):
+    """The vectors of a word, V C for each text encoder, by their names in files."""
+
+    def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.word = word
+        self.default_norms: dict[str, float] = {}  # mean norm of the rows of each table
+        for name, tensor in rows.items():
+            self.register_parameter(name, Parameter(tensor))
+
+    def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return one parameter group with all vectors, and its name for the logs."""
+        return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Do nothing: texts are encoded before a pass, so no pass can do without the word."""
+
+    def log_norms(self) -> None:
+        """Log the norm of each row and the mean norm of the table; warn of rows that are much longer."""
+        for name, rows in self.named_parameters():
+            norms = rows.detach().float().norm(dim=1).tolist()
+            default = self.default_norms[name]
+            text = ", ".join(f"{norm:.3g}" for norm in norms)
+            if max(norms) > LOUD * default:
+                logger.warning(
+                    "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
+                    "drowns the others of a prompt: lower %s, or take an earlier file.",
+                    name,
+                    self.word.text,
+                    text,
+                    default,
+                    self.word.flags.rate,
+                )
+            else:
+                logger.info(
+                    "%s: norms of the vectors of %s: %s; of known words: %.3g",
+                    name,
+                    self.word.text,
+                    text,
+                    default,
+                )
+
+
+def report_rows(module: nn.Module) -> None:
+    """Log the norms of the vectors, as `LearntRows.log_norms`."""
+    assert isinstance(module, LearntRows)
+    module.log_norms()
+
+
+def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    """Write the vectors, and log their norms.
+
+    Args:
+        module: Module with the vectors.
+        path: Path of the file.
+        dtype: Dtype of the file; None for float32.
+        metadata: Metadata of the file.
+    """
+    report_rows(module)
+    tensors = {name: rows.detach() for name, rows in module.named_parameters()}
+    infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
+
+
+def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
+    """Return the command of a sample unchanged, because the LoRA's file also contains the word."""
+    return base
+
+
+@dataclass(frozen=True)
+class WordTower:
+    """A text encoder as the learning of a word sees it; it need not be loaded."""
+
+    key: str  # of its vectors in files
+    embedding: str  # name of the weight of its token embeddings
+    tokenize: Callable[[str], list[int]]  # without tokens around a text; [] for a text that it cannot read
+
+
+class Inversion:
+    """The textual inversion of a training: its word, and the initial values of its vectors."""
+
+    def __init__(
+        self,
+        word: WordToLearn,
+        towers: Sequence[WordTower],
+        read_vectors: Callable[[Path, str], Mapping[str, Tensor] | None],
+    ) -> None:
+        """Describe an inversion; nothing is read.
+
+        Args:
+            word: The word to learn.
+            towers: The text encoders, in their order.
+            read_vectors: Returns the vectors in a file of the word or in a LoRA that brings it, V C by the
+                keys of the towers; None for a LoRA without the word. The second argument is the option that
+                names the file.
+        """
+        self.asked = word
+        self.towers = towers
+        self.read_vectors = read_vectors
+        self.word = NewWord(word.text, word.count)
+
+    def describe(self) -> MadeNetwork:
+        """Describe this inversion as a network that is trained next to a LoRA."""
+        word = self.word
+        encoders = {1: "the text encoder", 2: "both text encoders"}[len(self.towers)]
+        return MadeNetwork(
+            called=CALLED,
+            words=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
+            ending="textual-inversion",
+            make=self.make,
+            check=self.check,
+            generate=_leave_command,
+            default_rate=DEFAULT_RATE,
+            write=write_rows,
+            report=report_rows,
+            start_option="weights",
+            values={
+                "ss_token_string": word.text,
+                "modelspec.trigger_phrase": word.text,
+                "ss_num_vectors_per_token": word.count,
+            },
+            in_texts=True,
+            check_captions=self.check_captions,
+        )
+
+    def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
+        """Create the rows, and let the text encoders use them.
+
+        Random rows are drawn from torch's generator.
+
+        Args:
+            encoders: Networks of the text encoders.
+            with_values: Whether to initialize the rows; otherwise they are zero, as on the meta device.
+
+        Raises:
+            UserError: As in `check`, and if the vectors of a file have another width.
+        """
+        tables = [
+            network.get_submodule(tower.embedding.removesuffix(".weight"))
+            for network, tower in zip(encoders.children(), self.towers, strict=True)
+        ]
+        grown = {}
+        for tower, table in zip(self.towers, tables, strict=True):
+            assert isinstance(table, GrowingEmbedding)
+            grown[tower.key] = table
+        if with_values:
+            known = {key: table.weight.detach().float().cpu() for key, table in grown.items()}
+            starts = self._make_starts(known)
+        else:
+            starts = {key: torch.zeros(table.count, table.embedding_dim) for key, table in grown.items()}
+        rows = LearntRows(self.asked, starts)
+        for key, table in grown.items():
+            table.rows = partial(getattr, rows, key)
+            if with_values:
+                rows.default_norms[key] = float(table.weight.detach().float().norm(dim=1).mean())
+        return rows
+
+    def _make_starts(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the first rows of each text encoder, V C.
+
+        Args:
+            tables: Table of token embeddings of each text encoder, by its key.
+        """
+        count = self.word.count
+        brought = self._read_weights()
+        if brought is not None:
+            self._check_widths(brought, tables)
+            return {key: brought[key].clone() for key in tables}
+        if self.asked.init_word is None:
+            return {key: torch.randn(count, table.shape[1]) * table.std() for key, table in tables.items()}
+        starts = {}
+        for encoder_index, tower in enumerate(self.towers, 1):
+            ids = self._read_init_word(tower)
+            if len(ids) != count:
+                logger.warning(
+                    "%s %r has %s in text encoder %d, %s is %d: its vectors are %s.",
+                    self.asked.flags.init_word,
+                    self.asked.init_word,
+                    count_of(len(ids), "token"),
+                    encoder_index,
+                    self.asked.flags.count,
+                    count,
+                    "repeated" if len(ids) < count else "cut",
+                )
+            starts[tower.key] = tables[tower.key][[ids[index % len(ids)] for index in range(count)]].clone()
+        return starts
+
+    def _read_init_word(self, tower: WordTower) -> list[int]:
+        """Return the token ids of the initial words in a text encoder. Raises OptionError if it has none."""
+        ids = tower.tokenize(self.asked.init_word or "")
+        if not ids:
+            raise OptionError(
+                f"{self.asked.flags.init_word} {self.asked.init_word!r}: the text encoder has no token for "
+                "it. Give a known word, or leave it out for random vectors"
+            )
+        return ids
+
+    def _read_weights(self) -> Mapping[str, Tensor] | None:
+        """Read the initial vectors from a textual inversion or a LoRA; None without a file.
+
+        Raises:
+            CheckpointError: If the file does not fit the text encoders or the options.
+        """
+        flags = self.asked.flags
+        path = self.asked.weights or self.asked.lora
+        option = "--network_weights" if self.asked.weights is None else flags.weights
+        if path is None:
+            return None
+        vectors = self.read_vectors(path, option)
+        if vectors is None:
+            return None
+        missing = [tower.key for tower in self.towers if tower.key not in vectors]
+        if missing:
+            raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
+        stored = len(next(iter(vectors.values())))
+        if stored != self.word.count:
+            raise CheckpointError(
+                f"{option} {path}: it has {count_of(stored, 'vector')}, {flags.count} is "
+                f"{self.word.count}. Give {flags.count} {stored}.",
+                path,
+            )
+        return vectors
+
+    def _check_widths(self, vectors: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
+        for key, table in tables.items():
+            if vectors[key].shape[1] != table.shape[1]:
+                path = self.asked.weights or self.asked.lora
+                raise CheckpointError(
+                    f"{path}: its vectors {key} have {vectors[key].shape[1]} numbers, this text encoder "
+                    f"takes {table.shape[1]}. Give a file that was made for this model.",
+                    path,
+                )
+
+    def check(self) -> None:
+        """Raise UserError if the word is already a token, or its vectors cannot be initialized as asked."""
+        for tower in self.towers:
+            if len(tower.tokenize(self.word.text)) == 1:
+                raise OptionError(
+                    f"{self.asked.flags.word} {self.word.text}: the text encoder knows this word already. "
+                    f"Give a new one, such as my-{self.word.text}"
+                )
+            if self.asked.init_word is not None:
+                self._read_init_word(tower)
+        self._read_weights()
+
+    def check_captions(self, captions: Sequence[str]) -> str:
+        """Return a sentence about captions that lack the word.
+
+        Raises:
+            DatasetError: If no caption has the word.
+        """
+        pattern = compile_words([*self.word.list_ids(0)])
+        without = [caption for caption in captions if not pattern.search(caption)]
+        word = self.word.text
+        if len(without) == len(captions):
+            flags = self.asked.flags
+            further = flags.without_captions and f", or {flags.without_captions}, which needs no captions"
+            raise DatasetError(
+                f"{flags.word} {word}: no caption has this word, so that nothing would be learned. Write "
+                f'it into the captions, or give trigger_word = "{word}" in the dataset\'s configuration'
+                f"{further}"
+            )
+        if not without:
+            return ""
+        count = count_of(len(captions), "caption")
+        return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
+
+
+def find_in_lora(path: Path, word: str) -> WordContent | None:
+    """Return what a LoRA file holds of a word; None if it is no LoRA file or has no such word."""
+    if not path.is_file() or path.suffix.lower() != ".safetensors":
+        return None
+    with open_checkpoint(path) as checkpoint:
+        stored = {name: checkpoint.read(name) for name in checkpoint.tensors if is_of_word(name)}
+    return find_words(stored).get(word)
+
+
+def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeNetwork:
+    """Return the network of a word's vectors for text encoders that describe themselves.
+
+    Args:
+        word: The word to learn.
+        encoders: All text encoders of a model; those that cannot be given further words read it as text.
+    """
+    able = [encoder for encoder in encoders if takes_words(encoder)]
+
+    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
+        content = find_in_lora(path, word.text)
+        if content is None:
+            if word.weights is None:  # a LoRA that training continues from need not bring the word
+                return None
+            content = read_embedding(path, option)
+        with quiet():  # it is not about prompts
+            return select_vectors(ModelWord(word.text, content=content, source=path, option=option), able)
+
+    towers = [WordTower(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word) for encoder in able]
+    return Inversion(word, towers, read_vectors).describe()

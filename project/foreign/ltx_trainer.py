@@ -1,0 +1,137 @@
+"""The YAML of ltx-trainer, the trainer of LTX-2's makers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from project.foreign import rules
+from project.foreign.contract import (
+    DATA,
+    TRAINING,
+    ForeignRun,
+    KeyRule,
+    NoRun,
+    Program,
+    left,
+    number,
+    whole,
+)
+
+_STRATEGY = "training_strategy"
+# a key of a condition; its type takes the place of its number, so that each type has rules
+_CONDITION = re.compile(rf"({_STRATEGY}\.(?:video|audio)\.conditions)\[\d+\]\.")
+_FRAMES = whole(0, 100_000)
+_SHARE = number(0, 1)
+_CONVERTED = left("`new` and `run` make caches of clips; give their folder")
+
+
+def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with conditions by their type: `video.conditions.prefix.probability`."""
+    named = {}
+    for key, value in values.items():
+        found = _CONDITION.match(key)
+        kind = None if found is None else values.get(f"{found[0]}type")
+        if found is not None and isinstance(kind, str):
+            key = f"{found[1]}.{kind}.{key.removeprefix(found[0])}"
+        named[key] = value
+    return named
+
+
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
+    mode = str(values.get("model.training_mode", "lora"))
+    if mode not in {"lora", "full"}:
+        raise NoRun(f"model.training_mode = {mode}: `new` sets up no such training")
+    return ForeignRun("whole" if mode == "full" else "lora", f"model.training_mode = {mode}")
+
+
+def _guess_model(values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the model, by the name of its file and by whether a stream of audio is described."""
+    family = "ltx_25" if "2.5" in str(values.get("model.model_path", "")) else "ltx_2"
+    has_audio = any(key.startswith(f"{_STRATEGY}.audio.") for key in values)
+    return family, "av" if has_audio else "v"
+
+
+def _read_on(_: Any) -> bool:
+    return True
+
+
+def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
+    """Return the rules of parts at the start or end of clips that are given; `kind` begins our options."""
+    found = {}
+    for end in ("prefix", "suffix"):
+        start = f"{_STRATEGY}.{stream}.conditions.{end}"
+        found[f"{start}.type"] = left("the frames below it say so")
+        found[f"{start}.temporal_boundary"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_frames", _FRAMES)
+        found[f"{start}.probability"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_p", _SHARE)
+    return found
+
+
+def _rules_of_video() -> dict[str, KeyRule]:
+    start = f"{_STRATEGY}.video.conditions"
+    return {
+        f"{start}.first_frame.type": left("its probability says so"),
+        f"{start}.first_frame.probability": KeyRule(TRAINING, "ltx2_first_frame_conditioning_p", _SHARE),
+        f"{start}.spatial_crop.type": KeyRule(TRAINING, "ltx2_spatial_crop", _read_on),
+        f"{start}.spatial_crop.probability": KeyRule(TRAINING, "ltx2_spatial_crop_p", _SHARE),
+        f"{start}.spatial_crop.spatial_region*": left("spatial_crop_region in a table of dataset.toml"),
+        f"{start}.mask.type": KeyRule(TRAINING, "ltx2_inpaint_mask", _read_on),
+        f"{start}.mask.probability": KeyRule(TRAINING, "ltx2_inpaint_mask_p", _SHARE),
+        f"{start}.mask.*": rules.MASKS,
+        f"{start}.reference.*": left("references lie in reference_directory of dataset.toml: docs/ltx2.md"),
+        **_rules_of_ends("video", ""),
+    }
+
+
+PROGRAM = Program(
+    title="ltx-trainer",
+    suffixes=(".yaml", ".yml"),
+    alpha=None,
+    marks=(f"{_STRATEGY}.name", "model.training_mode"),
+    find_run=_find_run,
+    guess_model=_guess_model,
+    name_keys=_name_conditions,
+    rules={
+        "model.training_mode": left("it says what is trained"),
+        "model.model_path": rules.OWN_FILES,  # both tasks of a release have the same file
+        "model.text_encoder_path": rules.OWN_FILES,
+        "model.load_checkpoint": rules.START,
+        "lora.rank": rules.RANK,
+        "lora.alpha": rules.ALPHA,
+        "lora.dropout": rules.DROPOUT,
+        "lora.target_modules*": rules.LAYERS,
+        f"{_STRATEGY}.name": left("the conditions below it say what is given"),
+        **_rules_of_video(),
+        **_rules_of_ends("audio", "audio_"),
+        f"{_STRATEGY}.audio.conditions.mask.*": left(
+            "audio_cond_mask_directory in dataset.toml and ltx2_audio_inpaint_mask below [training]"
+        ),
+        **{
+            f"{_STRATEGY}.{stream}.is_generated": left("ltx2_train_direction below [training] says it")
+            for stream in ("video", "audio")
+        },
+        f"{_STRATEGY}.*": _CONVERTED,
+        "optimization.learning_rate": rules.LEARNING_RATE,
+        "optimization.steps": rules.STEPS,
+        "optimization.batch_size": KeyRule(DATA, "batch_size", rules.BATCH_SIZE.read),
+        "optimization.gradient_accumulation_steps": rules.ACCUMULATED,
+        "optimization.max_grad_norm": rules.GRADIENT_LIMIT,
+        "optimization.optimizer_type": rules.OPTIMIZER,
+        "optimization.scheduler_type": rules.SCHEDULER,
+        "optimization.scheduler_params.*": left("lr_scheduler_args below [training]"),
+        "optimization.enable_gradient_checkpointing": rules.OF_CARD,
+        "acceleration.*": rules.OF_CARD,
+        "data.preprocessed_data_root": _CONVERTED,
+        "data.num_dataloader_workers": rules.OF_CARD,
+        "validation.interval": rules.SAMPLE_STEPS,
+        "validation.*": rules.SAMPLES,
+        "checkpoints.interval": rules.SAVE_STEPS,
+        "checkpoints.keep_last_n": rules.KEPT_FILES,
+        "checkpoints.precision": rules.OF_CARD,
+        "flow_matching.*": rules.TIMESTEPS,
+        "hub.*": rules.UPLOADS,
+        "wandb.*": rules.LOGS,
+        "seed": rules.SEED,
+        "output_dir": rules.OUTPUT_FOLDER,
+    },
+    models={},
+)

@@ -1,0 +1,50 @@
+"""How many of a prompt's tags a tagger sees in a sample."""
+# Letters: F frames, T tags
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from training.scoring.model import EmbedsImages
+
+MIN_PROBABILITY = 0.35  # from which a tag is seen: the default of tools/tag.py
+
+
+class RecognizesTags(EmbedsImages, Protocol):
+    """A tagger: its vector of an image has the probability of each tag."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The tags, in the order of the probabilities."""
+
+
+def number_tags(names: Sequence[str]) -> dict[str, int]:
+    """Return the index of each tag, by its spelling in prompts."""
+    return {_spell(name): index for index, name in enumerate(names)}
+
+
+def find_tags(prompt: str, indices: Mapping[str, int]) -> list[int]:
+    """Return the indices of a prompt's tags that are known: of its parts between commas."""
+    parts = dict.fromkeys(_spell(part) for part in prompt.split(","))
+    return [indices[part] for part in parts if part in indices]
+
+
+def tag_recall(tags: Sequence[int], probabilities: Tensor) -> float | None:
+    """Return the fraction of tags that are seen in a sample; None without tags.
+
+    A tag is seen if its highest probability among the frames is MIN_PROBABILITY or above.
+
+    Args:
+        tags: Indices of the tags that should be seen.
+        probabilities: Probabilities of all tags in each frame, F T.
+    """
+    if not tags:
+        return None
+    seen = probabilities.amax(dim=0)[list(tags)] >= MIN_PROBABILITY
+    return float(seen.float().mean())
+
+
+def _spell(tag: str) -> str:
+    """Return a tag as prompts spell it: lowercase, blanks for underscores, no backslashes."""
+    return " ".join(tag.replace("_", " ").replace("\\", "").lower().split())
