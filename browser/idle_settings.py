@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modules.errors import UserError
-from modules.options import Options, option_name
+from modules.options import Options, list_idle_reasons, option_name
 from modules.pages.language import say
 from training.learning_options import LrScheduleOptions
 from training.noise_options import LossOptions, TimestepOptions
@@ -41,8 +41,7 @@ def _list_idle(record: type[Options], values: Mapping[str, Any]) -> Iterator[tup
     try:
         made = record.usual(**known)
         for field in dataclasses.fields(record):
-            conditions = field.metadata.get("acts_if") or {}
-            if not all(acts(made) for acts in conditions.values()):
+            if list_idle_reasons(made, field):
                 yield option_name(field), say("No effect in this run, with its other settings.")
     except (UserError, TypeError, ValueError):
         return  # the table shows these values, and the training says what is wrong with them

@@ -230,7 +230,7 @@ class DatasetTable:
     # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
-    validation_seed: int | None = None  # chooses the items; None: likewise
+    validation_seed: int | None = None  # chooses the items; None: the command line says it
     attributes: frozenset[str] = frozenset()  # names of custom_attributes that are on: targets read them
 
     @property

@@ -28,8 +28,7 @@ from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "--cn"  # of a line of samples
-MASK = "--mk"  # likewise
+CONTROL, MASK = "--cn", "--mk"  # options in a line of sample prompts
 MASK_PATH = "mask_path"  # its key
 CONTROL_MASK = "control_mask"  # among conditions: B 1 H W uint8, 1 where the image is painted anew
 

@@ -76,7 +76,7 @@ class LanguageModel:
     defaults: Mapping[str, float]  # values that its config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
     eps: float  # of the norms, if there is no config.json
-    head_width: int = 128  # likewise, if the tensors do not show it
+    head_width: int = 128  # if there is no config.json and the tensors do not show it
     marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
     rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
     # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
@@ -84,8 +84,8 @@ class LanguageModel:
     tower: VisionTower | None = None  # that sees images in prompts
     skip_option: str = ""  # that chooses the state by the number of layers behind it
     settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
-    # likewise, made of a config.json's values ({} if there is none), the number of layers that are run, the
-    # channels of a head, and the shapes of all tensors by their names
+    # returns more of them, given the values of config.json ({} if there is none), the number of layers that
+    # are run, the channels of a head, and the shapes of all tensors by name
     read_settings: Callable[
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}

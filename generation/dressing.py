@@ -137,7 +137,7 @@ class DitLoader:
         from networks.rounding import LoraRounding
 
         rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding)
+        return LoraPatch(uses, rounding=rounding, family=self.family.name)
 
 
 def dit_loader(
@@ -184,14 +184,10 @@ def key_of(expert: Expert) -> str:
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
-def _find_shared_uses(uses_by_key: "Mapping[str, Sequence[LoraUse]]", key: str) -> "list[LoraUse]":
-    """Return the files that the options of other experts name and that also have a LoRA for this expert."""
-    own_paths = {use.lora.path for use in uses_by_key[key]}
-    shared = []
-    for other_key, other_uses in uses_by_key.items():
-        if other_key != key:
-            shared += [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
-    return shared
+def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
+    """Return the files of other experts' options that also have a LoRA for this expert."""
+    own_paths = {use.lora.path for use in own_uses}
+    return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
 
 
 def expert_loras(
@@ -227,12 +223,15 @@ def expert_loras(
     _warn_of_missing_experts(uses_by_key, keys)
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
-        uses_of_expert = [*uses_by_key[key], *_find_shared_uses(uses_by_key, key)]
+        uses_of_expert = [*uses_by_key[key]]
+        other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
+        if other_uses:
+            uses_of_expert += _select_shared(other_uses, uses_by_key[key])
         expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
-    from networks.depths import fit_to_file, is_grown
+    from networks.depths import find_grown, fit_to_file
 
     # decoding latents runs no transformer
-    if options.latent_path or not any(map(is_grown, chain(*expert_uses))):
+    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
         return tuple(expert_uses)
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)

@@ -254,8 +254,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     # LoRAs are read first, so that a wrong file is reported immediately. A merged model is the DiT alone, so
     # that changes of text encoders are not needed for it
     uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
-    if any(uses):
-        from networks.text_loras import with_words_of  # only with LoRAs
+    if any(use.lora.words for expert_uses in uses for use in expert_uses):
+        from networks.text_loras import with_words_of  # only with words in LoRA files
 
         family = with_words_of(family, uses)
     if options.textual_inversion_embeddings:
@@ -332,10 +332,10 @@ def _make_run(
         # errors that may occur in one process alone: they must end the run, because the other processes wait
         # for this one's blocks or passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
-    shared_passes = make_passes(options.speed, device) if have_joined() else None
-    if shared_passes is not None:
-        processes = count_shared_passes(options.speed, launched_processes())
-        run = replace(run, run_passes=shared_passes, processes=processes)
+        shared_passes = make_passes(options.speed, device) if have_joined() else None
+        if shared_passes is not None:
+            processes = count_shared_passes(options.speed, launched_processes())
+            run = replace(run, run_passes=shared_passes, processes=processes)
     return run
 
 
@@ -350,7 +350,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
         if expert_uses:
             from networks.apply import check_loras_fit  # only with LoRAs
 
-            check_loras_fit(file, expert_uses, family.file_beside(file))
+            check_loras_fit(file, expert_uses, family.file_beside(file), family.name)
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:

@@ -7,12 +7,12 @@ pipelines, and the fork of musubi-tuner whose options these are.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -302,26 +302,42 @@ def encode_given_audio(
     joint = prepared.joint
     if joint is None:
         return {}
-    count = joint.audio[1]
     clean = torch.zeros(1, *joint.audio)
-    shares = torch.zeros(1, 1, count, 1, dtype=torch.int16)
-    seconds = prepared.frames / prepared.fps
+    shares = torch.zeros(1, 1, joint.audio[1], 1, dtype=torch.int16)
+    for kept in _read_kept_audio(media, joint.audio[1], prepared.frames / prepared.fps, spec):
+        latents = encode(kept.samples, prepared.frames, prepared.fps).float().cpu()
+        clean = torch.where(kept.is_kept[:, None], latents, clean)
+        shares.masked_fill_(kept.is_kept[:, None], WHOLE)
+    return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
 
-    def keep(samples: Tensor, is_kept: Tensor) -> None:
-        """Encode samples of the full length, and keep the latents where `is_kept`, T."""
-        latents = encode(samples, prepared.frames, prepared.fps).float().cpu()
-        clean.copy_(torch.where(is_kept[:, None], latents, clean))
-        shares.masked_fill_(is_kept[:, None], WHOLE)
 
+class _KeptAudio(NamedTuple):
+    """Audio of a file, of which a part is kept."""
+
+    samples: Tensor  # 1 channels S
+    is_kept: Tensor  # by latent step, bool
+
+
+def _read_kept_audio(
+    media: Ltx2GivenMedia, count: int, seconds: float, spec: AudioSpec
+) -> Iterator[_KeptAudio]:
+    """Yield the audio that options keep; where two keep the same step, the later one counts.
+
+    Args:
+        media: Options of what is kept.
+        count: Number of steps of the audio latents.
+        seconds: Length of the clip.
+        spec: Format of the audio latents.
+    """
     starts, ends = audio_bounds(count)  # seconds of each latent
     retaken = media.retaken
     if retaken is not None and media.inpaint_source is not None and media.inpaint_source.is_file():
         samples = _read_samples(media.inpaint_source, 0, seconds, spec)
         if samples is not None:
-            keep(samples, ~touch(starts, ends, retaken))
+            yield _KeptAudio(samples, ~touch(starts, ends, retaken))
     if media.audio_inpaint_audio is not None and media.made_audio is not None:
         samples = _require_samples("audio_inpaint_audio", media.audio_inpaint_audio, 0, seconds, spec)
-        keep(samples, ~touch(starts, ends, media.made_audio))
+        yield _KeptAudio(samples, ~touch(starts, ends, media.made_audio))
     if media.audio_prefix is not None:
         length = _measure_audio(media.audio_prefix)
         part = min(media.audio_prefix_seconds or length, length)
@@ -331,13 +347,10 @@ def encode_given_audio(
                 "given. Give --audio_prefix_seconds, or make it longer"
             )
         samples = _require_samples("audio_prefix", media.audio_prefix, length - part, part, spec)
-        keep(samples, ends <= part + 1e-6)
+        yield _KeptAudio(samples, ends <= part + 1e-6)
     if media.drive_audio is not None:
-        keep(
-            _require_samples("drive_audio", media.drive_audio, 0, seconds, spec),
-            torch.ones(count, dtype=torch.bool),
-        )
-    return {AUDIO: clean, AUDIO_SHARES: shares} if shares.any() else {}
+        samples = _require_samples("drive_audio", media.drive_audio, 0, seconds, spec)
+        yield _KeptAudio(samples, torch.ones(count, dtype=torch.bool))
 
 
 def _read_samples(path: Path, start: float, seconds: float, spec: AudioSpec) -> Tensor | None:

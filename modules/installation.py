@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
+from modules.run_limits import is_limited
 from modules.script_words import console_words, name_words
 from modules.text_files import real_path
 
@@ -42,6 +43,8 @@ TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
 PROGRESS = "REELSMITH_PROGRESS"
 # variable of `new` that prints the kinds of its lines, for the browser (modules/line_kinds.py)
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
+# variable that names the extensions of the user's choice (modules/extensions.py)
+EXTENSIONS = "REELSMITH_EXTENSIONS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
@@ -100,8 +103,11 @@ def find_namesake() -> str | None:
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of this program by its name in a checkout, also from the installed package."""
-    return importlib.import_module(PREFIX + name)
+    """Import a module of this program by its name in a checkout, also from the installed package.
+
+    A module of an extension is imported by its own name.
+    """
+    return importlib.import_module(own_name(name) if PREFIX else name)
 
 
 def own_name(name: str) -> str:
@@ -261,6 +267,11 @@ def rejects_code() -> str | None:
     if os.environ.get(FROM_QUEUE):
         return "The queue takes no code from a folder: if it is yours, start the command in a terminal"
     return None
+
+
+def is_started_by_file() -> bool:
+    """Return whether a described folder, or a job of the browser's queue, has this process started."""
+    return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
 def reject_starting(option: str, deed: str = "starts a program") -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-from modules.installation import reject_in_queue, reject_starting
+from modules.installation import is_started_by_file, reject_in_queue, reject_starting
 from modules.option_checks import LIMITS, check_paths, check_relations, check_value, find_needed, list_paths
 from modules.option_values import check_characters, check_numbers, convert_value
 from modules.run_limits import reject_outside, reject_sending
@@ -229,6 +229,9 @@ class KeyFile(NamedTuple):
     hint: str  # what to write, with {key}
 
 
+R = TypeVar("R", bound="Options")
+
+
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
@@ -247,15 +250,25 @@ class Options:
     # files whose keys are likely to be typed as options of the script by mistake
     key_files: ClassVar[tuple[KeyFile, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
+    # found when the class is made: fields by the public name of their option, those whose value is limited or
+    # related to other options, and those of paths
+    fields_by_name: ClassVar[dict[str, "dataclasses.Field[Any]"]]
+    limited_fields: ClassVar[tuple["dataclasses.Field[Any]", ...]]
+    path_fields: ClassVar[tuple["dataclasses.Field[Any]", ...]]
 
     def __init_subclass__(cls, title: str = "", dashed: bool = False, must_give: bool = False) -> None:
         cls.heading, cls.dashed = title, dashed
         cls.must_give = must_give or cls.must_give  # of the records that it extends, too
         # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
-        for field in dataclasses.fields(cls) if dashed else ():
+        fields = dataclasses.fields(cls)
+        for field in fields if dashed else ():
             name = field.name.replace("_", "-")
             field.metadata = types.MappingProxyType({"option": name, **field.metadata})
+        cls.fields_by_name = {option_name(field): field for field in fields}
+        limits = {*LIMITS, "one_of", "excludes", "needs", "ignored_without"}
+        cls.limited_fields = tuple(field for field in fields if not limits.isdisjoint(field.metadata))
+        cls.path_fields = tuple(field for field in fields if "place" in field.metadata)
 
     def __init__(self, **values: Any) -> None:
         """Make the record.
@@ -271,13 +284,13 @@ class Options:
         for field in fields:
             value = values[field.name] if field.name in values else default_of(type(self), field)
             object.__setattr__(self, field.name, value)
-        checks = _list_checks(type(self))
-        for field in checks.with_info:
+        for field in self.limited_fields:
             _check_info(self, field)
-        for field in checks.with_reach:
-            _check_reach(self, field)
+        if is_started_by_file():  # what the user has typed may reach everything
+            for field in fields:
+                _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
-        for field in checks.with_place:
+        for field in self.path_fields:
             _check_paths(self, field)
         # rules beyond the facts, as dataclasses have them
         if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
@@ -306,35 +319,6 @@ def _list_values(record: Options) -> dict[str, Any]:
     """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
-
-
-class _FieldChecks(NamedTuple):
-    """The fields of a record that something limits, by what does."""
-
-    with_info: tuple["dataclasses.Field[Any]", ...]  # limits of the value, and relations to other options
-    with_reach: tuple["dataclasses.Field[Any]", ...]
-    with_place: tuple["dataclasses.Field[Any]", ...]
-
-
-def _find_checks(cls: type) -> _FieldChecks:
-    fields = dataclasses.fields(cls)
-    checked = {*LIMITS, "one_of", "excludes", "needs", "ignored_without"}
-    return _FieldChecks(
-        with_info=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
-        with_reach=tuple(field for field in fields if find_reach(field.metadata)),
-        with_place=tuple(field for field in fields if "place" in field.metadata),
-    )
-
-
-_list_checks: Callable[[type], _FieldChecks] = functools.cache(_find_checks)
-
-
-def _name_fields(cls: type) -> "dict[str, dataclasses.Field[Any]]":
-    """Return the fields of a record, by the public name of their option."""
-    return {option_name(field): field for field in dataclasses.fields(cls)}
-
-
-_fields_by_name: Callable[[type], "dict[str, dataclasses.Field[Any]]"] = functools.cache(_name_fields)
 
 
 def _find_records(cls: type) -> dict[str, Any]:
@@ -407,10 +391,6 @@ def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
         _warn_of_ignored(record, field)
 
 
-def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
-    return find_needed(field.metadata, partial(_list_given, record))
-
-
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn if an option is ignored because none of the options in its `ignored_without` is given."""
     option = f"--{option_name(field)}"
@@ -423,20 +403,16 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
         logger.warning("%s is ignored because %s given", option, reason)
 
 
-def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their default values but have no effect without another option.
+def _tell_idle(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Warn of an option that is typed with its default value but has no effect without another option.
 
     Values other than the default are rejected or reported by `_check_info`. Default values are accepted,
-    because commands written for other programs contain them. `typed` holds the names of the typed arguments.
+    because commands written for other programs contain them.
     """
-    fields = _fields_by_name(type(record))
-    for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
-        if is_given(record, field):
-            continue
-        flags = _find_needed(record, field)
-        if flags:
-            logger.warning("--%s has no effect without %s", option_name(field), flags)
-        _warn_of_ignored(record, field)
+    flags = find_needed(field.metadata, partial(_list_given, record))
+    if flags:
+        logger.warning("--%s has no effect without %s", option_name(field), flags)
+    _warn_of_ignored(record, field)
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
@@ -457,13 +433,18 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
 def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
     info = field.metadata
     relations = [info[fact] for fact in ("needs", "ignored_without") if info.get(fact)]
-    has_all = all(_list_given(record, names) for names in relations)
-    return has_all and all(acts(record) for acts in info.get("acts_if", {}).values())
+    return all(_list_given(record, names) for names in relations) and not list_idle_reasons(record, field)
+
+
+def list_idle_reasons(record: Any, field: "dataclasses.Field[Any]") -> list[str]:
+    """Return why an option has no effect with the values of its record; see `acts_if` of `option`."""
+    acts_if = field.metadata.get("acts_if") or {}
+    return [reason for reason, acts in acts_if.items() if not acts(record)]
 
 
 def _list_given(record: Any, names: Collection[str]) -> list[str]:
     """Return which of the options with these public names are given and not turned off."""
-    fields = _fields_by_name(type(record))
+    fields = record.fields_by_name
     given = [name for name in names if is_given(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
     return [name for name in given if getattr(record, fields[name].name) not in off[name]]
@@ -495,7 +476,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if a path is not what its `place` declares, or would replace a spared file."""
-    fields = _fields_by_name(type(record))
+    fields = record.fields_by_name
     check_paths(
         f"{'' if field.metadata['declared'].positional else '--'}{option_name(field)}",
         getattr(record, field.name),
@@ -504,7 +485,7 @@ def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
     )
 
 
-def read_options(cls: type[T], args: argparse.Namespace) -> T:
+def read_options(cls: type[R], args: argparse.Namespace) -> R:
     """Build the option record `cls` from parsed arguments.
 
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
@@ -520,7 +501,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     hints = hints_of(cls)
     records = _list_records(cls)
     values: dict[str, Any] = {}
-    for option, field in _fields_by_name(cls).items():
+    for option, field in cls.fields_by_name.items():
         hint = hints[field.name]
         if field.name in records:
             record = records[field.name]
@@ -543,8 +524,12 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
     options = cls(**values)  # first, as a record's own checks say more
-    _tell_idle(options, getattr(args, TYPED, ()))
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    typed: Collection[str] = getattr(args, TYPED, ())
+    for option, field in cls.fields_by_name.items():
+        is_typed = field.name not in records and option.replace("-", "_") in typed
+        if is_typed and not is_given(options, field):
+            _tell_idle(options, field)
+    for field in dataclasses.fields(cls):
         value = values[field.name]
         if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
             check_numbers(option_name(field), value)

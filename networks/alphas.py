@@ -20,7 +20,7 @@ from networks.key_formats import NativeTensors
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
-from networks.tensor_names import EXPERT_STARTS, NETWORKS
+from networks.tensor_names import find_expert_starts, find_networks
 
 logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
@@ -357,7 +357,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
         for full_key, value in settings.items():
             if isinstance(value, Mapping):
                 inner_network = network
-                starts_network = f"{full_key}." in (*EXPERT_STARTS, UNET_IN_DIFFUSERS)
+                starts_network = f"{full_key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
                 if starts_network or full_key.startswith(_TEXTS):
                     inner_network = full_key
                 sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
@@ -398,9 +398,10 @@ def _is_of(network: str, start: str) -> bool:
     if match is not None:  # numbered from 1, through CLIP-L, CLIP-G and T5
         return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: any prefix except those of text encoders and other experts
-    if start not in EXPERT_STARTS or network.startswith(_TEXTS):
+    experts = find_expert_starts()
+    if start not in experts or network.startswith(_TEXTS):
         return False
-    return EXPERT_STARTS.get(f"{network}.", EXPERT_STARTS[start]) == EXPERT_STARTS[start]
+    return experts.get(f"{network}.", experts[start]) == experts[start]
 
 
 def read_alphas(
@@ -425,7 +426,7 @@ def read_alphas(
         CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
-    prefix = next((prefix for prefix, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    prefix = next((prefix for prefix, name in find_networks().items() if name == expert), IN_DIFFUSERS)
     texts = group_by_module(native.texts)
     try:
         in_dit = find(

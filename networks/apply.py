@@ -405,6 +405,7 @@ class LoraPatch:
         model: Path | None = None,
         rounding: LoraRounding | None = None,
         is_masked: bool = False,
+        family: str | None = None,
     ) -> None:
         """Read the changes of all files by parameter name.
 
@@ -414,8 +415,14 @@ class LoraPatch:
             model: File of the model, for messages.
             rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
             is_masked: Whether the changes cannot be merged because their ranks are masked by the noise level.
+            family: Family of the model if the caller knows it.
         """
         self._is_masked = is_masked
+        self._family = family
+        written_for = {use.lora.written_for for use in uses}
+        of_uses = written_for.pop() if len(written_for) == 1 else None
+        # family whose layouts alone are searched: that of the model and of all files; None searches all
+        self._layouts = of_uses if of_uses is not None and of_uses.name == family else None
         self._uses = tuple(uses)
         self._rounding = rounding
         self._path = model
@@ -440,9 +447,9 @@ class LoraPatch:
         # our names of the model's modules, by theirs; {} if no family has such modules
         self._renamed: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
-        family = select_family(modules)
-        if family is not None:
-            self._renamed = {module: alias(module, family) for module in modules}
+        names = select_family(modules, family)
+        if names is not None:
+            self._renamed = {module: alias(module, names) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.
@@ -583,7 +590,7 @@ class LoraPatch:
             CheckpointError: If no part of a LoRA has a weight.
         """
         self.reject_misfits()
-        family = select_family(self._modules, LIKELY_MODEL)
+        family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
             keys = self._keys(use)
@@ -632,7 +639,7 @@ class LoraPatch:
         """
         if not lora.encoder:
             reject_unknown(lora)
-        family = select_family(self._modules, LIKELY_MODEL)
+        family = select_family(self._modules, self._family or LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
@@ -665,7 +672,7 @@ class LoraPatch:
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
             relations: list[tuple[str, Relative | None]] = [(module, None)]
-            relations += [(relative.name, relative) for relative in relatives(module)]
+            relations += [(relative.name, relative) for relative in relatives(module, self._layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
             changes: list[FoundChange] = []
             for relative_name, relative in relations:
@@ -749,13 +756,16 @@ class OriginalWeights:
         self._rounding.report()
 
 
-def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:
+def check_loras_fit(
+    model: Path, uses: Sequence[LoraUse], companion: Path | None = None, family: str | None = None
+) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
     Args:
         model: File of the transformer.
         uses: LoRA files with their strengths.
         companion: File with further tensors of the model; None if there is none.
+        family: Family of the model if the caller knows it.
 
     Raises:
         CheckpointError: If a LoRA has another size, or if no part of it has a weight.
@@ -767,7 +777,7 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
         uses = fit_depths(uses, checkpoint.tensors, model)
-        patch = LoraPatch(uses, checkpoint.tensors, model)
+        patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))

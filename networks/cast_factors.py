@@ -86,10 +86,13 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     for group, joined in zip(groups, copies, strict=False):
         ranks = [layer.rank for layer in group]
         downs = joined.split(ranks) if len(group) > 1 else (joined,)
+        ups_of_group: list[Tensor] = []
         for layer, down in zip(group, downs, strict=True):
-            layer.cast_factors = (down, next(ups))
+            up = next(ups)
+            layer.cast_factors = (down, up)
+            ups_of_group.append(up)
         if len(group) > 1:
-            shared = SharedInput(group, ranks, joined, [layer.cast_factors[1] for layer in group])
+            shared = SharedInput(group, ranks, joined, ups_of_group)
             for layer in group:
                 layer.shared_input = shared
 

@@ -42,7 +42,7 @@ from networks.names.layouts import (
 )
 from networks.parts import fuse
 from networks.rank_masks import rule_of
-from networks.tensor_names import NETWORKS, dialect_in_words
+from networks.tensor_names import dialect_in_words, find_networks
 from networks.writing import (
     in_own_form,
     in_target,
@@ -411,7 +411,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
             raise OptionError(kind.no_two_experts)
     families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
-    prefixes = {expert: start for start, expert in NETWORKS.items()}
+    prefixes = {expert: start for start, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():

@@ -34,7 +34,7 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    grown_of_uses = [_find_grown(use.lora) for use in uses]
+    grown_of_uses = [find_grown(use.lora) for use in uses]
     if not any(grown_of_uses):
         return [*uses]
     depths: dict[str, int] = {}
@@ -51,19 +51,14 @@ def fit_depths(
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
     """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
-    if not any(map(is_grown, uses)):
+    if not any(find_grown(use.lora) for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:
         return fit_depths(uses, checkpoint.tensors, model)
 
 
-def is_grown(use: LoraUse) -> bool:
-    """Return whether a LoRA is of a model that has deeper variants."""
-    return _find_grown(use.lora) is not None
-
-
-def _find_grown(lora: LoraFile) -> GrownBlocks | None:
-    """Return how the family of a LoRA grows; None if it does not, or is unknown."""
+def find_grown(lora: LoraFile) -> GrownBlocks | None:
+    """Return how deeper variants of a LoRA's model repeat blocks; None if there are none or it is unknown."""
     families: Collection[FamilyNames] = () if lora.parts else lora.families()
     return next((family.grown for family in families if family.grown is not None), None)
 

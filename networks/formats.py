@@ -168,7 +168,7 @@ def _note_strength(
     """Add alpha / rank of the written modules to `strengths`, by rank; None: it was not folded."""
     if strength is None:
         return
-    from networks.tensor_names import PEFT_ENDS  # likewise
+    from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
 
     for name, tensor in written.items():
         if name.endswith(PEFT_ENDS[DOWN]):

@@ -11,19 +11,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from networks.delta import Delta, read_delta, read_deltas
-from networks.deltas import ROWS, SET
+from networks.deltas import PARTS, ROWS, SET
 from networks.kinds import KINDS
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import FLAT
 from networks.kinds.factors import Factors
-from networks.module_names import FAMILIES, alias, have_same_names, likely_families, sizes_fit
+from networks.module_names import FAMILIES, alias, have_same_names, likely_families, module_path, sizes_fit
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 from networks.tensor_names import (
-    NETWORKS,
+    IN_OUR_NAMES,
     Place,
     TextPlace,
     describe_unknown,
+    find_networks,
     further_expert,
     name_text,
     split_key,
@@ -136,6 +137,36 @@ def to_native(
         families=tuple(families),
         family_name=family_name,
         unknown_names="" if families else describe_unknown(p.full_path for p in places.in_dit.values()),
+    )
+
+
+def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
+    """Return the tensors of a file that was written here under our names; None if it has any other name.
+
+    Args:
+        tensors: Tensors by name.
+        family: Family that the metadata name.
+    """
+    paths: dict[str, str] = {}
+    for key in tensors:
+        module, _, part = key.partition(".")
+        path = module.removeprefix(OURS)
+        if path == module or part not in PARTS or FLAT.search(key) or module_path(path, family) is None:
+            return None
+        paths[module] = path
+    return NativeTensors(
+        tensors=dict(tensors),
+        dialect=IN_OUR_NAMES,
+        text_encoder=(),
+        texts={},
+        unknown=(),
+        repeated={},
+        clash=None,
+        paths=paths,
+        stacked={},
+        families=(family,),
+        family_name=None,
+        unknown_names="",
     )
 
 
@@ -281,7 +312,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     alpha_names = [name for name in names if name in FOR_ALL]
     for name, expert in experts.items():
         if name not in FOR_ALL:
-            by_expert.setdefault(expert or NETWORKS[IN_DIFFUSERS], [*alpha_names]).append(name)
+            by_expert.setdefault(expert or find_networks()[IN_DIFFUSERS], [*alpha_names]).append(name)
     return by_expert
 
 

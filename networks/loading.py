@@ -86,6 +86,7 @@ class LoraFile:
     # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
     encoder: str = ""
     is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
+    written_for: FamilyNames | None = None  # of a file that was written here under our names
     changes_others: bool = False  # of an encoder's part: the file changes other networks too
     words: BundledWords = field(default_factory=dict)  # that it brings along for prompts
 
@@ -143,6 +144,8 @@ class LoraFile:
         Args:
             hint: Family to prefer if several are possible; None for the one in the metadata.
         """
+        if hint is None and self.written_for is not None:
+            return [self.written_for]
         part = next(iter(self.parts.values()), self)
         trained_family = read_family(part.metadata)
         if hint is None and trained_family is not None:
@@ -211,12 +214,18 @@ def read_lora(
     if with_words:
         words = find_words(stored)
         stored = without_words(stored)
+    trained_family = read_family(metadata) if is_own else None
+    if trained_family is not None and family in (None, trained_family.name):
+        native = key_formats.read_own_names(stored, trained_family)
+        if native is not None:  # most files: names of no other program and no other family are looked at
+            lora = _read_part(path, native, metadata, expert=None, is_own=True)
+            return replace(lora, words=words, written_for=trained_family)
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        part = _read_part(
+        part = _recognise_part(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -233,7 +242,7 @@ def read_lora(
     return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_name)
 
 
-def _read_part(
+def _recognise_part(
     path: Path,
     stored: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -242,7 +251,7 @@ def _read_part(
     is_own: bool,
     family: str | None,
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert's part, to ours.
+    """Rename the tensors of a file, or of one expert's part, to ours, whatever program has written it.
 
     Args:
         path: Path of the file.
@@ -253,10 +262,29 @@ def _read_part(
         is_own: Whether the file was written by us.
         family: Family that the user named; None if none was named.
     """
-    if expert is not None:
-        metadata = _metadata_of_expert(path, metadata, expert)
-    names_no_family = read_family(metadata) is None
-    native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
+    of_part = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
+    names_no_family = read_family(of_part) is None
+    native, completed = _recognise(path, stored, of_part, family=family, with_texts=with_texts)
+    part = _read_part(path, native, completed, expert=expert, is_own=is_own)
+    return replace(part, is_family_by_names=names_no_family and native.family_name is not None)
+
+
+def _read_part(
+    path: Path,
+    native: NativeTensors,
+    metadata: Mapping[str, str],
+    expert: str | None,
+    is_own: bool,
+) -> LoraFile:
+    """Complete the tensors of a file, or of one expert's part, by alphas; reject those that define no change.
+
+    Args:
+        path: Path of the file.
+        native: Tensors under our names.
+        metadata: Metadata of the file, or of the part.
+        expert: Expert of the part; None if names in the file do not show it.
+        is_own: Whether the file was written by us.
+    """
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
     if is_own and FOLDED in metadata:
@@ -298,7 +326,6 @@ def _read_part(
         dialect=native.dialect,
         text_tensors=texts,
         unknown_names=native.unknown_names,
-        is_family_by_names=names_no_family and native.family_name is not None,
     )
 
 
@@ -681,7 +708,7 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
         text_modules: dict[str, Factors] = {}
         dit_modules: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            if on_text_side(name.removeprefix(OURS)):
+            if on_text_side(name.removeprefix(OURS), use.lora.written_for):
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors

@@ -202,7 +202,9 @@ class OwnNetwork(nn.Module):
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         rates = self._select_rates_of_text_encoders(text_rates)
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
-        matches = self._find_matches_of_patterns()
+        matches: list[tuple[int, ...]] = [()] * len(self.names)
+        if self.settings.reg_rates:
+            matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
@@ -240,8 +242,6 @@ class OwnNetwork(nn.Module):
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return, for each layer, the indices of the patterns in network_reg_lrs that its name matches."""
-        if not self.settings.reg_rates:
-            return [()] * len(self.names)
         matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
         return matches

@@ -166,8 +166,12 @@ def read_settings(
     Raises:
         OptionError: If a key is unknown or a value is out of range.
     """
-    blocks = read_blocks(arguments)
-    values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
+    values: Mapping[str, Any] = {}
+    blocks = rank_rule = None
+    if arguments:
+        blocks = read_blocks(arguments)
+        values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
+        rank_rule = _read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank))
     ratio = values.get("loraplus_lr_ratio")
     perturbation = None
     if "ggpo_sigma" in values:
@@ -189,7 +193,7 @@ def read_settings(
         reg_ranks=values.get("network_reg_dims", ()),
         reg_rates=values.get("network_reg_lrs", ()),
         perturbation=perturbation,
-        rank_rule=_read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank)),
+        rank_rule=rank_rule,
         rules=rules,
         type_ranks={argument: values[argument] for argument in types if argument in values},
         train_blocks=values.get("train_blocks"),

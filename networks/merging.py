@@ -37,7 +37,7 @@ from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
-from networks.tensor_names import NETWORKS
+from networks.tensor_names import find_networks
 from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
@@ -56,7 +56,7 @@ def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
     # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
     # and `transformer_2/` in diffusers
-    folders = {start.removesuffix("."): expert for start, expert in NETWORKS.items()}
+    folders = {start.removesuffix("."): expert for start, expert in find_networks().items()}
     expert = options.expert or expert_of_file(options.dit, folders)
     files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels

@@ -51,16 +51,16 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
     """Return the families that know the largest number of names; only `hint` if it is among them."""
     if not names:
         return []
-    hinted = [family for family in FAMILIES if family.name == hint]
-    if hinted and all(_place(name, hinted[0]) for name in names):
-        return hinted  # without the tables of the others
+    hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
+    if hinted is not None and all(_place(name, hinted) for name in names):
+        return [hinted]  # without the tables of the others
     # while some family knows all names, others are ruled out at the first name that they lack
     families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
     if not families:
         counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
         maximum = max(counts.values())
         families = [family for family, count in counts.items() if maximum > 0 and count == maximum]
-    return [family for family in families if family in hinted] or families
+    return [hinted] if hinted in families else families
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
@@ -134,11 +134,12 @@ def have_same_names(families: Sequence[FamilyNames]) -> bool:
     return len(layouts) == 1
 
 
+# how well a file agrees with a family's released models, worst first
 _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Rate how well module sizes and block numbers agree with a family's released models."""
+    """Return one of the four levels above for the sizes and block numbers of a file's modules."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
@@ -240,12 +241,17 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 
 @cache
-def on_text_side(name: str) -> str:
-    """Return the model part of a name with underscores, if it loads with the text encoder; else ""."""
-    for family in FAMILIES:
-        starts = tuple(start.replace(".", "_") for start in family.text_side)
+def on_text_side(name: str, family: FamilyNames | None = None) -> str:
+    """Return the model part of a name with underscores, if it loads with the text encoder; else "".
+
+    Args:
+        name: Name of a module.
+        family: Family that the module is of; None if unknown.
+    """
+    for each in FAMILIES if family is None else (family,):
+        starts = tuple(start.replace(".", "_") for start in each.text_side)
         if name.startswith(starts):
-            return family.text_side_words
+            return each.text_side_words
     return ""
 
 

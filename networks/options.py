@@ -45,7 +45,7 @@ class FrozenModelOptions(Options, title="frozen model"):
     )
 
 
-NOTHING_FROZEN = FrozenModelOptions.usual()
+NOTHING_FROZEN = FrozenModelOptions()
 
 
 class NetworkOptions(Options, title="network"):

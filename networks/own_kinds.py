@@ -86,5 +86,6 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
     of_loras = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
-    kind.check_settings(settings, of_loras)
+    if not kind.takes_all_settings:
+        kind.check_settings(settings, of_loras)
     return settings, own

@@ -19,7 +19,8 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from networks.deltas import PARTS
@@ -39,48 +40,16 @@ from networks.names.layouts import (
 )
 from networks.names.texts import TEXT_PROJECTION
 
-# the experts' networks in pipelines of diffusers, which are also prefixes of tensor names
-NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
-# the same, with other prefixes in files that hold several experts
-EXPERT_STARTS = NETWORKS | {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
-# of networks in pipelines of diffusers with the same modules
-_MORE_STARTS = tuple(start for family in FAMILIES for start in family.more_starts)
-# prefixes of names -> their dialect, if they show it. They are removed, in any order, until none fits; in
-# names without dots they have "_" for "."
-_STARTS = {
-    OURS: "ours",
-    **{start: dialect for kind in KINDS for start, dialect in kind.starts.items()},
-    "lycoris_": "LyCORIS",
-    "lora_transformer_": "OneTrainer",
-    "lora_transformer-": "InvokeAI",
-    "Hunyuan_video_I2V_lora_": "HunyuanVideo-I2V",
-    "base_model.model.": "PEFT",
-    IN_COMFYUI: "other",
-    "pipe.": "DiffSynth",
-    **dict.fromkeys((*_MORE_STARTS, *EXPERT_STARTS), "diffusers"),
-    UNET_IN_DIFFUSERS: "diffusers",
-    **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
-}
-_ALL_STARTS = {**_STARTS, **{start.replace(".", "_"): dialect for start, dialect in _STARTS.items()}}
-# of names with dots alone; underscored, the first one is ours
-_DOTTED_STARTS = {**_STARTS, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")}
-_OF_TOOLS = tuple(start for start in _STARTS if start.endswith("_"))  # what follows has "_" for "."
+IN_OUR_NAMES = "ours"  # dialect of the names that the known tuners write
 # names that begin so are named after whose these are, although the rest is taken off singly
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
-# prefixes of further networks of a pipeline -> the expert
-_FURTHER = {
-    form: expert
-    for start, expert in EXPERT_STARTS.items()
-    if start != IN_DIFFUSERS
-    for form in (start, start.replace(".", "_"))
-}
 # parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
     r"(?:(?<=[._])|^)_(?:orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?:[._]|$)"
 )
 _IN_WORDS = {
     "": "sd-scripts",
-    "ours": "sd-scripts",
+    IN_OUR_NAMES: "sd-scripts",
     "other": "ComfyUI",
     "without prefix": "files without a prefix",
 }
@@ -119,6 +88,65 @@ _FACTOR = re.compile(
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _OF_PROCESSOR = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
+
+
+class _Starts(NamedTuple):
+    """Prefixes of names -> their dialect if they show it; they are removed, in any order, until none fits."""
+
+    everywhere: Mapping[str, str]
+    dotted: Mapping[str, str]  # of names with dots alone
+    of_tools: tuple[str, ...]  # what follows has "_" for "."
+    further: Mapping[str, str]  # of further networks of a pipeline -> the expert
+
+
+@cache
+def find_networks() -> Mapping[str, str]:
+    """Return the experts' networks in pipelines of diffusers, which are also prefixes of tensor names.
+
+    This reads the names of all families, as `find_expert_starts` does.
+    """
+    return {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+
+
+@cache
+def find_expert_starts() -> Mapping[str, str]:
+    """Return the same as `find_networks`, with other prefixes in files that hold several experts."""
+    more_starts = {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
+    return {**find_networks(), **more_starts}
+
+
+@cache
+def _find_starts() -> _Starts:
+    expert_starts = find_expert_starts()
+    # of networks in pipelines of diffusers with the same modules
+    more_starts = tuple(start for family in FAMILIES for start in family.more_starts)
+    starts = {
+        OURS: IN_OUR_NAMES,
+        **{start: dialect for kind in KINDS for start, dialect in kind.starts.items()},
+        "lycoris_": "LyCORIS",
+        "lora_transformer_": "OneTrainer",
+        "lora_transformer-": "InvokeAI",
+        "Hunyuan_video_I2V_lora_": "HunyuanVideo-I2V",
+        "base_model.model.": "PEFT",
+        IN_COMFYUI: "other",
+        "pipe.": "DiffSynth",
+        **dict.fromkeys((*more_starts, *expert_starts), "diffusers"),
+        UNET_IN_DIFFUSERS: "diffusers",
+        **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
+    }
+    return _Starts(
+        # in names without dots they have "_" for "."
+        everywhere={**starts, **{start.replace(".", "_"): dialect for start, dialect in starts.items()}},
+        # underscored, the first one is ours
+        dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
+        of_tools=tuple(start for start in starts if start.endswith("_")),
+        further={
+            form: expert
+            for start, expert in expert_starts.items()
+            if start != IN_DIFFUSERS
+            for form in (start, start.replace(".", "_"))
+        },
+    )
 
 
 class Place(NamedTuple):
@@ -186,7 +214,8 @@ def without_starts(path: str) -> list[Bare]:
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
     stages = [Bare(path, special)]
-    starts = _DOTTED_STARTS if "." in path and not path.startswith(_OF_TOOLS) else _ALL_STARTS
+    known = _find_starts()
+    starts = known.dotted if "." in path and not path.startswith(known.of_tools) else known.everywhere
     while True:
         start = next((start for start in starts if path.startswith(start)), "")
         if not start:
@@ -217,7 +246,7 @@ def dialect_in_words(dialect: str) -> str:
 def further_expert(key: str) -> str | None:
     """Return the expert of a diffusers key that begins with the name of a second network; else None."""
     for bare in without_starts(key):
-        for start, expert in _FURTHER.items():
+        for start, expert in _find_starts().further.items():
             if bare.path.startswith(start):
                 return expert
     return None

@@ -25,6 +25,7 @@ lines: lines of prompts: options, variants, where they come from
 lllite_learning: a ControlNet-LLLite in training
 lllite_modules: the small networks of ControlNet-LLLite, and their names
 lllites: ControlNet-LLLites in the U-Net during a batch
+layer_texts: states of texts for each cross-attention of the U-Net (XTI)
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
@@ -37,7 +38,7 @@ network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 released_names: names of released files for parts of folders
 regions: parts of a prompt, each in its own region
-resnets: residual blocks of a U-Net with fewer kernels
+resnets: norms and residual blocks with fewer kernels
 run: from prompts to pictures and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
 sampling_options: options of sampling, and of pictures that begin small

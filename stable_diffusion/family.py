@@ -41,11 +41,10 @@ from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
 from encoders.new_words import NewWord
 from encoders.pictures import ModelOfImages, image_defaults
-from encoders.tiles import posterior_generator
 from modules.console import quiet
 from modules.devices import dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
-from modules.media.pixels import byte_clips, to_pixels
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
@@ -62,7 +61,13 @@ from stable_diffusion.inpainting import (
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
-from stable_diffusion.textual_inversion import LearnedWord, check_words, read_bundled, with_bundled
+from stable_diffusion.textual_inversion import (
+    XTI_OPTION,
+    LearnedWord,
+    check_words,
+    read_bundled,
+    with_bundled,
+)
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import (
     POOLED,
@@ -348,18 +353,16 @@ class StableDiffusion(ModelOfImages):
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
-        self, encoders: MediaEncoders, frames: Tensor, mask: Tensor, key: str
+        self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return a mask and the latents of an image without what it marks, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
-            frames: The image, 1 H W 3 uint8.
-            mask: H W bool; True is repainted.
-            key: Seeds the sample of the posterior.
+            pixels: The image, 1 C H W, -1..1.
+            mask: H W; what is not 0 is repainted.
+            generator: Draws the sample of the posterior.
         """
-        pixels = to_pixels(frames[None])[:, :, 0]
-        generator = posterior_generator(f"{key} masked")
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -375,7 +378,8 @@ class StableDiffusion(ModelOfImages):
         for _ in range(2 if source is not None and source.needs_vae else 1):
             torch.randn(shape, generator=generator)
         pixels, mask = read_image_and_mask(prepared)
-        return {INPAINTING: make_inputs(encoders.vae, pixels, mask, generator, self.latent)[None]}
+        masked = self.encode_masked(encoders, pixels, mask, generator)
+        return {name: tensor[None] for name, tensor in masked.items()}
 
     # files
 
@@ -398,7 +402,12 @@ class StableDiffusion(ModelOfImages):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the U-Net; there is a single expert."""
-        return self.files.load_unet(placement, self.dit)
+        unet = self.files.load_unet(placement, self.dit)
+        if self.learning_texts is not None and self.learning_texts.layers:
+            from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
+
+            give_parts(unet, tuple(self.learning_texts.layers.values()))
+        return unet
 
     # texts
 
@@ -520,8 +529,10 @@ class StableDiffusion(ModelOfImages):
         length = CHUNK * self.chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
         are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        # one after the other, for each cross-attention of a word with vectors for each
+        copies = 1 if self.learning_texts is None else max(len(self.learning_texts.layers), 1)
         for name in text_names:
-            num_states = conditions[name].shape[1]
+            num_states = conditions[name].shape[1] // copies
             if num_states > length or (are_padded and num_states < length):
                 raise CacheError(
                     f"{batch.keys[0]}: its text has {num_states} states, this training has "
@@ -747,6 +758,21 @@ def with_inversion(model: StableDiffusion) -> StableDiffusion:
     made = learn_alone(model.word_network(model.options.word), model.options)
     taught = model.with_word_in_texts(model.options.word)
     return replace(taught, made_network=made, lora_module=MODULE)
+
+
+def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
+    """Return the model for training a word with vectors for each cross-attention of the U-Net."""
+    from stable_diffusion.inversion_learning import MODULE, learn_alone, learn_extended  # only to train one
+    from stable_diffusion.layer_texts import list_cross_attentions
+
+    with model.files.opened() as release:
+        layers = list_cross_attentions(release.unet.sources)
+    word = model.options.word
+    made = learn_alone(learn_extended(word, model.files, list(layers)), model.options, XTI_OPTION)
+    taught = model.with_word_in_texts(word)
+    assert taught.learning_texts is not None  # as for each training
+    learning = replace(taught.learning_texts, layers=layers)
+    return replace(taught, learning_texts=learning, made_network=made, lora_module=MODULE)
 
 
 def with_control_net(

@@ -79,7 +79,7 @@ FLOORS = {
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
-        {"backups", "file_batches", "installed", "line_kinds", "options"},
+        {"backups", "extensions", "file_batches", "installed", "line_kinds", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
@@ -161,6 +161,7 @@ _LIGHT = {
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
+            "extensions",
             "help_text",
             "installed",
             "integers",

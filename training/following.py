@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,12 @@ class TrainingCommand:
         if self.entry is None:
             return NO_COMMANDS
         return CachingCommands(
-            *self.entry.caching_commands(
-                self.family_options, dataset_config, family.caching_switches, self.typed
+            partial(
+                self.entry.caching_commands,
+                self.family_options,
+                dataset_config,
+                family.caching_switches,
+                self.typed,
             )
         )
 

@@ -40,7 +40,7 @@ from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
-from training.saving.states import SavedState
+from training.saving.states import ForeignState, SavedState
 from training.trainable import (
     Rates,
     Trainable,
@@ -476,7 +476,7 @@ class Learners:
             self.plan.progress.seed,
             encoders={} if texts is None else texts.networks,
             in_dit=options.parts is None or options.parts.trains_dit,
-            resumed=self._saved_tensors(expert),
+            resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )
         if self.parts and not options.by_expert.lora_per_expert:
             self.parts = [share_network(self.parts[0], network, device)]
@@ -526,11 +526,8 @@ class Learners:
             full = train_full(self.plan.family, options, dit, self.plan.texts)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
-    def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
+    def _saved_tensors(self, saved: SavedState | ForeignState, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors in the state to resume that belong to the network of an expert."""
-        saved = self.plan.saved
-        if saved is None:
-            return {}
         if isinstance(saved, SavedState):
             part = f"{expert.name}_network" if self.plan.options.by_expert.lora_per_expert else "network"
             return {**saved.parts.get(part, {})}

@@ -150,7 +150,7 @@ class ExpertTrainingOptions(Options, title="two transformers"):
 
 
 # of models with one transformer, whose scripts do not have these options
-ONE_DIT = ExpertTrainingOptions.usual()
+ONE_DIT = ExpertTrainingOptions()
 
 
 HIGH_RATE = 0.1  # above it a network is usually lost within a few steps

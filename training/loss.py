@@ -56,7 +56,7 @@ class NoisyBatch:
     timesteps: Tensor  # B, what the network is fed
     weights: Tensor  # B, factors on the samples' losses
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
-    given: GivenTokens | None = None  # likewise latents of single samples
+    given: GivenTokens | None = None  # other latents that stay clean and are not learned, by sample
     expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
     audio: NoisyAudio | None = None  # None: no sample has sound, and the network is not given any
@@ -120,7 +120,7 @@ class LossRule:
     # change what predictions are compared with, the clip first: from `targets.passes.TrainingPasses`, a batch
     # and the comparisons so far
     targets: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
-    # likewise, further passes with gradients: errors of each stream
+    # given a batch too: further passes with gradients, which yield the errors of each stream
     passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
     has_own_pass: bool = False  # `passes` are in place of the usual one
     in_lockstep: bool = False  # processes share a model, so that all run equal passes

@@ -77,7 +77,7 @@ else:
     OptionsAtEnding = options_at(AT_ENDING)
     OptionsAtMetadata = options_at(AT_METADATA)
 
-NOT_AT_NETWORK = OptionsAtNetwork.usual()  # where there is no network
+NOT_AT_NETWORK = OptionsAtNetwork()  # where there is no network
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):

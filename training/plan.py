@@ -325,7 +325,7 @@ def join_processes(
             family.noise.table_is_shifted,
             tables=config.datasets,
             family_options=family.options,
-            parts=family.learning_parts if trains_checkpoint(family) else None,
+            parts=family.learning_parts if options.network is None and trains_checkpoint(family) else None,
         )
         for line in lines:
             logger.warning(line)

@@ -36,17 +36,19 @@ logger = logging.getLogger(__name__)
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
-def _collect_metadata(model: TrainedModel) -> dict[str, Mapping[str, str]]:
+def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata of each part that a training writes into a file of its own."""
     plan = model.plan
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    times = list_times(plan.options.timesteps, plan.config.datasets)
-    metadata: dict[str, Mapping[str, str]] = {}
+    has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
+    times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
+    metadata: dict[str, dict[str, str]] = {}
     of_transformers = {"", *(expert.name for expert in plan.family.experts)}
     for part in model.trainable.writes:
         if part in of_transformers:
-            of_part = continued_sizes(model, part) | expert_metadata(plan.family, plan.options, times, part)
-            metadata[part] = of_run | of_part
+            metadata[part] = of_run | continued_sizes(model, part)
+            if has_experts:
+                metadata[part] |= expert_metadata(plan.family, plan.options, times, part)
         else:  # of a word: with these entries it would be taken for a LoRA
             metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
     return metadata

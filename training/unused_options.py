@@ -4,7 +4,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from modules.options import argument_of, is_given, option_name, option_values, options_with
+from modules.options import (
+    argument_of,
+    is_given,
+    list_idle_reasons,
+    option_name,
+    option_values,
+    options_with,
+)
 from modules.speed_options import TRAINING_FLAGS
 from training.learning_options import PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
@@ -74,14 +81,11 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
     for field in fields(record):
         name = option_name(field)
         value = getattr(record, field.name)
-        info = field.metadata
         if is_dataclass(value):
             yield from _list_idle(value, reasons, typed)
             continue
         is_written = is_given(record, field) or argument_of(field) in typed
-        if is_written and (name in reasons or "acts_if" in info):
-            idle_because = [why for why, acts in info.get("acts_if", {}).items() if not acts(record)]
-            if name in reasons:
-                idle_because = [reasons[name]]
+        if is_written and (name in reasons or "acts_if" in field.metadata):
+            idle_because = [reasons[name]] if name in reasons else list_idle_reasons(record, field)
             if idle_because:
                 yield f"--{name} has no effect: {idle_because[0]}."

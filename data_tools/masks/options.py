@@ -10,7 +10,7 @@ from modules.text_files import bad_character
 FOLDER_NAME = "masks"  # of the masks, inside the folder of the images
 MODEL_FOLDER = Path("models/clipseg")  # that tools/download.py fills
 BACKGROUND_FILE = Path("models/background/u2net.onnx")  # that tools/download.py fills
-FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # likewise
+FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # that tools/download.py fills
 WATERMARK = ("a watermark", "a logo", "text")
 MAX_WORDS = 300  # characters of what to find
 NETWORK_SMOOTH = 5  # usual --smooth_pixels of networks that guess, rather than know, where the edge is

@@ -290,7 +290,7 @@ def _load_finder(options: FinderOptions) -> Finder:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 
         return load_word_finder(options.model, options.prompts, options.least_score, options.device)
-    from data_tools.masks import seen  # likewise
+    from data_tools.masks import seen  # only if there is a mask to make
 
     if options.background is not None:
         return seen.load_background_finder(options.background)

@@ -1,6 +1,6 @@
 """Training items as the loops see them, and what is encoded while training."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -123,12 +123,30 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
     return groups
 
 
-@dataclass(frozen=True)
 class CachingCommands:
-    """The two caching commands of a configuration, as a user types them."""
+    """The two caching commands of a configuration, as a user types them; they are built for a message."""
 
-    latents: str = "the latent caching script"
-    text: str = "the text caching script"
+    def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
+        """Keep `build`, which returns the commands that cache latents and texts; workers get a copy of it."""
+        self._build = build
+
+    @property
+    def latents(self) -> str:
+        """The command that caches latents."""
+        return self._build()[0]
+
+    @property
+    def text(self) -> str:
+        """The command that caches texts."""
+        return self._build()[1]
+
+    def get(self, is_text: bool) -> str:
+        """Return the command that caches texts, or the one that caches latents."""
+        return self.text if is_text else self.latents
 
 
-NO_COMMANDS = CachingCommands()
+def _name_scripts() -> tuple[str, str]:
+    return "the latent caching script", "the text caching script"
+
+
+NO_COMMANDS = CachingCommands(_name_scripts)

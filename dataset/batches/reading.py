@@ -109,9 +109,9 @@ def read_batch(
         made_by=_list_makers(media, texts, further_texts=(*full_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         attributes=attributes if any(attributes) else (),
-        undropped=_stack(full_texts, commands.text),
+        undropped=_stack(full_texts, commands, is_text=True),
         network_multiplier=items[0].table.network_multiplier,
-        empty_text=_stack(empty_texts, commands.text),
+        empty_text=_stack(empty_texts, commands, is_text=True),
         rejected=rejected,
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
@@ -176,7 +176,7 @@ def _join_media_and_texts(
     has_sound = [data.SOUND in part.tensors for part in media]
     if len(media) > 1:
         _fill_gaps(media)  # of audio and masks that only some items have
-    tensors = {**_stack(media, commands.latents), **_stack(texts, commands.text)}
+    tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
     if latent.references_first:  # the model takes references as the first frames of the clip
         _put_in_front(tensors)
     if any(has_sound):
@@ -286,7 +286,7 @@ class _Reader:
         if not item.kind.has_text:
             is_known = number == EMPTY or bool(item.kind.sources)
             return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
-        with _remedy(self.commands.text, store):
+        with _remedy(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
             _check_complete(path, entry, item.kind.text_keys)
@@ -334,7 +334,7 @@ class _Reader:
             find_errors: Yields why the tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
-        with _remedy(self.commands.latents, store):
+        with _remedy(self.commands, store, is_text=False):
             entry = store.read(path.name)
             tensors = entry.tensors
             record = latent_record(entry)
@@ -420,10 +420,18 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
             part.tensors.setdefault(data.LOSS_MASK, ones)
 
 
-def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
+def _stack(
+    parts: Sequence[_Part], commands: CachingCommands, is_text: bool
+) -> dict[str, Tensor | list[Tensor]]:
     """Stack the tensors of the same part of all items; {} if there are no parts.
 
-    Raises CacheError, with the command that caches again, if tensors are missing or differ in shape.
+    Args:
+        parts: Parts of the items.
+        commands: Commands that cache again, for messages.
+        is_text: Whether the parts are captions.
+
+    Raises:
+        CacheError: If tensors are missing or differ in shape.
     """
     if not parts:
         return {}
@@ -433,7 +441,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
         if odd:
             raise CacheError(
                 f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(odd))}.\n"
-                f"  Make them again with the same options: {command}"
+                f"  Make them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in first.tensors:
@@ -441,7 +449,7 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
         if name in first.variable:
             stacked[name] = tensors
         else:
-            _check_shapes(parts, name, command)
+            _check_shapes(parts, name, commands, is_text=is_text)
             stacked[name] = torch.stack(tensors)
     return stacked
 
@@ -458,7 +466,7 @@ def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
         raise CacheError(f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}")
 
 
-def _check_shapes(parts: Sequence[_Part], name: str, command: str) -> None:
+def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
     """Raise CacheError if a tensor has another shape in another part."""
     first = parts[0]
     expected = first.tensors[name].shape
@@ -467,7 +475,7 @@ def _check_shapes(parts: Sequence[_Part], name: str, command: str) -> None:
         if shape != expected:
             raise CacheError(
                 f"{part.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
-                f"{as_shape(expected)}.\n  Make both again with the same options: {command}"
+                f"{as_shape(expected)}.\n  Make both again with the same options: {commands.get(is_text)}"
             )
 
 
@@ -486,11 +494,12 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
 
 
 @contextlib.contextmanager
-def _remedy(command: str, store: CacheStore) -> Iterator[None]:
+def _remedy(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iterator[None]:
     """Add the command that caches again to every CacheError in the block."""
     try:
         yield
     except CacheError as error:
+        command = commands.get(is_text)
         if store.is_shared:
             raise CacheError(
                 f"{error}.\n  A training with --cache_latents_to_disk and "

@@ -23,7 +23,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
-# likewise: that sound is from a file of its own; what is shown, in order
+# more keys in these options: that the audio is from a file of its own; what is shown, in order
 AUDIO_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference images and gets none
 NO_REFERENCE = (

@@ -127,6 +127,7 @@ class NetworkKind:
     default_size: int | None = None
     is_sized_by_rank = False  # its files grow with --network_dim
     has_alpha = True
+    takes_all_settings = False  # else `check_settings` says which it does not support
     has_norms = True  # of changes, for --scale_weight_norms
     is_for_texts = True
     is_for_convolutions = True

@@ -28,6 +28,7 @@ class LoraKind(NetworkKind):
     algorithms = ("lora", "locon")
     orders = ((DOWN, UP),)
     is_sized_by_rank = True
+    takes_all_settings = True
 
     def load_algebra(self) -> "LoraAlgebra":
         """Return the algebra of low-rank products."""
@@ -48,9 +49,6 @@ class LoraKind(NetworkKind):
                 variant.extend_layer(layer)
             layers[name] = layer
         return layers
-
-    def check_settings(self, settings: Settings, of_loras: bool) -> None:
-        """Accept all settings."""
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
         """Return a layer with the rank and alpha of a file's factors.

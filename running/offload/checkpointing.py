@@ -235,14 +235,14 @@ def checkpoint_blocks(
         offload: Moves the inputs of blocks to the host, except those of the last block, which the backward
             pass needs first; None keeps all inputs on the device.
     """
-    blocks = _recomputed_parts(dit, spec)
+    blocks = recomputed_parts(dit, spec)
     for index, block in enumerate(blocks):
         # the backward pass starts with the last block, so that moving its inputs would only cost time
         block_offload = None if block is blocks[-1] else offload
         block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
 
 
-def _recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
+def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
     parts: list[nn.Module] = []
     for block in spec.in_order(dit):

@@ -5,9 +5,10 @@ a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stan
 for the host. Small integer tensors (text masks, lengths) do have values, so that code may read them.
 """
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -323,6 +324,23 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
             is_first = False
 
 
+def keep_kernels(parts: Iterable[nn.Module]) -> None:
+    """Use stand-ins for kernels in parts of a network in the backward pass too, which recomputes them.
+
+    torch turns modes off during `backward`.
+
+    Args:
+        parts: Modules that `checkpoint_blocks` is going to wrap.
+    """
+    for part in parts:
+        part.forward = functools.partial(_run_planned, part.forward)
+
+
+def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    with PlannedKernels():
+        return forward(*inputs, **named)
+
+
 def _guess_number(tensor: Tensor) -> bool | int | float:
     """Return 1 as a Python number of the tensor's kind."""
     if tensor.dtype == torch.bool:
@@ -357,15 +375,14 @@ def _watch(
         return lambda _: ledger.enter(phase)
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        with PlannedKernels():  # torch turns it off during `backward`, which recomputes checkpointed blocks
-            if ledger.is_backward:
-                return forward(x, *inputs, **named)
-            if is_first and x.requires_grad:
-                x.register_hook(enter_hook("backward before the blocks"))
-            ledger.inputs[name] = round_up_bytes(x.nbytes)
-            position = _name_position(index, ledger.counts[name])
-            ledger.enter(f"forward of {name}, {position}")
-            result = forward(x, *inputs, **named)
+        if ledger.is_backward:
+            return forward(x, *inputs, **named)
+        if is_first and x.requires_grad:
+            x.register_hook(enter_hook("backward before the blocks"))
+        ledger.inputs[name] = round_up_bytes(x.nbytes)
+        position = _name_position(index, ledger.counts[name])
+        ledger.enter(f"forward of {name}, {position}")
+        result = forward(x, *inputs, **named)
         ledger.enter("forward outside the blocks")
         # a block of the side stream returns two tensors
         last_output = result[-1] if isinstance(result, tuple) else result

@@ -128,6 +128,24 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__
     return result.transpose(1, 2)
 
 
+def _in_float32(function: Operator) -> Operator:
+    """Return a stand-in for a function that autocast computes in float32 on CUDA, and not on a CPU."""
+
+    def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.float()
+            inputs = tuple(_widen(value) for value in inputs)
+            named = {name: _widen(value) for name, value in named.items()}
+        result: Tensor = function(x, *inputs, **named)
+        return result
+
+    return run
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
 def _addcmul(
     x: Tensor, first: Tensor, second: Tensor, *, value: float = 1, out: Tensor | None = None
 ) -> Tensor:
@@ -156,6 +174,9 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     functional.rms_norm: _rms_norm,
+    functional.layer_norm: _in_float32(functional.layer_norm),
+    functional.group_norm: _in_float32(functional.group_norm),
+    functional.interpolate: _in_float32(functional.interpolate),
     functional.scaled_dot_product_attention: _scaled_dot_product,
     torch.addcmul: _addcmul,
     torch.mkldnn_convolution: _convolution,

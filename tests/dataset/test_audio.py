@@ -13,7 +13,7 @@ import pytest
 from contract.data import FPS, HAS_AUDIO, SOUND, AudioSpec
 from data_tools.report.check import check_training
 from dataset.batches.finding import FoundItems, find_items, require_items
-from dataset.batches.items import CachingCommands, group_items
+from dataset.batches.items import NO_COMMANDS, group_items
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import compare_sources
 from dataset.cache.converting import files_to_shards, shards_to_files
@@ -448,7 +448,7 @@ def test_sound_that_a_kill_left_out_is_told_of(tmp_path: Path, caplog: pytest.Lo
 
     def told() -> tuple[bool, bool]:
         caplog.clear()
-        compare_sources(config.datasets, find(config), CachingCommands(), "toy", hears=True)
+        compare_sources(config.datasets, find(config), NO_COMMANDS, "toy", hears=True)
         checked = "\n".join(check_training(config, "toy", PLAIN, audio=hearing().audio).lines)
         words = said.format(tmp_path / "a.mp4")
         return words in caplog.text, "a.mp4" in checked and "has sound that is not cached" in checked

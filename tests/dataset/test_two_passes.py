@@ -26,7 +26,7 @@ from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
 KEYS = frozenset({"llm", "llm_mask", "clipL"})
-COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+COMMANDS = CachingCommands(lambda: ("python cache_latents.py --x", "python cache_text.py --y"))
 FILES = ["clip_0_toy_te.safetensors", "clip_1_toy_te.safetensors"]
 PARTS = [f"{name}.part" for name in FILES]
 

@@ -1,5 +1,6 @@
 """Tensor names of LoRA files in every dialect; files saved here act in diffusers as here, and back."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
-from networks.key_formats import split_names, to_native
+from networks.key_formats import read_own_names, split_names, to_native
 from networks.loading import read_lora
 from networks.module_names import FAMILIES, alias, diffusers_path, module_path, select_family
+from networks.names.layouts import FamilyNames
 from networks.writing import TranslatedModules, in_dialect
 from tests.golden_cases import read_case
 from tests.hunyuan_model import making as hunyuan
@@ -336,3 +338,30 @@ def test_parts_of_fused_weights_are_put_together_with_their_ranks_alphas_and_bia
 
     assert any("linear1.lora_up.bias" in name for name in read_lora(tmp_path / "fused.safetensors").tensors)
     torch.testing.assert_close(dit(**given), hunyuan.run_there(theirs, given), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES), ids=lambda family: family.name)
+def test_names_of_a_file_of_ours_are_read_without_looking_at_those_of_other_programs(
+    family: FamilyNames,
+) -> None:
+    modules = [path.replace("{n}", "3").replace(".", "_") for path in [*family.modules][:40]]
+    tensors = {name: tensor for module in modules for name, tensor in factors(f"lora_unet_{module}").items()}
+
+    own = read_own_names(tensors, family)
+    looked_up = to_native(tensors, family.name)
+
+    assert own is not None
+    assert own.tensors.keys() == looked_up.tensors.keys()
+    assert all(own.tensors[name] is tensor for name, tensor in looked_up.tensors.items())
+    unlike_tensors = [field.name for field in dataclasses.fields(own) if field.name != "tensors"]
+    for name in unlike_tensors:
+        assert getattr(own, name) == getattr(looked_up, name), name
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_te_text_model.alpha", "lora_unet_blocks_0_ffn_9.alpha", "blocks_0_ffn_0.alpha"]
+)
+def test_one_other_name_has_the_names_of_all_programs_looked_at(name: str) -> None:
+    tensors = {**factors("lora_unet_blocks_0_ffn_0"), name: torch.tensor(1.0)}
+
+    assert read_own_names(tensors, WAN) is None

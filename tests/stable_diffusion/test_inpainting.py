@@ -155,10 +155,10 @@ def test_what_the_mask_hides_is_gray_and_the_mask_is_not_averaged(kind: str, tmp
     mask = torch.rand(64, 40, generator=generator) < 0.5
     encoders = MediaEncoders(vae=family.files.load_vae(CPU))
 
-    (made,) = family.encode_masked(encoders, frames, mask, "cat").values()
+    pixels = frames.permute(0, 3, 1, 2) / 127.5 - 1
+    (made,) = family.encode_masked(encoders, pixels, mask, posterior_generator("cat masked")).values()
 
     vae = AutoencoderKL.from_pretrained(tmp_path / kind / "vae")
-    pixels = frames.permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels * ~mask).latent_dist
         expected = posterior.sample(posterior_generator("cat masked")) * vae.config.scaling_factor
@@ -386,7 +386,7 @@ class ShownMasks:
 
     can: Abilities = Abilities(inpaint=True)
 
-    def encode_masked(self, _: Any, frames: Tensor, mask: Tensor, key: str) -> dict[str, Tensor]:
+    def encode_masked(self, _: Any, pixels: Tensor, mask: Tensor, generator: Any) -> dict[str, Tensor]:
         return {"mask": mask}
 
 

@@ -343,8 +343,8 @@ class Tally:
 class RunInfo:
     """What is shown about a run in its boxes, in its files and on its page."""
 
-    in_files: dict[str, Any] = field(default_factory=dict)  # entries of each saved file; `ss_` is put before
-    for_loading: dict[str, Any] = field(default_factory=dict)  # likewise as they are, with --no_metadata too
+    in_files: dict[str, Any] = field(default_factory=dict)  # metadata of saved files, whose names get `ss_`
+    for_loading: dict[str, Any] = field(default_factory=dict)  # more, unchanged and with --no_metadata too
     targets: list[str] = field(default_factory=list)  # lines behind those of `JoinedRun.targets`
     at_start: dict[str, str] = field(default_factory=dict)  # lines that end the box at the start
     commands: dict[str, Sequence[str]] = field(default_factory=dict)  # that may follow, in words, by heading
@@ -418,7 +418,7 @@ class Hooks:
     # comparisons in their place
     target: list[Compare] = field(default_factory=list)
     validation: list[Compare] = field(default_factory=list)  # the comparisons while the run validates
-    # likewise: errors of each sample in passes with gradients that come before the usual one
+    # given the same: errors of each sample in passes with gradients that come before the usual one
     passes: list[MorePasses] = field(default_factory=list)
     # given the DiT, its batch and the seed of the run: what a pass with gradients runs in
     learning_pass: list[LearningPass] = field(default_factory=list)

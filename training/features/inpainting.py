@@ -31,15 +31,19 @@ class Inpaints(Protocol):
         ...
 
     def encode_masked(
-        self, encoders: "MediaEncoders", frames: "torch.Tensor", mask: "torch.Tensor", key: str
+        self,
+        encoders: "MediaEncoders",
+        pixels: "torch.Tensor",
+        mask: "torch.Tensor",
+        generator: "torch.Generator",
     ) -> "dict[str, torch.Tensor]":
         """Return the further inputs of the network for an image.
 
         Args:
             encoders: The loaded VAE.
-            frames: The image, 1 H W 3 uint8.
-            mask: H W bool; True is repainted.
-            key: Seeds the sample of the posterior.
+            pixels: The image, 1 C H W, -1..1.
+            mask: H W; what is not 0 is repainted.
+            generator: Draws the sample of the posterior.
         """
         ...
 
@@ -92,8 +96,10 @@ def add_inputs(
     import torch  # not needed for --help, as what follows
 
     from contract.data import LOSS_MASK
+    from modules.media.pixels import to_pixels
     from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
+    from training.data.feed import seed_generator
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
     generator = random.Random(derive_seed("inpainting", key))
@@ -108,8 +114,9 @@ def add_inputs(
         mask = draw_mask(height, width, generator)
     if covers_all:
         mask[:] = True
-    frames = torch.from_numpy(image.frames[..., :3])
-    return changed | family.encode_masked(encoders, frames, torch.from_numpy(mask), key)
+    pixels = to_pixels(torch.from_numpy(image.frames[..., :3])[None])[:, :, 0]
+    of_posterior = seed_generator("posterior", f"{key} masked")
+    return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
 def _prepare(family: "Family") -> "Family":

@@ -142,7 +142,7 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
         boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """
     import matplotlib  # slow to import, and only this needs it
-    from matplotlib.figure import Figure  # likewise
+    from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
     rows = []

@@ -20,6 +20,7 @@ from dataset.table import DatasetTable
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
 from networks.added import add_loras
+from running.offload.checkpointing import recomputed_parts
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
@@ -255,6 +256,7 @@ def dress_trainable(
     dit.requires_grad_(False)
     groups = _make_learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
+    dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # outside of the dry run, because bitsandbytes reads values of a table that it creates

@@ -145,7 +145,7 @@ class Recorder(Protocol):
     def note_values(self, values: Mapping[str, float], step: int) -> None:
         """Record the numbers of a step; called in the main process only."""
 
-    # likewise; by the number of the prompt: files, and their frames side by side (H W 3)
+    # called in the main process only, with files and their frames side by side (H W 3) by index of the prompt
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:

@@ -43,7 +43,7 @@ KINDS: Mapping[str, ImageTextKind] = {
 }
 
 
-# models of pictures alone, likewise: their classes in transformers
+# models of images alone: their classes in transformers, by `model_type` in config.json
 IMAGE_KINDS: Mapping[str, str] = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -213,7 +213,7 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except Exception as error:  # likewise
+    except Exception as error:  # damaged files raise errors of many libraries
         raise _explain_loading(folder, "--model", class_name, error) from None
 
 

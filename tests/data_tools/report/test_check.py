@@ -23,7 +23,7 @@ from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
-COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+COMMANDS = CachingCommands(lambda: ("python cache_latents.py --x", "python cache_text.py --y"))
 
 
 def test_a_sound_dataset_is_described(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.dataset.making import make_clip, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 from training.planning.memory import largest_batch
 
-COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+COMMANDS = CachingCommands(lambda: ("python cache_latents.py --x", "python cache_text.py --y"))
 
 
 def cached(folder: Path, **changes: Any) -> DatasetConfig:

@@ -102,7 +102,7 @@ def test_a_dropped_caption_stays_empty_and_another_is_a_function_of_its_place(tm
     assert first != change_captions(items, texts, (0, EMPTY, 0), RunPlace(7, 2, 0, 10))
 
 
-COMMANDS = CachingCommands("latents again", "texts again")
+COMMANDS = CachingCommands(lambda: ("latents again", "texts again"))
 
 
 def make_dataset(folder: Path, keys: str, captions: dict[str, str]) -> DatasetConfig:

@@ -28,7 +28,7 @@ from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
-COMMANDS = CachingCommands("python cache_latents.py", "python cache_text.py")
+COMMANDS = CachingCommands(lambda: ("python cache_latents.py", "python cache_text.py"))
 FOLLOWING = NextCommand(["next"], lambda: None)
 
 

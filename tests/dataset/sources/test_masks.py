@@ -25,7 +25,7 @@ from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
-COMMANDS = CachingCommands("latents again", "texts again")
+COMMANDS = CachingCommands(lambda: ("latents again", "texts again"))
 
 
 def half(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
