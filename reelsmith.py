@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
+from package.checkout_names import join_names
 from package.reelsmith import __all__, __getattr__  # noqa: F401
 from package.reelsmith.commands import main
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 # so that `python -m reelsmith.wan_train_network`, typed in this folder, finds the script
 __path__ = [str(Path(__file__).resolve().parent)]
+# so that an extension imports `reelsmith.training` here as from the installed package
+join_names()
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ import contextlib
 import hmac
 import ipaddress
 import logging
+import os
 import re
 import socket
 import urllib.parse
@@ -80,6 +81,7 @@ from browser.site import ServerSettings, Site
 from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError
+from modules.installation import EXTENSIONS
 from modules.pages.language import say, show, speaking
 from modules.pages.page import HERE as PAGES
 from project.options import MODELS
@@ -498,6 +500,10 @@ def make_app(
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]
+    if os.environ.get(EXTENSIONS):
+        from modules.extensions import PAGES, load_extensions  # only with extensions
+
+        routes += [route for make_routes in load_extensions(PAGES).values() for route in make_routes(site)]
     machine = socket.gethostname().lower()
     names = {"localhost", host.lower(), machine, f"{machine}.local"}
     public_origin = None if settings is None else settings.public_origin

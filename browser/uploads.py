@@ -72,13 +72,13 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
     """
     path = folder / short_digest(fold_name(name))
     with contextlib.ExitStack() as claims:
-        for is_last in (False, True):
+        for is_second_try in (False, True):
             folder.mkdir(parents=True, exist_ok=True)
             if claims.enter_context(claim_name(path)):
                 break
-            if is_last:
+            if is_second_try:
                 raise FileBusyError(say("%(name)s arrives from another page too", name=name))
-            # files left by a killed server
+            # the claim may be left from a killed server: remove it, and try once more
             remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")
         yield
 

@@ -4,6 +4,7 @@ No family is imported before it is asked for: a script that only prints its help
 """
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.command import as_typed, command_line
 from modules.errors import CheckpointError
-from modules.installation import import_own
+from modules.installation import EXTENSIONS, import_own
 from modules.option_values import FillIn, option_words
 from modules.options import Options
 from modules.script_options import parse_options
@@ -207,6 +208,11 @@ FOLDERS: Mapping[str, str] = {
     "sd1": "stable_diffusion.sd1",
     "sdxl": "stable_diffusion.sdxl",
 }
+if os.environ.get(EXTENSIONS):
+    from modules.extensions import FAMILIES as GROUP
+    from modules.extensions import find_values
+
+    FOLDERS = {**FOLDERS, **find_values(GROUP)}
 
 
 class Families(Mapping[str, FamilyEntry]):

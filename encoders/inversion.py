@@ -56,6 +56,10 @@ class LearntRows(nn.Module):
         """Return one parameter group with all vectors, and its name for the logs."""
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
+    def join(self, names: Sequence[str]) -> Tensor:
+        """Return the vectors of several names, one after the other."""
+        return torch.cat([self.get_parameter(name) for name in names])
+
     def set_multiplier(self, multiplier: float) -> None:
         """Do nothing: texts are encoded before a pass, so no pass can do without the word."""
 
@@ -118,6 +122,13 @@ class WordTower:
     key: str  # of its vectors in files
     embedding: str  # name of the weight of its token embeddings
     tokenize: Callable[[str], list[int]]  # without tokens around a text; [] for a text that it cannot read
+    # of vectors for each of several layers of the model that is trained, V C each; (): the word has one set
+    names: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of all sets of vectors in files."""
+        return self.names or (self.key,)
 
 
 class Inversion:
@@ -191,12 +202,18 @@ class Inversion:
             known = {key: table.weight.detach().float().cpu() for key, table in grown.items()}
             starts = self._make_starts(known)
         else:
-            starts = {key: torch.zeros(table.count, table.embedding_dim) for key, table in grown.items()}
+            starts = {
+                name: torch.zeros(self.word.count, grown[tower.key].embedding_dim)
+                for tower in self.towers
+                for name in tower.keys
+            }
         rows = LearntRows(self.asked, starts)
-        for key, table in grown.items():
-            table.rows = partial(getattr, rows, key)
+        for tower in self.towers:
+            table = grown[tower.key]
+            table.rows = partial(rows.join, tower.keys)
             if with_values:
-                rows.default_norms[key] = float(table.weight.detach().float().norm(dim=1).mean())
+                norm = float(table.weight.detach().float().norm(dim=1).mean())
+                rows.default_norms |= dict.fromkeys(tower.keys, norm)
         return rows
 
     def _make_starts(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,10 +226,14 @@ class Inversion:
         brought = self._read_weights()
         if brought is not None:
             self._check_widths(brought, tables)
-            return {key: brought[key].clone() for key in tables}
-        if self.asked.init_word is None:
-            return {key: torch.randn(count, table.shape[1]) * table.std() for key, table in tables.items()}
+            return {name: brought[name].clone() for tower in self.towers for name in tower.keys}
         starts = {}
+        if self.asked.init_word is None:
+            for tower in self.towers:
+                table = tables[tower.key]
+                for name in tower.keys:
+                    starts[name] = torch.randn(count, table.shape[1]) * table.std()
+            return starts
         for encoder_index, tower in enumerate(self.towers, 1):
             ids = self._read_init_word(tower)
             if len(ids) != count:
@@ -226,7 +247,8 @@ class Inversion:
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
-            starts[tower.key] = tables[tower.key][[ids[index % len(ids)] for index in range(count)]].clone()
+            first = tables[tower.key][[ids[index % len(ids)] for index in range(count)]]
+            starts |= {name: first.clone() for name in tower.keys}
         return starts
 
     def _read_init_word(self, tower: WordTower) -> list[int]:
@@ -253,7 +275,7 @@ class Inversion:
         vectors = self.read_vectors(path, option)
         if vectors is None:
             return None
-        missing = [tower.key for tower in self.towers if tower.key not in vectors]
+        missing = [name for tower in self.towers for name in tower.keys if name not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
         stored = len(next(iter(vectors.values())))
@@ -266,12 +288,13 @@ class Inversion:
         return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
-        for key, table in tables.items():
-            if vectors[key].shape[1] != table.shape[1]:
+        for tower in self.towers:
+            width, expected = vectors[tower.keys[0]].shape[1], tables[tower.key].shape[1]
+            if width != expected:
                 path = self.asked.weights or self.asked.lora
                 raise CheckpointError(
-                    f"{path}: its vectors {key} have {vectors[key].shape[1]} numbers, this text encoder "
-                    f"takes {table.shape[1]}. Give a file that was made for this model.",
+                    f"{path}: its vectors {tower.keys[0]} have {width} numbers, this text encoder takes "
+                    f"{expected}. Give a file that was made for this model.",
                     path,
                 )
 

@@ -211,7 +211,7 @@ class FluxModel(BlockNetwork):
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return the embedded time, B 1 C float32. Without `guidance`, it is left out."""
+        """Return the embedding of time, pooled text and guidance, B 1 C float32; `guidance` may be None."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training

@@ -43,7 +43,7 @@ _TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's fo
 
 
 class FluxTextOptions(Options):
-    """Paths of the two text encoders and their tokenizers, and how they read."""
+    """Files and settings of the two text encoders and their tokenizers."""
 
     clip_l: Path | None = option("CLIP-L text encoder: file or folder; Chroma has none", often=True)
     clip_l_tokenizer: Path | None = option(_TOKENIZER)

@@ -137,11 +137,8 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
     return torch.cat([frames, latents[:, :, frames.shape[2] :]], dim=2)
 
 
-def _fill_timesteps(step: steps.Step, batch_size: int, clean_streams: tuple[bool, bool]) -> Tensor:
-    """Return the timestep of each item, B; B 2, for images and audio, if the two streams may differ."""
-    timesteps = torch.full((batch_size,), step.timestep, device=step.noisy.device)
-    if step.audio_sigma is None and not any(clean_streams):
-        return timesteps
+def _split_timesteps(timesteps: Tensor, step: steps.Step, clean_streams: tuple[bool, bool]) -> Tensor:
+    """Return the timesteps of images and of audio, B 2, from the step's timesteps, B."""
     audio_timesteps = timesteps
     if step.audio_sigma is not None:
         audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
@@ -180,7 +177,9 @@ def predictor(
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
-            timesteps = _fill_timesteps(step, len(rows), clean_streams)
+            timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
+            if step.audio_sigma is not None or any(clean_streams):
+                timesteps = _split_timesteps(timesteps, step, clean_streams)
             # identifies the pass: all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(

@@ -184,14 +184,10 @@ def key_of(expert: Expert) -> str:
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
-def _find_shared_uses(uses_by_key: "Mapping[str, Sequence[LoraUse]]", key: str) -> "list[LoraUse]":
-    """Return the files that the options of other experts name and that also have a LoRA for this expert."""
-    own_paths = {use.lora.path for use in uses_by_key[key]}
-    shared = []
-    for other_key, other_uses in uses_by_key.items():
-        if other_key != key:
-            shared += [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
-    return shared
+def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
+    """Return the files of other experts' options that also have a LoRA for this expert."""
+    own_paths = {use.lora.path for use in own_uses}
+    return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
 
 
 def expert_loras(
@@ -227,7 +223,10 @@ def expert_loras(
     _warn_of_missing_experts(uses_by_key, keys)
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
-        uses_of_expert = [*uses_by_key[key], *_find_shared_uses(uses_by_key, key)]
+        uses_of_expert = [*uses_by_key[key]]
+        other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
+        if other_uses:
+            uses_of_expert += _select_shared(other_uses, uses_by_key[key])
         expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
     from networks.depths import find_grown, fit_to_file
 

@@ -75,7 +75,10 @@ class ClipNorm(nn.GroupNorm):
         return factor.flatten(1)[..., None, None, None], offset.flatten(1)[..., None, None, None]
 
     def _statistics(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each group, B groups 1, from the pieces' means and variances."""
+        """Return mean and variance of each group, B groups 1, from the pieces' means and variances.
+
+        The variance is the mean of the variances plus the variance of the means, over pieces and channels.
+        """
         piece_means, piece_variances, shares = [], [], []
         for start, stop in steps(x.shape[2], x[:, :, 0].numel(), chunk):
             piece = x[:, :, start:stop].float()
@@ -84,8 +87,9 @@ class ClipNorm(nn.GroupNorm):
             piece_means.append(piece_mean.flatten(1))
             shares.append((stop - start) / x.shape[2])
         groups = (self.num_groups, -1)
+        # fraction of the frames in each piece
         share = numbers_on(x.device, shares, torch.float32).view(-1, 1, 1, 1)
-        means = torch.stack(piece_means).unflatten(2, groups)  # steps B groups channels
+        means = torch.stack(piece_means).unflatten(2, groups)  # pieces B groups channels
         variances = torch.stack(piece_variances).unflatten(2, groups)
         mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)
         squares = share * (variances + (means - mean).square())

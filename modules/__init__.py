@@ -15,6 +15,7 @@ devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
 environment: the virtual environment of the scripts that set up
 errors: errors that a user can correct
+extensions: load what installed packages bring, if it is named
 file_batches: write many small files in the time of few
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them

@@ -43,6 +43,8 @@ TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
 PROGRESS = "REELSMITH_PROGRESS"
 # variable of `new` that prints the kinds of its lines, for the browser (modules/line_kinds.py)
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
+# variable that names the extensions of the user's choice (modules/extensions.py)
+EXTENSIONS = "REELSMITH_EXTENSIONS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
@@ -101,8 +103,11 @@ def find_namesake() -> str | None:
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of this program by its name in a checkout, also from the installed package."""
-    return importlib.import_module(PREFIX + name)
+    """Import a module of this program by its name in a checkout, also from the installed package.
+
+    A module of an extension is imported by its own name.
+    """
+    return importlib.import_module(own_name(name) if PREFIX else name)
 
 
 def own_name(name: str) -> str:

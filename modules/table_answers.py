@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 from modules.command import command_line, name_as_typed, start_logging
 from modules.errors import UserError
-from modules.installation import PREFIX, ROOT, find_script
+from modules.installation import EXTENSIONS, PREFIX, ROOT, find_script
 from modules.option_tables import TABLES, find_table
 from modules.options import Options
 from modules.parser import Parser, reject_unsupported, typed_names
@@ -69,6 +69,11 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
         words: Arguments of the command line after the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
+    if os.environ.get(EXTENSIONS):  # they may bring options, so the records answer
+        from modules.extensions import check_named  # only with extensions
+
+        command_line(check_named, needs_packages=False)
+        return
     table = find_table(script)
     if table is None or (table.get("cuts_words") and not _HELP.issuperset(words or [""])):
         return

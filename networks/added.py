@@ -359,7 +359,7 @@ class AddedLayer(nn.Module):
                 out = part.add_to(out, x)
                 continue
             changed = self._run_with([part], x)
-            if part.region is not None:
+            if part.region is not None:  # the other weight acts within the region only
                 out = out + part.region(changed - plain)
                 continue
             out = changed

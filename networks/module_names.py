@@ -134,11 +134,12 @@ def have_same_names(families: Sequence[FamilyNames]) -> bool:
     return len(layouts) == 1
 
 
+# how well a file agrees with a family's released models, worst first
 _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
 def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]) -> int:
-    """Rate how well module sizes and block numbers agree with a family's released models."""
+    """Return one of the four levels above for the sizes and block numbers of a file's modules."""
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS

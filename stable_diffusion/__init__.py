@@ -25,6 +25,7 @@ lines: lines of prompts: options, variants, where they come from
 lllite_learning: a ControlNet-LLLite in training
 lllite_modules: the small networks of ControlNet-LLLite, and their names
 lllites: ControlNet-LLLites in the U-Net during a batch
+layer_texts: states of texts for each cross-attention of the U-Net (XTI)
 loading: load a checkpoint: kind, networks, tokenizers
 loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels

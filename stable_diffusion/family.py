@@ -61,7 +61,13 @@ from stable_diffusion.inpainting import (
 from stable_diffusion.noise import make_noise_spec, read_noise_changes
 from stable_diffusion.samplers import ScaledSolver, begin_sampling, check_sampling, is_guided, make_scheduler
 from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
-from stable_diffusion.textual_inversion import LearnedWord, check_words, read_bundled, with_bundled
+from stable_diffusion.textual_inversion import (
+    XTI_OPTION,
+    LearnedWord,
+    check_words,
+    read_bundled,
+    with_bundled,
+)
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import (
     POOLED,
@@ -396,7 +402,12 @@ class StableDiffusion(ModelOfImages):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the U-Net; there is a single expert."""
-        return self.files.load_unet(placement, self.dit)
+        unet = self.files.load_unet(placement, self.dit)
+        if self.learning_texts is not None and self.learning_texts.layers:
+            from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
+
+            give_parts(unet, tuple(self.learning_texts.layers.values()))
+        return unet
 
     # texts
 
@@ -518,8 +529,10 @@ class StableDiffusion(ModelOfImages):
         length = CHUNK * self.chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
         are_padded = self.learning_texts is None or self.learning_texts.fills_captions
+        # one after the other, for each cross-attention of a word with vectors for each
+        copies = 1 if self.learning_texts is None else max(len(self.learning_texts.layers), 1)
         for name in text_names:
-            num_states = conditions[name].shape[1]
+            num_states = conditions[name].shape[1] // copies
             if num_states > length or (are_padded and num_states < length):
                 raise CacheError(
                     f"{batch.keys[0]}: its text has {num_states} states, this training has "
@@ -745,6 +758,21 @@ def with_inversion(model: StableDiffusion) -> StableDiffusion:
     made = learn_alone(model.word_network(model.options.word), model.options)
     taught = model.with_word_in_texts(model.options.word)
     return replace(taught, made_network=made, lora_module=MODULE)
+
+
+def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
+    """Return the model for training a word with vectors for each cross-attention of the U-Net."""
+    from stable_diffusion.inversion_learning import MODULE, learn_alone, learn_extended  # only to train one
+    from stable_diffusion.layer_texts import list_cross_attentions
+
+    with model.files.opened() as release:
+        layers = list_cross_attentions(release.unet.sources)
+    word = model.options.word
+    made = learn_alone(learn_extended(word, model.files, list(layers)), model.options, XTI_OPTION)
+    taught = model.with_word_in_texts(word)
+    assert taught.learning_texts is not None  # as for each training
+    learning = replace(taught.learning_texts, layers=layers)
+    return replace(taught, learning_texts=learning, made_network=made, lora_module=MODULE)
 
 
 def with_control_net(

@@ -84,8 +84,34 @@ def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
     return [] if words.end in ids else ids  # it stands for what the vocabulary lacks
 
 
-def learn_alone(network: MadeNetwork, options: InversionOptions) -> MadeNetwork:
-    """Return the network of a word as the only network of a training."""
+def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> MadeNetwork:
+    """Return the network of a word's vectors for each cross-attention of the U-Net.
+
+    Args:
+        word: The word to learn.
+        files: The checkpoint, whose one text encoder gets the vectors.
+        layers: Names of the cross-attentions in files.
+    """
+
+    def read_vectors(path: Path, option: str) -> Mapping[str, Tensor]:
+        with quiet():  # it is not about prompts
+            (found,) = read_words((), [path], layers)
+        return dict(zip(layers, found.vectors[0].chunk(len(layers)), strict=True))
+
+    tower = WordTower(SINGLE, PooledClip.embedding, partial(_tokenize, files, 0), names=tuple(layers))
+    return Inversion(word, [tower], read_vectors).describe()
+
+
+def learn_alone(
+    network: MadeNetwork, options: InversionOptions, option: str = "--textual_inversion_embeddings"
+) -> MadeNetwork:
+    """Return the network of a word as the only network of a training.
+
+    Args:
+        network: The network.
+        options: Options of the run.
+        option: Option of gen_img.py that reads the file.
+    """
     sentences: tuple[str, ...] = ()
     if options.use_object_template:
         sentences = OBJECT_SENTENCES
@@ -95,24 +121,25 @@ def learn_alone(network: MadeNetwork, options: InversionOptions) -> MadeNetwork:
     return replace(
         network,
         sentences=tuple(sentence.format(word) for sentence in sentences),
-        generate=partial(_say_generation, options),
+        generate=partial(_say_generation, options, option),
     )
 
 
 def _say_generation(
-    options: InversionOptions, file: Path, sample: Mapping[str, Any], _: Sequence[str]
+    options: InversionOptions, option: str, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
     """Return the command that generates with a trained file.
 
     Args:
         options: Options of the run.
+        option: Option that reads the file.
         file: The trained file.
         sample: Values of the sample, by the names of `Request`.
         _: Ignored; other kinds of networks need it.
     """
     words = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
-        "--textual_inversion_embeddings": file,
+        option: file,
         "--prompt": sample.get("prompt") or f"a photo of {file.stem}",
         "--negative_prompt": sample.get("negative_prompt") or None,
         "--W": sample.get("width"),

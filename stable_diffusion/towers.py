@@ -11,7 +11,7 @@ prompt or the negative one takes. A LoRA goes into the linear layers of `encoder
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -77,6 +77,9 @@ class LearningTexts:
     # whether captions are padded to whole chunks; else to the longest caption of a batch
     fills_captions: bool = True
     word: NewWord | None = None  # the word that is trained
+    # cross-attentions of the U-Net, for each of which the word has vectors of its own: paths of the
+    # transformers around them, by their names in files; {}: it has the same for all
+    layers: Mapping[str, str] = field(default_factory=dict)
 
 
 class TowerEncoder:
@@ -118,6 +121,7 @@ class TowerEncoder:
         self._dtype = files.dtype
         self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
+        self._copies = 1 if learning is None else max(len(learning.layers), 1)  # of a text's states
         self._bundled = bundled
         if learning is not None:
             self._dtype = learning.dtypes.get(self.name, files.dtype)
@@ -208,7 +212,9 @@ class TowerEncoder:
             network = self.files.load_text(plan, device, self._dtype)
         if self._word is not None:
             embeddings = network.embeddings
-            embeddings.token_embedding = GrowingEmbedding(embeddings.token_embedding, self._word.count)
+            embeddings.token_embedding = GrowingEmbedding(
+                embeddings.token_embedding, self._word.count * self._copies
+            )
         if self._bundled:
             embeddings = network.embeddings
             embeddings.token_embedding = add_rows(embeddings.token_embedding, self._bundled, self._number)
@@ -284,22 +290,32 @@ class TowerEncoder:
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
         # `states` has one row for each chunk of each text
-        for chunks, first_row in zip(texts, range(0, len(states), num_chunks), strict=True):
-            joined = join_chunks(states[first_row : first_row + num_chunks])
-            weighted = weigh_states(joined, weights_of(chunks), WEIGHING)
-            conditions = {states_key: weighted[:length].cpu()}
+        for chunks, first_row in zip(texts, range(0, len(states) // self._copies, num_chunks), strict=True):
+            copies = []  # for each cross-attention
+            for copy in states.chunk(self._copies):
+                joined = join_chunks(copy[first_row : first_row + num_chunks])
+                copies.append(weigh_states(joined, weights_of(chunks), WEIGHING)[:length])
+            conditions = {states_key: torch.cat(copies).cpu()}
             if pooled is not None:  # of the first chunk
                 conditions[POOLED] = pooled[first_row].cpu().clone()
             results.append(conditions)
         return results
 
     def _read_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Return the states of rows of token ids, B*K 77 C, and their pooled states if these are used."""
+        """Return the states of rows of token ids, B*K 77 C, and their pooled states if these are used.
+
+        With vectors for each cross-attention there are as many copies, one after the other.
+        """
         network, loaded = self._loaded.get()
         ends = None
         if POOLED in self.keys:
             ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
         ids = torch.tensor(rows).to(network.device)
+        if self._word is not None and self._copies > 1:
+            table = network.embeddings.token_embedding
+            assert isinstance(table, GrowingEmbedding)
+            stride = (ids >= table.known) * self._word.count
+            ids = torch.cat([ids + index * stride for index in range(self._copies)])
         is_xl = self.files.kind is SDXL
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
 

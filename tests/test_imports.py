@@ -79,7 +79,7 @@ FLOORS = {
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
         {"option_checks"},
-        {"backups", "file_batches", "installed", "line_kinds", "options"},
+        {"backups", "extensions", "file_batches", "installed", "line_kinds", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
         {"console", "environment", "progress"},
@@ -161,6 +161,7 @@ _LIGHT = {
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
+            "extensions",
             "help_text",
             "installed",
             "integers",
@@ -267,7 +268,7 @@ _TOOLS = {
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
-        *("sdxl_merge_lora", "svd_merge_lora"),
+        *("check_lora_weights", "merge_lora", "sdxl_merge_lora", "svd_merge_lora"),
     ),
     "finetune": (
         *("make_captions", "merge_captions_to_metadata", "merge_dd_tags_to_metadata"),

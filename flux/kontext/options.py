@@ -26,7 +26,7 @@ class KontextVaeOptions(Options):
 
 
 class KontextTextOptions(Options):
-    """Paths of the two text encoders and their tokenizers, and how they read."""
+    """Files and settings of the two text encoders and their tokenizers."""
 
     text_encoder1: Path | None = option("T5-XXL text encoder: file or folder", often=True)
     text_encoder1_tokenizer: Path | None = option(_TOKENIZER)

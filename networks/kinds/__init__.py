@@ -20,6 +20,9 @@ oft_rotation: the rotations of an OFT
 tlora: ranks that act by the noise of each sample
 """
 
+import os
+
+from modules.installation import EXTENSIONS
 from networks.kinds.contract import NetworkKind
 from networks.kinds.dora import DORA
 from networks.kinds.loha import LOHA
@@ -41,3 +44,7 @@ KINDS: tuple[NetworkKind, ...] = (
     TLORA,
 )
 # fmt: on
+if os.environ.get(EXTENSIONS):
+    from modules.extensions import NETWORKS, load_extensions
+
+    KINDS = (*KINDS, *load_extensions(NETWORKS).values())

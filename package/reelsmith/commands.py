@@ -6,6 +6,7 @@ Standard library only, and only the named script is imported.
 import ast
 import contextlib
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, find_namesake, import_own
+from modules.installation import EXTENSIONS, PREFIX, ROOT, SCRIPT_ROOMS, find_namesake, import_own
 from modules.screen import has_screen
 from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
@@ -89,6 +90,9 @@ def main() -> None:
         print(f"Warning: {namesake}.", file=sys.stderr)
     if words[:1] in (["help"], ["--help"], ["-h"]) and len(words) > 1:
         words = [*words[1:], "--help"]
+    if words[:1] == ["--extensions"] and len(words) > 1:
+        os.environ[EXTENSIONS] = words[1]
+        words = words[2:]
     command = _find_named(words)
     if command is not None:
         _run_command(command, words[len(command.words) :])

@@ -1,6 +1,7 @@
 """Keyword arguments of Python as the words of a command line, checked by the table of its script."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 from modules.command import message_of, name_as_typed
 from modules.console import quiet
 from modules.errors import OptionError, UserError
+from modules.installation import EXTENSIONS
 from modules.option_tables import find_table
 from modules.options import TYPED
 from modules.parser import Parser, reject_unsupported, typed_names
@@ -65,6 +67,8 @@ def check_words(script: Path, words: Sequence[str]) -> dict[str, Any]:
     if table is None or table.get("cuts_words"):  # the script reads them with another one's options
         return {}
     parser = build_parser(table, script.name, _RaisingParser)
+    if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
+        return vars(parser.parse_known_args(words)[0])
     arguments: argparse.Namespace = parser.parse_args(words)
     with name_as_typed(typed_names(arguments)):
         reject_unsupported(parser, arguments, tells_unneeded=False)

@@ -21,6 +21,7 @@ from project.recipes.reading import (
     TrainingRecipe,
     check_values,
     describe_recipe,
+    find_recipe_model,
     list_allowed,
     list_paths,
     read_recipe,
@@ -28,12 +29,6 @@ from project.recipes.reading import (
 from training.config_options import OTHERS_TABLE, toml_value
 from training.reports.history import END, Start, Story, history_name, read_history, read_session
 
-MODEL_OPTIONS = (
-    "dit",
-    "ckpt",
-    "pretrained_model_name_or_path",
-    "ltx2_checkpoint",
-)  # the trained model's file
 DIGITS = 4  # of figures
 
 
@@ -91,7 +86,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         family=family,
         task=task,
         train=train,
-        tried_on=options.tried_on or _name_model_file(typed),
+        tried_on=options.tried_on or _name_model_file(typed, family, task),
         training=_select_values(typed, family, task, train, start),
         figures=_list_figures(story, start),
     )
@@ -157,9 +152,10 @@ def _read_commands(history: Path) -> list[list[str]]:
     return []
 
 
-def _name_model_file(typed: Mapping[str, str]) -> str:
-    """Return the name of the trained model's file, without its folder."""
-    for name in MODEL_OPTIONS:
+def _name_model_file(typed: Mapping[str, str], family: str, task: str) -> str:
+    """Return the name of the first file of the model that was typed, without its folder."""
+    for part in find_recipe_model(family, task).components:
+        name = (part.option or "").lstrip("-")
         if name in typed:
             return Path(typed[name]).name
     return "the released model"
@@ -169,8 +165,7 @@ def _select_values(
     typed: Mapping[str, str], family: str, task: str, train: str, start: Start
 ) -> dict[str, Any]:
     """Return the values of a run that a recipe may have, from their texts in its history."""
-    model = next(model for model in find_models() if (model.family, model.task) == (family, task))
-    script = BY_NAME[train].find_words(model)[0]
+    script = BY_NAME[train].find_words(find_recipe_model(family, task))[0]
     table = find_table(find_script(script))
     assert table is not None, script
     actions = {action.dest: action for action in build_parser(table, script)._actions}

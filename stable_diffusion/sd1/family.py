@@ -4,6 +4,7 @@ from stable_diffusion import family
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import (
     Sd1ControlNetTrainingOptions,
+    Sd1ExtendedInversionTrainingOptions,
     Sd1GenerationOptions,
     Sd1LatentCachingOptions,
     Sd1TextCachingOptions,
@@ -24,6 +25,8 @@ def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiff
 def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
     """Return the family for a training script, with the embedding or ControlNet that the script trains."""
     made = family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
+    if isinstance(options, Sd1ExtendedInversionTrainingOptions):
+        return family.with_extended_inversion(made)
     if isinstance(options, InversionOptions):
         return family.with_inversion(made)
     if isinstance(options, Sd1ControlNetTrainingOptions):

@@ -49,6 +49,10 @@ class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NA
     """Options of train_textual_inversion.py in addition to the shared ones."""
 
 
+class Sd1ExtendedInversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NAME):
+    """Options of train_textual_inversion_XTI.py in addition to the shared ones."""
+
+
 class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
     """Options of fine_tune.py in addition to the shared ones."""
 

@@ -14,9 +14,10 @@ from unittest.mock import patch
 import pytest
 
 import reelsmith
+from modules.installation import EXTENSIONS
 from package.reelsmith import api
 from package.reelsmith.events import HistoryEvents, PrintedLines
-from package.reelsmith.typed_words import make_words
+from package.reelsmith.typed_words import check_words, make_words
 from tests.commands import QUIET, ROOT, run_script
 from tests.pages import FENCE
 from tests.tiny.families import FAMILIES
@@ -283,3 +284,16 @@ def test_the_names_of_the_module_are_those_of_the_api() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
     assert (ROOT / "package" / "reelsmith" / "py.typed").is_file()
+
+
+def test_options_of_named_extensions_are_left_to_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = make_words(SCRIPT, (), {"glow": 0.5, "output_dir": "output", "output_name": "x"})
+    with pytest.raises(reelsmith.UserError, match="Unknown option --glow"):
+        check_words(SCRIPT, words)
+
+    monkeypatch.setenv(EXTENSIONS, "glow")
+
+    values = check_words(SCRIPT, words)
+    assert (values["output_dir"], values["output_name"]) == ("output", "x")

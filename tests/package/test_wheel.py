@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from modules.installation import NAMESAKE
+from modules.installation import EXTENSIONS, NAMESAKE
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
 from package.staging import find_own_names, find_rooms
 from tests.commands import ROOT, assert_user_error, run_program, run_python, run_script
+from tests.package.test_extensions import install as install_examples
 from tests.test_imports import HEAVY, SCRIPTS, TOOLS
 from tests.tiny.families import FAMILIES
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -296,6 +297,25 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
         assert made.keys() == expected.keys()
         assert all(tensor.equal(expected[key]) for key, tensor in made.items()), name
     assert list((installed.folder / "videos").glob("*.mp4"))
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_named_brings_its_options_and_its_family(
+    installed: Installed, tmp_path: Path
+) -> None:
+    install_examples(tmp_path, "glow", "dawn")
+    environment = {"PYTHONPATH": str(tmp_path)}
+
+    feature = installed.run(
+        "reelsmith", "--extensions", "glow", "train", "wan", "--help", environment=environment
+    )
+    family = installed.run(
+        "python", "-m", "reelsmith_dawn.train", "--help", environment={**environment, EXTENSIONS: "dawn"}
+    )
+
+    assert "--glow X" in feature.stdout
+    assert "Train a LoRA for Dawn." in family.stdout
+    assert "--glow" not in installed.run("reelsmith", "train", "wan", "--help").stdout
 
 
 @pytest.mark.slow

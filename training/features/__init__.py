@@ -51,6 +51,9 @@ uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
 """
 
+import os
+
+from modules.installation import EXTENSIONS
 from training.features.adapter import ADAPTER
 from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
@@ -102,3 +105,8 @@ FEATURES: tuple[Feature, ...] = (
     UPLOADS,
 )
 # fmt: on
+if os.environ.get(EXTENSIONS):
+    from modules.extensions import FEATURES as GROUP
+    from modules.extensions import load_extensions
+
+    FEATURES = (*FEATURES, *load_extensions(GROUP).values())

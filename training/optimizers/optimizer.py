@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from contract.family import DitSpec
 from modules.command import did_you_mean
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.installation import describe_missing, reject_standard_module
+from modules.installation import EXTENSIONS, describe_missing, reject_standard_module
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
 from training.trainable import Trainable
@@ -48,6 +49,10 @@ PATHS = {
     for key, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
 } | NAMES
+if os.environ.get(EXTENSIONS):
+    from modules.extensions import OPTIMIZERS, find_values
+
+    PATHS |= {name.lower(): value.replace(":", ".") for name, value in find_values(OPTIMIZERS).items()}
 MUON = "muon"
 # class -> why the training loop cannot step it
 UNUSABLE = {

@@ -93,19 +93,21 @@ class ParameterSteps:
         """Step one parameter with its gradient; bf16 weights are stepped in float32 and rounded back."""
         value = parameter.detach()
         gradient = parameter.grad
-        weight = self.split.get(parameter)
+        weight = self.split.get(parameter)  # None: the parameter is not split over processes
         assert gradient is not None
-        gathers = weight is not None and not steps_numbers(type(self.optimizer))
-        if gathers and weight is not None:
+        if weight is not None and not steps_numbers(type(self.optimizer)):
+            # the optimizer needs the whole matrix, of which each process then keeps its rows
             value = gather_rows(value, weight)
             gradient = gather_rows(gradient, weight)
-        elif parameter.dtype != torch.bfloat16:
+            value = self._step_precisely(parameter, value, gradient)
+            if parameter.dtype == torch.bfloat16:
+                value = self._round(parameter, value, None)
+            parameter.copy_(rows_of(weight, value))
+        elif parameter.dtype == torch.bfloat16:
+            value = self._step_precisely(parameter, value, gradient)
+            parameter.copy_(self._round(parameter, value, weight))
+        else:
             self._step(parameter, parameter)
-            return
-        value = self._step_precisely(parameter, value, gradient)
-        if parameter.dtype == torch.bfloat16:
-            value = self._round(parameter, value, None if gathers else weight)
-        parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
 
     def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
         """Step a parameter by a copy in float32, of its rows or the whole weight; return the new values."""

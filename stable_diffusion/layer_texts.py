@@ -1,0 +1,89 @@
+"""Extended textual inversion in the U-Net: each cross-attention is given the states that are meant for it.
+
+The context of a text holds the states for all cross-attentions, one after the other, in the order of their
+names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023, arXiv 2303.09522
+(P+).
+"""
+# Letters: A cross-attentions, L states of a text, C width, R rows of a batch
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from checkpoints.dialects import count
+from stable_diffusion.contract import RequestedImage, UnetHook
+from stable_diffusion.names import unet_blocks
+from stable_diffusion.regions import put_back
+
+
+def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
+    """Map the names of cross-attentions in XTI files (IN01, MID, OUT03) to module paths in diffusers.
+
+    Args:
+        names: The U-Net's tensors, by their names in diffusers.
+    """
+    levels = range(count(names, r"down_blocks\.\d+"))
+    layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
+    paths = {}
+    for released, path, _ in unet_blocks(layers):
+        if f"{path}.transformer_blocks.0.attn2.to_k.weight" not in names:
+            continue
+        part, number, *_ = released.split(".")  # such as input_blocks.1.1
+        if part == "middle_block":
+            paths["MID"] = path
+        else:
+            prefix = "IN" if part == "input_blocks" else "OUT"
+            paths[f"{prefix}{int(number):02d}"] = path
+    return dict(sorted(paths.items()))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTexts:
+    """Give each cross-attention its own part of the context while a batch is made."""
+
+    unet: Any
+    # paths of the transformers around them, in the order of the context; () if all share it
+    paths: Sequence[str]
+
+    @contextmanager
+    def for_batch(
+        self, pictures: Sequence[RequestedImage], width: int, height: int
+    ) -> Iterator[UnetHook | None]:
+        """Change the U-Net for a batch and restore it at the end. Enter this before `Regions`."""
+        with ExitStack() as stack:
+            for module, forward in give_parts(self.unet, self.paths):
+                stack.callback(put_back, module, forward)
+            yield None
+
+
+def give_parts(unet: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, Callable[..., Tensor] | None]]:
+    """Let each cross-attention attend to its own part of the context.
+
+    Args:
+        unet: The U-Net.
+        paths: Paths of the transformers around the cross-attentions, in the order of the context.
+
+    Returns:
+        The changed modules, each with the forward that was set on it before; None for that of its class.
+    """
+    changed = []
+    for index, path in enumerate(paths):
+        for name, module in unet.get_submodule(path).named_modules():
+            if name.endswith(".attn2"):
+                changed.append((module, module.__dict__.get("forward")))
+                module.forward = _with_part(module.forward, index, len(paths))
+    return changed
+
+
+def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
+    """Return a cross-attention that attends to part `place` of a context of `places` equal parts."""
+
+    def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
+        # encoder_hidden_states: R A*L C
+        part = encoder_hidden_states.chunk(places, dim=1)[place]
+        return attend(hidden_states, encoder_hidden_states=part, **settings)
+
+    return forward

@@ -1,0 +1,1 @@
+"""A family: Wan under another name, whose LoRA files say so."""

@@ -1,0 +1,169 @@
+"""Packages outside of the tree bring features, networks, optimizers, families, pages, if they are named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from modules.extensions import GROUPS
+from modules.installation import EXTENSIONS
+from tests.commands import ROOT, assert_user_error, run_program
+from tests.tiny.families import FAMILIES
+
+PACKAGES = ROOT / "tests" / "data" / "extensions"
+# what each example announces: group, value
+ANNOUNCED = {
+    "glow": ("reelsmith.features", "reelsmith_glow:GLOW"),
+    "half": ("reelsmith.networks", "reelsmith_half:HALF"),
+    "drift": ("reelsmith.optimizers", "reelsmith_drift:Drift"),
+    "hello": ("reelsmith.pages", "reelsmith_hello:make_routes"),
+    "dawn": ("reelsmith.families", "reelsmith_dawn"),
+}
+WAN = FAMILIES[0]
+STEPS = ["--seed", "1", "--max_train_steps", "2", "--output_dir", "output"]
+
+
+def install(target: Path, *names: str) -> None:
+    """Install examples into a folder, with what pip writes next to a package."""
+    for name in names:
+        shutil.copytree(PACKAGES / name, target, dirs_exist_ok=True)
+        group, value = ANNOUNCED[name]
+        notes = target / f"reelsmith_{name}-1.0.dist-info"
+        notes.mkdir()
+        (notes / "METADATA").write_text(f"Metadata-Version: 2.1\nName: reelsmith-{name}\nVersion: 1.0\n")
+        (notes / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+
+
+def run(target: Path, folder: Path, *words: object, named: str = "", check: bool = True):  # type: ignore[no-untyped-def]
+    """Run a script with the folder on the path, and extensions named."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)]), EXTENSIONS: named}
+    return run_program(sys.executable, *words, folder=folder, environment=environment, check=check)
+
+
+def test_each_group_has_an_example() -> None:
+    assert {group for group, _ in ANNOUNCED.values()} == set(GROUPS)
+
+
+@pytest.mark.slow
+def test_a_feature_a_network_and_an_optimizer_act_in_a_training(tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install(target, "glow", "half", "drift")
+    folder = tmp_path / "work"
+    WAN.prepare(folder)
+    for script, *words in (WAN.cache_latents, WAN.cache_texts):
+        run(target, folder, ROOT / script, *words)
+    training = [ROOT / WAN.train[0], *WAN.train[1:], *STEPS, "--output_name"]
+
+    run(target, folder, *training, "plain")
+    run(target, folder, *training, "silent", named="glow,half,drift")
+    run(target, folder, *training, "glow", "--glow", "0.5", named="glow")
+    run(target, folder, *training, "half", "--network_args", "half=True", named="half")
+    drift = [ROOT / "reelsmith.py", "--extensions", "drift", "train", "wan", *WAN.train[1:], *STEPS]
+    run(target, folder, *drift, "--output_name", "drift", "--optimizer_type", "drift")
+
+    loras = {path.stem: load_file(path) for path in (folder / "output").glob("*.safetensors")}
+    same = {name: all(lora[key].equal(loras["plain"][key]) for key in lora) for name, lora in loras.items()}
+    assert same == {"plain": True, "silent": True, "glow": False, "half": False, "drift": False}
+    with safe_open(folder / "output" / "glow.safetensors", "pt") as file:
+        assert "0.5" in json.dumps(file.metadata())
+
+
+def test_options_of_an_extension_are_in_the_help_and_are_checked(tmp_path: Path) -> None:
+    install(tmp_path, "glow")
+    script = ROOT / "wan_train_network.py"
+
+    shown = run(tmp_path, tmp_path, script, "--help", named="glow").stdout
+    wrong = run(tmp_path, tmp_path, script, "--glow", "5", "--sdpa", named="glow", check=False)
+    unnamed = run(tmp_path, tmp_path, script, "--glow", "0.5", check=False)
+
+    assert "--glow X" in shown
+    assert_user_error(wrong, "--glow 5")
+    assert_user_error(unnamed, "Unknown option --glow")
+
+
+def test_what_is_installed_and_not_named_is_never_imported(tmp_path: Path) -> None:
+    install(tmp_path, *ANNOUNCED)
+    for path in tmp_path.rglob("*.py"):
+        path.write_text("raise SystemExit('it ran')", encoding="utf-8")
+    code = "import training.features, networks.kinds, contract.families, sys; print(*sys.modules)"
+
+    loaded = run(tmp_path, tmp_path, "-c", code).stdout.split()
+    done = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "-h")
+
+    assert not [name for name in loaded if "reelsmith_" in name]
+    assert "modules.extensions" not in loaded
+    assert "it ran" not in done.stdout + done.stderr
+
+
+def test_wrong_names_and_broken_packages_are_named(tmp_path: Path) -> None:
+    install(tmp_path, "glow", "half")
+    script = ROOT / "wan_train_network.py"
+
+    unknown = run(tmp_path, tmp_path, script, "-h", named="glwo", check=False)
+    none = run(tmp_path / "none", tmp_path, script, "-h", named="glow", check=False)
+    (tmp_path / "reelsmith_glow.py").write_text("import nothing_there", encoding="utf-8")
+    broken = run(tmp_path, tmp_path, script, "-h", named="glow", check=False)
+
+    assert_user_error(unknown, "extension glwo: no installed package brings it. Installed are glow, half")
+    assert_user_error(none, "extension glow: no installed package brings it. None is installed")
+    assert "extension glow (reelsmith_glow:GLOW) cannot be loaded" in broken.stderr
+
+
+def test_two_packages_with_one_name_are_refused(tmp_path: Path) -> None:
+    install(tmp_path, "glow")
+    shutil.copytree(tmp_path / "reelsmith_glow-1.0.dist-info", tmp_path / "other-1.0.dist-info")
+    metadata = tmp_path / "other-1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+
+    done = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "-h", named="glow", check=False)
+
+    assert_user_error(done, "other and reelsmith-glow both bring one of this name")
+
+
+PAGE = """
+from pathlib import Path
+from browser.runs import Runs
+from browser.server import make_app
+routes = make_app(Runs([Path(".")]), read_only=True).app.routes
+print([route.endpoint(None).body.decode() for route in routes if route.path == "/hello"])
+"""
+
+
+def test_a_page_is_served_behind_the_gate_if_it_is_named(tmp_path: Path) -> None:
+    install(tmp_path, "hello")
+
+    assert run(tmp_path, tmp_path, "-c", PAGE, named="hello").stdout == "['hello, 0 runs']\n"
+    assert run(tmp_path, tmp_path, "-c", PAGE).stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_a_family_trains_by_its_own_script(tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install(target, "dawn")
+    folder = tmp_path / "work"
+    WAN.prepare(folder)
+    for script, *words in (WAN.cache_latents, WAN.cache_texts):
+        run(target, folder, ROOT / script, *words)
+    training = [*WAN.train[1:], *STEPS, "--output_name", "lora"]
+
+    run(target, folder, "-m", "reelsmith_dawn.train", *training, named="dawn")
+
+    with safe_open(folder / "output" / "lora.safetensors", "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "dawn"
+
+
+def test_a_module_of_a_checkout_has_one_copy_under_both_names() -> None:
+    code = (
+        "import modules.errors, reelsmith.modules.errors as other, reelsmith.wan.names, wan.names; "
+        "print(other is modules.errors, reelsmith.wan.names.WAN is wan.names.WAN, other.__spec__.name)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "True True modules.errors\n"
