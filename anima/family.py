@@ -170,9 +170,8 @@ class Anima(ModelOfImages):
             conditions |= control_pictures.controls_of(
                 batch, latents, LATENT.stride[1], self.made_network.called
             )
-            mask = batch.tensors.get(control_pictures.CONTROL_MASK)
-            if mask is not None:  # drawn for each step, so that a check of caches has none
-                conditions[control_pictures.CONTROL_MASK] = mask
+            if control_pictures.CONTROL_MASK in batch.tensors:  # drawn for each step: caches have none
+                conditions[control_pictures.CONTROL_MASK] = batch.tensor(control_pictures.CONTROL_MASK)
         return conditions
 
     def predict(

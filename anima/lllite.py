@@ -361,7 +361,8 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
     controls = inputs[CONTROL_PIXELS]
     assert isinstance(controls, Tensor)
     numbers = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-    masks = [torch.from_numpy(draw_mask(*controls.shape[-2:], numbers)) for _ in controls]
+    height, width = controls.shape[-2:]
+    masks = [torch.from_numpy(draw_mask(height, width, numbers)) for _ in controls]
     return {**inputs, CONTROL_MASK: torch.stack(masks).unsqueeze(1).to(torch.uint8)}
 
 
