@@ -9,6 +9,7 @@ cast_factors: factors of LoRAs in autocast's dtype, once a pass
 baking: plain LoRAs from networks of other kinds
 block_numbers: ranks and rates by numbers of a model's blocks
 convert: LoRA files in another dialect; join, split experts
+check_lora_weights: command: print the size of a LoRA's weights
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
@@ -31,6 +32,7 @@ lora_layer: one LoRA layer: its addition and its dropouts
 lora_network: the LoRAs of a training, in DiT and encoders
 lora_products: the computation of LoRA layers: products, noise
 lora_settings: dimension, alpha, dropout and arguments of a network
+merge_lora: command: merge LoRAs of Stable Diffusion checkpoints, by another name
 merging: add LoRAs to model files or to each other
 metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
@@ -56,5 +58,6 @@ text_loras: LoRAs of text encoders, and words that they bring
 tool_options: options to merge and extract LoRAs
 use_options: options to add LoRAs to a model
 unmerged: LoRAs around layers in 8 or 4 bits, masked ones
+weight_checking: size of a LoRA's weights
 writing: write the dialects of ComfyUI and diffusers
 """

@@ -3,7 +3,7 @@
 Before it: weights are quantized and LoRAs merged while loading, and a LoRA that is trained is attached.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ def dress(
         from running.compile import compile_blocks
 
         compile_blocks(dit, spec, compilation)
+        spec = replace(spec, recomputed_list="")  # a compiled block is recomputed as a whole
     if checkpointing is not None:
         from running.offload.checkpointing import checkpoint_blocks, offload_to_host
 

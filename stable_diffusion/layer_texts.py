@@ -74,7 +74,7 @@ def give_parts(unet: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, C
         for name, module in unet.get_submodule(path).named_modules():
             if name.endswith(".attn2"):
                 changed.append((module, module.__dict__.get("forward")))
-                module.forward = _with_part(module.forward, index, len(paths))  # type: ignore[method-assign]
+                module.forward = _with_part(module.forward, index, len(paths))
     return changed
 
 

@@ -268,7 +268,7 @@ _TOOLS = {
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
-        *("sdxl_merge_lora", "svd_merge_lora"),
+        *("check_lora_weights", "merge_lora", "sdxl_merge_lora", "svd_merge_lora"),
     ),
     "finetune": (
         *("make_captions", "merge_captions_to_metadata", "merge_dd_tags_to_metadata"),

@@ -272,8 +272,18 @@ def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(folder: Path) ->
 
     with pytest.raises(KeyboardInterrupt):
         run.wait(interrupt)
-    with run:  # as a notebook's cell that is left
-        pass
+
+    assert not run.is_running
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
+def test_a_run_ends_with_its_block(folder: Path) -> None:
+    (folder / "x.py").write_text(WAITS, encoding="utf-8")
+    with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
+        run = reelsmith.CommandRun(Path("x.py"), [], {}, None)
+
+    with run:
+        assert run.is_running
 
     assert not run.is_running
 

@@ -16,6 +16,7 @@ from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.private_torch import dynamo
 from running.compile import check_compilation, compile_blocks
+from running.dressing import Checkpointing, dress
 from running.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
 from tests.stable_diffusion.test_training_step import make_batch, make_family
@@ -93,12 +94,30 @@ def test_checkpointing_keeps_less_and_computes_the_same_gradients(kind: str, tmp
             # the same operations on the same numbers, of which some sums are made in another order
             torch.testing.assert_close(again[parameter], gradient, rtol=1e-4, atol=1e-6)
         assert kept_again < kept / 2, name
-        # the first block's input needs no gradient: autograd would not keep what it computes
+        # a first block that is recomputed as a whole has an input that needs no gradient: autograd would not
+        # keep what it computes. Several layers are recomputed one by one, after a projection that learns
         first = next(block for block in family.dit.in_order(unet) if hasattr(block, "transformer_blocks"))
-        again_in_first = 2 * len(first.transformer_blocks)  # type: ignore[arg-type]
+        again_in_first = 2 if len(first.transformer_blocks) == 1 else 0  # type: ignore[arg-type]
         assert calls_again == (calls + again_in_first if keeps_attention else 2 * calls), name
         if offload is not None:
             assert offload.memory.size_bytes > 0
+
+
+@pytest.mark.parametrize("compilation", [None, Compilation(backend="eager")], ids=["eager", "compiled"])
+def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled(
+    tmp_path: Path, compilation: Compilation | None
+) -> None:
+    family = make_family("sdxl", tmp_path)
+    unet = family.load_dit(Placement(CPU))
+
+    dress(unet, family.dit, CPU, compilation=compilation, checkpointing=Checkpointing())
+
+    for block in family.dit.in_order(unet):
+        layers: Any = getattr(block, "transformer_blocks", [])
+        if len(layers) > 1:
+            changed = ["forward" in vars(layer) for layer in layers]
+            assert changed == [compilation is None] * len(layers)
+            assert ("forward" in vars(block)) == (compilation is not None)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ from training.processes import largest_of_processes
 
 logger = logging.getLogger(__name__)
 
+MAX_BATCH = 16  # that --plan proposes: larger ones ask for another learning rate
 COMPILED = "Compiled blocks usually need less than planned here."
 META = torch.device("meta")
 Shape = tuple[int, ...]  # of latents without their channels: B F H W
@@ -322,7 +323,7 @@ def plan_one_card(
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         phase = prediction.phase(blocks)
         host = host_room()
-        remarks = (*remarks, *compiled)
+        remarks = (*remarks, *compiled, *larger_batch(prediction, blocks, room))
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
@@ -331,6 +332,32 @@ def plan_one_card(
         return advice(family, prediction, noisy_batch, room=known_room, device=device)
 
     memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
+
+
+def larger_batch(prediction: StepPrediction, blocks: int, room: Room | None) -> list[str]:
+    """Return the largest batch that fits, as a line of `--plan`; nothing if the batch cannot be larger.
+
+    Args:
+        prediction: Prediction of the run's own largest batch.
+        blocks: Number of swapped blocks.
+        room: Available memory; None if unknown.
+    """
+    if room is None:
+        return []
+    count = prediction.shape[0]
+
+    def needed(batch_size: int) -> int:
+        return prediction.scaled(batch_size / count).device(blocks)
+
+    batch_size = count
+    while batch_size < MAX_BATCH and needed(batch_size + 1) <= room.usable:
+        batch_size += 1
+    if batch_size == count:
+        return []
+    return [
+        f"batch_size {batch_size} in --dataset_config fits too, with {gib(needed(batch_size))} GiB: "
+        "steps of small items wait less for the host"
+    ]
 
 
 def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:

@@ -1,6 +1,6 @@
 """Which batch is planned for and what is said about it, with one transformer and with two."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,12 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, counted
 from tests.training.toy import write_caches
 from training.options import TrainingOptions
 from training.planning.memory import (
+    MAX_BATCH,
     StepPrediction,
     advice,
     cheaper,
     describe_batch,
+    larger_batch,
     largest_batch,
     predict,
     prepare_memory,
@@ -231,3 +233,29 @@ def test_turns_are_advised_first(tmp_path: Path) -> None:
     assert line == "--offload_inactive_dit"
     assert changed.by_expert.offload_inactive_dit
     assert cheaper(changed, further=1)[0][0] == cheaper(options)[0][0] != line
+
+
+@dataclass
+class Growing:
+    """A prediction of 1 GiB for each sample, and 2 for the weights."""
+
+    shape: tuple[int, ...]
+    samples: float
+
+    def scaled(self, share: float) -> "Growing":
+        return Growing(self.shape, self.samples * share)
+
+    def device(self, blocks: int) -> int:
+        return round((2 + self.samples) * GIB)
+
+
+@pytest.mark.parametrize(("usable", "batch_size"), [(9.5, 7), (100, MAX_BATCH), (4.5, None)])
+def test_a_plan_proposes_the_batch_that_fills_the_card(usable: float, batch_size: int | None) -> None:
+    room: Any = SimpleNamespace(usable=round(usable * GIB))
+    prediction: Any = Growing((2, 1, 8, 8), 2)
+
+    lines = larger_batch(prediction, 0, room)
+
+    proposed = [f"batch_size {batch_size} in --dataset_config"] if batch_size else []
+    assert [line.split(" fits")[0] for line in lines] == proposed
+    assert larger_batch(prediction, 0, None) == []

@@ -1,0 +1,18 @@
+"""Print how large the weights of a LoRA are, and whether some of them are NaN or infinite."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from contract.families import plain_script
+from networks.weight_checking import WeightCheckOptions, check_weights
+
+main = plain_script(__doc__, check_weights, WeightCheckOptions)
+
+
+if __name__ == "__main__":
+    main.run()
