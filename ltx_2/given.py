@@ -22,6 +22,7 @@ from ltx_2.rope import place_latents
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
+ROUNDING = 0.002  # of masks in caches, which are float16
 MASK = "given_mask"  # in batches: how much of each latent is white, B F H W
 Times = Sequence[tuple[float, float]]  # beginnings and ends in seconds
 
@@ -106,6 +107,24 @@ class MaskRule:
         """Return what is given, bool. `values`, B ..., is 0 to 1; `draws` has a random number per sample."""
         inside = (values > self.threshold) != self.is_inverted
         return inside & (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
+
+    def find_given(self, masks: Tensor) -> Tensor:
+        """Return what masks of clips give, bool, whatever is drawn.
+
+        A latent is given only if each of its frames is: otherwise a part that is made anew would be copied.
+        Caches have the mean over the frames of a latent, which proves this where it is high enough for any
+        single frame: at the edges of masks that move less is given than could be. Still masks, which are
+        equal in all frames, are compared with the threshold itself.
+
+        Args:
+            masks: Means over the pixels and frames of each latent, 0 to 1, B F H W.
+        """
+        moves = ((masks - masks[:, :1]).abs() > ROUNDING).flatten(1).any(1)
+        frames = LATENT.frame_step
+        limit = self.threshold / frames if self.is_inverted else 1 - (1 - self.threshold) / frames
+        limits = torch.full_like(masks, self.threshold, dtype=torch.float32)
+        limits[moves, 1:] = limit  # the first latent has one frame
+        return (masks.float() > limits) != self.is_inverted
 
 
 @dataclass(frozen=True)
@@ -226,7 +245,8 @@ class GivenRules:
         if self.region is not None:
             is_given |= self._mark_regions(self.region, batch, (rows, columns), draws[2])[:, None]
         if self.mask is not None:
-            is_given |= self.mask.mark(_read_masks(self.mask, batch), draws[3])
+            is_drawn = draws[3] < self.mask.probability
+            is_given |= _read_masks(self.mask, batch) & is_drawn[:, None, None, None]
         shares = is_given * WHOLE
         if self.anchors is not None and frames > 1:
             marked = self.anchors.mark(frames, generator, draws[4])[:, :, None, None]
@@ -273,20 +293,24 @@ class GivenRules:
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return the masks of a batch, B F H W. Raises DatasetError if there is none, or all would be given."""
+    """Return what the masks of a batch give, B F H W bool.
+
+    Raises DatasetError if there are no masks, or if one gives all.
+    """
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):
         raise DatasetError(
             f"{batch.keys[0]}: --ltx2_inpaint_mask needs masks. Give its table mask_directory, and cache "
             "again"
         )
-    for key, mask in zip(batch.keys, masks, strict=True):
-        if ((mask > rule.threshold) != rule.is_inverted).all():
+    given = rule.find_given(masks)
+    for key, is_given in zip(batch.keys, given, strict=True):
+        if is_given.all():
             raise DatasetError(
                 f"{key}: its mask gives the whole clip, or it has no mask: nothing would be learned. Its "
                 f"mask needs {'white' if rule.is_inverted else 'black'} parts"
             )
-    return masks
+    return given
 
 
 def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.faults.messages import assert_one_message, run_here
-from tests.tiny.families import FAMILIES, family_called
+from tests.tiny.families import FAMILIES, LAYERED, family_called
+from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import RUN, Latents, TinyProject
 from tests.training.toy import same
 
@@ -18,17 +19,17 @@ LEARN = ("--train_embedding", WORD, "--embedding_vectors", "2", "--embedding_lr"
 SEEING = ("qwen_image edit-2511", "krea2 edit", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit")
 # one of each kind of text encoder
 BY_DEFAULT = ("wan t2v-1.3B", "flux", "qwen_image")
-KINDS = [
-    family.name if family.name in BY_DEFAULT else pytest.param(family.name, marks=pytest.mark.slow)
-    for family in FAMILIES
-    if family.name not in SEEING
-]
+# images of layers come as several files
+TESTED = {
+    family.name: family for family in (*FAMILIES, *FURTHER) if family.name not in (*SEEING, LAYERED.name)
+}
+KINDS = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TESTED]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
     """A project without caches of texts, whose captions have the word."""
-    made = TinyProject(family_called(request.param), tmp_path_factory.mktemp("a project"))
+    made = TinyProject(TESTED[request.param], tmp_path_factory.mktemp("a project"))
     made.family.prepare(made.folder)
     for caption in (made.folder / "clips").glob("*.txt"):
         caption.write_text(PROMPT, encoding="utf-8")

@@ -113,9 +113,13 @@ class CommandRun:
             UserError: If the command ends with a message for the user, which the error has.
             RuntimeError: If it ends with any other error.
         """
-        for event in self:
-            if callback is not None:
-                callback(event)
+        try:
+            for event in self:
+                if callback is not None:
+                    callback(event)
+        except KeyboardInterrupt:  # Ctrl-C may come while the callback works
+            self.stop()
+            raise
         return self
 
     def stop(self) -> None:

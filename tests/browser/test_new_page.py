@@ -25,6 +25,7 @@ from browser.model_table import find_misfit
 from browser.runs import Runs
 from pocket.measure import POCKET
 from project.options import MODELS
+from project.recipes.reading import SHIPPED
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
@@ -167,6 +168,28 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     describe(served, root / "set")
     assert_equal_to_command(html.unescape(re.sub("<[^>]*>", "", command)), root / "set", tmp_path)
+
+
+def test_a_recipe_is_shown_with_what_it_was_tried_on_and_described_with(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    (root / "recipes").mkdir()
+    text = (SHIPPED / "pocket-shape.toml").read_text(encoding="utf-8")
+    own = text.replace("A new shape", "<b>Mine</b>")
+    (root / "recipes" / "mine.toml").write_text(own, encoding="utf-8")
+    (root / "recipes" / "broken.toml").write_text("run = 1", encoding="utf-8")
+    form = {"folder": str(root / "fluffy"), "family": "wan", "task": "t2v-1.3B", "recipe": "mine"}
+
+    page = served.ask(f"/new?{urlencode(form)}").text
+    other = served.ask(f"/new?{urlencode({**form, 'task': 't2v-14B'})}").text
+
+    assert '<option value="mine" selected>mine</option>' in page
+    assert '<option value="pocket-shape">pocket-shape</option>' in page
+    assert "broken" not in page
+    assert "&lt;b&gt;Mine&lt;/b&gt;" in page
+    assert "Tried on the pocket model (2.3 million weights)" in page
+    assert 'name="recipe"' not in other
 
 
 def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contract.data import SOUND, Batch
+from dataset.sources.frames import shrink_mask
+from ltx_2.configs import LATENT
 from ltx_2.given import AnchorRule, Extension, GivenRules, KeyframeRule, MaskRule, audio_bounds, cover_times
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, with_recipe
@@ -441,3 +443,27 @@ def test_a_recipe_that_is_wrong_or_contradicts_an_option_is_refused(
 def test_parts_of_a_stream_that_is_given_or_not_there_are_refused(typed: str, words: str) -> None:
     with pytest.raises(OptionError, match=re.escape(words)):
         read_own("ltx2_train_network", "--ltx2_mode", *typed.split())
+
+
+@pytest.mark.parametrize("is_inverted", [False, True])
+def test_a_mask_that_moves_gives_a_latent_only_in_all_of_its_frames(is_inverted: bool) -> None:
+    """By the means of caches; a still mask, and the first frame, are compared with the threshold alone."""
+    frames = torch.zeros(17, 64, 96)
+    frames[:, :, :32] = 1.0  # always
+    frames[:12, :, 32:64] = 1.0  # in half of the last latent
+    frames[:, :20, 64:] = 1.0  # its edge is in the middle of a latent, which stays
+    if is_inverted:
+        frames = 1 - frames
+    means = shrink_mask((255 * frames).byte(), LATENT.stride)[None]
+
+    given = MaskRule(1, is_inverted).find_given(means)[0]
+
+    per_frame = functional.avg_pool2d(frames, 32)
+    inside = (per_frame > 0.5) != is_inverted
+    exact = torch.cat([inside[:1], inside[1:].unflatten(0, (2, 8)).all(1)])
+    assert not (given & ~exact).any()  # nothing that is made anew in any frame
+    assert torch.equal(given[..., :2], exact[..., :2])
+    assert given[0, 0].tolist() == [True, True, True]
+    assert given[2, 0].tolist() == [True, False, False]
+    still = MaskRule(1, is_inverted).find_given(means[:, :1].expand(-1, 3, -1, -1))[0]
+    assert torch.equal(still, inside[:1].expand(3, -1, -1))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import pytest
 
 import reelsmith
@@ -18,7 +19,7 @@ from modules.installation import EXTENSIONS
 from package.reelsmith import api
 from package.reelsmith.events import HistoryEvents, PrintedLines
 from package.reelsmith.typed_words import check_words, make_words
-from tests.commands import QUIET, ROOT, run_script
+from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.pages import FENCE
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_clips, write_dataset
@@ -272,10 +273,37 @@ def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(folder: Path) ->
 
     with pytest.raises(KeyboardInterrupt):
         run.wait(interrupt)
-    with run:  # as a notebook's cell that is left
-        pass
 
     assert not run.is_running
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
+def test_a_run_ends_with_its_block(folder: Path) -> None:
+    (folder / "x.py").write_text(WAITS, encoding="utf-8")
+    with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
+        run = reelsmith.CommandRun(Path("x.py"), [], {}, None)
+
+    with run:
+        assert run.is_running
+
+    assert not run.is_running
+
+
+ENDS = """
+from pathlib import Path
+import reelsmith
+import package.reelsmith.command_run as command_run
+command_run.program_words = lambda script: [str(script)]
+print(reelsmith.CommandRun(Path("x.py"), [], {}, None)._process.pid)
+"""
+
+
+def test_a_program_that_ends_stops_what_it_has_started(folder: Path) -> None:
+    (folder / "x.py").write_text(WAITS, encoding="utf-8")
+
+    done = run_program(sys.executable, "-c", ENDS, folder=folder, environment={"PYTHONPATH": str(ROOT)})
+
+    assert not psutil.pid_exists(int(done.stdout))
 
 
 def test_the_names_of_the_module_are_those_of_the_api() -> None:

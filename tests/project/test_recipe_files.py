@@ -290,6 +290,7 @@ def test_a_finished_run_becomes_a_recipe_without_its_paths(
     assert find_recipe("cat").tried_on == "wan.safetensors"
 
 
+@pytest.mark.slow
 def test_a_training_becomes_a_recipe_that_new_takes(tmp_path: Path) -> None:
     family = FAMILIES[0]
     family.prepare(tmp_path)
